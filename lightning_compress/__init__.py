@@ -1,0 +1,54 @@
+"""Compress an untouched PyTorch Lightning project: attach a technique as a callback, get a smaller, measured model."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lightning_compress import export, functional
+    from lightning_compress.callbacks.base import CompressionCallback
+    from lightning_compress.callbacks.distillation import DistillationCallback
+    from lightning_compress.callbacks.export import ExportCallback
+    from lightning_compress.callbacks.report import CompressionReport
+    from lightning_compress.mechanisms.teacher import teacher_from_checkpoint
+    from lightning_compress.mixins import CompressionMixin
+
+# Where each public name lives. Resolved on first use (PEP 562), so that importing the package imports nothing heavy.
+_HOMES = {
+    "CompressionCallback": "lightning_compress.callbacks.base",
+    "CompressionMixin": "lightning_compress.mixins",
+    "CompressionReport": "lightning_compress.callbacks.report",
+    "DistillationCallback": "lightning_compress.callbacks.distillation",
+    "ExportCallback": "lightning_compress.callbacks.export",
+    "teacher_from_checkpoint": "lightning_compress.mechanisms.teacher",
+    "export": "",
+    "functional": "",
+}
+
+__all__ = [
+    "CompressionCallback",
+    "CompressionMixin",
+    "CompressionReport",
+    "DistillationCallback",
+    "ExportCallback",
+    "__version__",
+    "export",
+    "functional",
+    "teacher_from_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lightning_compress' has no attribute '{name}'")
+    home = _HOMES[name]
+    value = getattr(import_module(home), name) if home else import_module(f"lightning_compress.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

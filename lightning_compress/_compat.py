@@ -1,0 +1,111 @@
+"""Every private or version-bound use of torch and lightning, in one place; each has a canary in tests/test_compat.py.
+
+Traced on lightning 2.6 and torch 2.13 and 2.14. When a canary falls after an upgrade, this is the file to mend.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def attached_trainer(module: nn.Module) -> Any:
+    """The Trainer that a LightningModule is attached to, or None; ``module.trainer`` itself raises without one."""
+    return getattr(module, "_trainer", None)
+
+
+def validation_source(trainer: Any) -> Any:
+    """What the user gave the Trainer to validate on: loaders, a datamodule, the LightningModule, or None.
+
+    These are the objects as they were given, before a distributed sampler was put in.
+    """
+    sources = (trainer.fit_loop.epoch_loop.val_loop._data_source, trainer.validate_loop._data_source)
+    return next((source.instance for source in sources if source.instance is not None), None)
+
+
+def validates_in_inference_mode(trainer: Any) -> bool:
+    """Whether a Trainer validates under ``torch.inference_mode`` rather than ``torch.no_grad``."""
+    return bool(trainer.validate_loop.inference_mode)
+
+
+def copy_progress(trainer: Any, fresh: Any) -> None:
+    """Give a fresh Trainer the epoch and the step of another, without tying the two together."""
+    source, target = trainer.fit_loop, fresh.fit_loop
+    target.epoch_progress = copy.deepcopy(source.epoch_progress)
+    automatic, manual = source.epoch_loop.automatic_optimization, source.epoch_loop.manual_optimization
+    target.epoch_loop.automatic_optimization.optim_progress = copy.deepcopy(automatic.optim_progress)
+    target.epoch_loop.manual_optimization.optim_step_progress = copy.deepcopy(manual.optim_step_progress)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile(module)``; any other module is given back as it is."""
+    inside: nn.Module = getattr(module, COMPILED_CHILD) if isinstance(module, torch._dynamo.OptimizedModule) else module
+    return inside
+
+
+def compiled_state(module: nn.Module) -> Any:
+    """What Lightning remembers of a LightningModule that was passed through ``torch.compile``, or None."""
+    return vars(module).get("_compiler_ctx")
+
+
+def drop_compilation_(module: nn.Module) -> nn.Module:
+    """Undo every kind of compilation in a module, in place, and give the module back.
+
+    Covers ``torch.compile(child)``, ``child.compile()``, and a LightningModule whose forward and steps Lightning
+    replaced by compiled ones. Those are bound to the module that was compiled, so a copy must lose them.
+    """
+    module = uncompiled(module)
+    for parent in list(module.modules()):
+        if getattr(parent, "_compiled_call_impl", None) is not None:
+            parent._compiled_call_impl = None
+        for name, child in list(parent._modules.items()):
+            if child is not None and uncompiled(child) is not child:
+                parent._modules[name] = uncompiled(child)
+        if compiled_state(parent) is not None:
+            for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+                vars(parent).pop(name, None)
+            vars(parent)["_compiler_ctx"] = None
+    return module
+
+
+def forget_metric_names_(module: nn.Module) -> None:
+    """Drop Lightning's table from ``id(metric)`` to attribute name, which is wrong in a copy of the module."""
+    if "_metric_attributes" in vars(module):
+        vars(module)["_metric_attributes"] = None
+
+
+@contextmanager
+def hidden_process_group() -> Iterator[None]:
+    """Let this process look like a single one: ``torch.distributed.is_initialized()`` is False meanwhile.
+
+    For work that one rank does alone: torchmetrics, Lightning's ``prepare_data`` and user code would otherwise start
+    collectives that the other ranks never join.
+    """
+    if not torch.distributed.is_available():
+        yield
+        return
+    group, torch.distributed.GroupMember.WORLD = torch.distributed.GroupMember.WORLD, None
+    try:
+        yield
+    finally:
+        torch.distributed.GroupMember.WORLD = group
+
+
+COMPILED_CHILD = "_orig_mod"
+"""Name of the child under which the module that torch.compile returns keeps the module it was given."""
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module runs compiled code: wrapped by ``torch.compile``, or compiled in place."""
+    return isinstance(module, torch._dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def reset_compiled_code(root: nn.Module) -> None:
+    """Forget compiled code where anything below ``root`` is compiled: a hook added later would never fire there."""
+    if any(is_compiled(module) or compiled_state(module) is not None for module in root.modules()):
+        torch._dynamo.reset()

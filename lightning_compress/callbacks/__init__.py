@@ -1,0 +1,1 @@
+"""Callbacks: one thin file a technique."""

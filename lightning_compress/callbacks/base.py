@@ -1,0 +1,299 @@
+"""The life cycle that all callbacks share: open mechanisms when a fit starts, close them whatever happens.
+
+A technique overrides :meth:`CompressionCallback.attach` and enters context managers there. The base closes them at the
+end of the fit and on any exception, then runs the end of fit as one sequence over all callbacks of this package, in an
+order that does not depend on their order in the Trainer's list.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_compress.mechanisms.capture import StudentCapture
+from lightning_compress.mechanisms.step import StepController, step_controller
+
+log = logging.getLogger("lightning_compress")
+
+SCHEMA = 1
+STAGES = ("bake", "reestimate_batchnorm", "calibrate", "export", "evaluate", "report")
+UNSUPPORTED_STRATEGIES = (
+    "FSDPStrategy",
+    "ModelParallelStrategy",
+    "DeepSpeedStrategy",
+    "XLAStrategy",
+    "XLAFSDPStrategy",
+)
+
+
+def _callback_bases() -> tuple[type, ...]:
+    """The Callback classes of both packages, so that a Trainer and a YAML file of either accept ours."""
+    if find_spec("pytorch_lightning") is None:
+        return (Callback,)
+    try:
+        return (Callback, import_module("pytorch_lightning").Callback)
+    except Exception:  # a broken second installation must not break this package
+        log.debug("pytorch_lightning is installed but cannot be imported", exc_info=True)
+        return (Callback,)
+
+
+if TYPE_CHECKING:
+    _Base = Callback
+else:
+    _Base = type("_Base", _callback_bases(), {"__doc__": "Callback of lightning.pytorch and of pytorch_lightning."})
+
+
+@dataclass(frozen=True)
+class CapturedSample:
+    """What the network received in the last training step.
+
+    Attributes:
+        network: Dotted name of the network inside the LightningModule; "" for the LightningModule itself.
+        args: Positional arguments, detached.
+        kwargs: Keyword arguments, detached.
+    """
+
+    network: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class CompressionCallback(_Base):
+    """Base of all callbacks of this package.
+
+    When it acts: between ``on_fit_start`` and the end of the fit; nothing of it is on the module before or after.
+
+    Args:
+        name: Keys the state in checkpoints and the logged quantities (``compress/<name>/...``); two callbacks in one
+            Trainer need different names. None: the technique's default name.
+
+    Raises:
+        ValueError: If ``name`` is empty or holds a slash.
+    """
+
+    default_name: ClassVar[str] = "compression"
+    changes_loss: ClassVar[bool] = False
+    expected_effects: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, *, name: str | None = None) -> None:
+        super().__init__()
+        if name is not None and (not isinstance(name, str) or not name or "/" in name):
+            raise ValueError(f"name must be a non-empty string without '/', got {name!r}")
+        self.name = self.default_name if name is None else name
+        self.effects: Counter[str] = Counter()
+        self.student_capture: StudentCapture | None = None
+        self.captured_sample: CapturedSample | None = None
+        self._stack: ExitStack | None = None
+        self._controller: StepController | None = None
+        self._verified = False
+
+    # For techniques
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what cannot work, before anything is touched; called in ``setup`` of a fit."""
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """Enter the mechanisms of the technique; each is closed at the end of the fit."""
+
+    @property
+    def teacher_network(self) -> nn.Module | None:
+        """The teacher, for the report; None for techniques without one."""
+        return None
+
+    def extra_state(self) -> dict[str, Any]:
+        """Tensors and primitives to save beside the arguments."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`extra_state` gave."""
+
+    def bake(self, trainer: Any, pl_module: Any) -> None:
+        """End of fit, first stage: leave the compressed weights in the module."""
+
+    def reestimate_batchnorm(self, trainer: Any, pl_module: Any) -> None:
+        """End of fit: statistics of batch norm with the compressed weights."""
+
+    def calibrate(self, trainer: Any, pl_module: Any) -> None:
+        """End of fit: ranges of activations."""
+
+    def export(self, trainer: Any, pl_module: Any) -> None:
+        """End of fit: write the file."""
+
+    def evaluate(self, trainer: Any, pl_module: Any) -> None:
+        """End of fit: the file through the module's own validation."""
+
+    def report(self, trainer: Any, pl_module: Any) -> None:
+        """End of fit, last stage: the table."""
+
+    def log_quantity(self, quantity: str, value: Any, *, batch_size: int, validation: bool = False) -> None:
+        """Log ``compress/<name>/<quantity>``; for validation ``compress/<name>/val_<quantity>``, averaged."""
+        module: Any = self._require_controller().module
+        if getattr(module.trainer, "barebones", False):
+            return
+        key = f"compress/{self.name}/{'val_' if validation else ''}{quantity}"
+        many = validation and module.trainer.world_size > 1
+        module.log(key, value, batch_size=batch_size, on_step=not validation, on_epoch=validation, sync_dist=many)
+
+    # Life cycle
+
+    @property
+    def state_key(self) -> str:
+        """Class and name, never the arguments: a resume with other arguments must find the state to compare."""
+        return f"{type(self).__qualname__}[{self.name}]"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work before anything happens."""
+        if stage != "fit":
+            return
+        others = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+        if any(other is not self and other.name == self.name for other in others):
+            raise ValueError(
+                f"two callbacks are named '{self.name}'; give one another name=, for example '{self.name}2'"
+            )
+        strategy = type(trainer.strategy).__name__
+        if strategy in UNSUPPORTED_STRATEGIES:
+            raise ValueError(f"{type(self).__name__} does not support {strategy}; use one device or DDP")
+        if self.changes_loss:
+            self._check_optimisation(trainer, pl_module)
+        self.check(trainer, pl_module)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Open the mechanisms."""
+        self._close()
+        self.effects.clear()
+        self._verified = False
+        self._stack = ExitStack()
+        self._controller = self._stack.enter_context(step_controller(pl_module))
+        self.attach(self._controller, self._stack, trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After the first whole step, complain about what had no effect."""
+        if self._verified or self._controller is None or self._controller.steps == 0:
+            return
+        for effect in self.expected_effects:
+            if self.effects[effect] == 0:
+                raise RuntimeError(f"{type(self).__name__} '{self.name}': {effect} had no effect in the first step")
+        self._verified = True
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Close the mechanisms; the last of our callbacks runs the end of fit for all of them."""
+        self._close()
+        ours = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+        if ours and ours[-1] is self:
+            run_end_of_fit(ours, trainer, pl_module)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Close the mechanisms, if ``on_fit_end`` was never reached."""
+        self._close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Close the mechanisms: no other hook follows an exception."""
+        self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Schema version, arguments, and the technique's own state: tensors and primitives only."""
+        return {"schema": SCHEMA, "arguments": self._arguments(), **self.extra_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state back; arguments that differ are named in a warning.
+
+        Raises:
+            ValueError: If a newer version of this package wrote it.
+        """
+        if state_dict.get("schema", 0) > SCHEMA:
+            raise ValueError(
+                f"the checkpoint's state of '{self.name}' has schema {state_dict['schema']}, newer than {SCHEMA}, the "
+                "newest that this version of lightning_compress reads; upgrade the package"
+            )
+        saved, now = state_dict.get("arguments", {}), self._arguments()
+        changed = [
+            f"{key} was {saved[key]!r} and is {now[key]!r}" for key in now if key in saved and saved[key] != now[key]
+        ]
+        if changed:
+            warnings.warn(
+                f"{type(self).__name__} '{self.name}' resumes with other arguments than in the checkpoint: "
+                f"{'; '.join(changed)}",
+                stacklevel=2,
+            )
+        self.load_extra_state(state_dict)
+
+    # Private
+
+    def _check_optimisation(self, trainer: Any, pl_module: Any) -> None:
+        manual = not getattr(pl_module, "automatic_optimization", True)
+        if manual and not getattr(pl_module, "_lightning_compress_mixin", False):
+            raise ValueError(
+                f"{type(self).__name__} adds to the loss, and {type(pl_module).__name__} optimises manually: let it "
+                "inherit lightning_compress.CompressionMixin and call self.compressed_loss(task_loss) in its step"
+            )
+        for callback in trainer.callbacks:
+            if type(callback).__name__ in ("LearningRateFinder", "BatchSizeFinder"):
+                warnings.warn(
+                    f"{type(callback).__name__} sets all callbacks aside: what it finds belongs to the step without "
+                    f"{type(self).__name__}",
+                    stacklevel=2,
+                )
+
+    def _require_controller(self) -> StepController:
+        if self._controller is None:
+            raise RuntimeError(f"{type(self).__name__} is only active during a fit")
+        return self._controller
+
+    def _close(self) -> None:
+        stack, self._stack, self._controller = self._stack, None, None
+        if stack is None:
+            return
+        capture, self.student_capture = self.student_capture, None
+        if capture is not None and capture.network is not None and capture.last_call is not None:
+            call = capture.last_call
+            args, kwargs = tree_map(_detached, (call.args, dict(call.kwargs)))
+            self.captured_sample = CapturedSample(capture.network, args, kwargs)
+        stack.close()
+
+    def _arguments(self) -> dict[str, Any]:
+        names = [name for name in inspect.signature(type(self).__init__).parameters if name not in ("self", "name")]
+        return {name: _primitive(getattr(self, name)) for name in names if hasattr(self, name)}
+
+
+def run_end_of_fit(callbacks: list[CompressionCallback], trainer: Any, pl_module: Any) -> None:
+    """Run every stage for every callback before the next stage; no rank leaves before the others are done.
+
+    Args:
+        callbacks: Those of this package, in the Trainer's order.
+        trainer: The user's Trainer.
+        pl_module: The trained module.
+    """
+    try:
+        for stage in STAGES:
+            for callback in callbacks:
+                getattr(callback, stage)(trainer, pl_module)
+    finally:
+        trainer.strategy.barrier("lightning_compress_end_of_fit")
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _primitive(value: Any) -> Any:
+    """A value that a checkpoint can hold without pickling: itself, or its type in words."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_primitive(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(key): _primitive(entry) for key, entry in value.items()}
+    return str(value) if isinstance(value, (torch.dtype, torch.device)) else type(value).__name__

@@ -1,0 +1,250 @@
+"""Knowledge distillation: the student learns from the teacher's soft targets.
+
+Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531. The loss is
+``task_weight * task_loss + kd_weight * T^2 * KL(softmax(z_T / T) || softmax(z_S / T))``; later forms are the other
+values of ``loss_kind``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from lightning_compress import functional as F
+from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
+from lightning_compress.mechanisms.outputs import Locator, find_labels, find_logits
+from lightning_compress.mechanisms.selection import did_you_mean
+from lightning_compress.mechanisms.step import Pass, StepController, Term
+from lightning_compress.mechanisms.teacher import build_module
+
+LossKind = Literal["auto", "softmax", "bernoulli", "mse", "hard", "dkd", "dist"]
+PER_ELEMENT = ("bernoulli", "mse")
+
+
+class DistillationCallback(CompressionCallback):
+    """Distil a teacher into the network that is being trained.
+
+    When it acts: in every training step, where it adds its term to the loss; in validation it only measures. The
+    user's logged loss stays the task loss; logged are ``compress/<name>/loss`` (unweighted) and ``agreement`` (the
+    share of predictions in which student and teacher agree), with ``val_`` before them in validation.
+
+    What it leaves alone: the module's parameters, keys, optimizer and steps. The teacher is in no checkpoint.
+
+    Args:
+        teacher: A module, a LightningModule, or in YAML a ``class_path`` with ``init_args`` (a class, or a function
+            such as ``torchvision.models.resnet18`` or ``lightning_compress.teacher_from_checkpoint``).
+        student: Dotted name of the student network inside the LightningModule; two names where the step calls its
+            parts in a row; None: found in the first step.
+        output: Where the logits are in what the networks return: a key, an attribute or an index; None: a tensor,
+            ``.logits``, ``["logits"]``, ``["out"]``, or the only floating tensor.
+        teacher_transform: Module applied to the student's inputs before the teacher sees them.
+        temperature: Temperature T, positive; used by "softmax", "bernoulli", "dkd" and "dist".
+        task_weight: Weight of the user's own loss, at least 0.
+        kd_weight: Weight of the distillation loss, at least 0.
+        loss_kind: "softmax" (one class of several), "bernoulli" (a logit per label), "mse" (regression), "hard" (the
+            teacher's argmax as label), "dkd" (arXiv:2203.08679), "dist" (arXiv:2205.10536), or "auto": "softmax" where
+            the shape of the logits allows.
+        class_dim: Dimension of the classes; None: 1 of (N, K) and (N, K, H, W), the last of (N, L, K).
+        ignore_index: Label whose positions carry no term; None: all do.
+        labels: Where the labels are in the batch (a key, an attribute or an index), for ``ignore_index`` and "dkd";
+            None: the only integer tensor of the right shape.
+        name: As in the base class; default "kd".
+
+    Raises:
+        TypeError, ValueError: If an argument is outside of what is said above, or the teacher cannot be built.
+
+    Example:
+        >>> callback = DistillationCallback(nn.Linear(4, 2), temperature=2.0)
+        >>> callback.state_key
+        'DistillationCallback[kd]'
+    """
+
+    default_name = "kd"
+    changes_loss = True
+    expected_effects = ("the distillation loss",)
+
+    def __init__(
+        self,
+        teacher: Any,
+        *,
+        student: str | list[str] | None = None,
+        output: Locator = None,
+        teacher_transform: Any = None,
+        temperature: float = 4.0,
+        task_weight: float = 0.1,
+        kd_weight: float = 0.9,
+        loss_kind: LossKind = "auto",
+        class_dim: int | None = None,
+        ignore_index: int | None = None,
+        labels: Locator = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        _check_weights(task_weight, kd_weight, temperature)
+        if loss_kind not in get_args(LossKind):
+            accepted = ", ".join(get_args(LossKind))
+            raise ValueError(
+                f"loss_kind must be one of {accepted}, got {loss_kind!r}{did_you_mean(str(loss_kind), get_args(LossKind))}"
+            )
+        self.teacher = build_module(teacher, argument="teacher")
+        self.teacher_transform = (
+            None if teacher_transform is None else build_module(teacher_transform, argument="teacher_transform")
+        )
+        self.student = student
+        self.output = output
+        self.temperature = temperature
+        self.task_weight = task_weight
+        self.kd_weight = kd_weight
+        self.loss_kind = loss_kind
+        self.class_dim = class_dim
+        self.ignore_index = ignore_index
+        self.labels = labels
+        self._run_teacher: Callable[[NetworkCall], Any] | None = None
+        self._kind: str | None = None
+        self._warned = False
+
+    @property
+    def teacher_network(self) -> nn.Module | None:
+        """The teacher."""
+        return self.teacher
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """Capture the student, prepare the teacher, add the term."""
+        self._kind, self._warned = None, False
+        self.student_capture = controller.capture(self.student)
+        self._run_teacher = controller.teacher(
+            self.teacher,
+            self.teacher_transform,
+            device=pl_module.device,
+            convert=trainer.precision_plugin.convert_module,
+        )
+        stack.enter_context(controller.task_weight(self.name, self.task_weight))
+        stack.enter_context(controller.term(Term(self.name, self._term)))
+        stack.enter_context(controller.observer(self._observe))
+
+    def _term(self, passes: Mapping[str, Pass]) -> Tensor | None:
+        [seen] = passes.values()
+        call = self._call(seen)
+        if call is None:
+            self._complain_about_no_call()
+            return None
+        student, teacher = self._logits(call)
+        first = self.effects["the distillation loss"] == 0
+        if first:
+            self._check_first(student, teacher)
+        mask, labels = self._targets(seen.batch, student)
+        loss = self._loss(student, teacher, mask, labels)
+        self._log(loss, student, teacher, mask, validation=False)
+        self.effects["the distillation loss"] += 1
+        return loss * self.kd_weight
+
+    def _observe(self, seen: Pass) -> None:
+        call = self._call(seen)
+        if call is None or self._kind is None:  # the sanity check comes before the student is known
+            return
+        student, teacher = self._logits(call)
+        mask, labels = self._targets(seen.batch, student)
+        self._log(self._loss(student, teacher, mask, labels), student, teacher, mask, validation=True)
+
+    def _call(self, seen: Pass) -> NetworkCall | None:
+        return None if self.student_capture is None else seen.call(self.student_capture)
+
+    def _logits(self, call: NetworkCall) -> tuple[Tensor, Tensor]:
+        if self._run_teacher is None:
+            raise RuntimeError("DistillationCallback is only active during a fit")
+        student = find_logits(call.output, self.output, owner="student")
+        teacher = find_logits(self._run_teacher(call), self.output, owner="teacher")
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"the teacher's logits have shape {tuple(teacher.shape)} and the student's {tuple(student.shape)}; they "
+                "must be equal: another number of classes, another resolution (teacher_transform), or another part of "
+                "the output (output)?"
+            )
+        return student, teacher
+
+    def _targets(self, batch: Any, student: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The mask of positions that carry a term, and the labels, each only where it is needed."""
+        if self.ignore_index is None and self._kind != "dkd":
+            return None, None
+        dimension = self._dimension(student)
+        shape = [size for index, size in enumerate(student.shape) if index != dimension]
+        why = "loss_kind='dkd'" if self.ignore_index is None else f"ignore_index={self.ignore_index}"
+        labels = find_labels(batch, self.labels, shape=shape, why=why)
+        return None if self.ignore_index is None else labels != self.ignore_index, labels
+
+    def _dimension(self, logits: Tensor) -> int | None:
+        """Dimension of the classes; None where each logit stands alone."""
+        if self._kind in PER_ELEMENT:
+            return None
+        return F.class_dimension(logits.shape) if self.class_dim is None else self.class_dim % logits.ndim
+
+    def _loss(self, student: Tensor, teacher: Tensor, mask: Tensor | None, labels: Tensor | None) -> Tensor:
+        if self._kind == "bernoulli":
+            return F.bernoulli_distillation_loss(student, teacher, self.temperature, mask=mask)
+        if self._kind == "mse":
+            return F.regression_distillation_loss(student, teacher, mask=mask)
+        dimension = self._dimension(student)
+        if dimension is None:
+            raise RuntimeError(f"loss kind {self._kind} has no class dimension")
+        if self._kind == "hard":
+            return F.hard_distillation_loss(student, teacher, class_dim=dimension, mask=mask)
+        if self._kind == "dist":
+            return F.dist_loss(student, teacher, self.temperature, class_dim=dimension, mask=mask)
+        if self._kind == "dkd" and labels is not None:
+            return F.decoupled_distillation_loss(
+                student, teacher, labels, self.temperature, class_dim=dimension, mask=mask
+            )
+        return F.distillation_loss(student, teacher, self.temperature, class_dim=dimension, mask=mask)
+
+    def _check_first(self, student: Tensor, teacher: Tensor) -> None:
+        """Settle the kind of loss, and refuse numbers that would spoil the student."""
+        for owner, logits in (("student", student), ("teacher", teacher)):
+            if not bool(logits.isfinite().all()):
+                raise ValueError(f"the {owner}'s logits hold NaN or infinity in the first step")
+        self._kind = "softmax" if self.loss_kind == "auto" else self.loss_kind
+        if self._kind not in PER_ELEMENT and self.class_dim is None:
+            F.class_dimension(student.shape)
+        names = "/".join(self.student_capture.names or ()) if self.student_capture is not None else ""
+        log.info(
+            "%s: student '%s' (%s for the LightningModule itself), loss_kind %s, classes in dimension %s of %s",
+            self.name,
+            names,
+            "''",
+            self._kind,
+            self._dimension(student),
+            tuple(student.shape),
+        )
+
+    def _complain_about_no_call(self) -> None:
+        names = "/".join((self.student_capture.names if self.student_capture is not None else None) or ())
+        message = f"the training step returned a loss without calling the student '{names}', so nothing was distilled"
+        if self.effects["the distillation loss"] == 0:
+            raise CaptureError(f"{message}; name the network that it calls with student=")
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=2)
+
+    def _log(self, loss: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, *, validation: bool) -> None:
+        positions = len(student)
+        self.log_quantity("loss", loss.detach(), batch_size=positions, validation=validation)
+        if self._kind != "mse":
+            agreement = F.teacher_agreement(student.detach(), teacher, class_dim=self._dimension(student), mask=mask)
+            self.log_quantity("agreement", agreement, batch_size=positions, validation=validation)
+
+
+def _check_weights(task_weight: float, kd_weight: float, temperature: float) -> None:
+    for argument, value in (("task_weight", task_weight), ("kd_weight", kd_weight)):
+        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"{argument} must be a number of at least 0, got {value!r}")
+    if task_weight == 0 and kd_weight == 0:
+        raise ValueError("task_weight and kd_weight are both 0, so nothing would be learned; one must be positive")
+    if not isinstance(temperature, (int, float)) or not math.isfinite(temperature) or temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature!r}")
+    if kd_weight == 0:
+        warnings.warn("kd_weight is 0: the teacher is measured but not learned from", stacklevel=3)

@@ -1,0 +1,143 @@
+"""Export at the end of a fit: the file, checked against the module and through the module's own validation."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from contextlib import ExitStack
+from typing import Any
+
+from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
+from lightning_compress.export.onnx import ExportResult, checked_path, checked_precision, to_onnx
+from lightning_compress.export.runtime import require_onnx
+from lightning_compress.mechanisms.selection import did_you_mean
+from lightning_compress.mechanisms.step import StepController
+
+
+class ExportCallback(CompressionCallback):
+    """Write the trained network as an ONNX file, and check it.
+
+    When it acts: after the fit, when every other callback has finished with the weights. The file is compared with the
+    module at several batch sizes, and run through the module's own validation in the network's place. What it leaves
+    alone: the module; all is done on copies.
+
+    Args:
+        path: Where to write; relative paths are taken from the working directory when the callback is made.
+        precision: "fp32".
+        metric: Name of a validation metric, as the module logs it, to be compared between module and file.
+        tolerance: Largest accepted absolute difference of ``metric``; None: reported only. Beyond it a warning, and
+            exit code 1 from ``lightning-compress run``.
+        sample: Input of the network for tracing, as in :func:`lightning_compress.export.to_onnx`; None: what the
+            network received in the last training step.
+        network: Dotted name of the network inside the LightningModule; None: the student that another callback
+            names, else the one found in the first step.
+        name: As in the base class; default "export".
+
+    Raises:
+        ValueError: If ``precision``, ``tolerance`` or ``path`` is not accepted.
+        ImportError: At the start of the fit, if the extra ``onnx`` is not installed.
+
+    Example:
+        >>> ExportCallback("model.onnx", metric="val_acc", tolerance=0.01).state_key
+        'ExportCallback[export]'
+    """
+
+    default_name = "export"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        precision: str = "fp32",
+        metric: str | None = None,
+        tolerance: float | None = None,
+        sample: Any = None,
+        network: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        checked_precision(precision)
+        if tolerance is not None and (not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf):
+            raise ValueError(f"tolerance must be a number of at least 0, got {tolerance!r}")
+        if tolerance is not None and metric is None:
+            raise ValueError(f"tolerance={tolerance} says how far a metric may move, but metric is not given")
+        self.path = os.path.abspath(path)
+        self.precision = precision
+        self.metric = metric
+        self.tolerance = tolerance
+        self.sample = sample
+        self.network = network
+        self.result: ExportResult | None = None
+        self.module_metrics: dict[str, float] = {}
+        self.file_metrics: dict[str, float] = {}
+        self.failure: str | None = None
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse before training what would fail after it."""
+        require_onnx()
+        checked_path(self.path)
+        if self.metric is not None and not self._validates(trainer, pl_module):
+            raise ValueError(
+                f"metric='{self.metric}' is measured in validation, and {type(pl_module).__name__} has none here: it "
+                "needs a validation_step, validation data and limit_val_batches above 0"
+            )
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """Record what the network receives."""
+        self.result, self.failure = None, None
+        self.module_metrics, self.file_metrics = {}, {}
+        needed = self.sample is None
+        self.student_capture = controller.capture(self.network, required=needed)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """As soon as the metrics are known, complain about a name that is none of them."""
+        known = {str(key) for key in trainer.callback_metrics}
+        if self.student_capture is not None and self.metric is not None and self.metric not in known:
+            raise ValueError(
+                f"metric='{self.metric}' is not logged by {type(pl_module).__name__}, which logs {sorted(known)}"
+                f"{did_you_mean(self.metric, known)}"
+            )
+
+    def export(self, trainer: Any, pl_module: Any) -> None:
+        """Write and check the file, on rank 0."""
+        if not trainer.is_global_zero:
+            return
+        network = self.network
+        if network is None and self.captured_sample is not None:
+            network = self.captured_sample.network
+        self.result = to_onnx(pl_module, self.path, self.sample, precision=self.precision, network=network)
+        log.info("%s: wrote %s (%d bytes, %s)", self.name, self.result.path, self.result.bytes, self.precision)
+
+    def evaluate(self, trainer: Any, pl_module: Any) -> None:
+        """Run module and file through the module's own validation, on rank 0."""
+        if not trainer.is_global_zero or self.result is None:
+            return
+        if not self._validates(trainer, pl_module):
+            log.info("%s: %s has no validation, so the file has no metrics", self.name, type(pl_module).__name__)
+            return
+        self.module_metrics = evaluate_forward(pl_module, trainer)
+        self.file_metrics = evaluate(self.result.path, pl_module, trainer)
+        if self.metric is None:
+            return
+        if self.metric not in self.file_metrics:
+            self._fail(
+                f"metric='{self.metric}' is not among the validation metrics {sorted(self.file_metrics)}"
+                f"{did_you_mean(self.metric, self.file_metrics)}"
+            )
+            return
+        ours, theirs = self.module_metrics[self.metric], self.file_metrics[self.metric]
+        log.info("%s: %s is %.6g in the module and %.6g in the file", self.name, self.metric, ours, theirs)
+        if self.tolerance is not None and not abs(theirs - ours) <= self.tolerance:  # NaN fails too
+            self._fail(
+                f"{self.metric} is {theirs:.6g} in the file {self.result.path} and {ours:.6g} in the module: the "
+                f"difference {abs(theirs - ours):.3g} is beyond the tolerance of {self.tolerance:g}"
+            )
+
+    def _fail(self, message: str) -> None:
+        self.failure = message
+        warnings.warn(message, stacklevel=2)
+
+    def _validates(self, trainer: Any, pl_module: Any) -> bool:
+        return has_validation(pl_module, trainer)

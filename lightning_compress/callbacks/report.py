@@ -1,0 +1,290 @@
+"""The before/after table at the end of a fit: printed, logged, and written as JSON, Markdown and HTML."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.export.copying import independent_copy, widen_
+from lightning_compress.export.errors import ExportError
+from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
+from lightning_compress.export.onnx import ExportResult
+from lightning_compress.export.sample import Sample
+from lightning_compress.mechanisms.capture import NetworkCall, StudentCapture
+from lightning_compress.mechanisms.selection import find_module
+from lightning_compress.mechanisms.step import StepController
+from lightning_compress.mechanisms.teacher import Teacher
+from lightning_compress.report.compare import compare, file_names
+from lightning_compress.report.measure import first_line
+from lightning_compress.report.render import to_console, to_markdown
+from lightning_compress.report.table import Report, Row
+from lightning_compress.report.write import ReportFiles, write_report
+
+FILE_STEM = "compression_report"
+
+
+class CompressionReport(CompressionCallback):
+    """Measure the network before and after the fit, the teacher, and every exported file.
+
+    When it acts: it copies the module when the fit starts ("before"), and measures when everything else is done: bytes,
+    multiply-accumulates, time (on the CPU, one thread, all in turn), and the metrics of the module's own validation.
+    The table is printed, its numbers go to every logger as ``compress/<name>/<row>/<quantity>``, and
+    ``compression_report.json``, ``.md`` and ``.html`` are written. What it leaves alone: the module; all is measured on
+    copies. Under ``fast_dev_run`` nothing is written.
+
+    Args:
+        path: Directory of the three files, relative to the working directory when the callback is made. ``None``: the
+            Trainer's log directory, or ``compression_report`` under its root directory where there is none.
+        latency: Whether to measure times; this takes at most about 10 seconds.
+        name: As in the base class; default "report". Another name is added to the names of the files.
+
+    Attributes:
+        result: The report, on rank 0 after a fit.
+        files: Where it was written.
+        recipe: What the report keeps as the recipe that attached the callbacks.
+
+    Raises:
+        ValueError: If ``path`` is a file or not on this machine.
+
+    Example:
+        >>> CompressionReport(latency=False).state_key
+        'CompressionReport[report]'
+    """
+
+    default_name = "report"
+
+    def __init__(
+        self, *, path: str | os.PathLike[str] | None = None, latency: bool = True, name: str | None = None
+    ) -> None:
+        super().__init__(name=name)
+        if path is not None and "://" in os.fspath(path):
+            raise ValueError(f"path must be a local directory, got '{os.fspath(path)}'")
+        if path is not None and Path(path).is_file():
+            raise ValueError(f"path must be a directory, and '{os.fspath(path)}' is a file")
+        self.path = None if path is None else os.path.abspath(path)
+        self.latency = latency
+        self.recipe: dict[str, Any] | None = None
+        self.result: Report | None = None
+        self.files: ReportFiles | None = None
+        self._before: nn.Module | None = None
+        self._capture: StudentCapture | None = None
+        self._notes: list[str] = []
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """Keep the module as it is now, and record what its network receives."""
+        self.result, self.files, self._before, self._notes = None, None, None, []
+        self.student_capture = self._capture = controller.capture(None, required=False)
+        if trainer.is_global_zero:
+            self._keep(pl_module)
+        if trainer.ckpt_path is not None:
+            self._notes.append(f"The fit was resumed from {trainer.ckpt_path}: before is the module as it was there.")
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Drop the copy."""
+        super().teardown(trainer, pl_module, stage)
+        self._before = None
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Drop the copy."""
+        super().on_exception(trainer, pl_module, exception)
+        self._before = None
+
+    def report(self, trainer: Any, pl_module: Any) -> None:
+        """Measure, print, log and write; on rank 0."""
+        directory = self._directory(trainer)  # on every rank: reading the log directory is a broadcast
+        if not trainer.is_global_zero:
+            return
+        self.result = self._measured(trainer, pl_module)
+        self._before = None
+        _print(to_console(self.result))
+        self._log(trainer, self.result)
+        if trainer.fast_dev_run:
+            log.info("%s: fast_dev_run, so no file is written", self.name)
+            return
+        try:
+            self.files = write_report(self.result, directory, self._stem())
+        except OSError as error:  # the training itself went well, and the table was printed and logged
+            warnings.warn(f"the report could not be written to '{directory}': {error}", stacklevel=2)
+        else:
+            log.info("%s: wrote %s", self.name, self.files.html)
+
+    def _keep(self, pl_module: Any) -> None:
+        """Copy the module, for the row "before"; the report does without where that is impossible."""
+        problem = None
+        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in pl_module.parameters()):
+            problem = f"{type(pl_module).__name__} has lazy parameters without a shape"
+        else:
+            try:
+                self._before = independent_copy(pl_module).cpu()
+            except ExportError as error:
+                problem = str(error)
+        if problem is not None:
+            self._notes.append(f"before was not measured: {problem}.")
+            warnings.warn(f"the report will have no row 'before': {problem}", stacklevel=3)
+
+    def _directory(self, trainer: Any) -> str:
+        log_directory = trainer.log_dir if trainer.loggers else None
+        if self.path is not None:
+            return self.path
+        root = str(trainer.default_root_dir)
+        roots = [os.path.abspath(entry) for entry in (root, os.curdir)]
+        if log_directory is None or os.path.abspath(log_directory) in roots:  # not to be littered with our files
+            log_directory = os.path.join(root, FILE_STEM)
+        return FILE_STEM if "://" in log_directory else str(log_directory)
+
+    def _stem(self) -> str:
+        return FILE_STEM if self.name == self.default_name else f"{FILE_STEM}_{self.name}"
+
+    def _measured(self, trainer: Any, pl_module: Any) -> Report:
+        network, sample = self._network_and_sample(trainer, pl_module)
+        notes = list(self._notes)
+        if sample is None and self._capture is not None and self._capture.problem is not None:
+            notes.append(f"No network was found: {self._capture.problem}.")
+        if network:
+            notes.append(f"Parameters, bytes and times are those of '{network}' inside {type(pl_module).__name__}.")
+        befores = [] if self._before is None else [("before", self._before)]
+        models = {name: find_module(module, network, argument="network") for name, module in befores}
+        models["after"] = find_module(pl_module, network, argument="network")
+        models.update(_teachers(trainer))
+        return compare(
+            models,
+            [callback.result for callback in _exports(trainer).values()],
+            sample=sample,
+            metrics=self._metrics(trainer, pl_module, network, models, notes),
+            latency=self.latency,
+            compressed="after",
+            prefix=network,
+            notes=notes,
+            recipe=self.recipe,
+        )
+
+    def _network_and_sample(self, trainer: Any, pl_module: Any) -> tuple[str, Sample | None]:
+        """The network that the other callbacks worked on, else the one found here, and what it received last."""
+        others = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+        others.sort(key=lambda callback: (callback.teacher_network is None, callback is self))
+        for callback in others:
+            seen = callback.captured_sample
+            if seen is not None:
+                return seen.network, Sample(seen.args, seen.kwargs)
+        example = getattr(pl_module, "example_input_array", None)
+        if example is None:
+            return "", None
+        if isinstance(example, dict):
+            return "", Sample((), example)
+        return "", Sample(example if isinstance(example, tuple) else (example,))
+
+    def _metrics(
+        self, trainer: Any, pl_module: Any, network: str, models: dict[str, nn.Module], notes: list[str]
+    ) -> dict[str, dict[str, float]]:
+        """The metrics of each row; what a callback measured already is taken from there."""
+        if not has_validation(pl_module, trainer):
+            notes.append(f"There are no metrics: {type(pl_module).__name__} has no validation here.")
+            return {}
+        metrics: dict[str, dict[str, float]] = {}
+        exports = _exports(trainer)
+        for name, callback in exports.items():
+            if callback.module_metrics:
+                metrics["after"] = callback.module_metrics
+            metrics[name] = callback.file_metrics or _attempt(
+                name, notes, evaluate, callback.result.path, pl_module, trainer
+            )
+        for name, model in models.items():
+            if name not in metrics:
+                owner = self._before if name == "before" else pl_module
+                stand_in = None if name in ("before", "after") else model
+                metrics[name] = _attempt(name, notes, _validated, owner, trainer, network, stand_in)
+        return metrics
+
+    def _log(self, trainer: Any, report: Report) -> None:
+        """Numbers to every logger, and the Markdown to those that take text."""
+        numbers = {
+            f"compress/{self.name}/{row.name.replace('/', '_')}/{quantity}": value
+            for row in report.rows
+            for quantity, value in _quantities(row)
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=trainer.global_step)
+            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+            if add_text is not None:
+                add_text(f"compress/{self.name}", to_markdown(report), trainer.global_step)
+            logger.save()
+
+
+class _Pipeline(nn.Module):
+    """A teacher together with the transform that makes its input from the student's."""
+
+    def __init__(self, teacher: nn.Module, transform: nn.Module) -> None:
+        super().__init__()
+        self.teacher, self.transform = teacher, transform
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return Teacher(self.teacher, self.transform)(NetworkCall(args, kwargs, None))
+
+
+def _teachers(trainer: Any) -> dict[str, nn.Module]:
+    """Each teacher once, under the name of its row."""
+    found: dict[str, nn.Module] = {}
+    seen: list[nn.Module] = []
+    for callback in trainer.callbacks:
+        teacher = getattr(callback, "teacher_network", None)
+        if teacher is None or any(teacher is other for other in seen):
+            continue
+        seen.append(teacher)
+        transform = getattr(callback, "teacher_transform", None)
+        name = "teacher" if not found else f"teacher of {callback.name}"
+        found[name] = teacher if transform is None else _Pipeline(teacher, transform)
+    return found
+
+
+def _exports(trainer: Any) -> dict[str, Any]:
+    """The callbacks that exported a file, under the name of its row."""
+    callbacks = [
+        callback for callback in trainer.callbacks if isinstance(getattr(callback, "result", None), ExportResult)
+    ]
+    return dict(zip(file_names([callback.result for callback in callbacks]), callbacks, strict=True))
+
+
+def _validated(module: Any, trainer: Any, network: str, stand_in: nn.Module | None) -> dict[str, float]:
+    """The metrics of a module, with a copy of another network in its network's place if one is given."""
+    if stand_in is None:
+        return evaluate_forward(module, trainer)
+    other = widen_(independent_copy(stand_in).cpu().eval())
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return other(*args, **kwargs)
+
+    return evaluate_forward(module, trainer, network, forward)
+
+
+def _attempt(name: str, notes: list[str], measure: Callable[..., dict[str, float]], *args: Any) -> dict[str, float]:
+    try:
+        return measure(*args)
+    except Exception as error:  # the user's validation may raise anything, the more with another network's output
+        notes.append(f"The metrics of {name} were not measured: {type(error).__name__}: {first_line(error)}.")
+        return {}
+
+
+def _quantities(row: Row) -> Iterator[tuple[str, float]]:
+    for quantity in ("parameters", "nonzeros", "macs", "bytes", "bytes_compressed"):
+        value = getattr(row, quantity)
+        if value is not None:
+            yield quantity, float(value)
+    if row.latency_ms is not None:
+        yield "latency_ms", row.latency_ms.median
+    yield from row.metrics.items()
+
+
+def _print(text: str) -> None:
+    """Write to the terminal, whatever characters it has."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    sys.stdout.write("\n" + text.encode(encoding, "replace").decode(encoding))

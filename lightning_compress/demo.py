@@ -1,0 +1,344 @@
+"""The demo: on real data, a teacher, a small student alone, the same student distilled, a checked file, and the table.
+
+The test set is looked at once a run, after the last epoch; nothing is chosen by it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import struct
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_compress.callbacks.distillation import DistillationCallback
+from lightning_compress.callbacks.export import ExportCallback
+from lightning_compress.export import ExportResult, Sample, evaluate, to_onnx
+from lightning_compress.mechanisms.selection import did_you_mean
+from lightning_compress.report import compare, to_console, write_report
+
+METRIC = "val_accuracy"
+TOLERANCE = 0.005
+FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("FashionMNIST/raw"), Path("data/FashionMNIST/raw"))
+FASHION_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+FASHION_HELP = (
+    "Fashion-MNIST is not on this machine. On Debian or Ubuntu: apt-get install dataset-fashion-mnist. Elsewhere: "
+    "python -c \"import torchvision; torchvision.datasets.FashionMNIST('data', download=True)\" and call the demo "
+    "from the same folder"
+)
+
+
+class DemoDataError(RuntimeError):
+    """The data that the demo was asked for is not there, or is not known."""
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """Images and labels, and how long to train on them.
+
+    Attributes:
+        train: Images (N, 1, H, W), standardised, and labels (N,).
+        test: The same for the test set.
+        epochs: Epochs of the teacher, and of each student.
+    """
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    epochs: tuple[int, int]
+
+    def loaders(self, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
+        """Loaders of the training set, in an order that the seed fixes, and of the test set."""
+        generator = torch.Generator().manual_seed(seed)
+        train = DataLoader(TensorDataset(*self.train), batch_size=64, shuffle=True, generator=generator)
+        return train, DataLoader(TensorDataset(*self.test), batch_size=500)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; halves the resolution where the width grows."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        stride = 1 if channels == width else 2
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if stride != 1:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images features (N, C, H, W) to (N, width, H / stride, W / stride)."""
+        hidden = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(hidden)) + self.shortcut(x))
+
+
+class SmallResNet(nn.Module):
+    """A residual network for small grey images.
+
+    Args:
+        width: Channels of the first stage; doubled in the second and third.
+        classes: Number of classes.
+    """
+
+    def __init__(self, width: int, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stages = nn.Sequential(
+            ResidualBlock(width, width), ResidualBlock(width, 2 * width), ResidualBlock(2 * width, 4 * width)
+        )
+        self.head = nn.Linear(4 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 1, H, W) to logits (N, classes)."""
+        features: Tensor = self.stages(self.stem(x))
+        logits: Tensor = self.head(features.mean(dim=(2, 3)))
+        return logits
+
+
+class LitClassifier(L.LightningModule):
+    """An ordinary classifier: it knows nothing of compression.
+
+    Args:
+        width: Width of its network.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.network = SmallResNet(width)
+        self.accuracy = MulticlassAccuracy(num_classes=10, average="micro")
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch of images and labels."""
+        images, labels = batch
+        loss = F.cross_entropy(self.network(images), labels)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Log loss and accuracy."""
+        images, labels = batch
+        logits = self.network(images)
+        self.accuracy(logits, labels)
+        self.log("val_loss", F.cross_entropy(logits, labels))
+        self.log(METRIC, self.accuracy)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """SGD whose learning rate falls along a cosine."""
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def run_demo(*, data: str = "digits", out: str = "compress-demo", seed: int = 0) -> int:
+    """Run the demo and leave everything in one folder.
+
+    Args:
+        data: "digits" (scikit-learn's, 8x8) or "fashion-mnist" (14x14, 20,000 training images).
+        out: Folder for checkpoints, logs, files and the report; made if it does not exist.
+        seed: Seed of the weights and of the order of the batches; teacher and students use the same.
+
+    Returns:
+        0 if all went well; 1 if a file's accuracy differs from its module's by more than half a point; 2 if the data
+        is not there or not known (the reason is written to stderr).
+    """
+    start = time.perf_counter()
+    try:
+        source = load_data(data)
+    except (DemoDataError, ImportError) as error:
+        sys.stderr.write(f"lightning-compress demo: {error}\n")
+        return 2
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _quiet():
+        return _train_and_compare(source, folder, data, seed, start)
+
+
+def load_data(name: str) -> DemoData:
+    """The demo's data, from packages and files that are on the machine.
+
+    Args:
+        name: "digits" or "fashion-mnist".
+
+    Returns:
+        Training and test set.
+
+    Raises:
+        DemoDataError: If there is no such data set, or its files are not on this machine.
+        ImportError: If scikit-learn is needed and not installed.
+    """
+    if name == "digits":
+        return _digits()
+    if name == "fashion-mnist":
+        return _fashion_mnist()
+    accepted = ["digits", "fashion-mnist"]
+    raise DemoDataError(f"--data must be one of {accepted}, got {name!r}{did_you_mean(name, accepted)}")
+
+
+def _train_and_compare(source: DemoData, folder: Path, data: str, seed: int, start: float) -> int:
+    teacher_epochs, student_epochs = source.epochs
+    _say(f"[1/4] teacher: a residual network of width 32, {teacher_epochs} epochs on {data}")
+    teacher, _ = _fit(source, 32, teacher_epochs, folder / "teacher", seed)
+    _say(f"[2/4] student alone: width 8, {student_epochs} epochs")
+    alone, _ = _fit(source, 8, student_epochs, folder / "student_alone", seed)
+    _say("[3/4] student distilled: the same seed, batches and number of steps, and one callback more")
+    exporting = ExportCallback(folder / "student.onnx", metric=METRIC, tolerance=TOLERANCE)
+    distilling = DistillationCallback(teacher.network)
+    distilled, _ = _fit(source, 8, student_epochs, folder / "student_distilled", seed, [distilling, exporting])
+    _say("[4/4] files and table: export, check, validation through the files, times")
+    if exporting.result is None:
+        raise RuntimeError("the export at the end of the fit wrote no file")
+    sample = source.test[0][:8]
+    teacher_file = to_onnx(teacher.network, folder / "teacher.onnx", sample)
+    _, test = source.loaders(seed)
+    metrics = {
+        "teacher": _metrics(teacher, source, seed),
+        "student alone": _metrics(alone, source, seed),
+        "student distilled": exporting.module_metrics,
+        "teacher.onnx": evaluate(teacher_file.path, teacher, test, network="network"),
+        "student.onnx": exporting.file_metrics,
+    }
+    failures = [exporting.failure] if exporting.failure else []
+    gap = abs(metrics["teacher.onnx"][METRIC] - metrics["teacher"][METRIC])
+    if not gap <= TOLERANCE:
+        failures.append(f"{METRIC} of teacher.onnx differs from the module's by {gap:.3g}, beyond {TOLERANCE:g}")
+    _report(folder, (teacher, alone, distilled), [teacher_file, exporting.result], sample, metrics, data, start)
+    for failure in failures:
+        sys.stderr.write(f"lightning-compress demo: {failure}\n")
+    return 1 if failures else 0
+
+
+def _fit(
+    source: DemoData, width: int, epochs: int, folder: Path, seed: int, callbacks: Sequence[Callback] = ()
+) -> tuple[LitClassifier, L.Trainer]:
+    torch.manual_seed(seed)
+    module = LitClassifier(width)
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="auto",
+        devices=1,
+        callbacks=[TQDMProgressBar(refresh_rate=5), *callbacks],
+        logger=CSVLogger(folder, name="", version=""),
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=epochs,  # the test set is looked at once
+        log_every_n_steps=10,
+    )
+    train, test = source.loaders(seed)
+    trainer.fit(module, train, test)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return module, trainer
+
+
+def _metrics(module: LitClassifier, source: DemoData, seed: int) -> dict[str, float]:
+    from lightning_compress.export.evaluate import evaluate_forward
+
+    return evaluate_forward(module, source.loaders(seed)[1])
+
+
+def _report(
+    folder: Path,
+    modules: tuple[LitClassifier, LitClassifier, LitClassifier],
+    files: list[ExportResult],
+    sample: Tensor,
+    metrics: dict[str, dict[str, float]],
+    data: str,
+    start: float,
+) -> None:
+    teacher, alone, distilled = (module.network for module in modules)
+    gain = 100 * (metrics["student distilled"][METRIC] - metrics["student alone"][METRIC])
+    report = compare(
+        {"teacher": teacher, "student alone": alone, "student distilled": distilled},
+        files,
+        sample=Sample((sample,)),
+        metrics=metrics,
+        notes=[
+            f"Data: {data}; {METRIC} is on the test set after the last epoch. One seed: the difference between the "
+            f"two students ({gain:+.1f} points) is an illustration, not evidence."
+        ],
+        recipe={"demo": {"data": data}},
+    )
+    written = write_report(report, folder)
+    _say("")
+    sys.stdout.write(to_console(report) + "\n")
+    _say(f"\nReport: {written.html}\nFiles:  {', '.join(str(file.path) for file in files)}")
+    _say(f"Took {time.perf_counter() - start:.0f} s.")
+
+
+def _digits() -> DemoData:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError('the demo needs scikit-learn: pip install "lightning-compress[demo]"') from error
+    images, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    x = (torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)[order] - 4.9) / 6.0
+    y = torch.tensor(labels, dtype=torch.long)[order]
+    return DemoData((x[:1297], y[:1297]), (x[1297:], y[1297:]), epochs=(20, 20))
+
+
+def _fashion_mnist() -> DemoData:
+    train_x, train_y, test_x, test_y = (_read_idx(name) for name in FASHION_FILES)
+
+    def prepared(images: Tensor) -> Tensor:
+        return (F.avg_pool2d(images[:, None].float() / 255, 2) - 0.286) / 0.320  # (N, 28, 28) -> (N, 1, 14, 14)
+
+    train = (prepared(train_x[:20000]), train_y[:20000].long())
+    return DemoData(train, (prepared(test_x), test_y.long()), epochs=(3, 4))
+
+
+def _read_idx(name: str) -> Tensor:
+    """Read one file of the IDX format, plain or gzipped."""
+    for folder in FASHION_FOLDERS:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file():
+                raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+                dimensions = raw[3]
+                shape = struct.unpack(f">{dimensions}I", raw[4 : 4 + 4 * dimensions])
+                return torch.frombuffer(bytearray(raw[4 + 4 * dimensions :]), dtype=torch.uint8).reshape(shape)
+    raise DemoDataError(FASHION_HELP)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Only what the demo has to say: Lightning's notes on devices, workers and tips are for other programs."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

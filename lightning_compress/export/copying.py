@@ -1,0 +1,174 @@
+"""A copy of a module that shares nothing with it that training or validation could change."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_compress import _compat
+from lightning_compress.export.errors import ExportError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+WRAPPED_METHODS = (
+    "training_step",
+    "validation_step",
+    "test_step",
+    "predict_step",
+    "on_save_checkpoint",
+    "on_load_checkpoint",
+)
+HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+HOOK_FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+SHARED_LIGHTNING_CLASSES = ("Trainer", "LightningDataModule", "CombinedLoader", "Callback", "Logger")
+
+
+def independent_copy(module: ModuleT) -> ModuleT:
+    """Copy a module so that running, training or exporting the copy leaves the original alone.
+
+    Differences from ``copy.deepcopy``: attributes that are non-leaf tensors are detached instead of being refused;
+    datasets, loaders, datamodules and trainers are shared, not copied; hooks and step wrappers that this package put
+    on the original are absent; nothing in the copy is compiled, because compiled code stays bound to the original.
+
+    Args:
+        module: Any module. A LightningModule may be attached to a Trainer; its copy is not.
+
+    Returns:
+        The copy, on the same device and with the same training flags. A compiled child is replaced by what was
+        compiled, so its keys lose ``_orig_mod.``.
+
+    Raises:
+        ExportError: If an attribute cannot be copied; the message names it.
+
+    Example:
+        >>> import torch
+        >>> network = torch.nn.Linear(2, 1)
+        >>> network.last_output = network(torch.ones(1, 2))  # copy.deepcopy would refuse this
+        >>> independent_copy(network).last_output.requires_grad
+        False
+    """
+    source = cast(ModuleT, _compat.uncompiled(module))
+    memo = _prepared_memo(source)
+    try:
+        duplicate = copy.deepcopy(source, dict(memo))
+    except Exception as error:  # whatever an attribute's own __deepcopy__ or __reduce__ raises
+        name = _attribute_that_fails(source, memo)
+        where = f"its attribute '{name}'" if name else "one of its attributes"
+        raise ExportError(
+            f"{type(source).__name__} cannot be copied because of {where}: {type(error).__name__}: {error}"
+        ) from error
+    return make_plain_(duplicate)
+
+
+def make_plain_(module: ModuleT) -> ModuleT:
+    """Take off a module, in place, the hooks and wrappers of this package, Lightning's caches and any compilation."""
+    for part in module.modules():
+        _strip_hooks(part)
+        _strip_wrappers(part)
+        _compat.forget_metric_names_(part)
+    return cast(ModuleT, _compat.drop_compilation_(module))
+
+
+def widen_(module: ModuleT) -> ModuleT:
+    """Turn a module that holds half-precision tensors into float32, in place; leave any other as it is."""
+    if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in [*module.parameters(), *module.buffers()]):
+        module.float()
+    return module
+
+
+def _prepared_memo(module: nn.Module) -> dict[int, Any]:
+    """What ``copy.deepcopy`` must not copy in its own way, looking through dicts, lists, tuples and modules."""
+    memo: dict[int, Any] = {}
+    seen: set[int] = set()
+    waiting: list[Any] = [module]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+        elif _is_shared(value) or _is_ours(value):
+            memo[id(value)] = value
+        elif isinstance(value, nn.Module):
+            waiting.append(vars(value))
+            memo.update({id(state): state for state in [_compat.compiled_state(value)] if state is not None})
+        elif isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            waiting.extend(value)
+    return memo
+
+
+def _is_shared(value: Any) -> bool:
+    """Whether a copy should refer to the very same object: data, and Lightning's own machinery."""
+    if isinstance(value, (Dataset, DataLoader, Sampler)):
+        return True
+    return any(
+        base.__name__ in SHARED_LIGHTNING_CLASSES and base.__module__.startswith(("lightning.", "pytorch_lightning."))
+        for base in type(value).__mro__
+    )
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether a callable was put there by this package."""
+    return callable(value) and bool(getattr(value, "_lightning_compress", False))
+
+
+def _strip_hooks(part: nn.Module) -> None:
+    for table in HOOK_TABLES:
+        hooks = vars(part).get(table) or {}
+        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+            del hooks[key]
+            for flags in HOOK_FLAGS:
+                vars(part).get(flags, {}).pop(key, None)
+
+
+def _strip_wrappers(part: nn.Module) -> None:
+    for name in WRAPPED_METHODS:
+        wrapper = vars(part).get(name)
+        if wrapper is None or not hasattr(wrapper, "_lightning_compress"):
+            continue
+        del part.__dict__[name]
+        original = getattr(wrapper, "_lightning_compress_original_entry", None)
+        if original is not None:
+            part.__dict__[name] = _rebound(original, part)
+
+
+def _rebound(method: Any, owner: nn.Module) -> Any:
+    """A method of the original as a method of its copy; a plain function stays as it is."""
+    return method.__func__.__get__(owner) if isinstance(getattr(method, "__self__", None), type(owner)) else method
+
+
+def _attribute_that_fails(module: nn.Module, memo: dict[int, Any]) -> str | None:
+    """Dotted name of the first attribute that cannot be copied on its own."""
+    return next((name for name, value in _plain_attributes(module) if not _can_be_copied(value, memo)), None)
+
+
+def _can_be_copied(value: Any, memo: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:  # whatever the object's own methods raise
+        return False
+    return True
+
+
+def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every attribute that is neither a child module nor the Trainer, hooks and buffers last."""
+    for path, part in module.named_modules():
+        internal = []
+        for name, value in vars(part).items():
+            if name in ("_modules", "_trainer"):
+                continue
+            entry = (f"{path}.{name}" if path else name, value)
+            if name in vars(nn.Module()):
+                internal.append(entry)
+            else:
+                yield entry
+        yield from internal

@@ -1,0 +1,297 @@
+"""The metrics of a module's own validation with something else in its network's place: an exported file, a teacher.
+
+The validation runs in a Trainer of its own, on a copy of the module, so the user's module, Trainer and data are as
+they were, even in the middle of a hook and on one rank of several.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
+
+from lightning_compress import _compat
+from lightning_compress.export.copying import independent_copy, make_plain_, widen_
+from lightning_compress.export.errors import EvaluationError, ExportError
+from lightning_compress.export.isolation import attributes_kept, evaluating, module_kept, quiet, random_state_kept
+from lightning_compress.export.runtime import OnnxNetwork
+from lightning_compress.export.sample import Call, Sample, bind, defines
+from lightning_compress.export.tree import leaves, named_tensors, with_tensors
+from lightning_compress.mechanisms.selection import find_module, plain_name
+
+RUN_VARIABLE = "LIGHTNING_COMPRESS_RUN"  # tells every Trainer to attach a recipe; not the one made here
+LIGHTNING_LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_utilities")
+
+Forward = Callable[..., Any]
+
+
+def evaluate(
+    path: str | os.PathLike[str], module: nn.Module, trainer_or_dataloaders: Any = None, *, network: str | None = None
+) -> dict[str, float]:
+    """Run the module's own validation with an exported file in the place of its network.
+
+    Args:
+        path: A file that :func:`~lightning_compress.export.to_onnx` wrote.
+        module: The LightningModule that the file came from.
+        trainer_or_dataloaders: What to validate on: a Trainer (its datamodule, else the loaders that were given to
+            it), a datamodule, or dataloaders. None: the module's own ``val_dataloader``.
+        network: Dotted name of the network inside ``module``; None: what the file says.
+
+    Returns:
+        The metrics that ``trainer.validate`` would have returned, under the same names.
+
+    Raises:
+        EvaluationError: If there is nothing to validate on, the file was never called, or it does not take the
+            inputs that the validation gives the network.
+        FileNotFoundError: If there is no such file.
+        ImportError: If the packages of the ``onnx`` extra are not installed.
+        TypeError: If ``module`` is not a LightningModule.
+        ValueError: If ``network`` names nothing.
+    """
+    file = OnnxNetwork(path)
+    name = file.metadata.get("lightning_compress.network", "") if network is None else network
+
+    def from_file(part: nn.Module) -> Forward:
+        return _FileForward(part, file)
+
+    return _validated(module, trainer_or_dataloaders, name, from_file)
+
+
+def evaluate_forward(
+    module: nn.Module, trainer_or_dataloaders: Any = None, network: str = "", forward: Forward | None = None
+) -> dict[str, float]:
+    """Run a module's own validation, with another forward for its network if one is given.
+
+    Args:
+        module: A LightningModule.
+        trainer_or_dataloaders: What to validate on, as in :func:`evaluate`.
+        network: Dotted name of the network inside ``module``; "" for the module itself.
+        forward: Called in the place of the network's forward, with the same arguments; None: the module as it is.
+
+    Returns:
+        The metrics that ``trainer.validate`` would have returned, under the same names.
+
+    Raises:
+        EvaluationError: If there is nothing to validate on, or ``forward`` was never called.
+        TypeError: If ``module`` is not a LightningModule.
+        ValueError: If ``network`` names nothing.
+    """
+    return _validated(module, trainer_or_dataloaders, network, None if forward is None else lambda part: forward)
+
+
+def has_validation(module: nn.Module, trainer: Any) -> bool:
+    """Whether a Trainer has something to validate a module on, and the module a step to do it with.
+
+    Args:
+        module: A LightningModule.
+        trainer: The Trainer that fits it.
+
+    Returns:
+        False without ``validation_step``, without validation data, or with ``limit_val_batches=0``.
+    """
+    try:
+        _require_validation(module, trainer)
+        _data(module, trainer)
+    except EvaluationError:
+        return False
+    return True
+
+
+class _FileForward:
+    """The forward of a network, computed by a file, in the structure that the network's own output has."""
+
+    def __init__(self, network: nn.Module, file: OnnxNetwork) -> None:
+        self._network = network
+        self._original = network.forward
+        self._signature = inspect.signature(network.forward)
+        self._file = file
+        constants = file.metadata.get("lightning_compress.constants")
+        self._constants: dict[str, str] | None = None if constants is None else json.loads(constants)
+        self._template: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = bind(self._signature, Sample(args, kwargs))
+        outputs = self._file.run(self._in_order(call))
+        if self._template is None:
+            with evaluating(self._network):
+                self._template = self._original(*args, **kwargs)
+            expected = len(named_tensors(self._template))
+            if expected != len(outputs):
+                raise EvaluationError(
+                    f"'{self._file.path}' gives {len(outputs)} tensors, {list(self._file.output_names)}, "
+                    f"but the network gives {expected}"
+                )
+        return with_tensors(self._template, outputs)
+
+    def _in_order(self, call: Call) -> list[Tensor]:
+        """The tensors of a call as the file takes them, if it was exported for such a call."""
+        by_name = dict(zip(call.names, call.tensors, strict=True))
+        if set(by_name) != set(self._file.input_names):
+            raise EvaluationError(
+                f"the validation calls the network with {sorted(by_name)}, but '{self._file.path}' was exported with "
+                f"{sorted(self._file.input_names)}; export it with a sample= like the validation's call"
+            )
+        constants = call.constants if self._constants is None else self._constants
+        for name in constants.keys() | call.constants.keys():
+            exported, given = constants.get(name), call.constants.get(name)
+            if exported != given:
+                raise EvaluationError(
+                    f"the validation calls the network with {name}={given}, but '{self._file.path}' was exported with "
+                    f"{name}={exported}; export it with a sample= like the validation's call"
+                )
+        return [by_name[name] for name in self._file.input_names]
+
+
+def _validated(
+    module: nn.Module, source: Any, name: str, replacement: Callable[[nn.Module], Forward] | None
+) -> dict[str, float]:
+    """Validate a copy of ``module``, its network's forward replaced, and return the metrics."""
+    module = _compat.uncompiled(module)
+    lightning = _namespace(module)
+    trainer = source if _is_trainer(source) else None
+    _require_validation(module, trainer)
+    find_module(module, name, argument="network")  # a wrong name is an error before anything is copied
+    loaders, datamodule = _data(module, source)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet(LIGHTNING_LOGGERS))
+        stack.enter_context(random_state_kept())
+        stack.enter_context(_compat.hidden_process_group())
+        duplicate = widen_(stack.enter_context(_working_copy(module)))
+        if datamodule is not None:
+            stack.enter_context(attributes_kept(datamodule))
+        vars(duplicate)["configure_callbacks"] = list  # the user's callbacks act on the user's run only
+        fresh = _fresh_trainer(lightning, trainer)
+        counter = _replace(find_module(duplicate, plain_name(name), argument="network"), replacement)
+        results = fresh.validate(duplicate, dataloaders=loaders, datamodule=datamodule, verbose=False)
+    if not results:
+        raise EvaluationError("the validation ran no batch; are the validation data empty?")
+    if counter is not None and counter.calls == 0:
+        raise EvaluationError(
+            f"{type(module).__name__}.validation_step never called '{name or 'self'}', so the metrics would be those "
+            "of the torch network; it probably calls layers inside it: name the part that it calls with network="
+        )
+    return {key: float(value) for result in results for key, value in result.items()}
+
+
+class _Counter:
+    """How often a replaced forward was called."""
+
+    calls = 0
+
+
+def _replace(network: nn.Module, replacement: Callable[[nn.Module], Forward] | None) -> _Counter | None:
+    """Shadow the forward of a network; its parameters, and all else, stay in place."""
+    if replacement is None:
+        return None
+    counter, forward = _Counter(), replacement(network)
+
+    @functools.wraps(network.forward)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        counter.calls += 1
+        return forward(*args, **kwargs)
+
+    vars(network)["forward"] = counted
+    return counter
+
+
+@contextlib.contextmanager
+def _working_copy(module: nn.Module) -> Iterator[nn.Module]:
+    """A copy to validate, or the module itself, put back afterwards, where it cannot be copied."""
+    try:
+        duplicate = independent_copy(module)
+    except ExportError:
+        with module_kept(module):
+            yield make_plain_(module)
+    else:
+        yield duplicate
+
+
+def _namespace(module: nn.Module) -> Any:
+    """The Lightning package that a LightningModule is of."""
+    for base in type(module).__mro__:
+        if base.__name__ == "LightningModule":
+            name = "pytorch_lightning" if base.__module__.startswith("pytorch_lightning") else "lightning.pytorch"
+            return import_module(name)
+    raise TypeError(f"module must be a LightningModule, because its validation is run; got {type(module).__name__}")
+
+
+def _is_trainer(source: Any) -> bool:
+    return hasattr(source, "validate") and hasattr(source, "fit_loop")
+
+
+def _has_base(value: Any, name: str) -> bool:
+    return any(base.__name__ == name for base in type(value).__mro__)
+
+
+def _require_validation(module: nn.Module, trainer: Any) -> None:
+    if not defines(module, "validation_step"):
+        raise EvaluationError(f"{type(module).__name__} has no validation_step, so there are no metrics to compute")
+    if trainer is not None and trainer.limit_val_batches == 0:
+        raise EvaluationError("the Trainer has limit_val_batches=0, so there is nothing to validate on")
+
+
+def _data(module: nn.Module, source: Any) -> tuple[Any, Any]:
+    """Dataloaders and datamodule to validate on; both None where the module's own hook gives the loaders."""
+    loaders, datamodule = source, None
+    if _is_trainer(source):
+        datamodule = source.datamodule
+        loaders = None if datamodule is not None else _compat.validation_source(source)
+    if _has_base(loaders, "LightningDataModule"):
+        loaders, datamodule = None, loaders
+    if _has_base(loaders, "LightningModule"):
+        loaders = None
+    if loaders is None and not defines(module if datamodule is None else datamodule, "val_dataloader"):
+        raise EvaluationError(
+            f"nothing to validate on: {type(module).__name__} has no val_dataloader; "
+            "pass a Trainer that was given validation data, a datamodule, or dataloaders"
+        )
+    for _, loader in leaves(loaders):
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+            warnings.warn(
+                f"a validation loader has a DistributedSampler for {sampler.num_replicas} ranks; the metrics are "
+                "those of one rank's share of the data",
+                stacklevel=4,
+            )
+    return loaders, datamodule
+
+
+def _fresh_trainer(lightning: Any, trainer: Any) -> Any:
+    """A Trainer for one silent validation on the CPU in this process, whatever launched the process."""
+    settings: dict[str, Any] = {}
+    if trainer is not None:
+        settings["limit_val_batches"] = trainer.limit_val_batches
+        settings["inference_mode"] = _compat.validates_in_inference_mode(trainer)
+        if trainer.precision == "64-true":
+            settings["precision"] = trainer.precision
+    environments = import_module(f"{lightning.__name__}.plugins.environments")
+    recipe = os.environ.pop(RUN_VARIABLE, None)
+    try:
+        fresh = lightning.Trainer(
+            accelerator="cpu",
+            devices=1,
+            num_nodes=1,
+            plugins=[environments.LightningEnvironment()],
+            logger=False,
+            callbacks=[],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            **settings,
+        )
+    finally:
+        if recipe is not None:
+            os.environ[RUN_VARIABLE] = recipe
+    if trainer is not None:
+        _compat.copy_progress(trainer, fresh)
+    return fresh

@@ -1,0 +1,166 @@
+"""What to export and on which input: the sample, where it comes from, and how it is bound to the forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress import _compat
+from lightning_compress.export.tree import is_constant, leaves, rebuild, unique_names
+from lightning_compress.mechanisms.selection import plain_name
+
+OUR_BASES = ("torch.", "lightning.", "pytorch_lightning.")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of a network: positional and keyword arguments, as its forward takes them.
+
+    Attributes:
+        args: Positional arguments; tensors, or nested containers of them.
+        kwargs: Keyword arguments.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call in canonical form, so that export and evaluation agree on the order of the inputs.
+
+    Attributes:
+        arguments: The call as ``inspect`` bound it, defaults filled in.
+        names: A name for each tensor among the arguments, in order.
+        tensors: Those tensors.
+        constants: ``repr`` of each plain value among the arguments, by name.
+    """
+
+    arguments: inspect.BoundArguments
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    constants: dict[str, str]
+
+    def sample(self, tensors: tuple[Tensor, ...]) -> Sample:
+        """The same call with other tensors."""
+        remaining = iter(tensors)
+
+        def other(leaf: Any) -> Any:
+            return next(remaining) if isinstance(leaf, Tensor) else leaf
+
+        arguments = inspect.BoundArguments(
+            self.arguments.signature,
+            {name: rebuild(value, other) for name, value in self.arguments.arguments.items()},
+        )
+        return Sample(arguments.args, arguments.kwargs)
+
+
+def defines(module: nn.Module, method: str) -> bool:
+    """Whether a method is the user's, rather than the empty one of torch or Lightning."""
+    function = inspect.unwrap(getattr(module, method))
+    home = getattr(function, "__module__", None) or ""
+    base_class = getattr(function, "__qualname__", "").split(".")[0] in ("Module", "LightningModule", "DataHooks")
+    return not (base_class and home.startswith(OUR_BASES)) and function.__name__ != "_forward_unimplemented"
+
+
+def as_sample(sample: Any, signature: inspect.Signature) -> Sample:
+    """Read the ``sample`` argument: a tensor, a tuple, a dict, or a :class:`Sample`.
+
+    Raises:
+        TypeError: If it is anything else.
+        ValueError: If it is empty.
+    """
+    if isinstance(sample, Sample):
+        result = sample
+    elif isinstance(sample, Tensor):
+        result = Sample((sample,))
+    elif isinstance(sample, tuple):
+        result = Sample(sample)
+    elif isinstance(sample, Mapping):
+        named = _are_keywords(sample, signature)
+        result = Sample(kwargs={str(key): value for key, value in sample.items()}) if named else Sample((sample,))
+    else:
+        raise TypeError(
+            "sample must be a tensor, a tuple of arguments, a dict or a Sample(args, kwargs), "
+            f"got {type(sample).__name__}"
+        )
+    if not any(isinstance(leaf, Tensor) for _, leaf in leaves([list(result.args), dict(result.kwargs)])):
+        raise ValueError(f"sample holds no tensor: {sample!r}")
+    return result
+
+
+def bind(signature: inspect.Signature, sample: Sample) -> Call:
+    """Bind a sample to the signature of a forward.
+
+    Raises:
+        TypeError: If the forward does not take it.
+    """
+    arguments = signature.bind(*sample.args, **sample.kwargs)
+    arguments.apply_defaults()
+    found: list[tuple[str, Any]] = []
+    for name, value in arguments.arguments.items():
+        prefix = "" if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else name
+        found.extend(leaves(value, prefix))
+    tensors = [(name, leaf) for name, leaf in found if isinstance(leaf, Tensor)]
+    constants = {name: repr(leaf) for name, leaf in found if is_constant(leaf) and leaf is not None}
+    return Call(
+        arguments, tuple(unique_names(name for name, _ in tensors)), tuple(tensor for _, tensor in tensors), constants
+    )
+
+
+def on_cpu(sample: Sample) -> Sample:
+    """The sample with its own copies of the tensors on the CPU, half precision widened to float32."""
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        dtype = torch.float32 if leaf.dtype in (torch.float16, torch.bfloat16) else leaf.dtype
+        return leaf.detach().to("cpu", dtype, copy=True)
+
+    return Sample(tuple(rebuild(value, moved) for value in sample.args), rebuild(dict(sample.kwargs), moved))
+
+
+def captured(module: nn.Module, network: str | None) -> tuple[str, Sample | None]:
+    """Which network to export, and the input that a callback recorded for it in the last training step.
+
+    Args:
+        module: The LightningModule, or any other module.
+        network: Dotted name that the user chose, or None.
+
+    Returns:
+        The dotted name, "" where nothing says otherwise, and the recorded input or None.
+
+    Raises:
+        ValueError: If callbacks recorded different networks and ``network`` does not choose between them.
+    """
+    trainer = _compat.attached_trainer(module)
+    recorded = [getattr(callback, "captured_sample", None) for callback in getattr(trainer, "callbacks", None) or []]
+    by_name = {plain_name(entry.network): entry for entry in recorded if entry is not None}
+    if network is None and len(by_name) > 1:
+        raise ValueError(
+            f"callbacks recorded the input of several networks, {sorted(by_name)}; choose one with network="
+        )
+    name = next(iter(by_name), "") if network is None else plain_name(network)
+    entry = by_name.get(name)
+    return name, None if entry is None else Sample(tuple(entry.args), dict(entry.kwargs))
+
+
+def _are_keywords(sample: Mapping[Any, Any], signature: inspect.Signature) -> bool:
+    """Whether the keys of a dict are names of arguments, rather than the contents of a single argument."""
+    kinds = inspect.Parameter
+    parameters = signature.parameters.values()
+    named = {entry.name for entry in parameters if entry.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)}
+    if all(key in named for key in sample):
+        return True
+    takes_any = any(entry.kind is kinds.VAR_KEYWORD for entry in parameters)
+    needs_one = any(
+        entry.default is kinds.empty and entry.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+        for entry in parameters
+        if entry.name not in sample
+    )
+    return takes_any and not needs_one and all(isinstance(key, str) for key in sample)

@@ -1,0 +1,78 @@
+"""Plain weights out of a Lightning checkpoint."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def plain_state_dict(checkpoint_path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The weights of a Lightning checkpoint, for a process that has neither this package nor Lightning.
+
+    Args:
+        checkpoint_path: A file written by Lightning's ``ModelCheckpoint`` or ``trainer.save_checkpoint``.
+
+    Returns:
+        Names and CPU tensors that load with ``strict=True`` into the plain module.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a Lightning checkpoint, or cannot be read without unpickling arbitrary objects.
+
+    Example:
+        >>> import os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "last.ckpt")
+        ...     torch.save({"state_dict": torch.nn.Linear(2, 1).state_dict(), "epoch": 3}, path)
+        ...     sorted(plain_state_dict(path))
+        ['bias', 'weight']
+    """
+    weights: dict[str, Tensor] = read_checkpoint(checkpoint_path)["state_dict"]
+    return weights
+
+
+def read_checkpoint(checkpoint_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The whole contents of a Lightning checkpoint, tensors on the CPU; arguments and errors as above."""
+    path = Path(checkpoint_path)
+    if path.is_dir():
+        raise ValueError(
+            f"checkpoint_path '{path}' is a directory (a sharded checkpoint?); a single file is accepted, which "
+            "`python -m lightning.pytorch.utilities.consolidate_checkpoint` makes of it"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint_path '{path}' does not exist")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(_why_unreadable(path, error)) from error
+    except Exception as error:  # the unpickler raises whatever the bytes of another kind of file lead it to
+        raise ValueError(f"checkpoint_path '{path}' is not a file that torch.load can read: {error!r}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"checkpoint_path '{path}' holds a {type(checkpoint).__name__}, not a Lightning checkpoint")
+    weights = checkpoint.get("state_dict")
+    if isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values()):
+        return checkpoint
+    if checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
+        raise ValueError(
+            f"checkpoint_path '{path}' already holds plain weights, not a Lightning checkpoint; "
+            "load it with torch.load(..., weights_only=True)"
+        )
+    keys = sorted(str(key) for key in checkpoint)
+    raise ValueError(f"checkpoint_path '{path}' is not a Lightning checkpoint: no 'state_dict' of tensors in {keys}")
+
+
+def _why_unreadable(path: Path, error: pickle.UnpicklingError) -> str:
+    """Tell a checkpoint that holds foreign objects from a file that is no checkpoint at all."""
+    for line in str(error).splitlines():
+        if "GLOBAL" in line or "global" in line:
+            return (
+                f"checkpoint_path '{path}' holds objects other than tensors, which are not unpickled because that can "
+                f"run any code ({line.strip()}); if you trust the file, load it with weights_only=False yourself, "
+                "put its weights into the module, and leave the checkpoint out"
+            )
+    return f"checkpoint_path '{path}' is not a file that torch.load can read: {str(error).splitlines()[0]}"

@@ -1,0 +1,139 @@
+"""Owned parameters: helpers that train beside the user's network, with an optimizer of their own.
+
+Adding a parameter group to the user's optimizer instead breaks LambdaLR, OneCycleLR and BaseFinetuning, and a resume
+without the callback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class OwnedParameters:
+    """Trainable modules that are built on first use, from the shapes that the first step shows.
+
+    Args:
+        build: Makes the modules, from whatever the first use passes.
+        optimizer: Makes their optimizer.
+        seed: Seed of ``build``, so that every process starts from the same values; the global random state is left
+            alone.
+
+    Example:
+        >>> owned = OwnedParameters(lambda size: nn.Linear(size, 1), lambda p: torch.optim.SGD(p, lr=0.1))
+        >>> layer = owned.get(3)
+        >>> layer(torch.ones(1, 3)).sum().backward()
+        >>> owned.step()
+        >>> owned.steps, owned.get(3) is layer
+        (1, True)
+    """
+
+    def __init__(
+        self,
+        build: Callable[..., nn.Module],
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        *,
+        seed: int = 0,
+    ) -> None:
+        self._build = build
+        self._make_optimizer = optimizer
+        self._seed = seed
+        self._stashed: dict[str, Any] | None = None
+        self.module: nn.Module | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.steps = 0
+
+    def get(self, *arguments: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+        """The modules; built on the first call.
+
+        Args:
+            arguments: Passed to ``build``.
+            device: Where they live.
+            dtype: Their dtype.
+
+        Returns:
+            The same module each time.
+        """
+        if self.module is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seed)
+                self.module = self._build(*arguments)
+            self.module.to(device=device, dtype=dtype)
+            self.optimizer = self._make_optimizer(self.module.parameters())
+            if self._stashed is not None:
+                self._restore(self._stashed)
+        return self.module
+
+    def zero_grad(self) -> None:
+        """Forget the gradients; where the user's optimizer does."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+    def step(
+        self, *, scaler: Any = None, reduce: Callable[[Tensor], Tensor] | None = None, lr: float | None = None
+    ) -> None:
+        """Take one step; where the user's optimizer does.
+
+        Args:
+            scaler: The gradient scaler of 16-bit mixed precision, which must see this optimizer too.
+            reduce: Averages a gradient over processes.
+            lr: Learning rate for this step; None keeps the optimizer's.
+        """
+        if self.optimizer is None:
+            return
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for group in self.optimizer.param_groups if lr is not None else ():
+            group["lr"] = lr
+        if reduce is not None:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad = reduce(parameter.grad)
+        if scaler is None:
+            self.optimizer.step()
+        elif any(parameter.grad is not None for parameter in parameters):
+            scaler.unscale_(self.optimizer)
+            scaler.step(self.optimizer)
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer state and the number of steps; what was loaded and not yet used counts as such."""
+        if self.module is None or self.optimizer is None:
+            return self._stashed or {}
+        return {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load now, or when the modules are built: a checkpoint comes before the first step."""
+        if not state:
+            return
+        self._stashed = state
+        if self.module is not None:
+            self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if self.module is None or self.optimizer is None:
+            raise RuntimeError("there is nothing to restore into yet")
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+        self._stashed = None
+
+
+def refuse_lbfgs(optimizers: Sequence[torch.optim.Optimizer], what: str) -> None:
+    """Refuse an optimizer that evaluates the step several times.
+
+    Args:
+        optimizers: The user's optimizers.
+        what: What cannot work with it.
+
+    Raises:
+        ValueError: If one of them is LBFGS.
+
+    Example:
+        >>> refuse_lbfgs([torch.optim.SGD([torch.ones(1)], lr=0.1)], "the translator")
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(f"{what} has an optimizer of its own and cannot follow LBFGS, which repeats each step")

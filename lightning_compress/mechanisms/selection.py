@@ -1,0 +1,188 @@
+"""Selection: from names, patterns and types to modules, with an error and the nearest match where nothing fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from lightning_compress._compat import COMPILED_CHILD
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """Suggest the candidate closest to a name that does not exist, as the end of an error message.
+
+    Args:
+        name: What the user wrote.
+        candidates: What would have been accepted.
+
+    Returns:
+        ``"; did you mean '...'?"`` with the candidate spelled most alike, else with one that ends in ``.name``;
+        empty if there is neither.
+
+    Example:
+        >>> did_you_mean("layr1", ["conv1", "layer1", "layer2"])
+        "; did you mean 'layer1'?"
+    """
+    candidates = list(candidates)
+    close = get_close_matches(name, candidates, n=1)
+    close += [candidate for candidate in candidates if candidate.endswith(f".{name}")]
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def plain_name(name: str) -> str:
+    """Drop what torch.compile adds to the dotted name of a module.
+
+    Args:
+        name: Dotted name as ``named_modules`` gives it.
+
+    Returns:
+        The name that the module has when nothing is compiled.
+
+    Example:
+        >>> plain_name("net._orig_mod.0.conv1")
+        'net.0.conv1'
+    """
+    return ".".join(part for part in name.split(".") if part != COMPILED_CHILD)
+
+
+def find_module(root: nn.Module, name: str, *, argument: str) -> nn.Module:
+    """Find one module by its dotted name.
+
+    A compiled module answers to its name with and without ``_orig_mod``; without, it is the compiled wrapper.
+
+    Args:
+        root: Where the name starts.
+        name: Dotted name; empty for ``root`` itself.
+        argument: The user's argument that holds the name, for the error message.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: If there is no such module.
+
+    Example:
+        >>> find_module(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "1", argument="student")
+        ReLU()
+    """
+    modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))
+    if name in modules:
+        return modules[name]
+    for own_name, module in modules.items():
+        if plain_name(own_name) == plain_name(name):
+            return module
+    nearest = did_you_mean(name, {plain_name(own_name): None for own_name in modules})
+    raise ValueError(f"{argument} names '{name}', not a module of {type(root).__name__}{nearest}")
+
+
+def select_modules(
+    root: nn.Module,
+    layers: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    *,
+    types: tuple[type[nn.Module], ...],
+    argument: str = "layers",
+) -> dict[str, nn.Module]:
+    r"""Select modules of some types by name, pattern or class.
+
+    A selector is a dotted name, an ``fnmatch`` pattern such as ``"*.conv1"`` (``*`` crosses dots), a regular
+    expression ``"re:layer[12]\..*"`` that must match the whole name, or ``"type:Conv2d"``, which holds for
+    subclasses too. Whatever it matches stands for itself and for all that lies below.
+
+    Args:
+        root: Where the names start.
+        layers: What to select; None for every module of ``types``.
+        exclude: What to take away again; None for nothing.
+        types: Classes that can be selected; others are passed over.
+        argument: The user's name of ``layers``, for error messages.
+
+    Returns:
+        Name to module in the order of ``named_modules``, a shared module once under its first name; names as they are
+        when nothing is compiled.
+
+    Raises:
+        ValueError: If a selector matches nothing or (in ``layers``) nothing of ``types``, if a regular expression is
+            malformed, or if nothing is left.
+        TypeError: If ``layers`` or ``exclude`` is not a list of strings.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> select_modules(net, None, ["2"], types=(nn.Linear,))
+        {'0': Linear(in_features=2, out_features=8, bias=True)}
+    """
+    named = list(root.named_modules(remove_duplicate=False))
+    chosen = {id(module) for _, module in named if isinstance(module, types)}
+    accepted = _listing(kind.__name__ for kind in types)
+    if not chosen:
+        raise ValueError(f"{argument} selects nothing: {type(root).__name__} has no {accepted}")
+    if layers is not None:
+        wanted: set[int] = set()
+        for selector in _checked_list(layers, argument):
+            matched = _matches(named, selector, argument)
+            below = chosen & {id(part) for module in matched for part in module.modules()}
+            if not below:
+                found = _listing(type(module).__name__ for module in matched)
+                raise ValueError(f"{argument} names '{selector}', of type {found} and without any {accepted} in it")
+            wanted |= below
+        chosen = wanted
+    for selector in _checked_list([] if exclude is None else exclude, "exclude"):
+        chosen -= {id(part) for module in _matches(named, selector, "exclude") for part in module.modules()}
+    if not chosen:
+        raise ValueError(f"{argument} {layers} without exclude {exclude} selects nothing: no {accepted} is left")
+    selected: dict[str, nn.Module] = {}
+    for name, module in root.named_modules():
+        if id(module) in chosen:
+            selected.setdefault(plain_name(name), module)  # a compiled wrapper and its inside share a plain name
+    return selected
+
+
+def _matches(named: list[tuple[str, nn.Module]], selector: str, argument: str) -> list[nn.Module]:
+    """The modules that one selector matches, without those below; at least one."""
+    if selector.startswith("type:"):
+        kind = selector.removeprefix("type:")
+        found = [module for _, module in named if kind in _class_names(module)]
+        candidates = {f"type:{type(module).__name__}": None for _, module in named}
+    else:
+        matcher = _name_matcher(selector, {plain_name(name) for name, _ in named}, argument)
+        found = [module for name, module in named if matcher(name) or matcher(plain_name(name))]
+        candidates = {plain_name(name): None for name, _ in named}
+    if not found:
+        nearest = did_you_mean(selector.removeprefix("re:"), candidates)
+        raise ValueError(f"{argument} has '{selector}', which matches no module{nearest}")
+    return found
+
+
+def _name_matcher(selector: str, names: set[str], argument: str) -> Callable[[str], bool]:
+    """Whether a dotted name is what a selector (not of types) asks for."""
+    if selector.startswith("re:"):
+        try:
+            expression = re.compile(selector.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"{argument} has '{selector}', a malformed regular expression: {error}") from error
+        # the root's empty name is left out: an expression that may be empty would select everything
+        return lambda name: name != "" and expression.fullmatch(name) is not None
+    plain = plain_name(selector)
+    if plain in names or not any(sign in selector for sign in "*?["):
+        return lambda name: name == plain
+    return lambda name: fnmatchcase(name, selector)
+
+
+def _class_names(module: nn.Module) -> set[str]:
+    return {kind.__name__ for kind in type(module).__mro__}
+
+
+def _checked_list(selectors: Sequence[str], argument: str) -> Sequence[str]:
+    if isinstance(selectors, str):
+        raise TypeError(f"{argument} must be a list of names, got the string '{selectors}'; write ['{selectors}']")
+    for selector in selectors:
+        if not isinstance(selector, str):
+            raise TypeError(f"{argument} must hold strings (names, patterns, 're:...', 'type:...'), got {selector!r}")
+    return selectors
+
+
+def _listing(names: Iterable[str]) -> str:
+    return " or ".join(dict.fromkeys(names))

@@ -1,0 +1,144 @@
+"""What the table says, as text: one cell a quantity and model, the same in the terminal, in Markdown and in HTML.
+
+Ratios are to the first row; a column that no row has a number for is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import PurePath
+from typing import NamedTuple
+
+from lightning_compress.report import units
+from lightning_compress.report.table import ExportedFile, Latency, Layer, Report, Row
+
+
+class Cell(NamedTuple):
+    """One entry of the table: the number, and what it means against the first row."""
+
+    value: str
+    remark: str = ""
+
+
+class Column(NamedTuple):
+    """One quantity over all rows."""
+
+    title: str
+    cells: list[Cell]
+
+
+def columns(report: Report) -> list[Column]:
+    """The quantities that at least one row has, as text.
+
+    Args:
+        report: What was measured.
+
+    Returns:
+        One column a quantity, each with one cell a row.
+
+    Example:
+        >>> table = columns(Report(rows=(Row("before", bytes=4000), Row("after", bytes=1000))))
+        >>> table[0].title, table[0].cells[1]
+        ('Size', Cell(value='1.00 kB', remark='4.0x smaller'))
+    """
+    if not report.rows:
+        return []
+    first = report.rows[0]
+    makers: dict[str, Callable[[Row], Cell]] = {
+        "Parameters": lambda row: Cell(
+            units.count(row.parameters), units.times(row.parameters, first.parameters, "fewer", "more")
+        ),
+        "Non-zero": lambda row: Cell(units.count(row.nonzeros), _zeros(row)),
+        "MACs": lambda row: Cell(units.count(row.macs), units.times(row.macs, first.macs, "fewer", "more")),
+        "Size": lambda row: Cell(units.size(row.bytes), units.times(row.bytes, first.bytes, "smaller", "larger")),
+        "Deflated": lambda row: Cell(
+            units.size(row.bytes_compressed),
+            units.times(row.bytes_compressed, first.bytes_compressed, "smaller", "larger"),
+        ),
+        "Latency": lambda row: _latency_cell(row.latency_ms),
+        "Runtime": lambda row: _runtime_cell(row.latency_ms),
+    }
+    for name in metric_names(report):
+        makers[name] = lambda row, name=name: Cell(units.metric(row.metrics.get(name)))  # type: ignore[misc]
+    table = [Column(title, [make(row) for row in report.rows]) for title, make in makers.items()]
+    return [column for column in table if any(cell.value != units.MISSING for cell in column.cells)]
+
+
+def metric_names(report: Report) -> list[str]:
+    """The names of all metrics, in the order in which they first appear."""
+    return list(dict.fromkeys(name for row in report.rows for name in row.metrics))
+
+
+def file_rows(report: Report) -> list[tuple[Row, ExportedFile]]:
+    """The rows that are exported files, each with its file."""
+    files = {name: file for file in report.files for name in (PurePath(file.path).name, file.path)}
+    return [(row, files[row.name]) for row in report.rows if row.name in files]
+
+
+def compressed_row(report: Report) -> Row | None:
+    """The row of the compressed module: the one called "after", else the last that is neither file nor teacher."""
+    files = {row.name for row, _ in file_rows(report)}
+    modules = [row for row in report.rows if row.name not in files and row.name != "teacher"]
+    return next((row for row in modules if row.name == "after"), modules[-1] if modules else None)
+
+
+def file_table(files: Sequence[ExportedFile]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the exported files, as text."""
+    header = ["Path", "Precision", "Size", "Largest difference to the module", "Left in float"]
+    return header, [
+        [
+            file.path,
+            file.precision,
+            units.size(file.bytes),
+            units.metric(file.max_logit_difference),
+            ", ".join(file.left_in_float) or units.MISSING,
+        ]
+        for file in files
+    ]
+
+
+def layer_table(layers: Sequence[Layer]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the layers, as text."""
+    header = ["Layer", "Type", "Zeros", "Bits", "Filters"]
+    return header, [
+        [
+            layer.name or "(the module itself)",
+            layer.type,
+            units.share(layer.sparsity),
+            str(layer.bits),
+            units.MISSING if layer.filters is None else str(layer.filters),
+        ]
+        for layer in layers
+    ]
+
+
+def version_line(report: Report) -> str:
+    """The versions in one line."""
+    return ", ".join(f"{package} {version}" for package, version in report.versions.items())
+
+
+def _zeros(row: Row) -> str:
+    if not row.parameters or row.nonzeros is None or row.nonzeros == row.parameters:
+        return ""
+    return f"{units.share(1 - row.nonzeros / row.parameters)} zeros"
+
+
+def _latency_cell(latency: Latency | None) -> Cell:
+    if latency is None:
+        return Cell(units.MISSING)
+    remark = ", ".join(filter(None, (speed(latency), f"IQR {units.significant(latency.spread, 2)}")))
+    return Cell(units.milliseconds(latency.median), remark)
+
+
+def speed(latency: Latency) -> str:
+    """The paired ratio to the first row in words, with its 95% interval; empty for the first row itself."""
+    ratio, low, high = latency.ratio, latency.ratio_low, latency.ratio_high
+    if ratio is None or (ratio == low == high == 1):
+        return ""
+    if low is not None and high is not None and low <= 1 <= high:
+        return "no difference shown"
+    return units.times(ratio, 1.0, "faster", "slower")
+
+
+def _runtime_cell(latency: Latency | None) -> Cell:
+    return Cell(units.MISSING) if latency is None else Cell(latency.runtime, f"batch {latency.batch}")

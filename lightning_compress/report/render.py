@@ -1,0 +1,94 @@
+"""The report as text: a Markdown document, and a plain aligned table for the terminal.
+
+Both, and the HTML page, show the same cells; ratios are to the first row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from lightning_compress.report import units
+from lightning_compress.report.cells import Cell, columns, file_table, layer_table, version_line
+from lightning_compress.report.remarks import remarks
+from lightning_compress.report.table import Report
+
+_NAME_LENGTH = 24  # characters of a model's name in the terminal
+
+
+def to_console(report: Report) -> str:
+    """The table as aligned ASCII text, quantities downwards and models across, with remarks and notes below.
+
+    Args:
+        report: What was measured.
+
+    Returns:
+        Lines, the last one ending in a newline.
+
+    Example:
+        >>> from lightning_compress.report.table import Row
+        >>> print(to_console(Report(rows=(Row("before", bytes=4000), Row("after", bytes=1000)))))
+        Compression report
+                before   after
+        Size    4.00 kB  1.00 kB
+                         4.0x smaller
+        <BLANKLINE>
+    """
+    lines = [["", *(units.shortened(row.name, _NAME_LENGTH) for row in report.rows)]]
+    for column in columns(report):
+        lines.append([column.title, *(cell.value for cell in column.cells)])
+        if any(cell.remark for cell in column.cells):
+            lines.append(["", *(cell.remark for cell in column.cells)])
+    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
+    text = ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    sentences = [f"* {sentence}" for sentence in (*remarks(report), *report.notes)]
+    return "\n".join(["Compression report", *text, *sentences]) + "\n"
+
+
+def to_markdown(report: Report) -> str:
+    """The report as a Markdown document.
+
+    Args:
+        report: What was measured.
+
+    Returns:
+        GitHub-flavoured Markdown ending in a newline.
+
+    Example:
+        >>> from lightning_compress.report.table import Row
+        >>> print(to_markdown(Report(rows=(Row("before", bytes=4000), Row("after", bytes=1000)))))
+        # Compression report
+        <BLANKLINE>
+        | Model | Size |
+        | --- | --- |
+        | before | 4.00 kB |
+        | after | 1.00 kB (4.0x smaller) |
+        <BLANKLINE>
+    """
+    table = columns(report)
+    body = [[row.name, *(_joined(column.cells[index]) for column in table)] for index, row in enumerate(report.rows)]
+    parts = ["# Compression report", _grid(["Model", *(column.title for column in table)], body)]
+    if sentences := [*remarks(report), *report.notes]:
+        parts.append("\n".join(f"- {_escaped(sentence)}" for sentence in sentences))
+    for title, (header, rows) in {"Files": file_table(report.files), "Layers": layer_table(report.layers)}.items():
+        if rows:
+            parts += [f"## {title}", _grid(header, rows)]
+    if report.recipe is not None:
+        parts += ["## Recipe", f"~~~~json\n{json.dumps(report.recipe, indent=2, default=str)}\n~~~~"]
+    if report.versions:
+        parts.append(_escaped(version_line(report)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _joined(cell: Cell) -> str:
+    return f"{cell.value} ({cell.remark})" if cell.remark else cell.value
+
+
+def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_escaped(entry) for entry in line) + " |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text that cannot end a cell, start a tag or break the line."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,236 @@
+"""The before/after table as typed records, and the JSON file they are kept in.
+
+The schema is versioned: a file of an older version loads, a file of a newer one is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+SCHEMA = 1
+
+# JSON has no number for these; strings keep them apart from null, which means "not measured".
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one call, from rounds in which every candidate ran in turn.
+
+    Attributes:
+        runtime: What ran the call, such as ``"torch"`` or ``"onnxruntime"``.
+        batch: Samples in the call; at least 1.
+        median: Milliseconds.
+        spread: Interquartile range, milliseconds.
+        rounds: Number of timed calls.
+        ratio: Median over the rounds of this time divided by the first candidate's in the same round; below 1 is
+            faster. ``None`` when nothing was compared.
+        ratio_low: Lower end of the 95% interval of ``ratio``; ``None`` with fewer than 6 rounds.
+        ratio_high: Upper end of that interval.
+    """
+
+    runtime: str
+    batch: int
+    median: float
+    spread: float
+    rounds: int | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the table; what was not measured is ``None``.
+
+    Attributes:
+        name: ``"before"``, ``"after"``, ``"teacher"``, or the name of an exported file.
+        parameters: Number of parameter elements.
+        nonzeros: How many of them are not zero.
+        macs: Multiply-accumulates of one forward of a single sample.
+        bytes: Size of the file, or of the saved ``state_dict`` of a module.
+        bytes_compressed: The same after deflate at level 9.
+        latency_ms: Time of a forward.
+        metrics: What the validation logged, by name.
+    """
+
+    name: str
+    parameters: int | None = None
+    nonzeros: int | None = None
+    macs: int | None = None
+    bytes: int | None = None
+    bytes_compressed: int | None = None
+    latency_ms: Latency | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the compressed network.
+
+    Attributes:
+        name: Dotted name inside the measured module.
+        type: Class name.
+        sparsity: Fraction of zeros in its weights, 0 to 1.
+        bits: Bits of one weight.
+        filters: Output channels or features; ``None`` where the layer has no such number.
+    """
+
+    name: str
+    type: str
+    sparsity: float
+    bits: int
+    filters: int | None = None
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """One exported file.
+
+    Attributes:
+        path: Where it was written.
+        precision: ``"fp32"``, ``"int8"`` or ``"int4"``.
+        bytes: Its size.
+        max_logit_difference: Largest absolute difference to the module's own output in the parity check.
+        left_in_float: Layers and operations that the precision did not reach.
+    """
+
+    path: str
+    precision: str
+    bytes: int
+    max_logit_difference: float | None = None
+    left_in_float: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a report shows; ``to_json`` and ``from_json`` keep it.
+
+    Attributes:
+        rows: The models; ratios are taken to the first.
+        layers: The layers of the compressed network.
+        files: The exported files.
+        notes: Sentences on what was not measured, and why.
+        versions: Package name to version.
+        recipe: The recipe that attached the callbacks, or ``None``.
+        schema: Version of the JSON layout.
+    """
+
+    rows: tuple[Row, ...]
+    layers: tuple[Layer, ...] = ()
+    files: tuple[ExportedFile, ...] = ()
+    notes: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
+    schema: int = SCHEMA
+
+
+def to_json(report: Report) -> str:
+    """Write a report as strict JSON, indented by two spaces.
+
+    Args:
+        report: What to write.
+
+    Returns:
+        JSON text ending in a newline; NaN and infinities are the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``.
+
+    Example:
+        >>> text = to_json(Report(rows=(Row("before", parameters=3),)))
+        >>> from_json(text).rows[0].parameters
+        3
+    """
+    document = {"schema": report.schema, **asdict(report)}
+    return json.dumps(_encode(document), indent=2, allow_nan=False, default=str) + "\n"
+
+
+def from_json(text: str) -> Report:
+    """Read what :func:`to_json` wrote, now or in an earlier version.
+
+    Args:
+        text: The content of a ``compression_report.json``.
+
+    Returns:
+        The report; keys that this version does not know are left out.
+
+    Raises:
+        ValueError: If the text is no report, or its schema is newer than this package reads.
+
+    Example:
+        >>> from_json('{"schema": 99}')
+        Traceback (most recent call last):
+        ValueError: this report has schema 99, this package reads up to 1: a newer lightning-compress wrote it...
+    """
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a compression report must be JSON: {error}") from error
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if not isinstance(schema, int) or schema < 1:
+        raise ValueError(f"a compression report has a whole number from 1 under 'schema', got {schema!r}")
+    if schema > SCHEMA:
+        raise ValueError(
+            f"this report has schema {schema}, this package reads up to {SCHEMA}: a newer lightning-compress wrote it, "
+            "upgrade with `pip install -U lightning-compress`"
+        )
+    return Report(
+        rows=tuple(_read_row(entry) for entry in _list(document, "rows")),
+        layers=tuple(_record(Layer, entry, "layers") for entry in _list(document, "layers")),
+        files=tuple(_read_file(entry) for entry in _list(document, "files")),
+        notes=tuple(str(note) for note in _list(document, "notes")),
+        versions=dict(document.get("versions") or {}),
+        recipe=document.get("recipe"),
+    )
+
+
+def _encode(value: Any) -> Any:
+    """Replace non-finite floats by their names, at any depth."""
+    if isinstance(value, Mapping):
+        return {str(key): _encode(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _number(value: Any) -> Any:
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _list(document: dict[str, Any], key: str) -> list[Any]:
+    value = document.get(key) or []
+    if not isinstance(value, list):
+        raise ValueError(f"'{key}' of a compression report must be a list, got {type(value).__name__}")
+    return value
+
+
+def _record(kind: type[Any], entry: Any, where: str) -> Any:
+    """Build ``kind`` from the keys of ``entry`` that it knows; a missing required key is named."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"'{where}' of a compression report must hold objects, got {entry!r}")
+    known = kind.__dataclass_fields__
+    # Only fields without text in them are numbers; a layer may be called "NaN".
+    values = {
+        key: value if "str" in str(known[key].type) else _number(value) for key, value in entry.items() if key in known
+    }
+    try:
+        return kind(**values)
+    except TypeError as error:
+        missing = str(error).partition("argument")[2].lstrip("s: ")
+        raise ValueError(f"an entry of '{where}' lacks {missing}: {entry!r}") from error
+
+
+def _read_row(entry: Any) -> Row:
+    row: Row = _record(Row, entry, "rows")
+    latency = None if row.latency_ms is None else _record(Latency, row.latency_ms, "latency_ms")
+    metrics = {name: _number(value) for name, value in (entry.get("metrics") or {}).items()}
+    return replace(row, latency_ms=latency, metrics=metrics)
+
+
+def _read_file(entry: Any) -> ExportedFile:
+    file: ExportedFile = _record(ExportedFile, entry, "files")
+    return replace(file, left_in_float=tuple(file.left_in_float))

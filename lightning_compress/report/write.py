@@ -1,0 +1,60 @@
+"""The three files of a report, each written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning_compress.report.page import to_html
+from lightning_compress.report.render import to_markdown
+from lightning_compress.report.table import Report, to_json
+
+
+class ReportFiles(NamedTuple):
+    """Where a report was written."""
+
+    json: Path
+    markdown: Path
+    html: Path
+
+
+def write_report(report: Report, directory: str | os.PathLike[str], name: str = "compression_report") -> ReportFiles:
+    """Write a report as JSON, Markdown and HTML.
+
+    Everything is rendered before the first file is touched, and each file takes its place in one step: a reader sees
+    the old one or the new one.
+
+    Args:
+        report: What to write.
+        directory: Where; made if it does not exist.
+        name: Stem of the three files.
+
+    Returns:
+        The paths ``<name>.json``, ``<name>.md`` and ``<name>.html``.
+
+    Raises:
+        OSError: If the directory cannot be written to; no partial file is left.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     write_report(Report(rows=()), directory).json.name
+        'compression_report.json'
+    """
+    folder = Path(directory)
+    files = ReportFiles(*(folder / f"{name}{suffix}" for suffix in (".json", ".md", ".html")))
+    texts = (to_json(report), to_markdown(report), to_html(report))
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in zip(files, texts, strict=True):
+        _write(path, text)
+    return files
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,97 @@
+"""One row for each public callback: how to build it, on which modules, and what it refuses.
+
+The contract in ``tests/contract`` runs every row. A new technique adds a row here and nothing there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from contract.modules import AUTOMATIC, Classifier, teacher_for
+
+import lightning_compress
+from lightning_compress import CompressionCallback, CompressionReport, DistillationCallback, ExportCallback
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row.
+
+    Attributes:
+        name: Name of the public class.
+        build: From a folder and the kind of module to the callback, the same one each time.
+        modules: Kinds of module it works on.
+        changes_loss: Whether the trained weights differ from those without it.
+        refuses: What it does not support ("manual", "compiled", "accumulation", "scaler", "ranks", "resume"), each with
+            a pattern of the error that says so.
+        heavy: Whether the end of fit takes a second or more: then only one module is tried in the fast tests.
+    """
+
+    name: str
+    build: Callable[[Path, type[Classifier]], CompressionCallback]
+    modules: tuple[type[Classifier], ...] = AUTOMATIC
+    changes_loss: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    heavy: bool = False
+
+    def expects(self, capability: str) -> AbstractContextManager[Any]:
+        """The context in which a capability is used: nothing special, or an error that must come."""
+        if capability not in self.refuses:
+            return nullcontext()
+        return pytest.raises(Exception, match=self.refuses[capability])
+
+
+def _distillation(folder: Path, kind: type[Classifier]) -> CompressionCallback:
+    return DistillationCallback(teacher_for(kind), temperature=2.0, task_weight=0.5, kd_weight=0.5)
+
+
+def _export(folder: Path, kind: type[Classifier]) -> CompressionCallback:
+    return ExportCallback(folder / "model.onnx", metric="val_loss", tolerance=1e-4)
+
+
+def _report(folder: Path, kind: type[Classifier]) -> CompressionCallback:
+    return CompressionReport(path=folder / "report", latency=False)
+
+
+CASES = (
+    Case("DistillationCallback", _distillation, changes_loss=True, refuses={"manual": "CompressionMixin"}),
+    Case("ExportCallback", _export, heavy=True),
+    Case("CompressionReport", _report, heavy=True),
+)
+
+
+def public_callbacks() -> list[str]:
+    """Every callback that the package offers, the base class aside."""
+    values = {name: getattr(lightning_compress, name) for name in lightning_compress.__all__}
+    return [
+        name
+        for name, value in values.items()
+        if inspect.isclass(value) and issubclass(value, CompressionCallback) and value is not CompressionCallback
+    ]
+
+
+def each_case(*names: str) -> pytest.MarkDecorator:
+    """Parametrise a test over the rows."""
+    rows = [case for case in CASES if not names or case.name in names]
+    return pytest.mark.parametrize("case", rows, ids=lambda case: case.name)
+
+
+def each_case_and_module() -> pytest.MarkDecorator:
+    """Parametrise a test over the rows and their modules; beyond the first, heavy rows are slow."""
+    rows = [
+        pytest.param(
+            case,
+            kind,
+            id=f"{case.name}-{kind.__name__}",
+            marks=[pytest.mark.slow] if case.heavy and kind is not case.modules[0] else [],
+        )
+        for case in CASES
+        for kind in case.modules
+    ]
+    return pytest.mark.parametrize(("case", "kind"), rows)

@@ -1,0 +1,251 @@
+"""Small LightningModules, loaders and Trainers on which the contract is tried; importable, so that all can be pickled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_compress import CompressionMixin
+
+FEATURES, HIDDEN, CLASSES = 8, 16, 3
+BATCH, STEPS = 8, 8
+
+
+class Batches(Dataset):
+    """Rows of a random, learnable problem; optionally as dicts, optionally failing at one row."""
+
+    def __init__(self, rows: int = BATCH * STEPS, *, as_dict: bool = False, fails_at: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.inputs = torch.randn(rows, FEATURES, generator=generator)
+        self.targets = self.inputs[:, :CLASSES].argmax(dim=1)
+        self.as_dict = as_dict
+        self.fails_at = fails_at
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> Any:
+        if index == self.fails_at:
+            raise OSError("the disk is gone")
+        x, y = self.inputs[index], self.targets[index]
+        return {"features": x, "label": y} if self.as_dict else (x, y)
+
+
+class StatefulLoader(DataLoader):
+    """Goes on where it was: Lightning saves and restores the position of such a loader."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.position = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, batch in enumerate(super().__iter__()):
+            if index < self.position:
+                continue
+            self.position = index + 1
+            yield batch
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def mlp(*, norm: bool = False) -> nn.Sequential:
+    layers = [nn.Linear(FEATURES, HIDDEN), *([nn.BatchNorm1d(HIDDEN)] if norm else []), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(HIDDEN, CLASSES))
+
+
+class Classifier(L.LightningModule):
+    """The network is a child, and the step calls the LightningModule."""
+
+    as_dict = False
+    norm = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.build()
+        self.fails_at: int | None = None
+        self.fails_in_validation = False
+        self.failure: BaseException | None = None
+
+    def build(self) -> None:
+        self.model: nn.Module = mlp(norm=self.norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def task_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == self.fails_at and self.failure is not None:
+            raise self.failure
+        loss = self.task_loss(batch)
+        self.log("train_loss", loss, batch_size=BATCH)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.fails_in_validation and not self.trainer.sanity_checking:
+            raise RuntimeError("validation is broken")
+        self.log("val_loss", self.task_loss(batch), batch_size=BATCH)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self.task_loss(batch), batch_size=BATCH)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class NormClassifier(Classifier):
+    """With batch norm, and a step that calls the child."""
+
+    norm = True
+
+    def task_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.model(x), y)
+
+
+class NetworkItself(Classifier):
+    """The LightningModule is the network."""
+
+    def build(self) -> None:
+        self.first = nn.Linear(FEATURES, HIDDEN)
+        self.second = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(self.first(x)))
+
+
+class KeywordNetwork(nn.Module):
+    """Keyword arguments in, a dict out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, *, features: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.body(features)}
+
+
+class DictClassifier(Classifier):
+    """Dict batches, a network called by keyword, and a step that returns a dict."""
+
+    as_dict = True
+
+    def build(self) -> None:
+        self.model = KeywordNetwork()
+
+    def task_loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self.model(features=batch["features"])["logits"], batch["label"])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return {"loss": loss, "seen": len(batch["label"])}
+
+
+class ManualClassifier(Classifier):
+    """Optimises manually, without our mixin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def total(self, task_loss: Tensor) -> Tensor:
+        return task_loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.total(super().training_step(batch, batch_idx)))
+        optimizer.step()
+
+
+class MixinClassifier(CompressionMixin, ManualClassifier):
+    """Optimises manually, with our mixin."""
+
+    def total(self, task_loss: Tensor) -> Tensor:
+        return self.compressed_loss(task_loss)
+
+
+AUTOMATIC: tuple[type[Classifier], ...] = (Classifier, NormClassifier, NetworkItself, DictClassifier)
+
+
+def teacher_for(kind: type[Classifier], seed: int = 3) -> nn.Module:
+    """A wider network for the same batches, with batch norm, from fixed random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = nn.Sequential(nn.Linear(FEATURES, 24), nn.BatchNorm1d(24), nn.Tanh(), nn.Linear(24, CLASSES))
+        return KeywordTeacher(network) if kind.as_dict else network
+
+
+class KeywordTeacher(nn.Module):
+    """A teacher for the network that takes keywords."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *, features: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.network(features)}
+
+
+def made(kind: type[Classifier], seed: int = 1) -> Classifier:
+    """A module from fixed random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind()
+
+
+def loader(kind: type[Classifier] = Classifier, **settings: Any) -> DataLoader:
+    """The same batches in the same order each time."""
+    data = {key: settings.pop(key) for key in ("rows", "fails_at") if key in settings}
+    stateful = settings.pop("stateful", False)
+    arguments = {"batch_size": BATCH, **settings}
+    return (StatefulLoader if stateful else DataLoader)(Batches(**data, as_dict=kind.as_dict), **arguments)
+
+
+def trainer(*callbacks: Any, **settings: Any) -> L.Trainer:
+    """A silent Trainer on the CPU, for one epoch of :data:`STEPS` steps."""
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(callbacks=list(callbacks), **{**defaults, **settings})
+
+
+def fit(kind: type[Classifier], *callbacks: Any, **settings: Any) -> Classifier:
+    """Train a fresh module and give it back."""
+    module = made(kind)
+    trainer(*callbacks, **settings).fit(module, loader(kind), loader(kind, batch_size=16))
+    return module
+
+
+def scaled() -> MixedPrecision:
+    """16-mixed with a real scaler; on the CPU the Trainer would silently take bf16 and none."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+
+def difference(first: Any, second: Any) -> float:
+    """Largest absolute difference between the states of two modules, or between two state dicts."""
+    ours, theirs = (entry.state_dict() if isinstance(entry, nn.Module) else entry for entry in (first, second))
+    assert list(ours) == list(theirs)
+    return max(float((ours[key].double() - theirs[key].double()).abs().max()) for key in ours)

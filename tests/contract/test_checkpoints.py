@@ -1,0 +1,92 @@
+"""Checkpoints: the user's keys, no teacher in them, readable by a process that has never heard of this package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, each_case_and_module
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils._pytree import tree_leaves
+
+from .modules import Classifier, difference, loader, made, trainer
+
+PLAIN_PROCESS = """
+import sys
+sys.modules["lightning_compress"] = None  # any import of it fails
+import torch
+from plain_network import mlp
+for path, prediction in zip(sys.argv[1::2], sys.argv[2::2]):
+    checkpoint = torch.load(path, weights_only=True)
+    network = mlp()
+    weights = {key.removeprefix("model."): value for key, value in checkpoint["state_dict"].items()}
+    network.load_state_dict(weights, strict=True)
+    inputs, expected = torch.load(prediction, weights_only=True)
+    print(torch.equal(network.eval()(inputs), expected))
+"""
+PLAIN_NETWORK = """
+from torch import nn
+def mlp():
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+"""
+
+
+def bytes_of(module: torch.nn.Module) -> list[bytes]:
+    return [value.numpy().tobytes() for value in module.state_dict().values() if value.numel() > 1]
+
+
+@pytest.mark.parametrize("weights_only", [False, True], ids=["full", "weights_only"])
+@each_case_and_module()
+def test_checkpoints_are_plain_during_the_fit_and_after(case, kind, weights_only, tmp_path):
+    module, callback = made(kind), case.build(tmp_path, kind)
+    saver = ModelCheckpoint(
+        tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1, save_weights_only=weights_only
+    )
+    fitting = trainer(callback, saver, enable_checkpointing=True)
+    fitting.fit(module, loader(kind), loader(kind))
+    fitting.save_checkpoint(tmp_path / "after.ckpt", weights_only=weights_only)
+
+    keys = list(made(kind).state_dict())
+    paths = [tmp_path / name for name in ("step=3.ckpt", "step=6.ckpt", "after.ckpt")]
+    for path in paths:
+        checkpoint = torch.load(path, weights_only=True)
+        assert list(checkpoint["state_dict"]) == keys
+        made(kind).load_state_dict(checkpoint["state_dict"], strict=True)
+        assert ("callbacks" in checkpoint) != weights_only
+        if not weights_only:
+            assert checkpoint["callbacks"][callback.state_key]["schema"] == 1
+            assert all(type(leaf).__module__ in ("builtins", "torch") for leaf in tree_leaves(checkpoint))
+    assert difference(module, torch.load(paths[-1], weights_only=True)["state_dict"]) == 0
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.changes_loss], ids=lambda case: case.name)
+def test_the_teacher_is_in_no_checkpoint(case, tmp_path):
+    module, callback = made(Classifier), case.build(tmp_path, Classifier)
+    fitting = trainer(callback, ModelCheckpoint(tmp_path, filename="end"), enable_checkpointing=True)
+    fitting.fit(module, loader(), loader())
+    content = (tmp_path / "end.ckpt").read_bytes()
+    assert all(values in content for values in bytes_of(module))
+    teacher = callback.teacher_network
+    assert teacher is None or not any(values in content for values in bytes_of(teacher))
+
+
+def test_a_process_without_this_package_loads_the_checkpoints(tmp_path):
+    (tmp_path / "plain_network.py").write_text(PLAIN_NETWORK)
+    arguments: list[Path] = []
+    inputs = torch.randn(4, 8)
+    for case in CASES:
+        for weights_only in (False, True):
+            module, path = made(Classifier), tmp_path / f"{case.name}-{weights_only}.ckpt"
+            fitting = trainer(case.build(tmp_path, Classifier))
+            fitting.fit(module, loader(), loader())
+            fitting.save_checkpoint(path, weights_only=weights_only)
+            torch.save((inputs, module.eval()(inputs).detach()), path.with_suffix(".pt"))
+            arguments += [path, path.with_suffix(".pt")]
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_PROCESS, *map(str, arguments)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )
+    assert done.stdout.split() == ["True"] * 2 * len(CASES), done.stderr

@@ -1,0 +1,74 @@
+"""The table of rows is complete, and each row does what it says in the plainest fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, each_case, each_case_and_module, public_callbacks
+
+from .modules import Classifier, ManualClassifier, MixinClassifier, difference, fit, loader, made, trainer
+
+
+def test_every_public_callback_has_one_row():
+    assert sorted(case.name for case in CASES) == sorted(public_callbacks())
+
+
+@each_case()
+def test_a_row_builds_the_class_it_names(case, tmp_path):
+    assert type(case.build(tmp_path, Classifier)).__name__ == case.name
+
+
+@each_case_and_module()
+def test_the_weights_change_only_if_the_row_says_so(case, kind, tmp_path):
+    plain, compressed = fit(kind), fit(kind, case.build(tmp_path, kind))
+    assert (difference(plain, compressed) > 0) == case.changes_loss
+    assert list(compressed.state_dict()) == list(made(kind).state_dict())
+
+
+@each_case()
+def test_accumulated_batches_equal_one_large_batch(case, tmp_path):
+    def trained(folder, batch_size, windows):
+        module = made(Classifier)
+        with case.expects("accumulation"):
+            trainer(case.build(folder, Classifier), accumulate_grad_batches=windows).fit(
+                module, loader(Classifier, batch_size=batch_size), loader(Classifier)
+            )
+        return module
+
+    small, large = trained(tmp_path / "small", 8, 4), trained(tmp_path / "large", 32, 1)
+    assert difference(small, made(Classifier)) > 0.01
+    assert difference(small, large) < 1e-6
+
+
+@each_case()
+def test_manual_optimisation(case, tmp_path):
+    """Without the mixin: refused by name, or harmless; with it: as in the automatic loop."""
+    module, callback = made(ManualClassifier), case.build(tmp_path, Classifier)
+    with case.expects("manual"):
+        trainer(callback).fit(module, loader(), loader())
+    refused = "manual" in case.refuses
+    assert (difference(module, made(ManualClassifier)) == 0) == refused
+    assert "training_step" not in vars(module)
+
+    mixed = made(MixinClassifier)
+    trainer(case.build(tmp_path, Classifier)).fit(mixed, loader(), loader())
+    plain = made(ManualClassifier)
+    trainer().fit(plain, loader(), loader())
+    assert (difference(mixed, plain) > 0) == case.changes_loss
+
+
+@each_case()
+def test_two_of_one_name_are_refused(case, tmp_path):
+    module = made(Classifier)
+    with pytest.raises(ValueError, match="two callbacks are named"):
+        trainer(case.build(tmp_path, Classifier), case.build(tmp_path, Classifier)).fit(module, loader())
+    assert difference(module, made(Classifier)) == 0
+
+
+@each_case()
+def test_predictions_after_the_fit_are_those_of_the_weights(case, tmp_path):
+    module = fit(Classifier, case.build(tmp_path, Classifier))
+    plain = made(Classifier)
+    plain.load_state_dict(module.state_dict(), strict=True)
+    inputs = torch.randn(4, 8)
+    assert torch.equal(module.eval()(inputs), plain.eval()(inputs))

@@ -1,0 +1,513 @@
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import os
+import random
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import lightning_compress
+from lightning_compress.export import ExportError, Sample, to_onnx
+from lightning_compress.export import tracing as tracing_module
+
+from . import networks
+from .networks import CLASSES, FEATURES, Branch, Conv, DictInput, KeywordNet, ShapeBranch, Structured, mlp
+
+
+def run(path, *arrays):
+    session = onnxruntime.InferenceSession(str(path))
+    feed = {entry.name: np.asarray(array) for entry, array in zip(session.get_inputs(), arrays, strict=True)}
+    return session.run(None, feed)
+
+
+def everything(module):
+    """What must be the same before and after: values, flags, hooks, instance attributes, random states."""
+    return (
+        {name: tensor.clone() for name, tensor in module.state_dict().items()},
+        [part.training for part in module.modules()],
+        [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in module.modules()],
+        [{name: id(value) for name, value in vars(part).items()} for part in module.modules()],
+        (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()),  # noqa: NPY002
+    )
+
+
+def assert_same(before, after):
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    assert before[1:4] == after[1:4]
+    assert torch.equal(before[4][0], after[4][0])
+    assert before[4][1] == after[4][1]
+    assert (before[4][2] == after[4][2]).all()
+
+
+def test_result_file_and_untouched_module(tmp_path, capfd, caplog):
+    caplog.set_level(logging.DEBUG)
+    network = Conv()
+    network(torch.randn(8, 1, 6, 6))  # statistics other than the initial ones
+    network.drop.eval()
+    network.register_forward_hook(lambda *arguments: None)
+    sample = torch.randn(2, 1, 6, 6)
+    before = everything(network)
+    path = tmp_path / "new" / "deep" / "conv.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = to_onnx(network, path, sample)
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
+    assert_same(before, everything(network))
+    assert os.listdir(path.parent) == ["conv.onnx"]
+    assert (result.path, result.bytes) == (path, path.stat().st_size)
+    assert (result.precision, result.left_in_float, result.network, result.opset) == ("fp32", (), "", 20)
+    assert result.checked_batch_sizes == (2, 1, 5)
+    assert (result.input_names, result.output_names) == (("x",), ("output",))
+    network.eval()
+    for rows in (1, 2, 7):
+        x = torch.randn(rows, 1, 6, 6)
+        (found,) = run(path, x)
+        np.testing.assert_allclose(found, network(x).detach().numpy(), atol=1e-5)
+    assert result.max_logit_difference < 1e-5
+
+
+def test_contents_of_the_file(tmp_path):
+    paths = [tmp_path / "one.onnx", tmp_path / "two.onnx"]
+    for path in paths:
+        to_onnx(nn.Sequential(mlp()).eval(), path, torch.zeros(2, FEATURES), opset=18, network="0")
+    assert len({path.stat().st_size for path in paths}) == 1
+    model = onnx.load(paths[0])
+    onnx.checker.check_model(model)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+    assert {entry.key: entry.value for entry in model.metadata_props} == {
+        "lightning_compress.network": "0",
+        "lightning_compress.precision": "fp32",
+        "lightning_compress.version": lightning_compress.__version__,
+        "lightning_compress.constants": "{}",
+    }
+    assert all(not node.metadata_props and not node.doc_string for node in model.graph.node)
+    assert all(not value.metadata_props and not value.doc_string for value in model.graph.value_info)
+    assert {"4.weight", "4.bias"} <= {entry.name for entry in model.graph.initializer}
+    assert all(not entry.external_data for entry in model.graph.initializer)
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_exporting_twice_gives_the_same_bytes(tmp_path):
+    network = mlp()
+    for name in ("one", "two"):
+        to_onnx(network, tmp_path / f"{name}.onnx", torch.ones(2, FEATURES))
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("tuple", ("output_0", "output_1")),
+        ("list", ("output_0", "output_1_0", "output_1_1")),
+        ("namedtuple", ("first", "second")),
+        ("dataclass", ("logits", "embedding")),
+        ("twice", ("output_0", "output_1")),
+    ],
+)
+def test_output_structures(tmp_path, kind, names):
+    network = Structured(kind)
+    x = torch.randn(3, FEATURES)
+    result = to_onnx(network, tmp_path / "n.onnx", x)
+    assert result.output_names == names
+    assert result.checked_batch_sizes == (3, 1, 5)
+    np.testing.assert_allclose(run(tmp_path / "n.onnx", x)[0], network.layer(x).detach().numpy(), atol=1e-5)
+
+
+def test_dict_input_and_dict_output(tmp_path):
+    batch = {"u": torch.randn(2, 4), "deep": {"v": torch.randn(2, 3)}}
+    result = to_onnx(DictInput(), tmp_path / "n.onnx", batch)
+    assert result.input_names == ("batch_u", "batch_deep_v")
+    assert result.output_names == ("total", "u")
+
+
+def test_names_that_clash(tmp_path):
+    class Clash(nn.Module):
+        def forward(self, x, x_0):
+            return {"x": x[0] + x_0, "x 0": x[0]}
+
+    result = to_onnx(Clash(), tmp_path / "n.onnx", ((torch.ones(2, 3),), torch.ones(2, 3)))
+    assert result.input_names == ("x_0", "x_0_1")
+    assert result.output_names == ("x", "x_0_2")
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        {"features": torch.ones(2, FEATURES), "scale": 2.0},
+        Sample(kwargs={"features": torch.ones(2, FEATURES), "scale": 2.0}),
+    ],
+)
+def test_keyword_samples_bake_constants_in(tmp_path, sample):
+    network = KeywordNet()
+    result = to_onnx(network, tmp_path / "n.onnx", sample)
+    assert (result.input_names, result.output_names) == (("features",), ("logits",))
+    x = torch.randn(4, FEATURES)
+    expected = network.eval()(features=x, scale=2.0)["logits"]
+    np.testing.assert_allclose(run(tmp_path / "n.onnx", x)[0], expected.detach().numpy(), atol=1e-5)
+    assert '"scale": "2.0"' in str(onnx.load(tmp_path / "n.onnx").metadata_props).replace("\\", "")
+
+
+def test_tensors_that_are_no_batch_stay_fixed(tmp_path):
+    class Scaled(nn.Module):
+        def forward(self, x, scale, *, offset=None):
+            return x * scale + (0 if offset is None else offset)
+
+    result = to_onnx(
+        Scaled(), tmp_path / "n.onnx", Sample((torch.ones(2, 3), torch.tensor(2.0)), {"offset": torch.ones(3)})
+    )
+    assert result.input_names == ("x", "scale", "offset")
+    shapes = [entry.shape for entry in onnxruntime.InferenceSession(str(tmp_path / "n.onnx")).get_inputs()]
+    assert shapes == [["batch", 3], [], [3]]
+
+
+def test_fixed_batch(tmp_path):
+    result = to_onnx(ShapeBranch(values=False), tmp_path / "n.onnx", torch.ones(6, FEATURES), dynamic_batch=False)
+    assert result.checked_batch_sizes == (6,)
+    assert onnxruntime.InferenceSession(str(tmp_path / "n.onnx")).get_inputs()[0].shape == [6, FEATURES]
+
+
+def test_half_precision_is_widened(tmp_path):
+    network = mlp().to(torch.bfloat16)
+    to_onnx(network, tmp_path / "n.onnx", torch.ones(2, FEATURES, dtype=torch.bfloat16))
+    assert onnxruntime.InferenceSession(str(tmp_path / "n.onnx")).get_inputs()[0].type == "tensor(float)"
+    assert network[0].weight.dtype == torch.bfloat16
+
+
+def test_compiled_networks(tmp_path):
+    network, x = mlp().eval(), torch.randn(2, FEATURES)
+    expected = network(x).detach().numpy()
+    outer = nn.Sequential(torch.compile(network, backend="eager"))
+    outer(x)
+    for number, (module, name) in enumerate([(torch.compile(network, backend="eager"), None), (outer, "0")]):
+        to_onnx(module, tmp_path / f"{number}.onnx", x, network=name)
+        np.testing.assert_allclose(run(tmp_path / f"{number}.onnx", x)[0], expected, atol=1e-5)
+    assert isinstance(outer[0], torch._dynamo.OptimizedModule)
+
+
+# Where the input comes from
+
+
+def with_captured(*captured):
+    module = networks.lightning_module("lightning.pytorch")
+    module._trainer = SimpleNamespace(callbacks=[object(), *(SimpleNamespace(captured_sample=one) for one in captured)])
+    return module
+
+
+def captured_sample(network, rows=3):
+    return SimpleNamespace(network=network, args=(torch.ones(rows, FEATURES),), kwargs={})
+
+
+def test_captured_input_chooses_network_and_sample(tmp_path):
+    module = with_captured(None, captured_sample("model._orig_mod"))
+    module.example_input_array = torch.ones(9, FEATURES)
+    result = to_onnx(module, tmp_path / "n.onnx")
+    assert (result.network, result.input_names, result.checked_batch_sizes[0]) == ("model", ("input",), 3)
+    result = to_onnx(module, tmp_path / "n.onnx", network="")
+    assert (result.network, result.input_names, result.checked_batch_sizes[0]) == ("", ("x",), 9)
+    result = to_onnx(module, tmp_path / "n.onnx", sample=torch.ones(4, FEATURES))
+    assert (result.network, result.checked_batch_sizes[0]) == ("model", 4)
+
+
+def test_captured_inputs_of_two_networks_need_a_choice(tmp_path):
+    module = with_captured(captured_sample("model"), captured_sample(""))
+    with pytest.raises(ValueError, match=r"input of several networks, \['', 'model'\]; choose one with network="):
+        to_onnx(module, tmp_path / "n.onnx")
+    assert to_onnx(module, tmp_path / "n.onnx", network="model").network == "model"
+
+
+def test_example_input_array_and_none_at_all(tmp_path):
+    module = networks.lightning_module("pytorch_lightning")
+    with pytest.raises(ValueError, match="no input to export 'Classifier' with: pass sample=, set example_input_array"):
+        to_onnx(module, tmp_path / "n.onnx")
+    module.example_input_array = (torch.ones(2, FEATURES),)
+    assert to_onnx(module, tmp_path / "n.onnx").input_names == ("x",)
+    assert module._trainer is None
+
+
+def test_checkpoint_weights_go_into_the_copy(tmp_path):
+    module, other = (networks.lightning_module("lightning.pytorch") for _ in range(2))
+    trainer = networks.trainer("lightning.pytorch", max_epochs=1)
+    trainer.fit(other, networks.loader())
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    x = torch.randn(3, FEATURES)
+    before = everything(module)
+    to_onnx(module, tmp_path / "n.onnx", x, checkpoint=tmp_path / "other.ckpt", network="model")
+    assert_same(before, everything(module))
+    np.testing.assert_allclose(run(tmp_path / "n.onnx", x)[0], other.eval()(x).detach().numpy(), atol=1e-5)
+
+
+def test_checkpoint_that_does_not_fit(tmp_path):
+    module = networks.lightning_module("lightning.pytorch")
+    weights = dict(list(module.state_dict().items())[1:])
+    torch.save({"state_dict": weights}, tmp_path / "short.ckpt")
+    with pytest.raises(ExportError, match=r"short\.ckpt' does not fit Classifier(.|\n)*Missing key.*model\.0\.weight"):
+        to_onnx(module, tmp_path / "n.onnx", torch.ones(2, FEATURES), checkpoint=tmp_path / "short.ckpt")
+
+
+def test_checkpoint_hook_of_the_user_is_called(tmp_path):
+    class Renamed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.layer(x)
+
+        def on_load_checkpoint(self, checkpoint):
+            checkpoint["state_dict"] = {f"layer.{key}": value for key, value in checkpoint["state_dict"].items()}
+
+    torch.save({"state_dict": {"weight": torch.ones(1, 2), "bias": torch.ones(1)}}, tmp_path / "old.ckpt")
+    to_onnx(Renamed(), tmp_path / "n.onnx", torch.ones(2, 2), checkpoint=tmp_path / "old.ckpt")
+    assert run(tmp_path / "n.onnx", torch.ones(1, 2))[0].item() == 3
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"precision": "int8"},
+            ValueError,
+            r"precision 'int8' is not available yet in this version; accepted: \['fp32'",
+        ),
+        ({"precision": "int4"}, ValueError, "precision 'int4' is not available yet"),
+        ({"precision": "fp16"}, ValueError, r"precision must be one of \['fp32'\], got 'fp16'"),
+        ({"opset": 17}, ValueError, "opset must be at least 18, got 17"),
+        ({"max_difference": 0.0}, ValueError, "max_difference must be positive, got 0.0"),
+        ({"network": "boddy"}, ValueError, "network names 'boddy', not .* of Net; did you mean 'body'"),
+        ({"sample": 3}, TypeError, "sample must be a tensor, a tuple of arguments, a dict or a Sample.*got int"),
+        ({"sample": ()}, ValueError, "sample holds no tensor"),
+        ({"sample": {}}, ValueError, "sample holds no tensor"),
+        (
+            {"sample": (torch.ones(2, 2), torch.ones(2, 2))},
+            TypeError,
+            r"sample does not fit Net\.forward\(x\): too many",
+        ),
+        (
+            {"sample": torch.ones(2, 2)},
+            ExportError,
+            "Net does not run on the sample: RuntimeError: .*shapes cannot be mul",
+        ),
+        ({"checkpoint": "missing.ckpt"}, FileNotFoundError, r"missing\.ckpt' does not exist"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, error, message):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x):
+            return self.body(x)
+
+    network = Net()
+    before = everything(network)
+    with pytest.raises(error, match=message):
+        to_onnx(network, **{"path": tmp_path / "n.onnx", "sample": torch.ones(2, FEATURES), **arguments})
+    assert_same(before, everything(network))
+    assert os.listdir(tmp_path) == []
+
+
+def test_bad_paths(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.onnx").mkdir()
+    for path, message in [
+        (tmp_path / "n.pt", r"path must end in '\.onnx', got"),
+        (tmp_path / "folder.onnx", r"folder\.onnx' is a directory"),
+        (tmp_path / "file" / "n.onnx", "file' is not a directory"),
+        (tmp_path / "file" / "deep" / "n.onnx", "file' is not a directory"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            to_onnx(mlp(), path, torch.ones(2, FEATURES))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=r"cannot be written because '.*' is not writable"):
+        to_onnx(mlp(), tmp_path / "n.onnx", torch.ones(2, FEATURES))
+
+
+def test_module_without_a_forward(tmp_path):
+    for module in (networks.lightning_module("lightning.pytorch"), nn.ModuleDict({"model": mlp()})):
+        if hasattr(type(module), "training_step"):
+            type(module).forward = type(module).__mro__[1].forward
+        with pytest.raises(ValueError, match=r"has no forward; pass network= .* for instance one of \['model'"):
+            to_onnx(module, tmp_path / "n.onnx", torch.ones(2, FEATURES))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda x: {"good": x, "bad": x * float("nan")}, "output 'bad' of Net is NaN on the sample"),
+        (lambda x: torch.distributions.Normal(x, 1.0), "Net gives no tensor on the sample but a Normal"),
+    ],
+)
+def test_outputs_that_cannot_be_exported(tmp_path, output, message):
+    class Net(nn.Module):
+        def forward(self, x):
+            return output(x)
+
+    with pytest.raises(ExportError, match=message):
+        to_onnx(Net(), tmp_path / "n.onnx", torch.ones(2, 2))
+    assert os.listdir(tmp_path) == []
+
+
+def test_infinite_outputs_are_no_difference(tmp_path):
+    class Masked(nn.Module):
+        def forward(self, x):
+            return torch.where(x > 0, x, float("-inf"))
+
+    assert to_onnx(Masked(), tmp_path / "n.onnx", torch.tensor([[1.0, -1.0], [2.0, 0.0]])).max_logit_difference == 0
+
+
+def test_branch_on_data_names_file_and_line(tmp_path, capfd):
+    lines, start = inspect.getsourcelines(Branch.forward)
+    line = start + next(number for number, text in enumerate(lines) if "# the branch" in text)
+    network = Branch()
+    before = everything(network)
+    with pytest.raises(ExportError) as caught:
+        to_onnx(network, tmp_path / "n.onnx", torch.ones(2, FEATURES))
+    assert f"data-dependent branch at {networks.__file__}:{line}: `if x.sum() > 0:" in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+    assert_same(before, everything(network))
+    assert os.listdir(tmp_path) == []
+
+
+def test_loggers_are_put_back_after_a_failure(tmp_path):
+    logging.getLogger("onnx_ir").setLevel(logging.INFO)
+    with pytest.raises(ExportError):
+        to_onnx(Branch(), tmp_path / "n.onnx", torch.ones(2, FEATURES))
+    assert logging.getLogger("onnx_ir").level == logging.INFO
+    logging.getLogger("onnx_ir").setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize(
+    ("network", "rows", "message"),
+    [
+        (ShapeBranch(values=True), 2, r"at batch size 5 output 'output' of the file differs by 1\b"),
+        (ShapeBranch(values=True), 8, r"at batch size 1 output 'output' of the file differs by 1\b"),
+        (
+            ShapeBranch(values=False),
+            2,
+            r"at batch size 5 the network gives shapes \[\(5, 6\)\] and the file \[\(5, 3\)\]",
+        ),
+    ],
+)
+def test_branch_on_the_batch_size(tmp_path, network, rows, message):
+    (tmp_path / "n.onnx").write_text("an older file")
+    with pytest.raises(ExportError, match=f"{message}.*probably branches on the batch size.*dynamic_batch=False"):
+        to_onnx(network, tmp_path / "n.onnx", torch.ones(rows, FEATURES))
+    assert os.listdir(tmp_path) == ["n.onnx"]
+    assert (tmp_path / "n.onnx").read_text() == "an older file"
+
+
+def test_network_that_needs_its_batch_size(tmp_path):
+    class Fixed(nn.Module):
+        def forward(self, x):
+            if x.shape[0] != 4:
+                raise RuntimeError("four rows or nothing")
+            return x * 2
+
+    message = r"Fixed itself fails at batch size 1 \(RuntimeError: four rows or nothing\); pass dynamic_batch=False"
+    with pytest.raises(ExportError, match=message):
+        to_onnx(Fixed(), tmp_path / "n.onnx", torch.ones(4, 2))
+    assert to_onnx(Fixed(), tmp_path / "n.onnx", torch.ones(4, 2), dynamic_batch=False).checked_batch_sizes == (4,)
+
+
+def test_batch_size_baked_in_by_the_forward(tmp_path):
+    class Baked(nn.Module):
+        def forward(self, x):
+            return x.reshape(4, -1) * 2
+
+    with pytest.raises(ExportError, match=r"Baked itself fails at batch size 1 .*pass dynamic_batch=False"):
+        to_onnx(Baked(), tmp_path / "n.onnx", torch.ones(4, 2))
+    assert os.listdir(tmp_path) == []
+
+
+def test_operation_without_an_onnx_form(tmp_path):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.linalg.eigvals(x @ x.mT).real
+
+    with pytest.raises(ExportError, match="Odd cannot be exported: "):
+        to_onnx(Odd(), tmp_path / "n.onnx", torch.ones(2, 3, 3))
+    assert os.listdir(tmp_path) == []
+
+
+def test_weights_beyond_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracing_module, "MAX_BYTES", 100)
+    with pytest.raises(
+        ExportError, match=r"Linear holds 168 bytes of weights; one self-contained file holds at most 100"
+    ):
+        to_onnx(nn.Linear(6, 6), tmp_path / "n.onnx", torch.ones(2, 6))
+
+
+def test_missing_extra(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "lightning_compress.export.runtime.find_spec",
+        lambda name: None if name in ("onnx", "onnxscript") else found(name),
+    )
+    with pytest.raises(ImportError) as caught:
+        to_onnx(mlp(), tmp_path / "n.onnx", torch.ones(2, FEATURES))
+    assert "onnx and onnxscript, which are not installed" in str(caught.value)
+    assert 'pip install "lightning-compress[onnx]"' in str(caught.value)
+
+
+def test_import_brings_in_nothing_heavy():
+    code = (
+        "import sys; from lightning_compress import export;"
+        "heavy = {'onnx', 'onnxscript', 'onnxruntime', 'lightning', 'pytorch_lightning'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# Networks of other people
+
+
+def test_resnet18(tmp_path):
+    from torchvision.models import resnet18
+
+    result = to_onnx(resnet18(num_classes=CLASSES), tmp_path / "n.onnx", torch.randn(2, 3, 32, 32))
+    assert result.max_logit_difference < 1e-4
+    assert 44e6 < result.bytes < 46e6
+
+
+def test_torchvision_segmentation(tmp_path):
+    from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+    network = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=CLASSES)
+    result = to_onnx(network, tmp_path / "n.onnx", torch.randn(2, 3, 32, 32))
+    assert result.output_names == ("out",)
+    assert result.checked_batch_sizes == (2, 1, 5)
+
+
+def test_transformers_classifier(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=CLASSES,
+    )
+    sample = {"input_ids": torch.randint(0, 30, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    result = to_onnx(BertForSequenceClassification(config), tmp_path / "n.onnx", sample)
+    assert (result.input_names, result.output_names) == (("input_ids", "attention_mask"), ("logits",))
+    assert result.max_logit_difference < 1e-4

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import matplotlib
+import pytest
+
+from lightning_compress.report import Report, Row, to_html
+from lightning_compress.report.figure import panels
+
+from .samples import full_report, nasty_report
+
+VOID = {"meta", "br"}
+
+
+class Document(HTMLParser):
+    """Collects tags, attributes and text, and fails on tags that do not match."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def page():
+    return to_html(full_report())
+
+
+def test_nothing_comes_from_elsewhere(page):
+    document = Document(page)
+    assert document.open == []
+    names = {name for name, _ in document.attributes}
+    assert names.isdisjoint({"src", "href", "xlink:href", "srcset", "action", "data", "poster"})
+    assert set(document.tags).isdisjoint({"script", "link", "img", "iframe", "object", "use", "image"})
+    assert re.findall(r"https?://|url\(|@import|//\w", page) == []
+    assert "default-src 'none'" in page
+
+
+def test_the_page_shows_the_numbers(page):
+    text = " ".join(" ".join(Document(page).text).split())
+    for part in ("before", "int8.onnx", "4.0x smaller", "no difference shown, IQR 0.20", "model.conv", "softmax"):
+        assert part in text
+    assert "'int8.onnx', measured against 'before'." in text
+    assert "The teacher was not measured." in text
+    assert page.count("<svg") == 3
+
+
+def test_the_page_fits_a_phone_and_the_dark(page):
+    assert 'content="width=device-width, initial-scale=1"' in page
+    assert "prefers-color-scheme: dark" in page
+    # every table lies in a box that scrolls by itself and can be reached by keyboard
+    assert page.count('<div class="scroll') == page.count("<table") == 3
+    assert page.count('tabindex="0" role="region"') == 3
+    assert re.findall(r"(?<!max-)(?<!min-)width: \d+px", page) == []
+
+
+def test_names_cannot_break_out():
+    nasty = nasty_report()
+    document = Document(to_html(nasty))
+    assert document.open == []
+    assert "script" not in document.tags
+    names = [nasty.rows[0].name, " ".join(nasty.rows[0].name.split())]
+    assert sum(text in names for text in document.text) >= 5
+
+
+def test_an_empty_report_is_a_page():
+    document = Document(to_html(Report(rows=())))
+    assert "Nothing was measured." in document.text
+    assert "svg" not in document.tags
+
+
+def test_panels_show_what_was_measured():
+    size, latency, accuracy = panels(full_report())
+    assert [panel.title for panel in (size, latency, accuracy)] == ["Size", "Latency", "val_acc"]
+    assert "int8.onnx 1.10 kB (deflated 300 B)" in size.svg
+    assert latency.legend == "Median of interleaved calls, batch 1; whisker: interquartile range."
+    assert accuracy.svg.count("var(--accent)") == 3
+    assert accuracy.svg.count("var(--base)") == 1
+    assert "#0102" not in size.svg + latency.svg + accuracy.svg
+
+
+def test_bars_are_in_proportion():
+    svg = panels(Report(rows=(Row("a", bytes=1000), Row("b", bytes=250))))[0].svg
+    ends = [
+        float(re.search(r"L ([\d.]+)", path)[1])
+        for path, style in re.findall(r'<path d="([^"]*)" style="fill: ([^";]*)', svg)
+        if "accent" in style or "base" in style
+    ]
+    assert ends[0] == pytest.approx(4 * ends[1])
+
+
+def test_at_most_four_metrics_are_drawn():
+    metrics = {f"metric_{index}": float(index) for index in range(6)}
+    assert [panel.title for panel in panels(Report(rows=(Row("a", metrics=metrics),)))] == list(metrics)[:4]
+
+
+def test_missing_and_infinite_values_have_a_label_and_no_mark():
+    nasty = nasty_report()
+    metric = panels(nasty)[1]
+    assert "var(--accent)" not in metric.svg
+    assert ">inf<" in metric.svg
+    assert ">nan<" in metric.svg
+
+
+def test_drawing_leaves_matplotlib_alone(monkeypatch, recwarn):
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "path")
+    monkeypatch.setitem(matplotlib.rcParams, "figure.dpi", 300)
+    backend = (
+        matplotlib.rcParams._get_backend_or_none() if hasattr(matplotlib.rcParams, "_get_backend_or_none") else None
+    )
+    before = dict(matplotlib.rcParams.copy())
+    svg = panels(nasty_report())[0].svg
+    assert "\u65e5\u672c" in svg
+    assert 'viewBox="0 0 340 92"' in svg
+    assert dict(matplotlib.rcParams.copy()) == before
+    assert not [warning for warning in recwarn if "lyph" in str(warning.message)]
+    if backend is not None:
+        assert matplotlib.rcParams["backend"] == backend

@@ -1,0 +1,131 @@
+"""Canaries: each private or version-bound use of torch and lightning in _compat.py still is what it was."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+import torchmetrics
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_compress import _compat
+
+
+def test_compiled_child_is_where_torch_compile_keeps_the_module():
+    layer = nn.Linear(2, 2)
+    children = dict(torch.compile(layer).named_children())
+    assert children == {_compat.COMPILED_CHILD: layer}
+
+
+NAMESPACES = ["lightning.pytorch", "pytorch_lightning"]
+
+
+def _fitted(namespace, **settings):
+    """A module and its Trainer after two epochs of three batches on loaders of their own."""
+    package = import_module(namespace)
+
+    class Module(import_module(f"{namespace}.demos.boring_classes").BoringModel):
+        def __init__(self):
+            super().__init__()
+            self.metric = torchmetrics.MeanMetric()
+
+        def validation_step(self, batch, batch_idx):
+            self.metric.update(batch)
+            self.log("mean", self.metric)
+
+    module = Module()
+    trainer = package.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    loaders = DataLoader(torch.randn(6, 32), batch_size=2), DataLoader(torch.randn(4, 32), batch_size=2)
+    trainer.fit(module, *loaders)
+    return module, trainer, loaders
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_trainer_source_progress_and_mode(namespace):
+    module, trainer, loaders = _fitted(namespace, inference_mode=False)
+    fresh = import_module(namespace).Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert _compat.attached_trainer(module) is trainer
+    assert _compat.attached_trainer(type(module)()) is None
+    assert _compat.attached_trainer(nn.Linear(1, 1)) is None
+    assert _compat.validation_source(trainer) is loaders[1]
+    assert _compat.validation_source(fresh) is None
+    assert _compat.validates_in_inference_mode(trainer) is False
+    assert _compat.validates_in_inference_mode(fresh) is True
+    assert (fresh.current_epoch, fresh.global_step) == (0, 0)
+    _compat.copy_progress(trainer, fresh)
+    assert (fresh.current_epoch, fresh.global_step) == (trainer.current_epoch, trainer.global_step) == (2, 6)
+    fresh.fit_loop.epoch_progress.current.processed = 9
+    assert trainer.current_epoch == 2
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_validation_source_is_the_module_where_it_has_the_loaders(namespace):
+    module = import_module(f"{namespace}.demos.boring_classes").BoringModel()
+    trainer = import_module(namespace).Trainer(
+        fast_dev_run=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.validate(module, verbose=False)
+    assert _compat.validation_source(trainer) is module
+
+
+def test_lightning_keeps_metric_names_by_id():
+    """In a copy made during a fit the table is wrong, and logging a metric object fails."""
+    found = {}
+
+    class Look(import_module("lightning.pytorch").Callback):
+        def on_fit_end(self, trainer, pl_module):
+            found.update(pl_module._metric_attributes)
+            _compat.forget_metric_names_(pl_module)
+            found["after"] = pl_module._metric_attributes
+
+    module, _, _ = _fitted("lightning.pytorch", callbacks=[Look()])
+    assert found == {id(module.metric): "metric", "after": None}
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_traces_of_compilation(namespace):
+    compile_tools = import_module(f"{namespace}.utilities.compile")
+    module = import_module(f"{namespace}.demos.boring_classes").BoringModel()
+    assert _compat.compiled_state(module) is None
+    wrapped = torch.compile(module, backend="eager")
+    assert _compat.uncompiled(wrapped) is module
+    assert _compat.uncompiled(module) is module
+    compile_tools.from_compiled(wrapped)
+    assert _compat.compiled_state(module)["compiler"] == "dynamo"
+    replaced = {"forward", "training_step", "validation_step", "test_step", "predict_step"}
+    assert replaced <= vars(module).keys()
+    module.layer.compile(backend="eager")
+    module.other = torch.compile(nn.Linear(1, 1), backend="eager")
+    assert module.layer._compiled_call_impl is not None
+    assert _compat.drop_compilation_(module) is module
+    assert not replaced & vars(module).keys()
+    assert _compat.compiled_state(module) is None
+    assert module.layer._compiled_call_impl is None
+    assert type(module.other) is nn.Linear
+
+
+def test_process_group_can_be_hidden():
+    with _compat.hidden_process_group():
+        assert not torch.distributed.is_initialized()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        with _compat.hidden_process_group():
+            assert not torch.distributed.is_initialized()
+            assert not torchmetrics.metric.jit_distributed_available()
+            with pytest.raises(ValueError, match="Default process group has not been initialized"):
+                torch.distributed.all_reduce(torch.ones(1))
+        assert torch.distributed.group.WORLD is group
+        assert torch.distributed.get_world_size() == 1
+    finally:
+        torch.distributed.destroy_process_group()
