@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lightning_compress.callbacks.distillation import DistillationCallback
     from lightning_compress.callbacks.export import ExportCallback
     from lightning_compress.callbacks.report import CompressionReport
-    from lightning_compress.mechanisms.teacher import teacher_from_checkpoint
+    from lightning_compress.mechanisms.loading import teacher_from_checkpoint
     from lightning_compress.mixins import CompressionMixin
 
 # Where each public name lives. Resolved on first use (PEP 562), so that importing the package imports nothing heavy.
@@ -23,7 +23,7 @@ _HOMES = {
     "CompressionReport": "lightning_compress.callbacks.report",
     "DistillationCallback": "lightning_compress.callbacks.distillation",
     "ExportCallback": "lightning_compress.callbacks.export",
-    "teacher_from_checkpoint": "lightning_compress.mechanisms.teacher",
+    "teacher_from_checkpoint": "lightning_compress.mechanisms.loading",
     "export": "",
     "functional": "",
 }

@@ -6,8 +6,10 @@ Traced on lightning 2.6 and torch 2.13 and 2.14. When a canary falls after an up
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -109,3 +111,29 @@ def reset_compiled_code(root: nn.Module) -> None:
     """Forget compiled code where anything below ``root`` is compiled: a hook added later would never fire there."""
     if any(is_compiled(module) or compiled_state(module) is not None for module in root.modules()):
         torch._dynamo.reset()
+
+
+def is_tuner_fit(trainer: Any) -> bool:
+    """Whether a ``Tuner`` started this fit to find a learning rate or a batch size; it stops before training."""
+    return any(getattr(callback, "_early_exit", False) for callback in trainer.callbacks)
+
+
+def placement(module: nn.Module) -> dict[str, Any]:
+    """What a LightningModule remembers of its own device and dtype; empty for any other module."""
+    return {name: vars(module)[name] for name in ("_device", "_dtype") if name in vars(module)}
+
+
+@contextmanager
+def lightning_logger_kept() -> Iterator[None]:
+    """Import both Lightning packages without a change of the logger that their notes go to.
+
+    Each of them, when it is imported, makes its own logger that of both; levels that the user set on the other one's
+    would have no effect any more. Whoever had it keeps it; if nobody had, ``lightning`` gets it.
+    """
+    rank_zero: Any = import_module("lightning_utilities.core.rank_zero")
+    owner = rank_zero.log
+    try:
+        yield
+    finally:
+        nobody = owner.name == rank_zero.__name__
+        rank_zero.log = logging.getLogger("lightning.pytorch.utilities.rank_zero") if nobody else owner

@@ -1,4 +1,7 @@
-"""Entry point that every Trainer of both Lightning packages calls; returns nothing unless ``run`` asked for it."""
+"""Entry point that every Trainer of both Lightning packages calls; returns nothing unless ``run`` asked for it.
+
+Lightning loads it in every program on the machine, so nothing is imported here that could fail or take time.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,13 @@ def callbacks() -> list[object]:
 
     Returns:
         Callbacks for the Trainer under construction.
+
+    Example:
+        >>> callbacks()
+        []
     """
     if VARIABLE not in os.environ:
         return []
-    from lightning_compress.recipe import attachments
+    from lightning_compress.attachment import attachments
 
-    return attachments(os.environ[VARIABLE])
+    return [*attachments(os.environ[VARIABLE])]

@@ -29,6 +29,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_compress.callbacks.distillation import DistillationCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.export import ExportResult, Sample, evaluate, to_onnx
+from lightning_compress.export.evaluate import evaluate_forward
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.report import compare, to_console, write_report
 
@@ -144,7 +145,7 @@ class LitClassifier(L.LightningModule):
         self.log("val_loss", F.cross_entropy(logits, labels))
         self.log(METRIC, self.accuracy)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """SGD whose learning rate falls along a cosine."""
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
@@ -254,8 +255,6 @@ def _fit(
 
 
 def _metrics(module: LitClassifier, source: DemoData, seed: int) -> dict[str, float]:
-    from lightning_compress.export.evaluate import evaluate_forward
-
     return evaluate_forward(module, source.loaders(seed)[1])
 
 
@@ -273,6 +272,7 @@ def _report(
     report = compare(
         {"teacher": teacher, "student alone": alone, "student distilled": distilled},
         files,
+        made_of=["teacher", "student distilled"],
         sample=Sample((sample,)),
         metrics=metrics,
         notes=[

@@ -11,6 +11,7 @@ class CompressionMixin:
     """Let callbacks that add to the loss work in a LightningModule with ``automatic_optimization = False``.
 
     Example:
+        >>> import torch
         >>> class Lit(CompressionMixin, nn.Module):
         ...     pass
         >>> Lit().compressed_loss(torch.tensor(2.0))  # no callback attached: the task loss itself

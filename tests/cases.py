@@ -62,7 +62,7 @@ def _report(folder: Path, kind: type[Classifier]) -> CompressionCallback:
 CASES = (
     Case("DistillationCallback", _distillation, changes_loss=True, refuses={"manual": "CompressionMixin"}),
     Case("ExportCallback", _export, heavy=True),
-    Case("CompressionReport", _report, heavy=True),
+    Case("CompressionReport", _report),
 )
 
 
@@ -76,20 +76,24 @@ def public_callbacks() -> list[str]:
     ]
 
 
-def each_case(*names: str) -> pytest.MarkDecorator:
-    """Parametrise a test over the rows."""
-    rows = [case for case in CASES if not names or case.name in names]
-    return pytest.mark.parametrize("case", rows, ids=lambda case: case.name)
+def each_case(*names: str, heavy_is_slow: bool = False) -> pytest.MarkDecorator:
+    """Parametrise a test over the rows, all or those named; with heavy rows among the slow tests if wanted."""
+    rows = [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.heavy and heavy_is_slow else [])
+        for case in CASES
+        if not names or case.name in names
+    ]
+    return pytest.mark.parametrize("case", rows)
 
 
-def each_case_and_module() -> pytest.MarkDecorator:
-    """Parametrise a test over the rows and their modules; beyond the first, heavy rows are slow."""
+def each_case_and_module(*, heavy_is_slow: bool = False) -> pytest.MarkDecorator:
+    """Parametrise a test over the rows and their modules; heavy rows are slow beyond the first, or all if wanted."""
     rows = [
         pytest.param(
             case,
             kind,
             id=f"{case.name}-{kind.__name__}",
-            marks=[pytest.mark.slow] if case.heavy and kind is not case.modules[0] else [],
+            marks=[pytest.mark.slow] if case.heavy and (heavy_is_slow or kind is not case.modules[0]) else [],
         )
         for case in CASES
         for kind in case.modules

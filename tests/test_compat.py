@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
@@ -129,3 +131,42 @@ def test_process_group_can_be_hidden():
         assert torch.distributed.get_world_size() == 1
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_a_fit_of_a_tuner_is_told_from_others(namespace):
+    package, seen = import_module(namespace), []
+
+    class Watch(package.Callback):
+        def setup(self, trainer, pl_module, stage):
+            seen.append(_compat.is_tuner_fit(trainer))
+
+    module = import_module(f"{namespace}.demos.boring_classes").BoringModel()
+    module.learning_rate = 0.1
+    finder = package.callbacks.LearningRateFinder(num_training_steps=2)  # a real fit, which looks for the rate first
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    settings = {"max_steps": 2, "enable_checkpointing": False, **quiet}
+    trainer = package.Trainer(callbacks=[Watch()], **settings)
+    import_module(f"{namespace}.tuner").Tuner(trainer).lr_find(module, num_training=2, update_attr=False)
+    trainer.fit(module)
+    package.Trainer(callbacks=[finder, Watch()], **settings).fit(module)
+    assert seen == [True, False, False]
+
+
+def test_a_lightning_module_keeps_its_placement_in_two_attributes():
+    module = import_module("lightning.pytorch").LightningModule()
+    assert set(_compat.placement(module)) == {"_device", "_dtype"}
+    module.to(torch.bfloat16)
+    assert _compat.placement(module)["_dtype"] == torch.bfloat16
+    assert _compat.placement(torch.nn.Linear(1, 1)) == {}
+
+
+@pytest.mark.parametrize("first", ["lightning.pytorch", "pytorch_lightning", "lightning_compress.callbacks.base"])
+def test_importing_this_package_leaves_lightnings_notes_to_who_had_them(first):
+    code = (
+        f"import {first}, lightning_compress.callbacks.base, lightning_utilities.core.rank_zero as shared\n"
+        "print(shared.log.name)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    owner = "pytorch_lightning" if first == "pytorch_lightning" else "lightning.pytorch"
+    assert found == f"{owner}.utilities.rank_zero"

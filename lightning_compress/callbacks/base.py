@@ -19,12 +19,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_compress.mechanisms.capture import StudentCapture
+from lightning_compress import _compat
+from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.step import StepController, step_controller
+from lightning_compress.mechanisms.student import StudentCapture
 
 log = logging.getLogger("lightning_compress")
 
@@ -41,19 +42,25 @@ UNSUPPORTED_STRATEGIES = (
 
 def _callback_bases() -> tuple[type, ...]:
     """The Callback classes of both packages, so that a Trainer and a YAML file of either accept ours."""
-    if find_spec("pytorch_lightning") is None:
-        return (Callback,)
-    try:
-        return (Callback, import_module("pytorch_lightning").Callback)
-    except Exception:  # a broken second installation must not break this package
-        log.debug("pytorch_lightning is installed but cannot be imported", exc_info=True)
-        return (Callback,)
+    with _compat.lightning_logger_kept():
+        first = import_module("lightning.pytorch").Callback
+        if find_spec("pytorch_lightning") is None:
+            return (first,)
+        try:
+            return (first, import_module("pytorch_lightning").Callback)
+        except Exception:  # a broken second installation must not break this package
+            log.debug("pytorch_lightning is installed but cannot be imported", exc_info=True)
+            return (first,)
 
 
 if TYPE_CHECKING:
-    _Base = Callback
+    from lightning.pytorch import Callback
+
+    TrainerCallback = Callback
 else:
-    _Base = type("_Base", _callback_bases(), {"__doc__": "Callback of lightning.pytorch and of pytorch_lightning."})
+    TrainerCallback = type(
+        "TrainerCallback", _callback_bases(), {"__doc__": "Callback of lightning.pytorch and of pytorch_lightning."}
+    )
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class CapturedSample:
     kwargs: Mapping[str, Any]
 
 
-class CompressionCallback(_Base):
+class CompressionCallback(TrainerCallback):
     """Base of all callbacks of this package.
 
     When it acts: between ``on_fit_start`` and the end of the fit; nothing of it is on the module before or after.
@@ -107,6 +114,9 @@ class CompressionCallback(_Base):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Enter the mechanisms of the technique; each is closed at the end of the fit."""
+
+    def verify(self, trainer: Any, pl_module: Any) -> None:
+        """Complain about what the first whole step has shown; called once, after it."""
 
     @property
     def teacher_network(self) -> nn.Module | None:
@@ -181,11 +191,25 @@ class CompressionCallback(_Base):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After the first whole step, complain about what had no effect."""
-        if self._verified or self._controller is None or self._controller.steps == 0:
+        if self._verified or self._controller is None:
+            return
+        if self._controller.steps == 0:
+            if outputs:  # a skipped batch has none
+                raise RuntimeError(
+                    f"{type(self).__name__} '{self.name}' had no effect: somebody replaced "
+                    f"{type(pl_module).__name__}.training_step after the start of the fit"
+                )
             return
         for effect in self.expected_effects:
             if self.effects[effect] == 0:
                 raise RuntimeError(f"{type(self).__name__} '{self.name}': {effect} had no effect in the first step")
+        capture = self.student_capture
+        if capture is not None and capture.required and capture.last_call is None:
+            raise CaptureError(
+                f"{type(self).__name__} '{self.name}' needs the network's input, and the first training step called "
+                f"no {'module with parameters' if capture.names is None else '/'.join(capture.names)}"
+            )
+        self.verify(trainer, pl_module)
         self._verified = True
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:

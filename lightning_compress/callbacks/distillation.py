@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from lightning_compress import functional as F
 from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
+from lightning_compress.mechanisms.loading import build_module
 from lightning_compress.mechanisms.outputs import Locator, find_labels, find_logits
+from lightning_compress.mechanisms.passes import Pass, Term
 from lightning_compress.mechanisms.selection import did_you_mean
-from lightning_compress.mechanisms.step import Pass, StepController, Term
-from lightning_compress.mechanisms.teacher import build_module
+from lightning_compress.mechanisms.step import StepController
 
 LossKind = Literal["auto", "softmax", "bernoulli", "mse", "hard", "dkd", "dist"]
 PER_ELEMENT = ("bernoulli", "mse")
@@ -37,23 +38,21 @@ class DistillationCallback(CompressionCallback):
     What it leaves alone: the module's parameters, keys, optimizer and steps. The teacher is in no checkpoint.
 
     Args:
-        teacher: A module, a LightningModule, or in YAML a ``class_path`` with ``init_args`` (a class, or a function
-            such as ``torchvision.models.resnet18`` or ``lightning_compress.teacher_from_checkpoint``).
-        student: Dotted name of the student network inside the LightningModule; two names where the step calls its
-            parts in a row; None: found in the first step.
-        output: Where the logits are in what the networks return: a key, an attribute or an index; None: a tensor,
-            ``.logits``, ``["logits"]``, ``["out"]``, or the only floating tensor.
-        teacher_transform: Module applied to the student's inputs before the teacher sees them.
-        temperature: Temperature T, positive; used by "softmax", "bernoulli", "dkd" and "dist".
-        task_weight: Weight of the user's own loss, at least 0.
-        kd_weight: Weight of the distillation loss, at least 0.
-        loss_kind: "softmax" (one class of several), "bernoulli" (a logit per label), "mse" (regression), "hard" (the
-            teacher's argmax as label), "dkd" (arXiv:2203.08679), "dist" (arXiv:2205.10536), or "auto": "softmax" where
-            the shape of the logits allows.
-        class_dim: Dimension of the classes; None: 1 of (N, K) and (N, K, H, W), the last of (N, L, K).
-        ignore_index: Label whose positions carry no term; None: all do.
-        labels: Where the labels are in the batch (a key, an attribute or an index), for ``ignore_index`` and "dkd";
-            None: the only integer tensor of the right shape.
+        teacher: A module; in YAML a ``class_path`` with ``init_args``: a class, or a function such as
+            ``lightning_compress.teacher_from_checkpoint``.
+        student: Dotted name of the network, or two: the ends of a chain. None: found in the first step.
+        output: Key, attribute or index of the logits in what networks return. None: ``logits``, ``out``, or the only
+            tensor.
+        teacher_transform: Module applied to the inputs before the teacher.
+        temperature: Temperature, positive.
+        task_weight: Weight of the task loss.
+        kd_weight: Weight of the distillation loss; both are at least 0.
+        loss_kind: "softmax", "bernoulli" (a logit per label), "mse", "hard" (the teacher's argmax), "dkd"
+            (arXiv:2203.08679), "dist" (arXiv:2205.10536); "auto": "softmax" where the shape allows.
+        class_dim: Dimension of the classes. None: the last of (N, L, K), else 1.
+        ignore_index: Label whose positions carry no term. None: all do.
+        labels: Key, attribute or index of the labels in the batch, for ``ignore_index`` and "dkd". None: found by
+            shape.
         name: As in the base class; default "kd".
 
     Raises:
@@ -90,7 +89,8 @@ class DistillationCallback(CompressionCallback):
         if loss_kind not in get_args(LossKind):
             accepted = ", ".join(get_args(LossKind))
             raise ValueError(
-                f"loss_kind must be one of {accepted}, got {loss_kind!r}{did_you_mean(str(loss_kind), get_args(LossKind))}"
+                f"loss_kind must be one of {accepted}, got {loss_kind!r}"
+                f"{did_you_mean(str(loss_kind), get_args(LossKind))}"
             )
         self.teacher = build_module(teacher, argument="teacher")
         self.teacher_transform = (
@@ -107,7 +107,7 @@ class DistillationCallback(CompressionCallback):
         self.labels = labels
         self._run_teacher: Callable[[NetworkCall], Any] | None = None
         self._kind: str | None = None
-        self._warned = False
+        self._warned: set[str] = set()
 
     @property
     def teacher_network(self) -> nn.Module | None:
@@ -116,7 +116,7 @@ class DistillationCallback(CompressionCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Capture the student, prepare the teacher, add the term."""
-        self._kind, self._warned = None, False
+        self._kind, self._warned = None, set()
         self.student_capture = controller.capture(self.student)
         self._run_teacher = controller.teacher(
             self.teacher,
@@ -145,9 +145,13 @@ class DistillationCallback(CompressionCallback):
         return loss * self.kd_weight
 
     def _observe(self, seen: Pass) -> None:
-        call = self._call(seen)
-        if call is None or self._kind is None:  # the sanity check comes before the student is known
+        if self._kind is None or self.student_capture is None:  # the sanity check comes before the first step
             return
+        calls = seen.calls.get(self.student_capture, ())
+        if len(calls) != 1:  # what is only measured is no reason to stop a training
+            self._warn_once(f"validation calls the student {len(calls)} times a step, not once, so it is not measured")
+            return
+        [call] = calls
         student, teacher = self._logits(call)
         mask, labels = self._targets(seen.batch, student)
         self._log(self._loss(student, teacher, mask, labels), student, teacher, mask, validation=True)
@@ -162,9 +166,9 @@ class DistillationCallback(CompressionCallback):
         teacher = find_logits(self._run_teacher(call), self.output, owner="teacher")
         if student.shape != teacher.shape:
             raise ValueError(
-                f"the teacher's logits have shape {tuple(teacher.shape)} and the student's {tuple(student.shape)}; they "
-                "must be equal: another number of classes, another resolution (teacher_transform), or another part of "
-                "the output (output)?"
+                f"the teacher's logits have shape {tuple(teacher.shape)} and the student's {tuple(student.shape)}; "
+                "they must be equal: another number of classes, another resolution (teacher_transform), or another "
+                "part of the output (output)?"
             )
         return student, teacher
 
@@ -182,7 +186,11 @@ class DistillationCallback(CompressionCallback):
         """Dimension of the classes; None where each logit stands alone."""
         if self._kind in PER_ELEMENT:
             return None
-        return F.class_dimension(logits.shape) if self.class_dim is None else self.class_dim % logits.ndim
+        if self.class_dim is None:
+            return F.class_dimension(logits.shape)
+        if not -logits.ndim <= self.class_dim < logits.ndim:
+            raise ValueError(f"class_dim={self.class_dim} is no dimension of logits of shape {tuple(logits.shape)}")
+        return self.class_dim % logits.ndim
 
     def _loss(self, student: Tensor, teacher: Tensor, mask: Tensor | None, labels: Tensor | None) -> Tensor:
         if self._kind == "bernoulli":
@@ -207,9 +215,12 @@ class DistillationCallback(CompressionCallback):
         for owner, logits in (("student", student), ("teacher", teacher)):
             if not bool(logits.isfinite().all()):
                 raise ValueError(f"the {owner}'s logits hold NaN or infinity in the first step")
+        if not student.requires_grad:
+            raise ValueError(
+                "the student's logits carry no gradient, so nothing could be learned from the teacher: is the student "
+                "frozen, run under no_grad, or inside of activation checkpointing with use_reentrant=True?"
+            )
         self._kind = "softmax" if self.loss_kind == "auto" else self.loss_kind
-        if self._kind not in PER_ELEMENT and self.class_dim is None:
-            F.class_dimension(student.shape)
         names = "/".join(self.student_capture.names or ()) if self.student_capture is not None else ""
         log.info(
             "%s: student '%s' (%s for the LightningModule itself), loss_kind %s, classes in dimension %s of %s",
@@ -226,12 +237,21 @@ class DistillationCallback(CompressionCallback):
         message = f"the training step returned a loss without calling the student '{names}', so nothing was distilled"
         if self.effects["the distillation loss"] == 0:
             raise CaptureError(f"{message}; name the network that it calls with student=")
-        if not self._warned:
-            self._warned = True
-            warnings.warn(message, stacklevel=2)
+        self._warn_once(message)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"{type(self).__name__} '{self.name}': {message}", stacklevel=2)
 
     def _log(self, loss: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, *, validation: bool) -> None:
         positions = len(student)
+        if validation:  # the weight of this batch in the mean over all: its positions, a row of pixels or tokens each
+            dimension = self._dimension(student)
+            of_one = student.numel() if dimension is None else student.numel() // student.shape[dimension]
+            positions = of_one if mask is None else int(mask.sum())
+            if positions == 0:
+                return
         self.log_quantity("loss", loss.detach(), batch_size=positions, validation=validation)
         if self._kind != "mse":
             agreement = F.teacher_agreement(student.detach(), teacher, class_dim=self._dimension(student), mask=mask)

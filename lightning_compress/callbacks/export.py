@@ -88,8 +88,16 @@ class ExportCallback(CompressionCallback):
         """Record what the network receives."""
         self.result, self.failure = None, None
         self.module_metrics, self.file_metrics = {}, {}
-        needed = self.sample is None
-        self.student_capture = controller.capture(self.network, required=needed)
+        self.student_capture = controller.capture(self.network, required=self.sample is None, argument="network")
+
+    def verify(self, trainer: Any, pl_module: Any) -> None:
+        """After the first step: one network can be written, a chain of modules cannot."""
+        names = self.student_capture.names if self.student_capture is not None else None
+        if self.network is None and names is not None and len(names) > 1:
+            raise ValueError(
+                f"the student is the chain '{names[0]}' to '{names[1]}', and a file holds one network: name it with "
+                "network= (the LightningModule itself is '', with sample= if its forward is never called)"
+            )
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """As soon as the metrics are known, complain about a name that is none of them."""

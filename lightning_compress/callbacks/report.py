@@ -19,9 +19,10 @@ from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
 from lightning_compress.export.onnx import ExportResult
 from lightning_compress.export.sample import Sample
-from lightning_compress.mechanisms.capture import NetworkCall, StudentCapture
+from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.step import StepController
+from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.mechanisms.teacher import Teacher
 from lightning_compress.report.compare import compare, file_names
 from lightning_compress.report.measure import first_line

@@ -16,6 +16,7 @@ from lightning_compress.export.errors import ExportError
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 WRAPPED_METHODS = (
+    "forward",
     "training_step",
     "validation_step",
     "test_step",
@@ -131,6 +132,7 @@ def _strip_hooks(part: nn.Module) -> None:
 
 
 def _strip_wrappers(part: nn.Module) -> None:
+    part.__dict__.pop("_lightning_compress_controller", None)
     for name in WRAPPED_METHODS:
         wrapper = vars(part).get(name)
         if wrapper is None or not hasattr(wrapper, "_lightning_compress"):

@@ -84,8 +84,8 @@ def find_labels(batch: Any, locator: Locator, *, shape: Sequence[int], why: str)
     ]
     if len(candidates) != 1:
         raise ValueError(
-            f"{why} needs the labels, and the batch, {describe(batch)}, holds {len(candidates)} integer tensors of shape "
-            f"{tuple(shape)}; say where they are: labels= a key, an attribute or an index"
+            f"{why} needs the labels, and the batch, {describe(batch)}, holds {len(candidates)} integer tensors of "
+            f"shape {tuple(shape)}; say where they are: labels= a key, an attribute or an index"
         )
     return candidates[0]
 

@@ -6,6 +6,7 @@ without the callback.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -58,10 +59,10 @@ class OwnedParameters:
             The same module each time.
         """
         if self.module is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._seed)
-                self.module = self._build(*arguments)
-            self.module.to(device=device, dtype=dtype)
+            # Validation may come first, in inference mode, where parameters could not be trained later.
+            with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self._seed)  # torch.manual_seed would move the devices' states too
+                self.module = self._build(*arguments).to(device=device, dtype=dtype)
             self.optimizer = self._make_optimizer(self.module.parameters())
             if self._stashed is not None:
                 self._restore(self._stashed)
@@ -116,7 +117,7 @@ class OwnedParameters:
         if self.module is None or self.optimizer is None:
             raise RuntimeError("there is nothing to restore into yet")
         self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would go on in the very tensors
         self.steps = state["steps"]
         self._stashed = None
 

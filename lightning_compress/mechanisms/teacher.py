@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import NetworkCall
-from lightning_compress.mechanisms.selection import did_you_mean, find_module
 
 
 class Teacher:
@@ -24,6 +22,10 @@ class Teacher:
         transform: Called with the student's arguments; returns what the teacher receives: a tensor (its only
             argument), a tuple (positional arguments) or a dict (keyword arguments). None: the same arguments.
 
+    Raises:
+        TypeError: If one of them is no module.
+        ValueError: If one of them has no ``forward``.
+
     Example:
         >>> teacher = Teacher(nn.Linear(2, 1))
         >>> with teacher.prepared():
@@ -33,9 +35,13 @@ class Teacher:
     """
 
     def __init__(self, module: nn.Module, transform: nn.Module | None = None) -> None:
+        _check_callable(module, "teacher")
+        if transform is not None:
+            _check_callable(transform, "teacher_transform")
         self.module = module
         self.transform = transform
         self.forwards = 0
+        self._copies = True  # the first input is copied, to learn whether the teacher writes into it
 
     @contextmanager
     def prepared(
@@ -73,193 +79,41 @@ class Teacher:
             RuntimeError: If the network does not take these arguments.
         """
         self.forwards += 1
-        if self.module.training:  # somebody called train() on it since
-            self.module.eval()
-        args, kwargs = call.args, call.kwargs
+        for module in (self.module, self.transform):  # somebody may have called train() on a part since
+            if module is not None and any(part.training for part in module.modules()):
+                module.eval()
+        args: tuple[Any, ...] = call.args
+        kwargs: Mapping[str, Any] = dict(call.kwargs)
+        given = _tensors((args, kwargs))
+        if self._copies:
+            args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        used = _tensors((args, kwargs))
+        versions = [None if tensor.is_inference() else tensor._version for tensor in used]
         try:
             with torch.no_grad():
                 if self.transform is not None:
                     args, kwargs = _as_arguments(self.transform(*args, **kwargs))
-                return self.module(*args, **kwargs)
+                output = self.module(*args, **kwargs)
         except Exception as error:  # whatever the user's network raises, said in the student's terms
-            shapes = [tuple(leaf.shape) for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
             raise RuntimeError(
                 f"the teacher {type(self.module).__name__} failed on what the student received (tensors of shapes "
-                f"{shapes}): {type(error).__name__}: {error}. It may want another input (see teacher_transform), or "
-                "the student may be another module than the one meant (see student)"
+                f"{[tuple(tensor.shape) for tensor in given]}): {type(error).__name__}: {error}. It may want another "
+                "input (see teacher_transform), or the student may be another module than the one meant (see student)"
             ) from error
+        self._note_writing(used, versions)
+        return output
 
-
-def build_module(source: Any, *, argument: str) -> nn.Module:
-    """Make a module of what Python or YAML gave: a module, or a class or function by its path.
-
-    Args:
-        source: An ``nn.Module``; or ``{"class_path": "package.Name", "init_args": {...}, "dict_kwargs": {...}}``,
-            where the path names a class or a function that returns a module; or the path alone.
-        argument: The user's argument, for error messages.
-
-    Returns:
-        The module.
-
-    Raises:
-        TypeError: If ``source`` is none of these, or does not make a module.
-        ValueError: If the path does not exist or the call fails; the message says what failed and the nearest name.
-
-    Example:
-        >>> build_module({"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 1}},
-        ...              argument="teacher")
-        Linear(in_features=2, out_features=1, bias=True)
-    """
-    if isinstance(source, nn.Module):
-        return source
-    if isinstance(source, type) and issubclass(source, nn.Module):
-        raise TypeError(
-            f"{argument} must be a module, got the class {source.__name__}; call it: {source.__name__}(...)"
-        )
-    spec = {"class_path": source} if isinstance(source, str) else source
-    if not isinstance(spec, Mapping) or not isinstance(spec.get("class_path"), str):
-        raise TypeError(
-            f"{argument} must be a torch.nn.Module, or a class_path with init_args, got {type(source).__name__}: "
-            f"{source!r}"
-        )
-    for key in spec:
-        if key not in ("class_path", "init_args", "dict_kwargs"):
-            raise ValueError(
-                f"{argument} has the key '{key}'; accepted are class_path, init_args and dict_kwargs"
-                f"{did_you_mean(str(key), ['class_path', 'init_args', 'dict_kwargs'])}"
+    def _note_writing(self, used: list[Tensor], versions: list[int | None]) -> None:
+        """Learn whether the teacher writes into its input, which is the user's own batch unless it is copied."""
+        if None in versions:
+            return
+        written = any(tensor._version != version for tensor, version in zip(used, versions, strict=True))
+        if written and not self._copies:
+            raise RuntimeError(
+                f"the teacher {type(self.module).__name__} wrote into its input in this step and in none before, and "
+                "so into the user's batch; let its first operation work out of place"
             )
-    make = import_path(spec["class_path"], argument=argument)
-    arguments = {**(spec.get("init_args") or {}), **(spec.get("dict_kwargs") or {})}
-    try:
-        module = make(**arguments)
-    except Exception as error:  # a constructor may raise anything; the user needs to know which one it was
-        raise ValueError(
-            f"{argument} could not be built: {spec['class_path']}(**{arguments!r}) raised "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{argument}: {spec['class_path']} returned {type(module).__name__}, not a torch.nn.Module")
-    return module
-
-
-def import_path(path: str, *, argument: str) -> Any:
-    """Import a class or function by its dotted path.
-
-    Args:
-        path: ``package.module.Name``.
-        argument: The user's argument, for error messages.
-
-    Returns:
-        The object.
-
-    Raises:
-        ValueError: If the path does not lead to anything callable.
-
-    Example:
-        >>> import_path("torch.nn.ReLU", argument="teacher")
-        <class 'torch.nn.modules.activation.ReLU'>
-    """
-    home, _, name = path.rpartition(".")
-    if not home:
-        raise ValueError(f"{argument} names '{path}', which is not a dotted path such as 'package.module.{path}'")
-    try:
-        owner = import_module(home)
-    except ImportError as error:
-        raise ValueError(f"{argument} names '{path}', but '{home}' cannot be imported: {error}") from error
-    if not callable(getattr(owner, name, None)):
-        raise ValueError(
-            f"{argument} names '{path}', but '{home}' has no class or function '{name}'{did_you_mean(name, dir(owner))}"
-        )
-    return getattr(owner, name)
-
-
-def teacher_from_checkpoint(
-    class_path: str | type[nn.Module],
-    ckpt_path: str | os.PathLike[str],
-    *,
-    init_args: dict[str, Any] | None = None,
-    submodule: str = "",
-    weights_only: bool = True,
-) -> nn.Module:
-    """Build a teacher from a Lightning checkpoint, or from a file of plain weights.
-
-    Args:
-        class_path: The class, or its dotted path. For a LightningModule the hyperparameters saved in the checkpoint
-            are its arguments.
-        ckpt_path: A checkpoint that Lightning wrote, or a saved ``state_dict``.
-        init_args: Arguments of the class; they win over those in the checkpoint.
-        submodule: Dotted name of the network inside the class that shall teach; "" is all of it. A plain network
-            class can be loaded from the checkpoint of the LightningModule around it in this way too: its weights are
-            then those below this name.
-        weights_only: Refuse files that need unpickling, which can run any code. Turn off only for files you trust.
-
-    Returns:
-        The module, in evaluation mode, on the CPU, with all weights loaded strictly.
-
-    Raises:
-        ValueError: If the file cannot be read without unpickling, or class, arguments and weights do not fit.
-        FileNotFoundError: If there is no such file.
-
-    Example:
-        >>> teacher = teacher_from_checkpoint("my.LitNet", "teacher.ckpt", submodule="model")  # doctest: +SKIP
-    """
-    make = import_path(class_path, argument="class_path") if isinstance(class_path, str) else class_path
-    checkpoint = _read_checkpoint(ckpt_path, weights_only)
-    weights = checkpoint.get("state_dict", checkpoint)
-    is_lightning = any(base.__name__ == "LightningModule" for base in make.__mro__) if isinstance(make, type) else False
-    hyperparameters = _accepted(make, checkpoint.get("hyper_parameters", {})) if is_lightning else {}
-    module = build_module(
-        {"class_path": f"{make.__module__}.{make.__qualname__}", "init_args": {**hyperparameters, **(init_args or {})}}
-        if isinstance(class_path, str)
-        else _construct(make, {**hyperparameters, **(init_args or {})}),
-        argument="class_path",
-    )
-    inside = bool(submodule) and not is_lightning and not any(name == submodule for name, _ in module.named_modules())
-    if inside:  # the class is the network itself; the file is of the LightningModule around it
-        prefix = f"{submodule}."
-        weights = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
-    try:
-        module.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the weights in {os.fspath(ckpt_path)} do not fit {type(module).__name__}: {error}"
-        ) from error
-    network = find_module(module, "" if inside else submodule, argument="submodule")
-    return network.eval()
-
-
-def _construct(make: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    try:
-        return make(**arguments)
-    except TypeError as error:
-        raise ValueError(
-            f"class_path could not be built: {getattr(make, '__name__', make)}(**{dict(arguments)!r}): {error}; "
-            "what the checkpoint does not hold goes into init_args"
-        ) from error
-
-
-def _accepted(make: type, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved hyperparameters that the constructor takes."""
-    import inspect
-
-    parameters = inspect.signature(make.__init__).parameters  # type: ignore[misc]
-    takes_any = any(entry.kind is inspect.Parameter.VAR_KEYWORD for entry in parameters.values())
-    return {str(key): value for key, value in hyperparameters.items() if takes_any or key in parameters}
-
-
-def _read_checkpoint(path: str | os.PathLike[str], weights_only: bool) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"ckpt_path: there is no file {os.fspath(path)}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
-    except Exception as error:  # torch.load raises many kinds: unpickling, truncated archives, bad magic numbers
-        raise ValueError(
-            f"ckpt_path: {os.fspath(path)} cannot be read as plain weights: {error}"
-            + ("; if you trust the file, weights_only=False unpickles it" if weights_only else "")
-        ) from error
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"ckpt_path: {os.fspath(path)} holds a {type(checkpoint).__name__}, not a checkpoint")
-    return dict(checkpoint)
+        self._copies = written
 
 
 def _as_arguments(value: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -268,22 +122,42 @@ def _as_arguments(value: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return (tuple(value), {}) if isinstance(value, tuple) else ((value,), {})
 
 
+def _check_callable(module: Any, argument: str) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{argument} must be a torch.nn.Module, got {type(module).__name__}: {module!r}")
+    owner = next((base for base in type(module).__mro__ if "forward" in vars(base)), nn.Module)
+    if "forward" not in vars(module) and (owner is nn.Module or owner.__name__ == "LightningModule"):
+        raise ValueError(
+            f"{argument} {type(module).__name__} has no forward, so it cannot be called; give the network inside it "
+            f"({', '.join(name for name, _ in module.named_children()) or 'it holds none'})"
+        )
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 @contextmanager
 def _restored(modules: list[nn.Module]) -> Iterator[None]:
     """Put back training flags, ``requires_grad``, and the very tensors, so device and dtype too."""
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
     flags = [(part, part.training) for part in parts]
-    parameters = list(
-        {id(p): (p, p.data, p.requires_grad) for part in parts for p in part.parameters(recurse=False)}.values()
-    )
+    parameters = {parameter for part in parts for parameter in part.parameters(recurse=False)}
+    values = [(parameter, parameter.data, parameter.grad, parameter.requires_grad) for parameter in parameters]
+    places = [(part, _compat.placement(part)) for part in parts]
     buffers = [(part, name, value) for part in parts for name, value in part._buffers.items()]
+    for parameter in parameters:
+        parameter.grad = None  # left by the teacher's own training; a cast would move it too
     try:
         yield
     finally:
         for part, training in flags:
             part.training = training
-        for parameter, data, requires_grad in parameters:
+        for parameter, data, gradient, requires_grad in values:
             parameter.data = data
+            parameter.grad = gradient
             parameter.requires_grad_(requires_grad)
         for part, name, value in buffers:
             part._buffers[name] = value
+        for part, place in places:
+            vars(part).update(place)

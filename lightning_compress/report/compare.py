@@ -39,6 +39,7 @@ def compare(
     models: Mapping[str, nn.Module],
     files: Sequence[ExportResult] = (),
     *,
+    made_of: Sequence[str] | None = None,
     sample: Sample | None = None,
     metrics: Metrics | None = None,
     latency: bool = True,
@@ -56,6 +57,7 @@ def compare(
     Args:
         models: Name to network; ratios are to the first.
         files: Files that were exported from one of them; a file's row is called by its file name.
+        made_of: Which model each file was made of; ``None`` where all were made of ``compressed``.
         sample: One input that all models take, of any batch size; ``None`` leaves out MACs and times, with a note.
         metrics: Name of a row to its metrics.
         latency: Whether to measure times.
@@ -85,6 +87,9 @@ def compare(
         raise ValueError(f"compressed names '{layers_of}', not one of the models: {list(models)}")
     if unknown := [name for name in metrics or {} if name not in names]:
         raise ValueError(f"metrics names '{unknown[0]}', not one of the rows: {names}")
+    sources = [layers_of] * len(files) if made_of is None else list(made_of)
+    if len(sources) != len(files) or any(name not in models for name in sources):
+        raise ValueError(f"made_of must name one of the models {list(models)} for each file, got {sources}")
     all_notes = list(notes)
     with random_state_kept():
         inputs = _one_sample(sample, all_notes)
@@ -94,7 +99,10 @@ def compare(
         times: dict[str, Latency] = {}
         if latency and inputs is not None:
             calls = {name: _module_call(copy, inputs) for name, copy in copies.items() if copy is not None}
-            calls |= {name: _file_call(file, models[layers_of], inputs) for name, file in named_files.items()}
+            calls |= {
+                name: _file_call(file, models[source], inputs)
+                for (name, file), source in zip(named_files.items(), sources, strict=True)
+            }
             times = _times(calls, set(named_files), seconds, all_notes)
             if next(iter(models)) not in times:  # what the ratios of the report are to
                 times = {
@@ -109,15 +117,21 @@ def compare(
             replace(layer, name=".".join(filter(None, (prefix, layer.name))))
             for layer in layer_table(models[layers_of])
         ),
-        files=tuple(
-            ExportedFile(
-                str(result.path), result.precision, result.bytes, result.max_logit_difference, result.left_in_float
-            )
-            for result in files
-        ),
+        files=tuple(_file(result, source) for result, source in zip(files, sources, strict=True)),
         notes=tuple(dict.fromkeys(all_notes)),
         versions=versions(),
         recipe=recipe,
+    )
+
+
+def _file(result: ExportResult, model: str) -> ExportedFile:
+    return ExportedFile(
+        path=str(result.path),
+        precision=result.precision,
+        bytes=result.bytes,
+        max_logit_difference=result.max_logit_difference,
+        left_in_float=result.left_in_float,
+        model=model,
     )
 
 

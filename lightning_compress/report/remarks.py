@@ -24,9 +24,10 @@ def remarks(report: Report) -> list[str]:
         90% of the weights of 'after' are zero: unstructured zeros make the compressed ...
     """
     sentences = [sentence for row in report.rows[1:] for sentence in _about_zeros(row, report.rows[0])]
-    module = compressed_row(report)
+    rows = {row.name: row for row in report.rows}
     files = file_rows(report)
     for row, file in files:
+        module = compressed_row(report) if file.model is None else rows.get(file.model)
         if module is not None:
             sentences += _against_module(row, module)
         for other, other_file in files:

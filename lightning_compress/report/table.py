@@ -97,6 +97,7 @@ class ExportedFile:
         bytes: Its size.
         max_logit_difference: Largest absolute difference to the module's own output in the parity check.
         left_in_float: Layers and operations that the precision did not reach.
+        model: Name of the row that it was made of; ``None`` for the compressed module.
     """
 
     path: str
@@ -104,6 +105,7 @@ class ExportedFile:
     bytes: int
     max_logit_difference: float | None = None
     left_in_float: tuple[str, ...] = ()
+    model: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Small LightningModules, loaders and Trainers on which the contract is tried; importable, so that all can be pickled."""
+"""Small LightningModules, loaders and Trainers on which the contract is tried; importable, so that they pickle."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as L
@@ -43,26 +44,34 @@ class StatefulLoader(DataLoader):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.position = 0
+        self.position = self.start = 0
 
     def __iter__(self) -> Iterator[Any]:
+        start, self.start, self.position = self.start, 0, self.start
         for index, batch in enumerate(super().__iter__()):
-            if index < self.position:
-                continue
-            self.position = index + 1
-            yield batch
-        self.position = 0
+            if index >= start:
+                self.position = index + 1
+                yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+        return {"position": self.position % len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
+        self.start = state["position"]
 
 
 def mlp(*, norm: bool = False) -> nn.Sequential:
     layers = [nn.Linear(FEATURES, HIDDEN), *([nn.BatchNorm1d(HIDDEN)] if norm else []), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(HIDDEN, CLASSES))
+
+
+def broken() -> None:
+    raise RuntimeError("the step is broken")
+
+
+def interrupted() -> None:
+    """As Ctrl-C does."""
+    signal.raise_signal(signal.SIGINT)
 
 
 class Classifier(L.LightningModule):
@@ -75,8 +84,8 @@ class Classifier(L.LightningModule):
         super().__init__()
         self.build()
         self.fails_at: int | None = None
+        self.failure: Callable[[], None] = broken
         self.fails_in_validation = False
-        self.failure: BaseException | None = None
 
     def build(self) -> None:
         self.model: nn.Module = mlp(norm=self.norm)
@@ -89,8 +98,8 @@ class Classifier(L.LightningModule):
         return F.cross_entropy(self(x), y)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        if batch_idx == self.fails_at and self.failure is not None:
-            raise self.failure
+        if batch_idx == self.fails_at:
+            self.failure()
         loss = self.task_loss(batch)
         self.log("train_loss", loss, batch_size=BATCH)
         return loss

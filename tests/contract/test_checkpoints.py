@@ -87,6 +87,9 @@ def test_a_process_without_this_package_loads_the_checkpoints(tmp_path):
             arguments += [path, path.with_suffix(".pt")]
     done = subprocess.run(
         [sys.executable, "-c", PLAIN_PROCESS, *map(str, arguments)],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout.split() == ["True"] * 2 * len(CASES), done.stderr

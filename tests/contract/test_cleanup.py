@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-
 import lightning.pytorch as L
 import pytest
-from cases import each_case
+import torch
+from cases import each_case, each_case_and_module
 
-from .modules import BATCH, Classifier, NormClassifier, difference, loader, made, trainer
+from .modules import BATCH, STEPS, Classifier, NormClassifier, difference, interrupted, loader, made, trainer
 from .traces import condition, is_portable, traces
 
 
@@ -16,35 +15,143 @@ class Failing(L.Callback):
     """Somebody else's callback, which raises in one hook."""
 
     def __init__(self, hook: str) -> None:
-        def fail(*_, **__):
-            raise RuntimeError("another callback is broken")
+        self._fails_in = hook
+        setattr(self, hook, self._fail)
 
-        setattr(self, hook, fail)
+    def _fail(self, *_, **__):
+        raise RuntimeError("another callback is broken")
 
 
-def run(kind, failure, callbacks):
-    """A fit that ends in one of the ways of ENDS; returns the module and the Trainer."""
-    module, data, before = made(kind), {}, []
-    if failure == "step":
-        module.fails_at, module.failure = 3, RuntimeError("the step is broken")
-    elif failure == "validation":
-        module.fails_in_validation = True
-    elif failure == "loader":
-        data = {"fails_at": 3 * BATCH}
-    elif failure in ("callback before", "callback after"):
-        before = [Failing("on_train_batch_end")]
-    elif failure == "start of another":
-        before = [Failing("on_train_start")]
-    elif failure == "Ctrl-C":
-        module.fails_at, module.failure = 3, None
-        module.training_step = None  # replaced below, so that the class stays picklable
-        del module.training_step
-    order = [*callbacks, *before] if failure == "callback after" else [*before, *callbacks]
-    fitting = trainer(*order)
-    expected = ENDS[failure]
-    if expected is None:
-        fitting.fit(module, loader(kind, **data), loader(kind))
+ENDS = {
+    "the step": RuntimeError,
+    "validation": RuntimeError,
+    "the loader": OSError,
+    "a callback before": RuntimeError,
+    "a callback after": RuntimeError,
+    "the start of a callback after": RuntimeError,
+    "Ctrl-C": SystemExit,  # Lightning catches KeyboardInterrupt and exits
+}
+
+
+def broken_fit(end, *callbacks, kind=Classifier):
+    """A fit that ends in one of the ways of ENDS; the module and the loader are whole again afterwards."""
+    module = made(kind)
+    order = {
+        "a callback before": [Failing("on_train_batch_end"), *callbacks],
+        "a callback after": [*callbacks, Failing("on_train_batch_end")],
+        "the start of a callback after": [*callbacks, Failing("on_fit_start")],
+    }.get(end, list(callbacks))
+    if end in ("the step", "Ctrl-C"):
+        module.fails_at = 3
+    if end == "Ctrl-C":
+        module.failure = interrupted
+    module.fails_in_validation = end == "validation"
+    batches = loader(kind, fails_at=3 * BATCH) if end == "the loader" else loader(kind)
+    with pytest.raises(ENDS[end]):
+        trainer(*order).fit(module, batches, loader(kind))
+    module.fails_at, module.fails_in_validation = None, False
+    return module
+
+
+@each_case_and_module()
+def test_after_a_fit_nothing_stays(case, kind, tmp_path):
+    plain, module = made(kind), made(kind)
+    trainer().fit(plain, loader(kind), loader(kind))
+    trainer(case.build(tmp_path, kind)).fit(module, loader(kind), loader(kind))
+    assert traces(module) == traces(plain)
+    assert is_portable(module)
+
+
+@pytest.mark.parametrize("end", ENDS)
+@each_case()
+def test_after_an_exception_nothing_stays(case, end, tmp_path):
+    plain = broken_fit(end)
+    callback = case.build(tmp_path, Classifier)
+    module = broken_fit(end, callback)
+    assert traces(module) == traces(plain)
+    assert is_portable(module)
+    assert not list(tmp_path.rglob("*.onnx*"))  # no half-written file either
+
+
+@each_case("DistillationCallback")
+def test_after_an_exception_the_same_objects_train_as_fresh_ones(case, tmp_path):
+    callback = case.build(tmp_path, NormClassifier)
+    broken_fit("the step", callback, kind=NormClassifier)
+    again, fresh = made(NormClassifier), made(NormClassifier)
+    trainer(callback).fit(again, loader(), loader())
+    trainer(case.build(tmp_path, NormClassifier)).fit(fresh, loader(), loader())
+    assert difference(again, fresh) == 0
+
+
+@each_case()
+def test_after_an_exception_in_its_own_attach_nothing_stays(case, tmp_path, monkeypatch):
+    callback = case.build(tmp_path, Classifier)
+    attach, inside = type(callback).attach, []
+
+    def failing(self, controller, stack, trainer, pl_module):
+        attach(self, controller, stack, trainer, pl_module)
+        inside.append("training_step" in vars(pl_module))
+        raise RuntimeError("attach is broken")
+
+    monkeypatch.setattr(type(callback), "attach", failing)
+    module = made(Classifier)
+    before = traces(module)
+    with pytest.raises(RuntimeError, match="attach is broken"):
+        trainer(callback).fit(module, loader(), loader())
+    assert inside == [True]
+    assert {"training_step", "validation_step", "forward"}.isdisjoint(vars(module))
+    assert {key: entry[2] for key, entry in traces(module).items() if isinstance(entry, tuple)} == {
+        key: entry[2] for key, entry in before.items() if isinstance(entry, tuple)
+    }
+    assert is_portable(module)
+    assert difference(module, made(Classifier)) == 0
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("end", [None, "the step", "Ctrl-C"])
+@each_case("DistillationCallback")
+def test_the_teacher_gets_back_what_it_was(case, end, precision, tmp_path, monkeypatch):
+    callback = case.build(tmp_path, Classifier)
+    teacher = callback.teacher_network
+    teacher.train()
+    teacher[1].eval()
+    teacher[0].weight.requires_grad_(False)
+    before, module = condition(teacher), made(Classifier)
+    module.fails_at, module.failure = (None if end is None else 3), (interrupted if end == "Ctrl-C" else module.failure)
+    seen = []
+    teacher[0].register_forward_hook(lambda part, args, out: seen.append((part.training, out.requires_grad, out.dtype)))
+    before["hooks"] = traces(teacher)
+    fitting = trainer(callback, precision=precision)
+    if end is None:
+        fitting.fit(module, loader(), loader())
     else:
-        with pytest.raises(expected):
-            fitting.fit(module, loader(kind, **data), loader(kind))
-    return module, fitting
+        with pytest.raises(ENDS[end]):
+            fitting.fit(module, loader(), loader())
+    assert set(seen) == {(False, False, torch.float32 if precision == "32-true" else torch.bfloat16)}
+    assert condition(teacher) == before
+
+
+def test_the_interrupt_above_is_a_real_one():
+    """Lightning turns it into SystemExit; the callbacks are told of a KeyboardInterrupt."""
+    told = []
+
+    class Listener(L.Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            told.append(type(exception))
+
+    broken_fit("Ctrl-C", Listener())
+    assert told == [KeyboardInterrupt]
+
+
+@each_case("DistillationCallback", "CompressionReport")
+def test_a_module_with_its_own_hooks_and_wrapped_step_keeps_them(case, tmp_path):
+    module, calls = made(Classifier), []
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: step(batch, batch_idx)
+    module.model[0].register_forward_hook(lambda *_: calls.append(1))
+    mine, before = vars(module)["training_step"], traces(module)
+    trainer(case.build(tmp_path, Classifier)).fit(module, loader(), loader())
+    assert vars(module)["training_step"] is mine
+    assert traces(module)["model.0"] == before["model.0"]
+    assert len(calls) >= STEPS + STEPS + 2  # steps, validation and its sanity check; the report's copies may add some
+    assert case.name == "CompressionReport" or len(calls) == STEPS + STEPS + 2

@@ -6,6 +6,8 @@ import pytest
 import torch
 from cases import CASES, each_case, each_case_and_module, public_callbacks
 
+from lightning_compress import CompressionCallback
+
 from .modules import Classifier, ManualClassifier, MixinClassifier, difference, fit, loader, made, trainer
 
 
@@ -25,7 +27,7 @@ def test_the_weights_change_only_if_the_row_says_so(case, kind, tmp_path):
     assert list(compressed.state_dict()) == list(made(kind).state_dict())
 
 
-@each_case()
+@each_case(heavy_is_slow=True)
 def test_accumulated_batches_equal_one_large_batch(case, tmp_path):
     def trained(folder, batch_size, windows):
         module = made(Classifier)
@@ -59,13 +61,24 @@ def test_manual_optimisation(case, tmp_path):
 
 @each_case()
 def test_two_of_one_name_are_refused(case, tmp_path):
-    module = made(Classifier)
+    """Of one class, Lightning does it where the Trainer is made; otherwise we do, before the fit begins."""
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        trainer(case.build(tmp_path, Classifier), case.build(tmp_path, Classifier))
+
+    class Other(CompressionCallback):
+        """Of another class, with the same name."""
+
+    module, callback = made(Classifier), case.build(tmp_path, Classifier)
+    with pytest.raises(ValueError, match=f"two callbacks are named '{callback.name}'; give one another name="):
+        trainer(callback, Other(name=callback.name)).fit(module, loader())
+    late = trainer(callback)
+    late.callbacks.append(case.build(tmp_path, Classifier))  # as a module's configure_callbacks does
     with pytest.raises(ValueError, match="two callbacks are named"):
-        trainer(case.build(tmp_path, Classifier), case.build(tmp_path, Classifier)).fit(module, loader())
+        late.fit(module, loader())
     assert difference(module, made(Classifier)) == 0
 
 
-@each_case()
+@each_case(heavy_is_slow=True)
 def test_predictions_after_the_fit_are_those_of_the_weights(case, tmp_path):
     module = fit(Classifier, case.build(tmp_path, Classifier))
     plain = made(Classifier)

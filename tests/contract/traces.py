@@ -14,8 +14,9 @@ def traces(module: nn.Module) -> dict[str, Any]:
     """Attributes, hooks and flags of every submodule and tensor, and the hooks and modes of the process."""
     seen: dict[str, Any] = {
         "global hooks": [
-            len(value) for key, value in vars(torch.nn.modules.module).items() if key.startswith("_global_") and "hooks" in key
-            and isinstance(value, dict)
+            len(value)
+            for key, value in vars(torch.nn.modules.module).items()
+            if key.startswith("_global_") and "hooks" in key and isinstance(value, dict)
         ],
         "function modes": torch._C._len_torch_function_stack(),
         "grad mode": torch.is_grad_enabled(),

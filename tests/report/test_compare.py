@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_compress.export import ExportResult, Sample, to_onnx
 from lightning_compress.report import compare, count_parameters, table
+from lightning_compress.report.remarks import remarks
 
 
 def small(width=8):
@@ -42,7 +43,9 @@ def test_everything_in_one_report(exported):
     assert (before.metrics, after.metrics, file.metrics) == ({}, {"val_acc": 0.9}, {"val_acc": 0.8})
     assert [layer.name for layer in report.layers] == ["net.0", "net.3"]
     assert report.layers[0].sparsity == 0.5
-    assert report.files[0] == table.ExportedFile(str(result.path), "fp32", result.bytes, result.max_logit_difference)
+    assert report.files[0] == table.ExportedFile(
+        str(result.path), "fp32", result.bytes, result.max_logit_difference, model="after"
+    )
     assert report.notes == ("A note.",)
     assert report.recipe == {"version": 1}
     assert report.versions["torch"] == torch.__version__
@@ -121,3 +124,20 @@ def test_names_that_do_not_exist(arguments, message):
 def test_no_model():
     with pytest.raises(ValueError, match="models is empty"):
         compare({})
+
+
+def test_a_file_is_compared_with_the_model_it_was_made_of():
+    rows = (
+        table.Row("teacher", bytes=100, metrics={"acc": 0.5}),
+        table.Row("student", bytes=100, metrics={"acc": 0.7}),
+        table.Row("t.onnx", bytes=100, metrics={"acc": 0.5}),
+    )
+    files = (table.ExportedFile("t.onnx", "fp32", 100, model="teacher"),)
+    assert remarks(table.Report(rows=rows, files=files)) == [
+        "'t.onnx' gives exactly the metrics of 'teacher' in the same validation."
+    ]
+
+
+def test_made_of_names_a_model_for_each_file():
+    with pytest.raises(ValueError, match=r"made_of must name one of the models \['before'\] for each file"):
+        compare({"before": nn.Linear(4, 2)}, made_of=["other"], latency=False)

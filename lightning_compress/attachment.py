@@ -1,0 +1,286 @@
+"""The child's side of ``lightning-compress run``: attach a recipe to a fit of a script that knows nothing of it.
+
+Every Trainer of the script gets one light callback. When a fit starts it decides whether the recipe means this fit,
+and only then builds the recipe's callbacks. What happened is written to a file that the parent reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Callback
+
+from lightning_compress._compat import is_tuner_fit
+from lightning_compress._factory import VARIABLE
+from lightning_compress.callbacks.base import TrainerCallback
+from lightning_compress.callbacks.export import ExportCallback
+from lightning_compress.callbacks.report import CompressionReport
+from lightning_compress.recipe import Recipe, RecipeError, build_callbacks, load_recipe, naming_file
+
+
+@dataclass(frozen=True)
+class Events:
+    """What happened in the child, one JSON object a line.
+
+    Attributes:
+        path: The file; made on the first event.
+    """
+
+    path: str
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Add an event; the line is written in one piece, so that several processes may write.
+
+        Args:
+            event: "factory", "fit", "done" or "failed".
+            **fields: What JSON can hold.
+        """
+        line = json.dumps({"event": event, **fields}) + "\n"
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All events so far, in their order; none where there is no file."""
+        if not os.path.exists(self.path):
+            return []
+        return [json.loads(line) for line in Path(self.path).read_text(encoding="utf-8").splitlines()]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the parent asks of every Trainer in the child; the value of the environment variable.
+
+    Attributes:
+        recipe: Absolute path of the recipe.
+        cwd: Where the command was called; relative paths in the recipe start there.
+        events: Path of the file of events.
+    """
+
+    recipe: str
+    cwd: str
+    events: str
+
+    def to_json(self) -> str:
+        """The value of the environment variable."""
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_json(cls, value: str) -> Order:
+        """Read the value of the environment variable.
+
+        Raises:
+            RuntimeError: If the parent did not write it.
+        """
+        try:
+            return cls(**json.loads(value))
+        except (ValueError, TypeError) as error:
+            raise RuntimeError(
+                f"the environment variable {VARIABLE} holds {value!r}, which `lightning-compress run` did not write; "
+                "unset it"
+            ) from error
+
+
+def attachments(value: str) -> list[Callback]:
+    """The callbacks for a Trainer under construction.
+
+    Args:
+        value: Of the environment variable that ``lightning-compress run`` sets.
+
+    Returns:
+        One :class:`RecipeAttachment`.
+
+    Raises:
+        RuntimeError: If ``value`` was not written by ``lightning-compress run``.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     order = Order("recipe.yaml", ".", os.path.join(folder, "events.jsonl"))
+        ...     names = [type(callback).__name__ for callback in attachments(order.to_json())]
+        ...     names, Events(order.events).read()
+        (['RecipeAttachment'], [{'event': 'factory'}])
+    """
+    order = Order.from_json(value)
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        Events(order.events).append("factory")
+    return [RecipeAttachment(order)]
+
+
+class RecipeAttachment(TrainerCallback):
+    """Attach a recipe to the fit that it means.
+
+    When it acts: in ``setup`` of each fit. The recipe's callbacks are put right behind this one, so Lightning goes on
+    to set them up too, and checkpoints come after them. They stay with the Trainer until its next fit, as callbacks
+    given in Python do: a checkpoint saved or tested after the fit knows their state. What it leaves alone: Trainers
+    that only validate, test or predict, and the fits that a ``Tuner`` starts.
+
+    Args:
+        order: What the parent asked for.
+    """
+
+    def __init__(self, order: Order) -> None:
+        super().__init__()
+        self.order = order
+        self._events = Events(order.events)
+        self._inserted: list[Callback] = []
+        self._active = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Decide whether the recipe means this fit, and attach it."""
+        if stage != "fit" or is_tuner_fit(trainer) or self._repeats_another(trainer):
+            return
+        # in place: Lightning is iterating this list
+        trainer.callbacks[:] = [callback for callback in trainer.callbacks if callback not in self._inserted]
+        self._inserted = []
+        self._active = True  # whatever is raised from here on is reported
+        with script_under_its_name():
+            recipe = load_recipe(self.order.recipe)
+            with naming_file(recipe.path):
+                self._active = self._is_meant(recipe, trainer, pl_module)
+            if self._active:
+                has_report = any(isinstance(callback, CompressionReport) for callback in trainer.callbacks)
+                built = build_callbacks(recipe, self.order.cwd, add_report=not has_report)
+                with naming_file(recipe.path):
+                    self._insert(built, trainer, pl_module)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Tell the parent what was written; the end of the fit is over."""
+        if stage == "fit" and self._active:
+            self._active = False
+            self._tell(trainer, "done", exports=_exports(trainer), reports=_reports(trainer))
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Tell the parent what went wrong."""
+        if self._active:
+            self._active = False
+            self._tell(trainer, "failed", message=f"{type(exception).__name__}: {exception}".rstrip(": "))
+
+    def _tell(self, trainer: Any, event: str, **fields: Any) -> None:
+        if trainer.is_global_zero:
+            self._events.append(event, **fields)
+
+    def _repeats_another(self, trainer: Any) -> bool:
+        """Whether the list that the user gave to several Trainers holds one of us already: Lightning extends it."""
+        return next(callback for callback in trainer.callbacks if isinstance(callback, RecipeAttachment)) is not self
+
+    def _is_meant(self, recipe: Recipe, trainer: Any, pl_module: Any) -> bool:
+        """The decision of rank 0, which alone knows the earlier fits, on every rank."""
+        decision: tuple[bool, str] = (False, "")
+        if trainer.is_global_zero:
+            decision = self._decided(recipe, type(pl_module))
+        meant, problem = trainer.strategy.broadcast(decision)
+        if problem:
+            raise RecipeError(problem)
+        return bool(meant)
+
+    def _decided(self, recipe: Recipe, module_class: type) -> tuple[bool, str]:
+        """Whether the recipe means this fit, and what is wrong with it."""
+        apply_to = recipe.apply_to or {}
+        matches = apply_to.get("module") in (None, *class_names(module_class))
+        earlier = sum(event["event"] == "fit" and event["matches"] for event in self._events.read())
+        meant = matches and apply_to.get("fit", earlier + 1) == earlier + 1
+        name = class_names(module_class)[0]
+        self._events.append("fit", module=name, matches=matches, attached=meant)
+        if meant and earlier and "fit" not in apply_to:
+            return False, (
+                f"the script fits {name} now, and the recipe was attached to an earlier fit already; say which one is "
+                "meant with apply_to: {module: <class>}, or by its number with apply_to: {fit: 1}"
+            )
+        return meant, ""
+
+    def _insert(self, built: list[Callback], trainer: Any, pl_module: Any) -> None:
+        taken = {callback.state_key for callback in trainer.callbacks}
+        for callback in built:
+            if callback.state_key in taken:
+                raise RecipeError(
+                    f"there are two callbacks {callback.state_key}, in the script's Trainer or in the recipe; give the "
+                    "recipe's another name in its init_args, or leave it out"
+                )
+            taken.add(callback.state_key)
+            vars(callback).update(log=pl_module.log, log_dict=pl_module.log_dict)  # as the Trainer did for the others
+        position = trainer.callbacks.index(self) + 1
+        trainer.callbacks[position:position] = built
+        self._inserted = built
+
+
+def class_names(module_class: type) -> tuple[str, ...]:
+    """The names under which ``apply_to`` may ask for a class.
+
+    Args:
+        module_class: Of a LightningModule.
+
+    Returns:
+        Its dotted path, its name, and for a class of the script that runs the path under the script's own name.
+
+    Example:
+        >>> class_names(RecipeError)
+        ('lightning_compress.recipe.RecipeError', 'RecipeError')
+    """
+    name = module_class.__qualname__
+    if module_class.__module__ != "__main__":
+        return f"{module_class.__module__}.{name}", name
+    return f"__main__.{name}", name, f"{_script_name()}.{name}"
+
+
+@contextmanager
+def script_under_its_name() -> Iterator[None]:
+    """Let ``train.Net`` mean a class of the running script: importing ``train`` would run the script a second time.
+
+    Example:
+        >>> with script_under_its_name():
+        ...     sys.modules["__main__"] in sys.modules.values()
+        True
+    """
+    name = _script_name()
+    if not name or name in sys.modules:
+        yield
+        return
+    sys.modules[name] = sys.modules["__main__"]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+def _script_name() -> str:
+    """How the script that runs would be imported; empty for what cannot be."""
+    main = sys.modules["__main__"]
+    if getattr(main, "__spec__", None) is not None:  # python -m package.train
+        return str(main.__spec__.name)  # type: ignore[union-attr]
+    return Path(getattr(main, "__file__", None) or "").stem
+
+
+def _exports(trainer: Any) -> list[dict[str, Any]]:
+    """What each export wrote, and what is wrong with it."""
+    found = []
+    for callback in trainer.callbacks:
+        if isinstance(callback, ExportCallback):
+            result, metric = callback.result, callback.metric
+            found.append(
+                {
+                    "path": callback.path,
+                    "bytes": None if result is None else result.bytes,
+                    "metric": metric,
+                    "in_file": callback.file_metrics.get(metric) if metric else None,
+                    "in_module": callback.module_metrics.get(metric) if metric else None,
+                    "failure": "no file was written" if result is None else callback.failure,
+                }
+            )
+    return found
+
+
+def _reports(trainer: Any) -> list[str]:
+    """The directories of the reports."""
+    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, CompressionReport)]
+    return [str(callback.files.html.parent) for callback in callbacks if callback.files is not None]

@@ -1,0 +1,337 @@
+"""The controller of a module's steps: extra passes, extra losses, and one teacher forward a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.mechanisms.capture import NetworkCall
+from lightning_compress.mechanisms.passes import Pass, Term, View
+from lightning_compress.mechanisms.student import StudentCapture
+from lightning_compress.mechanisms.teacher import Teacher
+
+Convert = Callable[[nn.Module], nn.Module]
+
+
+@dataclass(eq=False)
+class _SharedTeacher:
+    """A teacher that several callbacks use, with its outputs of the current step."""
+
+    teacher: Teacher
+    outputs: dict[NetworkCall, Any] = field(default_factory=dict)
+
+    def __call__(self, call: NetworkCall) -> Any:
+        if call not in self.outputs:
+            self.outputs[call] = self.teacher(call)
+        return self.outputs[call]
+
+
+class StepController:
+    """Runs a module's ``training_step`` under each view, sums the losses, and shows calls to whoever asks.
+
+    The total is ``sum over views of (task_weight * task_loss + terms of the view) + terms between views``. Open it
+    with :func:`step_controller`; everything added through its methods lasts as long as their contexts.
+
+    Args:
+        module: The LightningModule; in a plain loop, any module with a ``training_step``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.references = 0
+        self.stack = ExitStack()
+        self.steps = 0
+        self._captures: dict[Any, StudentCapture] = {}
+        self._teachers: dict[tuple[int, int], _SharedTeacher] = {}
+        self._views: list[View] = []
+        self._terms: dict[str, Term] = {}
+        self._task_weights: dict[str, float] = {}
+        self._observers: list[Callable[[Pass], None]] = []
+        self._running: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
+        self._explicit_losses = 0
+
+    # What callbacks add
+
+    def capture(
+        self, student: str | Sequence[str] | None, *, required: bool = True, argument: str = "student"
+    ) -> StudentCapture:
+        """Record the student's calls; one record serves all who name the same student.
+
+        Args:
+            student: As in :class:`StudentCapture`. None: the student that another callback named, else the one found.
+            required: Raise in the first training step if the student cannot be told.
+            argument: The user's argument that named it, for error messages.
+
+        Returns:
+            The shared capture, closed with the controller.
+        """
+        key = student if student is None or isinstance(student, str) else tuple(student)
+        if key not in self._captures:
+            self._captures[key] = self.stack.enter_context(StudentCapture(self.module, student, argument=argument))
+        self._captures[key].required |= required
+        return self._captures[key]
+
+    def teacher(
+        self,
+        module: nn.Module,
+        transform: nn.Module | None = None,
+        *,
+        device: torch.device | None = None,
+        convert: Convert | None = None,
+    ) -> Callable[[NetworkCall], Any]:
+        """A teacher that runs once a batch, however many ask for its output.
+
+        Args:
+            module: The network.
+            transform: As in :class:`Teacher`.
+            device: Where to run it.
+            convert: What the precision does to modules.
+
+        Returns:
+            From a call of the student to the teacher's output.
+
+        Raises:
+            ValueError: If teacher and student share parameters: freezing one would freeze the other.
+        """
+        self._refuse_shared(module, "teacher")
+        if transform is not None:
+            self._refuse_shared(transform, "teacher_transform")
+        key = (id(module), id(transform))
+        if key not in self._teachers:
+            teacher = Teacher(module, transform)
+            self.stack.enter_context(teacher.prepared(device, convert))
+            self._teachers[key] = _SharedTeacher(teacher)
+        return self._teachers[key]
+
+    @contextmanager
+    def view(self, view: View) -> Iterator[None]:
+        """Run the step under this view too; while no view is the deployed one, it also runs as it is.
+
+        Raises:
+            ValueError: If there would be two views of one name, or two deployed ones.
+        """
+        for other in self._views:
+            if other.name == view.name or (other.deployed and view.deployed):
+                raise ValueError(f"two callbacks present the same weights: the views '{other.name}' and '{view.name}'")
+        self._views.append(view)
+        try:
+            yield
+        finally:
+            self._views.remove(view)
+
+    @contextmanager
+    def term(self, term: Term) -> Iterator[None]:
+        """Add a loss term.
+
+        Raises:
+            ValueError: If a term of this name exists.
+        """
+        if term.name in self._terms:
+            raise ValueError(f"two callbacks are named '{term.name}'; give one another name=")
+        self._terms[term.name] = term
+        try:
+            yield
+        finally:
+            del self._terms[term.name]
+
+    @contextmanager
+    def task_weight(self, owner: str, weight: float) -> Iterator[None]:
+        """Weigh the task loss; 1 is no claim.
+
+        Raises:
+            ValueError: If another owner set a weight other than 1.
+        """
+        if weight != 1.0:
+            for other, value in self._task_weights.items():
+                raise ValueError(
+                    f"'{other}' sets task_weight={value} and '{owner}' sets task_weight={weight}; only one callback "
+                    "can weigh the task loss: give the others task_weight=1"
+                )
+            self._task_weights[owner] = weight
+        try:
+            yield
+        finally:
+            self._task_weights.pop(owner, None)
+
+    @contextmanager
+    def observer(self, observe: Callable[[Pass], None]) -> Iterator[None]:
+        """Show every validation pass to a function, after the validation step has run."""
+        self._observers.append(observe)
+        try:
+            yield
+        finally:
+            self._observers.remove(observe)
+
+    # What a step does
+
+    def run_training(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the training step in the user's stead and return its output with the total loss in it."""
+        self._resolve_unknown_student()
+        try:
+            if not getattr(self.module, "automatic_optimization", True):
+                return self._run_manual(original, args, kwargs)
+            return self._run_views(original, args, kwargs)
+        finally:
+            self._forget_teachers_outputs()
+
+    def run_validation(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the validation step, then show what it called to the observers."""
+        if not self._observers:
+            return original(*args, **kwargs)
+        try:
+            output, calls = self._recorded(original, args, kwargs, detect=False)
+            seen = Pass(View("plain"), _first(args, kwargs), None, calls)
+            for observe in self._observers:
+                observe(seen)
+            return output
+        finally:
+            self._forget_teachers_outputs()
+
+    def compressed_loss(self, task_loss: Tensor) -> Tensor:
+        """The total loss inside a step with manual optimisation, from the network calls since the last one.
+
+        Raises:
+            RuntimeError: If called outside of a training step with manual optimisation.
+        """
+        if self._running is None:
+            raise RuntimeError("compressed_loss is for training_step with automatic_optimization=False only")
+        self._explicit_losses += 1
+        calls = self._collected(StudentCapture.drain)
+        passes = {"plain": Pass(View("plain"), _first(*self._running), task_loss, calls)}
+        return _sum([self._weighted(task_loss), *self._computed(passes["plain"].view, passes)])
+
+    def _run_views(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        views = sorted(self._views, key=lambda view: (not view.deployed, view.name))
+        if not views or not views[0].deployed:
+            views.insert(0, View("plain"))
+        passes: dict[str, Pass] = {}
+        totals: list[Tensor] = []
+        for view in views:
+            with view.enter():
+                output, calls = self._recorded(original, args, kwargs)
+                if output is None:
+                    return None
+                task_loss = _loss_of(output)
+                passes[view.name] = Pass(view, _first(args, kwargs), task_loss, calls)
+                totals.append(self._weighted(task_loss))
+                totals += self._computed(view, passes)
+            if view.deployed:
+                deployed_output = output
+        totals += self._computed(None, passes)
+        self.steps += 1
+        return _with_loss(deployed_output, _sum(totals))
+
+    def _run_manual(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._running, self._explicit_losses = (args, kwargs), 0
+        try:
+            output, _ = self._recorded(original, args, kwargs, none_skips=False)  # such a step need return nothing
+        finally:
+            self._running = None
+        if self._terms and self._explicit_losses == 0:
+            raise RuntimeError(
+                f"{type(self.module).__name__}.training_step never called self.compressed_loss(task_loss), so "
+                f"{sorted(self._terms)} would have no effect"
+            )
+        self.steps += 1
+        return output
+
+    def _recorded(
+        self,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        detect: bool = True,
+        none_skips: bool = True,
+    ) -> tuple[Any, dict[StudentCapture, list[NetworkCall]]]:
+        try:
+            for capture in self._captures.values():
+                capture.start(detect=detect)
+            output = original(*args, **kwargs)
+            if output is not None or not (detect and none_skips):
+                return output, self._collected(StudentCapture.stop)
+        except BaseException:
+            self._abort()
+            raise
+        self._abort()  # a skipped batch: whatever it called is no evidence
+        return None, {}
+
+    def _collected(
+        self, collect: Callable[[StudentCapture], list[NetworkCall]]
+    ) -> dict[StudentCapture, list[NetworkCall]]:
+        """The calls of each student; two captures of one student share them, and so the teacher's output."""
+        calls = {capture: collect(capture) for capture in self._captures.values()}
+        shared: dict[tuple[str, ...], list[NetworkCall]] = {}
+        return {
+            capture: own if capture.names is None else shared.setdefault(capture.names, own)
+            for capture, own in calls.items()
+        }
+
+    def _abort(self) -> None:
+        for capture in self._captures.values():
+            capture.abort()
+
+    def _computed(self, view: View | None, passes: Mapping[str, Pass]) -> list[Tensor]:
+        """The terms of one view, or with None those between views, in the order of their names."""
+        values = []
+        for _, term in sorted(self._terms.items()):
+            between = term.view is None and view is None
+            if between or (view is not None and (term.view == view.name or (term.view == "" and view.deployed))):
+                value = term.compute(passes if view is None else {view.name: passes[view.name]})
+                values += [] if value is None else [value]
+        return values
+
+    def _weighted(self, task_loss: Tensor) -> Tensor:
+        for weight in self._task_weights.values():
+            return task_loss * weight
+        return task_loss
+
+    def _refuse_shared(self, module: nn.Module, argument: str) -> None:
+        own = {id(parameter) for parameter in self.module.parameters()}
+        if any(id(parameter) in own for parameter in module.parameters()):
+            raise ValueError(
+                f"{argument} {type(module).__name__} shares parameters with {type(self.module).__name__}, the module "
+                f"being trained, and would freeze it; give a copy: copy.deepcopy({argument})"
+            )
+
+    def _resolve_unknown_student(self) -> None:
+        """Where callbacks name one student, it is also that of those who named none."""
+        unknown = self._captures.get(None)
+        if unknown is not None and unknown.names is None:
+            named = {capture.names for key, capture in self._captures.items() if key is not None}
+            if len(named) == 1 and (names := named.pop()) is not None:
+                unknown.use(names)
+
+    def _forget_teachers_outputs(self) -> None:
+        for shared in self._teachers.values():
+            shared.outputs.clear()
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _loss_of(output: Any) -> Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            "training_step must return a tensor, a dict with a tensor under 'loss', or None, got "
+            f"{type(output).__name__}{sorted(output) if isinstance(output, Mapping) else ''}"
+        )
+    return loss
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total

@@ -1,0 +1,231 @@
+"""A network by its path, as YAML names it, and from the checkpoint it was saved in."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_compress.mechanisms.selection import did_you_mean, find_module
+
+
+def build_module(source: Any, *, argument: str) -> nn.Module:
+    """Make a module of what Python or YAML gave: a module, or a class or function by its path.
+
+    Args:
+        source: An ``nn.Module``; or ``{"class_path": "package.Name", "init_args": {...}, "dict_kwargs": {...}}``,
+            where the path names a class or a function that returns a module; or the path alone.
+        argument: The user's argument, for error messages.
+
+    Returns:
+        The module.
+
+    Raises:
+        TypeError: If ``source`` is none of these, or does not make a module.
+        ValueError: If the path does not exist or the call fails; the message says what failed and the nearest name.
+
+    Example:
+        >>> build_module({"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 1}},
+        ...              argument="teacher")
+        Linear(in_features=2, out_features=1, bias=True)
+    """
+    if isinstance(source, nn.Module):
+        return source
+    if isinstance(source, type) and issubclass(source, nn.Module):
+        raise TypeError(
+            f"{argument} must be a module, got the class {source.__name__}; call it: {source.__name__}(...)"
+        )
+    spec: Any = {"class_path": source} if isinstance(source, str) else source
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("class_path"), str):
+        raise TypeError(
+            f"{argument} must be a torch.nn.Module, or a class_path with init_args, got {type(source).__name__}: "
+            f"{source!r}"
+        )
+    for key in spec:
+        if key not in ("class_path", "init_args", "dict_kwargs"):
+            raise ValueError(
+                f"{argument} has the key '{key}'; accepted are class_path, init_args and dict_kwargs"
+                f"{did_you_mean(str(key), ['class_path', 'init_args', 'dict_kwargs'])}"
+            )
+    make = import_path(spec["class_path"], argument=argument)
+    arguments = {**(spec.get("init_args") or {}), **(spec.get("dict_kwargs") or {})}
+    return _built(make, arguments, path=spec["class_path"], argument=argument)
+
+
+def import_path(path: str, *, argument: str) -> Any:
+    """Import a class or function by its dotted path.
+
+    Args:
+        path: ``package.module.Name``.
+        argument: The user's argument, for error messages.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: If the path does not lead to anything callable.
+
+    Example:
+        >>> import_path("torch.nn.ReLU", argument="teacher")
+        <class 'torch.nn.modules.activation.ReLU'>
+    """
+    home, _, name = path.rpartition(".")
+    if not home:
+        raise ValueError(f"{argument} names '{path}', which is not a dotted path such as 'package.module.{path}'")
+    try:
+        owner = import_module(home)
+    except Exception as error:  # the module's own code runs, and may raise anything
+        raise ValueError(
+            f"{argument} names '{path}', but '{home}' cannot be imported: {type(error).__name__}: {error}"
+            f"{_nearest_module(home)}"
+        ) from error
+    if not callable(getattr(owner, name, None)):
+        raise ValueError(
+            f"{argument} names '{path}', but '{home}' has no class or function '{name}'{did_you_mean(name, dir(owner))}"
+        )
+    return getattr(owner, name)
+
+
+def teacher_from_checkpoint(
+    class_path: str | type[nn.Module],
+    ckpt_path: str | os.PathLike[str],
+    *,
+    init_args: dict[str, Any] | None = None,
+    submodule: str = "",
+    weights_only: bool = True,
+) -> nn.Module:
+    """Build a teacher from a Lightning checkpoint, or from a file of plain weights.
+
+    Args:
+        class_path: The class, or its dotted path. For a LightningModule the hyperparameters saved in the checkpoint
+            are its arguments.
+        ckpt_path: A checkpoint that Lightning wrote, or a saved ``state_dict``.
+        init_args: Arguments of the class; they win over those in the checkpoint.
+        submodule: Dotted name of the network inside the class that shall teach; "" is all of it. A plain network
+            class can be loaded from the checkpoint of the LightningModule around it in this way too: its weights are
+            then those below this name.
+        weights_only: Refuse files that need unpickling, which can run any code. Turn off only for files you trust.
+
+    Returns:
+        The module, in evaluation mode, on the CPU, with all weights loaded strictly.
+
+    Raises:
+        ValueError: If the file cannot be read without unpickling, or class, arguments and weights do not fit.
+        FileNotFoundError: If there is no such file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(nn.Linear(2, 1).state_dict(), f"{folder}/weights.pt")
+        ...     teacher_from_checkpoint(
+        ...         "torch.nn.Linear", f"{folder}/weights.pt", init_args={"in_features": 2, "out_features": 1}
+        ...     )
+        Linear(in_features=2, out_features=1, bias=True)
+    """
+    make = import_path(class_path, argument="class_path") if isinstance(class_path, str) else class_path
+    path = class_path if isinstance(class_path, str) else f"{make.__module__}.{make.__qualname__}"
+    checkpoint = _read_checkpoint(ckpt_path, weights_only)
+    arguments = init_args or {}
+    _refuse_unknown(make, arguments, path)
+    if _is_lightning_module(make) and "pytorch-lightning_version" in checkpoint:
+        module = _built(
+            lambda **given: make.load_from_checkpoint(  # type: ignore[union-attr]
+                ckpt_path, map_location="cpu", strict=True, weights_only=weights_only, **given
+            ),
+            arguments,
+            path=path,
+            argument="class_path",
+            hint=f". What {os.fspath(ckpt_path)} does not hold goes into init_args",
+        )
+        return find_module(module, submodule, argument="submodule").eval()
+    module = _built(make, arguments, path=path, argument="class_path")
+    weights = checkpoint.get("state_dict", checkpoint)
+    if submodule and all(name != submodule for name, _ in module.named_modules()):
+        weights, submodule = _below(weights, submodule, ckpt_path), ""  # of the LightningModule around the network
+    try:
+        module.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights in {os.fspath(ckpt_path)} do not fit {type(module).__name__}: {error}"
+        ) from error
+    return find_module(module, submodule, argument="submodule").eval()
+
+
+def _built(
+    make: Callable[..., Any], arguments: Mapping[str, Any], *, path: str, argument: str, hint: str = ""
+) -> nn.Module:
+    try:
+        module = make(**arguments)
+    except Exception as error:  # a constructor may raise anything; the user needs to know which one it was
+        raise ValueError(
+            f"{argument} could not be built: {path}(**{dict(arguments)!r}) raised {type(error).__name__}: {error}{hint}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{argument}: {path} returned {type(module).__name__}, not a torch.nn.Module")
+    return module
+
+
+def _refuse_unknown(make: Callable[..., Any], arguments: Mapping[str, Any], path: str) -> None:
+    """Refuse arguments that a class does not take: Lightning would drop them without a word."""
+    try:
+        parameters = inspect.signature(make).parameters
+    except (TypeError, ValueError):  # some classes written in C have no signature
+        return
+    if any(entry.kind is inspect.Parameter.VAR_KEYWORD for entry in parameters.values()):
+        return
+    for name in arguments:
+        if name not in parameters:
+            raise ValueError(f"init_args has '{name}', which {path} does not take{did_you_mean(name, parameters)}")
+
+
+def _is_lightning_module(make: Any) -> bool:
+    return isinstance(make, type) and any(base.__name__ == "LightningModule" for base in make.__mro__)
+
+
+def _below(weights: Mapping[str, Any], submodule: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The weights of a network from those of the module around it."""
+    prefix = f"{submodule}."
+    below = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
+    if not below:
+        parts = {key.rpartition(".")[0] for key in weights}
+        raise ValueError(
+            f"submodule names '{submodule}', and {os.fspath(path)} holds no weights below it"
+            f"{did_you_mean(submodule, {'.'.join(part.split('.')[:depth]) for part in parts for depth in (1, 2, 3)})}"
+        )
+    return below
+
+
+def _nearest_module(path: str) -> str:
+    """The module spelled most alike, next to the first part of a path that does not exist."""
+    parts = path.split(".")
+    for depth in range(len(parts)):
+        home = ".".join(parts[:depth])
+        try:
+            places = import_module(home).__path__ if home else None
+        except Exception:  # the caller has said already what could not be imported
+            return ""
+        names = [f"{home}.{entry.name}".lstrip(".") for entry in iter_modules(places)]
+        if ".".join(parts[: depth + 1]) not in names:
+            return did_you_mean(".".join(parts[: depth + 1]), names)
+    return ""
+
+
+def _read_checkpoint(path: str | os.PathLike[str], weights_only: bool) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"ckpt_path: there is no file {os.fspath(path)}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except Exception as error:  # torch.load raises many kinds: unpickling, truncated archives, bad magic numbers
+        raise ValueError(
+            f"ckpt_path: {os.fspath(path)} cannot be read as plain weights: {error}"
+            + ("; if you trust the file, weights_only=False unpickles it" if weights_only else "")
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"ckpt_path: {os.fspath(path)} holds a {type(checkpoint).__name__}, not a checkpoint")
+    return dict(checkpoint)

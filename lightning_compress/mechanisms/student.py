@@ -1,0 +1,316 @@
+"""Which network of a module is the student: named by the user, or found in the first training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_compress import _compat
+from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
+from lightning_compress.mechanisms.selection import find_module, plain_name
+from lightning_compress.mechanisms.wrapping import marked, shadowed
+
+
+class Detector(AbstractContextManager["Detector"]):
+    """Record, in one step, every outermost call of a module with parameters: the candidates for the student.
+
+    Args:
+        root: The module whose children are watched, itself included.
+
+    Example:
+        >>> import torch
+        >>> root = nn.ModuleDict({"net": nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))})
+        >>> with Detector(root) as detector:
+        ...     detector.start()
+        ...     _ = root["net"](torch.ones(4, 2))
+        ...     sorted(detector.stop())
+        ['net']
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._stack = ExitStack()
+        self._captures: dict[str, Capture] = {}
+        self._recording = False
+        self._depth = 0
+        self._root_depth = 0
+        self._outermost: dict[str, bool] = {}  # name -> whether it was called from the root's own forward alone
+
+    def __enter__(self) -> Detector:
+        for name, module in _watched(self._root):
+            if module is self._root:
+                self._captures[name] = self._stack.enter_context(Capture(module, direct=True))
+                self._stack.enter_context(shadowed(module, "forward", self._counting_root))
+            else:
+                capture = Capture(module, when=lambda: self._depth == 1)
+                self._captures[name] = self._stack.enter_context(capture)
+                self._count(name, module)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._recording = False
+        self._stack.close()
+        self._captures = {}
+
+    def start(self) -> None:
+        """Begin to record."""
+        self._recording, self._depth, self._root_depth, self._outermost = True, 0, 0, {}
+        for capture in self._captures.values():
+            capture.start()
+
+    def stop(self) -> dict[str, list[NetworkCall]]:
+        """Stop and give back the outermost calls by the dotted name of the module, in the order of the first calls.
+
+        Where the root itself was called, it stands for what it calls; where it only hands on to one child, that
+        child stands for it. Networks that are wholly frozen (a perceptual loss, say) are left out, unless there are
+        no others.
+
+        Returns:
+            Name (empty for the root) to calls.
+        """
+        self._recording = False
+        calls = {name: capture.stop() for name, capture in self._captures.items()}
+        root_calls = calls.pop("", [])
+        found = {name: calls[name] for name in self._outermost if calls[name]}
+        if root_calls:
+            inside = {name: inner for name, inner in found.items() if self._outermost[name]}
+            outside = {name: inner for name, inner in found.items() if not self._outermost[name]}
+            network = next((name for name, inner in inside.items() if _hands_on(root_calls, inner)), "")
+            found = {network: root_calls, **outside}
+        return _trained_first(self._root, found)
+
+    def _count(self, name: str, module: nn.Module) -> None:
+        def enter(*_: Any) -> None:
+            if self._recording:
+                if self._depth == 0:
+                    self._outermost[name] = self._outermost.get(name, True) and self._root_depth > 0
+                self._depth += 1
+
+        def leave(*_: Any) -> None:
+            if self._recording:
+                self._depth -= 1
+
+        # Around the capture's own hooks, so that a module is at depth 1 while its own outermost call is recorded.
+        self._stack.callback(module.register_forward_pre_hook(marked(enter), prepend=True).remove)
+        self._stack.callback(module.register_forward_hook(marked(leave), always_call=True).remove)
+
+    def _counting_root(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._root_depth += 1
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._root_depth -= 1
+
+        return forward
+
+
+class StudentCapture(AbstractContextManager["StudentCapture"]):
+    """The calls of the student network in a step: named by the user, or found in the first training step.
+
+    Args:
+        root: The LightningModule, or any module that contains the student.
+        student: Dotted name of the student; two names where the step calls its parts in a row (the input of the first
+            and the output of the second are recorded); None to find it.
+        argument: The user's argument, for error messages.
+
+    Raises:
+        ValueError: If a name does not exist.
+
+    Example:
+        >>> import torch
+        >>> root = nn.ModuleDict({"net": nn.Linear(2, 1)})
+        >>> with StudentCapture(root) as student:
+        ...     student.start(detect=True)
+        ...     _ = root["net"](torch.ones(4, 2))
+        ...     [call] = student.stop()
+        >>> student.network, call.output.shape
+        ('net', torch.Size([4, 1]))
+    """
+
+    def __init__(
+        self, root: nn.Module, student: str | Sequence[str] | None = None, *, argument: str = "student"
+    ) -> None:
+        self._root = root
+        self._argument = argument
+        self._stack = ExitStack()
+        self._detector: Detector | None = None
+        self._ends: tuple[Capture, ...] = ()
+        self.names: tuple[str, ...] | None = None if student is None else _names(student, argument)
+        self.required = False
+        self.problem: str | None = None
+        self.last_call: NetworkCall | None = None  # arguments only, detached: nothing of a step's graph is kept
+        for name in self.names or ():
+            find_module(root, name, argument=argument)
+
+    @property
+    def network(self) -> str | None:
+        """Dotted name of the student; None while unknown, and where it is a chain of modules."""
+        return self.names[0] if self.names is not None and len(self.names) == 1 else None
+
+    def __enter__(self) -> StudentCapture:
+        if self.names is None:
+            self._detector = self._stack.enter_context(Detector(self._root))
+        else:
+            self._open(self.names)
+        _compat.reset_compiled_code(self._root)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        self._detector, self._ends = None, ()
+
+    def use(self, names: tuple[str, ...]) -> None:
+        """Record these modules instead of looking for the student.
+
+        Args:
+            names: One dotted name, or the first and the last of a chain.
+        """
+        self._stack.close()
+        self._detector, self.names, self.problem = None, names, None
+        self._open(names)
+        _compat.reset_compiled_code(self._root)
+
+    def start(self, *, detect: bool) -> None:
+        """Begin to record.
+
+        Args:
+            detect: Look for a student that is not known yet; otherwise it stays unknown.
+        """
+        if self._detector is not None and detect:
+            self._detector.start()
+        for end in self._ends:
+            end.start()
+
+    def stop(self) -> list[NetworkCall]:
+        """Stop and give back the student's calls; in the first training step this is where the student is found.
+
+        Returns:
+            The calls in their order.
+
+        Raises:
+            CaptureError: If the student is required and cannot be told, or a chain was called in part only.
+        """
+        if self._detector is not None:
+            calls = self._detected(self._detector.stop())
+        elif len(self._ends) == 2:
+            calls = self._joined(*(end.stop() for end in self._ends))
+        else:
+            calls = [call for end in self._ends for call in end.stop()]
+        if calls:
+            args, kwargs = tree_map(_detached, (calls[-1].args, dict(calls[-1].kwargs)))
+            self.last_call = NetworkCall(args, kwargs, None)
+        return calls
+
+    def abort(self) -> None:
+        """Stop recording and forget the step."""
+        if self._detector is not None:
+            self._detector.start()  # forgets
+            self._detector.stop()
+        for end in self._ends:
+            end.start()
+            end.stop()
+
+    def drain(self) -> list[NetworkCall]:
+        """Give back the calls so far and go on recording: for steps that compute several losses.
+
+        Returns:
+            The calls since the last one.
+        """
+        calls = self.stop()
+        self.start(detect=True)
+        return calls
+
+    def _detected(self, found: dict[str, list[NetworkCall]]) -> list[NetworkCall]:
+        if not found:
+            return []
+        if len(found) > 1:
+            ends = [plain_name(name) for name in found]
+            names = ", ".join(f"'{name}'" if name else "the LightningModule itself ('')" for name in ends)
+            self.problem = (
+                f"the step calls {len(ends)} modules with parameters: {names}; choose the network with "
+                f"{self._argument}=, or give the first and the last of a chain, "
+                f'{self._argument}=["{ends[0]}", "{ends[-1]}"]'
+            )
+            if self.required:
+                raise CaptureError(self.problem)
+            return []
+        [(name, calls)] = found.items()
+        self.use((plain_name(name),))
+        return calls
+
+    def _joined(self, first: list[NetworkCall], last: list[NetworkCall]) -> list[NetworkCall]:
+        if len(first) != len(last):
+            start, end = self.names or ("", "")
+            raise CaptureError(
+                f"the step calls '{start}' {len(first)} times and '{end}' {len(last)} times, so they are not the ends "
+                f"of one chain; choose others with {self._argument}="
+            )
+        return [NetworkCall(a.args, a.kwargs, b.output) for a, b in zip(first, last, strict=True)]
+
+    def _open(self, names: tuple[str, ...]) -> None:
+        modules = [find_module(self._root, name, argument=self._argument) for name in names]
+        self._ends = tuple(
+            self._stack.enter_context(Capture(module, direct=module is self._root)) for module in modules
+        )
+
+
+def _names(student: str | Sequence[str], argument: str) -> tuple[str, ...]:
+    names = (student,) if isinstance(student, str) else tuple(student) if isinstance(student, Sequence) else ()
+    if len(names) not in (1, 2) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{argument} must be one dotted name, or two (the first and the last of a chain), got {student!r}"
+        )
+    return tuple(plain_name(name) for name in names)
+
+
+def _watched(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The root and every module below it with parameters, but nothing inside a metric or a compiled module."""
+    yield "", root
+    hidden: tuple[str, ...] = ()
+    for name, module in root.named_modules():
+        if name == "" or name.startswith(hidden):
+            continue
+        if _is_metric(module) or _compat.is_compiled(module):
+            hidden = (*hidden, f"{name}.")
+        if not _is_metric(module) and next(module.parameters(), None) is not None:
+            yield name, module
+
+
+def _is_metric(module: nn.Module) -> bool:
+    return any(base.__module__.startswith("torchmetrics.") for base in type(module).__mro__)
+
+
+def _trained_first(root: nn.Module, found: dict[str, list[NetworkCall]]) -> dict[str, list[NetworkCall]]:
+    """Without the networks that are wholly frozen, unless there are no others."""
+    modules = dict(root.named_modules())
+    trained = {
+        name: calls
+        for name, calls in found.items()
+        if any(parameter.requires_grad for parameter in modules[name].parameters())
+    }
+    return trained or found
+
+
+def _hands_on(own: list[NetworkCall], inner: list[NetworkCall]) -> bool:
+    """Whether each call of a module only handed on to a call of its child."""
+    return len(own) == len(inner) and all(
+        child.output is call.output and _same_tensors(child, call) for child, call in zip(inner, own, strict=True)
+    )
+
+
+def _same_tensors(first: NetworkCall, second: NetworkCall) -> bool:
+    """Whether two calls received the same tensors."""
+    ours, theirs = (
+        [leaf for leaf in tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Tensor)]
+        for call in (first, second)
+    )
+    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf

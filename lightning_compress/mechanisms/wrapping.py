@@ -1,0 +1,99 @@
+"""Marked hooks and reversible wrappers: whatever this package puts on a module can be told and taken off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+OWN_MARK = "_lightning_compress"
+"""Attribute that marks a hook or a wrapper as ours, so that copies of a module can be made without it."""
+
+_ORIGINAL_ENTRY = f"{OWN_MARK}_original_entry"
+_CLOSED = f"{OWN_MARK}_closed"
+
+
+def marked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function into one that carries our mark.
+
+    Args:
+        function: A hook.
+
+    Returns:
+        A function that does the same.
+
+    Example:
+        >>> getattr(marked(abs), OWN_MARK), marked(abs)(-1)
+        (True, 1)
+    """
+
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    setattr(hook, OWN_MARK, True)
+    return hook
+
+
+@contextmanager
+def shadowed(
+    module: nn.Module, method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[Callable[..., Any]]:
+    """Shadow a method of one instance by a wrapper, and put back afterwards what was there.
+
+    Lightning reads ``__wrapped__`` once to learn a step's signature, so the wrapper names the innermost function. If
+    somebody wrapped the method again meanwhile, their wrapper stays and ours hands on to the original. The wrapper is
+    a plain function: a deep copy of the module refers to it and copies nothing of what it holds.
+
+    Args:
+        module: The instance.
+        method: Name of the method.
+        make: From the original bound method to its replacement.
+
+    Yields:
+        The wrapper that was installed.
+
+    Example:
+        >>> relu = nn.ReLU()
+        >>> with shadowed(relu, "extra_repr", lambda original: lambda: "shadowed"):
+        ...     print(relu)
+        ReLU(shadowed)
+        >>> relu, "extra_repr" in vars(relu)
+        (ReLU(), False)
+    """
+    entry = _living_entry(module, method)
+    original = getattr(module, method)
+    replacement = make(original)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs) if hasattr(wrapper, _CLOSED) else replacement(*args, **kwargs)
+
+    wrapper.__wrapped__ = getattr(original, "__wrapped__", original)  # type: ignore[attr-defined]
+    wrapper.__name__ = method
+    wrapper.__doc__ = original.__doc__
+    setattr(wrapper, OWN_MARK, True)
+    setattr(wrapper, _ORIGINAL_ENTRY, entry)
+    vars(module)[method] = wrapper
+    try:
+        yield wrapper
+    finally:
+        setattr(wrapper, _CLOSED, True)
+        if vars(module).get(method) is wrapper:
+            del vars(module)[method]
+            if entry is not None:
+                vars(module)[method] = entry
+
+
+def _living_entry(module: nn.Module, method: str) -> Any:
+    """What the instance itself holds under a name, after taking off closed wrappers of ours.
+
+    One is there if somebody had wrapped ours, and put back what they had seen after we had closed.
+    """
+    entry = vars(module).get(method)
+    while hasattr(entry, _CLOSED) and not hasattr(entry, "__self__") and vars(entry).get(OWN_MARK) is True:
+        entry = getattr(entry, _ORIGINAL_ENTRY)
+        del vars(module)[method]
+        if entry is not None:
+            vars(module)[method] = entry
+    return entry

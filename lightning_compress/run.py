@@ -1,0 +1,195 @@
+"""The parent's side of ``lightning-compress run``: check the recipe, start the command, say how it went.
+
+The parent never sees a module: export, evaluation and report happen in the child, which leaves a file of events.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lightning_compress._factory import VARIABLE
+from lightning_compress.attachment import Events, Order
+from lightning_compress.export.onnx import checked_path
+from lightning_compress.recipe import Recipe, export_paths, load_recipe
+from lightning_compress.report.units import metric as shown_metric
+from lightning_compress.report.units import size
+
+DONE, FAILED, USAGE = 0, 1, 2
+EXAMPLE = "lightning-compress run recipe.yaml -- python train.py"
+
+
+def run(recipe: str, command: Sequence[str]) -> int:
+    """Run a command with a recipe attached to its fit.
+
+    Args:
+        recipe: The YAML file.
+        command: The program and its arguments.
+
+    Returns:
+        0: done, and every check passed. 1: a check failed, or no fit took the recipe. 2: nothing was started, or no
+        Trainer of the command knows this package. Otherwise the command's own exit code.
+
+    Example:
+        >>> run("missing.yaml", ["python", "train.py"])
+        2
+    """
+    try:
+        _check_command(command)
+        loaded = _checked_recipe(recipe, command)
+    except ValueError as error:  # RecipeError is one
+        return _ended(USAGE, str(error))
+    with tempfile.TemporaryDirectory(prefix="lightning-compress-") as folder:
+        events = Events(os.path.join(folder, "events.jsonl"))
+        order = Order(os.path.abspath(recipe), os.getcwd(), events.path)
+        try:
+            with _no_new_drafts(loaded):
+                code = _exit_code(command, {**os.environ, VARIABLE: order.to_json()})
+        except OSError as error:
+            return _ended(USAGE, f"'{command[0]}' cannot be started: {error.strerror}")
+        return _ended(*outcome(events.read(), code))
+
+
+def outcome(events: Sequence[dict[str, Any]], code: int) -> tuple[int, str]:
+    """What the events in the child and its exit code come to.
+
+    Args:
+        events: As the child wrote them.
+        code: The child's exit code.
+
+    Returns:
+        The exit code of ``run``, and one line for people.
+
+    Example:
+        >>> outcome([], 3)
+        (3, 'the command ended with exit code 3')
+    """
+    of = {kind: [event for event in events if event["event"] == kind] for kind in ("factory", "fit", "done", "failed")}
+    failures = [f"the fit failed: {' '.join(event['message'].split())}" for event in of["failed"]]
+    exports = [export for event in of["done"] for export in event["exports"]]
+    failures += [f"{_relative(export['path'])}: {export['failure']}" for export in exports if export["failure"]]
+    written = _written(exports, [report for event in of["done"] for report in event["reports"]])
+    if code != 0:
+        before = [f"before that, {written}"] if of["done"] else []
+        return code, "; ".join([f"the command ended with exit code {code}", *failures, *before])
+    if not of["factory"]:
+        return USAGE, (
+            "the command ended well, but no Trainer in it asked for the recipe: either it made no Trainer at all, or "
+            "it ran in another Python, where lightning-compress is not installed"
+        )
+    if failures:
+        return FAILED, "; ".join(failures)
+    if of["done"]:
+        return DONE, written
+    if any(event["attached"] for event in of["fit"]):
+        return FAILED, "the command ended well, but the fit with the recipe never came to its end"
+    fits = ", ".join(event["module"] for event in of["fit"])
+    seen = f"the fits were, in order: {fits}; see apply_to in the recipe" if fits else "its Trainer never fitted"
+    return FAILED, f"the command ended well, but no fit took the recipe: {seen}"
+
+
+def _check_command(command: Sequence[str]) -> None:
+    if not command:
+        raise ValueError(f"the command to run is missing; it comes behind --, as in: {EXAMPLE}")
+    if shutil.which(command[0]) is None:
+        hint = f"; to run a script: python {command[0]}" if command[0].endswith(".py") else ""
+        raise ValueError(f"'{command[0]}' is not a program that can be run here{hint or _similar_program(command[0])}")
+
+
+def _similar_program(name: str) -> str:
+    close = get_close_matches(name, ["python", "python3", "torchrun", "bash", "sh", "env"], n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _checked_recipe(recipe: str, command: Sequence[str]) -> Recipe:
+    """The recipe, and the places of its files, checked with the modules that the command will find."""
+    scripts = [Path(argument) for argument in command if argument.endswith(".py") and os.path.isfile(argument)]
+    roots = [str(script.parent.absolute()) for script in scripts] or [os.getcwd()]
+    unseen = ["__main__", *(script.stem for script in scripts)]
+    unseen += [after for option, after in pairwise(command) if option == "-m"]
+    sys.path[:0] = roots
+    try:
+        loaded = load_recipe(recipe, unseen=unseen)
+    finally:
+        del sys.path[: len(roots)]
+    for path in export_paths(loaded):
+        checked_path(path)
+    return loaded
+
+
+def _exit_code(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run the command to its end, whatever signals come; a child that a signal ended has 128 and its number."""
+    child = subprocess.Popen(command, env=environment)
+
+    def forward(number: int, frame: object) -> None:
+        if number == signal.SIGTERM or not _in_foreground():
+            child.send_signal(number)
+
+    handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _in_foreground() -> bool:
+    """Whether this process group owns a terminal, whose Ctrl-C then goes to the child as well without our help."""
+    try:
+        with open("/dev/tty") as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
+
+
+@contextmanager
+def _no_new_drafts(recipe: Recipe) -> Iterator[None]:
+    """Remove what a killed child left of a file it was writing."""
+    before = _drafts(recipe)
+    try:
+        yield
+    finally:
+        for draft in _drafts(recipe) - before:
+            draft.unlink(missing_ok=True)
+
+
+def _drafts(recipe: Recipe) -> set[Path]:
+    """The export writes beside its target, under the target's name and 32 hexadecimal digits."""
+    paths = [Path(path) for path in export_paths(recipe)]
+    return {draft for path in paths for draft in path.parent.glob(f".{path.stem}-{'[0-9a-f]' * 32}.onnx")}
+
+
+def _written(exports: Sequence[dict[str, Any]], reports: Sequence[str]) -> str:
+    parts = []
+    for export in exports:
+        metric = ""
+        if export["in_file"] is not None and export["in_module"] is not None:
+            in_file, in_module = shown_metric(export["in_file"]), shown_metric(export["in_module"])
+            metric = f"; {export['metric']} {in_file} in the file, {in_module} in the module"
+        if export["bytes"] is not None:
+            parts.append(f"wrote {_relative(export['path'])} ({size(export['bytes'])}{metric})")
+    parts += [f"report in {_relative(report)}" for report in reports]
+    return ", ".join(parts) or "the recipe was attached to the fit; it writes no file"
+
+
+def _relative(path: str) -> str:
+    """A path as it is seen from here, where that is shorter."""
+    return min(path, os.path.relpath(path), key=len)
+
+
+def _ended(code: int, message: str) -> int:
+    stream = sys.stdout if code == DONE else sys.stderr
+    stream.write(f"lightning-compress run: {message}\n")
+    stream.flush()
+    return code

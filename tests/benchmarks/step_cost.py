@@ -1,0 +1,232 @@
+"""What a training step with distillation costs, over the same step plus the teacher's forward.
+
+    python -m tests.benchmarks.step_cost
+
+Every arm is a whole ``Trainer.fit`` with its own module, in a thread of its own, and the threads take turns: one step
+of each arm a round, in random order, never two at once. So an arm's time is that of Lightning's real loop, from the
+start of one batch to the start of the next, hooks and logging included, and a machine that slows down slows all arms
+alike. Time is the CPU time of the process, on one thread. Shown is the median over the rounds of the ratio within a
+round, with its 95% interval.
+
+The teacher has the student's own architecture, which is the hardest case: a larger teacher makes both sides longer
+and the ratio smaller.
+
+The two arms by hand say where time goes. What matters most is when the teacher runs: before the student, its
+temporary memory is free again when the student asks for its own; after it, both are needed at once, and the C library
+gives memory back to the system and takes it again in every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import ctypes
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_compress import DistillationCallback
+from lightning_compress.demo import SmallResNet
+from lightning_compress.functional import distillation_loss
+from lightning_compress.report.latency import median_interval
+
+WARMUP = 10
+TARGET = 1.03
+
+
+class Plain(L.LightningModule):
+    """A classifier whose step is the network's forward and the cross-entropy."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self.network(images), labels)
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+class WithTeacherForward(Plain):
+    """The same, and the teacher's forward, whose result is thrown away: the denominator of the ratio."""
+
+    def __init__(self, network: nn.Module, teacher: nn.Module) -> None:
+        super().__init__(network)
+        self.outside = [teacher.eval().requires_grad_(False)]  # a list, so that it is no submodule
+
+    def teacher_logits(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.outside[0](images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.teacher_logits(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+class ByHand(WithTeacherForward):
+    """Distillation written into the step, nothing else logged: what the loss itself costs."""
+
+    def __init__(self, network: nn.Module, teacher: nn.Module, *, teacher_first: bool) -> None:
+        super().__init__(network, teacher)
+        self.teacher_first = teacher_first
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        if self.teacher_first:
+            target = self.teacher_logits(images)
+        logits = self.network(images)
+        if not self.teacher_first:
+            target = self.teacher_logits(images)
+        loss = F.cross_entropy(logits, labels)
+        self.log("train_loss", loss)
+        return 0.1 * loss + 0.9 * distillation_loss(logits, target, 4.0)
+
+
+class Turns(Callback):
+    """Let a fit run one step at a time, and measure each."""
+
+    def __init__(self) -> None:
+        self.go, self.paused = threading.Semaphore(0), threading.Semaphore(0)
+        self.milliseconds: list[float] = []
+        self._begin: float | None = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, index: int) -> None:
+        if self._begin is not None:
+            self.milliseconds.append(1e3 * (time.process_time() - self._begin))
+        self.paused.release()
+        self.go.acquire()
+        self._begin = time.process_time()
+
+
+@dataclass
+class Arm:
+    """One fit in a thread of its own."""
+
+    name: str
+    module: L.LightningModule
+    callbacks: Sequence[Callback] = ()
+
+    def start(self, batch: tuple[Tensor, Tensor], steps: int) -> None:
+        self.turns, self.error = Turns(), None
+        self.thread = threading.Thread(target=self._fit, args=(batch, steps), daemon=True)
+        self.thread.start()
+        self._wait()
+
+    def step(self) -> None:
+        self.turns.go.release()
+        self._wait()
+
+    def finish(self) -> None:
+        self.turns.go.release()
+        self.thread.join()
+
+    def _wait(self) -> None:
+        self.turns.paused.acquire()
+        if self.error is not None:
+            raise RuntimeError(f"the arm '{self.name}' failed") from self.error
+
+    def _fit(self, batch: tuple[Tensor, Tensor], steps: int) -> None:
+        torch.set_num_threads(1)  # a setting of each thread
+        trainer = L.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[self.turns, *self.callbacks],
+        )
+        try:
+            trainer.fit(self.module, DataLoader([batch] * steps, batch_size=None))
+        except Exception as error:  # raised again in the thread that waits
+            self.error = error
+        finally:
+            self.turns.paused.release()
+
+
+def measure(make: Callable[[], nn.Module], batch: tuple[Tensor, Tensor], rounds: int) -> list[Arm]:
+    """Run all arms from the same weights in turns; the first is the reference."""
+    network, teacher = make(), make()
+
+    def pair() -> tuple[nn.Module, nn.Module]:
+        return copy.deepcopy(network), copy.deepcopy(teacher)
+
+    student, frozen = pair()
+    arms = [
+        Arm("plain step + teacher forward", WithTeacherForward(*pair())),
+        Arm("by hand, teacher before student", ByHand(*pair(), teacher_first=True)),
+        Arm("by hand, teacher after student", ByHand(*pair(), teacher_first=False)),
+        Arm("DistillationCallback", Plain(student), [DistillationCallback(frozen)]),
+    ]
+    for arm in arms:
+        arm.start(batch, WARMUP + rounds + 1)
+    order = random.Random(0)
+    for _ in range(WARMUP + rounds):
+        for arm in order.sample(arms, len(arms)):  # no arm always runs on the cache that the same other one left
+            arm.step()
+    for arm in arms:
+        arm.finish()
+    return arms
+
+
+def table(name: str, arms: list[Arm]) -> str:
+    """Median time of each arm, and its ratio to the first."""
+    times = [arm.turns.milliseconds[WARMUP:] for arm in arms]
+    lines = [f"{name}: {len(times[0])} rounds"]
+    for arm, own in zip(arms, times, strict=True):
+        ratios = [mine / reference for mine, reference in zip(own, times[0], strict=True)]
+        low, high = median_interval(ratios) or (float("nan"), float("nan"))
+        ratio = f"{statistics.median(ratios):.4f} [{low:.4f}, {high:.4f}]"
+        lines.append(f"  {arm.name:32} {statistics.median(own):9.2f} ms   {ratio if arm is not arms[0] else '1'}")
+    return "\n".join(lines)
+
+
+def _one_memory_arena() -> None:
+    """Let all threads share the memory arena of the main one, where a user's training runs; glibc only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
+
+
+def _resnet18() -> nn.Module:
+    from torchvision.models import resnet18
+
+    return resnet18(num_classes=10)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "small ResNet, width 16, batch 64 at 28x28": (lambda: SmallResNet(16), (64, 1, 28, 28)),
+    "resnet18, batch 16 at 64x64": (_resnet18, (16, 3, 64, 64)),
+}
+
+
+def main() -> None:
+    """Measure every case and print one table each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=300, help="measured rounds a case, at least 200 to be quoted")
+    rounds = parser.parse_args().rounds
+    _one_memory_arena()
+    for name, (make, shape) in CASES.items():
+        begin = time.perf_counter()
+        torch.manual_seed(0)
+        arms = measure(make, (torch.randn(shape), torch.randint(0, 10, (shape[0],))), rounds)
+        print(table(name, arms))
+        print(f"  target {TARGET}; one thread, {time.perf_counter() - begin:.0f} s\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Two processes on the CPU: run as a script, which forks, so that the imports are paid for once.
+
+``python ranks.py FOLDER SCENARIO...``; each rank leaves ``FOLDER/SCENARIO/rank<n>.pt``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import lightning.pytorch as L
+import torch
+from cases import CASES
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+
+from contract.modules import BATCH, Batches, Classifier, NetworkItself, made, teacher_for, trainer
+from lightning_compress import DistillationCallback
+
+
+class EverySecond(Sampler):
+    """The rank's half of each batch of the single process."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+
+    def __iter__(self):
+        return iter(range(self.rank, BATCH * 8, self.ranks))
+
+    def __len__(self) -> int:
+        return BATCH * 8 // self.ranks
+
+
+class Spare(Classifier):
+    """With a second head that no step of the user's uses; ``find_unused_parameters`` is needed without distillation."""
+
+    def build(self) -> None:
+        super().build()
+        self.model = TwoHeads(self.model)
+
+    def forward(self, x):
+        return self.model(x)["task"]
+
+
+class TwoHeads(nn.Module):
+    def __init__(self, body: nn.Sequential) -> None:
+        super().__init__()
+        self.body, self.distilled = body, nn.Linear(body[-1].in_features, body[-1].out_features)
+
+    def forward(self, x):
+        features = self.body[:-1](x)
+        return {"task": self.body[-1](features), "logits": self.distilled(features)}
+
+
+class SingleTeacher(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = teacher_for(Classifier)
+
+    def forward(self, x):
+        return {"logits": self.network(x)}
+
+
+class Sharded(L.LightningDataModule):
+    """Our own sampler, made when the ranks are known."""
+
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def _loader(self) -> DataLoader:
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        data = Batches(as_dict=self.kind.as_dict)
+        return DataLoader(data, batch_size=BATCH // ranks, sampler=EverySecond(rank, ranks))
+
+    train_dataloader = val_dataloader = _loader
+
+
+class Recording(L.Callback):
+    """Each rank's weights, metrics and what our callback saw."""
+
+    def __init__(self, path: Path, watched: Any) -> None:
+        self.path, self.watched, self.shapes = path, watched, []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        sample = self.watched.student_capture.last_call if self.watched.student_capture is not None else None
+        if sample is not None:
+            self.shapes.append([tuple(value.shape) for value in (*sample.args, *sample.kwargs.values())])
+
+    def teardown(self, trainer, pl_module, stage):
+        self.path.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {
+                "state_dict": pl_module.state_dict(),
+                "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
+                "effects": dict(self.watched.effects),
+                "shapes": self.shapes,
+                "attributes": sorted(vars(pl_module)),
+            },
+            self.path / f"rank{trainer.global_rank}.pt",
+        )
+
+
+def scenario(name: str, folder: Path) -> tuple[type[Classifier], list[Any], dict[str, Any]]:
+    """Kind of module, callbacks and settings of a scenario."""
+    kinds = {"NetworkItself": NetworkItself, "Spare": Spare}
+    case, _, variant = name.partition("-")
+    kind = kinds.get(variant, Classifier)
+    if variant == "Spare":
+        return kind, [DistillationCallback(SingleTeacher(), student="model")], {}
+    row = next(row for row in CASES if row.name == case)
+    settings: dict[str, Any] = {}
+    if variant == "logged":
+        settings = {"logger": CSVLogger(folder / "logs")}
+    return kind, [row.build(folder, kind)], settings
+
+
+def run(name: str, folder: Path, *, ranks: int = 2, start_method: str = "fork") -> Classifier:
+    """One scenario, in so many processes."""
+    kind, callbacks, settings = scenario(name, folder)
+    module = made(kind)
+    strategy = DDPStrategy(
+        start_method=start_method, process_group_backend="gloo", find_unused_parameters="Spare" in name
+    )
+    fitting = trainer(
+        *callbacks,
+        Recording(folder, callbacks[0]),
+        devices=ranks,
+        use_distributed_sampler=False,
+        strategy=strategy if ranks > 1 else "auto",
+        **settings,
+    )
+    fitting.fit(module, Sharded(kind))
+    return module
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    method = os.environ.get("START_METHOD", "fork")
+    for wanted in sys.argv[2:]:
+        run(wanted, Path(sys.argv[1]) / wanted, start_method=method)

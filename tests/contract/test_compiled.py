@@ -1,0 +1,114 @@
+"""Compiled networks and compiled LightningModules: hooks fire, in the first fit and in the second."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, each_case
+from torch._dynamo.testing import CompileCounter
+
+from lightning_compress import DistillationCallback
+
+from .modules import STEPS, Classifier, NetworkItself, NormClassifier, difference, loader, made, teacher_for, trainer
+from .traces import traces
+
+# Steps compiled as a whole take seconds to trace; test_distillation_exact.py has one of them among the fast tests.
+FORMS = ["child", "in place", pytest.param("module", marks=pytest.mark.slow)]
+
+
+def compiled(module, form):
+    """What the user hands to the Trainer."""
+    if form == "child":
+        module.model = torch.compile(module.model, backend="eager")
+    elif form == "in place":
+        module.model.compile(backend="eager")
+    else:
+        return torch.compile(module, backend="eager")
+    return module
+
+
+def fitted(kind, callbacks, form=None, fits=1):
+    module = made(kind)
+    handed = module if form is None else compiled(module, form)
+    for _ in range(fits):
+        fitting = trainer(*callbacks, num_sanity_val_steps=2)
+        fitting.fit(handed, loader(kind), loader(kind))
+    return module, fitting
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("form", FORMS)
+@each_case(heavy_is_slow=True)
+def test_compiled_equals_uncompiled(case, form, tmp_path):
+    """With the sanity check on: it runs the network before the first step."""
+    plain, _ = fitted(NormClassifier, [case.build(tmp_path / "plain", NormClassifier)])
+    with case.expects("compiled"):
+        module, fitting = fitted(NormClassifier, [case.build(tmp_path / "compiled", NormClassifier)], form)
+    theirs = [value for _, value in sorted(plain.state_dict().items())]
+    ours = {key.replace("_orig_mod.", ""): value for key, value in module.state_dict().items()}
+    assert (
+        max(float((a - b).abs().max()) for a, b in zip(theirs, (ours[key] for key in sorted(ours)), strict=True)) == 0
+    )
+    assert "val_loss" in fitting.callback_metrics
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("form", FORMS)
+@each_case("DistillationCallback")
+def test_a_second_compiled_fit_is_captured_too(case, form, tmp_path):
+    callback = case.build(tmp_path, Classifier)
+    batches = []
+    callback.teacher_network.register_forward_hook(lambda part, args, out: batches.append(len(args[0])))
+    module, _ = fitted(Classifier, [callback], form, fits=2)
+    plain, _ = fitted(Classifier, [case.build(tmp_path, Classifier)], fits=2)
+    assert callback.effects["the distillation loss"] == STEPS
+    assert batches.count(8) >= 2 * (STEPS + STEPS)
+    weights = {key.replace("_orig_mod.", ""): value for key, value in module.state_dict().items()}
+    assert difference({key: weights[key] for key in plain.state_dict()}, plain) == 0
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("form", FORMS)
+def test_the_network_is_really_compiled(form):
+    """The tests above are worth something only if compiled code ran."""
+    counter, module = CompileCounter(), made(Classifier)
+    if form == "child":
+        module.model = torch.compile(module.model, backend=counter)
+    elif form == "in place":
+        module.model.compile(backend=counter)
+    handed = torch.compile(module, backend=counter) if form == "module" else module
+    trainer(DistillationCallback(teacher_for(Classifier))).fit(handed, loader(), loader())
+    assert counter.frame_count > 0
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("student", [None, "model"])
+@pytest.mark.parametrize("form", ["child", "in place"])
+def test_a_compiled_child_is_found_and_named_plainly(form, student):
+    callback, module = DistillationCallback(teacher_for(Classifier), student=student), made(Classifier)
+    trainer(callback).fit(compiled(module, form), loader(), loader())
+    assert callback.effects["the distillation loss"] == STEPS
+    assert callback.captured_sample.network == "model"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.slow
+@each_case("DistillationCallback")
+def test_a_compiled_network_that_is_the_module_itself(case, tmp_path):
+    plain, _ = fitted(NetworkItself, [case.build(tmp_path, NetworkItself)])
+    module, _ = fitted(NetworkItself, [case.build(tmp_path, NetworkItself)], "module")
+    assert difference(module, plain) == 0
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_stays_on_a_compiled_module(form, tmp_path):
+    plain, _ = fitted(Classifier, [], form)
+    before = traces(plain)
+    for case in CASES:
+        if case.heavy or "compiled" in case.refuses:
+            continue
+        module, _ = fitted(Classifier, [case.build(tmp_path, Classifier)], form)
+        assert traces(module) == before
+        inputs = torch.randn(2, 8)
+        assert torch.equal(module(inputs), module.model(inputs))

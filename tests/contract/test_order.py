@@ -1,0 +1,97 @@
+"""The order of the callbacks in the list changes no bit of the weights, and one teacher runs once a batch."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+import torch
+from cases import CASES
+
+from lightning_compress import DistillationCallback, ExportCallback
+
+from .modules import STEPS, Classifier, NormClassifier, difference, loader, made, teacher_for, trainer
+
+
+def trained(kind, callbacks):
+    module = made(kind)
+    fitting = trainer(*callbacks)
+    fitting.fit(module, loader(kind), loader(kind))
+    return module, fitting.callback_metrics
+
+
+@pytest.mark.parametrize("kind", [Classifier, NormClassifier], ids=lambda kind: kind.__name__)
+def test_the_order_of_all_rows_does_not_matter(kind, tmp_path):
+    alone, _ = trained(kind, [CASES[0].build(tmp_path, kind)])
+    orders = [CASES, CASES[::-1]]
+    modules, metrics = zip(
+        *(
+            trained(kind, [case.build(tmp_path / str(index), kind) for case in order])
+            for index, order in enumerate(orders)
+        ),
+        strict=True,
+    )
+    assert difference(*modules) == 0
+    assert difference(modules[0], alone) == 0
+    assert {key: float(value) for key, value in metrics[0].items()} == {
+        key: float(value) for key, value in metrics[1].items()
+    }
+
+
+@pytest.mark.slow
+def test_the_end_of_fit_runs_stage_by_stage_in_any_order(tmp_path):
+    """The report finds the exported file, wherever the two are in the list."""
+    for index, order in enumerate(permutations(CASES)):
+        if index % 2:
+            continue  # each callback first once
+        callbacks = {case.name: case.build(tmp_path / str(index), Classifier) for case in order}
+        trained(Classifier, list(callbacks.values()))
+        rows = [row.name for row in callbacks["CompressionReport"].result.rows]
+        assert rows == ["before", "after", "teacher", "model.onnx"]
+        assert (tmp_path / str(index) / "model.onnx").is_file()
+
+
+def two_distillations(teacher):
+    soft = DistillationCallback(teacher, task_weight=0.3, kd_weight=0.5, temperature=3.0, name="soft")
+    hard = DistillationCallback(teacher, task_weight=1.0, kd_weight=0.2, loss_kind="hard", name="hard")
+    return soft, hard
+
+
+@pytest.mark.parametrize("kind", [Classifier, NormClassifier], ids=lambda kind: kind.__name__)
+def test_two_distillations_share_one_teacher(kind):
+    modules = []
+    for reverse in (False, True):
+        teacher, batches = teacher_for(kind), []
+        teacher.register_forward_hook(lambda part, args, out, batches=batches: batches.append(args[0]))
+        callbacks = two_distillations(teacher)
+        module, metrics = trained(kind, callbacks[::-1] if reverse else callbacks)
+        modules.append(module)
+        assert len(batches) == STEPS + STEPS  # once each training and validation batch, though two ask for it
+        assert {"compress/soft/loss", "compress/hard/loss", "train_loss"} <= set(metrics)
+        assert metrics["compress/soft/loss"] != metrics["compress/hard/loss"]
+    assert difference(*modules) == 0
+
+    soft_only, _ = trained(kind, two_distillations(teacher_for(kind))[:1])
+    assert difference(modules[0], soft_only) > 0
+
+
+def test_only_one_callback_weighs_the_task_loss():
+    teacher = teacher_for(Classifier)
+    both = [DistillationCallback(teacher, name="a"), DistillationCallback(teacher, name="b")]
+    module, fitting = made(Classifier), trainer(*both)
+    with pytest.raises(ValueError, match="only one callback can weigh the task loss"):
+        fitting.fit(module, loader(), loader())
+    assert difference(module, made(Classifier)) == 0
+    assert "training_step" not in vars(module)
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_the_student_named_by_one_callback_serves_the_other(tmp_path):
+    """An export that was not told of a network takes the student of the distillation, in both orders."""
+    for reverse in (False, True):
+        distillation = DistillationCallback(teacher_for(Classifier), student="model")
+        export = ExportCallback(tmp_path / f"{reverse}.onnx")
+        trained(Classifier, [export, distillation] if reverse else [distillation, export])
+        assert export.captured_sample.network == "model"
+        assert export.result.max_logit_difference < 1e-5
+        assert torch.is_tensor(export.captured_sample.args[0])

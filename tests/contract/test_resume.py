@@ -1,0 +1,186 @@
+"""A killed and resumed run equals the uninterrupted one, bit for bit, wherever the run without our callback does.
+
+Each test has a control arm without the callback, which must be exact too: otherwise it shows nothing about us.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from cases import CASES, each_case, each_case_and_module
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from torch.utils._pytree import tree_leaves
+
+from .modules import BATCH, Classifier, difference, loader, made, trainer
+
+CONTROL = pytest.param(None, id="control")
+ROWS = [CONTROL, *(pytest.param(case, id=case.name, marks=[pytest.mark.slow] * case.heavy) for case in CASES)]
+
+
+class Unplug(L.Callback):
+    """After so many steps the dataset can no longer be read."""
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step = at_step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.at_step:
+            trainer.train_dataloader.dataset.fails_at = BATCH * (batch_idx + 1)
+
+
+def build(case, folder, kind=Classifier):
+    return [] if case is None else [case.build(folder, kind)]
+
+
+def exact_fit(kind, folder, callbacks, *, ckpt_path=None, stateful=False, epochs=4, rows=16, steps=None, **settings):
+    """A fit whose settings resume exactly in Lightning itself: no shuffle, no dropout, with validation."""
+    module = made(kind)
+    saving = ModelCheckpoint(
+        folder, filename="{step}", save_top_k=-1, every_n_train_steps=steps, every_n_epochs=None if steps else 1
+    )
+    fitting = trainer(*callbacks, saving, max_epochs=epochs, enable_checkpointing=True, **settings)
+    data = loader(kind, rows=rows, stateful=stateful)
+    fitting.fit(module, data, loader(kind), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    fitting.save_checkpoint(folder / "end.ckpt")
+    return module, fitting
+
+
+def assert_same_checkpoints(first, second, case, callbacks):
+    """Weights, optimizer, scheduler, and our own state."""
+    ours, theirs = (torch.load(folder / "end.ckpt", weights_only=True) for folder in (first, second))
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        for a, b in zip(tree_leaves(ours[key]), tree_leaves(theirs[key]), strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    if case is not None:
+        key = callbacks[0].state_key
+        assert str(ours["callbacks"][key]) == str(theirs["callbacks"][key])
+
+
+@each_case_and_module(heavy_is_slow=True)
+def test_from_the_end_of_an_epoch(case, kind, tmp_path):
+    for arm in (None, case):
+        whole, resumed = tmp_path / f"{arm is None}-whole", tmp_path / f"{arm is None}-resumed"
+        exact_fit(kind, whole, build(arm, tmp_path, kind))
+        with case.expects("resume") if arm is case else CASES[0].expects("nothing"):
+            callbacks = build(arm, tmp_path, kind)
+            _, fitting = exact_fit(kind, resumed, callbacks, ckpt_path=whole / "step=4.ckpt")
+        assert fitting.global_step == 8
+        assert_same_checkpoints(whole, resumed, arm, callbacks)
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_from_the_middle_of_an_epoch_with_a_stateful_loader(case, tmp_path):
+    settings = {"stateful": True, "epochs": 2, "rows": 64, "steps": 3}
+    exact_fit(Classifier, tmp_path / "whole", build(case, tmp_path), **settings)
+    callbacks = build(case, tmp_path)
+    _, fitting = exact_fit(
+        Classifier, tmp_path / "resumed", callbacks, ckpt_path=tmp_path / "whole" / "step=3.ckpt", **settings
+    )
+    assert fitting.global_step == 16
+    assert_same_checkpoints(tmp_path / "whole", tmp_path / "resumed", case, callbacks)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["saved before us", "saved after us"])
+@pytest.mark.parametrize("case", ROWS)
+def test_from_the_exception_checkpoint(case, first, tmp_path):
+    """The loader fails, with three batches of the second epoch done."""
+    settings = {"stateful": True, "epochs": 2, "rows": 64}
+    exact_fit(Classifier, tmp_path / "whole", build(case, tmp_path), **settings)
+    ours, saver = build(case, tmp_path), OnExceptionCheckpoint(tmp_path)
+    order = [saver, *ours] if first else [*ours, saver]
+    with pytest.raises(OSError, match="the disk is gone"):
+        exact_fit(Classifier, tmp_path / "broken", [*order, Unplug(at_step=11)], **settings)
+    crashed = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert crashed["global_step"] == 11
+    made(Classifier).load_state_dict(crashed["state_dict"], strict=True)
+
+    callbacks = build(case, tmp_path)
+    _, fitting = exact_fit(
+        Classifier, tmp_path / "resumed", callbacks, ckpt_path=tmp_path / "on_exception.ckpt", **settings
+    )
+    assert fitting.global_step == 16
+    assert_same_checkpoints(tmp_path / "whole", tmp_path / "resumed", case, callbacks)
+
+
+@each_case(heavy_is_slow=True)
+def test_a_resume_with_the_callback_from_a_run_without_it_and_back(case, tmp_path):
+    """A checkpoint of either kind is good for both: that is what plain keys are for."""
+    exact_fit(Classifier, tmp_path / "plain", [])
+    with_it, _ = exact_fit(
+        Classifier, tmp_path / "a", build(case, tmp_path), ckpt_path=tmp_path / "plain" / "step=4.ckpt"
+    )
+    without, _ = exact_fit(Classifier, tmp_path / "b", [], ckpt_path=tmp_path / "a" / "step=6.ckpt")
+    assert (difference(without, with_it) > 0) == case.changes_loss
+    assert (difference(with_it, torch.load(tmp_path / "plain/end.ckpt", weights_only=True)["state_dict"]) > 0) == (
+        case.changes_loss
+    )
+
+
+def test_other_arguments_are_named_on_resume(tmp_path):
+    from lightning_compress import DistillationCallback
+
+    teacher = torch.nn.Linear(8, 3)
+    exact_fit(Classifier, tmp_path, [DistillationCallback(teacher, temperature=2.0)])
+    with pytest.warns(UserWarning, match=r"'kd' resumes with other arguments.*temperature was 2.0 and is 3.0"):
+        exact_fit(
+            Classifier,
+            tmp_path / "b",
+            [DistillationCallback(teacher, temperature=3.0)],
+            ckpt_path=tmp_path / "step=4.ckpt",
+        )
+
+
+KILLED = """
+    import json, os, signal, sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    import lightning.pytorch as L
+    import torch
+    torch.set_num_threads(1)
+    from cases import CASES
+    from contract.modules import Classifier
+    from contract.test_resume import build, exact_fit
+    name, folder, kill_at, resume = json.loads(sys.argv[2])
+    case = next((case for case in CASES if case.name == name), None)
+
+    class Kill(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    folder = Path(folder)
+    exact_fit(Classifier, folder, [*build(case, folder.parent), Kill()], ckpt_path=resume)
+"""
+
+
+def in_a_process(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(Path(__file__).parents[1]), json.dumps(arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ROWS)
+def test_after_sigkill_of_a_real_process(case, tmp_path):
+    name, killed, resumed = None if case is None else case.name, tmp_path / "killed", tmp_path / "resumed"
+    exact_fit(Classifier, tmp_path / "whole", build(case, tmp_path))
+    code, errors = in_a_process(name, str(killed), 5, None)
+    assert code == -signal.SIGKILL, errors
+    assert sorted(path.name for path in killed.glob("*.ckpt")) == ["step=2.ckpt", "step=4.ckpt"]
+    code, errors = in_a_process(name, str(resumed), 99, str(killed / "step=4.ckpt"))
+    assert code == 0, errors
+    assert_same_checkpoints(tmp_path / "whole", resumed, case, build(case, tmp_path))

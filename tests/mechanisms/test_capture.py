@@ -1,0 +1,262 @@
+"""Capture in a plain loop: what it records, when it does not, and that it leaves nothing."""
+
+# ruff: noqa: PT012 -- the network is to fail inside of the context
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_compress import _compat
+from lightning_compress.mechanisms.capture import Capture, CaptureError
+
+
+class Keyword(nn.Linear):
+    def forward(self, *, features, scale=1.0):
+        return {"logits": super().forward(features) * scale}
+
+
+def hooks_of(module: nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
+def test_only_calls_between_start_and_stop_are_recorded():
+    network, x = nn.Linear(2, 3), torch.ones(4, 2)
+    with Capture(network) as capture:
+        network(x)
+        capture.start()
+        output = network(x)
+        [call] = capture.stop()
+        network(x)
+        assert capture.stop() == []
+    assert call.args[0] is x
+    assert call.kwargs == {}
+    assert call.output is output
+    assert output.requires_grad
+
+
+def test_start_forgets_what_was_recorded_before():
+    network = nn.Linear(2, 3)
+    with Capture(network) as capture:
+        capture.start()
+        network(torch.zeros(1, 2))
+        capture.start()
+        network(torch.ones(1, 2))
+        [call] = capture.stop()
+    assert call.args[0].sum() == 2
+
+
+def test_keyword_arguments_are_recorded():
+    network, x = Keyword(2, 3), torch.ones(4, 2)
+    with Capture(network) as capture:
+        capture.start()
+        network(features=x, scale=2.0)
+        [call] = capture.stop()
+    assert call.args == ()
+    assert call.kwargs["features"] is x
+    assert call.kwargs["scale"] == 2.0
+    assert torch.equal(call.output["logits"], network(features=x, scale=2.0)["logits"])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_the_recomputation_of_activation_checkpointing_is_not_recorded(use_reentrant):
+    network = nn.Linear(2, 3)
+    runs = []
+    network.register_forward_pre_hook(lambda *_: runs.append(1))
+    with Capture(network) as capture:
+        capture.start()
+        x = torch.ones(4, 2, requires_grad=True)
+        output = checkpoint(network, x, use_reentrant=use_reentrant)
+        calls = capture.stop()
+        output.sum().backward()
+        assert capture.stop() == []
+    assert len(calls) == 1
+    assert len(runs) == 2
+    assert torch.equal(network.weight.grad, torch.full((3, 2), 4.0))
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_an_input_overwritten_by_the_network_is_given_back_as_it_was(direct):
+    network = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 2))
+    with Capture(network, direct=direct) as capture:
+        for step in range(3):
+            x = torch.tensor([[-1.0, float(step)]])
+            capture.start()
+            network(x)
+            [call] = capture.stop()
+            assert torch.equal(call.args[0], torch.tensor([[-1.0, float(step)]]))
+            assert x[0, 0] == 0
+
+
+def test_an_input_overwritten_by_the_step_after_the_call_is_given_back_as_it_was():
+    network = nn.Linear(2, 2)
+    with Capture(network) as capture:
+        for _ in range(2):
+            x = torch.ones(1, 2)
+            capture.start()
+            with torch.no_grad():
+                network(x)
+            x.zero_()
+            [call] = capture.stop()
+            assert call.args[0].sum() == 2
+
+
+def test_an_output_overwritten_by_the_step_is_given_back_as_it_was_with_its_gradient():
+    network = nn.Linear(2, 1)
+    nn.init.ones_(network.weight)
+    nn.init.zeros_(network.bias)
+    with Capture(network) as capture:
+        for _ in range(2):
+            network.zero_grad()
+            capture.start()
+            output = network(torch.ones(1, 2))
+            output.mul_(10)
+            [call] = capture.stop()
+            assert call.output.item() == 2
+            assert output.item() == 20
+            call.output.sum().backward()
+            assert network.weight.grad.tolist() == [[1.0, 1.0]]
+
+
+def test_overwriting_that_begins_after_the_first_step_is_refused():
+    network = nn.Linear(2, 2)
+    with Capture(network) as capture:
+        capture.start()
+        network(torch.ones(1, 2))
+        capture.stop()
+        capture.start()
+        network(torch.ones(1, 2)).mul_(2)
+        with pytest.raises(CaptureError, match=r"its output was overwritten in place .* Linear"):
+            capture.stop()
+        capture.start()
+        network(torch.ones(1, 2)).mul_(2)
+        assert len(capture.stop()) == 1  # it is known now
+
+
+def test_nothing_is_copied_for_a_network_that_does_not_overwrite():
+    network, x = nn.Linear(2, 2), torch.ones(1, 2)
+    with Capture(network) as capture:
+        for _ in range(3):
+            capture.start()
+            output = network(x)
+            [call] = capture.stop()
+            assert call.args[0] is x
+            assert call.output is output
+
+
+def test_validation_in_inference_mode_does_not_decide_for_training():
+    network = nn.Sequential(nn.Dropout(0.5, inplace=True), nn.Linear(2, 2))
+    with Capture(network) as capture:
+        network.eval()
+        for mode in (torch.inference_mode, torch.no_grad):
+            capture.start()
+            with mode():
+                network(torch.ones(1, 2))
+            assert capture.stop()[0].args[0].sum() == 2
+        network.train()  # only now does the dropout write into its input
+        capture.start()
+        network(torch.ones(64, 2))
+        assert capture.stop()[0].args[0].sum() == 128
+
+
+def test_hooks_of_the_user_are_seen():
+    network, x = nn.Linear(2, 2), torch.ones(1, 2)
+    network.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    network.register_forward_hook(lambda module, args, output: output * 0 + 7)
+    with Capture(network) as capture:
+        capture.start()
+        output = network(x)
+        [call] = capture.stop()
+    assert call.args[0].tolist() == [[2.0, 2.0]]
+    assert call.output is output
+    assert output.tolist() == [[7.0, 7.0]]
+
+
+def test_direct_records_forward_called_by_itself_too():
+    network, x = nn.Linear(2, 2), torch.ones(1, 2)
+    with Capture(network, direct=True) as capture:
+        capture.start()
+        network.forward(x)
+        network(x)
+        assert len(capture.stop()) == 2
+    assert "forward" not in vars(network)
+
+
+def test_only_calls_that_are_wanted_are_recorded():
+    network, wanted = nn.Linear(2, 2), []
+    with Capture(network, when=lambda: bool(wanted)) as capture:
+        capture.start()
+        network(torch.zeros(1, 2))
+        wanted.append(1)
+        network(torch.ones(1, 2))
+        [call] = capture.stop()
+    assert call.args[0].sum() == 2
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_an_exception_in_the_network_leaves_nothing(direct):
+    network = nn.Linear(2, 2)
+    before = (hooks_of(network), dict(vars(network)))
+    with pytest.raises(RuntimeError, match="mat1"), Capture(network, direct=direct) as capture:
+        capture.start()
+        network(torch.ones(1, 5))
+    assert (hooks_of(network), dict(vars(network))) == before
+    assert capture.stop() == []
+
+
+def test_a_call_that_the_step_caught_failing_is_not_taken_for_the_next():
+    network = nn.Linear(2, 2)
+    with Capture(network) as capture:
+        capture.start()
+        with pytest.raises(RuntimeError):
+            network(torch.ones(1, 5))
+        network(torch.ones(1, 2))
+        [call] = capture.stop()
+        assert call.args[0].shape == (1, 2)
+        capture.start()
+        network(torch.zeros(3, 2))
+        assert capture.stop()[0].args[0].shape == (3, 2)
+
+
+def test_nothing_is_kept_after_stop():
+    network = nn.Linear(2, 2)
+    with Capture(network) as capture:
+        for _ in range(2):
+            x = torch.ones(1, 2)
+            capture.start()
+            output = network(x)
+            with pytest.raises(RuntimeError):
+                network(torch.ones(1, 5))
+            capture.stop()
+            kept = [weakref.ref(x), weakref.ref(output)]
+            del x, output
+            gc.collect()
+            assert [reference() for reference in kept] == [None, None]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_network_that_ran_before_is_recorded_after_a_reset(in_place):
+    root = nn.Module()
+    root.net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    x = torch.ones(1, 2)
+    expected = root.net(x)
+    if in_place:
+        root.net.compile(backend="eager")
+    else:
+        root.net = torch.compile(root.net, backend="eager")
+    root.net(x)
+    with Capture(root.net) as capture:
+        _compat.reset_compiled_code(root)
+        for _ in range(2):
+            root.net(x)
+            capture.start()
+            root.net(x)
+            [call] = capture.stop()
+            assert torch.equal(call.args[0], x)
+            assert torch.equal(call.output, expected)
+    assert hooks_of(root) == 0

@@ -1,0 +1,85 @@
+"""The command: subcommands, bad usage, and how little it imports before there is work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import lightning_compress
+from lightning_compress.cli import COMMANDS, main
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lightning-compress {lightning_compress.__version__}\n"
+
+
+def test_the_installed_program():
+    program = Path(sys.executable).with_name("lightning-compress")
+    child = subprocess.run([program, "rnu"], capture_output=True, text=True, check=False)
+    assert (child.returncode, child.stdout) == (2, "")
+    assert child.stderr.endswith("did you mean 'run'?\n")
+
+
+def test_help_names_each_command_and_the_exit_codes(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert [name for name in COMMANDS if f"\n    {name}" in out] == ["demo", "run"]
+    assert "0 done, 1 a check failed (tolerance, parity), 2 bad usage" in out
+    assert len(out.splitlines()) < 60
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(capsys, name):
+    assert main([name, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: lightning-compress {name} [-h]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage: lightning-compress"),
+        (["--versoin"], "lightning-compress: error: "),
+        (["rnu"], "error: unknown command 'rnu'; accepted are demo, run; did you mean 'run'?"),
+        (["zzz"], "error: unknown command 'zzz'; accepted are demo, run\n"),
+        (["run"], "error: the following arguments are required: RECIPE.yaml"),
+        (["run", "a.yaml", "python", "train.py"], "error: unrecognized arguments: python train.py"),
+        (["demo", "--data", "mnist"], "invalid choice: 'mnist'"),
+        (["demo", "--", "python"], "error: 'demo' takes no command behind --"),
+    ],
+)
+def test_bad_usage(capsys, arguments, message):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_the_demo_gets_its_options_and_gives_the_exit_code(monkeypatch):
+    calls = []
+    demo = ModuleType("lightning_compress.demo")
+    demo.run_demo = lambda **options: calls.append(options) or 1
+    monkeypatch.setitem(sys.modules, "lightning_compress.demo", demo)
+    assert main(["demo"]) == 1
+    assert main(["demo", "--data", "fashion-mnist", "--out", "there"]) == 1
+    assert calls == [{"data": "digits", "out": "compress-demo"}, {"data": "fashion-mnist", "out": "there"}]
+
+
+def test_the_process_arguments_are_the_default(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lightning-compress", "rum"])
+    assert main() == 2
+    assert "did you mean 'run'?" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from lightning_compress.cli import main; main(['--help'])\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'lightning', 'yaml', 'onnx'}))\n"
+        "print(sorted(name for name in sys.modules if name.startswith('lightning_compress')))"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.splitlines()[-2:] == ["[]", "['lightning_compress', 'lightning_compress.cli']"]

@@ -1,0 +1,129 @@
+"""The documentation is true where a program can tell: names, links, Python, YAML, and the stored notebooks."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import yaml
+from pages import PAGES, ROOT, blocks, name_of, run_python
+
+import lightning_compress
+from lightning_compress.mechanisms.loading import import_path
+from lightning_compress.recipe import load_recipe
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STAND_IN = "my_project"  # the package of the reader's own classes in examples
+MACHINE = re.compile(r"/(?:root|home|Users|work|tmp|var|opt)/|\blocalhost\b|index-url|/site-packages/|[A-Z]:\\\\")
+
+# What the Python of each page leaves, or prints; README's has tests of its own.
+RUNS = {
+    "docs/start.md": ("report/compression_report.html", "largest difference to the network: "),
+    "docs/techniques/distillation.md": ("", "0.8811"),
+    "docs/export.md": ("network.onnx", "compared at batch sizes (2, 1, 5)"),
+    "docs/report.md": ("report/compression_report.html", "Compression report"),
+}
+
+
+def each(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("page", paths, ids=name_of)
+
+
+def test_every_public_name_is_on_the_api_page():
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\.\. (?:auto\w+|py:module):: (\S+)$|^\.\. py:data:: (\S+)$", page, flags=re.MULTILINE))
+    names = {f"lightning_compress.{name}" for name in lightning_compress.__all__ if name != "__version__"}
+    for part in ("export", "functional"):
+        names |= {f"lightning_compress.{part}.{name}" for name in getattr(lightning_compress, part).__all__}
+    assert {first or second for first, second in listed} - {"lightning_compress", "__version__"} == names
+
+
+@each(PAGES)
+def test_links_inside_the_repository_lead_somewhere(page):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        other = page.parent / file if file else page
+        if not other.is_file() or (anchor and anchor not in _anchors(other)):
+            broken.append(target)
+    assert broken == []
+
+
+def test_every_page_with_python_is_run():
+    assert {name_of(page) for page in PAGES if blocks(page, "python")} == {*RUNS, "README.md"}
+
+
+@each([ROOT / name for name in RUNS])
+def test_python_runs(page, tmp_path, monkeypatch, capsys):
+    run_python(page, monkeypatch, tmp_path)
+    leaves, prints = RUNS[name_of(page)]
+    assert (tmp_path / leaves).exists()
+    assert prints in capsys.readouterr().out
+
+
+@each([page for page in PAGES if blocks(page, "yaml")])
+def test_yaml_names_classes_and_arguments_that_exist(page):
+    wrong = []
+    for block in blocks(page, "yaml"):
+        entries = list(_class_paths(yaml.safe_load(block)))
+        assert entries, f"a block of {name_of(page)} names no class"
+        wrong += [problem for path, arguments in entries for problem in _problems(path, arguments)]
+    assert wrong == []
+
+
+def test_recipe_is_one(tmp_path):
+    recipes = [block for page in PAGES for block in blocks(page, "yaml") if block.startswith("version:")]
+    assert len(recipes) == 1
+    (tmp_path / "recipe.yaml").write_text(recipes[0])
+    recipe = load_recipe(tmp_path / "recipe.yaml", unseen=[STAND_IN])
+    assert [path for _, path, _ in recipe.entries] == ["DistillationCallback", "ExportCallback"]
+
+
+@each([*PAGES, *NOTEBOOKS, *sorted((ROOT / ".ci").iterdir())])
+def test_nothing_names_a_machine(page):
+    assert MACHINE.findall(page.read_text(encoding="utf-8")) == []
+
+
+@each(NOTEBOOKS)
+def test_notebook_is_stored_as_it_ran(page):
+    notebook = nbformat.read(page, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert [output.output_type for output in outputs if output.output_type == "error"] == []
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    assert any("Compression report" in output.get("text", "") for output in outputs)
+    assert page.stat().st_size < 100_000
+
+
+def _anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def _class_paths(value: Any) -> Any:
+    """Every class path in a YAML document, with its arguments."""
+    if isinstance(value, dict):
+        if "class_path" in value:
+            yield value["class_path"], value.get("init_args", {})
+        for key, entry in value.items():
+            if key != "class_path":
+                yield from _class_paths(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _class_paths(entry)
+
+
+def _problems(path: str, arguments: dict[str, Any]) -> list[str]:
+    if path.startswith(f"{STAND_IN}."):
+        return []
+    target = import_path(path if "." in path else f"lightning_compress.{path}", argument="class_path")
+    parameters = inspect.signature(target).parameters
+    takes_any = any(entry.kind is inspect.Parameter.VAR_KEYWORD for entry in parameters.values())
+    return [f"{path} has no {name}" for name in arguments if name not in parameters and not takes_any]

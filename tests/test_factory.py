@@ -1,0 +1,354 @@
+"""The attachment in the child: off by default, one fit, the right place in the list, and what it tells the parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import definitions, script
+
+import lightning_compress
+from lightning_compress import CompressionReport, DistillationCallback
+from lightning_compress._factory import VARIABLE, callbacks
+from lightning_compress.attachment import Events, Order, RecipeAttachment, attachments, class_names
+from lightning_compress.export.evaluate import RUN_VARIABLE
+from lightning_compress.recipe import RecipeError
+
+KD = """
+version: 1
+callbacks:
+- {class_path: DistillationCallback, init_args: {teacher: {class_path: torch.nn.Linear, init_args: {in_features: 8, out_features: 3}}}}
+- {class_path: CompressionReport, init_args: {latency: false}}
+"""  # noqa: E501
+
+
+@pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
+def project(request):
+    return definitions(request.param)
+
+
+@pytest.fixture
+def lightning_project():
+    return definitions("lightning.pytorch")
+
+
+@pytest.fixture
+def order(tmp_path, monkeypatch):
+    """What `run` would set in the child's environment, with a recipe that distils."""
+    found = Order(str(tmp_path / "recipe.yaml"), str(tmp_path), str(tmp_path / "events.jsonl"))
+    monkeypatch.setenv(VARIABLE, found.to_json())
+    monkeypatch.chdir(tmp_path)
+    Path(found.recipe).write_text(KD)
+    return found
+
+
+def names(trainer):
+    return [type(callback).__name__ for callback in trainer.callbacks]
+
+
+def fit(trainer, module, project, **arguments):
+    trainer.fit(module, project.loader(), project.loader(), **arguments)
+
+
+def events(order, kind):
+    return [event for event in Events(order.events).read() if event["event"] == kind]
+
+
+def ours(trainer):
+    return [callback for callback in trainer.callbacks if type(callback).__module__.startswith("lightning_compress")]
+
+
+# Off
+
+
+def test_without_the_variable_there_is_nothing(monkeypatch, project):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert callbacks() == []
+    assert ours(project.trainer()) == []
+
+
+def test_without_the_variable_nothing_of_ours_is_imported_and_nothing_of_ours_can_fail(tmp_path):
+    """The package of the entry point is here, but all of it beyond the entry point is broken."""
+    package = tmp_path / "path" / "lightning_compress"
+    package.mkdir(parents=True)
+    source = Path(lightning_compress.__file__).parent
+    for name in ("__init__.py", "_factory.py"):
+        (package / name).write_text((source / name).read_text())
+    (package / "attachment.py").write_text("raise ImportError('broken on purpose')")
+    body = textwrap.dedent("""
+        import sys
+        fresh = trainer()
+        fresh.fit(Lit(), loader())
+        print([name for name in sorted(sys.modules) if name.startswith("lightning_compress")])
+        print(sys.modules["lightning_compress"].__file__)
+        import os
+        os.environ["LIGHTNING_COMPRESS_RUN"] = "{}"
+        try:
+            trainer()
+        except ImportError as error:
+            print(error)
+    """)
+    (tmp_path / "train.py").write_text(script(body))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "path")}
+    environment.pop(VARIABLE, None)
+    child = subprocess.run(
+        [sys.executable, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.splitlines()[-3:] == [
+        "['lightning_compress', 'lightning_compress._factory']",
+        str(package / "__init__.py"),
+        "broken on purpose",
+    ]
+
+
+@pytest.mark.parametrize(
+    "value", ["", "1", "[]", '{"recipe": "a"}', '{"recipe": "a", "cwd": "", "events": "", "b": 1}']
+)
+def test_a_variable_that_somebody_else_set_is_an_error(monkeypatch, value):
+    monkeypatch.setenv(VARIABLE, value)
+    with pytest.raises(RuntimeError, match=r"LIGHTNING_COMPRESS_RUN holds .* did not write; unset it"):
+        callbacks()
+
+
+def test_the_validation_of_an_exported_file_hides_the_same_variable():
+    assert RUN_VARIABLE == VARIABLE
+
+
+# The place in the list
+
+
+def test_the_callbacks_come_behind_the_attachment_and_before_checkpoints(order, project, tmp_path):
+    package = import_module(project.L.__name__)
+    checkpoint = package.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer = project.trainer(enable_checkpointing=True, callbacks=[checkpoint, package.callbacks.LambdaCallback()])
+    assert names(trainer) == ["LambdaCallback", "RecipeAttachment", "ModelCheckpoint"]
+    fit(trainer, project.Lit(), project)
+    assert names(trainer) == [
+        "LambdaCallback", "RecipeAttachment", "DistillationCallback", "CompressionReport", "ModelCheckpoint",
+    ]  # fmt: skip
+    saved = torch.load(checkpoint.best_model_path, weights_only=True)
+    assert saved["callbacks"]["DistillationCallback[kd]"]["arguments"]["temperature"] == 4.0
+    assert saved["state_dict"].keys() == project.Lit().state_dict().keys()
+    assert "compress/kd/val_loss" in trainer.callback_metrics
+    assert [event["event"] for event in Events(order.events).read()] == ["factory", "fit", "done"]
+    with warnings.catch_warnings():  # Lightning complains about callbacks that a checkpoint knows and the Trainer not
+        warnings.filterwarnings("error", message=".*callbacks used to create the checkpoint.*")
+        assert len(trainer.validate(project.Lit(), project.loader(), ckpt_path="best", verbose=False)) == 1
+
+
+def test_it_equals_callbacks_given_in_python(order, lightning_project, monkeypatch):
+    project = lightning_project
+    torch.manual_seed(3)
+    attached = project.Lit()
+    fit(project.trainer(), attached, project)
+    monkeypatch.delenv(VARIABLE)
+    torch.manual_seed(3)
+    given = project.Lit()
+    teacher = torch.nn.Linear(8, 3)
+    fit(project.trainer(callbacks=[DistillationCallback(teacher)]), given, project)
+    differences = [
+        float((a - b).detach().abs().max()) for a, b in zip(attached.parameters(), given.parameters(), strict=True)
+    ]
+    assert differences == [0.0] * 4
+
+
+def test_a_callback_of_another_package_can_log(order, lightning_project, tmp_path, monkeypatch):
+    (tmp_path / "own_callback.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class Mine(Callback):\n"
+        "    def on_train_batch_end(self, *args):\n"
+        "        self.log('mine', 7.0)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path(order.recipe).write_text("version: 1\ncallbacks: [{class_path: own_callback.Mine}]")
+    trainer = lightning_project.trainer(callbacks=[CompressionReport(latency=False)])
+    fit(trainer, lightning_project.Lit(), lightning_project)
+    assert float(trainer.callback_metrics["mine"]) == 7.0
+    assert names(trainer).count("CompressionReport") == 1  # the script's own is enough
+
+
+def test_a_name_that_the_script_has_taken(order, lightning_project):
+    project = lightning_project
+    trainer = project.trainer(callbacks=[DistillationCallback(torch.nn.Linear(8, 3))])
+    with pytest.raises(RecipeError, match=r"recipe.yaml: there are two callbacks DistillationCallback\[kd\]"):
+        fit(trainer, project.Lit(), project)
+    assert "two callbacks DistillationCallback[kd]" in events(order, "failed")[0]["message"]
+
+
+# Which fit
+
+
+def test_a_second_fit_is_an_error_that_names_apply_to(order, project):
+    fit(project.trainer(), project.Lit(), project)
+    trainer = project.trainer()
+    with pytest.raises(
+        RecipeError, match=r"fits .*Other now, .* earlier fit already; .* apply_to: \{module: <class>\}"
+    ):
+        fit(trainer, project.Other(), project)
+    assert names(trainer).count("DistillationCallback") == 0
+    assert [len(events(order, kind)) for kind in ("factory", "fit", "done", "failed")] == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["Other", "untouched_lightning_pytorch.Other"])
+def test_apply_to_a_class(order, lightning_project, name):
+    project = lightning_project
+    Path(order.recipe).write_text(f"{KD}apply_to: {{module: {name}}}")
+    first, second = project.trainer(), project.trainer()
+    fit(first, project.Lit(), project)
+    fit(second, project.Other(), project)
+    assert [len(ours(trainer)) for trainer in (first, second)] == [1, 3]
+    assert [event["attached"] for event in events(order, "fit")] == [False, True]
+    with pytest.raises(RecipeError, match="apply_to"):
+        fit(project.trainer(), project.Other(), project)
+
+
+def test_apply_to_a_number_also_on_one_trainer(order, project):
+    Path(order.recipe).write_text(f"{KD}apply_to: {{fit: 2}}")
+    trainer, seen = project.trainer(), []
+    for epochs in (1, 2, 3):
+        trainer.fit_loop.max_epochs = epochs
+        fit(trainer, project.Lit(), project)
+        seen.append(len(ours(trainer)))
+    assert seen == [1, 3, 1]
+    assert len(events(order, "done")) == 1
+
+
+def test_a_number_counts_the_fits_of_the_class(order, lightning_project):
+    project = lightning_project
+    Path(order.recipe).write_text(f"{KD}apply_to: {{module: Other, fit: 2}}")
+    for module in (project.Other(), project.Lit(), project.Other(), project.Other()):
+        fit(project.trainer(), module, project)
+    assert [event["attached"] for event in events(order, "fit")] == [False, False, True, False]
+
+
+def test_a_list_of_callbacks_that_serves_two_trainers(order, lightning_project):
+    project = lightning_project
+    Path(order.recipe).write_text(f"{KD}apply_to: {{fit: 2}}")
+    shared = [project.L.callbacks.LambdaCallback()]
+    for _ in range(2):
+        trainer = project.trainer(callbacks=shared)
+        fit(trainer, project.Lit(), project)
+    assert names(trainer).count("RecipeAttachment") == 2  # Lightning extended the user's list
+    assert names(trainer).count("DistillationCallback") == 1
+    assert [event["attached"] for event in events(order, "fit")] == [False, True]
+
+
+def test_the_fits_of_a_tuner_are_not_counted(order, project):
+    package = import_module(f"{project.L.__name__}.tuner")
+    trainer = project.trainer(max_steps=4)
+    module = project.Lit()
+    module.learning_rate = 0.1
+    package.Tuner(trainer).lr_find(module, project.loader(), num_training=3, update_attr=False)
+    assert events(order, "fit") == []
+    fit(trainer, module, project)
+    assert [event["attached"] for event in events(order, "fit")] == [True]
+
+
+def test_a_trainer_that_only_validates(order, project):
+    trainer = project.trainer()
+    trainer.validate(project.Lit(), project.loader(), verbose=False)
+    assert [event["event"] for event in Events(order.events).read()] == ["factory"]
+    assert len(ours(trainer)) == 1
+
+
+def test_names_of_a_class_of_the_script(monkeypatch):
+    cls = type("Net", (), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/somewhere/train.py", raising=False)
+    assert class_names(cls) == ("__main__.Net", "Net", "train.Net")
+
+
+# What the parent is told
+
+
+def test_what_was_written(order, lightning_project, tmp_path):
+    project = lightning_project
+    (tmp_path / "elsewhere").mkdir()
+    Path(order.recipe).write_text(f"{KD}export: {{path: net.onnx, metric: val_loss, tolerance: 0.001}}")
+    os.chdir(tmp_path / "elsewhere")  # as Hydra does
+    fit(project.trainer(), project.Lit(), project)
+    (done,) = events(order, "done")
+    (export,) = done["exports"]
+    assert (export["path"], export["metric"], export["failure"]) == (str(tmp_path / "net.onnx"), "val_loss", None)
+    assert export["bytes"] == (tmp_path / "net.onnx").stat().st_size
+    assert export["in_file"] == pytest.approx(export["in_module"], abs=1e-4)
+    assert done["reports"] == [str(tmp_path / "elsewhere" / "compression_report")]
+
+
+def test_a_tolerance_that_is_exceeded(order, lightning_project):
+    project = lightning_project
+    Path(order.recipe).write_text(f"{KD}export: {{path: net.onnx, metric: val_round, tolerance: 0}}")
+    with pytest.warns(UserWarning, match="beyond the tolerance of 0"):
+        fit(project.trainer(), project.Lit(), project)
+    (export,) = events(order, "done")[0]["exports"]
+    assert "the difference 1 is beyond the tolerance of 0" in export["failure"]
+
+
+@pytest.mark.parametrize("exception", [RuntimeError("the disk is full"), KeyboardInterrupt()])
+def test_a_fit_that_fails(order, lightning_project, exception):
+    project = lightning_project
+
+    class Failing(project.Lit):
+        def training_step(self, batch, batch_idx):
+            raise exception
+
+    with pytest.raises((RuntimeError, SystemExit)):
+        fit(project.trainer(), Failing(), project)
+    (failed,) = events(order, "failed")
+    assert failed["message"] == {RuntimeError: "RuntimeError: the disk is full"}.get(
+        type(exception), "KeyboardInterrupt"
+    )
+    assert events(order, "done") == []
+
+
+def test_a_failing_fit_that_the_recipe_does_not_mean_is_not_ours(order, lightning_project):
+    project = lightning_project
+    Path(order.recipe).write_text(f"{KD}apply_to: {{module: Other}}")
+
+    class Failing(project.Lit):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        fit(project.trainer(), Failing(), project)
+    assert [event["event"] for event in Events(order.events).read()] == ["factory", "fit"]
+
+
+def test_a_teacher_that_cannot_be_built_stops_before_the_first_batch(order, lightning_project):
+    project = lightning_project
+    Path(order.recipe).write_text(
+        "version: 1\ncallbacks: [{class_path: DistillationCallback, init_args: {teacher: torch.nn.Lineer}}]"
+    )
+    module = project.Lit()
+    before = [parameter.clone() for parameter in module.parameters()]
+    with pytest.raises(RecipeError, match=r"recipe.yaml: callbacks\[0\] \(DistillationCallback\) could not be built"):
+        fit(project.trainer(), module, project)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    assert "'Lineer'; did you mean 'Linear'?" in events(order, "failed")[0]["message"]
+
+
+def test_events_are_whole_lines(tmp_path):
+    path = tmp_path / "events.jsonl"
+    assert Events(str(path)).read() == []
+    Events(str(path)).append("fit", module="A", metric=float("nan"))
+    Events(str(path)).append("done", text="line\nline")
+    assert [event["event"] for event in Events(str(path)).read()] == ["fit", "done"]
+    assert json.loads(path.read_text().splitlines()[1]) == {"event": "done", "text": "line\nline"}
+
+
+def test_other_ranks_say_nothing_when_a_trainer_is_made(order, monkeypatch):
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    (attachment,) = attachments(os.environ[VARIABLE])
+    assert isinstance(attachment, RecipeAttachment)
+    assert Events(order.events).read() == []

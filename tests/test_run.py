@@ -1,0 +1,420 @@
+"""``lightning-compress run``: the parent's checks, exit codes and messages, and whole runs of untouched scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import onnxruntime
+import pytest
+from scripts import script
+
+from lightning_compress._factory import VARIABLE
+from lightning_compress.cli import main
+from lightning_compress.run import outcome
+
+KD = """
+version: 1
+callbacks:
+- class_path: DistillationCallback
+  init_args: {teacher: {class_path: train.Net, init_args: {hidden: 32}}}
+- {class_path: CompressionReport, init_args: {latency: false}}
+"""
+EXPORT = "version: 1\nexport: {path: out/model.onnx}\n"
+FIT = "trainer().fit(Lit(), loader(), loader())"
+
+# A child that needs no import of torch: it does what the attachment would do.
+TELLS = """
+import json, os, sys
+order = json.loads(os.environ["LIGHTNING_COMPRESS_RUN"])
+def tell(event, **fields):
+    with open(order["events"], "a") as file:
+        file.write(json.dumps({"event": event, **fields}) + chr(10))
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """An empty project as the working directory, and how to run a script of it with a recipe."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+    def run(recipe, text, *arguments, name="train.py"):
+        Path("recipe.yaml").write_text(recipe)
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+        return main(["run", "recipe.yaml", "--", sys.executable, name, *arguments])
+
+    return run
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+# What the exit code and the line say
+
+
+def fit_event(module="train.Lit", attached=True):
+    return {"event": "fit", "module": module, "matches": attached, "attached": attached}
+
+
+def done_event(failure=None, **changes):
+    export = {"path": "/a/net.onnx", "bytes": 1500, "metric": "acc", "in_file": 0.5, "in_module": 0.75}
+    return {"event": "done", "exports": [{**export, "failure": failure, **changes}], "reports": ["/a/logs"]}
+
+
+FACTORY = {"event": "factory"}
+FAILED = {"event": "failed", "message": "OSError: the disk\n  is full"}
+WRITTEN = "wrote /a/net.onnx (1.50 kB; acc 0.5 in the file, 0.75 in the module), report in /a/logs"
+OUTCOMES = {
+    "well": ([FACTORY, fit_event(), done_event()], 0, 0, WRITTEN),
+    "several fits": ([FACTORY, fit_event("A", False), FACTORY, fit_event(), done_event()], 0, 0, WRITTEN),
+    "without a metric": (
+        [FACTORY, fit_event(), done_event(metric=None, in_file=None, in_module=None)],
+        0,
+        0,
+        "wrote /a/net.onnx (1.50 kB), report in /a/logs",
+    ),
+    "nothing to write": (
+        [FACTORY, fit_event(), {"event": "done", "exports": [], "reports": []}],
+        0,
+        0,
+        "the recipe was attached to the fit; it writes no file",
+    ),
+    "no trainer": (
+        [],
+        0,
+        2,
+        "the command ended well, but no Trainer in it asked for the recipe: either it made no Trainer at all, or it "
+        "ran in another Python, where lightning-compress is not installed",
+    ),
+    "no fit": (
+        [FACTORY],
+        0,
+        1,
+        "the command ended well, but no fit took the recipe: its Trainer never fitted",
+    ),
+    "other fits": (
+        [FACTORY, fit_event("A", False), fit_event("B", False)],
+        0,
+        1,
+        "the command ended well, but no fit took the recipe: the fits were, in order: A, B; see apply_to in the recipe",
+    ),
+    "a fit without an end": (
+        [FACTORY, fit_event()],
+        0,
+        1,
+        "the command ended well, but the fit with the recipe never came to its end",
+    ),
+    "a tolerance": (
+        [FACTORY, fit_event(), done_event("acc is 0.25 away")],
+        0,
+        1,
+        "/a/net.onnx: acc is 0.25 away",
+    ),
+    "an exception that the script caught": (
+        [FACTORY, fit_event(), FAILED],
+        0,
+        1,
+        "the fit failed: OSError: the disk is full",
+    ),
+    "an exception": (
+        [FACTORY, fit_event(), FAILED],
+        7,
+        7,
+        "the command ended with exit code 7; the fit failed: OSError: the disk is full",
+    ),
+    "a crash after the fit": (
+        [FACTORY, fit_event(), done_event()],
+        137,
+        137,
+        f"the command ended with exit code 137; before that, {WRITTEN}",
+    ),
+    "a crash before a trainer": ([], 3, 3, "the command ended with exit code 3"),
+}
+
+
+@pytest.mark.parametrize("case", OUTCOMES)
+def test_what_events_come_to(case):
+    events, child, code, message = OUTCOMES[case]
+    assert outcome(events, child) == (code, message)
+
+
+def test_paths_are_shown_as_seen_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = done_event(path=str(tmp_path / "out" / "net.onnx"), metric=None, in_file=None, in_module=None)
+    assert outcome([FACTORY, done], 0)[1].startswith(f"wrote {os.path.join('out', 'net.onnx')} (1.50 kB)")
+
+
+# Nothing is started
+
+
+def started(project, recipe=EXPORT):
+    """Run a script that leaves a mark, and say whether it did."""
+    code = project(recipe, "open('mark', 'w').close()")
+    return code, Path("mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("version: 3\nexport: {path: a.onnx}", "recipe.yaml: version 3 is newer than 1"),
+        ("version: 1\ncallbacks: [{class_path: Distilation}]", "class_path 'Distilation' is no callback"),
+        ("version: 1\nexport: {path: a.onnx, sampel: 1}", "unknown key 'sampel' with the value 1"),
+        ("version: 1\nexport: {path: a.pt}", "path must end in '.onnx', got 'a.pt'"),
+        ("version: 1\nexport: {path: train.py/a.onnx}", "is not a directory"),
+        ("version: [", "line 1, column 11: not YAML"),
+    ],
+)
+def test_a_bad_recipe(project, capsys, recipe, message):
+    assert started(project, recipe) == (2, False)
+    assert message in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written(project, capsys, monkeypatch):
+    Path("locked").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked")  # root may write anywhere
+    assert started(project, "version: 1\nexport: {path: locked/a.onnx}") == (2, False)
+    assert "is not writable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.yaml", "--", sys.executable, "-c", "1"], "missing.yaml: the recipe cannot be read: No such file"),
+        (["recipe.yaml"], "the command to run is missing; it comes behind --, as in: lightning-compress run"),
+        (["recipe.yaml", "--"], "the command to run is missing"),
+        (["recipe.yaml", "--", "pyhton", "a.py"], "'pyhton' is not a program that can be run here; did you mean 'pyt"),
+        (
+            ["recipe.yaml", "--", "train.py"],
+            "'train.py' is not a program that can be run here; to run a script: python",
+        ),
+        (["recipe.yaml", "--", "./empty"], "'./empty' cannot be started: Exec format error"),
+    ],
+)
+def test_a_bad_command(project, capsys, arguments, message):
+    Path("recipe.yaml").write_text(EXPORT)
+    Path("empty").touch(mode=0o700)
+    assert main(["run", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_callbacks_are_looked_for_where_the_script_will_look(project, capsys):
+    Path("source").mkdir()
+    Path("source/own_parts.py").write_text("from lightning.pytorch import Callback\nclass Mine(Callback): pass\n")
+    recipe = "version: 1\ncallbacks: [{class_path: own_parts.Mine}, {class_path: train.Mine}]"
+    before = list(sys.path)
+    assert project(recipe, "raise SystemExit(5)", name="source/train.py") == 5
+    assert "train" not in sys.modules  # the script was not imported to look at its class
+    assert sys.path == before
+    del sys.modules["own_parts"]
+    assert project(recipe, "raise SystemExit(5)", name="train.py") == 2
+    assert "class_path names 'own_parts.Mine', but 'own_parts' cannot be imported" in capsys.readouterr().err
+
+
+# The child
+
+
+def test_the_child_has_the_streams_the_arguments_and_the_order(project, capfd, tmp_path):
+    shows = "tell('factory')\nprint(sys.argv[1:], sorted(order), order['cwd'], file=sys.stderr)\nraise SystemExit(9)"
+    assert project(EXPORT, f"{TELLS}\n{shows}", "--lr", "0.1") == 9
+    captured = capfd.readouterr()
+    assert captured.err.splitlines() == [
+        f"['--lr', '0.1'] ['cwd', 'events', 'recipe'] {tmp_path}",
+        "lightning-compress run: the command ended with exit code 9",
+    ]
+    assert VARIABLE not in os.environ
+    assert files(tmp_path) == ["recipe.yaml", "train.py"]
+
+
+def test_standard_input_reaches_the_child(project, tmp_path):
+    (tmp_path / "typed").write_text("6\n")
+    before = os.dup(0)
+    try:
+        with open(tmp_path / "typed") as typed:
+            os.dup2(typed.fileno(), 0)
+        assert project(EXPORT, "raise SystemExit(int(input()))") == 6
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+
+
+def test_success_is_one_line_on_standard_output(project, capfd):
+    done = json.dumps({"exports": [], "reports": ["logs"]})
+    assert project(EXPORT, f"{TELLS}\ntell('factory'); tell('done', **json.loads('{done}'))") == 0
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("lightning-compress run: report in logs\n", "")
+
+
+SLEEPS = """
+import pathlib, time
+try:
+    pathlib.Path("started").touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.3)
+    pathlib.Path("cleaned").touch()
+    raise SystemExit(4)
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "cleaned"), [(signal.SIGINT, 4, True), (signal.SIGTERM, 143, False)])
+def test_signals_reach_the_child_and_the_parent_waits(project, capfd, monkeypatch, number, code, cleaned):
+    monkeypatch.setattr("lightning_compress.run._in_foreground", lambda: False)
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+
+    def send():
+        while not Path("started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert project(EXPORT, SLEEPS) == code
+    thread.join()
+    assert Path("cleaned").exists() == cleaned
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert f"the command ended with exit code {code}" in capfd.readouterr().err
+
+
+def test_a_terminal_sends_ctrl_c_to_the_child_itself(project, monkeypatch):
+    monkeypatch.setattr("lightning_compress.run._in_foreground", lambda: True)
+
+    def send():
+        while not Path("started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)  # what the parent gets; the child gets its own, not sent here
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    text = SLEEPS.replace("time.sleep(60)", "time.sleep(1); pathlib.Path('undisturbed').touch()")
+    assert project(EXPORT, text) == 2
+    thread.join()
+    assert files(".") == ["recipe.yaml", "started", "train.py", "undisturbed"]
+
+
+# Whole runs
+
+
+def test_an_untouched_script(project, capfd, tmp_path):
+    """The teacher is a class of the script, which trains whenever it is imported and changes its directory."""
+    text = script(f"import os; os.makedirs('job', exist_ok=True); os.chdir('job')\n{FIT}")
+    assert project(f"{KD}export: {{path: out/model.onnx, metric: val_loss, tolerance: 1e-4}}", text) == 0
+    assert Path("train.py").read_text() == text
+    assert files(tmp_path) == [
+        *(f"job/compression_report/compression_report.{suffix}" for suffix in ("html", "json", "md")),
+        "out/model.onnx", "recipe.yaml", "train.py",
+    ]  # fmt: skip
+    line = capfd.readouterr().out.splitlines()[-1]
+    assert line.startswith("lightning-compress run: wrote out/model.onnx (1.")
+    assert line.endswith("in the module), report in job/compression_report")
+    session = onnxruntime.InferenceSession("out/model.onnx")
+    assert [entry.shape[1:] for entry in session.get_inputs()] == [[8]]
+    report = json.loads(Path("job/compression_report/compression_report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["before", "after", "teacher", "model.onnx"]
+    assert report["recipe"]["callbacks"][0]["class_path"] == "DistillationCallback"
+
+
+def test_a_child_that_is_killed_while_it_writes_the_file(project, capfd, tmp_path):
+    body = (
+        "import os, signal\nimport lightning_compress.export.onnx as target\n"
+        f"target.check_parity = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n{FIT}"
+    )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.onnx").write_text("an older one")
+    draft_of_another = f".model-{'0' * 32}.onnx"
+    (tmp_path / "out" / draft_of_another).write_text("not of this run")
+    assert project(EXPORT, script(body)) == 137
+    assert files(tmp_path / "out") == [draft_of_another, "model.onnx"]
+    assert (tmp_path / "out" / "model.onnx").read_text() == "an older one"
+    assert "the command ended with exit code 137" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_other_namespace(project, capfd):
+    assert project(f"{KD}export: {{path: model.onnx, metric: val_loss}}", script(FIT, package="pytorch_lightning")) == 0
+    assert "wrote model.onnx (1." in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_tolerance_that_is_exceeded(project, capfd):
+    assert project("version: 1\nexport: {path: a.onnx, metric: val_round, tolerance: 0}", script(FIT)) == 1
+    assert "run: a.onnx: val_round is " in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_script_that_trains_twice(project, capfd):
+    text = script(f"{FIT}\ntrainer().fit(Other(), loader(), loader())")
+    assert project(KD, text) == 1
+    assert "the script fits __main__.Other now" in capfd.readouterr().err.splitlines()[-1]
+    assert project(f"{KD}apply_to: {{module: train.Other}}", text) == 0
+    assert project(f"{KD}apply_to: {{fit: 3}}", text) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.endswith("the fits were, in order: __main__.Lit, __main__.Other; see apply_to in the recipe")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        ("", 2, "no Trainer in it asked for the recipe"),
+        ("trainer()", 1, "its Trainer never fitted"),
+        (f"{FIT}\nraise SystemExit(3)", 3, "ended with exit code 3; before that, wrote out/model.onnx"),
+        ("raise RuntimeError('early')", 1, "the command ended with exit code 1"),
+        (
+            "Lit.training_step = lambda *args: 1 / 0\n" + FIT,
+            1,
+            "exit code 1; the fit failed: ZeroDivisionError: division by zero",
+        ),
+        ("Lit.automatic_optimization = False\n" + FIT, 1, "DistillationCallback adds to the loss, and Lit optimises m"),
+    ],
+)
+def test_scripts_that_do_not_get_to_the_end(project, capfd, body, code, message):
+    recipe = f"{KD}export: {{path: out/model.onnx}}" if "automatic" in body else EXPORT
+    assert project(recipe, script(body)) == code
+    assert message in capfd.readouterr().err.splitlines()[-1]
+    assert Path("out/model.onnx").exists() == ("SystemExit" in body)
+
+
+@pytest.mark.slow
+def test_a_script_alone_is_what_it_was(project, capfd):
+    """With the entry point installed and the variable unset: the same weights as a run that cannot find us."""
+    body = f"{FIT.replace('Lit()', 'module')}\nprint(sum(p.double().abs().sum().item() for p in module.parameters()))"
+    Path("train.py").write_text(script(f"module = Lit()\n{body}"))
+    Path("alone.py").write_text(
+        "import importlib.metadata as metadata\n"
+        "original = metadata.entry_points\n"
+        "metadata.entry_points = lambda group: [] if group.endswith('callbacks_factory') else original(group=group)\n"
+        + Path("train.py").read_text()
+    )
+    sums = []
+    for name in ("train.py", "alone.py"):
+        child = subprocess.run([sys.executable, name], capture_output=True, text=True, check=True)
+        sums.append(child.stdout.splitlines()[-1])
+    assert sums[0] == sums[1]
+    assert float(sums[0]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+def test_two_ranks(project, capfd, strategy):
+    body = (
+        f"fresh = trainer(strategy='{strategy}', devices=2)\nmodule = Lit()\nfresh.fit(module, loader(), loader())\n"
+        "print('sum', sum(p.double().abs().sum().item() for p in module.parameters()))"
+    )
+    recipe = f"{KD.replace('train.Net', '__main__.Net')}export: {{path: model.onnx, metric: val_loss}}"
+    assert project(recipe, script(body, guarded=True)) == 0
+    out = capfd.readouterr().out.splitlines()
+    sums = {line for line in out if line.startswith("sum")}
+    assert len(sums) == 1
+    assert len([line for line in out if line.startswith("Compression report")]) == 1
+    assert out[-1].startswith("lightning-compress run: wrote model.onnx (1.")
