@@ -14,6 +14,7 @@ from contract.modules import (
     DictClassifier,
     ManualClassifier,
     MixinClassifier,
+    NetworkItself,
     NormClassifier,
     difference,
     loader,
@@ -60,7 +61,7 @@ class ByHand:
 
     def loss(self, batch):
         with torch.autocast("cpu", dtype=self.autocast, enabled=self.autocast is not None):
-            student, labels = logits_of(self.module.model, batch)
+            student, labels = logits_of(getattr(self.module, "model", self.module), batch)
             with torch.no_grad():
                 teacher, _ = logits_of(self.teacher, batch)
             task, kd = self.task(student, labels), self.kd(student, teacher, labels)
@@ -141,6 +142,12 @@ class Wrapped(Classifier):
         return self.task_loss(batch)
 
 
+class WrappedOnlyBatch(Classifier):
+    @decorated
+    def training_step(self, batch):
+        return self.task_loss(batch)
+
+
 class TwiceWrapped(Classifier):
     @decorated
     @decorated
@@ -164,6 +171,11 @@ class SelfForward(Classifier):
         return F.cross_entropy(self.forward(batch[0]), batch[1])
 
 
+class ItselfForward(NetworkItself):
+    def task_loss(self, batch):
+        return F.cross_entropy(self.forward(batch[0]), batch[1])
+
+
 class DictReturn(Classifier):
     def training_step(self, batch, batch_idx):
         return {"loss": self.task_loss(batch), "batch_idx": batch_idx, "names": ["a"]}
@@ -172,16 +184,19 @@ class DictReturn(Classifier):
 STEPS_WRITTEN = [
     Classifier,
     NormClassifier,
+    NetworkItself,
     DictClassifier,
     OnlyBatch,
     OtherName,
     AnyArguments,
     LoaderIterator,
     Wrapped,
+    WrappedOnlyBatch,
     TwiceWrapped,
     InContext,
     WithoutForward,
     SelfForward,
+    ItselfForward,
     DictReturn,
 ]
 
@@ -191,6 +206,21 @@ def test_every_way_to_write_a_step(kind):
     by_hand, module = ByHand(kind).run(), fitted(kind)
     assert difference(by_hand, module) == 0
     assert difference(module, made(kind)) > 0.01
+
+
+def test_what_a_step_returns_beside_the_loss_is_kept():
+    returned = []
+
+    class Reading(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            returned.append((outputs["batch_idx"], outputs["names"], outputs["loss"].item()))
+
+    by_hand = ByHand(DictReturn)
+    by_hand.run()
+    fitted(DictReturn, [distillation(DictReturn), Reading()])
+    totals = [task * TASK + kd * KD for task, kd in zip(by_hand.task_losses, by_hand.kd_losses, strict=True)]
+    assert [entry[:2] for entry in returned] == [(index, ["a"]) for index in range(STEPS)]
+    assert [entry[2] for entry in returned] == pytest.approx(totals, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", [Classifier, NormClassifier, DictClassifier], ids=lambda kind: kind.__name__)

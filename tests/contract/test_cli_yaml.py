@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -236,9 +238,19 @@ def test_an_unknown_argument_is_named(project, capsys):
     assert_said("temprature", capsys.readouterr().err)
 
 
-def assert_said(pattern, text):
-    import re
+def test_the_entry_point_is_off_by_default_and_imports_nothing_heavy():
+    code = "import sys; from lightning_compress._factory import callbacks; print(callbacks(), 'torch' in sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LIGHTNING_COMPRESS")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["[]", "False"], done.stderr
+    for namespace in NAMESPACES:
+        trainer = import_module(namespace).Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
+        assert not [
+            callback for callback in trainer.callbacks if type(callback).__module__.startswith("lightning_compress")
+        ]
 
+
+def assert_said(pattern, text):
     assert re.search(pattern, " ".join(text.split())), text
 
 

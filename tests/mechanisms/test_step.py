@@ -524,3 +524,19 @@ def test_a_copy_for_export_is_free_of_all_of_it():
         assert bare(duplicate)
         assert duplicate.training_step(X).item() == 3
         assert net.training_step(X).item() == 4
+
+
+def test_a_decorated_step_is_read_as_lightning_reads_it():
+    def inner(self, batch):
+        return self.model(batch).sum()
+
+    class Decorated(Lit):
+        @functools.wraps(inner)
+        def training_step(self, *args, **kwargs):
+            return inner(self, *args, **kwargs)
+
+    lit = Decorated()
+    alone = is_param_in_hook_signature(lit.training_step, "batch_idx", min_args=2)
+    with step_controller(lit):
+        assert lit.training_step.__wrapped__ is inner  # Lightning takes off one layer only
+        assert is_param_in_hook_signature(lit.training_step, "batch_idx", min_args=2) == alone

@@ -1,0 +1,365 @@
+"""Does each mechanism have a test that falls with it? Small edits, each with the test that must then fail.
+
+``python tests/mutations.py`` copies the repository to a temporary folder, checks that all the named tests pass there,
+then applies one edit at a time and runs its test, which must fail. It exits with 1 if an edit survives or no longer
+applies. ``python tests/mutations.py TEXT`` runs only the edits whose description contains the text.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 150  # seconds for one test; a hang is a failure too
+TESTS_FAILED = 1  # pytest's exit code; others mean that nothing was tested
+
+PACKAGE = "lightning_compress"
+BASE = f"{PACKAGE}/callbacks/base.py"
+DISTILLATION = f"{PACKAGE}/callbacks/distillation.py"
+REPORT = f"{PACKAGE}/callbacks/report.py"
+CAPTURE = f"{PACKAGE}/mechanisms/capture.py"
+CONTROLLER = f"{PACKAGE}/mechanisms/controller.py"
+STUDENT = f"{PACKAGE}/mechanisms/student.py"
+TEACHER = f"{PACKAGE}/mechanisms/teacher.py"
+WRAPPING = f"{PACKAGE}/mechanisms/wrapping.py"
+
+EXACT = "tests/callbacks/test_distillation_exact.py"
+CONTRACT = "tests/contract"
+
+
+class Mutation(NamedTuple):
+    """One edit: in ``file``, ``old`` becomes ``new``; then ``test`` must fail."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTATIONS = (
+    # The total loss
+    Mutation(
+        "the terms are computed and not added",
+        CONTROLLER,
+        "return _with_loss(deployed_output, _sum(totals))",
+        "return deployed_output",
+        f"{EXACT}::test_every_way_to_write_a_step[Classifier]",
+    ),
+    Mutation(
+        "the task loss is not weighed",
+        CONTROLLER,
+        "totals.append(self._weighted(task_loss))",
+        "totals.append(task_loss)",
+        f"{EXACT}::test_accumulation[Classifier]",
+    ),
+    Mutation(
+        "a dict becomes its loss",
+        CONTROLLER,
+        'return {**output, "loss": loss} if isinstance(output, Mapping) else loss',
+        "return loss",
+        f"{EXACT}::test_what_a_step_returns_beside_the_loss_is_kept",
+    ),
+    Mutation(
+        "a skipped batch is taken for a loss",
+        CONTROLLER,
+        "                if output is None:\n                    return None\n",
+        "",
+        f"{EXACT}::test_skipped_batches",
+    ),
+    Mutation(
+        "the logged loss is weighted",
+        DISTILLATION,
+        "self._log(loss, student, teacher, mask, validation=False)",
+        "self._log(loss * self.kd_weight, student, teacher, mask, validation=False)",
+        f"{EXACT}::test_what_is_logged",
+    ),
+    Mutation(
+        "all instances log under one name",
+        BASE,
+        'key = f"compress/{self.name}/',
+        'key = f"compress/{self.default_name}/',
+        f"{EXACT}::test_two_instances_log_apart_and_add_up",
+    ),
+    # The step's signature
+    Mutation(
+        "the wrapper hides the signature",
+        WRAPPING,
+        'wrapper.__wrapped__ = getattr(original, "__wrapped__", original)',
+        "wrapper.unwrapped = original",
+        f"{EXACT}::test_every_way_to_write_a_step[LoaderIterator]",
+    ),
+    Mutation(
+        "the wrapper shows the decorator and not the step",
+        WRAPPING,
+        'wrapper.__wrapped__ = getattr(original, "__wrapped__", original)',
+        "wrapper.__wrapped__ = original",
+        f"{EXACT}::test_every_way_to_write_a_step[WrappedOnlyBatch]",
+    ),
+    # Manual optimisation
+    Mutation(
+        "manual optimisation is not refused",
+        BASE,
+        'if manual and not getattr(pl_module, "_lightning_compress_mixin", False):',
+        "if False:",
+        f"{EXACT}::test_manual_optimisation_is_refused_by_name",
+    ),
+    Mutation(
+        "a forgotten compressed_loss is not noticed",
+        CONTROLLER,
+        "if self._terms and self._explicit_losses == 0:",
+        "if False:",
+        f"{EXACT}::test_a_step_that_forgets_compressed_loss_is_refused",
+    ),
+    Mutation(
+        "the second loss of a manual step sees the first one's calls",
+        CONTROLLER,
+        "calls = self._collected(StudentCapture.drain)",
+        "calls = {capture: list(getattr(capture, 'seen', ())) + capture.drain() for capture in self._captures.values()}"
+        "\n        for capture, own in calls.items():\n            capture.seen = own",
+        f"{EXACT}::test_the_mixin_with_two_optimizers",
+    ),
+    Mutation(
+        "a manual step that returns nothing is taken for a skipped one",
+        CONTROLLER,
+        "self._recorded(original, args, kwargs, none_skips=False)",
+        "self._recorded(original, args, kwargs)",
+        f"{CONTRACT}/test_rows.py::test_manual_optimisation[ExportCallback]",
+    ),
+    # Nothing stays behind
+    Mutation(
+        "an exception leaves the mechanisms open",
+        BASE,
+        '"""Close the mechanisms: no other hook follows an exception."""\n        self._close()',
+        '"""Close the mechanisms: no other hook follows an exception."""',
+        f"{CONTRACT}/test_cleanup.py::test_after_an_exception_nothing_stays",
+    ),
+    Mutation(
+        "the step keeps its wrapper",
+        WRAPPING,
+        "if vars(module).get(method) is wrapper:",
+        "if False:",
+        f"{CONTRACT}/test_cleanup.py::test_after_a_fit_nothing_stays[DistillationCallback-Classifier]",
+    ),
+    Mutation(
+        "the user's own wrapper is lost",
+        WRAPPING,
+        "            if entry is not None:\n                vars(module)[method] = entry\n\n\ndef",
+        "\n\ndef",
+        f"{CONTRACT}/test_cleanup.py::test_a_module_with_its_own_hooks_and_wrapped_step_keeps_them",
+    ),
+    Mutation(
+        "the capture keeps its hooks",
+        CAPTURE,
+        "self._forget()\n        self._stack.close()",
+        "self._forget()",
+        f"{CONTRACT}/test_cleanup.py::test_after_a_fit_nothing_stays[DistillationCallback-Classifier]",
+    ),
+    Mutation(
+        "compiled code from before our hooks is used on",
+        f"{PACKAGE}/_compat.py",
+        "for module in root.modules()):\n        torch._dynamo.reset()",
+        "for module in root.modules()):\n        pass",
+        f"{CONTRACT}/test_compiled.py::test_a_second_compiled_fit_is_captured_too",
+    ),
+    # Several callbacks
+    Mutation(
+        "each callback runs the teacher for itself",
+        CONTROLLER,
+        "if call not in self.outputs:",
+        "if True:",
+        f"{CONTRACT}/test_order.py::test_two_distillations_share_one_teacher[Classifier]",
+    ),
+    Mutation(
+        "the terms are summed in the order of the list",
+        CONTROLLER,
+        "for _, term in sorted(self._terms.items()):",
+        "for _, term in self._terms.items():",
+        f"{CONTRACT}/test_order.py::test_two_distillations_share_one_teacher",
+    ),
+    Mutation(
+        "two callbacks weigh the task loss",
+        CONTROLLER,
+        "if weight != 1.0:\n            for other, value in self._task_weights.items():",
+        "if weight != 1.0:\n            for other, value in ():",
+        f"{CONTRACT}/test_order.py::test_only_one_callback_weighs_the_task_loss",
+    ),
+    # The teacher
+    Mutation(
+        "a teacher put into training mode stays in it",
+        TEACHER,
+        "if module is not None and any(part.training for part in module.modules()):",
+        "if False:",
+        f"{CONTRACT}/test_repeat.py::test_the_teacher_is_in_eval_though_the_user_calls_train",
+    ),
+    Mutation(
+        "the teacher keeps the precision of the fit",
+        TEACHER,
+        "            parameter.data = data\n",
+        "",
+        f"{CONTRACT}/test_cleanup.py::test_the_teacher_gets_back_what_it_was",
+    ),
+    Mutation(
+        "the teacher stays frozen",
+        TEACHER,
+        "            parameter.requires_grad_(requires_grad)\n",
+        "",
+        f"{CONTRACT}/test_cleanup.py::test_the_teacher_gets_back_what_it_was",
+    ),
+    Mutation(
+        "the teacher does not follow the precision",
+        TEACHER,
+        "                if convert is not None:\n                    convert(module)\n",
+        "",
+        f"{CONTRACT}/test_cleanup.py::test_the_teacher_gets_back_what_it_was",
+    ),
+    Mutation(
+        "the teacher is saved with our state",
+        BASE,
+        '"""Tensors and primitives to save beside the arguments."""\n        return {}',
+        '"""Tensors and primitives to save beside the arguments."""\n'
+        "        return {} if self.teacher_network is None else self.teacher_network.state_dict()",
+        f"{CONTRACT}/test_checkpoints.py::test_the_teacher_is_in_no_checkpoint",
+    ),
+    Mutation(
+        "the teacher becomes a child of the module",
+        DISTILLATION,
+        "self._kind, self._warned = None, set()",
+        "self._kind, self._warned = None, set()\n        pl_module.add_module('teacher', self.teacher)",
+        f"{CONTRACT}/test_rows.py::test_the_weights_change_only_if_the_row_says_so",
+    ),
+    Mutation(
+        "the module refers to the callback when averages copy it",
+        BASE,
+        "        self.check(trainer, pl_module)",
+        "        self.check(trainer, pl_module)\n        pl_module.compression = self",
+        f"{CONTRACT}/test_averaging.py::test_the_teacher_is_not_copied",
+    ),
+    # Capture
+    Mutation(
+        "a direct call of forward is not captured",
+        STUDENT,
+        "Capture(module, direct=True)",
+        "Capture(module)",
+        f"{EXACT}::test_every_way_to_write_a_step[ItselfForward]",
+    ),
+    Mutation(
+        "a call is recorded twice",
+        CAPTURE,
+        "self._records.append(",
+        "self._records.extend([(given, _Snapshot(output, copy=True))] * 2) or (lambda pair: None)(",
+        f"{CONTRACT}/test_ranks.py::test_each_rank_captures_its_half_of_the_batch_once_a_step",
+    ),
+    # YAML
+    Mutation(
+        "the callback is one of lightning.pytorch alone",
+        BASE,
+        'return (Callback, import_module("pytorch_lightning").Callback)',
+        "return (Callback,)",
+        f"{CONTRACT}/test_cli_yaml.py::test_the_teacher_in_yaml",
+    ),
+    Mutation(
+        "the teacher is typed as a module, which fills the help",
+        DISTILLATION,
+        "        teacher: Any,\n",
+        "        teacher: nn.Module,\n",
+        f"{CONTRACT}/test_cli_yaml.py::test_the_help_is_short_and_complete",
+    ),
+    Mutation(
+        "the entry point is always on",
+        f"{PACKAGE}/_factory.py",
+        "if VARIABLE not in os.environ:",
+        "if False:",
+        f"{CONTRACT}/test_cli_yaml.py::test_the_entry_point_is_off_by_default_and_imports_nothing_heavy",
+    ),
+    # Ranks
+    Mutation(
+        "each rank logs its own part of the validation",
+        BASE,
+        "sync_dist=many",
+        "sync_dist=False",
+        f"{CONTRACT}/test_ranks.py::test_ranks_are_identical_and_equal_one_process",
+    ),
+    Mutation(
+        "one rank alone asks for the log directory",
+        REPORT,
+        "        directory = self._directory(trainer)  # on every rank: reading the log directory is a broadcast\n"
+        "        if not trainer.is_global_zero:\n            return\n",
+        "        if not trainer.is_global_zero:\n            return\n        directory = self._directory(trainer)\n",
+        f"{CONTRACT}/test_ranks.py::test_the_end_of_fit_hangs_no_rank",
+    ),
+)
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the repository without what is not tracked."""
+    target = folder / "repository"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "dist", "build")
+    return Path(shutil.copytree(ROOT, target, ignore=ignored))
+
+
+def run(copy: Path, *tests: str) -> int | None:
+    """Exit code of pytest in the copy; None if it took too long."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "slow or not slow", "-p", "no:cacheprovider", *tests],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(LIMIT if len(tests) == 1 else None)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with the ranks that it started
+            process.wait()
+
+
+def verdict(copy: Path, mutation: Mutation) -> str:
+    """Whether the test falls with the edit; the copy is whole again afterwards."""
+    path = copy / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        return f"NO LONGER APPLIES ({text.count(mutation.old)} places in {mutation.file})"
+    path.write_text(text.replace(mutation.old, mutation.new))
+    try:
+        code = run(copy, mutation.test)
+    finally:
+        path.write_text(text)
+    if code is None:
+        return "caught (hangs)"
+    return "caught" if code == TESTS_FAILED else f"SURVIVES (pytest ended with {code})"
+
+
+def main(wanted: str = "") -> int:
+    """Run the edits whose description contains a text; all without one."""
+    chosen = [mutation for mutation in MUTATIONS if wanted in mutation.what]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copied(Path(folder))
+        code = run(copy, *dict.fromkeys(mutation.test for mutation in chosen))
+        if code != 0:
+            print(f"the tests do not pass without any edit: pytest ended with {code}")
+            return 1
+        failures = 0
+        for mutation in chosen:
+            start = time.monotonic()
+            result = verdict(copy, mutation)
+            failures += not result.startswith("caught")
+            print(f"{result:<16} {time.monotonic() - start:5.1f} s  {mutation.what}  [{mutation.test}]", flush=True)
+    print(f"{len(chosen) - failures} of {len(chosen)} caught")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:2]))
