@@ -307,13 +307,13 @@ def copied(folder: Path) -> Path:
 
 
 def run(copy: Path, *tests: str) -> int | None:
-    """Exit code of pytest in the copy; None if it took too long."""
+    """Exit code of pytest in the copy; None if it took too long. Its output goes to ``pytest.log`` beside the copy."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-x", "-m", "slow or not slow", "-p", "no:cacheprovider", *tests],
         cwd=copy,
         env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=(copy.parent / "pytest.log").open("w"),
+        stderr=subprocess.STDOUT,
         start_new_session=True,
     )
     try:
@@ -349,6 +349,7 @@ def main(wanted: str = "") -> int:
         copy = copied(Path(folder))
         code = run(copy, *dict.fromkeys(mutation.test for mutation in chosen))
         if code != 0:
+            print("\n".join((copy.parent / "pytest.log").read_text().splitlines()[-30:]))
             print(f"the tests do not pass without any edit: pytest ended with {code}")
             return 1
         failures = 0
