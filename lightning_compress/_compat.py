@@ -118,6 +118,26 @@ def is_tuner_fit(trainer: Any) -> bool:
     return any(getattr(callback, "_early_exit", False) for callback in trainer.callbacks)
 
 
+def batch_bounds(program: Any) -> tuple[int, int | None]:
+    """Smallest and largest batch that a traced program was found to hold for; None for no upper bound.
+
+    A branch on the batch size leaves a bound here: the program holds the branch of the sample only.
+    """
+    exported = program.exported_program
+    inputs = set(exported.graph_signature.user_inputs)
+    symbols = {
+        symbol
+        for node in exported.graph.nodes
+        if node.op == "placeholder" and node.name in inputs
+        for size in getattr(node.meta.get("val"), "shape", ())
+        if isinstance(size, torch.SymInt)
+        for symbol in size.node.expr.free_symbols
+    }
+    ranges = [exported.range_constraints[symbol] for symbol in symbols if symbol in exported.range_constraints]
+    upper = [int(found.upper) for found in ranges if found.upper.is_finite and found.upper < 2**31]
+    return max((int(found.lower) for found in ranges), default=0), min(upper, default=None)
+
+
 def placement(module: nn.Module) -> dict[str, Any]:
     """What a LightningModule remembers of its own device and dtype; empty for any other module."""
     return {name: vars(module)[name] for name in ("_device", "_dtype") if name in vars(module)}

@@ -28,8 +28,8 @@ def one_seed():
 
 @pytest.fixture(autouse=True)
 def interrupt_handler():
-    """Lightning ignores SIGINT for good after the first KeyboardInterrupt."""
-    handler = signal.getsignal(signal.SIGINT)
+    """Ctrl-C as in a terminal, also where pytest runs in the background; Lightning may leave it ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)
 

@@ -168,7 +168,7 @@ MUTATIONS = (
         f"{PACKAGE}/_compat.py",
         "for module in root.modules()):\n        torch._dynamo.reset()",
         "for module in root.modules()):\n        pass",
-        f"{CONTRACT}/test_compiled.py::test_a_second_compiled_fit_is_captured_too",
+        f"{CONTRACT}/test_compiled.py::test_a_network_that_ran_compiled_before_the_fit",
     ),
     # Several callbacks
     Mutation(
@@ -183,7 +183,7 @@ MUTATIONS = (
         CONTROLLER,
         "for _, term in sorted(self._terms.items()):",
         "for _, term in self._terms.items():",
-        f"{CONTRACT}/test_order.py::test_two_distillations_share_one_teacher",
+        f"{CONTRACT}/test_order.py::test_three_distillations_add_up_in_one_order",
     ),
     Mutation(
         "two callbacks weigh the task loss",
@@ -262,8 +262,8 @@ MUTATIONS = (
     Mutation(
         "the callback is one of lightning.pytorch alone",
         BASE,
-        'return (Callback, import_module("pytorch_lightning").Callback)',
-        "return (Callback,)",
+        'return (first, import_module("pytorch_lightning").Callback)',
+        "return (first,)",
         f"{CONTRACT}/test_cli_yaml.py::test_the_teacher_in_yaml",
     ),
     Mutation(

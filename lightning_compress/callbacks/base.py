@@ -105,6 +105,7 @@ class CompressionCallback(TrainerCallback):
         self.captured_sample: CapturedSample | None = None
         self._stack: ExitStack | None = None
         self._controller: StepController | None = None
+        self._trainer: Any = None  # while at work
         self._verified = False
 
     # For techniques
@@ -182,7 +183,13 @@ class CompressionCallback(TrainerCallback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the mechanisms."""
+        if self._trainer is not None and self._trainer is not trainer and _is_running(self._trainer):
+            raise RuntimeError(
+                f"{type(self).__name__} '{self.name}' is at work in another fit that has not ended; give this one "
+                "a callback of its own"
+            )
         self._close()
+        self._trainer = trainer
         self.effects.clear()
         self._verified = False
         self._stack = ExitStack()
@@ -277,7 +284,7 @@ class CompressionCallback(TrainerCallback):
         return self._controller
 
     def _close(self) -> None:
-        stack, self._stack, self._controller = self._stack, None, None
+        stack, self._stack, self._controller, self._trainer = self._stack, None, None, None
         if stack is None:
             return
         capture, self.student_capture = self.student_capture, None
@@ -306,6 +313,10 @@ def run_end_of_fit(callbacks: list[CompressionCallback], trainer: Any, pl_module
                 getattr(callback, stage)(trainer, pl_module)
     finally:
         trainer.strategy.barrier("lightning_compress_end_of_fit")
+
+
+def _is_running(trainer: Any) -> bool:
+    return str(getattr(trainer.state.status, "value", trainer.state.status)) == "running"
 
 
 def _detached(leaf: Any) -> Any:

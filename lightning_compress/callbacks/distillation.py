@@ -121,6 +121,7 @@ class DistillationCallback(CompressionCallback):
         self._run_teacher = controller.teacher(
             self.teacher,
             self.teacher_transform,
+            student=self.student_capture,
             device=pl_module.device,
             convert=trainer.precision_plugin.convert_module,
         )
@@ -152,9 +153,14 @@ class DistillationCallback(CompressionCallback):
             self._warn_once(f"validation calls the student {len(calls)} times a step, not once, so it is not measured")
             return
         [call] = calls
-        student, teacher = self._logits(call)
-        mask, labels = self._targets(seen.batch, student)
-        self._log(self._loss(student, teacher, mask, labels), student, teacher, mask, validation=True)
+        try:
+            student, teacher = self._logits(call)
+            mask, labels = self._targets(seen.batch, student)
+            loss = self._loss(student, teacher, mask, labels)
+        except Exception as error:  # outputs in evaluation may be of another form than in training
+            self._warn_once(f"validation is not measured: {error}")
+            return
+        self._log(loss, student, teacher, mask, validation=True)
 
     def _call(self, seen: Pass) -> NetworkCall | None:
         return None if self.student_capture is None else seen.call(self.student_capture)
@@ -245,7 +251,7 @@ class DistillationCallback(CompressionCallback):
             warnings.warn(f"{type(self).__name__} '{self.name}': {message}", stacklevel=2)
 
     def _log(self, loss: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, *, validation: bool) -> None:
-        positions = len(student)
+        positions = student.shape[0] if student.ndim else 1
         if validation:  # the weight of this batch in the mean over all: its positions, a row of pixels or tokens each
             dimension = self._dimension(student)
             of_one = student.numel() if dimension is None else student.numel() // student.shape[dimension]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 import warnings
 from contextlib import ExitStack
 from typing import Any
 
-from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.callbacks.base import CapturedSample, CompressionCallback, log
 from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
 from lightning_compress.export.onnx import ExportResult, checked_path, checked_precision, to_onnx
 from lightning_compress.export.runtime import require_onnx
+from lightning_compress.export.sample import Sample, check_sample
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.step import StepController
 
@@ -33,6 +35,7 @@ class ExportCallback(CompressionCallback):
             network received in the last training step.
         network: Dotted name of the network inside the LightningModule; None: the student that another callback
             names, else the one found in the first step.
+        dynamic_batch: Whether the file takes any batch size; False for networks that run at one only.
         name: As in the base class; default "export".
 
     Raises:
@@ -55,6 +58,7 @@ class ExportCallback(CompressionCallback):
         tolerance: float | None = None,
         sample: Any = None,
         network: str | None = None,
+        dynamic_batch: bool = True,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
@@ -63,21 +67,28 @@ class ExportCallback(CompressionCallback):
             raise ValueError(f"tolerance must be a number of at least 0, got {tolerance!r}")
         if tolerance is not None and metric is None:
             raise ValueError(f"tolerance={tolerance} says how far a metric may move, but metric is not given")
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"path must be a path that ends in '.onnx', got {path!r}")
         self.path = os.path.abspath(path)
         self.precision = precision
         self.metric = metric
         self.tolerance = tolerance
         self.sample = sample
         self.network = network
+        self.dynamic_batch = dynamic_batch
         self.result: ExportResult | None = None
         self.module_metrics: dict[str, float] = {}
         self.file_metrics: dict[str, float] = {}
         self.failure: str | None = None
+        self._draft: tempfile.TemporaryDirectory[str] | None = None
+        self._warned = False
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse before training what would fail after it."""
         require_onnx()
         checked_path(self.path)
+        if self.sample is not None:
+            check_sample(self.sample)
         if self.metric is not None and not self._validates(trainer, pl_module):
             raise ValueError(
                 f"metric='{self.metric}' is measured in validation, and {type(pl_module).__name__} has none here: it "
@@ -86,37 +97,57 @@ class ExportCallback(CompressionCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Record what the network receives."""
-        self.result, self.failure = None, None
+        self.result, self.failure, self._warned = None, None, False
         self.module_metrics, self.file_metrics = {}, {}
         self.student_capture = controller.capture(self.network, required=self.sample is None, argument="network")
 
     def verify(self, trainer: Any, pl_module: Any) -> None:
-        """After the first step: one network can be written, a chain of modules cannot."""
+        """After the first step, export once into a temporary folder: what cannot be written is not trained for."""
         names = self.student_capture.names if self.student_capture is not None else None
         if self.network is None and names is not None and len(names) > 1:
             raise ValueError(
                 f"the student is the chain '{names[0]}' to '{names[1]}', and a file holds one network: name it with "
                 "network= (the LightningModule itself is '', with sample= if its forward is never called)"
             )
+        if trainer.is_global_zero:
+            with tempfile.TemporaryDirectory() as folder:
+                self._written(pl_module, os.path.join(folder, "trial.onnx"), self._network())
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """As soon as the metrics are known, complain about a name that is none of them."""
+        """As soon as the metrics are known, complain about a name that is none of them.
+
+        In the sanity check, before training, it is an error; later, when a training would be lost, a warning.
+        """
         known = {str(key) for key in trainer.callback_metrics}
-        if self.student_capture is not None and self.metric is not None and self.metric not in known:
-            raise ValueError(
-                f"metric='{self.metric}' is not logged by {type(pl_module).__name__}, which logs {sorted(known)}"
-                f"{did_you_mean(self.metric, known)}"
-            )
+        if self.student_capture is None or self.metric is None or self.metric in known or self._warned or not known:
+            return
+        message = (
+            f"metric='{self.metric}' is not logged by {type(pl_module).__name__}, which logs {sorted(known)}"
+            f"{did_you_mean(self.metric, known)}"
+        )
+        if trainer.sanity_checking:
+            raise ValueError(message)
+        self._warned = True
+        warnings.warn(message, stacklevel=2)
 
     def export(self, trainer: Any, pl_module: Any) -> None:
-        """Write and check the file, on rank 0."""
+        """Write and check the file, on rank 0; under ``fast_dev_run`` in a temporary folder."""
         if not trainer.is_global_zero:
             return
-        network = self.network
-        if network is None and self.captured_sample is not None:
-            network = self.captured_sample.network
-        self.result = to_onnx(pl_module, self.path, self.sample, precision=self.precision, network=network)
+        path = self.path
+        if trainer.fast_dev_run:
+            self._draft = tempfile.TemporaryDirectory()
+            path = os.path.join(self._draft.name, os.path.basename(self.path))
+            log.info("%s: fast_dev_run, so the file is checked and not kept", self.name)
+        self.result = self._written(pl_module, path, self._network())
         log.info("%s: wrote %s (%d bytes, %s)", self.name, self.result.path, self.result.bytes, self.precision)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Drop what ``fast_dev_run`` wrote."""
+        super().teardown(trainer, pl_module, stage)
+        if self._draft is not None:
+            self._draft.cleanup()
+            self._draft = None
 
     def evaluate(self, trainer: Any, pl_module: Any) -> None:
         """Run module and file through the module's own validation, on rank 0."""
@@ -125,8 +156,12 @@ class ExportCallback(CompressionCallback):
         if not self._validates(trainer, pl_module):
             log.info("%s: %s has no validation, so the file has no metrics", self.name, type(pl_module).__name__)
             return
-        self.module_metrics = evaluate_forward(pl_module, trainer)
-        self.file_metrics = evaluate(self.result.path, pl_module, trainer)
+        try:
+            self.module_metrics = evaluate_forward(pl_module, trainer)
+            self.file_metrics = evaluate(self.result.path, pl_module, trainer)
+        except Exception as error:  # the user's validation may need what only the fit has; the training went well
+            self._fail(f"the validation through {self.result.path} failed: {type(error).__name__}: {error}")
+            return
         if self.metric is None:
             return
         if self.metric not in self.file_metrics:
@@ -142,6 +177,24 @@ class ExportCallback(CompressionCallback):
                 f"{self.metric} is {theirs:.6g} in the file {self.result.path} and {ours:.6g} in the module: the "
                 f"difference {abs(theirs - ours):.3g} is beyond the tolerance of {self.tolerance:g}"
             )
+
+    def _network(self) -> str | None:
+        """The network that the user named, else the one that was captured."""
+        if self.network is not None or self.student_capture is not None:
+            return self.network if self.student_capture is None else self.student_capture.network
+        return None if self.captured_sample is None else self.captured_sample.network
+
+    def _written(self, pl_module: Any, path: str, network: str | None) -> ExportResult:
+        seen = self.captured_sample
+        if self.student_capture is not None and self.student_capture.last_call is not None:
+            call = self.student_capture.last_call
+            seen = CapturedSample(network or "", call.args, call.kwargs)
+        sample = self.sample
+        if sample is None and seen is not None:
+            sample = Sample(tuple(seen.args), dict(seen.kwargs))
+        return to_onnx(
+            pl_module, path, sample, precision=self.precision, network=network, dynamic_batch=self.dynamic_batch
+        )
 
     def _fail(self, message: str) -> None:
         self.failure = message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -55,14 +56,16 @@ def independent_copy(module: ModuleT) -> ModuleT:
     """
     source = cast(ModuleT, _compat.uncompiled(module))
     memo = _prepared_memo(source)
+    copies = dict(memo)
     try:
-        duplicate = copy.deepcopy(source, dict(memo))
+        duplicate = copy.deepcopy(source, copies)
     except Exception as error:  # whatever an attribute's own __deepcopy__ or __reduce__ raises
         name = _attribute_that_fails(source, memo)
         where = f"its attribute '{name}'" if name else "one of its attributes"
         raise ExportError(
             f"{type(source).__name__} cannot be copied because of {where}: {type(error).__name__}: {error}"
         ) from error
+    _rebind_functions_(duplicate, copies)
     return make_plain_(duplicate)
 
 
@@ -146,6 +149,45 @@ def _strip_wrappers(part: nn.Module) -> None:
 def _rebound(method: Any, owner: nn.Module) -> Any:
     """A method of the original as a method of its copy; a plain function stays as it is."""
     return method.__func__.__get__(owner) if isinstance(getattr(method, "__self__", None), type(owner)) else method
+
+
+def _rebind_functions_(duplicate: nn.Module, copies: dict[int, Any]) -> None:
+    """Let hooks and functions in a copy refer to the copy: deepcopy leaves functions, and what they close over."""
+    for part in duplicate.modules():
+        for table in (vars(part).get(name) or {} for name in HOOK_TABLES):
+            table.update({key: _followed(hook, copies) for key, hook in table.items()})
+        for name, value in list(vars(part).items()):
+            if isinstance(value, FunctionType):
+                vars(part)[name] = _followed(value, copies)
+
+
+def _followed(value: Any, copies: dict[int, Any]) -> Any:
+    """A function, or a method, with the copies of the objects that it refers to."""
+    if isinstance(value, MethodType):
+        owner = copies.get(id(value.__self__), value.__self__)
+        return value if owner is value.__self__ else MethodType(value.__func__, owner)
+    if not isinstance(value, FunctionType) or _is_ours(value):
+        return copies.get(id(value), value)
+    cells = [_contents(cell) for cell in value.__closure__ or ()]
+    defaults = list(value.__defaults__ or ())
+    new_cells, new_defaults = ([_followed(entry, copies) for entry in entries] for entries in (cells, defaults))
+    if all(new is old for new, old in zip([*new_cells, *new_defaults], [*cells, *defaults], strict=True)):
+        return value
+    closure = tuple(
+        cell if new is old else CellType(new)
+        for cell, new, old in zip(value.__closure__ or (), new_cells, cells, strict=True)
+    )
+    function = FunctionType(value.__code__, value.__globals__, value.__name__, tuple(new_defaults) or None, closure)
+    function.__kwdefaults__ = value.__kwdefaults__
+    function.__dict__.update(value.__dict__)
+    return function
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is not bound yet
+        return None
 
 
 def _attribute_that_fails(module: nn.Module, memo: dict[int, Any]) -> str | None:

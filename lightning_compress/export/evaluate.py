@@ -116,21 +116,22 @@ class _FileForward:
         self._file = file
         constants = file.metadata.get("lightning_compress.constants")
         self._constants: dict[str, str] | None = None if constants is None else json.loads(constants)
-        self._template: Any = None
+        self._templates: dict[Any, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = bind(self._signature, Sample(args, kwargs))
         outputs = self._file.run(self._in_order(call))
-        if self._template is None:
+        shapes = tuple(tensor.shape for tensor in call.tensors)
+        if shapes not in self._templates:  # numbers in the output may depend on the shapes
             with evaluating(self._network):
-                self._template = self._original(*args, **kwargs)
-            expected = len(named_tensors(self._template))
+                self._templates[shapes] = self._original(*args, **kwargs)
+            expected = len(named_tensors(self._templates[shapes]))
             if expected != len(outputs):
                 raise EvaluationError(
                     f"'{self._file.path}' gives {len(outputs)} tensors, {list(self._file.output_names)}, "
                     f"but the network gives {expected}"
                 )
-        return with_tensors(self._template, outputs)
+        return with_tensors(self._templates[shapes], outputs)
 
     def _in_order(self, call: Call) -> list[Tensor]:
         """The tensors of a call as the file takes them, if it was exported for such a call."""
@@ -168,6 +169,10 @@ def _validated(
         duplicate = widen_(stack.enter_context(_working_copy(module)))
         if datamodule is not None:
             stack.enter_context(attributes_kept(datamodule))
+        if trainer is not None and _is_fitting(trainer):  # data are set up, and may not be split a second time
+            for owner in (duplicate, datamodule):
+                if owner is not None:
+                    vars(owner).update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
         vars(duplicate)["configure_callbacks"] = list  # the user's callbacks act on the user's run only
         fresh = _fresh_trainer(lightning, trainer)
         counter = _replace(find_module(duplicate, plain_name(name), argument="network"), replacement)
@@ -228,6 +233,14 @@ def _is_trainer(source: Any) -> bool:
     return hasattr(source, "validate") and hasattr(source, "fit_loop")
 
 
+def _is_fitting(trainer: Any) -> bool:
+    return str(getattr(trainer.state.status, "value", trainer.state.status)) == "running"
+
+
+def _nothing(stage: str | None = None) -> None:
+    """In the place of a hook that has done its work."""
+
+
 def _has_base(value: Any, name: str) -> bool:
     return any(base.__name__ == name for base in type(value).__mro__)
 
@@ -281,7 +294,7 @@ def _fresh_trainer(lightning: Any, trainer: Any) -> Any:
             devices=1,
             num_nodes=1,
             plugins=[environments.LightningEnvironment()],
-            logger=False,
+            logger=import_module(f"{lightning.__name__}.loggers.logger").DummyLogger(),  # for steps that use one
             callbacks=[],
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -87,16 +87,19 @@ def module_kept(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for attributes, saved in before:
+        # All contents first: nothing is cleared before everything that takes its place is at hand.
+        restored = [{name: _restored(*entry) for name, entry in saved.items()} for _, saved in before]
+        for (attributes, _), values in zip(before, restored, strict=True):
             attributes.clear()
-            attributes.update({name: _restored(*entry) for name, entry in saved.items()})
+            attributes.update(values)
 
 
 def _snapshot(value: Any) -> tuple[Any, Any]:
     """An object and what is needed to bring its contents back."""
     if isinstance(value, Tensor):
-        # A non-leaf tensor, for instance one that carries a graph, is only kept, never written to.
-        return value, (value.data, value.detach().clone()) if value.is_leaf else None
+        # A tensor that carries a graph, or of another kind than torch's own, is only kept, never written to.
+        plain = value.is_leaf and type(value) in (Tensor, nn.Parameter)
+        return value, (value.data, value.detach().clone()) if plain else None
     if isinstance(value, dict):
         return value, {key: _snapshot(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import stat
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -162,7 +163,9 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"path '{target}' cannot be made because '{existing}' is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"path '{target}' cannot be written because '{existing}' is not writable")
-    return target
+    if target.exists() and not target.stat().st_mode & stat.S_IWUSR:
+        raise ValueError(f"path '{target}' is a read-only file; remove it or choose another name")
+    return target.resolve() if target.is_symlink() else target
 
 
 def checked_precision(precision: str) -> str:

@@ -94,6 +94,16 @@ def as_sample(sample: Any, signature: inspect.Signature) -> Sample:
     return result
 
 
+def check_sample(sample: Any) -> None:
+    """Refuse what cannot be a sample, before the forward that it is for is known.
+
+    Raises:
+        TypeError: If it is neither a tensor, a tuple, a dict nor a :class:`Sample`.
+        ValueError: If it holds no tensor.
+    """
+    as_sample(sample, inspect.Signature())
+
+
 def bind(signature: inspect.Signature, sample: Sample) -> Call:
     """Bind a sample to the signature of a forward.
 
@@ -107,6 +117,12 @@ def bind(signature: inspect.Signature, sample: Sample) -> Call:
         prefix = "" if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else name
         found.extend(leaves(value, prefix))
     tensors = [(name, leaf) for name, leaf in found if isinstance(leaf, Tensor)]
+    for name, leaf in found:
+        if not isinstance(leaf, Tensor) and not is_constant(leaf):
+            raise TypeError(
+                f"argument '{name}' is of type {type(leaf).__name__}, whose tensors a file cannot take; name a network "
+                "inside that takes tensors with network=, or wrap the object in a dict, a tuple or a dataclass"
+            )
     constants = {name: repr(leaf) for name, leaf in found if is_constant(leaf) and leaf is not None}
     return Call(
         arguments, tuple(unique_names(name for name, _ in tensors)), tuple(tensor for _, tensor in tensors), constants

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress import _compat
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.isolation import evaluating, quiet
 from lightning_compress.export.parity import FIXED_HINT, batch_size, is_batched
@@ -83,6 +84,8 @@ def convert(
     except Exception as error:  # the exporter lets through what tracing, decomposition and conversion raise
         raise ExportError(_explain(type(network).__name__, error, dynamic_batch)) from error
     _check_opset(program.model, opset)  # type: ignore[union-attr]
+    if dynamic_batch:
+        _check_bounds(type(network).__name__, *_compat.batch_bounds(program))
     return serialised
 
 
@@ -92,6 +95,16 @@ def _check_size(network: nn.Module) -> None:
     if size > MAX_BYTES:
         raise ExportError(
             f"{type(network).__name__} holds {size} bytes of weights; one self-contained file holds at most {MAX_BYTES}"
+        )
+
+
+def _check_bounds(name: str, lower: int, upper: int | None) -> None:
+    """Refuse a graph that holds for some batch sizes only; sizes 0 and 1 are not told apart by the exporter."""
+    if lower > 2 or upper is not None:
+        bounds = f"from {lower}" + ("" if upper is None else f" to {upper}")
+        raise ExportError(
+            f"{name} branches on the batch size, and the file would hold the branch for batch sizes {bounds} only; "
+            f"{FIXED_HINT}"
         )
 
 
@@ -116,8 +129,12 @@ def _tidy(model: Any, metadata: dict[str, str]) -> bytes:
                 value.metadata_props.clear()
         for value in [*graph.inputs, *graph.initializers.values()]:
             value.metadata_props.clear()
+    taken = {value.name for node in model.graph.all_nodes() for value in node.outputs}
+    taken |= {value.name for value in model.graph.inputs}
     for value in list(model.graph.initializers.values()):
-        value.name = value.name.removeprefix("network.")
+        plain = value.name.removeprefix("network.")
+        if plain not in taken:
+            value.name = plain
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
     serialised: bytes = onnx_ir.to_proto(model).SerializeToString()

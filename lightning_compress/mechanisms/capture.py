@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,12 +25,14 @@ class NetworkCall:
     Attributes:
         args: Positional arguments as the network received them.
         kwargs: Keyword arguments.
+        key: The same object that :attr:`Capture.on_input` was called with, before the network ran.
         output: What it returned, attached to the graph.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any
+    key: object = field(default_factory=object)
 
 
 class Capture(AbstractContextManager["Capture"]):
@@ -59,6 +61,8 @@ class Capture(AbstractContextManager["Capture"]):
     """
 
     def __init__(self, module: nn.Module, *, direct: bool = False, when: Callable[[], bool] | None = None) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(f"{type(module).__name__} is a scripted module, which takes no hooks; use it unscripted")
         self._module = module
         self._direct = direct
         self._when = when
@@ -67,6 +71,7 @@ class Capture(AbstractContextManager["Capture"]):
         self._written: dict[bool, bool] = {}  # by training mode: in-place dropout writes in one of them only
         self._open: list[_Snapshot] = []
         self._records: list[tuple[_Snapshot, _Snapshot]] = []
+        self.on_input: Callable[[object, tuple[Any, ...], Mapping[str, Any]], None] | None = None
 
     def __enter__(self) -> Capture:
         if self._direct:
@@ -106,7 +111,10 @@ class Capture(AbstractContextManager["Capture"]):
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._recording and (self._when is None or self._when()):
-            self._open.append(_Snapshot((args, kwargs), copy=self._written.get(module.training, True)))
+            given = _Snapshot((args, kwargs), copy=self._written.get(module.training, True))
+            self._open.append(given)
+            if self.on_input is not None and not torch.compiler.is_compiling():
+                self.on_input(given, args, kwargs)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._recording and self._open and (self._when is None or self._when()):
@@ -124,7 +132,7 @@ class Capture(AbstractContextManager["Capture"]):
                     f"{type(self._module).__name__} was given or returned is lost; let the operation work out of place"
                 )
         args, kwargs = given.tree
-        return NetworkCall(args, kwargs, returned.tree)
+        return NetworkCall(args, kwargs, returned.tree, given)
 
     def _shadow(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

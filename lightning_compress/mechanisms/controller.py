@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,12 +24,12 @@ class _SharedTeacher:
     """A teacher that several callbacks use, with its outputs of the current step."""
 
     teacher: Teacher
-    outputs: dict[NetworkCall, Any] = field(default_factory=dict)
+    outputs: dict[object, Any] = field(default_factory=dict)
 
     def __call__(self, call: NetworkCall) -> Any:
-        if call not in self.outputs:
-            self.outputs[call] = self.teacher(call)
-        return self.outputs[call]
+        if call.key not in self.outputs:
+            self.outputs[call.key] = self.teacher(call)
+        return self.outputs[call.key]
 
 
 class StepController:
@@ -54,6 +55,8 @@ class StepController:
         self._observers: list[Callable[[Pass], None]] = []
         self._running: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
         self._explicit_losses = 0
+        self._ahead: list[tuple[StudentCapture, _SharedTeacher]] = []
+        self._teachers_go_first = False
 
     # What callbacks add
 
@@ -72,7 +75,9 @@ class StepController:
         """
         key = student if student is None or isinstance(student, str) else tuple(student)
         if key not in self._captures:
-            self._captures[key] = self.stack.enter_context(StudentCapture(self.module, student, argument=argument))
+            capture = self.stack.enter_context(StudentCapture(self.module, student, argument=argument))
+            capture.on_input = functools.partial(self._run_teachers_first, capture)
+            self._captures[key] = capture
         self._captures[key].required |= required
         return self._captures[key]
 
@@ -81,14 +86,19 @@ class StepController:
         module: nn.Module,
         transform: nn.Module | None = None,
         *,
+        student: StudentCapture | None = None,
         device: torch.device | None = None,
         convert: Convert | None = None,
     ) -> Callable[[NetworkCall], Any]:
         """A teacher that runs once a batch, however many ask for its output.
 
+        It runs just before the student where that is possible (not in compiled code, and not in the step in which the
+        student is found): the activations of only one of the two then take memory at a time.
+
         Args:
             module: The network.
             transform: As in :class:`Teacher`.
+            student: Whose inputs it gets.
             device: Where to run it.
             convert: What the precision does to modules.
 
@@ -96,7 +106,7 @@ class StepController:
             From a call of the student to the teacher's output.
 
         Raises:
-            ValueError: If teacher and student share parameters: freezing one would freeze the other.
+            ValueError: If teacher and student share parameters, buffers or layers: freezing one would freeze the other.
         """
         self._refuse_shared(module, "teacher")
         if transform is not None:
@@ -106,7 +116,10 @@ class StepController:
             teacher = Teacher(module, transform)
             self.stack.enter_context(teacher.prepared(device, convert))
             self._teachers[key] = _SharedTeacher(teacher)
-        return self._teachers[key]
+        shared = self._teachers[key]
+        if student is not None:
+            self._ahead.append((student, shared))
+        return shared
 
     @contextmanager
     def view(self, view: View) -> Iterator[None]:
@@ -177,6 +190,7 @@ class StepController:
                 return self._run_manual(original, args, kwargs)
             return self._run_views(original, args, kwargs)
         finally:
+            self._teachers_go_first = False
             self._forget_teachers_outputs()
 
     def run_validation(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -213,6 +227,7 @@ class StepController:
         totals: list[Tensor] = []
         for view in views:
             with view.enter():
+                self._teachers_go_first = view.deployed
                 output, calls = self._recorded(original, args, kwargs)
                 if output is None:
                     return None
@@ -272,6 +287,16 @@ class StepController:
             for capture, own in calls.items()
         }
 
+    def _run_teachers_first(
+        self, capture: StudentCapture, key: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Before the student runs: its teachers, on what it is about to receive."""
+        one_of_many = next(other for other in self._captures.values() if other.names == capture.names)
+        if self._teachers_go_first and capture is one_of_many:
+            for student, shared in self._ahead:
+                if student.names == capture.names:
+                    shared(NetworkCall(args, kwargs, None, key))
+
     def _abort(self) -> None:
         for capture in self._captures.values():
             capture.abort()
@@ -292,10 +317,10 @@ class StepController:
         return task_loss
 
     def _refuse_shared(self, module: nn.Module, argument: str) -> None:
-        own = {id(parameter) for parameter in self.module.parameters()}
-        if any(id(parameter) in own for parameter in module.parameters()):
+        shared = _shared(module, self.module)
+        if shared is not None:
             raise ValueError(
-                f"{argument} {type(module).__name__} shares parameters with {type(self.module).__name__}, the module "
+                f"{argument} {type(module).__name__} shares {shared} with {type(self.module).__name__}, the module "
                 f"being trained, and would freeze it; give a copy: copy.deepcopy({argument})"
             )
 
@@ -310,6 +335,22 @@ class StepController:
     def _forget_teachers_outputs(self) -> None:
         for shared in self._teachers.values():
             shared.outputs.clear()
+
+
+def _shared(module: nn.Module, other: nn.Module) -> str | None:
+    """What two modules have in common that freezing or switching one would change in the other, in words."""
+    parameters, buffers, parts = set(other.parameters()), set(other.buffers()), set(other.modules())
+    if any(parameter in parameters for parameter in module.parameters()):
+        return "parameters"
+    if any(buffer in buffers for buffer in module.buffers()):
+        return "buffers"
+    shared = [part for part in module.modules() if part in parts and not _same_in_both_modes(part)]
+    return f"the {type(shared[0]).__name__}" if shared else None
+
+
+def _same_in_both_modes(part: nn.Module) -> bool:
+    """Whether a module is an activation, which may well be shared: it does the same in training and in evaluation."""
+    return type(part).__module__ == "torch.nn.modules.activation" and not isinstance(part, nn.RReLU)
 
 
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -41,14 +42,16 @@ class Detector(AbstractContextManager["Detector"]):
         self._outermost: dict[str, bool] = {}  # name -> whether it was called from the root's own forward alone
 
     def __enter__(self) -> Detector:
-        for name, module in _watched(self._root):
-            if module is self._root:
-                self._captures[name] = self._stack.enter_context(Capture(module, direct=True))
-                self._stack.enter_context(shadowed(module, "forward", self._counting_root))
-            else:
-                capture = Capture(module, when=lambda: self._depth == 1)
-                self._captures[name] = self._stack.enter_context(capture)
-                self._count(name, module)
+        with ExitStack() as stack:  # closed again if a module refuses its hooks
+            for name, module in _watched(self._root):
+                if module is self._root:
+                    self._captures[name] = stack.enter_context(Capture(module, direct=True))
+                    stack.enter_context(shadowed(module, "forward", self._counting_root))
+                else:
+                    capture = Capture(module, when=lambda: self._depth == 1)
+                    self._captures[name] = stack.enter_context(capture)
+                    self._count(name, module, stack)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,8 +69,7 @@ class Detector(AbstractContextManager["Detector"]):
         """Stop and give back the outermost calls by the dotted name of the module, in the order of the first calls.
 
         Where the root itself was called, it stands for what it calls; where it only hands on to one child, that
-        child stands for it. Networks that are wholly frozen (a perceptual loss, say) are left out, unless there are
-        no others.
+        child stands for it. Frozen networks called after a trained one (a perceptual loss, say) are left out.
 
         Returns:
             Name (empty for the root) to calls.
@@ -83,7 +85,7 @@ class Detector(AbstractContextManager["Detector"]):
             found = {network: root_calls, **outside}
         return _trained_first(self._root, found)
 
-    def _count(self, name: str, module: nn.Module) -> None:
+    def _count(self, name: str, module: nn.Module, stack: ExitStack) -> None:
         def enter(*_: Any) -> None:
             if self._recording:
                 if self._depth == 0:
@@ -95,8 +97,8 @@ class Detector(AbstractContextManager["Detector"]):
                 self._depth -= 1
 
         # Around the capture's own hooks, so that a module is at depth 1 while its own outermost call is recorded.
-        self._stack.callback(module.register_forward_pre_hook(marked(enter), prepend=True).remove)
-        self._stack.callback(module.register_forward_hook(marked(leave), always_call=True).remove)
+        stack.callback(module.register_forward_pre_hook(marked(enter), prepend=True).remove)
+        stack.callback(module.register_forward_hook(marked(leave), always_call=True).remove)
 
     def _counting_root(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -143,6 +145,7 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
         self.names: tuple[str, ...] | None = None if student is None else _names(student, argument)
         self.required = False
         self.problem: str | None = None
+        self.on_input: Callable[[object, tuple[Any, ...], Mapping[str, Any]], None] | None = None
         self.last_call: NetworkCall | None = None  # arguments only, detached: nothing of a step's graph is kept
         for name in self.names or ():
             find_module(root, name, argument=argument)
@@ -250,13 +253,18 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
                 f"the step calls '{start}' {len(first)} times and '{end}' {len(last)} times, so they are not the ends "
                 f"of one chain; choose others with {self._argument}="
             )
-        return [NetworkCall(a.args, a.kwargs, b.output) for a, b in zip(first, last, strict=True)]
+        return [NetworkCall(a.args, a.kwargs, b.output, a.key) for a, b in zip(first, last, strict=True)]
 
     def _open(self, names: tuple[str, ...]) -> None:
         modules = [find_module(self._root, name, argument=self._argument) for name in names]
         self._ends = tuple(
             self._stack.enter_context(Capture(module, direct=module is self._root)) for module in modules
         )
+        self._ends[0].on_input = self._tell
+
+    def _tell(self, key: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self.on_input is not None:
+            self.on_input(key, args, kwargs)
 
 
 def _names(student: str | Sequence[str], argument: str) -> tuple[str, ...]:
@@ -269,15 +277,16 @@ def _names(student: str | Sequence[str], argument: str) -> tuple[str, ...]:
 
 
 def _watched(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The root and every module below it with parameters, but nothing inside a metric or a compiled module."""
+    """The root and every module below it with parameters; nothing inside a metric, a compiled or a scripted module."""
     yield "", root
     hidden: tuple[str, ...] = ()
     for name, module in root.named_modules():
         if name == "" or name.startswith(hidden):
             continue
-        if _is_metric(module) or _compat.is_compiled(module):
+        scripted = isinstance(module, torch.jit.ScriptModule)  # takes no hooks with keyword arguments
+        if _is_metric(module) or scripted or _compat.is_compiled(module):
             hidden = (*hidden, f"{name}.")
-        if not _is_metric(module) and next(module.parameters(), None) is not None:
+        if not _is_metric(module) and not scripted and next(module.parameters(), None) is not None:
             yield name, module
 
 
@@ -286,14 +295,16 @@ def _is_metric(module: nn.Module) -> bool:
 
 
 def _trained_first(root: nn.Module, found: dict[str, list[NetworkCall]]) -> dict[str, list[NetworkCall]]:
-    """Without the networks that are wholly frozen, unless there are no others."""
+    """Without the frozen networks that were called after a trained one (a perceptual loss, say).
+
+    A frozen network called before is the backbone of what is trained, or at least may be: it stays a candidate.
+    """
     modules = dict(root.named_modules())
-    trained = {
-        name: calls
-        for name, calls in found.items()
-        if any(parameter.requires_grad for parameter in modules[name].parameters())
-    }
-    return trained or found
+    trained = [name for name in found if any(parameter.requires_grad for parameter in modules[name].parameters())]
+    if not trained:
+        return found
+    before = list(found).index(trained[0])
+    return {name: calls for index, (name, calls) in enumerate(found.items()) if index < before or name in trained}
 
 
 def _hands_on(own: list[NetworkCall], inner: list[NetworkCall]) -> bool:

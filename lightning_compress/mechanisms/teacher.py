@@ -145,7 +145,11 @@ def _restored(modules: list[nn.Module]) -> Iterator[None]:
     parameters = {parameter for part in parts for parameter in part.parameters(recurse=False)}
     values = [(parameter, parameter.data, parameter.grad, parameter.requires_grad) for parameter in parameters]
     places = [(part, _compat.placement(part)) for part in parts]
-    buffers = [(part, name, value) for part in parts for name, value in part._buffers.items()]
+    buffers = [
+        (part, name, value, None if value is None else value.detach().clone())
+        for part in parts
+        for name, value in part._buffers.items()
+    ]
     for parameter in parameters:
         parameter.grad = None  # left by the teacher's own training; a cast would move it too
     try:
@@ -157,7 +161,9 @@ def _restored(modules: list[nn.Module]) -> Iterator[None]:
             parameter.data = data
             parameter.grad = gradient
             parameter.requires_grad_(requires_grad)
-        for part, name, value in buffers:
+        for part, name, value, saved in buffers:
+            if value is not None and saved is not None:
+                value.detach().copy_(saved)  # a forward may write into a buffer
             part._buffers[name] = value
         for part, place in places:
             vars(part).update(place)

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_compress import __version__
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError
-from lightning_compress.export.isolation import random_state_kept
+from lightning_compress.export.isolation import evaluating, random_state_kept
 from lightning_compress.export.onnx import ExportResult
 from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Sample, bind, on_cpu
@@ -96,6 +96,8 @@ def compare(
         copies = {name: _runnable(name, model, all_notes) for name, model in models.items()}
         rows = [_module_row(name, model, copies[name], inputs, all_notes) for name, model in models.items()]
         rows += [_file_row(name, result) for name, result in named_files.items()]
+        with evaluating(models[layers_of]):  # reading a spectrally normed weight in training would move its buffers
+            listed = layer_table(models[layers_of])
         times: dict[str, Latency] = {}
         if latency and inputs is not None:
             calls = {name: _module_call(copy, inputs) for name, copy in copies.items() if copy is not None}
@@ -113,10 +115,7 @@ def compare(
             replace(row, latency_ms=times.get(row.name), metrics=dict((metrics or {}).get(row.name, {})))
             for row in rows
         ),
-        layers=tuple(
-            replace(layer, name=".".join(filter(None, (prefix, layer.name))))
-            for layer in layer_table(models[layers_of])
-        ),
+        layers=tuple(replace(layer, name=".".join(filter(None, (prefix, layer.name)))) for layer in listed),
         files=tuple(_file(result, source) for result, source in zip(files, sources, strict=True)),
         notes=tuple(dict.fromkeys(all_notes)),
         versions=versions(),

@@ -69,6 +69,28 @@ def test_a_second_compiled_fit_is_captured_too(case, form, tmp_path):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("form", FORMS)
+@each_case("DistillationCallback")
+def test_a_network_that_ran_compiled_before_the_fit(case, form, tmp_path):
+    """Compiled code from before our hooks would never call them: in training, in validation, and in eval mode."""
+    module = made(Classifier)
+    handed, callback = compiled(module, form), case.build(tmp_path, Classifier)
+    trainer().validate(handed, loader(), verbose=False)
+    trainer().fit(handed, loader())
+    before = {key.replace("_orig_mod.", ""): value.clone() for key, value in module.state_dict().items()}
+    fitting = trainer(callback)
+    fitting.fit(handed, loader(), loader())
+    assert callback.effects["the distillation loss"] == STEPS
+    assert "compress/kd/val_loss" in fitting.callback_metrics
+
+    plain = made(Classifier)
+    plain.load_state_dict(before)
+    trainer(case.build(tmp_path, Classifier)).fit(plain, loader(), loader())
+    weights = {key.replace("_orig_mod.", ""): value for key, value in module.state_dict().items()}
+    assert difference({key: weights[key] for key in plain.state_dict()}, plain) == 0
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("form", FORMS)
 def test_the_network_is_really_compiled(form):
     """The tests above are worth something only if compiled code ran."""
     counter, module = CompileCounter(), made(Classifier)

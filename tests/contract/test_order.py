@@ -75,6 +75,21 @@ def test_two_distillations_share_one_teacher(kind):
     assert difference(modules[0], soft_only) > 0
 
 
+def test_three_distillations_add_up_in_one_order():
+    """Of two terms the order does not matter to floating point; of three it does."""
+    teachers = [teacher_for(Classifier, seed) for seed in (3, 4, 5)]
+    modules = []
+    for order in ("abc", "cab", "bca", "cba"):
+        callbacks = {
+            name: DistillationCallback(teacher, task_weight=1.0, kd_weight=weight, loss_kind=loss_kind, name=name)
+            for name, teacher, weight, loss_kind in zip(
+                "abc", teachers, (0.3, 0.7, 1.1), ("softmax", "mse", "softmax"), strict=True
+            )
+        }
+        modules.append(trained(Classifier, [callbacks[name] for name in order])[0])
+    assert [difference(module, modules[0]) for module in modules] == [0] * 4
+
+
 def test_only_one_callback_weighs_the_task_loss():
     teacher = teacher_for(Classifier)
     both = [DistillationCallback(teacher, name="a"), DistillationCallback(teacher, name="b")]

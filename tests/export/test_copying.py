@@ -135,3 +135,46 @@ def test_what_cannot_be_copied_is_named():
         ExportError, match=r"Sequential cannot be copied because of its attribute '2\.guard': TypeError"
     ):
         independent_copy(network)
+
+
+def test_a_hook_that_closes_over_the_module_belongs_to_the_copy():
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seen, self.calls = nn.Linear(2, 1), None, 0
+
+            def keep(module, args, output, owner=self):
+                self.seen = output
+                owner.calls += 1
+
+            self.layer.register_forward_hook(keep)
+            self.twice = lambda x: self.layer(self.layer.weight + x)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    module = Remembering()
+    duplicate = independent_copy(module)
+    duplicate(torch.ones(3, 2))
+    assert (module.seen, module.calls) == (None, 0)
+    assert (tuple(duplicate.seen.shape), duplicate.calls) == ((3, 1), 1)
+    with torch.no_grad():
+        duplicate.layer.weight.zero_()
+        duplicate.layer.bias.fill_(7.0)
+    assert duplicate.twice(torch.ones(1, 2)).item() == 7
+    assert module.twice(torch.ones(1, 2)).item() != 7
+
+
+def test_a_module_that_cannot_be_put_back_wholly_is_never_emptied(tmp_path):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from lightning_compress.export.isolation import module_kept
+
+    module = nn.Linear(2, 1)
+    with FakeTensorMode():
+        module.seen = torch.ones(2)
+    names = set(vars(module))
+    with module_kept(module):
+        module.added = 1
+    assert set(vars(module)) == names
+    assert module(torch.ones(1, 2)).shape == (1, 1)

@@ -540,3 +540,35 @@ def test_a_decorated_step_is_read_as_lightning_reads_it():
     with step_controller(lit):
         assert lit.training_step.__wrapped__ is inner  # Lightning takes off one layer only
         assert is_param_in_hook_signature(lit.training_step, "batch_idx", min_args=2) == alone
+
+
+def test_the_teacher_runs_before_the_student_once_that_is_known():
+    order = []
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 1)
+            self.net.register_forward_hook(lambda *_: order.append("student"))
+
+        def training_step(self, x):
+            return self.net(x).sum()
+
+    module, teacher = Net(), nn.Linear(2, 1)
+    teacher.register_forward_hook(lambda *_: order.append("teacher"))
+    outputs = []
+    with step_controller(module) as controller:
+        capture = controller.capture(None)
+        ask = controller.teacher(teacher, student=capture)
+
+        def compute(passes):
+            [seen] = passes.values()
+            outputs.append((ask(seen.call(capture)), ask(seen.call(capture))))
+            return outputs[-1][0].sum()
+
+        with controller.term(Term("kd", compute)):
+            for x in (torch.ones(3, 2), torch.zeros(3, 2)):
+                module.training_step(x)
+    assert order == ["student", "teacher", "teacher", "student"]
+    assert all(first is second for first, second in outputs)
+    assert torch.equal(outputs[1][0], teacher(torch.zeros(3, 2)))

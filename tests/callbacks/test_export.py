@@ -1,0 +1,277 @@
+"""ExportCallback: what it refuses before training, what it does at the end, and what it never loses."""
+
+from __future__ import annotations
+
+import logging
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from contract.modules import Classifier, loader, made, trainer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, random_split
+
+from lightning_compress import CompressionReport, DistillationCallback, ExportCallback, export
+
+
+class Measured(Classifier):
+    """A classifier that logs what it measures in validation."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.model(batch[0]), batch[1]))
+
+
+def test_file_and_module_agree_at_the_end(tmp_path):
+    callback = ExportCallback(tmp_path / "m.onnx", metric="val_loss", tolerance=1e-4)
+    module = made(Measured)
+    fitting = trainer(callback)
+    fitting.fit(module, loader(), loader())
+    assert callback.failure is None
+    assert callback.result.network == "model"
+    assert callback.file_metrics["val_loss"] == pytest.approx(callback.module_metrics["val_loss"], abs=1e-5)
+    assert export.evaluate(tmp_path / "m.onnx", module, loader())["val_loss"] == pytest.approx(
+        callback.file_metrics["val_loss"], abs=1e-6
+    )
+
+
+def test_what_cannot_be_exported_stops_at_the_first_batch(tmp_path):
+    class Branching(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+    module = made(Measured)
+    module.model = Branching(8, 3)
+    fitting = trainer(ExportCallback(tmp_path / "m.onnx"))
+    with pytest.raises(export.ExportError, match=r"data-dependent branch at .*test_export.py:\d+"):
+        fitting.fit(module, loader())
+    assert fitting.global_step == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"path": 3}, TypeError, "path must be a path that ends in '.onnx', got 3"),
+        ({"precision": "fp16"}, ValueError, "precision must be one of"),
+        ({"precision": "int8"}, ValueError, "not available yet"),
+        ({"metric": "a", "tolerance": -1}, ValueError, "tolerance must be a number of at least 0, got -1"),
+        ({"metric": "a", "tolerance": float("nan")}, ValueError, "tolerance must be a number of at least 0, got nan"),
+        ({"tolerance": 0.1}, ValueError, "metric is not given"),
+    ],
+)
+def test_arguments(tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        ExportCallback(**{"path": tmp_path / "m.onnx", **arguments})
+
+
+def test_refused_before_training(tmp_path):
+    for callback, error, message in [
+        (ExportCallback(tmp_path / "m.txt"), ValueError, "must end in '.onnx'"),
+        (ExportCallback(tmp_path / "m.onnx", sample=np.ones(3)), TypeError, "sample must be a tensor"),
+        (
+            ExportCallback(tmp_path / "m.onnx", network="modle"),
+            ValueError,
+            "names 'modle'.*did you mean 'model'",
+        ),
+        (
+            ExportCallback(tmp_path / "m.onnx", metric="val_loss"),
+            ValueError,
+            "needs a validation_step",
+        ),
+    ]:
+        fitting = trainer(callback)
+        with pytest.raises(error, match=message):
+            fitting.fit(made(Measured), loader())
+        assert fitting.global_step == 0
+
+
+def test_a_metric_that_is_not_logged_stops_before_training_and_only_warns_later(tmp_path):
+    fitting = trainer(ExportCallback(tmp_path / "m.onnx", metric="val_los"), num_sanity_val_steps=1)
+    with pytest.raises(ValueError, match="did you mean 'val_loss'"):
+        fitting.fit(made(Measured), loader(), loader())
+    assert fitting.global_step == 0
+    callback = ExportCallback(tmp_path / "m.onnx", metric="val_los")
+    with pytest.warns(UserWarning, match="metric='val_los' is not"):
+        trainer(callback, num_sanity_val_steps=0).fit(made(Measured), loader(), loader())
+    assert "did you mean 'val_loss'" in callback.failure
+    assert (tmp_path / "m.onnx").is_file()
+
+
+def test_a_validation_that_fails_outside_of_the_fit_is_a_failure_and_no_exception(tmp_path):
+    class Picky(Measured):
+        def validation_step(self, batch, batch_idx):
+            self.logger.experiment.add_scalar("x", 1.0)
+            self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    callback = ExportCallback(tmp_path / "m.onnx")
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    with pytest.warns(UserWarning, match="the validation through .* failed: IndexError"):
+        trainer(callback, logger=TensorBoardLogger(tmp_path / "logs")).fit(made(Picky), loader(), loader())
+    assert callback.result is not None
+    assert "IndexError" in callback.failure
+
+
+def test_fast_dev_run_keeps_the_file_that_was_there(tmp_path, caplog):
+    (tmp_path / "m.onnx").write_text("trained for a week")
+    callback = ExportCallback(tmp_path / "m.onnx", metric="val_loss", tolerance=1e-4)
+    with caplog.at_level(logging.INFO, logger="lightning_compress"):
+        trainer(callback, CompressionReport(latency=False), fast_dev_run=True).fit(made(Measured), loader(), loader())
+    assert (tmp_path / "m.onnx").read_text() == "trained for a week"
+    assert callback.file_metrics["val_loss"] == pytest.approx(callback.module_metrics["val_loss"], abs=1e-5)
+    assert not callback.result.path.exists()
+    assert "checked and not kept" in caplog.text
+
+
+def test_the_validation_data_are_those_of_the_fit(tmp_path):
+    class Split(L.LightningDataModule):
+        torn_down = 0
+
+        def setup(self, stage):
+            self.train, self.val = random_split(loader(rows=64).dataset, [32, 32])
+
+        def train_dataloader(self):
+            return DataLoader(self.train, 8)
+
+        def val_dataloader(self):
+            return DataLoader(self.val, 8)
+
+        def teardown(self, stage):
+            self.torn_down += 1
+
+    data, callback = Split(), ExportCallback(tmp_path / "m.onnx")
+    fitting = trainer(callback)
+    module = made(Measured)
+    fitting.fit(module, datamodule=data)
+    assert callback.module_metrics["val_loss"] == pytest.approx(fitting.callback_metrics["val_loss"].item(), abs=1e-6)
+    assert data.torn_down == 1
+    assert data.trainer is fitting
+
+
+def test_numbers_in_the_output_follow_the_batch(tmp_path):
+    class Counting(nn.Linear):
+        def forward(self, x):
+            return {"logits": super().forward(x), "rows": len(x)}
+
+    class Lit(Measured):
+        def __init__(self):
+            super().__init__()
+            self.model = Counting(8, 3)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.model(batch[0])["logits"], batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            self.log("rows", float(self.model(batch[0])["rows"]), batch_size=1)
+
+    callback = ExportCallback(tmp_path / "m.onnx")
+    trainer(callback).fit(made(Lit), loader(), loader(rows=20))
+    assert callback.file_metrics["rows"] == callback.module_metrics["rows"] == pytest.approx(20 / 3)
+
+
+def test_a_callback_at_work_is_refused_in_a_second_trainer():
+    callback = DistillationCallback(nn.Linear(8, 3))
+
+    class Nested(L.Callback):
+        def on_train_start(self, trainer_, module):
+            trainer(callback).fit(made(Classifier), loader())
+
+    with pytest.raises(RuntimeError, match="is at work in another fit"):
+        trainer(callback, Nested()).fit(made(Classifier), loader())
+
+
+def test_a_frozen_backbone_is_not_left_out_silently(tmp_path):
+    class TwoParts(Measured):
+        def __init__(self):
+            super().__init__()
+            del self.model
+            self.backbone = nn.Linear(8, 4).requires_grad_(False)
+            self.head = nn.Linear(4, 3)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.head(self.backbone(batch[0]).relu()), batch[1])
+
+    with pytest.raises(RuntimeError, match="calls 2 modules with parameters: 'backbone', 'head'"):
+        trainer(ExportCallback(tmp_path / "m.onnx")).fit(made(TwoParts), loader())
+
+
+def test_a_scripted_part_is_passed_over_and_leaves_nothing(tmp_path):
+    class Scripted(Measured):
+        def __init__(self):
+            super().__init__()
+            self.other = torch.jit.script(nn.Linear(2, 2))
+
+    module = made(Scripted)
+    trainer(DistillationCallback(nn.Linear(8, 3))).fit(module, loader())
+    assert "forward" not in vars(module)
+    assert not module.model._forward_hooks
+    with pytest.raises(RuntimeError, match="scripted module, which takes no hooks"):
+        trainer(DistillationCallback(nn.Linear(8, 3), student="other")).fit(module, loader())
+    assert "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize(
+    ("shared", "what"), [(nn.BatchNorm1d(8, affine=False), "buffers"), (nn.Dropout(), "the Dropout")]
+)
+def test_a_teacher_that_shares_a_layer_is_refused(shared, what):
+    module = made(Classifier)
+    module.model = nn.Sequential(shared, nn.Linear(8, 3))
+    teacher = nn.Sequential(shared, nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=f"shares {what} with Classifier"):
+        trainer(DistillationCallback(teacher)).fit(module, loader())
+    assert shared.training
+
+
+def test_a_teacher_may_share_an_activation():
+    activation, module = nn.ReLU(), made(Classifier)
+    module.model = nn.Sequential(nn.Linear(8, 3), activation)
+    fitting = trainer(DistillationCallback(nn.Sequential(nn.Linear(8, 3), activation)))
+    fitting.fit(module, loader())
+    assert "compress/kd/loss" in fitting.callback_metrics
+
+
+def test_a_teachers_buffer_that_its_forward_writes_is_put_back():
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 3)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen += len(x)
+            return super().forward(x)
+
+    teacher = Counting()
+    trainer(DistillationCallback(teacher)).fit(made(Classifier), loader())
+    assert teacher.seen.item() == 0
+
+
+def test_a_validation_of_another_form_does_not_stop_the_training():
+    class Picking(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.model(batch[0])
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if self.training else {"boxes": [1], "n": 2}
+
+    module = made(Picking)
+    module.model = Net(8, 3)
+    fitting = trainer(DistillationCallback(nn.Linear(8, 3)))
+    with pytest.warns(UserWarning, match="validation is not measured"):
+        fitting.fit(module, loader(), loader())
+    assert fitting.global_step == 8
+
+
+def test_the_report_moves_no_buffer_of_a_spectrally_normed_network():
+    module = made(Classifier)
+    module.model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 3))
+    seen = {}
+
+    class Keep(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            seen.update({key: value.clone() for key, value in pl_module.state_dict().items()})
+
+    trainer(CompressionReport(latency=False), Keep()).fit(module, loader())
+    assert all(torch.equal(value, seen[key]) for key, value in module.state_dict().items())
