@@ -238,8 +238,14 @@ def script_under_its_name() -> Iterator[None]:
     """Let ``train.Net`` mean a class of the running script: importing ``train`` would run the script a second time.
 
     Example:
-        >>> with script_under_its_name():
-        ...     sys.modules["__main__"] in sys.modules.values()
+        >>> from types import ModuleType
+        >>> from unittest.mock import patch
+        >>> script = ModuleType("__main__")
+        >>> script.__file__ = "train.py"
+        >>> with patch.dict(sys.modules, {"__main__": script}), script_under_its_name():
+        ...     import train
+        ...
+        ...     train is script
         True
     """
     name = _script_name()

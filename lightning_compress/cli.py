@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None: those of the process.
 
     Returns:
-        0: done. 1: a check failed. 2: bad usage.
+        0: done. 1: a check failed. 2: bad usage. 130: the demo was interrupted.
 
     Example:
         >>> main(["--version"])
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     try:
         _check_name(parser, own)
-        options = parser.parse_args(own)
+        options, unknown = parser.parse_known_args(own)
+        _check_unknown(parser, options, own, command, unknown)
         if command and options.command != "run":
             parser.error(f"'{options.command}' takes no command behind --")
     except SystemExit as stop:  # argparse has written what it had to say
@@ -56,6 +58,24 @@ def _check_name(parser: argparse.ArgumentParser, own: Sequence[str]) -> None:
     close = get_close_matches(own[0], COMMANDS, n=1)
     nearest = f"; did you mean '{close[0]}'?" if close else ""
     parser.error(f"unknown command '{own[0]}'; accepted are {', '.join(COMMANDS)}{nearest}")
+
+
+def _check_unknown(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    own: Sequence[str],
+    command: Sequence[str],
+    unknown: Sequence[str],
+) -> None:
+    """Refuse what no option took; the usual reason is a command without the ``--`` before it."""
+    if not unknown:
+        return
+    if options.command == "run" and not command:
+        cut = own.index(options.recipe) + 1
+        if list(own[cut:]) == list(unknown) and not unknown[0].startswith("-"):
+            corrected = shlex.join([parser.prog, *own[:cut], "--", *unknown])
+            parser.error(f"the command to run, '{shlex.join(unknown)}', comes behind --, as in: {corrected}")
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
 import struct
 import sys
 import time
@@ -31,10 +32,13 @@ from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.export import ExportResult, Sample, evaluate, to_onnx
 from lightning_compress.export.evaluate import evaluate_forward
 from lightning_compress.mechanisms.selection import did_you_mean
-from lightning_compress.report import compare, to_console, write_report
+from lightning_compress.report import compare, to_console, units, write_report
+from lightning_compress.report.cells import shown_path
 
 METRIC = "val_accuracy"
 TOLERANCE = 0.005
+STUDENT_WIDTH = 8
+INTERRUPTED = 130  # as a shell reports Ctrl-C
 FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("FashionMNIST/raw"), Path("data/FashionMNIST/raw"))
 FASHION_FILES = (
     "train-images-idx3-ubyte",
@@ -61,11 +65,13 @@ class DemoData:
         train: Images (N, 1, H, W), standardised, and labels (N,).
         test: The same for the test set.
         epochs: Epochs of the teacher, and of each student.
+        teacher_width: Channels of the teacher's first stage; a student has 8.
     """
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     epochs: tuple[int, int]
+    teacher_width: int
 
     def loaders(self, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
         """Loaders of the training set, in an order that the seed fixes, and of the test set."""
@@ -162,7 +168,7 @@ def run_demo(*, data: str = "digits", out: str = "compress-demo", seed: int = 0)
 
     Returns:
         0 if all went well; 1 if a file's accuracy differs from its module's by more than half a point; 2 if the data
-        is not there or not known (the reason is written to stderr).
+        is not there or not known (the reason is written to stderr); 130 if it was interrupted.
     """
     start = time.perf_counter()
     try:
@@ -172,8 +178,12 @@ def run_demo(*, data: str = "digits", out: str = "compress-demo", seed: int = 0)
         return 2
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with _quiet():
-        return _train_and_compare(source, folder, data, seed, start)
+    try:
+        with _quiet():
+            return _train_and_compare(source, folder, data, seed, start)
+    except (KeyboardInterrupt, SystemExit):  # Lightning ends the process on Ctrl-C
+        sys.stderr.write("\nlightning-compress demo: interrupted\n")
+        return INTERRUPTED
 
 
 def load_data(name: str) -> DemoData:
@@ -199,15 +209,16 @@ def load_data(name: str) -> DemoData:
 
 def _train_and_compare(source: DemoData, folder: Path, data: str, seed: int, start: float) -> int:
     teacher_epochs, student_epochs = source.epochs
-    _say(f"[1/4] teacher: a residual network of width 32, {teacher_epochs} epochs on {data}")
-    teacher, _ = _fit(source, 32, teacher_epochs, folder / "teacher", seed)
-    _say(f"[2/4] student alone: width 8, {student_epochs} epochs")
-    alone, _ = _fit(source, 8, student_epochs, folder / "student_alone", seed)
+    _say(f"[1/4] teacher: a residual network of width {source.teacher_width}, {teacher_epochs} epochs on {data}")
+    teacher = _fit(source, source.teacher_width, teacher_epochs, folder / "teacher", seed)
+    _say(f"[2/4] student alone: width {STUDENT_WIDTH}, {student_epochs} epochs")
+    alone = _fit(source, STUDENT_WIDTH, student_epochs, folder / "student_alone", seed)
     _say("[3/4] student distilled: the same seed, batches and number of steps, and one callback more")
     exporting = ExportCallback(folder / "student.onnx", metric=METRIC, tolerance=TOLERANCE)
     distilling = DistillationCallback(teacher.network)
-    distilled, _ = _fit(source, 8, student_epochs, folder / "student_distilled", seed, [distilling, exporting])
+    distilled = _fit(source, STUDENT_WIDTH, student_epochs, folder / "student_distilled", seed, [distilling, exporting])
     _say("[4/4] files and table: export, check, validation through the files, times")
+    begin = time.perf_counter()
     if exporting.result is None:
         raise RuntimeError("the export at the end of the fit wrote no file")
     sample = source.test[0][:8]
@@ -224,7 +235,8 @@ def _train_and_compare(source: DemoData, folder: Path, data: str, seed: int, sta
     gap = abs(metrics["teacher.onnx"][METRIC] - metrics["teacher"][METRIC])
     if not gap <= TOLERANCE:
         failures.append(f"{METRIC} of teacher.onnx differs from the module's by {gap:.3g}, beyond {TOLERANCE:g}")
-    _report(folder, (teacher, alone, distilled), [teacher_file, exporting.result], sample, metrics, data, start)
+    _report(folder, (teacher, alone, distilled), [teacher_file, exporting.result], sample, metrics, data, begin)
+    _say(f"Took {time.perf_counter() - start:.0f} s.")
     for failure in failures:
         sys.stderr.write(f"lightning-compress demo: {failure}\n")
     return 1 if failures else 0
@@ -232,14 +244,17 @@ def _train_and_compare(source: DemoData, folder: Path, data: str, seed: int, sta
 
 def _fit(
     source: DemoData, width: int, epochs: int, folder: Path, seed: int, callbacks: Sequence[Callback] = ()
-) -> tuple[LitClassifier, L.Trainer]:
+) -> LitClassifier:
+    start = time.perf_counter()
+    bars = [TQDMProgressBar(refresh_rate=5)] if sys.stdout.isatty() else []
     torch.manual_seed(seed)
     module = LitClassifier(width)
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="auto",
         devices=1,
-        callbacks=[TQDMProgressBar(refresh_rate=5), *callbacks],
+        callbacks=[*bars, *callbacks],
+        enable_progress_bar=bool(bars),
         logger=CSVLogger(folder, name="", version=""),
         default_root_dir=folder,
         enable_checkpointing=False,
@@ -251,7 +266,8 @@ def _fit(
     train, test = source.loaders(seed)
     trainer.fit(module, train, test)
     trainer.save_checkpoint(folder / "last.ckpt")
-    return module, trainer
+    _say_finished(start, f"{METRIC} {units.metric(float(trainer.callback_metrics[METRIC]))}")
+    return module
 
 
 def _metrics(module: LitClassifier, source: DemoData, seed: int) -> dict[str, float]:
@@ -265,7 +281,7 @@ def _report(
     sample: Tensor,
     metrics: dict[str, dict[str, float]],
     data: str,
-    start: float,
+    begin: float,
 ) -> None:
     teacher, alone, distilled = (module.network for module in modules)
     gain = 100 * (metrics["student distilled"][METRIC] - metrics["student alone"][METRIC])
@@ -282,10 +298,11 @@ def _report(
         recipe={"demo": {"data": data}},
     )
     written = write_report(report, folder)
+    names = [os.path.basename(file.path) for file in files]
+    _say_finished(begin, ", ".join(f"{METRIC} {units.metric(metrics[name][METRIC])} in {name}" for name in names))
     _say("")
     sys.stdout.write(to_console(report) + "\n")
-    _say(f"\nReport: {written.html}\nFiles:  {', '.join(str(file.path) for file in files)}")
-    _say(f"Took {time.perf_counter() - start:.0f} s.")
+    _say(f"\nReport: {shown_path(written.html)}\nFiles:  {', '.join(shown_path(file.path) for file in files)}")
 
 
 def _digits() -> DemoData:
@@ -297,7 +314,7 @@ def _digits() -> DemoData:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     x = (torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)[order] - 4.9) / 6.0
     y = torch.tensor(labels, dtype=torch.long)[order]
-    return DemoData((x[:1297], y[:1297]), (x[1297:], y[1297:]), epochs=(20, 20))
+    return DemoData((x[:1297], y[:1297]), (x[1297:], y[1297:]), epochs=(20, 20), teacher_width=32)
 
 
 def _fashion_mnist() -> DemoData:
@@ -307,7 +324,7 @@ def _fashion_mnist() -> DemoData:
         return (F.avg_pool2d(images[:, None].float() / 255, 2) - 0.286) / 0.320  # (N, 28, 28) -> (N, 1, 14, 14)
 
     train = (prepared(train_x[:20000]), train_y[:20000].long())
-    return DemoData(train, (prepared(test_x), test_y.long()), epochs=(3, 4))
+    return DemoData(train, (prepared(test_x), test_y.long()), epochs=(3, 4), teacher_width=16)
 
 
 def _read_idx(name: str) -> Tensor:
@@ -320,6 +337,10 @@ def _read_idx(name: str) -> Tensor:
                 shape = struct.unpack(f">{dimensions}I", raw[4 : 4 + 4 * dimensions])
                 return torch.frombuffer(bytearray(raw[4 + 4 * dimensions :]), dtype=torch.uint8).reshape(shape)
     raise DemoDataError(FASHION_HELP)
+
+
+def _say_finished(start: float, what: str) -> None:
+    _say(f"      {time.perf_counter() - start:.0f} s, {what}")
 
 
 def _say(text: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -178,10 +179,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key.value, str):  # a list or a mapping as a key: the base class refuses it
+                continue
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' appears twice", problem_mark=key.start_mark)
-            if isinstance(key.value, str):
-                seen.add(key.value)
+                problem = f"the key {_shown(key.value)} appears twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -200,8 +203,10 @@ def _read(file: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
         raise RecipeError(f"{place}not YAML: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, a number that is none
         raise RecipeError(f"not YAML: {' '.join(str(error).split())}") from error
+    except (RecursionError, MemoryError) as error:
+        raise RecipeError("the recipe is too large or nested too deeply to be read") from error
 
 
 def _check_content(content: Any) -> None:
@@ -260,14 +265,21 @@ def _check_mapping(value: Any, where: str) -> None:
 def _check_keys(mapping: Mapping[Any, Any], accepted: Collection[str], where: str) -> None:
     for key, value in mapping.items():
         if key not in accepted:
+            name = _shown(key).strip("'")
             raise RecipeError(
-                f"{where}: unknown key '{key}' with the value {_shown(value)}; accepted are {', '.join(accepted)}"
-                f"{did_you_mean(str(key), accepted)}"
+                f"{where}: unknown key '{name}' with the value {_shown(value)}; accepted are {', '.join(accepted)}"
+                f"{did_you_mean(name, accepted)}"
             )
 
 
 def _shown(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
+    """At most 80 characters of a value, which may be as large as a file can make it."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, 80, 80, 80
+    try:
+        text = "nothing" if value is None else short.repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"a very large {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

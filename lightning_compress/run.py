@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,14 @@ from typing import Any
 from lightning_compress._factory import VARIABLE
 from lightning_compress.attachment import Events, Order
 from lightning_compress.export.onnx import checked_path
+from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe import Recipe, export_paths, load_recipe
+from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size
 
 DONE, FAILED, USAGE = 0, 1, 2
+PROGRAMS = ("python", "python3", "torchrun", "bash", "sh", "env")  # what a training is started with
 EXAMPLE = "lightning-compress run recipe.yaml -- python train.py"
 
 
@@ -77,7 +79,7 @@ def outcome(events: Sequence[dict[str, Any]], code: int) -> tuple[int, str]:
     of = {kind: [event for event in events if event["event"] == kind] for kind in ("factory", "fit", "done", "failed")}
     failures = [f"the fit failed: {' '.join(event['message'].split())}" for event in of["failed"]]
     exports = [export for event in of["done"] for export in event["exports"]]
-    failures += [f"{_relative(export['path'])}: {export['failure']}" for export in exports if export["failure"]]
+    failures += [f"{shown_path(export['path'])}: {export['failure']}" for export in exports if export["failure"]]
     written = _written(exports, [report for event in of["done"] for report in event["reports"]])
     if code != 0:
         before = [f"before that, {written}"] if of["done"] else []
@@ -103,12 +105,9 @@ def _check_command(command: Sequence[str]) -> None:
         raise ValueError(f"the command to run is missing; it comes behind --, as in: {EXAMPLE}")
     if shutil.which(command[0]) is None:
         hint = f"; to run a script: python {command[0]}" if command[0].endswith(".py") else ""
-        raise ValueError(f"'{command[0]}' is not a program that can be run here{hint or _similar_program(command[0])}")
-
-
-def _similar_program(name: str) -> str:
-    close = get_close_matches(name, ["python", "python3", "torchrun", "bash", "sh", "env"], n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+        raise ValueError(
+            f"'{command[0]}' is not a program that can be run here{hint or did_you_mean(command[0], PROGRAMS)}"
+        )
 
 
 def _checked_recipe(recipe: str, command: Sequence[str]) -> Recipe:
@@ -178,14 +177,9 @@ def _written(exports: Sequence[dict[str, Any]], reports: Sequence[str]) -> str:
             in_file, in_module = shown_metric(export["in_file"]), shown_metric(export["in_module"])
             metric = f"; {export['metric']} {in_file} in the file, {in_module} in the module"
         if export["bytes"] is not None:
-            parts.append(f"wrote {_relative(export['path'])} ({size(export['bytes'])}{metric})")
-    parts += [f"report in {_relative(report)}" for report in reports]
+            parts.append(f"wrote {shown_path(export['path'])} ({size(export['bytes'])}{metric})")
+    parts += [f"report in {shown_path(report)}" for report in reports]
     return ", ".join(parts) or "the recipe was attached to the fit; it writes no file"
-
-
-def _relative(path: str) -> str:
-    """A path as it is seen from here, where that is shorter."""
-    return min(path, os.path.relpath(path), key=len)
 
 
 def _ended(code: int, message: str) -> int:

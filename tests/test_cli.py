@@ -47,7 +47,13 @@ def test_help_of_a_command(capsys, name):
         (["rnu"], "error: unknown command 'rnu'; accepted are demo, run; did you mean 'run'?"),
         (["zzz"], "error: unknown command 'zzz'; accepted are demo, run\n"),
         (["run"], "error: the following arguments are required: RECIPE.yaml"),
-        (["run", "a.yaml", "python", "train.py"], "error: unrecognized arguments: python train.py"),
+        (
+            ["run", "a.yaml", "python", "train.py", "--epochs", "3"],
+            "error: the command to run, 'python train.py --epochs 3', comes behind --, as in: "
+            "lightning-compress run a.yaml -- python train.py --epochs 3\n",
+        ),
+        (["run", "a.yaml", "--fast", "--", "python"], "error: unrecognized arguments: --fast"),
+        (["run", "a.yaml", "--fast"], "error: unrecognized arguments: --fast"),
         (["demo", "--data", "mnist"], "invalid choice: 'mnist'"),
         (["demo", "--", "python"], "error: 'demo' takes no command behind --"),
     ],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import struct
+import sys
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from lightning_compress import demo
 def tiny() -> demo.DemoData:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(128, 1, 8, 8, generator=generator), torch.arange(128) % 10
-    return demo.DemoData((x, y), (x[:40], y[:40]), epochs=(1, 1))
+    return demo.DemoData((x, y), (x[:40], y[:40]), epochs=(1, 1), teacher_width=16)
 
 
 def write_idx(path, values, compress):
@@ -65,6 +67,7 @@ def test_students_see_the_same_batches():
 
 
 def test_the_folder_holds_everything_and_a_deviating_file_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path.parent)
     monkeypatch.setattr(demo, "load_data", lambda name: tiny())
     real = demo.evaluate
     monkeypatch.setattr(demo, "evaluate", lambda *args, **kwargs: {**real(*args, **kwargs), "val_accuracy": 2.0})
@@ -72,6 +75,8 @@ def test_the_folder_holds_everything_and_a_deviating_file_fails(tmp_path, monkey
     captured = capsys.readouterr()
     assert "val_accuracy of teacher.onnx differs from the module's by" in captured.err
     assert "[3/4] student distilled" in captured.out
+    assert f"\nFiles:  {tmp_path.name}/teacher.onnx, {tmp_path.name}/student.onnx\n" in captured.out
+    assert f"\nReport: {tmp_path.name}/compression_report.html\n" in captured.out
     assert {path.name for path in tmp_path.iterdir()} == {
         "teacher", "student_alone", "student_distilled", "teacher.onnx", "student.onnx",
         "compression_report.json", "compression_report.md", "compression_report.html",
@@ -81,6 +86,29 @@ def test_the_folder_holds_everything_and_a_deviating_file_fails(tmp_path, monkey
         "teacher", "student alone", "student distilled", "teacher.onnx", "student.onnx",
     ]  # fmt: skip
     assert rows[1]["parameters"] == rows[2]["parameters"] == 19810
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_for_terminals_and_every_stage_says_how_it_went(tmp_path, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    with demo._quiet():
+        demo._fit(tiny(), 8, 1, tmp_path, 0)
+    out = capsys.readouterr().out
+    assert ("Epoch 0" in out) == terminal
+    last = re.fullmatch(r" {6}\d+ s, val_accuracy (0\.\d+|0|1)", out.splitlines()[-1])
+    assert 0 <= float(last[1]) <= 1
+    assert len(out.splitlines()) == 1 or terminal
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)])
+def test_an_interrupt_is_said(tmp_path, monkeypatch, capsys, stop):
+    def interrupted(*args):
+        raise stop
+
+    monkeypatch.setattr(demo, "load_data", lambda name: tiny())
+    monkeypatch.setattr(demo, "_fit", interrupted)
+    assert demo.run_demo(out=str(tmp_path)) == 130
+    assert capsys.readouterr().err.strip() == "lightning-compress demo: interrupted"
 
 
 @pytest.mark.slow

@@ -179,6 +179,31 @@ def test_bytes_that_are_no_text(tmp_path):
         load_recipe(tmp_path / "recipe.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 5000, "the recipe is too large or nested too deeply to be read"),
+        (f"version: {'9' * 5000}", "not YAML: Exceeds the limit"),
+        (f"version: -0x{'f' * 5000}", "version must be 1, got a very large int"),
+        ("? [a]\n: b", "not YAML: found unhashable key"),
+        (f"? {'k' * 5000}\n: 1", "unknown key 'kkkkkkkkkk"),
+    ],
+)
+def test_what_is_too_large_is_refused_in_few_words(write, text, message):
+    path = write(text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    assert message in str(error.value)
+    assert len(str(error.value)) < len(str(path)) + 300
+
+
+def test_a_value_that_unfolds_without_end_is_shown_in_part(write):
+    anchors = [f"&a{index} [{', '.join([f'*a{index - 1}'] * 9)}]" for index in range(1, 12)]
+    path = write(f"version: [&a0 x, {', '.join(anchors)}]")
+    with pytest.raises(RecipeError, match=r"version must be 1, got \['x', \['x'"):
+        load_recipe(path)
+
+
 def test_loading_builds_nothing(write, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("built")

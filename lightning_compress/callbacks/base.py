@@ -7,11 +7,12 @@ order that does not depend on their order in the Trainer's list.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,11 +20,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import CaptureError
+from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
 from lightning_compress.mechanisms.step import StepController, step_controller
 from lightning_compress.mechanisms.student import StudentCapture
 
@@ -106,6 +107,7 @@ class CompressionCallback(TrainerCallback):
         self._stack: ExitStack | None = None
         self._controller: StepController | None = None
         self._trainer: Any = None  # while at work
+        self._owned: list[OwnedParameters] = []
         self._verified = False
 
     # For techniques
@@ -175,7 +177,7 @@ class CompressionCallback(TrainerCallback):
                 f"two callbacks are named '{self.name}'; give one another name=, for example '{self.name}2'"
             )
         strategy = type(trainer.strategy).__name__
-        if strategy in UNSUPPORTED_STRATEGIES:
+        if any(base.__name__ in UNSUPPORTED_STRATEGIES for base in type(trainer.strategy).__mro__):
             raise ValueError(f"{type(self).__name__} does not support {strategy}; use one device or DDP")
         if self.changes_loss:
             self._check_optimisation(trainer, pl_module)
@@ -216,8 +218,40 @@ class CompressionCallback(TrainerCallback):
                 f"{type(self).__name__} '{self.name}' needs the network's input, and the first training step called "
                 f"no {'module with parameters' if capture.names is None else '/'.join(capture.names)}"
             )
-        self.verify(trainer, pl_module)
+        with _compat.patient_group(trainer.world_size) as tell:
+            together(tell, self.verify, trainer, pl_module)
         self._verified = True
+
+    def own(self, parameters: OwnedParameters) -> OwnedParameters:
+        """Train helpers beside the module: their gradients are cleared, and their steps taken, with the user's.
+
+        Args:
+            parameters: Added to those of this callback until the end of the fit.
+
+        Returns:
+            The same.
+        """
+        self._owned.append(parameters)
+        return parameters
+
+    def owned_lr(self, optimizer: torch.optim.Optimizer) -> float | None:
+        """Learning rate of the helpers in the coming step; None: their own optimizers'."""
+        return None
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Clear the helpers' gradients with the user's."""
+        for parameters in self._owned:
+            parameters.zero_grad()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Take the helpers' step with the user's: through the same scaler, with gradients averaged over processes."""
+        if not self._owned:
+            return
+        refuse_lbfgs(trainer.optimizers, f"{type(self).__name__} '{self.name}'")
+        reduce = functools.partial(trainer.strategy.reduce, reduce_op="mean") if trainer.world_size > 1 else None
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        for parameters in self._owned:
+            parameters.step(scaler=scaler, reduce=reduce, lr=self.owned_lr(optimizer))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the mechanisms; the last of our callbacks runs the end of fit for all of them."""
@@ -285,13 +319,13 @@ class CompressionCallback(TrainerCallback):
 
     def _close(self) -> None:
         stack, self._stack, self._controller, self._trainer = self._stack, None, None, None
+        self._owned = []
         if stack is None:
             return
         capture, self.student_capture = self.student_capture, None
         if capture is not None and capture.network is not None and capture.last_call is not None:
             call = capture.last_call
-            args, kwargs = tree_map(_detached, (call.args, dict(call.kwargs)))
-            self.captured_sample = CapturedSample(capture.network, args, kwargs)
+            self.captured_sample = CapturedSample(capture.network, call.args, call.kwargs)
         stack.close()
 
     def _arguments(self) -> dict[str, Any]:
@@ -307,20 +341,41 @@ def run_end_of_fit(callbacks: list[CompressionCallback], trainer: Any, pl_module
         trainer: The user's Trainer.
         pl_module: The trained module.
     """
-    try:
+    with _compat.patient_group(trainer.world_size) as tell:
         for stage in STAGES:
             for callback in callbacks:
-                getattr(callback, stage)(trainer, pl_module)
-    finally:
-        trainer.strategy.barrier("lightning_compress_end_of_fit")
+                together(tell, getattr(callback, stage), trainer, pl_module)
+
+
+def together(
+    tell: Callable[[str | None], str | None], work: Callable[[Any, Any], None], trainer: Any, pl_module: Any
+) -> None:
+    """Do some work of which rank 0 may do the most, and go on, or fail, with all ranks at once.
+
+    The others wait in a process group of our own, without Lightning's time limit: exporting and validating on one rank
+    may take longer. Without this, a failure on rank 0 would leave them in their next collective for ever.
+
+    Args:
+        tell: From :func:`lightning_compress._compat.patient_group`.
+        work: Called with the Trainer and the module, on every rank.
+        trainer: The user's Trainer.
+        pl_module: The module.
+
+    Raises:
+        RuntimeError: On the other ranks, if the work failed on rank 0, which raises its own error.
+    """
+    try:
+        work(trainer, pl_module)
+    except BaseException as error:
+        tell(f"{type(error).__name__}: {error}" if trainer.is_global_zero else None)
+        raise
+    problem = tell(None)
+    if problem is not None:
+        raise RuntimeError(f"rank 0 failed: {problem}")
 
 
 def _is_running(trainer: Any) -> bool:
     return str(getattr(trainer.state.status, "value", trainer.state.status)) == "running"
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _primitive(value: Any) -> Any:

@@ -92,6 +92,15 @@ class DistillationCallback(CompressionCallback):
                 f"loss_kind must be one of {accepted}, got {loss_kind!r}"
                 f"{did_you_mean(str(loss_kind), get_args(LossKind))}"
             )
+        if labels is not None and ignore_index is None and loss_kind != "dkd":
+            raise ValueError(f"labels={labels!r} has no effect: only ignore_index and loss_kind='dkd' look at labels")
+        if class_dim is not None and (loss_kind in PER_ELEMENT or not isinstance(class_dim, int)):
+            raise ValueError(
+                f"class_dim must be a whole number, and is for losses over classes only; got {class_dim!r} with "
+                f"loss_kind={loss_kind!r}"
+            )
+        if ignore_index is not None and not isinstance(ignore_index, int):
+            raise ValueError(f"ignore_index must be a whole number, got {ignore_index!r}")
         self.teacher = build_module(teacher, argument="teacher")
         self.teacher_transform = (
             None if teacher_transform is None else build_module(teacher_transform, argument="teacher_transform")
@@ -129,6 +138,11 @@ class DistillationCallback(CompressionCallback):
         stack.enter_context(controller.term(Term(self.name, self._term)))
         stack.enter_context(controller.observer(self._observe))
 
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Let go of the teacher's pass."""
+        self._run_teacher = None
+        super().on_fit_end(trainer, pl_module)
+
     def _term(self, passes: Mapping[str, Pass]) -> Tensor | None:
         [seen] = passes.values()
         call = self._call(seen)
@@ -151,6 +165,7 @@ class DistillationCallback(CompressionCallback):
         calls = seen.calls.get(self.student_capture, ())
         if len(calls) != 1:  # what is only measured is no reason to stop a training
             self._warn_once(f"validation calls the student {len(calls)} times a step, not once, so it is not measured")
+            self._log_nothing()
             return
         [call] = calls
         try:
@@ -159,6 +174,7 @@ class DistillationCallback(CompressionCallback):
             loss = self._loss(student, teacher, mask, labels)
         except Exception as error:  # outputs in evaluation may be of another form than in training
             self._warn_once(f"validation is not measured: {error}")
+            self._log_nothing()
             return
         self._log(loss, student, teacher, mask, validation=True)
 
@@ -238,6 +254,17 @@ class DistillationCallback(CompressionCallback):
             tuple(student.shape),
         )
 
+    def _many_ranks(self) -> bool:
+        """Whether a value that is left out would be missed: all ranks log, or none, as logging is collective."""
+        module: Any = self._require_controller().module
+        return int(module.trainer.world_size) > 1
+
+    def _log_nothing(self) -> None:
+        """Take part in what the other ranks log, with a weight of 0."""
+        if self._many_ranks():
+            for quantity in ("loss",) if self._kind == "mse" else ("loss", "agreement"):
+                self.log_quantity(quantity, 0.0, batch_size=0, validation=True)
+
     def _complain_about_no_call(self) -> None:
         names = "/".join((self.student_capture.names if self.student_capture is not None else None) or ())
         message = f"the training step returned a loss without calling the student '{names}', so nothing was distilled"
@@ -256,7 +283,7 @@ class DistillationCallback(CompressionCallback):
             dimension = self._dimension(student)
             of_one = student.numel() if dimension is None else student.numel() // student.shape[dimension]
             positions = of_one if mask is None else int(mask.sum())
-            if positions == 0:
+            if positions == 0 and not self._many_ranks():
                 return
         self.log_quantity("loss", loss.detach(), batch_size=positions, validation=validation)
         if self._kind != "mse":

@@ -45,7 +45,7 @@ class CompressionReport(CompressionCallback):
     Args:
         path: Directory of the three files, relative to the working directory when the callback is made. ``None``: the
             Trainer's log directory, or ``compression_report`` under its root directory where there is none.
-        latency: Whether to measure times; this takes at most about 10 seconds.
+        latency: Whether to measure times; this takes about 10 seconds, or more where one call takes seconds.
         name: As in the base class; default "report". Another name is added to the names of the files.
 
     Attributes:
@@ -105,7 +105,7 @@ class CompressionReport(CompressionCallback):
         if not trainer.is_global_zero:
             return
         self.result = self._measured(trainer, pl_module)
-        self._before = None
+        self._before = self._capture = None
         _print(to_console(self.result))
         self._log(trainer, self.result)
         if trainer.fast_dev_run:

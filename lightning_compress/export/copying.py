@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_compress import _compat
 from lightning_compress.export.errors import ExportError
+from lightning_compress.mechanisms.wrapping import OWN_MARK
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -122,7 +123,7 @@ def _is_shared(value: Any) -> bool:
 
 def _is_ours(value: Any) -> bool:
     """Whether a callable was put there by this package."""
-    return callable(value) and bool(getattr(value, "_lightning_compress", False))
+    return callable(value) and bool(getattr(value, OWN_MARK, False))
 
 
 def _strip_hooks(part: nn.Module) -> None:
@@ -135,15 +136,16 @@ def _strip_hooks(part: nn.Module) -> None:
 
 
 def _strip_wrappers(part: nn.Module) -> None:
-    part.__dict__.pop("_lightning_compress_controller", None)
+    part.__dict__.pop(f"{OWN_MARK}_controller", None)
     for name in WRAPPED_METHODS:
-        wrapper = vars(part).get(name)
-        if wrapper is None or not hasattr(wrapper, "_lightning_compress"):
+        entry = vars(part).get(name)
+        if not _is_ours(entry):
             continue
+        while _is_ours(entry):  # one may lie on another
+            entry = getattr(entry, f"{OWN_MARK}_original_entry", None)
         del part.__dict__[name]
-        original = getattr(wrapper, "_lightning_compress_original_entry", None)
-        if original is not None:
-            part.__dict__[name] = _rebound(original, part)
+        if entry is not None:
+            part.__dict__[name] = _rebound(entry, part)
 
 
 def _rebound(method: Any, owner: nn.Module) -> Any:

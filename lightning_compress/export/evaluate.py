@@ -25,8 +25,8 @@ from lightning_compress.export.errors import EvaluationError, ExportError
 from lightning_compress.export.isolation import attributes_kept, evaluating, module_kept, quiet, random_state_kept
 from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Call, Sample, bind, defines
-from lightning_compress.export.tree import leaves, named_tensors, with_tensors
 from lightning_compress.mechanisms.selection import find_module, plain_name
+from lightning_compress.mechanisms.tree import leaves, named_tensors, with_tensors
 
 RUN_VARIABLE = "LIGHTNING_COMPRESS_RUN"  # tells every Trainer to attach a recipe; not the one made here
 LIGHTNING_LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_utilities")

@@ -22,9 +22,9 @@ from lightning_compress.export.parity import Reference, batch_sizes, check_parit
 from lightning_compress.export.runtime import OnnxNetwork, require_onnx
 from lightning_compress.export.sample import Call, Sample, as_sample, bind, captured, defines, on_cpu
 from lightning_compress.export.tracing import convert
-from lightning_compress.export.tree import children, named_tensors, unique_names
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.selection import find_module, plain_name
+from lightning_compress.mechanisms.tree import children, named_tensors, unique_names
 
 PRECISIONS = ("fp32",)
 LATER_PRECISIONS = ("int8", "int4")

@@ -13,7 +13,7 @@ from lightning_compress.export.errors import EvaluationError, ExportError
 from lightning_compress.export.isolation import evaluating
 from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Call
-from lightning_compress.export.tree import named_tensors
+from lightning_compress.mechanisms.tree import named_tensors
 
 OTHER_BATCH_SIZES = (1, 5, 3)
 BRANCH_HINT = "the forward probably branches on the batch size, and the file holds the branch of the sample only"

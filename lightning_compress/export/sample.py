@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
-from lightning_compress.export.tree import is_constant, leaves, rebuild, unique_names
 from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.tree import is_constant, leaves, rebuild, unique_names
 
 OUR_BASES = ("torch.", "lightning.", "pytorch_lightning.")
 

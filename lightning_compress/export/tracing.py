@@ -17,7 +17,7 @@ from lightning_compress.export.errors import ExportError
 from lightning_compress.export.isolation import evaluating, quiet
 from lightning_compress.export.parity import FIXED_HINT, batch_size, is_batched
 from lightning_compress.export.sample import Call
-from lightning_compress.export.tree import named_tensors
+from lightning_compress.mechanisms.tree import named_tensors
 
 EXPORT_LOGGERS = ("torch", "torch.__trace", "onnxscript", "onnx_ir", "onnxruntime")
 MAX_BYTES = 2**31 - 1  # of one protobuf message

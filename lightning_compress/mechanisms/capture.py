@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_compress.mechanisms.tree import named_tensors, rebuild
 from lightning_compress.mechanisms.wrapping import marked, shadowed
 
 
@@ -111,10 +111,10 @@ class Capture(AbstractContextManager["Capture"]):
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._recording and (self._when is None or self._when()):
-            given = _Snapshot((args, kwargs), copy=self._written.get(module.training, True))
+            given = _Snapshot((args, kwargs), copy=self._written.get(module.training, True), containers=True)
             self._open.append(given)
             if self.on_input is not None and not torch.compiler.is_compiling():
-                self.on_input(given, args, kwargs)
+                self.on_input(given, *given.tree)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._recording and self._open and (self._when is None or self._when()):
@@ -147,18 +147,19 @@ class Capture(AbstractContextManager["Capture"]):
 class _Snapshot:
     """A tree of tensors as it is now, in spite of what is written into it later."""
 
-    def __init__(self, tree: Any, *, copy: bool) -> None:
-        self._tree = tree
+    def __init__(self, tree: Any, *, copy: bool, containers: bool = False) -> None:
+        # Containers are copied in any case: a network may replace an entry of the dict that it is given.
+        self._tree = tree if torch.compiler.is_compiling() or not containers else rebuild(tree, lambda leaf: leaf)
         self._copy: Any = None
         self._versions: list[tuple[Tensor, int]] | None = None  # None: writing leaves no trace that could be read
         self.copied = False
         if torch.compiler.is_compiling():
             return
-        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+        tensors = [tensor for _, tensor in named_tensors(tree)]
         if not any(tensor.is_inference() for tensor in tensors):
             self._versions = [(tensor, tensor._version) for tensor in tensors]
         if copy:
-            self._copy = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+            self._copy = rebuild(tree, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
             self.copied = True
 
     @property

@@ -242,6 +242,12 @@ class StepController:
         return _with_loss(deployed_output, _sum(totals))
 
     def _run_manual(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        between = [name for name, term in self._terms.items() if term.view is None]
+        if self._views or between:
+            raise RuntimeError(
+                f"{[view.name for view in self._views] + between} need several passes a step, which manual "
+                "optimisation does not give"
+            )
         self._running, self._explicit_losses = (args, kwargs), 0
         try:
             output, _ = self._recorded(original, args, kwargs, none_skips=False)  # such a step need return nothing

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_compress.mechanisms.selection import did_you_mean
+from lightning_compress.mechanisms.tree import named_tensors
 
 Locator = str | int | None
 LOGIT_KEYS = ("logits", "out")
@@ -41,7 +41,7 @@ def find_logits(output: Any, locator: Locator, *, owner: str) -> Tensor:
     else:
         found = next((value for key in LOGIT_KEYS if (value := _look_up(output, key)) is not None), None)
         if found is None:
-            floating = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            floating = [leaf for _, leaf in named_tensors(output) if leaf.is_floating_point()]
             if len(floating) != 1:
                 raise ValueError(
                     f"output: the {owner} returns {describe(output)} with {len(floating)} floating tensors; say which "
@@ -77,11 +77,7 @@ def find_labels(batch: Any, locator: Locator, *, shape: Sequence[int], why: str)
         if not isinstance(found, Tensor) or tuple(found.shape) != tuple(shape):
             raise ValueError(f"labels={locator!r}: {why} needs labels of shape {tuple(shape)}, got {describe(found)}")
         return found
-    candidates = [
-        leaf
-        for leaf in tree_leaves(batch)
-        if isinstance(leaf, Tensor) and tuple(leaf.shape) == tuple(shape) and _is_integer(leaf)
-    ]
+    candidates = [leaf for _, leaf in named_tensors(batch) if tuple(leaf.shape) == tuple(shape) and _is_integer(leaf)]
     if len(candidates) != 1:
         raise ValueError(
             f"{why} needs the labels, and the batch, {describe(batch)}, holds {len(candidates)} integer tensors of "

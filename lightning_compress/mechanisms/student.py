@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
 from lightning_compress.mechanisms.selection import find_module, plain_name
+from lightning_compress.mechanisms.tree import detached, named_tensors, rebuild
 from lightning_compress.mechanisms.wrapping import marked, shadowed
 
 
@@ -205,7 +205,7 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
         else:
             calls = [call for end in self._ends for call in end.stop()]
         if calls:
-            args, kwargs = tree_map(_detached, (calls[-1].args, dict(calls[-1].kwargs)))
+            args, kwargs = rebuild((calls[-1].args, dict(calls[-1].kwargs)), detached)
             self.last_call = NetworkCall(args, kwargs, None)
         return calls
 
@@ -316,12 +316,5 @@ def _hands_on(own: list[NetworkCall], inner: list[NetworkCall]) -> bool:
 
 def _same_tensors(first: NetworkCall, second: NetworkCall) -> bool:
     """Whether two calls received the same tensors."""
-    ours, theirs = (
-        [leaf for leaf in tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Tensor)]
-        for call in (first, second)
-    )
+    ours, theirs = ([tensor for _, tensor in named_tensors((call.args, dict(call.kwargs)))] for call in (first, second))
     return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf

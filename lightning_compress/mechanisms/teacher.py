@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import NetworkCall
+from lightning_compress.mechanisms.tree import named_tensors, rebuild
 
 
 class Teacher:
@@ -86,7 +86,9 @@ class Teacher:
         kwargs: Mapping[str, Any] = dict(call.kwargs)
         given = _tensors((args, kwargs))
         if self._copies:
-            args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+            args, kwargs = rebuild((args, kwargs), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+        else:
+            args, kwargs = rebuild((args, kwargs), lambda leaf: leaf)  # the dict it is given is its own
         used = _tensors((args, kwargs))
         versions = [None if tensor.is_inference() else tensor._version for tensor in used]
         try:
@@ -134,7 +136,7 @@ def _check_callable(module: Any, argument: str) -> None:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [tensor for _, tensor in named_tensors(tree)]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Ratios are to the first row; a column that no row has a number for is left out.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import NamedTuple
@@ -87,7 +88,7 @@ def file_table(files: Sequence[ExportedFile]) -> tuple[list[str], list[list[str]
     header = ["Path", "Precision", "Size", "Largest difference to the module", "Left in float"]
     return header, [
         [
-            file.path,
+            shown_path(file.path),
             file.precision,
             units.size(file.bytes),
             units.metric(file.max_logit_difference),
@@ -95,6 +96,20 @@ def file_table(files: Sequence[ExportedFile]) -> tuple[list[str], list[list[str]
         ]
         for file in files
     ]
+
+
+def shown_path(path: str | os.PathLike[str]) -> str:
+    """A path as people read it: seen from the working directory, where that is shorter.
+
+    Example:
+        >>> shown_path(os.path.join(os.getcwd(), "model.onnx")), shown_path("model.onnx")
+        ('model.onnx', 'model.onnx')
+    """
+    text = os.fspath(path)
+    try:
+        return min(text, os.path.relpath(text), key=len)
+    except ValueError:  # empty, or on another drive
+        return text
 
 
 def layer_table(layers: Sequence[Layer]) -> tuple[list[str], list[list[str]]]:
@@ -138,6 +153,16 @@ def speed(latency: Latency) -> str:
     if low is not None and high is not None and low <= 1 <= high:
         return "no difference shown"
     return units.times(ratio, 1.0, "faster", "slower")
+
+
+def speed_between(latency: Latency, other: Latency) -> str:
+    """The ratio of two medians in words; empty where the 95% intervals of their ratios to the first row overlap."""
+    ends = (latency.ratio_low, latency.ratio_high, other.ratio_low, other.ratio_high)
+    if None not in ends:
+        low, high, other_low, other_high = ends
+        if low <= other_high and other_low <= high:  # type: ignore[operator]
+            return ""
+    return units.times(latency.median, other.median, "faster", "slower")
 
 
 def _runtime_cell(latency: Latency | None) -> Cell:

@@ -17,14 +17,16 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Ellipse, Rectangle
+from matplotlib.textpath import TextToPath
 
 from lightning_compress.report import units
 from lightning_compress.report.cells import metric_names
 from lightning_compress.report.table import Report
 
 _WIDTH, _ROW, _BAR = 340, 46, 14  # pixels: a panel's width, one model's height, a bar's height
-_LINE = 42  # characters of name and number together that fit above a bar
+_FONT, _GAP = 13, 10  # pixels: the text's size, and the least room between a name and its number
 _METRICS = 4  # panels of metrics; the table has them all
 
 # Stand-ins that become CSS, so that the page's light and dark mode apply. The accent is the blue of Okabe and Ito.
@@ -134,8 +136,8 @@ def _panel(title: str, legend: str, marks: Sequence[Mark], *, dots: bool = False
     finite = [mark.value for mark in marks if mark.value is not None and math.isfinite(mark.value)]
     for index, mark in enumerate(marks):
         top = index * _ROW
-        name = units.shortened(mark.name, _LINE - len(mark.label))
-        plain: dict[str, Any] = {"fontsize": 13, "parse_math": False, "usetex": False}  # a name may hold a "$"
+        name = _fitting(mark.name, _WIDTH - _GAP - _text_width(mark.label))
+        plain: dict[str, Any] = {"fontsize": _FONT, "parse_math": False, "usetex": False}  # a name may hold a "$"
         axes.text(0, top + 13, name, color=_TEXT, **plain)
         axes.text(_WIDTH, top + 13, mark.label, color=_MUTED, ha="right", **plain)
         colour = _BASE if index == 0 else _ACCENT
@@ -144,6 +146,21 @@ def _panel(title: str, legend: str, marks: Sequence[Mark], *, dots: bool = False
         else:
             _draw_bar(axes, top + 20, mark, max(finite, default=0.0), colour)
     return Panel(title, legend, _svg(figure, f"{title}: " + ", ".join(f"{mark.name} {mark.label}" for mark in marks)))
+
+
+def _fitting(name: str, room: float) -> str:
+    """The name, or as much of its beginning and its end as the room in pixels holds."""
+    text = units.shortened(name, _WIDTH)  # no character is narrower than a pixel
+    while _text_width(text) > room and len(text) > 5:
+        text = units.shortened(name, len(text) - 1)
+    return text
+
+
+def _text_width(text: str) -> float:
+    """Pixels in matplotlib's font, which is wider than most pages' fonts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a character that this font lacks
+        return float(TextToPath().get_text_width_height_descent(text, FontProperties(size=_FONT), False)[0])
 
 
 def _draw_bar(axes: Axes, top: float, mark: Mark, largest: float, colour: str) -> None:

@@ -28,7 +28,8 @@ def measure_latency(
     """Time several calls in interleaved rounds.
 
     Each round calls every candidate once and starts with the next one in line. The work ends after ``repeats`` rounds
-    or, once three rounds are done, when ``seconds`` are over; warm-up takes at most a quarter of that.
+    or, once three rounds are done, when ``seconds`` are over; warm-up ends after a quarter of that. One round of
+    warm-up and three timed rounds run whatever ``seconds`` says: slow candidates take longer.
 
     Args:
         candidates: Name to a call without arguments that returns when its work is done. The first one is the
@@ -37,7 +38,7 @@ def measure_latency(
         warmup: Most rounds before that; at least 1.
         threads: Threads of torch meanwhile; put back afterwards. Another runtime's threads are set by whoever made
             its session.
-        seconds: Time for all of it, in seconds; positive.
+        seconds: When to stop, in seconds from the start; positive. No call is cut short.
 
     Returns:
         One record a candidate, in the same order, in milliseconds; ``runtime`` is ``"torch"`` and ``batch`` 1, to be

@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.export.isolation import evaluating, module_kept, random_state_kept
-from lightning_compress.export.tree import is_constant, leaves, rebuild
+from lightning_compress.mechanisms.tree import is_constant, leaves, rebuild
 from lightning_compress.report.table import Layer
 
 _CHUNK = 1 << 20  # bytes that the compressor is fed at a time

@@ -15,6 +15,7 @@ from lightning_compress.report.cells import (
     file_table,
     layer_table,
     speed,
+    speed_between,
     version_line,
 )
 from lightning_compress.report.figure import panels
@@ -131,12 +132,27 @@ def _tiles(report: Report) -> str:
         ("MACs", units.count(row.macs), units.times(row.macs, first.macs, "fewer", "more")),
     ]
     if row.latency_ms is not None:
-        tiles.append(("Latency", units.milliseconds(row.latency_ms.median), speed(row.latency_ms)))
+        tiles.append(("Latency", units.milliseconds(row.latency_ms.median), _latency_remark(report, row)))
     for name, value in list(row.metrics.items())[:2]:
         was = first.metrics.get(name) if row is not first else None
         tiles.append((name, units.metric(value), "" if was is None else f"{first.name}: {units.metric(was)}"))
     shown = [tile for tile in tiles if tile[1] != units.MISSING]
     return f'<div class="tiles">{"".join(_tile(*tile) for tile in shown)}</div>'
+
+
+def _latency_remark(report: Report, row: Row) -> str:
+    """The ratio of the headline row's time; where the first row ran elsewhere, to a file in the same runtime."""
+    mine, first = row.latency_ms, report.rows[0].latency_ms
+    if mine is None:
+        return ""
+    if first is None or first.runtime == mine.runtime:
+        return speed(mine)
+    for other, _ in file_rows(report):
+        theirs = other.latency_ms
+        if other is not row and theirs is not None and (theirs.runtime, theirs.batch) == (mine.runtime, mine.batch):
+            ratio = speed_between(mine, theirs)
+            return f"{ratio} than {other.name}" if ratio else f"no difference to {other.name} shown"
+    return ", ".join(filter(None, (speed(mine), f"{first.runtime} to {mine.runtime}")))
 
 
 def _tile(title: str, value: str, remark: str) -> str:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import nn
 
 from lightning_compress import CompressionCallback, DistillationCallback
-from lightning_compress.callbacks.base import STAGES, run_end_of_fit
+from lightning_compress.callbacks.base import STAGES, run_end_of_fit, together
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.passes import Term
 
@@ -194,14 +194,13 @@ def test_the_step_is_bare_when_the_stages_begin():
     assert seen == [True, True]
 
 
-def test_a_failing_stage_stops_the_sequence_and_still_meets_the_other_ranks():
-    diary, barriers = [], []
-    run = SimpleNamespace(strategy=SimpleNamespace(barrier=barriers.append))
+def test_a_failing_stage_stops_the_sequence():
+    diary = []
+    run = SimpleNamespace(world_size=1, is_global_zero=True)
     callbacks = [Staged(diary, name="a", fails_at="calibrate"), Staged(diary, name="b")]
     with pytest.raises(OSError, match="calibrate failed"):
         run_end_of_fit(callbacks, run, None)
     assert diary[-1] == ("calibrate", "a")
-    assert barriers == ["lightning_compress_end_of_fit"]
     module = made(Classifier)
     with pytest.raises(OSError, match="calibrate failed"):
         trainer(*callbacks).fit(module, loader())
@@ -260,3 +259,31 @@ def test_barebones_works_and_logs_nothing():
 def test_outside_of_a_fit_nothing_can_be_logged():
     with pytest.raises(RuntimeError, match="Adding is only active during a fit"):
         Adding().log_quantity("loss", 1.0, batch_size=1)
+
+
+def test_work_that_fails_on_rank_0_fails_everywhere():
+    def works(trainer, pl_module):
+        return None
+
+    with pytest.raises(RuntimeError, match="rank 0 failed: OSError: no room"):
+        together(lambda message: "OSError: no room", works, SimpleNamespace(is_global_zero=False), None)
+    told = []
+
+    def fails(trainer, pl_module):
+        raise OSError("no room")
+
+    for rank_0 in (True, False):
+        with pytest.raises(OSError, match="no room"):
+            together(told.append, fails, SimpleNamespace(is_global_zero=rank_0), None)
+    assert told == ["OSError: no room", None]
+
+
+def test_a_strategy_derived_from_an_unsupported_one_is_refused():
+    class FSDPStrategy:
+        pass
+
+    class Mine(FSDPStrategy):
+        pass
+
+    with pytest.raises(ValueError, match="does not support Mine"):
+        Staged([]).setup(SimpleNamespace(callbacks=[], strategy=Mine()), None, "fit")

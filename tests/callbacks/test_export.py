@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, random_split
 
 from lightning_compress import CompressionReport, DistillationCallback, ExportCallback, export
+from lightning_compress.export.evaluate import evaluate_forward
 
 
 class Measured(Classifier):
@@ -275,3 +276,41 @@ def test_the_report_moves_no_buffer_of_a_spectrally_normed_network():
 
     trainer(CompressionReport(latency=False), Keep()).fit(module, loader())
     assert all(torch.equal(value, seen[key]) for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("report_first", [True, False])
+def test_a_network_made_of_parts_is_reported_and_exported_from_copies(tmp_path, report_first):
+    class Parts(Measured):
+        def __init__(self):
+            super().__init__()
+            del self.model
+            self.encoder = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.encoder(x))
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    module, fresh = made(Parts), made(Parts)
+    exporting, reporting = (
+        ExportCallback(tmp_path / "m.onnx", network=""),
+        CompressionReport(path=tmp_path, latency=False),
+    )
+    seen = {}
+
+    class Keep(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            seen.update({key: value.clone() for key, value in pl_module.state_dict().items()})
+
+    order = [reporting, exporting] if report_first else [exporting, reporting]
+    trainer(*order, Keep()).fit(module, loader(), loader())
+    assert all(torch.equal(value, seen[key]) for key, value in module.state_dict().items())
+    before = {row.name: row for row in reporting.result.rows}["before"]
+    expected = evaluate_forward(fresh, loader())["val_loss"]
+    assert before.metrics["val_loss"] == pytest.approx(expected, abs=1e-6)
+    assert exporting.file_metrics["val_loss"] == pytest.approx(exporting.module_metrics["val_loss"], abs=1e-5)

@@ -19,10 +19,11 @@ from cases import CASES
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler
 
 from contract.modules import BATCH, Batches, Classifier, NetworkItself, made, teacher_for, trainer
-from lightning_compress import DistillationCallback
+from lightning_compress import CompressionReport, DistillationCallback, ExportCallback
 
 
 class EverySecond(Sampler):
@@ -57,6 +58,25 @@ class TwoHeads(nn.Module):
     def forward(self, x):
         features = self.body[:-1](x)
         return {"task": self.body[-1](features), "logits": self.distilled(features)}
+
+
+class HalfIgnored(Classifier):
+    """All labels of the second rank are to be ignored."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        x, y = batch
+        return (x, torch.full_like(y, -100)) if self.global_rank == 1 else batch
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(batch[0]), batch[1], ignore_index=-100, reduction="sum") / BATCH
+
+
+class FullDisk(ExportCallback):
+    """Fails on the first rank, at the end."""
+
+    def export(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            raise OSError("no room")
 
 
 class SingleTeacher(nn.Module):
@@ -115,6 +135,11 @@ def scenario(name: str, folder: Path) -> tuple[type[Classifier], list[Any], dict
     kind = kinds.get(variant, Classifier)
     if variant == "Spare":
         return kind, [DistillationCallback(SingleTeacher(), student="model")], {}
+    if variant == "HalfIgnored":
+        return HalfIgnored, [DistillationCallback(teacher_for(Classifier), ignore_index=-100)], {}
+    if case == "FullDisk":
+        callbacks = [FullDisk(folder / "m.onnx"), CompressionReport(latency=False)]
+        return kind, callbacks, {"logger": CSVLogger(folder / "logs")}
     row = next(row for row in CASES if row.name == case)
     settings: dict[str, Any] = {}
     if variant == "logged":

@@ -39,6 +39,11 @@ def forked(tmp_path_factory):
     return launched(tmp_path_factory.mktemp("forked"), FAST, "fork", 120)
 
 
+@pytest.fixture(scope="module")
+def ignored(tmp_path_factory):
+    return launched(tmp_path_factory.mktemp("ignored"), ["DistillationCallback-HalfIgnored"], "fork", 120)
+
+
 @pytest.mark.parametrize("name", FAST)
 def test_ranks_are_identical_and_equal_one_process(forked, name, tmp_path):
     first, second = forked[name]
@@ -49,6 +54,19 @@ def test_ranks_are_identical_and_equal_one_process(forked, name, tmp_path):
     for key in ("compress/kd/val_loss", "compress/kd/val_agreement"):
         assert first["metrics"][key] == second["metrics"][key]
         assert first["metrics"][key] == pytest.approx(float(alone.trainer.callback_metrics[key]), abs=1e-6)
+
+
+def test_a_rank_without_labels_takes_part_in_what_is_logged(ignored):
+    first, second = ignored["DistillationCallback-HalfIgnored"]
+    assert difference(first["state_dict"], second["state_dict"]) == 0
+    assert first["metrics"]["compress/kd/val_loss"] == second["metrics"]["compress/kd/val_loss"] > 0
+
+
+@pytest.mark.slow
+def test_a_failing_end_of_fit_ends_all_ranks(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        launched(tmp_path, ["FullDisk"], "fork", 90)
+    assert "no room" in caught.value.stderr
 
 
 @pytest.mark.parametrize("name", FAST)

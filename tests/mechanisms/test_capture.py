@@ -3,6 +3,7 @@
 # ruff: noqa: PT012 -- the network is to fail inside of the context
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 
@@ -260,3 +261,26 @@ def test_a_compiled_network_that_ran_before_is_recorded_after_a_reset(in_place):
             assert torch.equal(call.args[0], x)
             assert torch.equal(call.output, expected)
     assert hooks_of(root) == 0
+
+
+def test_what_a_network_does_to_the_containers_it_is_given_is_not_seen():
+    @dataclasses.dataclass
+    class Batch:
+        x: torch.Tensor
+
+    class Editing(nn.Linear):
+        def forward(self, batch, record):
+            batch["x"] = batch["x"] * 100
+            batch.pop("y", None)
+            record.x.mul_(100)
+            return super().forward(batch["x"])
+
+    network = Editing(2, 1)
+    with Capture(network) as capture:
+        for _ in range(3):
+            capture.start()
+            network({"x": torch.ones(3, 2), "y": torch.zeros(3)}, Batch(torch.ones(3, 2)))
+            [call] = capture.stop()
+            assert sorted(call.args[0]) == ["x", "y"]
+            assert call.args[0]["x"].unique().tolist() == [1.0]
+            assert call.args[1].x.unique().tolist() == [1.0]

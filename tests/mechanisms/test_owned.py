@@ -167,18 +167,13 @@ class Translating(CompressionCallback):
 
     def attach(self, controller, stack, trainer, pl_module):
         capture = self.student_capture = controller.capture("model")
+        self.own(self.owned)
 
         def term(passes):
             [call] = [entry.call(capture) for entry in passes.values()]
             return F.mse_loss(self.owned.get(CLASSES, FEATURES)(call.output), call.args[0])
 
         stack.enter_context(controller.term(Term(self.name, term)))
-
-    def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        self.owned.zero_grad()
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.owned.step(scaler=getattr(trainer.precision_plugin, "scaler", None))
 
     def extra_state(self):
         return {"owned": self.owned.state_dict()}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 
@@ -73,6 +74,17 @@ def test_the_page_fits_a_phone_and_the_dark(page):
     assert re.findall(r"(?<!max-)(?<!min-)width: \d+px", page) == []
 
 
+def test_the_headline_time_is_compared_within_one_runtime():
+    report = full_report()
+    assert "4.0x slower than fp32.onnx" in to_html(report)
+    alone = dataclasses.replace(report, files=report.files[1:])
+    assert "2.0x slower, torch to onnxruntime" in to_html(alone)
+    same = dataclasses.replace(report, rows=(*report.rows[:3], dataclasses.replace(report.rows[2], name="int8.onnx")))
+    assert "no difference to fp32.onnx shown" in to_html(same)
+    modules = to_html(dataclasses.replace(report, files=()))
+    assert "<span>no difference shown</span>" in modules
+
+
 def test_names_cannot_break_out():
     nasty = nasty_report()
     document = Document(to_html(nasty))
@@ -106,6 +118,16 @@ def test_bars_are_in_proportion():
         if "accent" in style or "base" in style
     ]
     assert ends[0] == pytest.approx(4 * ends[1])
+
+
+def test_names_are_cut_where_there_is_no_room():
+    long = "a_student_of_a_large_residual_network.int8.onnx"
+    rows = (Row("student distilled", bytes=1170000, bytes_compressed=1080000), Row(long, bytes=1, bytes_compressed=1))
+    texts = re.findall(r">([^<>]+)</text>", panels(Report(rows=rows))[0].svg)
+    assert texts[:2] == ["student distilled", "1.17 MB (deflated 1.08 MB)"]
+    assert texts[2].startswith("a_student")
+    assert texts[2].endswith(".onnx")
+    assert "..." in texts[2]
 
 
 def test_at_most_four_metrics_are_drawn():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 from lightning_compress.report import ExportedFile, Latency, Report, Row, to_console, to_markdown
-from lightning_compress.report.cells import columns, compressed_row
+from lightning_compress.report.cells import columns, compressed_row, file_table
 from lightning_compress.report.remarks import remarks
 
 from .samples import full_report, nasty_report
@@ -87,6 +87,13 @@ def test_console_is_aligned_ascii_and_narrow():
     assert [line[start : start + 7] for line in lines if line.startswith("Size")] == ["4.40 kB"]
     assert max(len(line) for line in lines if not line.startswith("*")) < 110
     assert lines[-1] == "* The teacher was not measured."
+
+
+def test_files_are_shown_as_seen_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [str(tmp_path / "out" / "a.onnx"), "b.onnx", "", "/c.onnx"]
+    _, rows = file_table([ExportedFile(path, "fp32", 1) for path in paths])
+    assert [row[0] for row in rows] == ["out/a.onnx", "b.onnx", "", "/c.onnx"]
 
 
 def test_markdown_has_every_part():

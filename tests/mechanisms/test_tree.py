@@ -3,10 +3,9 @@ from __future__ import annotations
 import types
 
 import torch
+from export.networks import Pair, Prediction
 
-from lightning_compress.export.tree import leaves, named_tensors, rebuild, unique_names, with_tensors
-
-from .networks import Pair, Prediction
+from lightning_compress.mechanisms.tree import leaves, named_tensors, rebuild, unique_names, with_tensors
 
 
 def test_leaves_are_named_by_the_way_to_them():

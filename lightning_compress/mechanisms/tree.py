@@ -113,3 +113,8 @@ def unique_names(names: Iterable[str], taken: Collection[str] = ()) -> list[str]
         used.add(candidate)
         result.append(candidate)
     return result
+
+
+def detached(leaf: Any) -> Any:
+    """A leaf without its graph, for :func:`rebuild`."""
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
