@@ -46,6 +46,35 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = (
+    # Copies and ranks
+    Mutation(
+        "a wrapper that lies on another stays in copies",
+        f"{PACKAGE}/export/copying.py",
+        "        while _is_ours(entry):  # one may lie on another",
+        "        if _is_ours(entry):",
+        "tests/callbacks/test_export.py::test_a_network_made_of_parts_is_reported_and_exported_from_copies",
+    ),
+    Mutation(
+        "functions in a copy refer to the original",
+        f"{PACKAGE}/export/copying.py",
+        "    _rebind_functions_(duplicate, copies)",
+        "    pass",
+        "tests/export/test_copying.py::test_a_hook_that_closes_over_the_module_belongs_to_the_copy",
+    ),
+    Mutation(
+        "the other ranks do not hear of a failure",
+        BASE,
+        "    if problem is not None:",
+        "    if False:",
+        "tests/callbacks/test_base.py::test_work_that_fails_on_rank_0_fails_everywhere",
+    ),
+    Mutation(
+        "the teacher runs after the student",
+        CONTROLLER,
+        "        if self._teachers_go_first and capture is one_of_many:",
+        "        if False:",
+        "tests/mechanisms/test_step.py::test_the_teacher_runs_before_the_student_once_that_is_known",
+    ),
     # The total loss
     Mutation(
         "the terms are computed and not added",
@@ -174,7 +203,7 @@ MUTATIONS = (
     Mutation(
         "each callback runs the teacher for itself",
         CONTROLLER,
-        "if call not in self.outputs:",
+        "if call.key not in self.outputs:",
         "if True:",
         f"{CONTRACT}/test_order.py::test_two_distillations_share_one_teacher[Classifier]",
     ),

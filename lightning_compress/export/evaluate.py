@@ -182,7 +182,8 @@ def _validated(
     if counter is not None and counter.calls == 0:
         raise EvaluationError(
             f"{type(module).__name__}.validation_step never called '{name or 'self'}', so the metrics would be those "
-            "of the torch network; it probably calls layers inside it: name the part that it calls with network="
+            "of the torch network; it probably calls layers inside it: name the part that it calls with network=, or "
+            f"let it call {f'self.{name}' if name else 'self'}(...)"
         )
     return {key: float(value) for result in results for key, value in result.items()}
 
