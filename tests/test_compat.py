@@ -161,6 +161,7 @@ def test_a_lightning_module_keeps_its_placement_in_two_attributes():
     assert _compat.placement(torch.nn.Linear(1, 1)) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["lightning.pytorch", "pytorch_lightning", "lightning_compress.callbacks.base"])
 def test_importing_this_package_leaves_lightnings_notes_to_who_had_them(first):
     code = (

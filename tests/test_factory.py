@@ -75,6 +75,7 @@ def test_without_the_variable_there_is_nothing(monkeypatch, project):
     assert ours(project.trainer()) == []
 
 
+@pytest.mark.slow
 def test_without_the_variable_nothing_of_ours_is_imported_and_nothing_of_ours_can_fail(tmp_path):
     """The package of the entry point is here, but all of it beyond the entry point is broken."""
     package = tmp_path / "path" / "lightning_compress"

@@ -324,6 +324,7 @@ def test_an_untouched_script(project, capfd, tmp_path):
     assert report["recipe"]["callbacks"][0]["class_path"] == "DistillationCallback"
 
 
+@pytest.mark.slow
 def test_a_child_that_is_killed_while_it_writes_the_file(project, capfd, tmp_path):
     body = (
         "import os, signal\nimport lightning_compress.export.onnx as target\n"

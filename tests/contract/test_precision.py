@@ -28,7 +28,8 @@ def test_precision(case, precision, dtype, tmp_path):
     plain, _ = trained([], precision, [])
     with case.expects("scaler" if precision == "16-mixed" else precision):
         module, fitting = trained([case.build(tmp_path, NormClassifier)], precision, seen)
-    assert set(seen[:16]) == {dtype}  # the steps and the sanity check ran at that precision
+    assert seen[0] == dtype
+    assert seen.count(dtype) >= 8  # the steps ran at that precision; copies that are exported do not
     assert (difference(module, plain) > 0) == case.changes_loss
     if precision == "16-mixed":
         scaler = fitting.precision_plugin.scaler

@@ -56,6 +56,7 @@ def test_ranks_are_identical_and_equal_one_process(forked, name, tmp_path):
         assert first["metrics"][key] == pytest.approx(float(alone.trainer.callback_metrics[key]), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_rank_without_labels_takes_part_in_what_is_logged(ignored):
     first, second = ignored["DistillationCallback-HalfIgnored"]
     assert difference(first["state_dict"], second["state_dict"]) == 0

@@ -434,6 +434,7 @@ def run_on_two_ranks(script, tmp_path, **environment):
     return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_one_rank_of_a_process_group_evaluates_alone(tmp_path):
     """The environment is torchrun's; metrics with states to synchronise, and a prepare_data with a barrier."""
     script = """

@@ -531,6 +531,7 @@ def test_resnet18(tmp_path):
     assert 44e6 < result.bytes < 46e6
 
 
+@pytest.mark.slow
 def test_torchvision_segmentation(tmp_path):
     from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
