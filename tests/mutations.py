@@ -46,6 +46,13 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = (
+    Mutation(
+        "what only distillation uses gets no gradient",
+        DISTILLATION,
+        "        return loss * self.kd_weight",
+        "        return loss.detach() * self.kd_weight",
+        f"{CONTRACT}/test_ranks.py::test_a_head_that_only_distillation_uses_is_trained",
+    ),
     # Copies and ranks
     Mutation(
         "a wrapper that lies on another stays in copies",
