@@ -158,6 +158,11 @@ def patient_group(world_size: int) -> Iterator[Callable[[str | None], str | None
         torch.distributed.destroy_process_group(group)
 
 
+def is_running(trainer: Any) -> bool:
+    """Whether a Trainer, of either package, is between the start and the end of a fit, a validation or the like."""
+    return bool(trainer.state.status == "running")
+
+
 def placement(module: nn.Module) -> dict[str, Any]:
     """What a LightningModule remembers of its own device and dtype; empty for any other module."""
     return {name: vars(module)[name] for name in ("_device", "_dtype") if name in vars(module)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,3 +172,12 @@ def test_importing_this_package_leaves_lightnings_notes_to_who_had_them(first):
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     owner = "pytorch_lightning" if first == "pytorch_lightning" else "lightning.pytorch"
     assert found == f"{owner}.utilities.rank_zero"
+
+
+@pytest.mark.parametrize("namespace", ["lightning.pytorch", "pytorch_lightning"])
+def test_the_status_of_a_trainer_compares_with_its_name(namespace):
+    states = import_module(f"{namespace}.trainer.states")
+    trainer = SimpleNamespace(state=states.TrainerState(status=states.TrainerStatus.RUNNING))
+    assert _compat.is_running(trainer)
+    trainer.state.status = states.TrainerStatus.INTERRUPTED
+    assert not _compat.is_running(trainer)

@@ -185,7 +185,7 @@ class CompressionCallback(TrainerCallback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the mechanisms."""
-        if self._trainer is not None and self._trainer is not trainer and _is_running(self._trainer):
+        if self._trainer is not None and self._trainer is not trainer and _compat.is_running(self._trainer):
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' is at work in another fit that has not ended; give this one "
                 "a callback of its own"
@@ -372,10 +372,6 @@ def together(
     problem = tell(None)
     if problem is not None:
         raise RuntimeError(f"rank 0 failed: {problem}")
-
-
-def _is_running(trainer: Any) -> bool:
-    return str(getattr(trainer.state.status, "value", trainer.state.status)) == "running"
 
 
 def _primitive(value: Any) -> Any:

@@ -169,7 +169,7 @@ def _validated(
         duplicate = widen_(stack.enter_context(_working_copy(module)))
         if datamodule is not None:
             stack.enter_context(attributes_kept(datamodule))
-        if trainer is not None and _is_fitting(trainer):  # data are set up, and may not be split a second time
+        if trainer is not None and _compat.is_running(trainer):  # data are set up, and may not be split a second time
             for owner in (duplicate, datamodule):
                 if owner is not None:
                     vars(owner).update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
@@ -232,10 +232,6 @@ def _namespace(module: nn.Module) -> Any:
 
 def _is_trainer(source: Any) -> bool:
     return hasattr(source, "validate") and hasattr(source, "fit_loop")
-
-
-def _is_fitting(trainer: Any) -> bool:
-    return str(getattr(trainer.state.status, "value", trainer.state.status)) == "running"
 
 
 def _nothing(stage: str | None = None) -> None:

@@ -265,7 +265,7 @@ def test_a_validation_of_another_form_does_not_stop_the_training():
     assert fitting.global_step == 8
 
 
-def test_the_report_moves_no_buffer_of_a_spectrally_normed_network():
+def test_the_report_moves_no_buffer_of_a_spectrally_normed_network(tmp_path):
     module = made(Classifier)
     module.model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 3))
     seen = {}
@@ -274,7 +274,7 @@ def test_the_report_moves_no_buffer_of_a_spectrally_normed_network():
         def on_train_end(self, trainer, pl_module):
             seen.update({key: value.clone() for key, value in pl_module.state_dict().items()})
 
-    trainer(CompressionReport(latency=False), Keep()).fit(module, loader())
+    trainer(CompressionReport(path=tmp_path, latency=False), Keep()).fit(module, loader())
     assert all(torch.equal(value, seen[key]) for key, value in module.state_dict().items())
 
 
