@@ -322,11 +322,16 @@ class CompressionCallback(TrainerCallback):
         self._owned = []
         if stack is None:
             return
-        capture, self.student_capture = self.student_capture, None
-        if capture is not None and capture.network is not None and capture.last_call is not None:
-            call = capture.last_call
-            self.captured_sample = CapturedSample(capture.network, call.args, call.kwargs)
+        self.captured_sample = self._last_sample()
+        self.student_capture = None
         stack.close()
+
+    def _last_sample(self) -> CapturedSample | None:
+        """What the network received last: in the fit that goes on, else in the last one."""
+        capture = self.student_capture
+        if capture is None or capture.network is None or capture.last_call is None:
+            return self.captured_sample
+        return CapturedSample(capture.network, capture.last_call.args, capture.last_call.kwargs)
 
     def _arguments(self) -> dict[str, Any]:
         names = [name for name in inspect.signature(type(self).__init__).parameters if name not in ("self", "name")]

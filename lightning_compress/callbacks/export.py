@@ -9,7 +9,7 @@ import warnings
 from contextlib import ExitStack
 from typing import Any
 
-from lightning_compress.callbacks.base import CapturedSample, CompressionCallback, log
+from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
 from lightning_compress.export.onnx import ExportResult, checked_path, checked_precision, to_onnx
 from lightning_compress.export.runtime import require_onnx
@@ -111,7 +111,7 @@ class ExportCallback(CompressionCallback):
             )
         if trainer.is_global_zero:
             with tempfile.TemporaryDirectory() as folder:
-                self._written(pl_module, os.path.join(folder, "trial.onnx"), self._network())
+                self._written(pl_module, os.path.join(folder, "trial.onnx"))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """As soon as the metrics are known, complain about a name that is none of them.
@@ -139,7 +139,7 @@ class ExportCallback(CompressionCallback):
             self._draft = tempfile.TemporaryDirectory()
             path = os.path.join(self._draft.name, os.path.basename(self.path))
             log.info("%s: fast_dev_run, so the file is checked and not kept", self.name)
-        self.result = self._written(pl_module, path, self._network())
+        self.result = self._written(pl_module, path)
         log.info("%s: wrote %s (%d bytes, %s)", self.name, self.result.path, self.result.bytes, self.precision)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -178,20 +178,12 @@ class ExportCallback(CompressionCallback):
                 f"difference {abs(theirs - ours):.3g} is beyond the tolerance of {self.tolerance:g}"
             )
 
-    def _network(self) -> str | None:
-        """The network that the user named, else the one that was captured."""
-        if self.network is not None or self.student_capture is not None:
-            return self.network if self.student_capture is None else self.student_capture.network
-        return None if self.captured_sample is None else self.captured_sample.network
-
-    def _written(self, pl_module: Any, path: str, network: str | None) -> ExportResult:
-        seen = self.captured_sample
-        if self.student_capture is not None and self.student_capture.last_call is not None:
-            call = self.student_capture.last_call
-            seen = CapturedSample(network or "", call.args, call.kwargs)
-        sample = self.sample
-        if sample is None and seen is not None:
-            sample = Sample(tuple(seen.args), dict(seen.kwargs))
+    def _written(self, pl_module: Any, path: str) -> ExportResult:
+        """The network that the user named, else the one that was captured, on the user's sample, else on its input."""
+        seen, network, sample = self._last_sample(), self.network, self.sample
+        if seen is not None:
+            network = seen.network if network is None else network
+            sample = Sample(seen.args, seen.kwargs) if sample is None else sample
         return to_onnx(
             pl_module, path, sample, precision=self.precision, network=network, dynamic_batch=self.dynamic_batch
         )

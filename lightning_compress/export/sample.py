@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning_compress import _compat
 from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.mechanisms.tree import is_constant, leaves, rebuild, unique_names
 
+NO_TENSORS = (torch.dtype, torch.device, torch.layout, torch.memory_format, Enum)
 OUR_BASES = ("torch.", "lightning.", "pytorch_lightning.")
 
 
@@ -118,7 +120,7 @@ def bind(signature: inspect.Signature, sample: Sample) -> Call:
         found.extend(leaves(value, prefix))
     tensors = [(name, leaf) for name, leaf in found if isinstance(leaf, Tensor)]
     for name, leaf in found:
-        if not isinstance(leaf, Tensor) and not is_constant(leaf):
+        if not (isinstance(leaf, (Tensor, *NO_TENSORS)) or is_constant(leaf) or callable(leaf)):
             raise TypeError(
                 f"argument '{name}' is of type {type(leaf).__name__}, whose tensors a file cannot take; name a network "
                 "inside that takes tensors with network=, or wrap the object in a dict, a tuple or a dataclass"

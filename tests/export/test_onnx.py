@@ -557,3 +557,11 @@ def test_transformers_classifier(tmp_path):
     result = to_onnx(BertForSequenceClassification(config), tmp_path / "n.onnx", sample)
     assert (result.input_names, result.output_names) == (("input_ids", "attention_mask"), ("logits",))
     assert result.max_logit_difference < 1e-4
+
+
+def test_arguments_without_tensors_are_constants_of_the_file(tmp_path):
+    class Casting(nn.Module):
+        def forward(self, x, dtype=torch.float32, activation=torch.relu):
+            return activation(x.to(dtype))
+
+    assert to_onnx(Casting(), tmp_path / "n.onnx", torch.ones(4, 2)).input_names == ("x",)
