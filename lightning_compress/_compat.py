@@ -168,6 +168,59 @@ def placement(module: nn.Module) -> dict[str, Any]:
     return {name: vars(module)[name] for name in ("_device", "_dtype") if name in vars(module)}
 
 
+def package_of(trainer: Any) -> str:
+    """The Lightning package that a Trainer is of."""
+    for base in type(trainer).__mro__:
+        if base.__module__.startswith(("pytorch_lightning.", "lightning.pytorch.")):
+            return "pytorch_lightning" if base.__module__.startswith("pytorch_lightning.") else "lightning.pytorch"
+    return "lightning.pytorch"
+
+
+@contextmanager
+def silenced_loggers(module: nn.Module) -> Iterator[None]:
+    """Let a module's Trainer have loggers that write nothing, as Lightning does while it tunes."""
+    trainer = attached_trainer(module)
+    loggers = getattr(trainer, "loggers", None)
+    if not loggers:
+        yield
+        return
+    silent = import_module(f"{package_of(trainer)}.loggers.logger").DummyLogger
+    trainer.loggers = [silent() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+def training_loaders(trainer: Any) -> list[Any]:
+    """The loaders of the training data, as the Trainer reads them."""
+    return list(trainer.fit_loop._combined_loader.flattened)
+
+
+def training_batches(trainer: Any, loaders: list[Any]) -> Iterator[tuple[Any, ...]]:
+    """One epoch of a Trainer's training batches, read from other loaders: what it would pass to ``training_step``."""
+    combined = copy.copy(trainer.fit_loop._combined_loader)
+    combined._iterator, combined.flattened = None, loaders
+    module: Any = trainer.lightning_module
+    signature = import_module(f"{package_of(trainer)}.utilities.signature_utils").is_param_in_hook_signature
+    iterates = signature(module.training_step, "dataloader_iter", explicit=True)
+    indexed = signature(module.training_step, "batch_idx", min_args=2)
+    try:
+        for batch, batch_idx, dataloader_idx in combined:
+            if batch_idx >= trainer.num_training_batches:
+                return
+            if iterates:
+                yield (iter([(batch, batch_idx, dataloader_idx)]),)
+                continue
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            if batch is not None:
+                yield (batch, batch_idx) if indexed else (batch,)
+    finally:
+        combined.reset()
+
+
 @contextmanager
 def lightning_logger_kept() -> Iterator[None]:
     """Import both Lightning packages without a change of the logger that their notes go to.

@@ -22,9 +22,9 @@ from torch.utils.data import DistributedSampler
 from lightning_compress import _compat
 from lightning_compress.export.copying import independent_copy, make_plain_, widen_
 from lightning_compress.export.errors import EvaluationError, ExportError
-from lightning_compress.export.isolation import attributes_kept, evaluating, module_kept, quiet, random_state_kept
 from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Call, Sample, bind, defines
+from lightning_compress.mechanisms.isolation import attributes_kept, evaluating, module_kept, quiet, random_state_kept
 from lightning_compress.mechanisms.selection import find_module, plain_name
 from lightning_compress.mechanisms.tree import leaves, named_tensors, with_tensors
 

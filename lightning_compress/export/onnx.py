@@ -17,12 +17,12 @@ from torch import nn
 from lightning_compress import __version__, _compat
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError
-from lightning_compress.export.isolation import random_state_kept
 from lightning_compress.export.parity import Reference, batch_sizes, check_parity, references
 from lightning_compress.export.runtime import OnnxNetwork, require_onnx
 from lightning_compress.export.sample import Call, Sample, as_sample, bind, captured, defines, on_cpu
 from lightning_compress.export.tracing import convert
 from lightning_compress.export.weights import read_checkpoint
+from lightning_compress.mechanisms.isolation import random_state_kept
 from lightning_compress.mechanisms.selection import find_module, plain_name
 from lightning_compress.mechanisms.tree import children, named_tensors, unique_names
 

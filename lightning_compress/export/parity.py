@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.export.errors import EvaluationError, ExportError
-from lightning_compress.export.isolation import evaluating
 from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Call
+from lightning_compress.mechanisms.isolation import evaluating
 from lightning_compress.mechanisms.tree import named_tensors
 
 OTHER_BATCH_SIZES = (1, 5, 3)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress.export.errors import ExportError
-from lightning_compress.export.isolation import evaluating, quiet
 from lightning_compress.export.parity import FIXED_HINT, batch_size, is_batched
 from lightning_compress.export.sample import Call
+from lightning_compress.mechanisms.isolation import evaluating, quiet
 from lightning_compress.mechanisms.tree import named_tensors
 
 EXPORT_LOGGERS = ("torch", "torch.__trace", "onnxscript", "onnx_ir", "onnxruntime")

@@ -72,6 +72,8 @@ class Capture(AbstractContextManager["Capture"]):
         self._open: list[_Snapshot] = []
         self._records: list[tuple[_Snapshot, _Snapshot]] = []
         self.on_input: Callable[[object, tuple[Any, ...], Mapping[str, Any]], None] | None = None
+        self.differentiable = False
+        """Whether the module is given inputs that carry gradients, in the place of floating ones that do not."""
 
     def __enter__(self) -> Capture:
         if self._direct:
@@ -109,12 +111,18 @@ class Capture(AbstractContextManager["Capture"]):
         self._recording = False
         self._open, self._records = [], []
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._recording and (self._when is None or self._when()):
-            given = _Snapshot((args, kwargs), copy=self._written.get(module.training, True), containers=True)
-            self._open.append(given)
-            if self.on_input is not None and not torch.compiler.is_compiling():
-                self.on_input(given, *given.tree)
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self._recording or not (self._when is None or self._when()):
+            return None
+        if self.differentiable and torch.is_grad_enabled():
+            args, kwargs = rebuild((args, kwargs), differentiable)
+        given = _Snapshot((args, kwargs), copy=self._written.get(module.training, True), containers=True)
+        self._open.append(given)
+        if self.on_input is not None and not torch.compiler.is_compiling():
+            self.on_input(given, *given.tree)
+        return (args, kwargs) if self.differentiable else None
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._recording and self._open and (self._when is None or self._when()):
@@ -136,12 +144,30 @@ class Capture(AbstractContextManager["Capture"]):
 
     def _shadow(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self._before(self._module, args, kwargs)
+            args, kwargs = self._before(self._module, args, kwargs) or (args, kwargs)
             output = original(*args, **kwargs)
             self._after(self._module, args, kwargs, output)
             return output
 
         return forward
+
+
+def differentiable(leaf: Any) -> Any:
+    """A leaf of a network's arguments such that a loss can be differentiated with respect to it.
+
+    Args:
+        leaf: Anything.
+
+    Returns:
+        A floating tensor that carries no gradient as a new leaf of the graph that does; anything else as it is.
+
+    Example:
+        >>> differentiable(torch.ones(2)).requires_grad, differentiable(3)
+        (True, 3)
+    """
+    if not isinstance(leaf, Tensor) or leaf.requires_grad or not leaf.is_floating_point():
+        return leaf
+    return leaf.detach().requires_grad_()
 
 
 class _Snapshot:

@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.mechanisms.capture import NetworkCall
+from lightning_compress import _compat
+from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
+from lightning_compress.mechanisms.isolation import RandomState, device_of
 from lightning_compress.mechanisms.passes import Pass, Term, View
+from lightning_compress.mechanisms.replay import traceless
+from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.mechanisms.teacher import Teacher
 
@@ -20,16 +24,49 @@ Convert = Callable[[nn.Module], nn.Module]
 
 
 @dataclass(eq=False)
-class _SharedTeacher:
-    """A teacher that several callbacks use, with its outputs of the current step."""
+class SharedTeacher:
+    """A teacher that several callbacks use, with its outputs of the current step.
+
+    Attributes:
+        teacher: The teacher itself.
+    """
 
     teacher: Teacher
-    outputs: dict[object, Any] = field(default_factory=dict)
+    _seen: dict[object, tuple[Any, Mapping[str, Sequence[NetworkCall]]]] = field(default_factory=dict)
 
     def __call__(self, call: NetworkCall) -> Any:
-        if call.key not in self.outputs:
-            self.outputs[call.key] = self.teacher(call)
-        return self.outputs[call.key]
+        """The teacher's output for what the student received; computed once for all who ask."""
+        return self._run(call)[0]
+
+    def layer(self, call: NetworkCall, name: str, *, argument: str) -> Any:
+        """What a watched layer of the teacher returned in the same forward; None if it did not run.
+
+        Args:
+            call: The student's call.
+            name: As it was watched.
+            argument: The user's argument that named it, for the error message.
+
+        Raises:
+            CaptureError: If the layer ran more than once.
+        """
+        calls = self._run(call)[1].get(name, ())
+        if len(calls) > 1:
+            raise CaptureError(
+                f"{argument}: the teacher's layer '{name}' ran {len(calls)} times in one forward, so it is not said "
+                "which of its outputs is meant; choose a layer that runs once"
+            )
+        return calls[0].output if calls else None
+
+    def forget(self) -> None:
+        """Let go of the step's outputs."""
+        self._seen.clear()
+
+    def _run(self, call: NetworkCall) -> tuple[Any, Mapping[str, Sequence[NetworkCall]]]:
+        if call.key not in self._seen:
+            output = self.teacher(call)
+            layers, self.teacher.layers = self.teacher.layers, {}
+            self._seen[call.key] = (output, layers)
+        return self._seen[call.key]
 
 
 class StepController:
@@ -47,15 +84,19 @@ class StepController:
         self.references = 0
         self.stack = ExitStack()
         self.steps = 0
+        self.replaying = False
+        """Whether steps run as they are, and their losses too: for those who run them for another reason."""
+        self._repeated = 0
         self._captures: dict[Any, StudentCapture] = {}
-        self._teachers: dict[tuple[int, int], _SharedTeacher] = {}
+        self._layers: dict[str, Capture] = {}
+        self._teachers: dict[tuple[int, int], SharedTeacher] = {}
         self._views: list[View] = []
         self._terms: dict[str, Term] = {}
         self._task_weights: dict[str, float] = {}
         self._observers: list[Callable[[Pass], None]] = []
         self._running: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
         self._explicit_losses = 0
-        self._ahead: list[tuple[StudentCapture, _SharedTeacher]] = []
+        self._ahead: list[tuple[StudentCapture, SharedTeacher]] = []
         self._teachers_go_first = False
 
     # What callbacks add
@@ -81,6 +122,29 @@ class StepController:
         self._captures[key].required |= required
         return self._captures[key]
 
+    def resolve_student(self) -> None:
+        """Where callbacks name one student, let it be also that of those who named none."""
+        unknown = self._captures.get(None)
+        if unknown is not None and unknown.names is None:
+            named = {capture.names for key, capture in self._captures.items() if key is not None}
+            if len(named) == 1 and (names := named.pop()) is not None:
+                unknown.use(names)
+
+    def layer(self, name: str, *, argument: str) -> None:
+        """Record what a layer returns in each step, for :meth:`Pass.layer`; closed with the controller.
+
+        Args:
+            name: Dotted name inside the module.
+            argument: The user's argument that holds the name, for error messages.
+
+        Raises:
+            ValueError: If there is no such layer.
+        """
+        layer = find_module(self.module, name, argument=argument)
+        if name not in self._layers:
+            self._layers[name] = self.stack.enter_context(Capture(layer, direct=layer is self.module))
+            _compat.reset_compiled_code(self.module)
+
     def teacher(
         self,
         module: nn.Module,
@@ -89,7 +153,7 @@ class StepController:
         student: StudentCapture | None = None,
         device: torch.device | None = None,
         convert: Convert | None = None,
-    ) -> Callable[[NetworkCall], Any]:
+    ) -> SharedTeacher:
         """A teacher that runs once a batch, however many ask for its output.
 
         It runs just before the student where that is possible (not in compiled code, and not in the step in which the
@@ -115,7 +179,7 @@ class StepController:
         if key not in self._teachers:
             teacher = Teacher(module, transform)
             self.stack.enter_context(teacher.prepared(device, convert))
-            self._teachers[key] = _SharedTeacher(teacher)
+            self._teachers[key] = SharedTeacher(teacher)
         shared = self._teachers[key]
         if student is not None:
             self._ahead.append((student, shared))
@@ -172,6 +236,15 @@ class StepController:
             self._task_weights.pop(owner, None)
 
     @contextmanager
+    def repeated_passes(self) -> Iterator[None]:
+        """Make :attr:`Pass.again`; this costs a copy of the random states each step."""
+        self._repeated += 1
+        try:
+            yield
+        finally:
+            self._repeated -= 1
+
+    @contextmanager
     def observer(self, observe: Callable[[Pass], None]) -> Iterator[None]:
         """Show every validation pass to a function, after the validation step has run."""
         self._observers.append(observe)
@@ -184,7 +257,9 @@ class StepController:
 
     def run_training(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the training step in the user's stead and return its output with the total loss in it."""
-        self._resolve_unknown_student()
+        if self.replaying:
+            return original(*args, **kwargs)
+        self.resolve_student()
         try:
             if not getattr(self.module, "automatic_optimization", True):
                 return self._run_manual(original, args, kwargs)
@@ -195,11 +270,11 @@ class StepController:
 
     def run_validation(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the validation step, then show what it called to the observers."""
-        if not self._observers:
+        if self.replaying or not self._observers:
             return original(*args, **kwargs)
         try:
-            output, calls = self._recorded(original, args, kwargs, detect=False)
-            seen = Pass(View("plain"), _first(args, kwargs), None, calls)
+            output, calls, layers = self._recorded(original, args, kwargs, detect=False)
+            seen = Pass(View("plain"), _first(args, kwargs), None, calls, layers)
             for observe in self._observers:
                 observe(seen)
             return output
@@ -212,11 +287,16 @@ class StepController:
         Raises:
             RuntimeError: If called outside of a training step with manual optimisation.
         """
+        if self.replaying:
+            return task_loss
         if self._running is None:
             raise RuntimeError("compressed_loss is for training_step with automatic_optimization=False only")
         self._explicit_losses += 1
         calls = self._collected(StudentCapture.drain)
-        passes = {"plain": Pass(View("plain"), _first(*self._running), task_loss, calls)}
+        layers = {name: capture.stop() for name, capture in self._layers.items()}
+        for capture in self._layers.values():
+            capture.start()
+        passes = {"plain": Pass(View("plain"), _first(*self._running), task_loss, calls, layers)}
         return _sum([self._weighted(task_loss), *self._computed(passes["plain"].view, passes)])
 
     def _run_views(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -228,11 +308,12 @@ class StepController:
         for view in views:
             with view.enter():
                 self._teachers_go_first = view.deployed
-                output, calls = self._recorded(original, args, kwargs)
+                again = self._again(original, args, kwargs)
+                output, calls, layers = self._recorded(original, args, kwargs)
                 if output is None:
                     return None
                 task_loss = _loss_of(output)
-                passes[view.name] = Pass(view, _first(args, kwargs), task_loss, calls)
+                passes[view.name] = Pass(view, _first(args, kwargs), task_loss, calls, layers, again)
                 totals.append(self._weighted(task_loss))
                 totals += self._computed(view, passes)
             if view.deployed:
@@ -250,7 +331,7 @@ class StepController:
             )
         self._running, self._explicit_losses = (args, kwargs), 0
         try:
-            output, _ = self._recorded(original, args, kwargs, none_skips=False)  # such a step need return nothing
+            output, *_ = self._recorded(original, args, kwargs, none_skips=False)  # such a step need return nothing
         finally:
             self._running = None
         if self._terms and self._explicit_losses == 0:
@@ -269,18 +350,36 @@ class StepController:
         *,
         detect: bool = True,
         none_skips: bool = True,
-    ) -> tuple[Any, dict[StudentCapture, list[NetworkCall]]]:
+    ) -> tuple[Any, dict[StudentCapture, list[NetworkCall]], dict[str, list[NetworkCall]]]:
         try:
             for capture in self._captures.values():
                 capture.start(detect=detect)
+            for layer in self._layers.values():
+                layer.start()
             output = original(*args, **kwargs)
             if output is not None or not (detect and none_skips):
-                return output, self._collected(StudentCapture.stop)
+                layers = {name: layer.stop() for name, layer in self._layers.items()}
+                return output, self._collected(StudentCapture.stop), layers
         except BaseException:
             self._abort()
             raise
         self._abort()  # a skipped batch: whatever it called is no evidence
-        return None, {}
+        return None, {}, {}
+
+    def _again(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[], Tensor] | None:
+        """What runs a pass that is about to run once more, with the random numbers that it will have drawn."""
+        if not self._repeated:
+            return None
+        random = RandomState(device_of(self.module))
+
+        def again() -> Tensor:
+            with traceless(self.module, parameters=False):
+                random.restore()
+                return _loss_of(original(*args, **kwargs))
+
+        return again
 
     def _collected(
         self, collect: Callable[[StudentCapture], list[NetworkCall]]
@@ -306,6 +405,9 @@ class StepController:
     def _abort(self) -> None:
         for capture in self._captures.values():
             capture.abort()
+        for layer in self._layers.values():
+            layer.start()
+            layer.stop()
 
     def _computed(self, view: View | None, passes: Mapping[str, Pass]) -> list[Tensor]:
         """The terms of one view, or with None those between views, in the order of their names."""
@@ -330,17 +432,9 @@ class StepController:
                 f"being trained, and would freeze it; give a copy: copy.deepcopy({argument})"
             )
 
-    def _resolve_unknown_student(self) -> None:
-        """Where callbacks name one student, it is also that of those who named none."""
-        unknown = self._captures.get(None)
-        if unknown is not None and unknown.names is None:
-            named = {capture.names for key, capture in self._captures.items() if key is not None}
-            if len(named) == 1 and (names := named.pop()) is not None:
-                unknown.use(names)
-
     def _forget_teachers_outputs(self) -> None:
         for shared in self._teachers.values():
-            shared.outputs.clear()
+            shared.forget()
 
 
 def _shared(module: nn.Module, other: nn.Module) -> str | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,17 +17,129 @@ import torch
 from torch import Tensor, nn
 
 
+class RandomState:
+    """The random states of Python, NumPy and torch as they are now.
+
+    Args:
+        device: An accelerator whose state is kept too; the CPU's always is.
+
+    Example:
+        >>> state = RandomState()
+        >>> first = torch.rand(1)
+        >>> state.restore()
+        >>> torch.equal(torch.rand(1), first)
+        True
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._python = random.getstate()
+        self._numpy = np.random.get_state()  # noqa: NPY002 - the global generator is the one that users draw from
+        self._torch = torch.get_rng_state()
+        accelerated = device is not None and device.type not in ("cpu", "meta")
+        devices: Any = torch.get_device_module(device) if accelerated else None
+        self._devices = devices
+        self._which = () if device is None or device.type == "mps" else (device,)  # of "mps" there is one
+        self._accelerator = None if self._devices is None else self._devices.get_rng_state(*self._which)
+
+    def restore(self) -> None:
+        """Go back to them."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        torch.set_rng_state(self._torch)
+        if self._devices is not None:
+            self._devices.set_rng_state(self._accelerator, *self._which)
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where a module's first parameter is.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The device; None for a module without parameters.
+
+    Example:
+        >>> device_of(nn.Linear(1, 1))
+        device(type='cpu')
+    """
+    first = next(module.parameters(), None)
+    return None if first is None else first.device
+
+
 @contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put the random states of Python, NumPy and torch (CPU) back at the end."""
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()  # noqa: NPY002 - the global generator is the one that users draw from
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Put the random states of Python, NumPy and torch back at the end.
+
+    Args:
+        device: An accelerator whose state is kept too; the CPU's always is.
+
+    Example:
+        >>> state = torch.get_rng_state()
+        >>> with random_state_kept():
+        ...     _ = torch.rand(3)
+        >>> torch.equal(torch.get_rng_state(), state)
+        True
+    """
+    state = RandomState(device)
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+ANY_DEPTH = 1 << 30
+
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+"""Classes of random generators that keep a state of their own."""
+
+
+def generator_restorer(value: Any) -> Callable[[], None] | None:
+    """What brings a random generator back to the state that it has now.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        A function without arguments; None for what is no generator, or has no state to go back to.
+
+    Example:
+        >>> generator = random.Random(0)
+        >>> restore, first = generator_restorer(generator), generator.random()
+        >>> restore()
+        >>> generator.random() == first
+        True
+    """
+    if isinstance(value, torch.Generator):
+        tensor = value.get_state()
+        return lambda: None if value.set_state(tensor) is value else None
+    if isinstance(value, np.random.RandomState):
+        return functools.partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.Generator):
+        return functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+        return functools.partial(value.setstate, value.getstate())
+    return None
+
+
+@contextlib.contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Draw random numbers from a seed of their own, for parameters that can be trained; the global state is left alone.
+
+    Args:
+        seed: The seed.
+
+    Example:
+        >>> with drawn_from(0):
+        ...     first = nn.Linear(2, 1)
+        >>> with drawn_from(0):
+        ...     torch.equal(nn.Linear(2, 1).weight, first.weight)
+        True
+    """
+    # In validation, in inference mode, parameters are made that could not be trained later.
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would move the devices' states too
+        yield
 
 
 @contextlib.contextmanager
@@ -35,6 +149,10 @@ def quiet(loggers: Sequence[str], streams: bool = True) -> Iterator[None]:
     Args:
         loggers: Dotted names of loggers.
         streams: Whether what is written to ``sys.stdout`` and ``sys.stderr`` is thrown away.
+
+    Example:
+        >>> with quiet([]):
+        ...     print("nobody sees this")
     """
     levels = {name: logging.getLogger(name).level for name in loggers}
     nowhere = io.StringIO()
@@ -55,7 +173,19 @@ def quiet(loggers: Sequence[str], streams: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Run with the whole module in evaluation mode and without gradients; each training flag is put back."""
+    """Run with the whole module in evaluation mode and without gradients; each training flag is put back.
+
+    Args:
+        module: The module.
+
+    Example:
+        >>> layer = nn.Dropout(0.5)
+        >>> with evaluating(layer):
+        ...     layer.training
+        False
+        >>> layer.training
+        True
+    """
     flags = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -67,23 +197,62 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def attributes_kept(owner: Any) -> Iterator[None]:
-    """Put the instance attributes of a plain object back at the end, each bound to the object it was bound to."""
-    before = dict(vars(owner))
+def attributes_kept(owner: Any, *, whole: bool = False, data: Sequence[str] = ()) -> Iterator[None]:
+    """Put the instance attributes of a plain object back at the end, each bound to the object it was bound to.
+
+    Lists, dicts and sets among them, and random generators, get back what was in them.
+
+    Args:
+        owner: The object.
+        whole: Whether what is written into at any depth, arrays and tensors included, is put back too.
+        data: Names of attributes that may be too large for that.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> owner = SimpleNamespace(a=1, order=[2, 0])
+        >>> with attributes_kept(owner):
+        ...     owner.a, owner.b = 2, 3
+        ...     owner.order.sort()
+        >>> owner
+        namespace(a=1, order=[2, 0])
+    """
+    before = {
+        name: _snapshot(value, tensors=(Tensor,), depth=ANY_DEPTH)
+        if whole and name not in data
+        else _snapshot(value, tensors=(), depth=1)
+        for name, value in vars(owner).items()
+    }
     try:
         yield
     finally:
+        restored = {name: _restored(*entry) for name, entry in before.items()}
         vars(owner).clear()
-        vars(owner).update(before)
+        vars(owner).update(restored)
 
 
 @contextlib.contextmanager
-def module_kept(module: nn.Module) -> Iterator[None]:
-    """Put a module, and all below it, back at the end: attributes, lists, dicts, flags, devices, values.
+def module_kept(module: nn.Module, *, parameters: bool = True) -> Iterator[None]:
+    """Put a module, and all below it, back at the end: attributes, lists, dicts, flags, devices, values, generators.
 
-    For a module that cannot be copied. Values inside objects that are neither containers nor tensors are not covered.
+    For a module that cannot be copied. Values inside of other objects are not covered.
+
+    Args:
+        module: The module.
+        parameters: Whether the values of parameters are copied and put back, for work that may write into them.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(2)
+        >>> with module_kept(layer):
+        ...     _ = layer(torch.ones(4, 2))
+        >>> layer.num_batches_tracked
+        tensor(0)
     """
-    before = [(vars(part), {name: _snapshot(value) for name, value in vars(part).items()}) for part in module.modules()]
+    # A tensor of another kind than torch's own is only kept, never written to.
+    tensors = (Tensor, nn.Parameter) if parameters else (Tensor,)
+    before = [
+        (vars(part), {name: _snapshot(value, tensors=tensors, depth=ANY_DEPTH) for name, value in vars(part).items()})
+        for part in module.modules()
+    ]
     try:
         yield
     finally:
@@ -94,17 +263,23 @@ def module_kept(module: nn.Module) -> Iterator[None]:
             attributes.update(values)
 
 
-def _snapshot(value: Any) -> tuple[Any, Any]:
-    """An object and what is needed to bring its contents back."""
+def _snapshot(value: Any, *, tensors: tuple[type, ...], depth: int) -> tuple[Any, Any]:
+    """An object and what is needed to bring its contents back: those of tensors and arrays only where these count."""
+    inside = functools.partial(_snapshot, tensors=tensors, depth=depth - 1)
     if isinstance(value, Tensor):
-        # A tensor that carries a graph, or of another kind than torch's own, is only kept, never written to.
-        plain = value.is_leaf and type(value) in (Tensor, nn.Parameter)
-        return value, (value.data, value.detach().clone()) if plain else None
-    if isinstance(value, dict):
-        return value, {key: _snapshot(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return value, [_snapshot(entry) for entry in value]
-    if isinstance(value, set):
+        if not value.is_leaf:  # it carries a graph
+            return value, None
+        saved = (value.data, value.detach().clone()) if type(value) in tensors else None
+        return value, (value.requires_grad, saved)
+    if isinstance(value, GENERATORS):
+        return value, generator_restorer(value)
+    if isinstance(value, np.ndarray):
+        return value, value.copy() if tensors and value.flags.writeable else None
+    if depth > 0 and isinstance(value, dict):
+        return value, {key: inside(entry) for key, entry in value.items()}
+    if depth > 0 and isinstance(value, (list, deque)):
+        return value, [inside(entry) for entry in value]
+    if depth > 0 and isinstance(value, set):
         return value, set(value)
     return value, None
 
@@ -114,18 +289,30 @@ def _restored(value: Any, contents: Any) -> Any:
     if contents is None:
         return value
     if isinstance(value, Tensor):
-        storage, saved = contents
-        value.data = storage
-        if not torch.equal(value.detach(), saved):
-            with torch.no_grad():
-                value.copy_(saved)
+        _restore_tensor(value, *contents)
+    elif isinstance(value, GENERATORS):
+        contents()
+    elif isinstance(value, np.ndarray):
+        value[...] = contents
     elif isinstance(value, dict):
         restored = {key: _restored(*entry) for key, entry in contents.items()}
         value.clear()
         value.update(restored)
-    elif isinstance(value, list):
-        value[:] = [_restored(*entry) for entry in contents]
+    elif isinstance(value, (list, deque)):
+        entries = [_restored(*entry) for entry in contents]
+        value.clear()
+        value.extend(entries)
     else:
         value.clear()
         value.update(contents)
     return value
+
+
+def _restore_tensor(value: Tensor, requires_grad: bool, saved: tuple[Tensor, Tensor] | None) -> None:
+    if saved is not None:
+        value.data, contents = saved
+        if not torch.equal(value.detach(), contents):
+            with torch.no_grad():
+                value.copy_(contents)
+    if value.is_leaf and value.requires_grad != requires_grad:
+        value.requires_grad_(requires_grad)

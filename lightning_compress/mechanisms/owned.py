@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.mechanisms.isolation import drawn_from
+
 
 class OwnedParameters:
     """Trainable modules that are built on first use, from the shapes that the first step shows.
@@ -59,9 +61,7 @@ class OwnedParameters:
             The same module each time.
         """
         if self.module is None:
-            # Validation may come first, in inference mode, where parameters could not be trained later.
-            with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self._seed)  # torch.manual_seed would move the devices' states too
+            with drawn_from(self._seed):
                 self.module = self._build(*arguments).to(device=device, dtype=dtype)
             self.optimizer = self._make_optimizer(self.module.parameters())
             if self._stashed is not None:
@@ -86,6 +86,8 @@ class OwnedParameters:
         if self.optimizer is None:
             return
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if all(parameter.grad is None for parameter in parameters):
+            return
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
         if reduce is not None:
@@ -94,7 +96,7 @@ class OwnedParameters:
                     parameter.grad = reduce(parameter.grad)
         if scaler is None:
             self.optimizer.step()
-        elif any(parameter.grad is not None for parameter in parameters):
+        else:
             scaler.unscale_(self.optimizer)
             scaler.step(self.optimizer)
         self.steps += 1

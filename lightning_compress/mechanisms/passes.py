@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -38,12 +38,17 @@ class Pass:
         batch: The step's first argument.
         task_loss: What the step returned as its loss; None in validation.
         calls: Calls of each captured student.
+        layers: Calls of each captured layer by its dotted name.
+        again: Runs the step once more, on the same batch, with the same random numbers and without a trace; gives
+            back its loss. None where nobody asked for it.
     """
 
     view: View
     batch: Any
     task_loss: Tensor | None
     calls: Mapping[StudentCapture, Sequence[NetworkCall]]
+    layers: Mapping[str, Sequence[NetworkCall]] = field(default_factory=dict)
+    again: Callable[[], Tensor] | None = None
 
     def call(self, capture: StudentCapture) -> NetworkCall | None:
         """The one call of a student in this pass; None if there was none.
@@ -57,6 +62,24 @@ class Pass:
             raise CaptureError(
                 f"the step calls the student '{name}' {len(calls)} times; a term needs one call a step: choose a "
                 "module that is called once with student=, or pass both inputs in one call"
+            )
+        return calls[0] if calls else None
+
+    def layer(self, name: str, *, argument: str) -> NetworkCall | None:
+        """The one call of a captured layer in this pass; None if there was none.
+
+        Args:
+            name: Dotted name, as it was captured.
+            argument: The user's argument that named it, for the error message.
+
+        Raises:
+            CaptureError: If the layer ran more than once.
+        """
+        calls = self.layers.get(name, ())
+        if len(calls) > 1:
+            raise CaptureError(
+                f"{argument}: the layer '{name}' ran {len(calls)} times in the step, so it is not said which of its "
+                "outputs is meant; choose a layer that runs once"
             )
         return calls[0] if calls else None
 

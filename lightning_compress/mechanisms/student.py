@@ -147,6 +147,7 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
         self.problem: str | None = None
         self.on_input: Callable[[object, tuple[Any, ...], Mapping[str, Any]], None] | None = None
         self.last_call: NetworkCall | None = None  # arguments only, detached: nothing of a step's graph is kept
+        self._differentiable = False
         for name in self.names or ():
             find_module(root, name, argument=argument)
 
@@ -154,6 +155,12 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
     def network(self) -> str | None:
         """Dotted name of the student; None while unknown, and where it is a chain of modules."""
         return self.names[0] if self.names is not None and len(self.names) == 1 else None
+
+    def differentiable_inputs(self) -> None:
+        """Give the student inputs that carry gradients from now on, so that a loss can be differentiated by them."""
+        self._differentiable = True
+        for end in self._ends[:1]:
+            end.differentiable = True
 
     def __enter__(self) -> StudentCapture:
         if self.names is None:
@@ -261,6 +268,7 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
             self._stack.enter_context(Capture(module, direct=module is self._root)) for module in modules
         )
         self._ends[0].on_input = self._tell
+        self._ends[0].differentiable = self._differentiable
 
     def _tell(self, key: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.on_input is not None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
-from lightning_compress.mechanisms.capture import NetworkCall
+from lightning_compress.mechanisms.capture import Capture, NetworkCall
+from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.tree import named_tensors, rebuild
 
 
@@ -41,6 +42,9 @@ class Teacher:
         self.module = module
         self.transform = transform
         self.forwards = 0
+        self.layers: dict[str, Sequence[NetworkCall]] = {}
+        """Calls of the watched layers in the last forward, by the names that they were watched under."""
+        self._captures: dict[str, Capture] = {}
         self._copies = True  # the first input is copied, to learn whether the teacher writes into it
 
     @contextmanager
@@ -66,14 +70,33 @@ class Teacher:
                 module.eval().requires_grad_(False)
             yield self
 
-    def __call__(self, call: NetworkCall) -> Any:
+    def watch(self, name: str, stack: ExitStack, *, argument: str) -> None:
+        """Record what a layer returns in each forward from now on, under :attr:`layers`.
+
+        Args:
+            name: Dotted name inside the teacher.
+            stack: Closes the record.
+            argument: The user's argument that holds the name, for error messages.
+
+        Raises:
+            ValueError: If there is no such layer.
+        """
+        layer = find_module(self.module, name, argument=argument)
+        if name not in self._captures:
+            self._captures[name] = stack.enter_context(Capture(layer, direct=layer is self.module))
+            stack.callback(self._captures.pop, name, None)
+            _compat.reset_compiled_code(self.module)
+
+    def __call__(self, call: NetworkCall, *, gradients: bool = False) -> Any:
         """Run the teacher on the arguments of a call of the student.
 
         Args:
             call: The student's call; its output is not looked at.
+            gradients: Run it such that what is computed from the output can be differentiated with respect to those of
+                the arguments that carry a gradient.
 
         Returns:
-            Whatever the network returns, without a graph.
+            Whatever the network returns, without a graph if not ``gradients``.
 
         Raises:
             RuntimeError: If the network does not take these arguments.
@@ -91,8 +114,10 @@ class Teacher:
             args, kwargs = rebuild((args, kwargs), lambda leaf: leaf)  # the dict it is given is its own
         used = _tensors((args, kwargs))
         versions = [None if tensor.is_inference() else tensor._version for tensor in used]
+        for capture in self._captures.values():
+            capture.start()
         try:
-            with torch.no_grad():
+            with nullcontext() if gradients else torch.no_grad():
                 if self.transform is not None:
                     args, kwargs = _as_arguments(self.transform(*args, **kwargs))
                 output = self.module(*args, **kwargs)
@@ -102,6 +127,7 @@ class Teacher:
                 f"{[tuple(tensor.shape) for tensor in given]}): {type(error).__name__}: {error}. It may want another "
                 "input (see teacher_transform), or the student may be another module than the one meant (see student)"
             ) from error
+        self.layers = {name: capture.stop() for name, capture in self._captures.items()}
         self._note_writing(used, versions)
         return output
 

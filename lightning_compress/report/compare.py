@@ -15,10 +15,10 @@ from torch import nn
 from lightning_compress import __version__
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError
-from lightning_compress.export.isolation import evaluating, random_state_kept
 from lightning_compress.export.onnx import ExportResult
 from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Sample, bind, on_cpu
+from lightning_compress.mechanisms.isolation import evaluating, random_state_kept
 from lightning_compress.report.latency import measure_latency
 from lightning_compress.report.measure import (
     compressed_bytes,

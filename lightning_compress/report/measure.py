@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_compress.export.isolation import evaluating, module_kept, random_state_kept
+from lightning_compress.mechanisms.isolation import evaluating, module_kept, random_state_kept
 from lightning_compress.mechanisms.tree import is_constant, leaves, rebuild
 from lightning_compress.report.table import Layer
 

@@ -168,7 +168,7 @@ def test_a_hook_that_closes_over_the_module_belongs_to_the_copy():
 def test_a_module_that_cannot_be_put_back_wholly_is_never_emptied(tmp_path):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from lightning_compress.export.isolation import module_kept
+    from lightning_compress.mechanisms.isolation import module_kept
 
     module = nn.Linear(2, 1)
     with FakeTensorMode():

@@ -420,7 +420,7 @@ def test_a_shared_teacher_runs_once_a_step():
             net.training_step(X)
             assert teacher.forwards == step
             assert len({id(output) for output in outputs[-3:]}) == 1
-        assert all(not shared.outputs for shared in c._teachers.values())
+        assert all(not shared._seen for shared in c._teachers.values())
     assert teacher.weight.requires_grad
 
 

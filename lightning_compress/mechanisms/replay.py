@@ -1,0 +1,237 @@
+"""Replay: run the user's step for what it calls, without learning from it and without a trace.
+
+Only the user's step knows how to make the network's input from a batch. So whoever needs inputs before training, or
+after it, runs the step: without gradients, with logging muted, and with parameters, buffers, metrics, attributes and
+random states put back afterwards. A run that needed a replay then equals one that did not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_compress import _compat
+from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
+from lightning_compress.mechanisms.isolation import device_of, module_kept, random_state_kept
+from lightning_compress.mechanisms.loaders import data_kept, independent_loaders
+from lightning_compress.mechanisms.selection import find_module
+from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
+from lightning_compress.mechanisms.student import StudentCapture
+from lightning_compress.mechanisms.wrapping import shadowed
+
+if TYPE_CHECKING:
+    from lightning_compress.mechanisms.controller import StepController
+
+MUTED = ("log", "log_dict", "print")
+TRIES = 32  # batches that may be skipped by the step before the first that is not
+
+
+class _Reached(BaseException):
+    """Ends a step where it has shown what was asked for; no user's ``except Exception`` catches it."""
+
+
+@contextmanager
+def traceless(module: nn.Module, *, parameters: bool = True) -> Iterator[None]:
+    """Undo at the end whatever a step does to its module, to random states, and to what is logged.
+
+    Args:
+        module: The LightningModule.
+        parameters: Whether the step may write into parameters; they are copied then.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(2)
+        >>> with traceless(layer):
+        ...     _ = layer(torch.rand(4, 2))
+        >>> layer.running_mean
+        tensor([0., 0.])
+    """
+    with ExitStack() as stack:
+        stack.enter_context(random_state_kept(device_of(module)))
+        stack.enter_context(module_kept(module, parameters=parameters))
+        stack.enter_context(_compat.silenced_loggers(module))
+        for method in MUTED:
+            if callable(getattr(module, method, None)):
+                stack.enter_context(shadowed(module, method, lambda _: lambda *args, **kwargs: None))
+        yield
+
+
+class Replay:
+    """A module's training step, to be run for what it calls; made by :func:`replay`.
+
+    Args:
+        controller: That of the module.
+        step: Runs the original step; takes what Lightning passes to it.
+        batches: The training batches as the step receives them, from the start each time it is called.
+    """
+
+    def __init__(
+        self, controller: StepController, step: Callable[..., Any], batches: Callable[[], Iterator[tuple[Any, ...]]]
+    ) -> None:
+        self._module = controller.module
+        self._step = step
+        self.batches = batches
+
+    def students(self) -> tuple[str, ...]:
+        """Find the student: the network that the first step calls.
+
+        Returns:
+            Its dotted name, empty for the module itself.
+
+        Raises:
+            CaptureError: If there is none, or more than one.
+        """
+        with StudentCapture(self._module) as capture:
+            capture.required = True
+            for arguments in self._first_batches():
+                capture.start(detect=True)
+                if self._step(*arguments) is not None or not self._automatic:
+                    capture.stop()
+                    break
+                capture.abort()  # a skipped batch: whatever it called is no evidence
+            if capture.names is None:
+                raise CaptureError(f"the training step of {type(self._module).__name__} calls no network")
+            return capture.names
+
+    def received(self, student: tuple[str, ...], arguments: tuple[Any, ...]) -> NetworkCall | None:
+        """What the student is given in a step, which goes no further than that.
+
+        Args:
+            student: One dotted name, or those of the ends of a chain.
+            arguments: The step's, as :attr:`batches` gives them.
+
+        Returns:
+            The first call, without output; None if the step does not call the student.
+        """
+        network = find_module(self._module, student[0], argument="student")
+
+        def stop(key: object, args: tuple[Any, ...], kwargs: Any) -> None:
+            reached.append(NetworkCall(args, kwargs, None))
+            raise _Reached
+
+        reached: list[NetworkCall] = []
+        with Capture(network, direct=network is self._module) as capture:
+            capture.on_input = stop
+            capture.start()
+            try:
+                self._step(*arguments)
+            except _Reached:
+                return reached[0]
+            calls = capture.stop()  # compiled code does not tell while it runs
+        return NetworkCall(calls[0].args, calls[0].kwargs, None) if calls else None
+
+    def first_received(self, student: tuple[str, ...]) -> tuple[NetworkCall, tuple[Any, ...]]:
+        """The first call of the student, and the step's arguments that led to it.
+
+        Args:
+            student: As in :meth:`received`.
+
+        Raises:
+            CaptureError: If the step does not call it.
+        """
+        for arguments in self._first_batches():
+            call = self.received(student, arguments)
+            if call is not None:
+                return call, arguments
+        raise CaptureError(
+            f"the training step of {type(self._module).__name__} does not call the student "
+            f"'{'/'.join(student)}'; choose another with student="
+        )
+
+    def outputs(self, student: tuple[str, ...], arguments: tuple[Any, ...]) -> list[LayerOutput]:
+        """What the layers of the student return in a step.
+
+        Args:
+            student: As in :meth:`received`; the layers of a chain are those of the whole module.
+            arguments: The step's.
+
+        Returns:
+            One entry for each layer that returned one tensor once, in the order in which they returned.
+        """
+        root = find_module(self._module, student[0], argument="student") if len(student) == 1 else self._module
+        with record_outputs(root) as outputs:
+            self._step(*arguments)
+        return outputs()
+
+    @property
+    def _automatic(self) -> bool:
+        return bool(getattr(self._module, "automatic_optimization", True))
+
+    def _first_batches(self) -> Iterator[tuple[Any, ...]]:
+        for index, arguments in enumerate(self.batches()):
+            if index == TRIES:
+                return
+            yield arguments
+
+
+@contextmanager
+def replay(
+    controller: StepController, trainer: Any, context: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Iterator[Replay]:
+    """Run the training step on the training data, without learning and without a trace.
+
+    Args:
+        controller: That of the module.
+        trainer: The Trainer, whose training data is set up: from ``on_train_start`` on.
+        context: Around each step; the autocast of the Trainer's precision, say.
+
+    Yields:
+        The replay.
+
+    Raises:
+        ValueError: If the training data can be read only once.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_compress.mechanisms.step import step_controller
+        >>> class Find(L.Callback):
+        ...     def on_train_start(self, trainer, pl_module):
+        ...         with step_controller(pl_module) as controller, replay(controller, trainer) as again:
+        ...             self.student = again.students()
+        >>> find = Find()
+        >>> L.Trainer(fast_dev_run=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+        ...           enable_model_summary=False, callbacks=[find]).fit(BoringModel())
+        >>> find.student
+        ('layer',)
+    """
+    module: Any = controller.module
+
+    def step(*arguments: Any) -> Any:
+        with context(), torch.no_grad(), _no_learning(module):
+            try:
+                return module.training_step(*arguments)
+            except _Backward:
+                return None
+
+    with ExitStack() as stack:
+        stack.enter_context(traceless(module))
+        stack.enter_context(data_kept([trainer.datamodule]))
+        loaders = stack.enter_context(independent_loaders(_compat.training_loaders(trainer)))
+        stack.callback(setattr, controller, "replaying", controller.replaying)
+        controller.replaying = True
+        yield Replay(controller, step, lambda: _compat.training_batches(trainer, loaders))
+
+
+class _Backward(BaseException):
+    """Ends a step with manual optimisation where it would begin to learn."""
+
+
+@contextmanager
+def _no_learning(module: Any) -> Iterator[None]:
+    """Let a step with manual optimisation end at its first backward pass."""
+
+    def backward(_: Any) -> Callable[..., Any]:
+        def stop(*args: Any, **kwargs: Any) -> None:
+            raise _Backward
+
+        return stop
+
+    if getattr(module, "automatic_optimization", True) or not hasattr(module, "manual_backward"):
+        yield
+        return
+    with shadowed(module, "manual_backward", backward):
+        yield
