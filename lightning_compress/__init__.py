@@ -8,35 +8,43 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lightning_compress import export, functional
+    from lightning_compress import export, functional, modules
+    from lightning_compress.callbacks.attention import AttentionTransferCallback
     from lightning_compress.callbacks.base import CompressionCallback
     from lightning_compress.callbacks.distillation import DistillationCallback
     from lightning_compress.callbacks.export import ExportCallback
+    from lightning_compress.callbacks.factors import FactorTransferCallback
     from lightning_compress.callbacks.report import CompressionReport
     from lightning_compress.mechanisms.loading import teacher_from_checkpoint
     from lightning_compress.mixins import CompressionMixin
 
 # Where each public name lives. Resolved on first use (PEP 562), so that importing the package imports nothing heavy.
 _HOMES = {
+    "AttentionTransferCallback": "lightning_compress.callbacks.attention",
     "CompressionCallback": "lightning_compress.callbacks.base",
     "CompressionMixin": "lightning_compress.mixins",
     "CompressionReport": "lightning_compress.callbacks.report",
     "DistillationCallback": "lightning_compress.callbacks.distillation",
     "ExportCallback": "lightning_compress.callbacks.export",
+    "FactorTransferCallback": "lightning_compress.callbacks.factors",
     "teacher_from_checkpoint": "lightning_compress.mechanisms.loading",
     "export": "",
     "functional": "",
+    "modules": "",
 }
 
 __all__ = [
+    "AttentionTransferCallback",
     "CompressionCallback",
     "CompressionMixin",
     "CompressionReport",
     "DistillationCallback",
     "ExportCallback",
+    "FactorTransferCallback",
     "__version__",
     "export",
     "functional",
+    "modules",
     "teacher_from_checkpoint",
 ]
 

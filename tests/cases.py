@@ -16,7 +16,14 @@ import pytest
 from contract.modules import AUTOMATIC, Classifier, teacher_for
 
 import lightning_compress
-from lightning_compress import CompressionCallback, CompressionReport, DistillationCallback, ExportCallback
+from lightning_compress import (
+    AttentionTransferCallback,
+    CompressionCallback,
+    CompressionReport,
+    DistillationCallback,
+    ExportCallback,
+    FactorTransferCallback,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class Case:
         changes_loss: Whether the trained weights differ from those without it.
         refuses: What it does not support ("manual", "compiled", "accumulation", "scaler", "ranks", "resume"), each with
             a pattern of the error that says so.
+        pretrains: Whether it learns from the batches before the training, so that their size matters.
         heavy: Whether the end of fit takes a second or more: then only one module is tried in the fast tests.
     """
 
@@ -38,6 +46,7 @@ class Case:
     modules: tuple[type[Classifier], ...] = AUTOMATIC
     changes_loss: bool = False
     refuses: Mapping[str, str] = field(default_factory=dict)
+    pretrains: bool = False
     heavy: bool = False
 
     def expects(self, capability: str) -> AbstractContextManager[Any]:
@@ -51,6 +60,14 @@ def _distillation(folder: Path, kind: type[Classifier]) -> CompressionCallback:
     return DistillationCallback(teacher_for(kind), temperature=2.0, task_weight=0.5, kd_weight=0.5)
 
 
+def _attention(folder: Path, kind: type[Classifier]) -> CompressionCallback:
+    return AttentionTransferCallback(teacher_for(kind), strength=0.02)
+
+
+def _factors(folder: Path, kind: type[Classifier]) -> CompressionCallback:
+    return FactorTransferCallback(teacher_for(kind), weight=3.0, pretrain_epochs=2)
+
+
 def _export(folder: Path, kind: type[Classifier]) -> CompressionCallback:
     return ExportCallback(folder / "model.onnx", metric="val_loss", tolerance=1e-4)
 
@@ -61,6 +78,10 @@ def _report(folder: Path, kind: type[Classifier]) -> CompressionCallback:
 
 CASES = (
     Case("DistillationCallback", _distillation, changes_loss=True, refuses={"manual": "CompressionMixin"}),
+    Case("AttentionTransferCallback", _attention, changes_loss=True, refuses={"manual": "CompressionMixin"}),
+    Case(
+        "FactorTransferCallback", _factors, changes_loss=True, pretrains=True, refuses={"manual": "CompressionMixin"}
+    ),
     Case("ExportCallback", _export, heavy=True),
     Case("CompressionReport", _report),
 )

@@ -29,6 +29,9 @@ STOREYS = [
 ]
 HEIGHT = {part: height for height, parts in enumerate(STOREYS) for part in parts}
 
+# What callbacks share; the rest of them do not know one another.
+BASES = ("base", "teaching")
+
 # When Lightning may be imported: never, or only inside a function or for type checkers. Others: at any time.
 NO_LIGHTNING = {"functional", "modules"}
 LAZY_LIGHTNING = {"_compat", "mechanisms", "export"}
@@ -139,7 +142,7 @@ def _internal(module: str, part: str, imported: Import) -> Iterator[str]:
         yield f"upwards, from {part} to {target_part}"
     elif part == target_part == "callbacks" and module != f"{PACKAGE}.callbacks":
         own_name, target_name = module.split(".")[2], [*imported.target.split("."), ""][2]
-        if target_name not in ("base", own_name):
+        if target_name not in (*BASES, own_name):
             yield "callbacks import no other callback than callbacks/base.py"
 
 

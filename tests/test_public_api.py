@@ -171,7 +171,8 @@ def test_the_surface_equals_the_snapshot():
 
 
 def test_every_callback_in_the_package_is_public():
-    sources = [path.read_text() for path in sorted((ROOT / "lightning_compress" / "callbacks").glob("*.py"))]
+    files = sorted((ROOT / "lightning_compress" / "callbacks").glob("*.py"))
+    sources = [path.read_text() for path in files if path.name != "teaching.py"]  # bases that are nobody's to name
     classes = {node.name for source in sources for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     callbacks = {name for name in classes if name in DOCUMENTED or re.fullmatch(r"[A-Z]\w*Callback", name)}
     assert callbacks <= set(lightning_compress.__all__)
@@ -231,7 +232,7 @@ def missing_from_docstring(function: Callable[..., Any]) -> list[str]:
     described = set(re.findall(r"^ +\*{0,2}(\w+)(?: \([^)]*\))?:", _section(text, "Args"), re.M))
     signature = inspect.signature(function)
     missing = [f"Args: {name}" for name in signature.parameters if name not in described]
-    if signature.return_annotation not in (None, "None") and not (
+    if signature.return_annotation not in (None, "None", "Iterator[None]") and not (
         _section(text, "Returns") or _section(text, "Yields")
     ):
         missing.append("Returns")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -252,6 +253,7 @@ class CompressionCallback(TrainerCallback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         for parameters in self._owned:
             parameters.step(scaler=scaler, reduce=reduce, lr=self.owned_lr(optimizer))
+            parameters.zero_grad()  # of several optimizers, only the one that follows the backward pass counts
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the mechanisms; the last of our callbacks runs the end of fit for all of them."""
@@ -336,6 +338,16 @@ class CompressionCallback(TrainerCallback):
     def _arguments(self) -> dict[str, Any]:
         names = [name for name in inspect.signature(type(self).__init__).parameters if name not in ("self", "name")]
         return {name: _primitive(getattr(self, name)) for name in names if hasattr(self, name)}
+
+
+def announce(text: str) -> None:
+    """Write to the terminal, whatever characters it has.
+
+    Args:
+        text: One line or several.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    sys.stdout.write("\n" + text.encode(encoding, "replace").decode(encoding))
 
 
 def run_end_of_fit(callbacks: list[CompressionCallback], trainer: Any, pl_module: Any) -> None:

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_compress import functional as F
-from lightning_compress.callbacks.base import CompressionCallback, log
-from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
-from lightning_compress.mechanisms.loading import build_module
+from lightning_compress.callbacks.base import log
+from lightning_compress.callbacks.teaching import TeacherCallback
+from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.outputs import Locator, find_labels, find_logits
-from lightning_compress.mechanisms.passes import Pass, Term
+from lightning_compress.mechanisms.passes import Pass
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.step import StepController
 
@@ -28,7 +28,7 @@ LossKind = Literal["auto", "softmax", "bernoulli", "mse", "hard", "dkd", "dist"]
 PER_ELEMENT = ("bernoulli", "mse")
 
 
-class DistillationCallback(CompressionCallback):
+class DistillationCallback(TeacherCallback):
     """Distil a teacher into the network that is being trained.
 
     When it acts: in every training step, where it adds its term to the loss; in validation it only measures. The
@@ -59,13 +59,14 @@ class DistillationCallback(CompressionCallback):
         TypeError, ValueError: If an argument is outside of what is said above, or the teacher cannot be built.
 
     Example:
+        >>> from torch import nn
         >>> callback = DistillationCallback(nn.Linear(4, 2), temperature=2.0)
         >>> callback.state_key
         'DistillationCallback[kd]'
     """
 
     default_name = "kd"
-    changes_loss = True
+    effect = "the distillation loss"
     expected_effects = ("the distillation loss",)
 
     def __init__(
@@ -84,7 +85,7 @@ class DistillationCallback(CompressionCallback):
         labels: Locator = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(name=name)
+        super().__init__(teacher, student=student, teacher_transform=teacher_transform, name=name)
         _check_weights(task_weight, kd_weight, temperature)
         if loss_kind not in get_args(LossKind):
             accepted = ", ".join(get_args(LossKind))
@@ -101,11 +102,6 @@ class DistillationCallback(CompressionCallback):
             )
         if ignore_index is not None and not isinstance(ignore_index, int):
             raise ValueError(f"ignore_index must be a whole number, got {ignore_index!r}")
-        self.teacher = build_module(teacher, argument="teacher")
-        self.teacher_transform = (
-            None if teacher_transform is None else build_module(teacher_transform, argument="teacher_transform")
-        )
-        self.student = student
         self.output = output
         self.temperature = temperature
         self.task_weight = task_weight
@@ -114,78 +110,42 @@ class DistillationCallback(CompressionCallback):
         self.class_dim = class_dim
         self.ignore_index = ignore_index
         self.labels = labels
-        self._run_teacher: Callable[[NetworkCall], Any] | None = None
         self._kind: str | None = None
-        self._warned: set[str] = set()
-
-    @property
-    def teacher_network(self) -> nn.Module | None:
-        """The teacher."""
-        return self.teacher
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Capture the student, prepare the teacher, add the term."""
-        self._kind, self._warned = None, set()
-        self.student_capture = controller.capture(self.student)
-        self._run_teacher = controller.teacher(
-            self.teacher,
-            self.teacher_transform,
-            student=self.student_capture,
-            device=pl_module.device,
-            convert=trainer.precision_plugin.convert_module,
-        )
+        self._kind = None
+        super().attach(controller, stack, trainer, pl_module)
         stack.enter_context(controller.task_weight(self.name, self.task_weight))
-        stack.enter_context(controller.term(Term(self.name, self._term)))
-        stack.enter_context(controller.observer(self._observe))
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Let go of the teacher's pass."""
-        self._run_teacher = None
-        super().on_fit_end(trainer, pl_module)
 
     def _term(self, passes: Mapping[str, Pass]) -> Tensor | None:
         [seen] = passes.values()
         call = self._call(seen)
         if call is None:
-            self._complain_about_no_call()
             return None
         student, teacher = self._logits(call)
-        first = self.effects["the distillation loss"] == 0
+        first = self.effects[self.effect] == 0
         if first:
             self._check_first(student, teacher)
         mask, labels = self._targets(seen.batch, student)
         loss = self._loss(student, teacher, mask, labels)
         self._log(loss, student, teacher, mask, validation=False)
-        self.effects["the distillation loss"] += 1
+        self.effects[self.effect] += 1
         return loss * self.kd_weight
 
-    def _observe(self, seen: Pass) -> None:
-        if self._kind is None or self.student_capture is None:  # the sanity check comes before the first step
-            return
-        calls = seen.calls.get(self.student_capture, ())
-        if len(calls) != 1:  # what is only measured is no reason to stop a training
-            self._warn_once(f"validation calls the student {len(calls)} times a step, not once, so it is not measured")
-            self._log_nothing()
-            return
-        [call] = calls
-        try:
-            student, teacher = self._logits(call)
-            mask, labels = self._targets(seen.batch, student)
-            loss = self._loss(student, teacher, mask, labels)
-        except Exception as error:  # outputs in evaluation may be of another form than in training
-            self._warn_once(f"validation is not measured: {error}")
-            self._log_nothing()
-            return
-        self._log(loss, student, teacher, mask, validation=True)
+    def _measure(self, seen: Pass, call: NetworkCall) -> None:
+        student, teacher = self._logits(call)
+        mask, labels = self._targets(seen.batch, student)
+        self._log(self._loss(student, teacher, mask, labels), student, teacher, mask, validation=True)
 
-    def _call(self, seen: Pass) -> NetworkCall | None:
-        return None if self.student_capture is None else seen.call(self.student_capture)
+    def _quantities(self) -> tuple[str, ...]:
+        if self._kind is None:  # settled in the first step
+            return ()
+        return ("loss",) if self._kind == "mse" else ("loss", "agreement")
 
     def _logits(self, call: NetworkCall) -> tuple[Tensor, Tensor]:
-        if self._run_teacher is None:
-            raise RuntimeError("DistillationCallback is only active during a fit")
         student = find_logits(call.output, self.output, owner="student")
-        teacher = find_logits(self._run_teacher(call), self.output, owner="teacher")
+        teacher = find_logits(self._shared_teacher()(call), self.output, owner="teacher")
         if student.shape != teacher.shape:
             raise ValueError(
                 f"the teacher's logits have shape {tuple(teacher.shape)} and the student's {tuple(student.shape)}; "
@@ -243,39 +203,15 @@ class DistillationCallback(CompressionCallback):
                 "frozen, run under no_grad, or inside of activation checkpointing with use_reentrant=True?"
             )
         self._kind = "softmax" if self.loss_kind == "auto" else self.loss_kind
-        names = "/".join(self.student_capture.names or ()) if self.student_capture is not None else ""
         log.info(
             "%s: student '%s' (%s for the LightningModule itself), loss_kind %s, classes in dimension %s of %s",
             self.name,
-            names,
+            self._student_name(),
             "''",
             self._kind,
             self._dimension(student),
             tuple(student.shape),
         )
-
-    def _many_ranks(self) -> bool:
-        """Whether a value that is left out would be missed: all ranks log, or none, as logging is collective."""
-        module: Any = self._require_controller().module
-        return int(module.trainer.world_size) > 1
-
-    def _log_nothing(self) -> None:
-        """Take part in what the other ranks log, with a weight of 0."""
-        if self._many_ranks():
-            for quantity in ("loss",) if self._kind == "mse" else ("loss", "agreement"):
-                self.log_quantity(quantity, 0.0, batch_size=0, validation=True)
-
-    def _complain_about_no_call(self) -> None:
-        names = "/".join((self.student_capture.names if self.student_capture is not None else None) or ())
-        message = f"the training step returned a loss without calling the student '{names}', so nothing was distilled"
-        if self.effects["the distillation loss"] == 0:
-            raise CaptureError(f"{message}; name the network that it calls with student=")
-        self._warn_once(message)
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(f"{type(self).__name__} '{self.name}': {message}", stacklevel=2)
 
     def _log(self, loss: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, *, validation: bool) -> None:
         positions = student.shape[0] if student.ndim else 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.callbacks.base import CompressionCallback, announce, log
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
@@ -106,7 +105,7 @@ class CompressionReport(CompressionCallback):
             return
         self.result = self._measured(trainer, pl_module)
         self._before = self._capture = None
-        _print(to_console(self.result))
+        announce(to_console(self.result))
         self._log(trainer, self.result)
         if trainer.fast_dev_run:
             log.info("%s: fast_dev_run, so no file is written", self.name)
@@ -283,9 +282,3 @@ def _quantities(row: Row) -> Iterator[tuple[str, float]]:
     if row.latency_ms is not None:
         yield "latency_ms", row.latency_ms.median
     yield from row.metrics.items()
-
-
-def _print(text: str) -> None:
-    """Write to the terminal, whatever characters it has."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    sys.stdout.write("\n" + text.encode(encoding, "replace").decode(encoding))

@@ -1,6 +1,6 @@
-"""What a training step with distillation costs, over the same step plus the teacher's forward.
+"""What a training step with a teacher's callback costs, over the same step plus the teacher's forward.
 
-    python -m tests.benchmarks.step_cost
+    python -m tests.benchmarks.step_cost [kd at ft]
 
 Every arm is a whole ``Trainer.fit`` with its own module, in a thread of its own, and the threads take turns: one step
 of each arm a round, in random order, never two at once. So an arm's time is that of Lightning's real loop, from the
@@ -11,9 +11,11 @@ round, with its 95% interval.
 The teacher has the student's own architecture, which is the hardest case: a larger teacher makes both sides longer
 and the ratio smaller.
 
-The two arms by hand say where time goes. What matters most is when the teacher runs: before the student, its
-temporary memory is free again when the student asks for its own; after it, both are needed at once, and the C library
-gives memory back to the system and takes it again in every step.
+The arms by hand say where time goes. What matters most is when the teacher runs: before the student, its temporary
+memory is free again when the student asks for its own; after it, both are needed at once, and the C library gives
+memory back to the system and takes it again in every step. In factor transfer, the arm by hand is what translator and
+paraphraser themselves cost; attention by gradients runs the teacher forward and backward, and the student backward
+twice.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import random
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,13 +39,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_compress import DistillationCallback
+from lightning_compress import AttentionTransferCallback, DistillationCallback, FactorTransferCallback
 from lightning_compress.demo import SmallResNet
-from lightning_compress.functional import distillation_loss
+from lightning_compress.functional import distillation_loss, factor_transfer_loss
+from lightning_compress.modules import Paraphraser, Translator
 from lightning_compress.report.latency import median_interval
 
 WARMUP = 10
-TARGET = 1.03
+TARGETS = {
+    "kd": "1.03 for the callback over the reference",
+    "at": "1.05 for the callback over the reference",
+    "ft": "1.15 for the callback over the arm by hand",
+}
 
 
 class Plain(L.LightningModule):
@@ -95,6 +103,42 @@ class ByHand(WithTeacherForward):
         loss = F.cross_entropy(logits, labels)
         self.log("train_loss", loss)
         return 0.1 * loss + 0.9 * distillation_loss(logits, target, 4.0)
+
+
+class FactorsByHand(WithTeacherForward):
+    """Factor transfer written into the step: what the loss, the translator and the paraphraser cost."""
+
+    def __init__(self, network: nn.Module, teacher: nn.Module, layers: tuple[str, str]) -> None:
+        super().__init__(network, teacher)
+        self.layers, self.kept = layers, {}
+        for owner, root, name in zip(("student", "teacher"), (network, teacher), layers, strict=True):
+            root.get_submodule(name).register_forward_hook(
+                lambda part, args, output, owner=owner: self.kept.update({owner: output})
+            )
+        self.helpers: list[nn.Module] = []
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        self.teacher_logits(images)
+        loss = F.cross_entropy(self.network(images), labels)
+        self.log("train_loss", loss)
+        student, teacher = self.kept["student"], self.kept["teacher"]
+        if not self.helpers:
+            paraphraser = Paraphraser(teacher.shape[1]).eval().requires_grad_(False)
+            self.helpers = [paraphraser, Translator(student.shape[1], paraphraser.factor_channels)]
+            self.optimizer = torch.optim.SGD(self.helpers[1].parameters(), 0.01, 0.9, weight_decay=5e-4)
+        with torch.no_grad():
+            factor = self.helpers[0].factor(teacher)
+        return loss + 10 * factor_transfer_loss(self.helpers[1](student), factor)
+
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.optimizer is not None:
+            self.optimizer.step()
 
 
 class Turns(Callback):
@@ -159,20 +203,48 @@ class Arm:
             self.turns.paused.release()
 
 
-def measure(make: Callable[[], nn.Module], batch: tuple[Tensor, Tensor], rounds: int) -> list[Arm]:
-    """Run all arms from the same weights in turns; the first is the reference."""
-    network, teacher = make(), make()
+def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], last: str) -> list[Arm]:
+    """The arms of one technique; the first is the reference.
 
-    def pair() -> tuple[nn.Module, nn.Module]:
-        return copy.deepcopy(network), copy.deepcopy(teacher)
+    Args:
+        technique: "kd", "at" or "ft".
+        pair: Makes a student and a teacher, from the same weights each time.
+        last: Name of the layer that ends the last stage of both.
+    """
 
-    student, frozen = pair()
-    arms = [
-        Arm("plain step + teacher forward", WithTeacherForward(*pair())),
-        Arm("by hand, teacher before student", ByHand(*pair(), teacher_first=True)),
-        Arm("by hand, teacher after student", ByHand(*pair(), teacher_first=False)),
-        Arm("DistillationCallback", Plain(student), [DistillationCallback(frozen)]),
+    def with_callback(name: str, make: Callable[[nn.Module], Callback]) -> Arm:
+        student, teacher = pair()
+        return Arm(name, Plain(student), [make(teacher)])
+
+    reference = Arm("plain step + teacher forward", WithTeacherForward(*pair()))
+    if technique == "kd":
+        return [
+            reference,
+            Arm("by hand, teacher before student", ByHand(*pair(), teacher_first=True)),
+            Arm("by hand, teacher after student", ByHand(*pair(), teacher_first=False)),
+            with_callback("DistillationCallback", DistillationCallback),
+        ]
+    if technique == "at":
+        return [
+            reference,
+            with_callback("AttentionTransferCallback", AttentionTransferCallback),
+            with_callback(
+                "the same, map_kind='gradient'",
+                lambda teacher: AttentionTransferCallback(teacher, map_kind="gradient", weight=1.0),
+            ),
+        ]
+    return [
+        reference,
+        Arm("by hand", FactorsByHand(*pair(), (last, last))),
+        with_callback(
+            "FactorTransferCallback",
+            lambda teacher: FactorTransferCallback(teacher, pair=(last, last), pretrain_epochs=0, weight=10.0),
+        ),
     ]
+
+
+def measure(arms: list[Arm], batch: tuple[Tensor, Tensor], rounds: int) -> list[Arm]:
+    """Run all arms in turns."""
     for arm in arms:
         arm.start(batch, WARMUP + rounds + 1)
     order = random.Random(0)
@@ -208,24 +280,32 @@ def _resnet18() -> nn.Module:
     return resnet18(num_classes=10)
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "small ResNet, width 16, batch 64 at 28x28": (lambda: SmallResNet(16), (64, 1, 28, 28)),
-    "resnet18, batch 16 at 64x64": (_resnet18, (16, 3, 64, 64)),
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    "small ResNet, width 16, batch 64 at 28x28": (lambda: SmallResNet(16), (64, 1, 28, 28), "stages"),
+    "resnet18, batch 16 at 64x64": (_resnet18, (16, 3, 64, 64), "layer4"),
 }
 
 
 def main() -> None:
     """Measure every case and print one table each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("techniques", nargs="*", metavar="technique", help=f"of {', '.join(TARGETS)}; all if none")
     parser.add_argument("--rounds", type=int, default=300, help="measured rounds a case, at least 200 to be quoted")
-    rounds = parser.parse_args().rounds
+    arguments = parser.parse_args()
+    unknown = set(arguments.techniques) - set(TARGETS)
+    if unknown:
+        parser.error(f"technique must be one of {', '.join(TARGETS)}, got {', '.join(sorted(unknown))}")
     _one_memory_arena()
-    for name, (make, shape) in CASES.items():
-        begin = time.perf_counter()
-        torch.manual_seed(0)
-        arms = measure(make, (torch.randn(shape), torch.randint(0, 10, (shape[0],))), rounds)
-        print(table(name, arms))
-        print(f"  target {TARGET}; one thread, {time.perf_counter() - begin:.0f} s\n", flush=True)
+    warnings.filterwarnings("ignore", message=".*paraphraser random.*")
+    for technique in arguments.techniques or TARGETS:
+        for name, (make, shape, last) in CASES.items():
+            begin = time.perf_counter()
+            torch.manual_seed(0)
+            network, teacher = make(), make()
+            arms = arms_of(technique, lambda: (copy.deepcopy(network), copy.deepcopy(teacher)), last)  # noqa: B023
+            measure(arms, (torch.randn(shape), torch.randint(0, 10, (shape[0],))), arguments.rounds)
+            print(table(f"{technique}, {name}", arms))
+            print(f"  target {TARGETS[technique]}; one thread, {time.perf_counter() - begin:.0f} s\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import pytest
 import pytorch_lightning
 import torch
-from contract.modules import Classifier, ManualClassifier, difference, fit, loader, made, mlp, trainer
+from contract.modules import Classifier, ManualClassifier, difference, fit, loader, made, small_network, trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import nn
 
@@ -208,7 +208,7 @@ def test_a_failing_stage_stops_the_sequence():
 
 
 def test_what_the_network_received_last_is_kept_for_the_end():
-    callback = DistillationCallback(mlp())
+    callback = DistillationCallback(small_network())
     module = fit(Classifier, callback)
     assert callback.captured_sample.network == "model"
     assert torch.equal(callback.captured_sample.args[0], list(loader(batch_size=16))[-1][0])
@@ -247,7 +247,7 @@ def test_a_learning_rate_finder_is_warned_of():
 
 def test_barebones_works_and_logs_nothing():
     silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"))
-    teacher = mlp()
+    teacher = small_network()
     reference = fit(Classifier, DistillationCallback(teacher))
     module = made(Classifier)
     run = trainer(DistillationCallback(teacher), barebones=True, **silent)

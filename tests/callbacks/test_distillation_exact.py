@@ -483,7 +483,7 @@ class TwoOptimizers(CompressionMixin, Classifier):
             optimizer.step()
 
     def configure_optimizers(self):
-        first, last = self.model[0], self.model[2]
+        first, last = self.model[0], self.model[-1]
         return torch.optim.SGD(first.parameters(), lr=0.1), torch.optim.Adam(last.parameters(), lr=0.01)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import CompressionReport, DistillationCallback, ExportCallback
+from lightning_compress.callbacks.base import announce
 from lightning_compress.report import from_json
 
 torch.set_num_threads(1)
@@ -288,11 +289,9 @@ def test_a_folder_that_cannot_be_written_is_a_warning(lightning, tmp_path, capsy
 def test_a_terminal_without_the_characters(monkeypatch):
     import io
 
-    from lightning_compress.callbacks import report
-
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    report._print("a\u65e5b\n")
+    announce("a\u65e5b\n")
     stream.flush()
     assert stream.buffer.getvalue() == b"\na?b\n"
 

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_compress import CompressionMixin
 
-FEATURES, HIDDEN, CLASSES = 8, 16, 3
+FEATURES, CLASSES = 8, 3
+IMAGE, CHANNELS = (1, 2, 4), 4  # of the rows of features, seen as images
 BATCH, STEPS = 8, 8
 
 
@@ -60,9 +61,19 @@ class StatefulLoader(DataLoader):
         self.start = state["position"]
 
 
-def mlp(*, norm: bool = False) -> nn.Sequential:
-    layers = [nn.Linear(FEATURES, HIDDEN), *([nn.BatchNorm1d(HIDDEN)] if norm else []), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(HIDDEN, CLASSES))
+class Convolution(nn.Conv2d):
+    """Over rows of features, which it takes for images: its output is a feature map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(IMAGE[0], channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, *IMAGE))
+
+
+def small_network(*, norm: bool = False) -> nn.Sequential:
+    features = [Convolution(CHANNELS), *([nn.BatchNorm2d(CHANNELS)] if norm else []), nn.ReLU()]
+    return nn.Sequential(*features, nn.Flatten(), nn.Linear(CHANNELS * FEATURES, CLASSES))
 
 
 def broken() -> None:
@@ -88,7 +99,7 @@ class Classifier(L.LightningModule):
         self.fails_in_validation = False
 
     def build(self) -> None:
-        self.model: nn.Module = mlp(norm=self.norm)
+        self.model: nn.Module = small_network(norm=self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -132,11 +143,11 @@ class NetworkItself(Classifier):
     """The LightningModule is the network."""
 
     def build(self) -> None:
-        self.first = nn.Linear(FEATURES, HIDDEN)
-        self.second = nn.Linear(HIDDEN, CLASSES)
+        self.first = Convolution(CHANNELS)
+        self.second = nn.Linear(CHANNELS * FEATURES, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(F.relu(self.first(x)))
+        return self.second(F.relu(self.first(x)).flatten(1))
 
 
 class KeywordNetwork(nn.Module):
@@ -144,7 +155,7 @@ class KeywordNetwork(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = mlp()
+        self.body = small_network()
 
     def forward(self, *, features: Tensor) -> dict[str, Tensor]:
         return {"logits": self.body(features)}
@@ -197,8 +208,9 @@ def teacher_for(kind: type[Classifier], seed: int = 3) -> nn.Module:
     """A wider network for the same batches, with batch norm, from fixed random numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = nn.Sequential(nn.Linear(FEATURES, 24), nn.BatchNorm1d(24), nn.Tanh(), nn.Linear(24, CLASSES))
-        return KeywordTeacher(network) if kind.as_dict else network
+        features = [Convolution(6), nn.BatchNorm2d(6), nn.Tanh()]
+        wide = nn.Sequential(*features, nn.Flatten(), nn.Linear(6 * FEATURES, CLASSES))
+        return KeywordTeacher(wide) if kind.as_dict else wide
 
 
 class KeywordTeacher(nn.Module):

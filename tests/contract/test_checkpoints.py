@@ -18,10 +18,10 @@ PLAIN_PROCESS = """
 import sys
 sys.modules["lightning_compress"] = None  # any import of it fails
 import torch
-from plain_network import mlp
+from plain_network import small_network
 for path, prediction in zip(sys.argv[1::2], sys.argv[2::2]):
     checkpoint = torch.load(path, weights_only=True)
-    network = mlp()
+    network = small_network()
     weights = {key.removeprefix("model."): value for key, value in checkpoint["state_dict"].items()}
     network.load_state_dict(weights, strict=True)
     inputs, expected = torch.load(prediction, weights_only=True)
@@ -29,8 +29,11 @@ for path, prediction in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 PLAIN_NETWORK = """
 from torch import nn
-def mlp():
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+class Convolution(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x.reshape(-1, 1, 2, 4))
+def small_network():
+    return nn.Sequential(Convolution(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
 """
 
 

@@ -22,7 +22,7 @@ def trained(kind, callbacks):
 
 @pytest.mark.parametrize("kind", [Classifier, NormClassifier], ids=lambda kind: kind.__name__)
 def test_the_order_of_all_rows_does_not_matter(kind, tmp_path):
-    alone, _ = trained(kind, [CASES[0].build(tmp_path, kind)])
+    alone, _ = trained(kind, [case.build(tmp_path, kind) for case in CASES if case.changes_loss])
     orders = [CASES, CASES[::-1]]
     modules, metrics = zip(
         *(

@@ -14,7 +14,18 @@ from cases import CASES
 from .modules import BATCH, STEPS, difference, made
 from .ranks import run
 
-FAST = ["DistillationCallback", "DistillationCallback-NetworkItself", "DistillationCallback-Spare"]
+FAST = [
+    "DistillationCallback",
+    "DistillationCallback-NetworkItself",
+    "DistillationCallback-Spare",
+    "AttentionTransferCallback",
+    "AttentionTransferCallback-NetworkItself",
+]
+LOGGED = {
+    "DistillationCallback": ("compress/kd/val_loss", "compress/kd/val_agreement"),
+    "AttentionTransferCallback": ("compress/at/val_loss",),
+}
+EFFECTS = {"DistillationCallback": "the distillation loss", "AttentionTransferCallback": "the attention loss"}
 HEAVY = [case.name for case in CASES if case.heavy] + ["ExportCallback-logged", "CompressionReport-logged"]
 TOLERANCE = 6e-8
 
@@ -51,7 +62,7 @@ def test_ranks_are_identical_and_equal_one_process(forked, name, tmp_path):
     assert difference(first["state_dict"], second["state_dict"]) == 0
     assert difference(first["state_dict"], alone) <= TOLERANCE
     assert difference(alone, made(type(alone))) > 0.01
-    for key in ("compress/kd/val_loss", "compress/kd/val_agreement"):
+    for key in LOGGED[name.partition("-")[0]]:
         assert first["metrics"][key] == second["metrics"][key]
         assert first["metrics"][key] == pytest.approx(float(alone.trainer.callback_metrics[key]), abs=1e-6)
 
@@ -75,7 +86,7 @@ def test_each_rank_captures_its_half_of_the_batch_once_a_step(forked, name):
     """Also where the step calls the LightningModule itself, through which DDP routes the step with other arguments."""
     for rank in forked[name]:
         assert rank["shapes"] == [[(BATCH // 2, 8)]] * STEPS
-        assert rank["effects"] == {"the distillation loss": STEPS}
+        assert rank["effects"] == {EFFECTS[name.partition("-")[0]]: STEPS}
         assert "training_step" not in rank["attributes"]
 
 

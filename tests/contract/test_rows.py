@@ -39,7 +39,7 @@ def test_accumulated_batches_equal_one_large_batch(case, tmp_path):
 
     small, large = trained(tmp_path / "small", 8, 4), trained(tmp_path / "large", 32, 1)
     assert difference(small, made(Classifier)) > 0.01
-    assert difference(small, large) < 1e-6
+    assert difference(small, large) < (1e-3 if case.pretrains else 1e-6)
 
 
 @each_case()

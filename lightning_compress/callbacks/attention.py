@@ -1,0 +1,386 @@
+"""Attention transfer: the student learns to look where the teacher looks.
+
+Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv:1612.03928. The default follows the
+authors' code: the mean squared difference of unit-length maps; ``mode="paper"`` is the equation. Attention by
+gradients, ``map_kind="gradient"``, is in the paper only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from matplotlib.image import imsave
+from torch import Tensor
+
+from lightning_compress import _compat
+from lightning_compress import functional as F
+from lightning_compress.callbacks.teaching import FeatureCallback, Pair, check_positive, check_whole, samples_of
+from lightning_compress.functional import attention
+from lightning_compress.mechanisms.capture import CaptureError, NetworkCall, differentiable
+from lightning_compress.mechanisms.passes import Pass
+from lightning_compress.mechanisms.selection import did_you_mean, find_module
+from lightning_compress.mechanisms.stages import Stage
+from lightning_compress.mechanisms.step import StepController
+from lightning_compress.mechanisms.tree import named_tensors, rebuild
+from lightning_compress.mechanisms.wrapping import shadowed
+from lightning_compress.report.attention import MapPair, attention_picture
+
+PICTURED = 4  # samples in a picture
+
+MapKind = Literal["sum", "abs_sum", "power", "max", "edges", "gradient"]
+Mode = Literal["code", "paper"]
+
+
+class AttentionTransferCallback(FeatureCallback):
+    """Let layers of the student attend to the same positions as layers of a teacher.
+
+    When it acts: when the training starts, where it proposes the pairs on one batch if none were given, and in every
+    training step, where it adds its term to the loss. In validation it only measures. Logged are
+    ``compress/<name>/loss``, the weighted term, and ``val_loss``. The first batch shows each pair's term beside the
+    task loss.
+
+    What it leaves alone: the module's parameters, keys, optimizer and steps. The teacher is in no checkpoint.
+
+    Args:
+        teacher: A module; in YAML a ``class_path`` with ``init_args``.
+        pairs: Layer inside the student to layer inside the teacher, from shallow to deep. "auto": the ends of stages
+            of equal size.
+        map_kind: "sum", "abs_sum", "power", "max" or "edges" of a layer's channels, or "gradient": of the task loss by
+            the input, which takes a pass of the teacher in the student's place and no pairs.
+        power: Exponent of "power" and "max", positive.
+        weight: The authors' convention (1000). "auto": their strength at any resolution, for mode "code".
+        strength: Factor of the weight "auto", positive.
+        mode: "code": mean squared difference; "paper": half the norm of the difference.
+        drop_tokens: Leading tokens to leave out of ``(N, L, D)`` features: 1 for a class token.
+        pictures_every_n_epochs: Draw the maps of both on the first validation samples, for loggers that take images,
+            else as PNG files. None: never.
+        student: Dotted name of the network, or two: the ends of a chain. None: found in the first step.
+        teacher_transform: Module applied to the inputs before the teacher.
+        name: As in the base class; default "at".
+
+    Raises:
+        TypeError, ValueError: If an argument is outside of what is said above, or the teacher cannot be built.
+
+    Example:
+        >>> from torch import nn
+        >>> callback = AttentionTransferCallback(nn.Conv2d(1, 4, 3), pairs={"features.3": "layer4"})
+        >>> callback.state_key
+        'AttentionTransferCallback[at]'
+    """
+
+    default_name = "at"
+    effect = "the attention loss"
+    expected_effects = ("the attention loss",)
+
+    def __init__(
+        self,
+        teacher: Any,
+        *,
+        pairs: dict[str, str] | Literal["auto"] = "auto",
+        map_kind: MapKind = "power",
+        power: float = 2.0,
+        weight: float | Literal["auto"] = "auto",
+        strength: float = 1.0,
+        mode: Mode = "code",
+        drop_tokens: int = 0,
+        pictures_every_n_epochs: int | None = None,
+        student: str | list[str] | None = None,
+        teacher_transform: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(teacher, student=student, teacher_transform=teacher_transform, name=name)
+        _check_choice("map_kind", map_kind, get_args(MapKind))
+        _check_choice("mode", mode, get_args(Mode))
+        _check_pairs(pairs)
+        _check_weight(weight, strength, mode, map_kind)
+        check_positive("power", power)
+        if power != 2.0 and map_kind not in ("power", "max"):
+            raise ValueError(f"power={power} has no effect with map_kind='{map_kind}': only 'power' and 'max' use it")
+        check_whole("drop_tokens", drop_tokens, at_least=0)
+        if pictures_every_n_epochs is not None:
+            check_whole("pictures_every_n_epochs", pictures_every_n_epochs, at_least=1)
+        if map_kind == "gradient" and (pairs != "auto" or drop_tokens or pictures_every_n_epochs):
+            raise ValueError(
+                "pairs, drop_tokens and pictures_every_n_epochs have no effect with map_kind='gradient', which "
+                "compares no layers"
+            )
+        self.pairs = pairs
+        self.map_kind = map_kind
+        self.power = power
+        self.weight = weight
+        self.strength = strength
+        self.mode = mode
+        self.drop_tokens = drop_tokens
+        self.pictures_every_n_epochs = pictures_every_n_epochs
+        self._pictured = -1  # the last epoch that has its picture
+        self._directory: Path | None = None
+
+    @property
+    def given_pairs(self) -> tuple[Pair, ...] | None:
+        """The pairs that the user gave; attention by gradients has none."""
+        if self.map_kind == "gradient":
+            return ()
+        return None if self.pairs == "auto" else tuple(Pair(*names) for names in self.pairs.items())
+
+    def choose(self, proposals: Sequence[tuple[Stage, Stage]]) -> Sequence[tuple[Stage, Stage]]:
+        """All of them."""
+        return proposals
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse layers that do not exist, and steps that cannot be run with another network."""
+        super().check(trainer, pl_module)
+        if self.map_kind != "gradient":
+            return
+        if not getattr(pl_module, "automatic_optimization", True):
+            raise ValueError("map_kind='gradient' runs the step twice, which manual optimisation does not allow")
+        if any(_compat.is_compiled(part) for part in pl_module.modules()):
+            raise ValueError("map_kind='gradient' differentiates twice, which compiled code does not allow")
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """Capture the student, prepare the teacher, add the term."""
+        super().attach(controller, stack, trainer, pl_module)
+        if self.map_kind == "gradient":
+            stack.enter_context(controller.repeated_passes())
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Settle the pairs; attention by gradients wants the student's inputs instead."""
+        super().on_train_start(trainer, pl_module)
+        if self.map_kind == "gradient" and self.student_capture is not None:
+            self.student_capture.differentiable_inputs()
+        self._pictured = -1
+        if self.pictures_every_n_epochs is None:
+            return
+        if not trainer.enable_validation:
+            raise ValueError(
+                f"pictures_every_n_epochs={self.pictures_every_n_epochs} needs validation samples, and this fit has no "
+                "validation"
+            )
+        # On every rank: reading the log directory is a broadcast.
+        self._directory = Path(trainer.log_dir or trainer.default_root_dir) / f"attention-{self.name}"
+
+    def _term(self, passes: Mapping[str, Pass]) -> Tensor | None:
+        [seen] = passes.values()
+        call = self._call(seen)
+        if call is None:
+            return None
+        first = self.effects[self.effect] == 0
+        terms = (
+            self._gradient_term(seen, call, first) if self.map_kind == "gradient" else self._terms(seen, call, first)
+        )
+        total = functools.reduce(torch.add, terms.values())
+        if first and seen.task_loss is not None:
+            self._tell_strength(terms, seen.task_loss)
+        self.log_quantity("loss", total.detach(), batch_size=samples_of(call))
+        self.effects[self.effect] += 1
+        return total
+
+    def _measure(self, seen: Pass, call: NetworkCall) -> None:
+        terms = self._terms(seen, call, first=False)
+        total = functools.reduce(torch.add, terms.values())
+        self.log_quantity("loss", total, batch_size=samples_of(call), validation=True)
+        every, epoch = self.pictures_every_n_epochs, self._trainer.current_epoch
+        if every is not None and epoch % every == 0 and epoch != self._pictured:
+            self._pictured = epoch
+            if self._trainer.is_global_zero:
+                self._picture(seen, call, epoch)
+
+    def _picture(self, seen: Pass, call: NetworkCall, epoch: int) -> None:
+        """Draw the maps of the first samples, and give the picture to whoever takes it."""
+        pairs = []
+        for pair, student, teacher in self._features(seen, call):
+            maps = [self._maps(self._without_tokens(pair, feature[:PICTURED])) for feature in (student, teacher)]
+            pairs.append(MapPair(pair.student, pair.teacher, *maps))
+        images = next((tensor for _, tensor in named_tensors((call.args, dict(call.kwargs))) if tensor.ndim == 4), None)
+        picture = attention_picture(None if images is None else images[:PICTURED], pairs)
+        key, step, taken = f"compress/{self.name}/attention", self._trainer.global_step, False
+        for logger in self._trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image(key, [picture], step=step)
+            elif hasattr(logger.experiment, "add_image"):
+                logger.experiment.add_image(key, picture, step, dataformats="HWC")
+            else:
+                continue
+            taken = True
+        if not taken and self._directory is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            imsave(self._directory / f"epoch={epoch}.png", picture)
+
+    def _maps(self, feature: Tensor) -> Tensor:
+        """Maps (N, H, W), or (N, L) of tokens."""
+        maps = F.attention_map(feature, self.power, self._kind())
+        return maps if feature.ndim == 3 else maps.reshape(len(feature), *feature.shape[2:])
+
+    def _quantities(self) -> tuple[str, ...]:
+        measured = self.map_kind != "gradient" and self.effects[self.effect] > 0
+        return ("loss",) if measured else ()
+
+    def _terms(self, seen: Pass, call: NetworkCall, first: bool) -> dict[str, Tensor]:
+        """The weighted term of each pair."""
+        terms = {}
+        for depth, (pair, student, teacher) in enumerate(reversed(list(self._features(seen, call)))):
+            if first:
+                self._check_features(pair, student, teacher)
+            student, teacher = self._without_tokens(pair, student), self._without_tokens(pair, teacher)
+            try:
+                loss = F.attention_transfer_loss(student, teacher, self.power, self._kind(), self.mode)
+            except ValueError as error:
+                raise ValueError(f"pairs: '{pair.student}' and '{pair.teacher}' cannot be compared: {error}") from error
+            terms[f"'{pair.student}' and '{pair.teacher}'"] = loss * self._weight(student, teacher, depth)
+        return dict(reversed(terms.items()))
+
+    def _weight(self, student: Tensor, teacher: Tensor, depth: int) -> float:
+        if self.weight == "auto":
+            positions = min(_positions(student), _positions(teacher))
+            return self.strength * F.attention_transfer_weight(positions, depth)
+        return self.weight / 2 if self.mode == "paper" else self.weight
+
+    def _kind(self) -> attention.MapKind:
+        if self.map_kind == "gradient":
+            raise RuntimeError("attention by gradients has no maps")
+        return self.map_kind
+
+    def _without_tokens(self, pair: Pair, feature: Tensor) -> Tensor:
+        if not self.drop_tokens or feature.ndim != 3:
+            return feature
+        if feature.shape[1] <= self.drop_tokens:
+            raise ValueError(
+                f"drop_tokens={self.drop_tokens} leaves nothing of the {feature.shape[1]} tokens of "
+                f"'{pair.student}' and '{pair.teacher}'"
+            )
+        return feature[:, self.drop_tokens :]
+
+    # Attention by gradients
+
+    def _gradient_term(self, seen: Pass, call: NetworkCall, first: bool) -> dict[str, Tensor]:
+        if seen.task_loss is None or seen.again is None:
+            raise RuntimeError("attention by gradients needs a step that can be run again")
+        student = self._input_gradient(seen.task_loss, call, "student", create_graph=True)
+        loss, given = self._with_teacher_in_place(seen)
+        if first and not _same_input(given, call):
+            raise CaptureError(
+                "map_kind='gradient': the step was run once more with the teacher in the student's place, and gave it "
+                "another input than the student had; it must prepare the batch in the same way each time"
+            )
+        teacher = self._input_gradient(loss, given, "teacher", create_graph=False)
+        term = F.gradient_transfer_loss(student, teacher) * (self._number() / 2)
+        if first:
+            self._check_double_backward(term)
+        return {"the input gradients": term}
+
+    def _number(self) -> float:
+        if self.weight == "auto":
+            raise RuntimeError("attention by gradients has no automatic weight")
+        return self.weight
+
+    def _with_teacher_in_place(self, seen: Pass) -> tuple[Tensor, NetworkCall]:
+        """The task loss of the teacher, from the user's own step, and what the teacher received."""
+        teacher, module = self._shared_teacher().teacher, self._require_controller().module
+        given: list[NetworkCall] = []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = rebuild((args, kwargs), differentiable)
+            given.append(NetworkCall(args, kwargs, None))
+            return teacher(given[-1], gradients=True)
+
+        network = find_module(module, self._student_name(), argument="student")
+        with shadowed(network, "forward", lambda _: forward):
+            try:
+                loss = seen.again() if seen.again is not None else None
+            except Exception as error:  # whatever the user's step raises on what another network returns
+                raise CaptureError(
+                    "map_kind='gradient' needs the teacher's task loss, so the step is run once more with the teacher "
+                    f"in the student's place, and this failed: {type(error).__name__}: {error}. The teacher must "
+                    "return what the student returns: as many classes, in the same structure"
+                ) from error
+        if loss is None or len(given) != 1:
+            raise CaptureError(
+                f"map_kind='gradient': with the teacher in its place the student is called {len(given)} times in the "
+                "step, not once, so it is not said which input is meant"
+            )
+        return loss, given[0]
+
+    def _input_gradient(self, loss: Tensor, call: NetworkCall, owner: str, *, create_graph: bool) -> Tensor:
+        """The gradient of a task loss by the network's input, each sample's in a row; through the scaler's range."""
+        inputs = [tensor for _, tensor in named_tensors((call.args, dict(call.kwargs))) if tensor.requires_grad]
+        scale = self._scale()
+        found: Sequence[Tensor | None] = ()
+        if inputs and loss.requires_grad:
+            found = torch.autograd.grad(loss * scale, inputs, create_graph=create_graph, allow_unused=True)
+        gradients = [gradient / scale for gradient in found if gradient is not None and gradient.ndim > 0]
+        if not gradients or any(len(gradient) != len(gradients[0]) for gradient in gradients):
+            raise CaptureError(
+                f"map_kind='gradient': the task loss of the {owner} cannot be differentiated by its input, which holds "
+                f"{len(inputs)} floating tensors; each must be a batch, and the loss must depend on one of them"
+            )
+        return torch.cat([gradient.reshape(len(gradient), -1) for gradient in gradients], dim=1)
+
+    def _check_double_backward(self, term: Tensor) -> None:
+        """Differentiate once on trial: torch says only then what it cannot differentiate twice."""
+        module = self._require_controller().module
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        try:
+            found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"map_kind='gradient' differentiates the student twice, and an operation in it does not allow that: "
+                f"{error}. Flash attention can be switched off with torch.nn.attention.sdpa_kernel"
+            ) from error
+        if all(gradient is None for gradient in found):
+            raise ValueError(
+                "map_kind='gradient': the student's input gradient does not depend on any trained parameter"
+            )
+
+    def _scale(self) -> float:
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def _positions(feature: Tensor) -> int:
+    return feature.shape[1] if feature.ndim == 3 else feature[0, 0].numel()
+
+
+def _same_input(first: NetworkCall, second: NetworkCall) -> bool:
+    ours, theirs = (named_tensors((call.args, dict(call.kwargs))) for call in (first, second))
+    return len(ours) == len(theirs) and all(
+        a.shape == b.shape and torch.equal(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True)
+    )
+
+
+def _check_choice(argument: str, value: Any, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        raise ValueError(
+            f"{argument} must be one of {', '.join(accepted)}, got {value!r}{did_you_mean(str(value), accepted)}"
+        )
+
+
+def _check_pairs(pairs: Any) -> None:
+    if pairs == "auto":
+        return
+    if (
+        not isinstance(pairs, Mapping)
+        or not pairs
+        or not all(isinstance(name, str) for pair in pairs.items() for name in pair)
+    ):
+        raise ValueError(
+            "pairs must be 'auto', or a dict from a layer inside the student to a layer inside the teacher, such as "
+            f"{{'layer3': 'layer4'}}; got {pairs!r}"
+        )
+
+
+def _check_weight(weight: Any, strength: Any, mode: str, map_kind: str) -> None:
+    if weight == "auto":
+        if mode == "paper" or map_kind == "gradient":
+            raise ValueError(
+                f"weight='auto' is the strength of mode 'code' on maps; with mode='{mode}' and map_kind='{map_kind}' "
+                "give a number"
+            )
+    else:
+        check_positive("weight", weight, "'auto' or a positive number")
+        if strength != 1.0:
+            raise ValueError(f"strength={strength} has no effect with weight={weight}: multiply the weight by it")
+    check_positive("strength", strength)

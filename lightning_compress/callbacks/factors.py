@@ -1,0 +1,337 @@
+"""Factor transfer: the student imitates factors of the teacher's feature that a paraphraser has learned.
+
+Kim, Park & Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018,
+arXiv:1802.04977. The networks, their pre-training and the loss are those of the authors' code.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_compress import functional as F
+from lightning_compress.callbacks.teaching import FeatureCallback, Pair, check_positive, check_whole, samples_of
+from lightning_compress.mechanisms.capture import NetworkCall
+from lightning_compress.mechanisms.isolation import drawn_from
+from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
+from lightning_compress.mechanisms.paraphrasing import paraphraser_from, train_paraphraser
+from lightning_compress.mechanisms.passes import Pass
+from lightning_compress.mechanisms.replay import Replay
+from lightning_compress.mechanisms.stages import Stage
+from lightning_compress.mechanisms.step import StepController
+from lightning_compress.modules import Paraphraser, Translator
+
+POOR = 0.9  # relative reconstruction error from which a paraphraser has learned next to nothing
+
+
+class FactorTransferCallback(FeatureCallback):
+    """Let the student's last feature, translated, imitate factors of the teacher's.
+
+    When it acts: when the training starts, where it trains the paraphraser on what the teacher returns for the training
+    data (unless it is in the checkpoint or in a file), and in every training step, where it adds its term to the loss
+    and trains the translator beside the network. In validation it only measures. Logged are ``compress/<name>/loss``
+    (unweighted), ``val_loss``, and the paraphraser's ``reconstruction`` error relative to the feature.
+
+    What it leaves alone: the module's parameters, keys, optimizer and steps. Paraphraser and translator are in this
+    callback's state, and nowhere else.
+
+    Args:
+        teacher: A module; in YAML a ``class_path`` with ``init_args``.
+        pair: Layer inside the student and layer inside the teacher. "auto": the ends of their last stages.
+        factor_ratio: Channels of the factor as a share of the teacher's, positive.
+        weight: Weight of the loss, positive; its strength depends on the size of the factor.
+        pretrain_epochs: Epochs of the paraphraser's training; 0 leaves it random.
+        paraphraser: File that :meth:`save_paraphraser` wrote; it is not trained then.
+        translator_lr: Learning rate of the translator. None: that of the user's first parameter group in each step.
+        student: Dotted name of the network, or two: the ends of a chain. None: found in the first step.
+        teacher_transform: Module applied to the inputs before the teacher.
+        name: As in the base class; default "ft".
+
+    Attributes:
+        reconstruction_errors: One for each epoch of the pre-training; 1 is what zeros would reach.
+
+    Raises:
+        TypeError, ValueError: If an argument is outside of what is said above, or cannot be built or read.
+
+    Example:
+        >>> from torch import nn
+        >>> callback = FactorTransferCallback(nn.Conv2d(1, 4, 3), pair=("layer3", "layer4"))
+        >>> callback.state_key
+        'FactorTransferCallback[ft]'
+    """
+
+    default_name = "ft"
+    effect = "the factor loss"
+    expected_effects = ("the factor loss",)
+    pairs_argument = "pair"
+
+    def __init__(
+        self,
+        teacher: Any,
+        *,
+        pair: Sequence[str] | Literal["auto"] = "auto",
+        factor_ratio: float = 0.5,
+        weight: float = 500.0,
+        pretrain_epochs: int = 6,
+        paraphraser: str | os.PathLike[str] | None = None,
+        translator_lr: float | None = None,
+        student: str | list[str] | None = None,
+        teacher_transform: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(teacher, student=student, teacher_transform=teacher_transform, name=name)
+        _check_pair(pair)
+        check_positive("factor_ratio", factor_ratio)
+        check_positive("weight", weight)
+        if translator_lr is not None:
+            check_positive("translator_lr", translator_lr)
+        check_whole("pretrain_epochs", pretrain_epochs, at_least=0)
+        self.pair = pair if pair == "auto" else list(pair)
+        self.factor_ratio = factor_ratio
+        self.weight = weight
+        self.pretrain_epochs = pretrain_epochs
+        self.paraphraser = None if paraphraser is None else os.path.abspath(paraphraser)
+        self.translator_lr = translator_lr
+        self.reconstruction_errors: list[float] = []
+        self._from_file = None if self.paraphraser is None else _read(self.paraphraser, factor_ratio)
+        self._loaded: dict[str, Any] = {}
+        self._paraphraser: Paraphraser | None = None
+        self._translator: OwnedParameters | None = None
+
+    @property
+    def given_pairs(self) -> tuple[Pair, ...] | None:
+        """The pair that the user gave."""
+        return None if self.pair == "auto" else (Pair(*self.pair),)
+
+    def choose(self, proposals: Sequence[tuple[Stage, Stage]]) -> Sequence[tuple[Stage, Stage]]:
+        """The last that is an image, for convolutions."""
+        return [pair for pair in proposals if all(len(stage.shape) == 4 for stage in pair)][-1:]
+
+    def save_paraphraser(self, path: str | os.PathLike[str]) -> None:
+        """Write the trained paraphraser to a file, for the argument ``paraphraser`` of other runs.
+
+        Args:
+            path: The file.
+
+        Raises:
+            RuntimeError: If there is none yet.
+        """
+        if self._paraphraser is None:
+            raise RuntimeError("there is no trained paraphraser yet: it is made when a training starts")
+        torch.save({key: value.cpu() for key, value in self._paraphraser.state_dict().items()}, path)
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse layers that do not exist; forget an earlier fit."""
+        super().check(trainer, pl_module)
+        self._loaded, self._paraphraser, self._translator, self.reconstruction_errors = {}, None, None, []
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """Capture the student, prepare the teacher, add the term, own the translator."""
+        super().attach(controller, stack, trainer, pl_module)
+        # The user's seed, so that runs of several seeds differ here too; of the first process, so that ranks agree.
+        self._seed = int(trainer.strategy.broadcast(torch.initial_seed()))
+        self._translator = self.own(OwnedParameters(Translator, _translators_optimizer, seed=self._seed))
+        self._translator.load_state_dict(self._loaded.get("translator", {}))
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Settle the pair, and get the paraphraser: from the checkpoint, from a file, or by training it."""
+        refuse_lbfgs(trainer.optimizers, f"{type(self).__name__} '{self.name}' trains a translator, which")
+        super().on_train_start(trainer, pl_module)
+        if self._loaded.get("paraphraser"):
+            self._paraphraser = paraphraser_from(
+                self._loaded["paraphraser"], self.factor_ratio, argument="the checkpoint"
+            )
+        elif self._from_file is not None:
+            self._paraphraser = paraphraser_from(self._from_file, self.factor_ratio, argument="paraphraser")
+        else:
+            self._pretrain(trainer, pl_module)
+
+    def owned_lr(self, optimizer: torch.optim.Optimizer) -> float | None:
+        """The translator's learning rate in the coming step."""
+        return float(optimizer.param_groups[0]["lr"]) if self.translator_lr is None else self.translator_lr
+
+    def extra_state(self) -> dict[str, Any]:
+        """The pair, the paraphraser, the translator and its optimizer."""
+        if self._paraphraser is None or self._translator is None:
+            return {**super().extra_state(), **self._loaded}
+        return {
+            **super().extra_state(),
+            "paraphraser": self._paraphraser.state_dict(),
+            "reconstruction_errors": list(self.reconstruction_errors),
+            "translator": self._translator.state_dict(),
+        }
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take them back: a resumed run does not train the paraphraser again."""
+        super().load_extra_state(state)
+        self._loaded = {
+            key: state[key] for key in ("paraphraser", "reconstruction_errors", "translator") if key in state
+        }
+        self.reconstruction_errors = list(self._loaded.get("reconstruction_errors", ()))
+
+    def _term(self, passes: Mapping[str, Pass]) -> Tensor | None:
+        [seen] = passes.values()
+        call = self._call(seen)
+        if call is None:
+            return None
+        first = self.effects[self.effect] == 0
+        loss = self._loss(seen, call, first=first)
+        if first and seen.task_loss is not None:
+            [pair] = self.settled
+            self._tell_strength({f"'{pair.student}' and '{pair.teacher}'": loss * self.weight}, seen.task_loss)
+        self.log_quantity("loss", loss.detach(), batch_size=samples_of(call))
+        self.effects[self.effect] += 1
+        return loss * self.weight
+
+    def _measure(self, seen: Pass, call: NetworkCall) -> None:
+        self.log_quantity("loss", self._loss(seen, call), batch_size=samples_of(call), validation=True)
+
+    def _quantities(self) -> tuple[str, ...]:
+        return ("loss",) if self.effects[self.effect] else ()
+
+    def _loss(self, seen: Pass, call: NetworkCall, *, first: bool = False) -> Tensor:
+        [(pair, student, teacher)] = self._features(seen, call)
+        paraphraser, translator = self._paraphraser, self._translator
+        if paraphraser is None or translator is None:
+            raise RuntimeError(f"{type(self).__name__} is only active during a fit")
+        if first:
+            self._check_features(pair, student, teacher)
+            self._check_channels(pair, student, teacher)
+            paraphraser.to(teacher.device, _helpers_dtype(teacher))
+        dtype = _helpers_dtype(student)
+        translate = translator.get(student.shape[1], paraphraser.factor_channels, device=student.device, dtype=dtype)
+        with torch.no_grad():
+            factor = paraphraser.factor(teacher.to(_helpers_dtype(teacher)))
+        return F.factor_transfer_loss(translate(student.to(dtype)), factor)
+
+    def _check_channels(self, pair: Pair, student: Tensor, teacher: Tensor) -> None:
+        for owner, layer, feature in (("student", pair.student, student), ("teacher", pair.teacher, teacher)):
+            if feature.ndim != 4:
+                raise ValueError(
+                    f"pair: the layer '{layer}' of the {owner} returns shape {tuple(feature.shape)}, and the "
+                    "convolutions of factor transfer need (N, C, H, W)"
+                )
+        channels = next(self._paraphraser.parameters()).shape[1] if self._paraphraser is not None else 0
+        if teacher.shape[1] != channels:
+            raise ValueError(
+                f"paraphraser: it was trained on features of {channels} channels, and the layer '{pair.teacher}' of "
+                f"the teacher returns {teacher.shape[1]}; it belongs to another layer or teacher"
+            )
+
+    # The paraphraser's training
+
+    def _pretrain(self, trainer: Any, pl_module: Any) -> None:
+        """Train the paraphraser on what the teacher returns for the training data, in the main run's absence."""
+        [pair] = self.settled
+        with self.replayed(trainer) as again, _progress_bar(trainer, self.pretrain_epochs) as bar:
+            first = next(iter(self._teacher_features(again, pair, trainer)), None)
+            if first is None or first.ndim != 4:
+                shape = "nothing" if first is None else f"shape {tuple(first.shape)}"
+                raise ValueError(
+                    f"pair: the layer '{pair.teacher}' of the teacher returns {shape} for the training data, and the "
+                    "paraphraser needs (N, C, H, W)"
+                )
+            with drawn_from(self._seed):
+                paraphraser = Paraphraser(first.shape[1], self.factor_ratio).to(first.device, first.dtype)
+
+            def features() -> Iterable[Tensor]:
+                for feature in _in_step(self._teacher_features(again, pair, trainer), trainer):
+                    bar.update()
+                    yield feature
+
+            reduce = functools.partial(trainer.strategy.reduce, reduce_op="mean") if trainer.world_size > 1 else None
+            self.reconstruction_errors = train_paraphraser(
+                paraphraser, features, epochs=self.pretrain_epochs, reduce=reduce
+            )
+        self._paraphraser = paraphraser
+        self._tell_errors(trainer)
+
+    def _tell_errors(self, trainer: Any) -> None:
+        """Log the errors of the pre-training, after it: meanwhile the loggers are silent."""
+        for logger in trainer.loggers:
+            for epoch, error in enumerate(self.reconstruction_errors):
+                logger.log_metrics({f"compress/{self.name}/reconstruction": error}, step=epoch)
+        if not self.reconstruction_errors:
+            self._warn_once("pretrain_epochs=0 leaves the paraphraser random, so its factors say little of the teacher")
+        elif self.reconstruction_errors[-1] > POOR:
+            self._warn_once(
+                f"the paraphraser's error is still {self.reconstruction_errors[-1]:.2f} of the teacher's feature, so "
+                "it has learned next to nothing; more pretrain_epochs, or another layer, may help"
+            )
+
+    def _teacher_features(self, again: Replay, pair: Pair, trainer: Any) -> Iterator[Tensor]:
+        """What the teacher's layer returns for each training batch."""
+        teacher = self._shared_teacher()
+        names = (self.student_capture.names if self.student_capture is not None else None) or ("",)
+        for arguments in again.batches():
+            call = again.received(names, arguments)
+            if call is None:
+                continue
+            with trainer.precision_plugin.train_step_context():
+                feature = self._tensor(
+                    pair.teacher, teacher.layer(call, pair.teacher, argument=self.pairs_argument), "teacher"
+                )
+            teacher.forget()
+            yield feature.to(_helpers_dtype(feature))
+
+
+def _in_step(features: Iterator[Tensor], trainer: Any) -> Iterator[Tensor]:
+    """As long as every process has one: each averages its gradients with those of the others."""
+    for feature in features:
+        if trainer.world_size > 1 and not trainer.strategy.reduce_boolean_decision(True, all=True):
+            return
+        yield feature
+    if trainer.world_size > 1:
+        trainer.strategy.reduce_boolean_decision(False, all=True)
+
+
+def _translators_optimizer(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """As the authors train it; the learning rate is set before each step."""
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def _helpers_dtype(feature: Tensor) -> torch.dtype:
+    """Helpers are trained in float32 or better, whatever the features come in."""
+    return torch.promote_types(feature.dtype, torch.float32)
+
+
+def _progress_bar(trainer: Any, epochs: int) -> Any:
+    from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+    bar, batches = trainer.progress_bar_callback, trainer.num_training_batches
+    shown = bar is not None and bool(getattr(bar, "is_enabled", True)) and trainer.is_global_zero
+    total = None if batches == float("inf") else epochs * int(batches)
+    return Tqdm(desc="Pre-training the paraphraser", total=total, disable=not shown or epochs == 0, leave=True)
+
+
+def _read(path: str, factor_ratio: float) -> dict[str, Tensor]:
+    """The weights in a file; whether they are those of a paraphraser is checked here, before any training."""
+    if not Path(path).is_file():
+        raise ValueError(
+            f"paraphraser names '{path}', which is no file; FactorTransferCallback.save_paraphraser writes one"
+        )
+    try:
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(f"paraphraser: '{path}' cannot be read as weights: {error}") from error
+    paraphraser_from(state, factor_ratio, argument=f"paraphraser: '{path}'")
+    return state
+
+
+def _check_pair(pair: Any) -> None:
+    if pair == "auto":
+        return
+    names = list(pair) if isinstance(pair, (list, tuple)) else []
+    if len(names) != 2 or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            "pair must be 'auto', or the name of a layer inside the student and of one inside the teacher, such as "
+            f"('layer3', 'layer4'); got {pair!r}"
+        )
