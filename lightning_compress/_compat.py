@@ -6,6 +6,7 @@ Traced on lightning 2.6 and torch 2.13 and 2.14. When a canary falls after an up
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -206,12 +207,12 @@ def training_batches(trainer: Any, loaders: list[Any]) -> Iterator[tuple[Any, ..
     iterates = signature(module.training_step, "dataloader_iter", explicit=True)
     indexed = signature(module.training_step, "batch_idx", min_args=2)
     try:
-        for batch, batch_idx, dataloader_idx in combined:
-            if batch_idx >= trainer.num_training_batches:
-                return
+        entries = itertools.takewhile(lambda entry: entry[1] < trainer.num_training_batches, combined)
+        for entry in entries:
             if iterates:
-                yield (iter([(batch, batch_idx, dataloader_idx)]),)
+                yield (itertools.chain([entry], entries),)  # a step may take several
                 continue
+            batch, batch_idx, _ = entry
             batch = trainer.precision_plugin.convert_input(batch)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -24,6 +24,8 @@ MACHINE = re.compile(r"/(?:root|home|Users|work|tmp|var|opt)/|\blocalhost\b|inde
 RUNS = {
     "docs/start.md": ("report/compression_report.html", "largest difference to the network: "),
     "docs/techniques/distillation.md": ("", "0.8811"),
+    "docs/techniques/attention-transfer.md": ("", "at: the losses of the first batch"),
+    "docs/techniques/factor-transfer.md": ("paraphraser.pt", "ft: the losses of the first batch"),
     "docs/export.md": ("network.onnx", "compared at batch sizes (2, 1, 5)"),
     "docs/report.md": ("report/compression_report.html", "Compression report"),
 }
@@ -37,7 +39,7 @@ def test_every_public_name_is_on_the_api_page():
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\.\. (?:auto\w+|py:module):: (\S+)$|^\.\. py:data:: (\S+)$", page, flags=re.MULTILINE))
     names = {f"lightning_compress.{name}" for name in lightning_compress.__all__ if name != "__version__"}
-    for part in ("export", "functional"):
+    for part in ("export", "functional", "modules"):
         names |= {f"lightning_compress.{part}.{name}" for name in getattr(lightning_compress, part).__all__}
     assert {first or second for first, second in listed} - {"lightning_compress", "__version__"} == names
 

@@ -14,21 +14,27 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from matplotlib.image import imsave
 from torch import Tensor
 
 from lightning_compress import _compat
 from lightning_compress import functional as F
-from lightning_compress.callbacks.teaching import FeatureCallback, Pair, check_positive, check_whole, samples_of
+from lightning_compress.callbacks.arguments import check_choice, check_positive, check_whole
+from lightning_compress.callbacks.features import FeatureCallback, Pair
+from lightning_compress.callbacks.teaching import samples_of
 from lightning_compress.functional import attention
-from lightning_compress.mechanisms.capture import CaptureError, NetworkCall, differentiable
+from lightning_compress.mechanisms.capture import NetworkCall
+from lightning_compress.mechanisms.input_gradients import (
+    check_comparable,
+    check_differentiable_twice,
+    input_gradient,
+    loss_of_teacher,
+)
 from lightning_compress.mechanisms.passes import Pass
-from lightning_compress.mechanisms.selection import did_you_mean, find_module
+from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.stages import Stage
 from lightning_compress.mechanisms.step import StepController
-from lightning_compress.mechanisms.tree import named_tensors, rebuild
-from lightning_compress.mechanisms.wrapping import shadowed
-from lightning_compress.report.attention import MapPair, attention_picture
+from lightning_compress.mechanisms.tree import named_tensors
+from lightning_compress.report.attention import MapPair, attention_picture, show_picture
 
 PICTURED = 4  # samples in a picture
 
@@ -47,18 +53,15 @@ class AttentionTransferCallback(FeatureCallback):
     What it leaves alone: the module's parameters, keys, optimizer and steps. The teacher is in no checkpoint.
 
     Args:
-        teacher: A module; in YAML a ``class_path`` with ``init_args``.
-        pairs: Layer inside the student to layer inside the teacher, from shallow to deep. "auto": the ends of stages
-            of equal size.
-        map_kind: "sum", "abs_sum", "power", "max" or "edges" of a layer's channels, or "gradient": of the task loss by
-            the input, which takes a pass of the teacher in the student's place and no pairs.
+        teacher: A module; in YAML a ``class_path``; or the name of a callback that has it ("kd").
+        pairs: Layer inside the student to layer inside the teacher, shallow to deep. "auto": ends of stages.
+        map_kind: Of a layer's channels, or "gradient": of the task loss by the input, which takes no pairs.
         power: Exponent of "power" and "max", positive.
         weight: The authors' convention (1000). "auto": their strength at any resolution, for mode "code".
         strength: Factor of the weight "auto", positive.
         mode: "code": mean squared difference; "paper": half the norm of the difference.
         drop_tokens: Leading tokens to leave out of ``(N, L, D)`` features: 1 for a class token.
-        pictures_every_n_epochs: Draw the maps of both on the first validation samples, for loggers that take images,
-            else as PNG files. None: never.
+        pictures_every_n_epochs: Draw both maps of the first validation samples, for loggers, else as PNG files.
         student: Dotted name of the network, or two: the ends of a chain. None: found in the first step.
         teacher_transform: Module applied to the inputs before the teacher.
         name: As in the base class; default "at".
@@ -94,8 +97,8 @@ class AttentionTransferCallback(FeatureCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(teacher, student=student, teacher_transform=teacher_transform, name=name)
-        _check_choice("map_kind", map_kind, get_args(MapKind))
-        _check_choice("mode", mode, get_args(Mode))
+        check_choice("map_kind", map_kind, get_args(MapKind))
+        check_choice("mode", mode, get_args(Mode))
         _check_pairs(pairs)
         _check_weight(weight, strength, mode, map_kind)
         check_positive("power", power)
@@ -117,6 +120,7 @@ class AttentionTransferCallback(FeatureCallback):
         self.mode = mode
         self.drop_tokens = drop_tokens
         self.pictures_every_n_epochs = pictures_every_n_epochs
+        self.teacher_goes_first = map_kind != "gradient"
         self._pictured = -1  # the last epoch that has its picture
         self._directory: Path | None = None
 
@@ -186,7 +190,7 @@ class AttentionTransferCallback(FeatureCallback):
         every, epoch = self.pictures_every_n_epochs, self._trainer.current_epoch
         if every is not None and epoch % every == 0 and epoch != self._pictured:
             self._pictured = epoch
-            if self._trainer.is_global_zero:
+            if self._trainer.is_global_zero and not self._trainer.fast_dev_run:
                 self._picture(seen, call, epoch)
 
     def _picture(self, seen: Pass, call: NetworkCall, epoch: int) -> None:
@@ -197,18 +201,8 @@ class AttentionTransferCallback(FeatureCallback):
             pairs.append(MapPair(pair.student, pair.teacher, *maps))
         images = next((tensor for _, tensor in named_tensors((call.args, dict(call.kwargs))) if tensor.ndim == 4), None)
         picture = attention_picture(None if images is None else images[:PICTURED], pairs)
-        key, step, taken = f"compress/{self.name}/attention", self._trainer.global_step, False
-        for logger in self._trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image(key, [picture], step=step)
-            elif hasattr(logger.experiment, "add_image"):
-                logger.experiment.add_image(key, picture, step, dataformats="HWC")
-            else:
-                continue
-            taken = True
-        if not taken and self._directory is not None:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            imsave(self._directory / f"epoch={epoch}.png", picture)
+        path = None if self._directory is None else self._directory / f"epoch={epoch}.png"
+        show_picture(picture, f"compress/{self.name}/attention", self._trainer.loggers, self._trainer.global_step, path)
 
     def _maps(self, feature: Tensor) -> Tensor:
         """Maps (N, H, W), or (N, L) of tokens."""
@@ -254,108 +248,26 @@ class AttentionTransferCallback(FeatureCallback):
             )
         return feature[:, self.drop_tokens :]
 
-    # Attention by gradients
-
     def _gradient_term(self, seen: Pass, call: NetworkCall, first: bool) -> dict[str, Tensor]:
-        if seen.task_loss is None or seen.again is None:
-            raise RuntimeError("attention by gradients needs a step that can be run again")
-        student = self._input_gradient(seen.task_loss, call, "student", create_graph=True)
-        loss, given = self._with_teacher_in_place(seen)
-        if first and not _same_input(given, call):
-            raise CaptureError(
-                "map_kind='gradient': the step was run once more with the teacher in the student's place, and gave it "
-                "another input than the student had; it must prepare the batch in the same way each time"
-            )
-        teacher = self._input_gradient(loss, given, "teacher", create_graph=False)
-        term = F.gradient_transfer_loss(student, teacher) * (self._number() / 2)
-        if first:
-            self._check_double_backward(term)
-        return {"the input gradients": term}
-
-    def _number(self) -> float:
-        if self.weight == "auto":
-            raise RuntimeError("attention by gradients has no automatic weight")
-        return self.weight
-
-    def _with_teacher_in_place(self, seen: Pass) -> tuple[Tensor, NetworkCall]:
-        """The task loss of the teacher, from the user's own step, and what the teacher received."""
-        teacher, module = self._shared_teacher().teacher, self._require_controller().module
-        given: list[NetworkCall] = []
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = rebuild((args, kwargs), differentiable)
-            given.append(NetworkCall(args, kwargs, None))
-            return teacher(given[-1], gradients=True)
-
-        network = find_module(module, self._student_name(), argument="student")
-        with shadowed(network, "forward", lambda _: forward):
-            try:
-                loss = seen.again() if seen.again is not None else None
-            except Exception as error:  # whatever the user's step raises on what another network returns
-                raise CaptureError(
-                    "map_kind='gradient' needs the teacher's task loss, so the step is run once more with the teacher "
-                    f"in the student's place, and this failed: {type(error).__name__}: {error}. The teacher must "
-                    "return what the student returns: as many classes, in the same structure"
-                ) from error
-        if loss is None or len(given) != 1:
-            raise CaptureError(
-                f"map_kind='gradient': with the teacher in its place the student is called {len(given)} times in the "
-                "step, not once, so it is not said which input is meant"
-            )
-        return loss, given[0]
-
-    def _input_gradient(self, loss: Tensor, call: NetworkCall, owner: str, *, create_graph: bool) -> Tensor:
-        """The gradient of a task loss by the network's input, each sample's in a row; through the scaler's range."""
-        inputs = [tensor for _, tensor in named_tensors((call.args, dict(call.kwargs))) if tensor.requires_grad]
-        scale = self._scale()
-        found: Sequence[Tensor | None] = ()
-        if inputs and loss.requires_grad:
-            found = torch.autograd.grad(loss * scale, inputs, create_graph=create_graph, allow_unused=True)
-        gradients = [gradient / scale for gradient in found if gradient is not None and gradient.ndim > 0]
-        if not gradients or any(len(gradient) != len(gradients[0]) for gradient in gradients):
-            raise CaptureError(
-                f"map_kind='gradient': the task loss of the {owner} cannot be differentiated by its input, which holds "
-                f"{len(inputs)} floating tensors; each must be a batch, and the loss must depend on one of them"
-            )
-        return torch.cat([gradient.reshape(len(gradient), -1) for gradient in gradients], dim=1)
-
-    def _check_double_backward(self, term: Tensor) -> None:
-        """Differentiate once on trial: torch says only then what it cannot differentiate twice."""
+        if seen.task_loss is None or self.weight == "auto":
+            raise RuntimeError("attention by gradients needs a task loss and a number as its weight")
         module = self._require_controller().module
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        try:
-            found = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            raise ValueError(
-                f"map_kind='gradient' differentiates the student twice, and an operation in it does not allow that: "
-                f"{error}. Flash attention can be switched off with torch.nn.attention.sdpa_kernel"
-            ) from error
-        if all(gradient is None for gradient in found):
-            raise ValueError(
-                "map_kind='gradient': the student's input gradient does not depend on any trained parameter"
-            )
-
-    def _scale(self) -> float:
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
-        return 1.0 if scaler is None else float(scaler.get_scale())
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        student = input_gradient(seen.task_loss, call, "student", create_graph=True, scale=scale)
+        network = find_module(module, self._student_name(), argument="student")
+        loss, given = loss_of_teacher(seen, network, self._shared_teacher().teacher)
+        if first:
+            check_comparable(call, given, loss)
+        teacher = input_gradient(loss, given, "teacher", create_graph=False, scale=scale)
+        term = F.gradient_transfer_loss(student, teacher) * (self.weight / 2)
+        if first:
+            check_differentiable_twice(term, module)
+        return {"the input gradients": term}
 
 
 def _positions(feature: Tensor) -> int:
     return feature.shape[1] if feature.ndim == 3 else feature[0, 0].numel()
-
-
-def _same_input(first: NetworkCall, second: NetworkCall) -> bool:
-    ours, theirs = (named_tensors((call.args, dict(call.kwargs))) for call in (first, second))
-    return len(ours) == len(theirs) and all(
-        a.shape == b.shape and torch.equal(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True)
-    )
-
-
-def _check_choice(argument: str, value: Any, accepted: Sequence[str]) -> None:
-    if value not in accepted:
-        raise ValueError(
-            f"{argument} must be one of {', '.join(accepted)}, got {value!r}{did_you_mean(str(value), accepted)}"
-        )
 
 
 def _check_pairs(pairs: Any) -> None:

@@ -255,6 +255,19 @@ class CompressionCallback(TrainerCallback):
             parameters.step(scaler=scaler, reduce=reduce, lr=self.owned_lr(optimizer))
             parameters.zero_grad()  # of several optimizers, only the one that follows the backward pass counts
 
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """After an epoch, complain about helpers that took part in the loss and were never trained.
+
+        Raises:
+            RuntimeError: If no optimizer has stepped through Lightning so far.
+        """
+        if any(parameters.module is not None and parameters.steps == 0 for parameters in self._owned):
+            raise RuntimeError(
+                f"{type(self).__name__} '{self.name}' trains helpers of its own with the user's optimizers, and in a "
+                f"whole epoch none of these stepped through Lightning: let {type(pl_module).__name__} step what "
+                "self.optimizers() returns, or what its optimizer_step is given, not the torch optimizer inside"
+            )
+
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the mechanisms; the last of our callbacks runs the end of fit for all of them."""
         self._close()

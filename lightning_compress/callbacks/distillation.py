@@ -16,12 +16,12 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lightning_compress import functional as F
+from lightning_compress.callbacks.arguments import check_choice
 from lightning_compress.callbacks.base import log
 from lightning_compress.callbacks.teaching import TeacherCallback
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.outputs import Locator, find_labels, find_logits
 from lightning_compress.mechanisms.passes import Pass
-from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.step import StepController
 
 LossKind = Literal["auto", "softmax", "bernoulli", "mse", "hard", "dkd", "dist"]
@@ -87,12 +87,7 @@ class DistillationCallback(TeacherCallback):
     ) -> None:
         super().__init__(teacher, student=student, teacher_transform=teacher_transform, name=name)
         _check_weights(task_weight, kd_weight, temperature)
-        if loss_kind not in get_args(LossKind):
-            accepted = ", ".join(get_args(LossKind))
-            raise ValueError(
-                f"loss_kind must be one of {accepted}, got {loss_kind!r}"
-                f"{did_you_mean(str(loss_kind), get_args(LossKind))}"
-            )
+        check_choice("loss_kind", loss_kind, get_args(LossKind))
         if labels is not None and ignore_index is None and loss_kind != "dkd":
             raise ValueError(f"labels={labels!r} has no effect: only ignore_index and loss_kind='dkd' look at labels")
         if class_dim is not None and (loss_kind in PER_ELEMENT or not isinstance(class_dim, int)):

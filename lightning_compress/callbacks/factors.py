@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from lightning_compress import functional as F
-from lightning_compress.callbacks.teaching import FeatureCallback, Pair, check_positive, check_whole, samples_of
-from lightning_compress.mechanisms.capture import NetworkCall
+from lightning_compress.callbacks.arguments import check_positive, check_whole
+from lightning_compress.callbacks.features import FeatureCallback, Pair
+from lightning_compress.callbacks.teaching import samples_of
+from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
 from lightning_compress.mechanisms.isolation import drawn_from
 from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
 from lightning_compress.mechanisms.paraphrasing import paraphraser_from, train_paraphraser
@@ -44,7 +46,7 @@ class FactorTransferCallback(FeatureCallback):
     callback's state, and nowhere else.
 
     Args:
-        teacher: A module; in YAML a ``class_path`` with ``init_args``.
+        teacher: A module; in YAML a ``class_path``; or the name of a callback that has it ("kd").
         pair: Layer inside the student and layer inside the teacher. "auto": the ends of their last stages.
         factor_ratio: Channels of the factor as a share of the teacher's, positive.
         weight: Weight of the loss, positive; its strength depends on the size of the factor.
@@ -94,6 +96,8 @@ class FactorTransferCallback(FeatureCallback):
         if translator_lr is not None:
             check_positive("translator_lr", translator_lr)
         check_whole("pretrain_epochs", pretrain_epochs, at_least=0)
+        if paraphraser is not None and not isinstance(paraphraser, (str, os.PathLike)):
+            raise TypeError(f"paraphraser must be None or the path of a file, got {paraphraser!r}")
         self.pair = pair if pair == "auto" else list(pair)
         self.factor_ratio = factor_ratio
         self.weight = weight
@@ -233,10 +237,15 @@ class FactorTransferCallback(FeatureCallback):
         [pair] = self.settled
         with self.replayed(trainer) as again, _progress_bar(trainer, self.pretrain_epochs) as bar:
             first = next(iter(self._teacher_features(again, pair, trainer)), None)
-            if first is None or first.ndim != 4:
-                shape = "nothing" if first is None else f"shape {tuple(first.shape)}"
+            if first is None:
+                raise CaptureError(
+                    "the training step, run on the training data up to its first backward pass, never calls the "
+                    f"student '{self._student_name()}', so there is nothing to train a paraphraser on; name the "
+                    "network that it calls with student=, or give paraphraser= a file"
+                )
+            if first.ndim != 4:
                 raise ValueError(
-                    f"pair: the layer '{pair.teacher}' of the teacher returns {shape} for the training data, and the "
+                    f"pair: the layer '{pair.teacher}' of the teacher returns shape {tuple(first.shape)}, and the "
                     "paraphraser needs (N, C, H, W)"
                 )
             with drawn_from(self._seed):

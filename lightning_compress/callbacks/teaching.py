@@ -1,36 +1,31 @@
-"""What callbacks with a teacher share, and what those share that compare layers of student and teacher."""
+"""What callbacks with a teacher share."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_compress.callbacks.base import CompressionCallback, announce
+from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
-from lightning_compress.mechanisms.controller import SharedTeacher, StepController
+from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.loading import build_module
-from lightning_compress.mechanisms.outputs import describe
 from lightning_compress.mechanisms.passes import Pass, Term
-from lightning_compress.mechanisms.replay import Replay, replay
-from lightning_compress.mechanisms.selection import find_module
-from lightning_compress.mechanisms.stages import Stage, match_stages, record_outputs, stages
+from lightning_compress.mechanisms.selection import did_you_mean
+from lightning_compress.mechanisms.teacher import SharedTeacher
 from lightning_compress.mechanisms.tree import named_tensors
-
-DOMINATES = 3.0  # a term this many times as large as the task loss is what the network will learn
 
 
 class TeacherCallback(CompressionCallback):
     """Base of the callbacks that add a term which a teacher gives.
 
     Args:
-        teacher: As in the callback that inherits.
+        teacher: As in the callback that inherits; or the name of another callback in the Trainer, whose teacher, and
+            transform, this one shares, and so its forward too.
         student: Dotted name of the student, or the ends of a chain. None: found.
         teacher_transform: Module applied to the student's inputs before the teacher.
         name: As in the base class.
@@ -42,6 +37,8 @@ class TeacherCallback(CompressionCallback):
     changes_loss = True
     effect = "the term"
     """What the term is called in messages, and where it is counted."""
+    teacher_goes_first = True
+    """Whether the teacher runs just before the student: not where its output for the step alone is of no use."""
 
     def __init__(
         self,
@@ -52,7 +49,12 @@ class TeacherCallback(CompressionCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        self.teacher = build_module(teacher, argument="teacher")
+        self._teacher_of = teacher if isinstance(teacher, str) and "." not in teacher else None
+        if self._teacher_of is not None and teacher_transform is not None:
+            raise ValueError(
+                f"teacher_transform has no effect with teacher='{teacher}': it is that of the callback which is named"
+            )
+        self.teacher = None if self._teacher_of is not None else build_module(teacher, argument="teacher")
         self.teacher_transform = (
             None if teacher_transform is None else build_module(teacher_transform, argument="teacher_transform")
         )
@@ -65,14 +67,43 @@ class TeacherCallback(CompressionCallback):
         """The teacher."""
         return self.teacher
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find the teacher if another callback has it, and refuse what cannot work."""
+        if stage == "fit" and self._teacher_of is not None:
+            other = self._owner(trainer)
+            self.teacher, self.teacher_transform = other.teacher, other.teacher_transform
+        super().setup(trainer, pl_module, stage)
+
+    def _owner(self, trainer: Any) -> TeacherCallback:
+        """The callback whose teacher this one shares."""
+        others = {other.name: other for other in trainer.callbacks if isinstance(other, TeacherCallback)}
+        owners = {name: other for name, other in others.items() if other._teacher_of is None}
+        if self._teacher_of not in owners:
+            raise ValueError(
+                f"teacher='{self._teacher_of}' is neither a module, nor the path of a class, nor the name of a "
+                f"callback in this Trainer that has a teacher of its own; there are {sorted(owners) or 'none'}"
+                f"{did_you_mean(str(self._teacher_of), owners)}"
+            )
+        return owners[self._teacher_of]
+
+    def own_teacher(self) -> nn.Module:
+        """The teacher, once it is known.
+
+        Raises:
+            RuntimeError: If it is that of another callback, and no fit has begun.
+        """
+        if self.teacher is None:
+            raise RuntimeError(f"{type(self).__name__} shares the teacher of '{self._teacher_of}', known in a fit")
+        return self.teacher
+
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Capture the student, prepare the teacher, add the term."""
         self._warned = set()
         self.student_capture = controller.capture(self.student)
         self._run_teacher = controller.teacher(
-            self.teacher,
+            self.own_teacher(),
             self.teacher_transform,
-            student=self.student_capture,
+            student=self.student_capture if self.teacher_goes_first else None,
             device=pl_module.device,
             convert=trainer.precision_plugin.convert_module,
         )
@@ -144,203 +175,7 @@ class TeacherCallback(CompressionCallback):
             warnings.warn(f"{type(self).__name__} '{self.name}': {message}", stacklevel=2)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A layer inside the student, and the layer inside the teacher that it learns from."""
-
-    student: str
-    teacher: str
-
-
-class FeatureCallback(TeacherCallback):
-    """Base of the callbacks that compare what layers of student and teacher return.
-
-    When the training starts, the pairs of layers are settled: those that were given, those of the checkpoint, or
-    those proposed from one batch, on which the step is replayed without a trace.
-    """
-
-    pairs_argument = "pairs"
-    """The user's argument that names the layers."""
-
-    def __init__(
-        self,
-        teacher: Any,
-        *,
-        student: str | list[str] | None = None,
-        teacher_transform: Any = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(teacher, student=student, teacher_transform=teacher_transform, name=name)
-        self.settled: tuple[Pair, ...] = ()
-        """The pairs at work, from the shallowest to the deepest; empty before a training has started."""
-        self._proposed: tuple[Pair, ...] = ()  # earlier in this training, maybe in another process
-        self._ready = False
-
-    @property
-    @abstractmethod
-    def given_pairs(self) -> tuple[Pair, ...] | None:
-        """The pairs that the user gave, none if the technique needs none; None to propose them."""
-
-    @abstractmethod
-    def choose(self, proposals: Sequence[tuple[Stage, Stage]]) -> Sequence[tuple[Stage, Stage]]:
-        """Those of the proposed pairs that the technique uses."""
-
-    def check(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse layers that do not exist; forget what was proposed for an earlier fit."""
-        self._proposed = ()
-        for pair in self.given_pairs or ():
-            find_module(self.teacher, pair.teacher, argument=f"{self.pairs_argument} (teacher's side)")
-            if isinstance(self.student, str):
-                network = find_module(pl_module, self.student, argument="student")
-                find_module(network, pair.student, argument=f"{self.pairs_argument} (student's side)")
-
-    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
-        """Capture the student, prepare the teacher, add the term."""
-        super().attach(controller, stack, trainer, pl_module)
-        self._ready = False
-        self._layers_stack = stack
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Settle the pairs and record their layers from now on."""
-        controller, capture = self._require_controller(), self.student_capture
-        if capture is None:
-            return
-        controller.resolve_student()
-        given, names = self.given_pairs, capture.names
-        pairs = self._proposed if given is None else given
-        propose = given is None and not pairs
-        if propose or names is None:
-            with self.replayed(trainer) as again:
-                names = again.students() if names is None else names
-                proposals = self._proposals(again, names, trainer) if propose else []
-            if capture.names is None:
-                capture.use(names)
-            if propose:
-                pairs = self._proposed = tuple(Pair(one.layer, other.layer) for one, other in proposals)
-                if trainer.is_global_zero:
-                    announce(f"{self.name}: {_table(proposals)}\n")
-        self.settled = pairs
-        for pair in pairs:
-            controller.layer(self._full_name(pair), argument=f"{self.pairs_argument} (student's side)")
-            self._shared_teacher().teacher.watch(
-                pair.teacher, self._layers_stack, argument=f"{self.pairs_argument} (teacher's side)"
-            )
-
-    def replayed(self, trainer: Any) -> Any:
-        """The user's step on the training data, without learning and without a trace."""
-        return replay(self._require_controller(), trainer, trainer.precision_plugin.train_step_context)
-
-    def extra_state(self) -> dict[str, Any]:
-        """The proposed pairs: a resumed run goes on with them."""
-        return {"pairs": [[pair.student, pair.teacher] for pair in self._proposed]}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take the proposed pairs back."""
-        self._proposed = tuple(Pair(*names) for names in state.get("pairs", ()))
-
-    def _proposals(self, again: Replay, student: tuple[str, ...], trainer: Any) -> Sequence[tuple[Stage, Stage]]:
-        call, arguments = again.first_received(student)
-        ours = stages(again.outputs(student, arguments))
-        with record_outputs(self.teacher) as outputs, trainer.precision_plugin.train_step_context():
-            self._shared_teacher().teacher(call)
-        theirs = stages(outputs())
-        proposals = self.choose(match_stages(ours, theirs))
-        if not proposals:
-            raise ValueError(
-                f"{self.pairs_argument}='auto' finds no layers of student and teacher to compare. "
-                f"{_offer('student', ours)} {_offer('teacher', theirs)} Name them: {self.pairs_argument}="
-            )
-        return proposals
-
-    def _full_name(self, pair: Pair) -> str:
-        """Dotted name of the student's layer inside the LightningModule."""
-        names = None if self.student_capture is None else self.student_capture.names
-        network = names[0] if names is not None and len(names) == 1 else ""  # layers of a chain: of the whole module
-        return ".".join(part for part in (network, pair.student) if part)
-
-    def _features(self, seen: Pass, call: NetworkCall) -> Iterator[tuple[Pair, Tensor, Tensor]]:
-        """What the layers of each pair returned."""
-        for pair in self.settled:
-            side = f"{self.pairs_argument} (student's side)"
-            own = seen.layer(self._full_name(pair), argument=side)
-            student = self._tensor(pair.student, None if own is None else own.output, "student")
-            theirs = self._shared_teacher().layer(call, pair.teacher, argument=f"{self.pairs_argument}")
-            yield pair, student, self._tensor(pair.teacher, theirs, "teacher")
-
-    def _tensor(self, layer: str, output: Any, owner: str) -> Tensor:
-        if output is None:
-            raise CaptureError(
-                f"{self.pairs_argument}: the layer '{layer}' of the {owner} did not run in the step, or gave None"
-            )
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"{self.pairs_argument}: the layer '{layer}' of the {owner} returns {describe(output)}, not a tensor; "
-                "choose a layer inside it"
-            )
-        return output
-
-    def _check_features(self, pair: Pair, student: Tensor, teacher: Tensor) -> None:
-        """Refuse features, in the first step, from which nothing could be learned."""
-        for owner, layer, feature in (("student", pair.student, student), ("teacher", pair.teacher, teacher)):
-            if not feature.is_floating_point() or not bool(feature.isfinite().all()):
-                raise ValueError(
-                    f"{self.pairs_argument}: what the layer '{layer}' of the {owner} returns in the first step is no "
-                    f"floating tensor or holds NaN or infinity: {describe(feature)}"
-                )
-        if not student.requires_grad:
-            raise ValueError(
-                f"{self.pairs_argument}: what the student's layer '{pair.student}' returns carries no gradient, so "
-                "nothing could be learned from the teacher: is it frozen with all before it, run under no_grad, or "
-                "inside of activation checkpointing with use_reentrant=True?"
-            )
-
-    def _tell_strength(self, terms: Mapping[str, Tensor], task_loss: Tensor) -> None:
-        """Show each term of the first batch beside the task loss, and warn where one dominates."""
-        task, values = float(task_loss.detach()), {what: float(term.detach()) for what, term in terms.items()}
-        width = max(len(what) for what in (*values, "task loss"))
-        lines = [f"  {what:{width}}  {value:.4g}" for what, value in {"task loss": task, **values}.items()]
-        if self._trainer.is_global_zero:
-            announce("\n".join([f"{self.name}: the losses of the first batch, with their weights", *lines, ""]))
-        for what, value in values.items():
-            if value > DOMINATES * abs(task):
-                self._warn_once(
-                    f"in the first batch the term of {what} is {value:.3g}, beside a task loss of {task:.3g}, so the "
-                    "network will learn little else; a smaller weight is advised"
-                )
-
-
 def samples_of(call: NetworkCall) -> int:
     """The number of samples in a call: the length of the first tensor that has one."""
     first = next((tensor for _, tensor in named_tensors((call.args, dict(call.kwargs))) if tensor.ndim), None)
     return 1 if first is None else len(first)
-
-
-def check_positive(argument: str, value: Any, accepted: str = "a positive number") -> None:
-    """Refuse what is no positive, finite number."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{argument} must be {accepted}, got {value!r}")
-
-
-def check_whole(argument: str, value: Any, *, at_least: int) -> None:
-    """Refuse what is no whole number, or too small a one."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{argument} must be a whole number of at least {at_least}, got {value!r}")
-
-
-def _offer(owner: str, found: Sequence[Stage]) -> str:
-    stages_text = ", ".join(f"'{stage.layer}' {stage.shape}" for stage in found)
-    return f"The {owner} offers {stages_text}." if found else f"The {owner} has no layer that returns a feature map."
-
-
-def _table(proposals: Sequence[tuple[Stage, Stage]]) -> str:
-    """The proposed pairs as text."""
-    rows = [("student", "", "teacher", "")]
-    rows += [(one.layer, _shape(one), other.layer, _shape(other)) for one, other in proposals]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "proposed pairs, to be given as an argument if others are meant\n  " + "\n  ".join(lines)
-
-
-def _shape(stage: Stage) -> str:
-    return " x ".join(str(length) for length in stage.shape[1:])

@@ -116,9 +116,11 @@ class Capture(AbstractContextManager["Capture"]):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self._recording or not (self._when is None or self._when()):
             return None
+        watched = (args, kwargs)
         if self.differentiable and torch.is_grad_enabled():
-            args, kwargs = rebuild((args, kwargs), differentiable)
-        given = _Snapshot((args, kwargs), copy=self._written.get(module.training, True), containers=True)
+            watched = rebuild(watched, differentiable)
+            args, kwargs = rebuild(watched, _writable)
+        given = _Snapshot(watched, copy=self._written.get(module.training, True), containers=True)
         self._open.append(given)
         if self.on_input is not None and not torch.compiler.is_compiling():
             self.on_input(given, *given.tree)
@@ -168,6 +170,11 @@ def differentiable(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor) or leaf.requires_grad or not leaf.is_floating_point():
         return leaf
     return leaf.detach().requires_grad_()
+
+
+def _writable(leaf: Any) -> Any:
+    """A leaf that a network may write into: not the tensor by which a loss is to be differentiated."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_leaf else leaf
 
 
 class _Snapshot:

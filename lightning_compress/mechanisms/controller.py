@@ -5,68 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
-from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
+from lightning_compress.mechanisms.capture import Capture, NetworkCall
 from lightning_compress.mechanisms.isolation import RandomState, device_of
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.replay import traceless
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.student import StudentCapture
-from lightning_compress.mechanisms.teacher import Teacher
+from lightning_compress.mechanisms.teacher import SharedTeacher, Teacher, refuse_shared
 
 Convert = Callable[[nn.Module], nn.Module]
-
-
-@dataclass(eq=False)
-class SharedTeacher:
-    """A teacher that several callbacks use, with its outputs of the current step.
-
-    Attributes:
-        teacher: The teacher itself.
-    """
-
-    teacher: Teacher
-    _seen: dict[object, tuple[Any, Mapping[str, Sequence[NetworkCall]]]] = field(default_factory=dict)
-
-    def __call__(self, call: NetworkCall) -> Any:
-        """The teacher's output for what the student received; computed once for all who ask."""
-        return self._run(call)[0]
-
-    def layer(self, call: NetworkCall, name: str, *, argument: str) -> Any:
-        """What a watched layer of the teacher returned in the same forward; None if it did not run.
-
-        Args:
-            call: The student's call.
-            name: As it was watched.
-            argument: The user's argument that named it, for the error message.
-
-        Raises:
-            CaptureError: If the layer ran more than once.
-        """
-        calls = self._run(call)[1].get(name, ())
-        if len(calls) > 1:
-            raise CaptureError(
-                f"{argument}: the teacher's layer '{name}' ran {len(calls)} times in one forward, so it is not said "
-                "which of its outputs is meant; choose a layer that runs once"
-            )
-        return calls[0].output if calls else None
-
-    def forget(self) -> None:
-        """Let go of the step's outputs."""
-        self._seen.clear()
-
-    def _run(self, call: NetworkCall) -> tuple[Any, Mapping[str, Sequence[NetworkCall]]]:
-        if call.key not in self._seen:
-            output = self.teacher(call)
-            layers, self.teacher.layers = self.teacher.layers, {}
-            self._seen[call.key] = (output, layers)
-        return self._seen[call.key]
 
 
 class StepController:
@@ -114,7 +67,7 @@ class StepController:
         Returns:
             The shared capture, closed with the controller.
         """
-        key = student if student is None or isinstance(student, str) else tuple(student)
+        key: Any = tuple(student) if isinstance(student, Sequence) and not isinstance(student, str) else student
         if key not in self._captures:
             capture = self.stack.enter_context(StudentCapture(self.module, student, argument=argument))
             capture.on_input = functools.partial(self._run_teachers_first, capture)
@@ -172,9 +125,9 @@ class StepController:
         Raises:
             ValueError: If teacher and student share parameters, buffers or layers: freezing one would freeze the other.
         """
-        self._refuse_shared(module, "teacher")
+        refuse_shared(module, self.module, argument="teacher")
         if transform is not None:
-            self._refuse_shared(transform, "teacher_transform")
+            refuse_shared(transform, self.module, argument="teacher_transform")
         key = (id(module), id(transform))
         if key not in self._teachers:
             teacher = Teacher(module, transform)
@@ -424,33 +377,9 @@ class StepController:
             return task_loss * weight
         return task_loss
 
-    def _refuse_shared(self, module: nn.Module, argument: str) -> None:
-        shared = _shared(module, self.module)
-        if shared is not None:
-            raise ValueError(
-                f"{argument} {type(module).__name__} shares {shared} with {type(self.module).__name__}, the module "
-                f"being trained, and would freeze it; give a copy: copy.deepcopy({argument})"
-            )
-
     def _forget_teachers_outputs(self) -> None:
         for shared in self._teachers.values():
             shared.forget()
-
-
-def _shared(module: nn.Module, other: nn.Module) -> str | None:
-    """What two modules have in common that freezing or switching one would change in the other, in words."""
-    parameters, buffers, parts = set(other.parameters()), set(other.buffers()), set(other.modules())
-    if any(parameter in parameters for parameter in module.parameters()):
-        return "parameters"
-    if any(buffer in buffers for buffer in module.buffers()):
-        return "buffers"
-    shared = [part for part in module.modules() if part in parts and not _same_in_both_modes(part)]
-    return f"the {type(shared[0]).__name__}" if shared else None
-
-
-def _same_in_both_modes(part: nn.Module) -> bool:
-    """Whether a module is an activation, which may well be shared: it does the same in training and in evaluation."""
-    return type(part).__module__ == "torch.nn.modules.activation" and not isinstance(part, nn.RReLU)
 
 
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -94,7 +94,7 @@ GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rando
 """Classes of random generators that keep a state of their own."""
 
 
-def generator_restorer(value: Any) -> Callable[[], None] | None:
+def generator_restorer(value: Any) -> Callable[[], object] | None:
     """What brings a random generator back to the state that it has now.
 
     Args:
@@ -111,8 +111,7 @@ def generator_restorer(value: Any) -> Callable[[], None] | None:
         True
     """
     if isinstance(value, torch.Generator):
-        tensor = value.get_state()
-        return lambda: None if value.set_state(tensor) is value else None
+        return functools.partial(value.set_state, value.get_state())
     if isinstance(value, np.random.RandomState):
         return functools.partial(value.set_state, value.get_state())
     if isinstance(value, np.random.Generator):
@@ -312,7 +311,6 @@ def _restore_tensor(value: Tensor, requires_grad: bool, saved: tuple[Tensor, Ten
     if saved is not None:
         value.data, contents = saved
         if not torch.equal(value.detach(), contents):
-            with torch.no_grad():
-                value.copy_(contents)
+            value.data.copy_(contents)  # unseen by autograd: a graph that is still to be used saved the same values
     if value.is_leaf and value.requires_grad != requires_grad:
         value.requires_grad_(requires_grad)

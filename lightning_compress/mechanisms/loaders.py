@@ -35,6 +35,7 @@ def independent_loaders(loaders: Sequence[Any]) -> Iterator[list[Any]]:
         ValueError: If one of them can be read only once, as a generator can.
 
     Example:
+        >>> import torch
         >>> from torch.utils.data import DataLoader
         >>> generator = torch.Generator().manual_seed(0)
         >>> loader = DataLoader(range(4), shuffle=True, generator=generator)

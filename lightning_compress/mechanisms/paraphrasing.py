@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress import functional as F
+from lightning_compress.mechanisms.isolation import drawn_from
 from lightning_compress.modules import Paraphraser
 
 
@@ -56,7 +57,8 @@ def train_paraphraser(
                 if reduce is not None and parameter.grad is not None:
                     parameter.grad = reduce(parameter.grad)
             optimizer.step()
-            total += torch.stack([loss.detach(), feature.abs().mean()]).float() * len(feature)
+            size = F.reconstruction_loss(torch.zeros_like(feature), feature)
+            total += torch.stack([loss.detach(), size]).float() * len(feature)
         if reduce is not None:
             total = reduce(total)
         if total[1] == 0:
@@ -90,7 +92,8 @@ def paraphraser_from(state: dict[str, Tensor], factor_ratio: float, *, argument:
     first = state.get("encoder.0.weight") if isinstance(state, dict) else None
     if not isinstance(first, Tensor) or first.ndim != 4:
         raise ValueError(f"{argument} holds no weights of a lightning_compress.modules.Paraphraser")
-    paraphraser = Paraphraser(first.shape[1], factor_ratio)
+    with drawn_from(0):  # nothing of it is kept, and the main run's random numbers are left alone
+        paraphraser = Paraphraser(first.shape[1], factor_ratio)
     try:
         paraphraser.load_state_dict(state)
     except RuntimeError as error:

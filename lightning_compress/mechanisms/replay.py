@@ -204,7 +204,7 @@ def replay(
         with context(), torch.no_grad(), _no_learning(module):
             try:
                 return module.training_step(*arguments)
-            except _Backward:
+            except (_Backward, StopIteration):  # the latter from a step that takes its batches itself, at their end
                 return None
 
     with ExitStack() as stack:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
+from lightning_compress import _compat
 from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.mechanisms.wrapping import marked
 
@@ -101,11 +102,15 @@ def record_outputs(root: nn.Module) -> Iterator[Callable[[], list[LayerOutput]]]
 
         return note
 
+    layers: dict[str, nn.Module] = {}
+    for own_name, module in root.named_modules():
+        layers.setdefault(plain_name(own_name), module)  # of a compiled layer the wrapper, not what is inside
     with ExitStack() as stack:
-        for own_name, module in root.named_modules():
-            name = plain_name(own_name)
-            if module is not root and name and not isinstance(module, torch.jit.ScriptModule):
-                stack.callback(module.register_forward_hook(marked(hook(name))).remove)
+        stack.callback(_compat.reset_compiled_code, root)  # code that was compiled with the hooks keeps them
+        for name, layer in layers.items():
+            if layer is not root and not isinstance(layer, torch.jit.ScriptModule):
+                stack.callback(layer.register_forward_hook(marked(hook(name))).remove)
+        _compat.reset_compiled_code(root)
         yield lambda: [
             _described(name, module, shape, calls, inner) for name, (module, shape, calls, inner) in seen.items()
         ]
@@ -163,19 +168,18 @@ def match_stages(student: Sequence[Stage], teacher: Sequence[Stage]) -> list[tup
         >>> [(one.layer, other.layer) for one, other in match_stages(ours, theirs)]
         [('b', 'd')]
     """
-    # longest[i][j]: the best pairing of what comes after i and j, so that ties go to the deepest stages
-    longest: list[list[list[tuple[Stage, Stage]]]]
-    longest = [[[] for _ in range(len(teacher) + 1)] for _ in range(len(student) + 1)]
+    # best[i][j]: the pairs, by place, of the first i and the first j; of equally many, those that lie deepest
+    best: list[list[list[tuple[int, int]]]] = [[[] for _ in range(len(teacher) + 1)] for _ in range(len(student) + 1)]
     for i, ours in enumerate(student, start=1):
         for j, theirs in enumerate(teacher, start=1):
-            best = max(longest[i - 1][j], longest[i][j - 1], key=len)
-            if ours.size == theirs.size and len(longest[i - 1][j - 1]) + 1 >= len(best):
-                best = [*longest[i - 1][j - 1], (ours, theirs)]
-            longest[i][j] = best
-    if longest[-1][-1] or not student or not teacher:
-        return longest[-1][-1]
+            candidates = [best[i - 1][j], best[i][j - 1]]
+            if ours.size == theirs.size:
+                candidates.append([*best[i - 1][j - 1], (i, j)])
+            best[i][j] = max(candidates, key=lambda pairs: (len(pairs), sum(map(sum, pairs))))
+    if best[-1][-1]:
+        return [(student[i - 1], teacher[j - 1]) for i, j in best[-1][-1]]
     count = min(len(student), len(teacher))
-    return list(zip(student[-count:], teacher[-count:], strict=True))
+    return list(zip(student[len(student) - count :], teacher[len(teacher) - count :], strict=True))
 
 
 def _units(outputs: Sequence[LayerOutput]) -> list[LayerOutput]:
@@ -194,7 +198,10 @@ def _is_multistage(output: LayerOutput, outputs: Sequence[LayerOutput]) -> bool:
     """Whether a layer goes through three resolutions or more, or leaves them behind."""
     inside = [other for other in outputs if _is_below(other.name, output.name)]
     sizes = {other.size for other in inside if other.makes_maps or len(other.shape) == 3} - {None}
-    return len(sizes) >= 3 or (output.size is None and not output.channels_last and bool(sizes))
+    if output.size is not None or output.channels_last:
+        return len(sizes) >= 3
+    is_point = len(output.shape) in (3, 4)  # a block whose stride ends at a single point is still one block
+    return len(sizes) >= (2 if is_point else 1)
 
 
 def _outermost(unit: LayerOutput, named: dict[str, LayerOutput]) -> str:
@@ -214,6 +221,7 @@ def _is_at_or_below(name: str, other: str) -> bool:
 
 
 def _described(name: str, module: nn.Module, shape: tuple[int, ...], calls: int, same_as: str | None) -> LayerOutput:
+    module = _compat.uncompiled(module)
     parts = list(module.modules())
     last = any(
         (isinstance(part, nn.LayerNorm) and part.normalized_shape == shape[-1:])

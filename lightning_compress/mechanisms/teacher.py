@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
-from lightning_compress.mechanisms.capture import Capture, NetworkCall
+from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.tree import named_tensors, rebuild
 
@@ -142,6 +143,90 @@ class Teacher:
                 "so into the user's batch; let its first operation work out of place"
             )
         self._copies = written
+
+
+@dataclass(eq=False)
+class SharedTeacher:
+    """A teacher that several callbacks use, with its outputs of the current step.
+
+    Attributes:
+        teacher: The teacher itself.
+    """
+
+    teacher: Teacher
+    _seen: dict[object, tuple[Any, Mapping[str, Sequence[NetworkCall]]]] = field(default_factory=dict)
+
+    def __call__(self, call: NetworkCall) -> Any:
+        """The teacher's output for what the student received; computed once for all who ask."""
+        return self._run(call)[0]
+
+    def layer(self, call: NetworkCall, name: str, *, argument: str) -> Any:
+        """What a watched layer of the teacher returned in the same forward; None if it did not run.
+
+        Args:
+            call: The student's call.
+            name: As it was watched.
+            argument: The user's argument that named it, for the error message.
+
+        Raises:
+            CaptureError: If the layer ran more than once.
+        """
+        calls = self._run(call)[1].get(name, ())
+        if len(calls) > 1:
+            raise CaptureError(
+                f"{argument}: the teacher's layer '{name}' ran {len(calls)} times in one forward, so it is not said "
+                "which of its outputs is meant; choose a layer that runs once"
+            )
+        return calls[0].output if calls else None
+
+    def forget(self) -> None:
+        """Let go of the step's outputs."""
+        self._seen.clear()
+
+    def _run(self, call: NetworkCall) -> tuple[Any, Mapping[str, Sequence[NetworkCall]]]:
+        if call.key not in self._seen:
+            output = self.teacher(call)
+            layers, self.teacher.layers = self.teacher.layers, {}
+            self._seen[call.key] = (output, layers)
+        return self._seen[call.key]
+
+
+def refuse_shared(module: nn.Module, trained: nn.Module, *, argument: str) -> None:
+    """Refuse a teacher that has parts in common with the module being trained, which it would freeze.
+
+    Args:
+        module: The teacher, or its transform.
+        trained: The module being trained.
+        argument: The user's argument that gave it, for the error message.
+
+    Raises:
+        ValueError: If they share parameters, buffers or layers.
+
+    Example:
+        >>> refuse_shared(nn.Linear(1, 1), nn.Linear(1, 1), argument="teacher")
+    """
+    shared = _shared(module, trained)
+    if shared is not None:
+        raise ValueError(
+            f"{argument} {type(module).__name__} shares {shared} with {type(trained).__name__}, the module being "
+            f"trained, and would freeze it; give a copy: copy.deepcopy({argument})"
+        )
+
+
+def _shared(module: nn.Module, other: nn.Module) -> str | None:
+    """What two modules have in common that freezing or switching one would change in the other, in words."""
+    parameters, buffers, parts = set(other.parameters()), set(other.buffers()), set(other.modules())
+    if any(parameter in parameters for parameter in module.parameters()):
+        return "parameters"
+    if any(buffer in buffers for buffer in module.buffers()):
+        return "buffers"
+    shared = [part for part in module.modules() if part in parts and not _same_in_both_modes(part)]
+    return f"the {type(shared[0]).__name__}" if shared else None
+
+
+def _same_in_both_modes(part: nn.Module) -> bool:
+    """Whether a module is an activation, which may well be shared: it does the same in training and in evaluation."""
+    return type(part).__module__ == "torch.nn.modules.activation" and not isinstance(part, nn.RReLU)
 
 
 def _as_arguments(value: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

@@ -1,0 +1,30 @@
+"""Checks of arguments that several callbacks make, with messages of one form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_compress.mechanisms.selection import did_you_mean
+
+
+def check_choice(argument: str, value: Any, accepted: Sequence[str]) -> None:
+    """Refuse what is not one of the accepted words; the message names the nearest."""
+    if value not in accepted:
+        raise ValueError(
+            f"{argument} must be one of {', '.join(accepted)}, got {value!r}{did_you_mean(str(value), accepted)}"
+        )
+
+
+def check_positive(argument: str, value: Any, accepted: str = "a positive number") -> None:
+    """Refuse what is no positive, finite number."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{argument} must be {accepted}, got {value!r}")
+
+
+def check_whole(argument: str, value: Any, *, at_least: int) -> None:
+    """Refuse what is no whole number, or too small a one."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{argument} must be a whole number of at least {at_least}, got {value!r}")

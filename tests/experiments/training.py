@@ -1,0 +1,191 @@
+"""One training: a student under Lightning's Trainer and our callbacks, measured once, after its last epoch."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_compress.demo import SmallResNet
+
+from .data import NO_LABEL, Batches, Images, fashion_mnist
+from .plan import VERSION, Arm, Run, Teacher, digest
+from .store import write_atomically
+
+STUDENT_WIDTH = 8
+PRETRAIN_EPOCHS = 17  # as many steps as the authors' six epochs of CIFAR; after six of ours it still gives back zeros
+
+
+class Classifier(L.LightningModule):
+    """A residual network, SGD, and a rate that falls along a cosine; images labelled -1 carry no loss."""
+
+    def __init__(self, width: int, rate: float, label_smoothing: float = 0.0):
+        super().__init__()
+        self.network = SmallResNet(width)
+        self.rate, self.label_smoothing = rate, label_smoothing
+        self.seen = 0  # a checksum of all batches: arms that are compared must have seen the same
+
+    def training_step(self, batch: Images, batch_idx: int) -> Tensor:
+        images, labels = batch
+        self.seen = zlib.crc32(images.numpy(), zlib.crc32(labels.numpy(), self.seen))
+        logits = self.network(images)
+        return F.cross_entropy(logits, labels, ignore_index=NO_LABEL, label_smoothing=self.label_smoothing)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.rate, momentum=0.9, weight_decay=5e-4)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class ShuffledTeacher(nn.Module):
+    """A teacher that gives each image the logits of another image of the batch."""
+
+    def __init__(self, teacher: nn.Module, seed: int):
+        super().__init__()
+        self.teacher = teacher
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.teacher(images)[torch.randperm(len(images), generator=self.generator)]
+
+
+def train(run: Run, folder: Path) -> dict[str, Any]:
+    """Make a run; the teacher, and the paraphraser if one is needed, are in the folder already."""
+    data, begin, cpu = fashion_mnist(), time.perf_counter(), time.process_time()
+    callbacks = make_callbacks(run, folder)
+    torch.manual_seed(run.seed)
+    module = Classifier(STUDENT_WIDTH, run.rate, run.arm.label_smoothing)
+    trainer = fit(
+        module, Batches(data.train, seed=run.seed, labels=run.protocol.labels), run.epochs, callbacks
+    )
+    held_out, test = predictions(module.network, data.held_out), predictions(module.network, data.test)
+    taught = teacher_file(run.teacher, folder)["test_predictions"]
+    return {
+        "held_out_accuracy": share(held_out, data.held_out[1]),
+        "test_accuracy": share(test, data.test[1]),
+        "test_agreement": share(test, taught),
+        "batches": f"{module.seen:08x}",
+        "steps": trainer.global_step,
+        "seconds": time.perf_counter() - begin,
+        "cpu_seconds": time.process_time() - cpu,
+        "configuration": run.configuration(),
+    }
+
+
+def fit(module: L.LightningModule, batches: Batches, epochs: int, callbacks: list[Callback], **more: Any) -> L.Trainer:
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **more,
+    )
+    trainer.fit(module, batches.loader())
+    return trainer
+
+
+def make_callbacks(run: Run, folder: Path) -> list[Callback]:
+    """The technique's callback; imported here, so that one can be measured where another does not exist yet."""
+    arm = run.arm
+    if arm.technique == "plain":
+        return []
+    teacher: nn.Module = make_teacher(run.teacher, arm, folder)
+    if arm.technique == "kd":
+        from lightning_compress import DistillationCallback
+
+        if arm.teacher == "shuffled":
+            teacher = ShuffledTeacher(teacher, run.seed)
+        return [DistillationCallback(teacher, **arm.arguments)]
+    if arm.technique == "at":
+        from lightning_compress import AttentionTransferCallback
+
+        return [AttentionTransferCallback(teacher, **arm.arguments)]
+    if arm.technique == "ft":
+        from lightning_compress import FactorTransferCallback
+
+        trained = {} if needs_no_paraphraser(arm) else {"paraphraser": str(paraphraser_path(run, folder))}
+        return [FactorTransferCallback(teacher, **arm.arguments, **trained)]
+    raise ValueError(f"technique must be one of plain, kd, at, ft, got {arm.technique!r}")
+
+
+def make_teacher(teacher: Teacher, arm: Arm, folder: Path) -> SmallResNet:
+    if arm.teacher == "random":
+        torch.manual_seed(1000 + teacher.seed)
+        return SmallResNet(teacher.width)
+    network = SmallResNet(teacher.width)
+    network.load_state_dict(teacher_file(teacher, folder)["weights"])
+    return network
+
+
+def teacher_path(teacher: Teacher, folder: Path) -> Path:
+    return folder / f"teacher-width{teacher.width}-{digest({**vars(teacher), 'version': VERSION})}.pt"
+
+
+def teacher_file(teacher: Teacher, folder: Path) -> dict[str, Any]:
+    return torch.load(teacher_path(teacher, folder), weights_only=True)
+
+
+def train_teacher(teacher: Teacher, folder: Path) -> None:
+    """Train the teacher, and keep its weights, its accuracy and what it says of the test images."""
+    data, cpu = fashion_mnist(), time.process_time()
+    torch.manual_seed(teacher.seed)
+    module = Classifier(teacher.width, teacher.rate)
+    fit(module, Batches(data.train, seed=teacher.seed), teacher.epochs, [])
+    test = predictions(module.network, data.test)
+    kept = {
+        "weights": module.network.state_dict(),
+        "test_predictions": test,
+        "test_accuracy": share(test, data.test[1]),
+        "held_out_accuracy": share(predictions(module.network, data.held_out), data.held_out[1]),
+        "cpu_seconds": time.process_time() - cpu,
+    }
+    write_atomically(teacher_path(teacher, folder), lambda path: torch.save(kept, path))
+
+
+def needs_no_paraphraser(arm: Arm) -> bool:
+    return arm.technique != "ft" or arm.arguments.get("pretrain_epochs") == 0
+
+
+def paraphraser_path(run: Run, folder: Path) -> Path:
+    return folder / f"paraphraser-{run.arm.teacher}-{digest({**vars(run.teacher), 'version': VERSION})}.pt"
+
+
+def train_paraphraser(run: Run, folder: Path) -> None:
+    """Let the callback pre-train the paraphraser of the run's teacher, as it does before a fit, and keep it."""
+    from lightning_compress import FactorTransferCallback
+
+    torch.manual_seed(run.teacher.seed)
+    callback = FactorTransferCallback(make_teacher(run.teacher, run.arm, folder), pretrain_epochs=PRETRAIN_EPOCHS)
+    batches = Batches(fashion_mnist().train, seed=run.teacher.seed)
+    fit(Classifier(STUDENT_WIDTH, run.rate), batches, 1, [callback], max_steps=1)
+    write_atomically(paraphraser_path(run, folder), callback.save_paraphraser)
+
+
+@torch.no_grad()
+def predictions(network: nn.Module, images: Images) -> Tensor:
+    network.eval()
+    return torch.cat([network(part).argmax(dim=1) for part in images[0].split(500)])
+
+
+def share(one: Tensor, other: Tensor) -> float:
+    return float((one == other).float().mean())
+
+
+def quiet() -> None:
+    """Lightning's notes on devices, workers and tips are for other programs."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")

@@ -1,0 +1,285 @@
+"""The experiments: their statistics, what is chosen by which images, what is made again, and what the tables say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from experiments import __main__ as command
+from experiments import data, plan, schedule, tables, training
+from experiments.plan import CLAIMS, FEW, FT, KD, LONGER, PLAIN, SHORT, SMOOTHED, Arm, Claim, Protocol, Run, Teacher
+from experiments.store import Store, candidates, write_atomically
+
+CLAIM = Claim("kd", "page.md", "KD", ((SHORT, (PLAIN, KD, SMOOTHED)),))
+
+
+def keep(store, run, held_out, test, batches=None, minutes=1.0):
+    result = {
+        "held_out_accuracy": held_out,
+        "test_accuracy": test,
+        "test_agreement": 0.9,
+        "batches": batches or f"seed {run.seed}",
+        "cpu_seconds": 60 * minutes,
+    }
+    store.write(run, result)
+
+
+def keep_arm(store, arm, test_by_seed, held_out=0.8, protocol=SHORT):
+    for run in candidates(protocol, arm):
+        keep(store, run, held_out - abs(run.rate - 0.1), test_by_seed[0])  # 0.1 is chosen
+    for seed in range(1, len(test_by_seed)):
+        keep(store, Run(protocol, arm, 0.1, seed), held_out, test_by_seed[seed])
+
+
+def test_the_interval_is_the_t_interval_worked_by_hand():
+    # deviation 1, 3 seeds: 4.303 / sqrt(3) = 2.484
+    assert tables.t_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0 - 2.484, 2.0 + 2.484), abs=1e-3)
+    mean, low, high = tables.t_interval([0.5])
+    assert mean == 0.5
+    assert low != low
+    assert high != high
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ((0.010, 0.011, 0.012), "+1.10 [+0.85, +1.35]"),
+        ((0.0, 0.01, 0.02), "+1.00 [-1.48, +3.48], not shown"),
+        ((-0.010, -0.011, -0.012), "-1.10 [-1.35, -0.85]"),
+        ((0.02,), "+2.00 [+nan, +nan], not shown"),
+    ],
+)
+def test_what_covers_zero_is_not_shown(tmp_path, gains, said):
+    store = Store(tmp_path)
+    plain = [0.8, 0.7, 0.6][: len(gains)]
+    keep_arm(store, PLAIN, plain)
+    keep_arm(store, KD, [base + gain for base, gain in zip(plain, gains, strict=True)])
+    arms = [tables.measured(SHORT, arm, store, len(gains)) for arm in (KD, PLAIN)]
+    assert tables.difference(*arms) == said
+
+
+def test_arms_that_saw_different_batches_are_not_compared(tmp_path):
+    store = Store(tmp_path)
+    keep_arm(store, PLAIN, [0.8, 0.8])
+    keep_arm(store, KD, [0.8, 0.8])
+    keep(store, Run(SHORT, KD, 0.1, 1), 0.8, 0.8, batches="others")
+    arms = [tables.measured(SHORT, arm, store, 2) for arm in (KD, PLAIN)]
+    with pytest.raises(ValueError, match="kd and plain saw different batches with seed 1"):
+        tables.difference(*arms)
+
+
+def test_an_arm_with_as_much_time_trains_longer_and_sees_more_batches(tmp_path):
+    assert Run(SHORT, LONGER, 0.1, 0).epochs == 13
+    assert Run(SHORT, PLAIN, 0.1, 0).epochs == 6
+    store = Store(tmp_path)
+    keep_arm(store, KD, [0.82, 0.83])
+    keep_arm(store, LONGER, [0.80, 0.81])
+    keep(store, Run(SHORT, LONGER, 0.1, 1), 0.8, 0.81, batches="more")
+    kd, longer = (tables.measured(SHORT, arm, store, 2) for arm in (KD, LONGER))
+    assert tables.difference(kd, longer) == "+2.00 [+2.00, +2.00]"
+
+
+def test_the_learning_rate_is_chosen_by_the_held_out_images_alone(tmp_path):
+    store = Store(tmp_path)
+    low, middle, high = candidates(SHORT, KD)
+    keep(store, low, held_out=0.80, test=0.99)
+    keep(store, middle, held_out=0.81, test=0.50)
+    assert store.chosen_rate(SHORT, KD) is None  # a run is missing
+    keep(store, high, held_out=0.81, test=0.98)
+    assert store.chosen_rate(SHORT, KD) == 0.1  # of equals the lowest
+
+
+def test_the_strength_is_chosen_by_the_held_out_images_alone(tmp_path):
+    store = Store(tmp_path)
+    weak, strong = (Arm(name, name, "at", {"strength": x}, candidate=True) for name, x in (("weak", 1), ("strong", 2)))
+    keep_arm(store, PLAIN, [0.9, 0.9], held_out=0.99)
+    keep_arm(store, weak, [0.7, 0.7], held_out=0.85)
+    keep_arm(store, strong, [0.8, 0.8], held_out=0.84)
+    arms = (PLAIN, weak, strong)
+    rows = [tables.measured(SHORT, arm, store, 2) for arm in arms]
+    assert tables.chosen_candidate(arms, rows).arm is weak
+    assert tables.chosen_candidate(arms, [*rows[:2], None]) is None  # one strength is not measured yet
+
+
+def test_a_run_is_named_by_its_whole_configuration():
+    run = Run(SHORT, KD, 0.1, 0)
+    others = [
+        Run(plan.LONG, KD, 0.1, 0),
+        Run(FEW, KD, 0.1, 0),
+        Run(SHORT, SMOOTHED, 0.1, 0),
+        Run(SHORT, dataclasses.replace(KD, arguments={"temperature": 2.0}), 0.1, 0),
+        Run(SHORT, dataclasses.replace(KD, teacher="random"), 0.1, 0),
+        Run(SHORT, KD, 0.3, 0),
+        Run(SHORT, KD, 0.1, 1),
+        Run(SHORT, KD, 0.1, 0, Teacher(width=16)),
+        Run(dataclasses.replace(SHORT, epochs=7), KD, 0.1, 0),
+        Run(SHORT, dataclasses.replace(KD, longer=2.0), 0.1, 0),
+    ]
+    assert len({run.key, *(other.key for other in others)}) == 1 + len(others)
+    renamed = dataclasses.replace(KD, title="another title", candidate=False)
+    assert Run(SHORT, renamed, 0.1, 0).key == run.key
+
+
+def test_a_run_that_is_there_is_not_made_again(tmp_path):
+    store = Store(tmp_path)
+    runs = candidates(SHORT, PLAIN)
+    keep(store, runs[1], 0.8, 0.7)
+    assert schedule.missing(runs, store) == [runs[0], runs[2]]
+    assert store.read(runs[1])["test_accuracy"] == 0.7
+    assert schedule.further_seeds([(SHORT, PLAIN)], store, 3) == []
+    keep_arm(store, PLAIN, [0.8])
+    assert schedule.further_seeds([(SHORT, PLAIN)], store, 3) == [Run(SHORT, PLAIN, 0.1, seed) for seed in (1, 2)]
+
+
+def test_an_interrupted_write_leaves_no_run(tmp_path):
+    def interrupted(path):
+        with open(path, "w") as file:
+            file.write("{")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "run.json", interrupted)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_the_student_alone_is_shared_by_all_claims():
+    parts = schedule.unique_parts(list(CLAIMS.values()))
+    assert parts.count((SHORT, PLAIN)) == parts.count((FEW, PLAIN)) == 1
+    assert all(arms[0] is PLAIN for claim in CLAIMS.values() for _, arms in claim.parts)
+
+
+def test_a_paraphraser_is_trained_once_for_each_teacher():
+    runs = [run for arm in (PLAIN, KD, *FT) for run in candidates(SHORT, arm)]
+    assert sorted(run.arm.teacher for run in schedule.one_a_teacher(runs)) == ["random", "trained"]
+
+
+def test_the_table_of_a_claim(tmp_path):
+    store = Store(tmp_path)
+    keep_arm(store, PLAIN, [0.80, 0.81, 0.82])
+    keep_arm(store, KD, [0.81, 0.821, 0.832])
+    taught = {"test_accuracy": 0.905, "cpu_seconds": 240.0}
+    torch.save(taught, training.teacher_path(Teacher(), tmp_path))
+    assert tables.claim_tables(CLAIM, store, 3) == (
+        "Teacher: a residual network of width 24, 20 epochs, test accuracy 90.50, 4.0 minutes.\n\n"
+        "### All 18,000 labels, 6 epochs\n\n"
+        "| arm | learning rate | test accuracy | over student alone | KD over this arm | agreement with the teacher "
+        "| minutes |\n|---|---|---|---|---|---|---|\n"
+        "| student alone | 0.1 | 81.00 |  |  | 90.00 | 5.0 |\n"
+        "| **KD** | 0.1 | 82.10 | +1.10 [+0.85, +1.35] |  | 90.00 | 5.0 |\n"
+        "| label smoothing 0.1 | not measured yet | | | | | |\n\n"
+        "KD over student alone, in points: +1.10 [+0.85, +1.35].\n\n"
+        "3 seeds; 10 minutes of one thread, the choice of learning rates included.\n"
+    )
+    keep_arm(store, SMOOTHED, [0.81, 0.821, 0.832])
+    assert "| label smoothing 0.1 | 0.1 | 82.10 | +1.10 [+0.85, +1.35] | +0.00" in tables.claim_tables(CLAIM, store, 3)
+
+
+def test_tables_go_between_the_markers_of_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"# Title\n\n{tables.BEGIN}\nold\n{tables.END}\n\nAfter.\n")
+    tables.splice(page, "new\n")
+    tables.splice(page, "newer\n")
+    assert page.read_text() == f"# Title\n\n{tables.BEGIN}\n\nnewer\n\n{tables.END}\n\nAfter.\n"
+    page.write_text("# Title\n")
+    with pytest.raises(ValueError, match=r"must hold the lines <!-- measured: begin -->"):
+        tables.splice(page, "new")
+
+
+def test_the_command_lists_and_writes_tables_without_training(tmp_path, monkeypatch, capsys):
+    keep(Store(tmp_path), candidates(SHORT, PLAIN)[0], 0.8, 0.7)
+    monkeypatch.setattr(sys, "argv", ["experiments", "kd", "--list", "--out", str(tmp_path)])
+    assert command.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 33
+    assert [line for line in lines if line.startswith("there")] == [f"there   {candidates(SHORT, PLAIN)[0].key}"]
+    monkeypatch.setattr(sys, "argv", ["experiments", "kd", "--tables-only", "--out", str(tmp_path)])
+    assert command.main() == 0
+    assert "| KD | not measured yet |" in (tmp_path / "distillation.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["experiments", "dk"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "claims must be of kd, at, ft, got dk" in capsys.readouterr().err
+
+
+def images(count=80):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 1, 6, 6, generator=generator), torch.arange(count) % 10
+
+
+def test_batches_depend_on_the_seed_alone():
+    def drawn(seed):
+        batches = data.Batches(images(), seed=seed, batch=32)
+        return torch.stack([picture for _ in range(2) for picture, _ in batches])  # two epochs
+
+    assert drawn(0).shape == (4, 32, 1, 6, 6)
+    assert torch.equal(drawn(0), drawn(0))
+    assert not torch.equal(drawn(0), drawn(1))
+    assert not torch.equal(drawn(0)[:2], drawn(0)[2:])
+
+
+def test_who_looks_at_one_batch_leaves_the_others_as_they_were():
+    batches, untouched = (data.Batches(images(), seed=0, batch=32) for _ in range(2))
+    next(iter(batches))
+    for _ in range(2):
+        assert [y.tolist() for _, y in batches] == [y.tolist() for _, y in untouched]
+
+
+def test_few_labels_are_balanced_and_half_of_each_batch():
+    batches = data.Batches(images(), seed=0, labels=20, batch=32)
+    assert len(batches.labelled) == 20
+    assert images()[1][batches.labelled].bincount().tolist() == [2] * 10
+    labels = torch.stack([target for _, target in batches])
+    assert (labels[:, :16] >= 0).all()
+    assert (labels[:, 16:] == data.NO_LABEL).all()
+    assert labels[labels >= 0].bincount().max() <= 2 * 2  # 32 draws go through the 20 in turn
+
+
+def test_an_image_is_mirrored_and_shifted_by_at_most_a_pixel():
+    picture = torch.arange(36.0).reshape(1, 1, 6, 6)
+    drawn = data.augmented(picture.expand(400, 1, 6, 6), torch.Generator().manual_seed(0))
+    inner = {tuple(image[0, 1:-1, 1:-1].flatten().tolist()) for image in drawn}
+    padded = torch.nn.functional.pad(picture, (1, 1, 1, 1), value=data.BACKGROUND)
+    expected = set()
+    for source in (padded, padded.flip(-1)):
+        for row in range(3):
+            for column in range(3):
+                expected.add(tuple(source[0, 0, row + 1 : row + 5, column + 1 : column + 5].flatten().tolist()))
+    assert inner == expected
+
+
+def test_the_shuffled_teacher_exchanges_targets_within_the_batch():
+    teacher = training.ShuffledTeacher(torch.nn.Identity(), seed=0)
+    logits = torch.arange(20.0).reshape(10, 2)
+    first, second = teacher(logits), teacher(logits)
+    assert sorted(first[:, 0].tolist()) == logits[:, 0].tolist()
+    assert not torch.equal(first, second)
+
+
+def test_a_run_measures_the_student_once_and_resumes(tmp_path, monkeypatch):
+    tiny = data.Split(images(160), images(20), images(40))
+    monkeypatch.setattr(training, "fashion_mnist", lambda: tiny)
+    looked_at, measure = [], training.predictions
+
+    def counted(network, part):
+        looked_at.append(len(part[0]))
+        return measure(network, part)
+
+    monkeypatch.setattr(training, "predictions", counted)
+    teacher, protocol = Teacher(width=8, epochs=1), Protocol("short", epochs=1)
+    training.train_teacher(teacher, tmp_path)
+    looked_at.clear()
+    runs = [Run(protocol, arm, 0.1, 0, teacher) for arm in (PLAIN, KD, SMOOTHED)]
+    results = [training.train(run, tmp_path) for run in runs]
+    assert looked_at == [20, 40] * 3
+    assert len({result["batches"] for result in results}) == 1
+    assert [result["steps"] for result in results] == [1, 1, 1]
+    assert 0 <= results[1]["test_agreement"] <= 1
+    longer = training.train(Run(protocol, LONGER, 0.1, 0, teacher), tmp_path)
+    assert longer["steps"] == 2 == longer["configuration"]["protocol"]["epochs"]
+    assert schedule.prepare_teacher(runs[0], tmp_path) == "the teacher is there"
+    Store(tmp_path).write(runs[0], results[0])
+    assert json.loads(Store(tmp_path).path(runs[0]).read_text())["configuration"]["rate"] == 0.1
+    assert schedule.missing(runs, Store(tmp_path)) == runs[1:]
