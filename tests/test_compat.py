@@ -181,3 +181,151 @@ def test_the_status_of_a_trainer_compares_with_its_name(namespace):
     assert _compat.is_running(trainer)
     trainer.state.status = states.TrainerStatus.INTERRUPTED
     assert not _compat.is_running(trainer)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_the_package_of_a_trainer(namespace):
+    package = import_module(namespace)
+
+    class Mine(package.Trainer):
+        pass
+
+    for kind in (package.Trainer, Mine):
+        assert _compat.package_of(kind(accelerator="cpu", logger=False, barebones=True)) == namespace
+    assert _compat.package_of(SimpleNamespace()) == "lightning.pytorch"
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_loggers_can_be_silenced(namespace, tmp_path):
+    package = import_module(namespace)
+    loggers = import_module(f"{namespace}.loggers")
+    module = import_module(f"{namespace}.demos.boring_classes").BoringModel()
+    written = [loggers.CSVLogger(tmp_path, name=name) for name in ("a", "b")]
+    trainer = package.Trainer(accelerator="cpu", logger=written)
+    with _compat.silenced_loggers(module):  # of no Trainer
+        pass
+    module.trainer = trainer
+    with pytest.raises(OSError, match="gone"), _compat.silenced_loggers(module):  # noqa: PT012 - to fail inside of it
+        assert len(trainer.loggers) == 2
+        for logger in (module.logger, *module.loggers):
+            assert isinstance(logger, loggers.logger.Logger)
+            logger.log_metrics({"a": 1.0}, step=0)
+            logger.experiment.add_scalar("a", 1.0)  # whatever the experiment is asked for
+            logger.experiment["a"] = 1
+            logger.save()
+        assert trainer.log_dir is None
+        raise OSError("gone")
+    assert trainer.loggers == written
+    assert not list(tmp_path.iterdir())
+    trainer.loggers = []
+    with _compat.silenced_loggers(module):
+        assert trainer.logger is None
+
+
+def _looking(namespace, look, *data, module=None, **settings):
+    """What ``look`` sees where the training starts, and the batches of the training that follows."""
+    package, looked, given = import_module(namespace), [], []
+
+    class Look(package.Callback):
+        def on_train_start(self, trainer, pl_module):
+            looked.append(look(trainer))
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            given.append((batch, batch_idx))
+
+    module = import_module(f"{namespace}.demos.boring_classes").BoringModel() if module is None else module
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = package.Trainer(max_epochs=1, enable_checkpointing=False, callbacks=[Look()], **{**quiet, **settings})
+    trainer.fit(module, *data)
+    return looked[0], given
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_the_loaders_that_a_trainer_reads(namespace):
+    combined = import_module(f"{namespace}.utilities").CombinedLoader
+    first, second = (DataLoader(torch.randn(4, 32), batch_size=2) for _ in range(2))
+    assert _looking(namespace, _compat.training_loaders, first)[0] == [first]
+    module = import_module(f"{namespace}.demos.boring_classes").BoringModel()
+    module.training_step = lambda batch, batch_idx: module.step(batch["a"]["x"])
+    loaders, _ = _looking(
+        namespace, _compat.training_loaders, combined({"a": {"x": first}, "b": second}), module=module
+    )
+    assert loaders == [first, second]
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize(("limit", "count"), [(1.0, 3), (2, 2)])
+def test_batches_are_those_that_the_training_step_is_given(namespace, limit, count):
+    boring = import_module(f"{namespace}.demos.boring_classes").BoringModel
+
+    class Module(boring):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch + 1
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch * 2
+
+    data = torch.randn(6, 32)
+
+    def look(trainer):
+        combined = trainer.fit_loop._combined_loader
+        before = combined._iterator, combined.flattened, trainer.fit_loop._data_fetcher.fetched
+        batches = list(_compat.training_batches(trainer, [DataLoader(data, batch_size=2)]))
+        assert (combined._iterator, combined.flattened, trainer.fit_loop._data_fetcher.fetched) == before
+        return batches
+
+    precise = {"precision": "64-true"}  # converts the inputs
+    seen, given = _looking(
+        namespace, look, DataLoader(data, batch_size=2), module=Module(), limit_train_batches=limit, **precise
+    )
+    assert [(batch.tolist(), index) for batch, index in seen] == [(batch.tolist(), index) for batch, index in given]
+    assert [batch.dtype for batch, _ in seen] == [torch.float64] * count
+    assert torch.equal(seen[0][0], (data[:2].double() + 1) * 2)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_a_step_is_given_as_many_arguments_as_it_takes(namespace):
+    boring = import_module(f"{namespace}.demos.boring_classes").BoringModel
+
+    class One(boring):
+        def training_step(self, batch):
+            return self.step(batch)
+
+    class Itself(boring):
+        def training_step(self, dataloader_iter):
+            return self.step(next(dataloader_iter)[0])
+
+    data = DataLoader(torch.randn(6, 32), batch_size=2)
+
+    def look(trainer):
+        return list(_compat.training_batches(trainer, [data]))
+
+    assert [len(entry) for entry in _looking(namespace, look, data, module=boring())[0]] == [2, 2, 2]
+    assert [len(entry) for entry in _looking(namespace, look, data, module=One())[0]] == [1, 1, 1]
+
+    def entries(trainer):
+        return [[index for _, index, _ in iterator] for (iterator,) in _compat.training_batches(trainer, [data])]
+
+    assert _looking(namespace, entries, data, module=Itself())[0] == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_batches_end_when_their_reader_does(namespace):
+    """The loader's iterator is let go of, and with it worker processes."""
+    closed = []
+
+    class Source:
+        def __iter__(self):
+            try:
+                yield from torch.randn(6, 2, 32)
+            finally:
+                closed.append(True)
+
+    def look(trainer):
+        batches = _compat.training_batches(trainer, [Source()])
+        assert next(batches)[0].shape == (2, 32)
+        assert not closed
+        batches.close()
+        return list(closed)
+
+    assert _looking(namespace, look, DataLoader(torch.randn(2, 32)))[0] == [True]

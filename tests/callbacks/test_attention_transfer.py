@@ -525,14 +525,14 @@ def test_a_student_may_write_into_the_input_that_is_differentiated():
     class Shifted(nn.Module):
         def __init__(self, in_place):
             super().__init__()
-            self.inner, self.in_place = nn.Linear(FEATURES, CLASSES), in_place
+            self.inner, self.in_place = nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES)), in_place
 
         def forward(self, x):
             return self.inner(x.mul_(2.0) if self.in_place else x * 2.0)
 
     torch.manual_seed(3)
     first = Shifted(True)
-    second, teacher = Shifted(False), nn.Linear(FEATURES, CLASSES)
+    second, teacher = Shifted(False), Shifted(False)
     second.load_state_dict(first.state_dict())
     for network in (first, second):
         trainer(gradients(copy.deepcopy(teacher), weight=100.0)).fit(Plain(network), batches(X.clone()))

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_compress import _compat
-from lightning_compress.mechanisms.capture import Capture, CaptureError
+from lightning_compress.mechanisms.capture import Capture, CaptureError, differentiable
+from lightning_compress.mechanisms.student import StudentCapture
 
 
 class Keyword(nn.Linear):
@@ -284,3 +285,121 @@ def test_what_a_network_does_to_the_containers_it_is_given_is_not_seen():
             assert sorted(call.args[0]) == ["x", "y"]
             assert call.args[0]["x"].unique().tolist() == [1.0]
             assert call.args[1].x.unique().tolist() == [1.0]
+
+
+# Inputs that a loss can be differentiated by
+
+
+def test_only_floating_tensors_without_a_gradient_are_made_differentiable():
+    plain, trained = torch.ones(2), torch.ones(2, requires_grad=True)
+    carried = trained * 2
+    made = differentiable(plain)
+    assert made.requires_grad
+    assert made.is_leaf
+    assert made.data_ptr() == plain.data_ptr()
+    assert not plain.requires_grad
+    assert differentiable(torch.ones(2, dtype=torch.bfloat16)).requires_grad
+    for leaf in (trained, carried, torch.ones(2, dtype=torch.long), torch.ones(2, dtype=torch.bool), 3, None, "a"):
+        assert differentiable(leaf) is leaf
+
+
+class Product(nn.Module):
+    """Each sample's scalar product with a weight, squared and scaled by an integer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+
+    def forward(self, batch, *, times):
+        return (batch["x"] @ self.weight).square() * times
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_loss_can_be_differentiated_by_what_the_network_is_given(direct):
+    network, x, times = Product(), torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor(3)
+    with Capture(network, direct=direct) as capture:
+        capture.differentiable = True
+        for _ in range(3):
+            capture.start()
+            output = network({"x": x}, times=times)
+            [call] = capture.stop()
+            given = call.args[0]["x"]
+            [gradient] = torch.autograd.grad(output.sum(), [given], create_graph=True)
+            # d/dx of 3 (x w)^2 is 6 (x w) w, with x w = -3 and 3
+            assert gradient.tolist() == [[-18.0, 36.0], [18.0, -36.0]]
+            network.weight.grad = None
+            gradient.sum().backward()
+            # d/dw of the sum of 6 (x w) w is 6 (x sum(w) + (x w) 1), with sum(w) = -1, summed over both samples
+            assert network.weight.grad.tolist() == [-24.0, -12.0]
+            assert call.kwargs["times"] is times
+            assert torch.equal(given, x)
+            assert given is not x
+    assert not x.requires_grad
+    assert x.grad is None
+    network({"x": x}, times=times)
+    assert not x.requires_grad
+
+
+def test_what_carries_a_gradient_already_is_given_as_it_is():
+    network, weight = nn.Linear(2, 1), torch.ones(3, 2, requires_grad=True)
+    x = weight * 2
+    with Capture(network) as capture:
+        capture.differentiable = True
+        capture.start()
+        network(x)
+        [call] = capture.stop()
+    assert call.args[0] is x
+
+
+def test_without_gradients_nothing_is_exchanged():
+    network, x = nn.Linear(2, 1), torch.ones(3, 2)
+    with Capture(network) as capture:
+        capture.differentiable = True
+        for mode in (torch.no_grad, torch.inference_mode):
+            capture.start()
+            with mode():
+                network(x)
+            [call] = capture.stop()
+            assert not call.args[0].requires_grad
+        network(x)  # not recorded
+        assert capture.stop() == []
+    assert not x.requires_grad
+
+
+def test_what_comes_before_the_network_sees_the_exchanged_input():
+    seen = []
+    network, x = nn.Linear(2, 1), torch.ones(3, 2)
+    with Capture(network) as capture:
+        capture.differentiable = True
+        capture.on_input = lambda key, args, kwargs: seen.append((key, args[0]))
+        capture.start()
+        network(x)
+        [call] = capture.stop()
+    assert [(key is call.key, given is call.args[0]) for key, given in seen] == [(True, True)]
+    assert seen[0][1].requires_grad
+
+
+@pytest.mark.parametrize("student", ["first", ["first", "last"], None])
+def test_a_student_is_given_differentiable_inputs_whenever_it_is_found(student):
+    root = nn.ModuleDict({"first": nn.Linear(2, 2, bias=False), "last": nn.Linear(2, 1, bias=False)})
+    x = torch.ones(1, 2)
+
+    def step():
+        capture.start(detect=True)
+        output = root["first"](x)
+        output = root["last"](output) if isinstance(student, list) else output
+        [call] = capture.stop()
+        return call.args[0], output
+
+    with StudentCapture(root, student) as capture:
+        if student is not None:
+            assert not step()[0].requires_grad
+        capture.differentiable_inputs()
+        if student is None:
+            assert not step()[0].requires_grad  # the step in which it is found
+        given, output = step()
+        [gradient] = torch.autograd.grad(output.sum(), [given])
+    expected = root["first"].weight.sum(dim=0, keepdim=True)
+    if isinstance(student, list):
+        expected = root["last"].weight @ root["first"].weight
+    assert torch.allclose(gradient, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 
+import lightning.pytorch as L
 import pytest
 import torch
 from contract.modules import CLASSES, FEATURES, Classifier, difference, loader, made, scaled, trainer
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_compress import CompressionCallback
+from lightning_compress import CompressionCallback, CompressionMixin
 from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
 from lightning_compress.mechanisms.passes import Term
 
@@ -144,6 +145,32 @@ def test_without_modules_a_step_does_nothing():
     helper.load_state_dict({})
     assert helper.steps == 0
     assert helper.state_dict() == {}
+
+
+def test_a_step_without_any_gradient_is_none():
+    """Momentum and weight decay would move weights that took part in nothing."""
+    helper = owned(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1))
+    layer = helper.get(3, 2)
+    layer(torch.ones(1, 3)).sum().backward()
+    helper.step()
+    before = copy.deepcopy(layer.state_dict())
+    reduced = []
+    helper.zero_grad()
+    helper.step(lr=5.0, reduce=reduced.append)
+    assert difference(layer, before) == 0
+    assert (helper.steps, reduced, helper.optimizer.param_groups[0]["lr"]) == (1, [], 0.1)
+
+
+def test_a_parameter_without_a_gradient_is_left_out_of_the_step():
+    helper = owned()
+    layer = helper.get(3, 2)
+    bias = layer.bias.detach().clone()
+    F.linear(torch.ones(1, 3), layer.weight).sum().backward()
+    reduced = []
+    helper.step(reduce=lambda gradient: reduced.append(gradient.shape) or gradient)
+    assert reduced == [(2, 3)]
+    assert torch.equal(layer.bias, bias)
+    assert helper.steps == 1
 
 
 def test_lbfgs_is_refused():
@@ -291,3 +318,57 @@ def test_a_resumed_run_equals_the_whole_one(tmp_path):
     plain = made(Scheduled)
     trainer(max_epochs=2).fit(plain, loader(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
     assert list(plain.state_dict()) == list(whole.state_dict())
+
+
+class Alternating(Classifier):
+    """Manual optimisation with two optimizers, of which the second steps without a backward pass of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = nn.Linear(2, 2)
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        self.manual_backward(self.compressed_loss(super().training_step(batch, batch_idx)))
+        first.step()
+        second.step()
+        first.zero_grad()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.model.parameters(), lr=0.1), torch.optim.SGD(self.other.parameters(), lr=0.1)]
+
+
+class MixedIn(CompressionMixin, Alternating):
+    pass
+
+
+def test_of_several_optimizers_only_the_one_after_the_backward_pass_counts():
+    module, callback = made(MixedIn), Translating()
+    reference, helper = made(MixedIn), owned().get(CLASSES, FEATURES)
+    trainer(callback).fit(module, loader())
+    optimizers = [
+        torch.optim.SGD(reference.model.parameters(), lr=0.1),
+        torch.optim.SGD(helper.parameters(), lr=0.1, momentum=0.9),
+    ]
+    for x, y in loader():
+        logits = reference.model(x)
+        (F.cross_entropy(logits, y) + F.mse_loss(helper(logits), x)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert callback.owned.steps == 8
+    assert difference(callback.owned.module, helper) == 0
+    assert difference(module, reference) == 0
+
+
+def test_no_gradient_is_left_after_a_step():
+    """Whenever the user's are zeroed, the helpers' are not added up over steps."""
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append([parameter.grad for parameter in callback.owned.module.parameters()])
+
+    seen, callback = [], Translating()
+    trainer(callback, Look()).fit(made(Scheduled), loader())
+    assert seen == [[None, None]] * 8

@@ -8,9 +8,11 @@ import functools
 import inspect
 import itertools
 import pickle
+import random
 from contextlib import ExitStack, contextmanager
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -19,6 +21,7 @@ from torch import nn
 
 from lightning_compress.export.copying import independent_copy
 from lightning_compress.mechanisms.capture import CaptureError
+from lightning_compress.mechanisms.isolation import RandomState
 from lightning_compress.mechanisms.passes import Term, View
 from lightning_compress.mechanisms.step import StepController, find_controller, step_controller
 
@@ -572,3 +575,361 @@ def test_the_teacher_runs_before_the_student_once_that_is_known():
     assert order == ["student", "teacher", "teacher", "student"]
     assert all(first is second for first, second in outputs)
     assert torch.equal(outputs[1][0], teacher(torch.zeros(3, 2)))
+
+
+# Layers
+
+
+class Deep(nn.Module):
+    """Three layers, of which the middle one runs as often as it is told."""
+
+    def __init__(self, often: int = 1) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+        self.often = often
+
+    def training_step(self, batch, batch_idx=0):
+        x = self.net[0](batch)
+        for _ in range(self.often):
+            x = self.net[1](x)
+        return self.net[2](x).sum()
+
+    validation_step = training_step
+
+
+def test_a_layer_is_shown_to_who_asked_for_it():
+    net, seen = Deep(), []
+
+    def look(passes):
+        [entry] = passes.values()
+        seen.append(entry.layer("net.1", argument="pairs"))
+        return seen[-1].output.sum() * 10
+
+    with step_controller(net) as c, c.term(Term("at", look)), c.observer(lambda entry: look({"": entry})):
+        for _ in range(2):
+            c.layer("net.1", argument="pairs")  # two callbacks
+        total = net.training_step(X)
+        assert sum(len(part._forward_hooks) for part in net.modules()) == 1
+        with torch.no_grad():
+            net.validation_step(X * 2)
+    expected = net.net[1](net.net[0](X))
+    assert torch.equal(seen[0].output, expected)
+    assert torch.equal(seen[0].args[0], net.net[0](X))
+    assert torch.allclose(total, net.net[2](expected).sum() + 10 * expected.sum())
+    total.backward()
+    gradient = net.net[2].weight.sum(dim=0) + 10  # d total / d output of the middle layer
+    assert torch.allclose(net.net[1].bias.grad, gradient)
+    assert torch.equal(seen[1].output, net.net[1](net.net[0](X * 2)))
+    assert bare(net)
+
+
+@pytest.mark.parametrize("name", ["", "net"])
+def test_the_network_itself_is_a_layer_too(name):
+    class Itself(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch):
+            return self(batch).sum()
+
+    net, seen = Itself(), []
+    with step_controller(net) as c:
+        c.layer(name, argument="pairs")
+        with c.term(Term("at", lambda passes: seen.append(passes["plain"].layer(name, argument="pairs").output))):
+            net.training_step(X)
+    assert torch.equal(seen[0], net.net(X))
+    assert "forward" not in vars(net)
+    assert bare(net)
+
+
+def test_a_layer_that_ran_twice_is_an_error_and_one_that_did_not_is_none():
+    net, seen = Deep(often=0), []
+    with step_controller(net) as c:
+        c.layer("net.1", argument="pairs")
+        with c.term(Term("at", lambda passes: seen.append(passes["plain"].layer("net.1", argument="pairs")))):
+            net.training_step(X)
+            net.often = 2
+            message = r"pairs: the layer 'net\.1' ran 2 times in the step, .* choose a layer that runs once"
+            with pytest.raises(CaptureError, match=message):
+                net.training_step(X)
+            net.often = 1
+            net.training_step(X)
+    assert seen[0] is None
+    assert seen[1].output.shape == (1, 2)
+    assert len(seen) == 2
+
+
+def test_a_layer_that_does_not_exist_is_refused():
+    net = Deep()
+    with step_controller(net) as c:
+        with pytest.raises(ValueError, match=r"pairs names 'net\.7', not a module of Deep; did you mean 'net"):
+            c.layer("net.7", argument="pairs")
+        assert net.training_step(X).shape == ()
+    assert bare(net)
+
+
+def test_a_layer_of_a_skipped_or_broken_step_is_not_taken_for_that_of_the_next():
+    net, seen = Net(), []
+    with step_controller(net) as c:
+        c.layer("model", argument="pairs")
+        with c.term(Term("at", lambda passes: seen.append(passes["plain"].layer("model", argument="pairs").args[0]))):
+            net.returns = lambda loss: None
+            net.training_step(X)
+            net.returns = lambda loss: 1 / 0
+            with pytest.raises(ZeroDivisionError):
+                net.training_step(X)
+            net.returns = lambda loss: loss
+            net.training_step(X * 3)
+    assert [x.tolist() for x in seen] == [[[3.0, 6.0]]]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_layer_of_a_compiled_network_that_ran_before_is_shown():
+    net, seen = Net(), []
+    net.model = torch.compile(nn.Sequential(nn.Linear(2, 2), nn.Tanh()), backend="eager")
+    net.training_step(X)
+    with step_controller(net) as c:
+        c.layer("model.0", argument="pairs")
+        with c.term(Term("at", lambda passes: seen.append(passes["plain"].layer("model.0", argument="pairs").output))):
+            for _ in range(2):
+                net.training_step(X)
+    assert [torch.allclose(output.tanh(), net.model(X)) for output in seen] == [True, True]
+
+
+def test_each_loss_of_a_manual_step_sees_the_layers_since_the_last():
+    net, seen = Manual(losses=2), []
+    with step_controller(net) as c:
+        c.layer("model", argument="pairs")
+        with c.term(Term("at", lambda passes: seen.append(passes["plain"].layer("model", argument="pairs")))):
+            net.training_step(X)
+    assert [call.args[0].tolist() for call in seen] == [[[1.0, 2.0]], [[2.0, 4.0]]]
+    assert net.totals == [3, 6]
+
+
+def test_watched_layers_of_a_shared_teacher_belong_to_its_one_forward():
+    net, seen = Net(), []
+    net.model = nn.Sequential(nn.Linear(2, 1))
+    teacher = nn.Sequential(Counting(), nn.Tanh())
+    with step_controller(net) as c, ExitStack() as stack:
+        capture = c.capture("model")
+        shared = c.teacher(teacher, student=capture)
+        shared.teacher.watch("0", stack, argument="pairs")
+
+        def look(passes):
+            call = passes["plain"].call(capture)
+            seen.append((shared.layer(call, "0", argument="pairs"), shared(call)))
+            assert shared.layer(call, "1", argument="pairs") is None  # nobody watches it
+            assert shared.layer(call, "0", argument="pairs") is seen[-1][0]
+
+        for name in ("at", "ft"):
+            stack.enter_context(c.term(Term(name, look)))
+        net.training_step(X)
+        assert teacher[0].forwards == 1
+        net.training_step(X * 2)
+        assert teacher[0].forwards == 2
+    assert [torch.equal(layer.tanh(), output) for layer, output in seen] == [True] * 4
+    assert seen[0][0] is seen[1][0]
+    assert not torch.equal(seen[1][0], seen[2][0])
+
+
+def test_a_layer_of_the_teacher_that_ran_twice_is_an_error():
+    net, often = Net(), nn.Linear(2, 2)
+    with step_controller(net) as c, ExitStack() as stack:
+        capture = c.capture("model")
+        shared = c.teacher(nn.Sequential(often, often))
+        shared.teacher.watch("0", stack, argument="pairs")
+        look = Term("at", lambda passes: shared.layer(passes["plain"].call(capture), "0", argument="pairs"))
+        with c.term(look), pytest.raises(CaptureError, match=r"pairs: the teacher's layer '0' ran 2 times in one forw"):
+            net.training_step(X)
+
+
+# The step once more
+
+
+class Random(nn.Module):
+    """Draws random numbers of every kind, and remembers."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+        self.head = nn.Sequential(nn.BatchNorm1d(1, affine=False))
+        self.history, self.steps = [], 0
+        self.own = torch.Generator().manual_seed(0)
+        self.as_dict = False
+
+    def training_step(self, batch, batch_idx=0):
+        self.steps += 1
+        self.history.append(self.steps)
+        noise = torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002
+        loss = (self.head(self.model(batch)) * torch.tensor([[1.0], [2.0], [3.0]])).sum() * noise
+        return {"loss": loss, "steps": self.steps} if self.as_dict else loss
+
+
+def test_a_pass_can_be_run_again_with_the_same_random_numbers_and_without_a_trace():
+    net, x = Random(), torch.rand(3, 2)
+    losses = []
+
+    def look(passes):
+        seen = passes["plain"]
+        states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+        buffers = copy.deepcopy(dict(net.named_buffers()))
+        losses.append([seen.task_loss, seen.again(), seen.again()])
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert random.getstate() == states[1]
+        assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
+        assert all(torch.equal(value, buffers[name]) for name, value in net.named_buffers())
+        assert net.history == list(range(1, len(losses) + 1))
+        return losses[-1][1] * 2
+
+    with step_controller(net) as c, c.repeated_passes(), c.term(Term("at", look)):
+        for as_dict in (False, True, False):
+            net.as_dict = as_dict
+            output = net.training_step(x)
+            total = output["loss"] if as_dict else output
+            assert total.item() == pytest.approx(3 * losses[-1][0].item())
+    assert net.steps == 3
+    for first, second, third in losses:
+        assert first.item() == second.item() == third.item()
+        assert second.requires_grad
+    assert len({first.item() for first, *_ in losses}) == 3
+
+
+def test_gradients_go_through_both_runs():
+    """Also through batch norm, whose statistics are written into by the second run and put back before the backward."""
+    net, alone, x = Random(), Random(), torch.rand(3, 2)
+    alone.load_state_dict(net.state_dict())
+    state = RandomState()
+    with step_controller(net) as c, c.repeated_passes(), c.term(Term("at", lambda p: p["plain"].again() * 2)):
+        net.training_step(x).backward()
+    state.restore()
+    alone.training_step(x).backward()
+    for ours, theirs in zip(net.parameters(), alone.parameters(), strict=True):
+        assert torch.allclose(ours.grad, 3 * theirs.grad, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), alone.buffers(), strict=True))
+
+
+def test_a_pass_is_run_again_under_its_own_view():
+    net, seen = Net(), {}
+
+    def look(passes):
+        seen.update({name: entry.again().item() for name, entry in passes.items()})
+
+    with step_controller(net) as c, c.repeated_passes(), ExitStack() as stack:
+        stack.enter_context(c.view(View("half", scaled(net.model, 0.5))))
+        stack.enter_context(c.view(View("dense", scaled(net.model, 3.0), deployed=False)))
+        stack.enter_context(c.term(Term("a", look)))
+        stack.enter_context(c.term(Term("b", look, "dense")))
+        net.training_step(X)
+    assert seen == {"half": 1.5, "dense": 9.0}
+
+
+def test_captures_do_not_record_what_runs_again():
+    net, calls = Net(), []
+    with step_controller(net) as c, c.repeated_passes():
+        capture = c.capture("model")
+        c.layer("model", argument="pairs")
+
+        def look(passes):
+            passes["plain"].again()
+            calls.append((passes["plain"].call(capture), passes["plain"].layer("model", argument="pairs")))
+
+        with c.term(Term("at", look)):
+            for _ in range(2):
+                net.training_step(X)
+    assert [[entry.args[0] is X for entry in pair] for pair in calls] == [[True, True]] * 2
+
+
+def test_nothing_is_kept_for_another_run_where_nobody_asked():
+    net, seen = Net(), []
+    with step_controller(net) as c, c.term(Term("a", lambda passes: seen.append(passes["plain"].again))):
+        net.training_step(X)
+        with c.repeated_passes(), c.repeated_passes():
+            pass
+        net.training_step(X)
+        with c.repeated_passes():
+            with c.repeated_passes():
+                pass
+            net.training_step(X)
+    assert [again is None for again in seen] == [True, True, False]
+
+
+def test_an_error_in_the_second_run_leaves_nothing():
+    net = Random()
+
+    runs = []
+
+    def fail(*_):
+        runs.append(net.history.copy())
+        if len(runs) == 2:
+            raise OSError("gone")
+
+    net.head.register_forward_pre_hook(fail)
+    with step_controller(net) as c, c.repeated_passes(), c.term(Term("at", lambda p: p["plain"].again())):
+        with pytest.raises(OSError, match="gone"):
+            net.training_step(torch.rand(3, 2))
+        assert (net.history, net.steps, runs) == ([1], 1, [[1], [1, 2]])
+        net.training_step(torch.rand(3, 2))
+    assert net.history == [1, 2]
+
+
+# While somebody replays
+
+
+def test_while_replaying_steps_and_losses_are_the_users_own():
+    net = Net()
+    asked = []
+    with step_controller(net) as c, ExitStack() as stack:
+        capture = c.capture("model")
+        stack.enter_context(c.term(Term("kd", lambda passes: asked.append(passes) or torch.tensor(5.0))))
+        stack.enter_context(c.task_weight("kd", 0.5))
+        stack.enter_context(c.view(View("half", scaled(net.model, 0.5))))
+        stack.enter_context(c.observer(asked.append))
+        c.replaying = True
+        assert net.training_step(X).item() == 3
+        assert net.validation_step(X).item() == 30
+        assert (asked, c.steps, capture.last_call) == ([], 0, None)
+        c.replaying = False
+        assert net.training_step(X).item() == 0.5 * 1.5 + 5
+        assert net.validation_step(X).item() == 30
+        assert (len(asked), c.steps) == (2, 1)
+
+
+def test_while_replaying_a_manual_step_is_given_its_task_loss_back():
+    net = Manual(losses=2)
+    with step_controller(net) as c, c.term(constant("kd", 100.0)):
+        c.replaying = True
+        net.training_step(X)
+        loss = torch.ones(())
+        assert c.compressed_loss(loss) is loss  # in no step at all
+        c.replaying = False
+        net.training_step(X)
+    assert net.totals == [3, 6, 103, 106]
+
+
+def test_the_student_that_others_named_can_be_told_before_the_first_step():
+    net = Deep()
+    with step_controller(net) as c:
+        unknown = c.capture(None)
+        c.resolve_student()
+        assert unknown.names is None
+        c.capture("net.1")
+        c.resolve_student()
+        assert unknown.names == ("net.1",)
+        c.resolve_student()  # and so it stays
+        c.capture("net.2")
+        c.resolve_student()
+        assert unknown.names == ("net.1",)
+    with step_controller(net) as c:
+        unknown = c.capture(None)
+        c.capture("net.1")
+        c.capture("net.2")
+        c.resolve_student()
+        assert unknown.names is None
+    with step_controller(net) as c:
+        c.capture("net.1")
+        c.resolve_student()  # nobody asks
+    assert bare(net)

@@ -6,6 +6,7 @@ import argparse
 import copy
 import sys
 import types
+from contextlib import ExitStack
 
 import lightning.pytorch as L
 import pytest
@@ -194,6 +195,131 @@ def test_what_cannot_be_called_is_refused():
     patched = NoForward()
     patched.forward = lambda x: patched.net(x)
     assert Teacher(patched)(call(X)).shape == (3, 2)
+
+
+# What its layers return
+
+
+def test_watched_layers_are_recorded_in_the_same_forward():
+    network = norm_network()
+    teacher = Teacher(network)
+    with teacher.prepared(), ExitStack() as stack:
+        teacher.watch("1", stack, argument="pairs")
+        teacher.watch("3", stack, argument="pairs")
+        for factor in (1.0, 2.0):
+            output = teacher(call(X * factor))
+            assert sorted(teacher.layers) == ["1", "3"]
+            [normed], [last] = teacher.layers["1"], teacher.layers["3"]
+            assert last.output is output
+            assert torch.equal(normed.output, network[1](network[0](X * factor)))
+            assert not normed.output.requires_grad
+    assert teacher.forwards == 2
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in network.modules())
+
+
+def test_a_layer_is_watched_once_however_many_ask_and_until_the_first_is_done():
+    network = norm_network()
+    teacher = Teacher(network)
+    with teacher.prepared():
+        with ExitStack() as first, ExitStack() as second:
+            teacher.watch("0", first, argument="pairs")
+            teacher.watch("0", second, argument="pairs")
+            teacher(call(X))
+            assert len(network[0]._forward_hooks) == 1
+            assert len(teacher.layers["0"]) == 1
+        assert teacher(call(X)).shape == (3, 2)
+        assert teacher.layers == {}
+        with ExitStack() as again:
+            teacher.watch("0", again, argument="pairs")
+            teacher(call(X))
+            assert len(teacher.layers["0"]) == 1
+
+
+def test_a_layer_may_run_twice_or_not_at_all():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.often, self.never, self.parts = nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU()
+
+        def forward(self, x):
+            return self.often(self.parts(self.often(x)))
+
+    teacher = Teacher(Net())
+    with teacher.prepared(), ExitStack() as stack:
+        for name in ("often", "never", ""):
+            teacher.watch(name, stack, argument="pairs")
+        output = teacher(call(X))
+        assert [len(teacher.layers[name]) for name in ("often", "never", "")] == [2, 0, 1]
+        assert teacher.layers["often"][1].output is teacher.layers[""][0].output is output
+    assert "forward" not in vars(teacher.module)
+
+
+def test_a_layer_that_does_not_exist_is_refused():
+    teacher = Teacher(nn.Sequential(nn.Linear(2, 2)))
+    with ExitStack() as stack, pytest.raises(ValueError, match=r"pairs names '1', not a module of Sequential"):
+        teacher.watch("1", stack, argument="pairs")
+    with ExitStack() as stack:
+        teacher.watch("0", stack, argument="pairs")
+    assert not teacher.module[0]._forward_hooks
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("in_place", [False, True])
+def test_layers_of_a_compiled_teacher_that_ran_before_are_recorded(in_place):
+    network = nn.Sequential(nn.Linear(2, 2), nn.Tanh()).eval()
+    compiled = network if in_place else torch.compile(network, backend="eager")
+    if in_place:
+        network.compile(backend="eager")
+    teacher = Teacher(compiled)
+    with teacher.prepared(), ExitStack() as stack:
+        teacher(call(X))
+        teacher.watch("0", stack, argument="pairs")
+        for _ in range(2):
+            output = teacher(call(X))
+            assert torch.equal(teacher.layers["0"][0].output.tanh(), output)
+
+
+def test_a_failing_forward_is_no_record_of_the_next():
+    teacher = Teacher(norm_network())
+    with teacher.prepared(), ExitStack() as stack:
+        teacher.watch("0", stack, argument="pairs")
+        with pytest.raises(RuntimeError, match="the teacher Sequential failed"):
+            teacher(call(torch.ones(3, 5)))
+        teacher(call(X))
+        assert [tuple(entry.output.shape) for entry in teacher.layers["0"]] == [(3, 4)]
+
+
+# Gradients by its input
+
+
+def test_a_loss_can_be_differentiated_by_what_it_was_given():
+    network = nn.Linear(2, 1, bias=False)
+    network.weight.data = torch.tensor([[1.0, -2.0]])
+    teacher = Teacher(network)
+    with teacher.prepared():
+        for _ in range(3):  # the first input is copied
+            given = X.clone().requires_grad_()
+            output = teacher(call(given), gradients=True)
+            [gradient] = torch.autograd.grad(output.square().sum(), [given])
+            assert gradient.tolist() == [[-2.0, 4.0]] * 3  # 2 (x w) w, with x w = -1
+            assert not teacher(call(given)).requires_grad
+            assert not teacher(call(X), gradients=True).requires_grad  # nothing given carries a gradient
+    assert network.weight.grad is None
+
+
+def test_so_it_can_through_a_transform_and_layers():
+    class Double(nn.Module):
+        def forward(self, x):
+            return {"input": x * 2}
+
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    teacher = Teacher(network[0], Double())
+    with teacher.prepared(), ExitStack() as stack:
+        teacher.watch("", stack, argument="pairs")
+        given = X.clone().requires_grad_()
+        teacher(call(given), gradients=True)
+        [gradient] = torch.autograd.grad(teacher.layers[""][0].output.sum(), [given])
+    assert torch.allclose(gradient, 2 * network[0].weight.sum(dim=0).expand(3, 2))
 
 
 # From a path
