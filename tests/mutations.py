@@ -24,7 +24,12 @@ TESTS_FAILED = 1  # pytest's exit code; others mean that nothing was tested
 PACKAGE = "lightning_compress"
 BASE = f"{PACKAGE}/callbacks/base.py"
 DISTILLATION = f"{PACKAGE}/callbacks/distillation.py"
+TEACHING = f"{PACKAGE}/callbacks/teaching.py"
+FEATURES = f"{PACKAGE}/callbacks/features.py"
+ATTENTION = f"{PACKAGE}/callbacks/attention.py"
+FACTORS = f"{PACKAGE}/callbacks/factors.py"
 REPORT = f"{PACKAGE}/callbacks/report.py"
+REPLAY = f"{PACKAGE}/mechanisms/replay.py"
 CAPTURE = f"{PACKAGE}/mechanisms/capture.py"
 CONTROLLER = f"{PACKAGE}/mechanisms/controller.py"
 STUDENT = f"{PACKAGE}/mechanisms/student.py"
@@ -52,6 +57,70 @@ MUTATIONS = (
         "        return loss * self.kd_weight",
         "        return loss.detach() * self.kd_weight",
         f"{CONTRACT}/test_ranks.py::test_a_head_that_only_distillation_uses_is_trained",
+    ),
+    # Features, replay
+    Mutation(
+        "the shallowest pair has the weight of the deepest",
+        ATTENTION,
+        "enumerate(reversed(list(self._features(seen, call)))):",
+        "enumerate(list(self._features(seen, call))):",
+        "tests/callbacks/test_attention_exact.py::test_the_automatic_weight",
+    ),
+    Mutation(
+        "the second pass draws other random numbers",
+        CONTROLLER,
+        "                random.restore()\n",
+        "",
+        "tests/callbacks/test_attention_transfer.py",
+    ),
+    Mutation(
+        "the input gradient carries no gradient of its own",
+        ATTENTION,
+        'call, "student", create_graph=True, scale=scale)',
+        'call, "student", create_graph=True, scale=scale).detach()',
+        "tests/callbacks/test_attention_exact.py::test_gradients_of_the_input",
+    ),
+    Mutation(
+        "proposed pairs are not kept",
+        FEATURES,
+        'return {"pairs": [[pair.student, pair.teacher] for pair in self._proposed]}',
+        "return {}",
+        "tests/callbacks/test_factors.py::test_the_last_stages_are_proposed_once_and_kept_in_the_checkpoint",
+    ),
+    Mutation(
+        "a replay moves the random state",
+        REPLAY,
+        "        stack.enter_context(random_state_kept(device_of(module)))\n",
+        "",
+        "tests/mechanisms/test_replay.py::test_a_run_after_a_replay_equals_one_without",
+    ),
+    Mutation(
+        "a replay leaves its mark on the module",
+        REPLAY,
+        "        stack.enter_context(module_kept(module, parameters=parameters))\n",
+        "",
+        "tests/mechanisms/test_replay.py::test_nothing_can_be_told_afterwards",
+    ),
+    Mutation(
+        "a replay logs",
+        REPLAY,
+        "        stack.enter_context(_compat.silenced_loggers(module))\n",
+        "",
+        "tests/mechanisms/test_replay.py::test_nothing_can_be_told_afterwards",
+    ),
+    Mutation(
+        "a resumed run trains its paraphraser again",
+        FACTORS,
+        'if self._loaded.get("paraphraser"):',
+        "if False:",
+        "tests/callbacks/test_factors_exact.py::test_a_resumed_run_equals_the_whole_one_and_trains_no_paraphraser",
+    ),
+    Mutation(
+        "the translator has a learning rate of nobody's",
+        FACTORS,
+        'return float(optimizer.param_groups[0]["lr"]) if self.translator_lr is None else self.translator_lr',
+        "return self.translator_lr",
+        "tests/callbacks/test_factors_exact.py::test_the_translator_follows_the_users_learning_rate",
     ),
     # Copies and ranks
     Mutation(
@@ -209,8 +278,8 @@ MUTATIONS = (
     # Several callbacks
     Mutation(
         "each callback runs the teacher for itself",
-        CONTROLLER,
-        "if call.key not in self.outputs:",
+        TEACHER,
+        "if call.key not in self._seen:",
         "if True:",
         f"{CONTRACT}/test_order.py::test_two_distillations_share_one_teacher[Classifier]",
     ),
@@ -267,9 +336,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the teacher becomes a child of the module",
-        DISTILLATION,
-        "self._kind, self._warned = None, set()",
-        "self._kind, self._warned = None, set()\n        pl_module.add_module('teacher', self.teacher)",
+        TEACHING,
+        "self._warned = set()",
+        "self._warned = set()\n        pl_module.add_module('teacher', self.teacher)",
         f"{CONTRACT}/test_rows.py::test_the_weights_change_only_if_the_row_says_so",
     ),
     Mutation(
