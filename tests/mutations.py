@@ -85,7 +85,7 @@ MUTATIONS = (
         FEATURES,
         'return {"pairs": [[pair.student, pair.teacher] for pair in self._proposed]}',
         "return {}",
-        "tests/callbacks/test_factors.py::test_the_last_stages_are_proposed_once_and_kept_in_the_checkpoint",
+        "tests/callbacks/test_factor_transfer.py::test_the_last_stages_are_proposed_once_and_kept_in_the_checkpoint",
     ),
     Mutation(
         "a replay moves the random state",

@@ -25,7 +25,7 @@ from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
 from lightning_compress.mechanisms.isolation import drawn_from
 from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
 from lightning_compress.mechanisms.paraphrasing import paraphraser_from, train_paraphraser
-from lightning_compress.mechanisms.passes import Pass
+from lightning_compress.mechanisms.passes import Pass, View
 from lightning_compress.mechanisms.replay import Replay
 from lightning_compress.mechanisms.stages import Stage
 from lightning_compress.mechanisms.step import StepController
@@ -217,17 +217,20 @@ class FactorTransferCallback(FeatureCallback):
         return F.factor_transfer_loss(translate(student.to(dtype)), factor)
 
     def _check_channels(self, pair: Pair, student: Tensor, teacher: Tensor) -> None:
-        for owner, layer, feature in (("student", pair.student, student), ("teacher", pair.teacher, teacher)):
-            if feature.ndim != 4:
-                raise ValueError(
-                    f"pair: the layer '{layer}' of the {owner} returns shape {tuple(feature.shape)}, and the "
-                    "convolutions of factor transfer need (N, C, H, W)"
-                )
+        self._check_image("student", pair.student, student)
+        self._check_image("teacher", pair.teacher, teacher)
         channels = next(self._paraphraser.parameters()).shape[1] if self._paraphraser is not None else 0
         if teacher.shape[1] != channels:
             raise ValueError(
                 f"paraphraser: it was trained on features of {channels} channels, and the layer '{pair.teacher}' of "
                 f"the teacher returns {teacher.shape[1]}; it belongs to another layer or teacher"
+            )
+
+    def _check_image(self, owner: str, layer: str, feature: Tensor) -> None:
+        if feature.ndim != 4:
+            raise ValueError(
+                f"pair: the layer '{layer}' of the {owner} returns shape {tuple(feature.shape)}, and the convolutions "
+                "of factor transfer need (N, C, H, W)"
             )
 
     # The paraphraser's training
@@ -243,11 +246,9 @@ class FactorTransferCallback(FeatureCallback):
                     f"student '{self._student_name()}', so there is nothing to train a paraphraser on; name the "
                     "network that it calls with student=, or give paraphraser= a file"
                 )
-            if first.ndim != 4:
-                raise ValueError(
-                    f"pair: the layer '{pair.teacher}' of the teacher returns shape {tuple(first.shape)}, and the "
-                    "paraphraser needs (N, C, H, W)"
-                )
+            self._check_image("teacher", pair.teacher, first)
+            if pl_module.automatic_optimization:
+                self._rehearse(again, pair)
             with drawn_from(self._seed):
                 paraphraser = Paraphraser(first.shape[1], self.factor_ratio).to(first.device, first.dtype)
 
@@ -262,6 +263,13 @@ class FactorTransferCallback(FeatureCallback):
             )
         self._paraphraser = paraphraser
         self._tell_errors(trainer)
+
+    def _rehearse(self, again: Replay, pair: Pair) -> None:
+        """Refuse a layer of the student that the first step would refuse, before the paraphraser is trained for it."""
+        controller = self._require_controller()
+        _, arguments = again.first_received(self._students())
+        seen = Pass(View("rehearsal"), None, None, {}, controller.layers_of(lambda: again.run(arguments)))
+        self._check_image("student", pair.student, self._students_tensor(seen, pair))
 
     def _tell_errors(self, trainer: Any) -> None:
         """Log the errors of the pre-training, after it: meanwhile the loggers are silent."""
@@ -279,9 +287,8 @@ class FactorTransferCallback(FeatureCallback):
     def _teacher_features(self, again: Replay, pair: Pair, trainer: Any) -> Iterator[Tensor]:
         """What the teacher's layer returns for each training batch."""
         teacher = self._shared_teacher()
-        names = (self.student_capture.names if self.student_capture is not None else None) or ("",)
         for arguments in again.batches():
-            call = again.received(names, arguments)
+            call = again.received(self._students(), arguments)
             if call is None:
                 continue
             with trainer.precision_plugin.train_step_context():

@@ -130,20 +130,25 @@ class FeatureCallback(TeacherCallback):
             )
         return proposals
 
+    def _students(self) -> tuple[str, ...]:
+        """Dotted name of the student, or those of the ends of a chain."""
+        return (None if self.student_capture is None else self.student_capture.names) or ("",)
+
     def _full_name(self, pair: Pair) -> str:
         """Dotted name of the student's layer inside the LightningModule."""
-        names = None if self.student_capture is None else self.student_capture.names
-        network = names[0] if names is not None and len(names) == 1 else ""  # layers of a chain: of the whole module
+        names = self._students()
+        network = names[0] if len(names) == 1 else ""  # layers of a chain: of the whole module
         return ".".join(part for part in (network, pair.student) if part)
 
     def _features(self, seen: Pass, call: NetworkCall) -> Iterator[tuple[Pair, Tensor, Tensor]]:
         """What the layers of each pair returned."""
         for pair in self.settled:
-            side = f"{self.pairs_argument} (student's side)"
-            own = seen.layer(self._full_name(pair), argument=side)
-            student = self._tensor(pair.student, None if own is None else own.output, "student")
-            theirs = self._shared_teacher().layer(call, pair.teacher, argument=f"{self.pairs_argument}")
-            yield pair, student, self._tensor(pair.teacher, theirs, "teacher")
+            theirs = self._shared_teacher().layer(call, pair.teacher, argument=self.pairs_argument)
+            yield pair, self._students_tensor(seen, pair), self._tensor(pair.teacher, theirs, "teacher")
+
+    def _students_tensor(self, seen: Pass, pair: Pair) -> Tensor:
+        own = seen.layer(self._full_name(pair), argument=f"{self.pairs_argument} (student's side)")
+        return self._tensor(pair.student, None if own is None else own.output, "student")
 
     def _tensor(self, layer: str, output: Any, owner: str) -> Tensor:
         if output is None:

@@ -98,6 +98,20 @@ class StepController:
             self._layers[name] = self.stack.enter_context(Capture(layer, direct=layer is self.module))
             _compat.reset_compiled_code(self.module)
 
+    def layers_of(self, run: Callable[[], Any]) -> dict[str, list[NetworkCall]]:
+        """The calls of the recorded layers in a run of the step that is no training step.
+
+        Args:
+            run: Runs it.
+
+        Returns:
+            Dotted name to calls.
+        """
+        for layer in self._layers.values():
+            layer.start()
+        run()
+        return {name: layer.stop() for name, layer in self._layers.items()}
+
     def teacher(
         self,
         module: nn.Module,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, Sampler
 
-from lightning_compress.mechanisms.isolation import GENERATORS, attributes_kept, generator_restorer
+from lightning_compress.mechanisms.isolation import attributes_kept
 
 DATA = ("dataset", "datasets", "data_source")
 """Attributes that lead to the data itself, which may be too large to look into."""
@@ -80,10 +80,7 @@ def data_kept(parts: Sequence[Any]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for part, is_data in _hanging_on(parts):
-            restore = generator_restorer(part)
-            if restore is not None:
-                stack.callback(restore)
-            elif hasattr(part, "__dict__"):
+            if hasattr(part, "__dict__"):
                 stack.enter_context(attributes_kept(part, whole=not is_data, data=DATA))
         yield
 
@@ -98,7 +95,7 @@ def _hanging_on(parts: Sequence[Any]) -> list[tuple[Any, bool]]:
             continue
         found[id(part)] = (part, is_data)
         for name, value in getattr(part, "__dict__", {}).items():
-            leads_on = name in DATA or name in WORKINGS or isinstance(value, (Dataset, Sampler, *GENERATORS))
+            leads_on = name in DATA or name in WORKINGS or isinstance(value, (Dataset, Sampler))
             if leads_on:
                 entries = value if isinstance(value, (list, tuple)) and len(value) < 1000 else [value]
                 waiting += [(entry, name in DATA or isinstance(entry, Dataset)) for entry in entries]

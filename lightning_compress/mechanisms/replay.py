@@ -141,6 +141,14 @@ class Replay:
             f"'{'/'.join(student)}'; choose another with student="
         )
 
+    def run(self, arguments: tuple[Any, ...]) -> None:
+        """Run the whole step; with manual optimisation, up to its first backward pass.
+
+        Args:
+            arguments: The step's, as :attr:`batches` gives them.
+        """
+        self._step(*arguments)
+
     def outputs(self, student: tuple[str, ...], arguments: tuple[Any, ...]) -> list[LayerOutput]:
         """What the layers of the student return in a step.
 
@@ -153,7 +161,7 @@ class Replay:
         """
         root = find_module(self._module, student[0], argument="student") if len(student) == 1 else self._module
         with record_outputs(root) as outputs:
-            self._step(*arguments)
+            self.run(arguments)
         return outputs()
 
     @property
