@@ -185,12 +185,43 @@ def silenced_loggers(module: nn.Module) -> Iterator[None]:
     if not loggers:
         yield
         return
-    silent = import_module(f"{package_of(trainer)}.loggers.logger").DummyLogger
-    trainer.loggers = [silent() for _ in loggers]
+    dummy = import_module(f"{package_of(trainer)}.loggers.logger").DummyLogger
+    trainer.loggers = [_silent(dummy, logger) for logger in loggers]
     try:
         yield
     finally:
         trainer.loggers = loggers
+
+
+@contextmanager
+def rates_kept(module: nn.Module) -> Iterator[list[Any]]:
+    """Put back what a step may do to the learning rates of its Trainer, and to its end; gives the schedulers."""
+    trainer: Any = attached_trainer(module)
+    if trainer is None:
+        yield []
+        return
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    should_stop = trainer.should_stop
+    try:
+        yield [config.scheduler for config in trainer.lr_scheduler_configs]
+    finally:
+        for group, values in zip(groups, before, strict=True):
+            group.update(values)
+        trainer.should_stop = should_stop
+
+
+def stop_if_terminated(trainer: Any) -> None:
+    """End as Lightning does between two steps where the process was asked to terminate."""
+    if getattr(trainer, "received_sigterm", False):
+        raise import_module(f"{package_of(trainer)}.utilities.exceptions").SIGTERMException
+
+
+def _silent(dummy: type, logger: Any) -> Any:
+    """A logger that writes nothing and says of itself what the other says, for steps that make paths of it."""
+    said = {name: getattr(logger, name, None) for name in ("name", "version", "save_dir", "log_dir", "root_dir")}
+    said["save_dir"] = said["log_dir"] or said["save_dir"]  # what the Trainer gives as its log_dir
+    return type(f"Silent{type(logger).__name__}", (dummy,), said)()
 
 
 def training_loaders(trainer: Any) -> list[Any]:
@@ -198,8 +229,25 @@ def training_loaders(trainer: Any) -> list[Any]:
     return list(trainer.fit_loop._combined_loader.flattened)
 
 
-def training_batches(trainer: Any, loaders: list[Any]) -> Iterator[tuple[Any, ...]]:
+def batches_an_epoch(trainer: Any) -> float:
+    """How many training batches there are: of a stream without end or length, those that the whole training takes."""
+    batches = float(trainer.num_training_batches)
+    if batches == float("inf") and trainer.max_steps > 0:
+        return float(trainer.max_steps * trainer.accumulate_grad_batches)
+    return batches
+
+
+def _samplers(loaders: list[Any]) -> list[Any]:
+    """The samplers that shuffle by the number of the epoch, as that of distributed training does."""
+    batched = [getattr(loader, "batch_sampler", None) for loader in loaders]
+    found = [getattr(loader, "sampler", None) for loader in (*loaders, *batched)] + batched
+    return [sampler for sampler in found if callable(getattr(sampler, "set_epoch", None))]
+
+
+def training_batches(trainer: Any, loaders: list[Any], epoch: int = 0) -> Iterator[tuple[Any, ...]]:
     """One epoch of a Trainer's training batches, read from other loaders: what it would pass to ``training_step``."""
+    for sampler in _samplers(loaders):
+        sampler.set_epoch(epoch)
     combined = copy.copy(trainer.fit_loop._combined_loader)
     combined._iterator, combined.flattened = None, loaders
     module: Any = trainer.lightning_module
@@ -207,7 +255,8 @@ def training_batches(trainer: Any, loaders: list[Any]) -> Iterator[tuple[Any, ..
     iterates = signature(module.training_step, "dataloader_iter", explicit=True)
     indexed = signature(module.training_step, "batch_idx", min_args=2)
     try:
-        entries = itertools.takewhile(lambda entry: entry[1] < trainer.num_training_batches, combined)
+        limit = batches_an_epoch(trainer)
+        entries = itertools.takewhile(lambda entry: entry[1] < limit, combined)
         for entry in entries:
             if iterates:
                 yield (itertools.chain([entry], entries),)  # a step may take several

@@ -79,9 +79,7 @@ def _report(folder: Path, kind: type[Classifier]) -> CompressionCallback:
 CASES = (
     Case("DistillationCallback", _distillation, changes_loss=True, refuses={"manual": "CompressionMixin"}),
     Case("AttentionTransferCallback", _attention, changes_loss=True, refuses={"manual": "CompressionMixin"}),
-    Case(
-        "FactorTransferCallback", _factors, changes_loss=True, pretrains=True, refuses={"manual": "CompressionMixin"}
-    ),
+    Case("FactorTransferCallback", _factors, changes_loss=True, pretrains=True, refuses={"manual": "CompressionMixin"}),
     Case("ExportCallback", _export, heavy=True),
     Case("CompressionReport", _report),
 )

@@ -213,7 +213,7 @@ def test_loggers_can_be_silenced(namespace, tmp_path):
             logger.experiment.add_scalar("a", 1.0)  # whatever the experiment is asked for
             logger.experiment["a"] = 1
             logger.save()
-        assert trainer.log_dir is None
+        assert trainer.log_dir == str(written[0].log_dir)  # a step may make paths of it
         raise OSError("gone")
     assert trainer.loggers == written
     assert not list(tmp_path.iterdir())
@@ -235,9 +235,80 @@ def _looking(namespace, look, *data, module=None, **settings):
 
     module = import_module(f"{namespace}.demos.boring_classes").BoringModel() if module is None else module
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = package.Trainer(max_epochs=1, enable_checkpointing=False, callbacks=[Look()], **{**quiet, **settings})
+    defaults = {"max_epochs": 1, "enable_checkpointing": False, "callbacks": [Look()], **quiet}
+    trainer = package.Trainer(**{**defaults, **settings})
     trainer.fit(module, *data)
     return looked[0], given
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_a_silent_logger_says_of_itself_what_the_other_says(namespace, tmp_path):
+    module = import_module(f"{namespace}.demos.boring_classes").BoringModel()
+    loud = import_module(f"{namespace}.loggers").CSVLogger(tmp_path, name="a", version=3)
+    module.trainer = import_module(namespace).Trainer(accelerator="cpu", logger=loud)
+    said = [getattr(loud, name) for name in ("name", "version", "log_dir", "root_dir")]
+    with _compat.silenced_loggers(module):
+        assert [getattr(module.logger, name) for name in ("name", "version", "log_dir", "root_dir")] == said
+        assert module.trainer.log_dir == said[2] == str(tmp_path / "a" / "version_3")
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize(
+    ("settings", "stream", "count"),
+    [
+        ({}, False, 3),
+        ({"limit_train_batches": 2}, False, 2),
+        ({"limit_train_batches": 2}, True, 2),
+        ({"max_steps": 4}, True, 4),
+        ({"max_steps": 4, "accumulate_grad_batches": 2}, True, 8),
+    ],
+)
+def test_how_many_batches_there_are(namespace, settings, stream, count):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(lambda: torch.ones(32), None)
+
+    def look(trainer):
+        batches = _compat.training_batches(trainer, _compat.training_loaders(trainer))
+        return _compat.batches_an_epoch(trainer), len(list(batches))
+
+    data = DataLoader(Endless() if stream else torch.randn(6, 32), batch_size=2)
+    assert _looking(namespace, look, data, **settings)[0] == (count, count)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_a_stream_without_an_end_in_a_training_without_an_end(namespace):
+    stream = [torch.ones(2, 32)] * 3
+
+    class Source:
+        def __iter__(self):
+            return iter(stream)
+
+    seen, _ = _looking(namespace, _compat.batches_an_epoch, Source())
+    assert seen == float("inf")
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_samplers_are_told_the_epoch(namespace):
+    class Told(torch.utils.data.SequentialSampler):
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    def look(trainer):
+        seen = []
+        for loader, told in loaders:
+            for epoch in ({"epoch": 5}, {}):
+                next(_compat.training_batches(trainer, [loader], **epoch))
+                seen.append(told.epoch)
+        return seen
+
+    data = torch.randn(6, 32)
+    alone, batched = Told(data), Told(data)
+    loaders = [
+        (DataLoader(data, sampler=alone), alone),
+        (DataLoader(data, batch_sampler=torch.utils.data.BatchSampler(batched, 2, False)), batched),
+    ]
+    assert _looking(namespace, look, DataLoader(data))[0] == [5, 0, 5, 0]
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)

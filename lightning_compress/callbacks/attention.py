@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress import functional as F
@@ -78,7 +78,6 @@ class AttentionTransferCallback(FeatureCallback):
 
     default_name = "at"
     effect = "the attention loss"
-    expected_effects = ("the attention loss",)
 
     def __init__(
         self,
@@ -121,7 +120,7 @@ class AttentionTransferCallback(FeatureCallback):
         self.drop_tokens = drop_tokens
         self.pictures_every_n_epochs = pictures_every_n_epochs
         self.teacher_goes_first = map_kind != "gradient"
-        self._pictured = -1  # the last epoch that has its picture
+        self._pictured: int | None = None  # the last epoch that has its picture
         self._directory: Path | None = None
 
     @property
@@ -142,7 +141,8 @@ class AttentionTransferCallback(FeatureCallback):
             return
         if not getattr(pl_module, "automatic_optimization", True):
             raise ValueError("map_kind='gradient' runs the step twice, which manual optimisation does not allow")
-        if any(_compat.is_compiled(part) for part in pl_module.modules()):
+        compiled = _compat.compiled_state(pl_module) is not None
+        if compiled or any(_compat.is_compiled(part) for part in pl_module.modules()):
             raise ValueError("map_kind='gradient' differentiates twice, which compiled code does not allow")
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
@@ -152,11 +152,8 @@ class AttentionTransferCallback(FeatureCallback):
             stack.enter_context(controller.repeated_passes())
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Settle the pairs; attention by gradients wants the student's inputs instead."""
-        super().on_train_start(trainer, pl_module)
-        if self.map_kind == "gradient" and self.student_capture is not None:
-            self.student_capture.differentiable_inputs()
-        self._pictured = -1
+        """See to it that pictures have samples and a place."""
+        self._pictured = None
         if self.pictures_every_n_epochs is None:
             return
         if not trainer.enable_validation:
@@ -166,6 +163,12 @@ class AttentionTransferCallback(FeatureCallback):
             )
         # On every rank: reading the log directory is a broadcast.
         self._directory = Path(trainer.log_dir or trainer.default_root_dir) / f"attention-{self.name}"
+
+    def settle(self, trainer: Any, pl_module: Any) -> None:
+        """Find the student and the pairs; attention by gradients wants the student's inputs instead."""
+        super().settle(trainer, pl_module)
+        if self.map_kind == "gradient" and self.student_capture is not None:
+            self.student_capture.differentiable_inputs()
 
     def _term(self, passes: Mapping[str, Pass]) -> Tensor | None:
         [seen] = passes.values()
@@ -188,7 +191,7 @@ class AttentionTransferCallback(FeatureCallback):
         total = functools.reduce(torch.add, terms.values())
         self.log_quantity("loss", total, batch_size=samples_of(call), validation=True)
         every, epoch = self.pictures_every_n_epochs, self._trainer.current_epoch
-        if every is not None and epoch % every == 0 and epoch != self._pictured:
+        if every is not None and (self._pictured is None or epoch - self._pictured >= every):
             self._pictured = epoch
             if self._trainer.is_global_zero and not self._trainer.fast_dev_run:
                 self._picture(seen, call, epoch)
@@ -216,16 +219,40 @@ class AttentionTransferCallback(FeatureCallback):
     def _terms(self, seen: Pass, call: NetworkCall, first: bool) -> dict[str, Tensor]:
         """The weighted term of each pair."""
         terms = {}
+        tokens = False
         for depth, (pair, student, teacher) in enumerate(reversed(list(self._features(seen, call)))):
             if first:
                 self._check_features(pair, student, teacher)
+                self._check_layout(pair, student, teacher)
+            tokens |= 3 in (student.ndim, teacher.ndim)
             student, teacher = self._without_tokens(pair, student), self._without_tokens(pair, teacher)
+            if first and min(_positions(student), _positions(teacher)) == 1:
+                raise ValueError(
+                    f"pairs: the maps of '{pair.student}' and '{pair.teacher}' are of one position, of shapes "
+                    f"{tuple(student.shape)} and {tuple(teacher.shape)}, and so always equal; choose earlier layers"
+                )
             try:
                 loss = F.attention_transfer_loss(student, teacher, self.power, self._kind(), self.mode)
             except ValueError as error:
                 raise ValueError(f"pairs: '{pair.student}' and '{pair.teacher}' cannot be compared: {error}") from error
             terms[f"'{pair.student}' and '{pair.teacher}'"] = loss * self._weight(student, teacher, depth)
+        if first and self.drop_tokens and not tokens:
+            raise ValueError(f"drop_tokens={self.drop_tokens} has no effect: no layer returns tokens (N, L, D)")
         return dict(reversed(terms.items()))
+
+    def _check_layout(self, pair: Pair, student: Tensor, teacher: Tensor) -> None:
+        """Refuse what 1-D convolutions make: it would be taken for tokens, and its channels for positions."""
+        root = self._require_controller().module
+        ours = find_module(root, self._full_name(pair), argument="pairs")
+        theirs = find_module(self.own_teacher(), pair.teacher, argument="pairs")
+        for layer, module, feature in ((pair.student, ours, student), (pair.teacher, theirs, teacher)):
+            made_by = [part for part in module.modules() if isinstance(part, (nn.Conv1d, nn.BatchNorm1d))]
+            channels = {part.out_channels if isinstance(part, nn.Conv1d) else part.num_features for part in made_by}
+            if feature.ndim == 3 and feature.shape[1] in channels:
+                raise ValueError(
+                    f"pairs: the layer '{layer}' returns shape {tuple(feature.shape)}, (N, C, L) of a 1-D convolution; "
+                    "attention is for images (N, C, H, W) and for tokens (N, L, D)"
+                )
 
     def _weight(self, student: Tensor, teacher: Tensor, depth: int) -> float:
         if self.weight == "auto":
@@ -267,7 +294,7 @@ class AttentionTransferCallback(FeatureCallback):
 
 
 def _positions(feature: Tensor) -> int:
-    return feature.shape[1] if feature.ndim == 3 else feature[0, 0].numel()
+    return feature.shape[1] if feature.ndim == 3 else feature.shape[2:].numel()
 
 
 def _check_pairs(pairs: Any) -> None:

@@ -110,6 +110,7 @@ class CompressionCallback(TrainerCallback):
         self._trainer: Any = None  # while at work
         self._owned: list[OwnedParameters] = []
         self._verified = False
+        self._versions: list[int] = []  # of the user's parameters, at the start
 
     # For techniques
 
@@ -195,6 +196,7 @@ class CompressionCallback(TrainerCallback):
         self._trainer = trainer
         self.effects.clear()
         self._verified = False
+        self._versions = _versions(pl_module)
         self._stack = ExitStack()
         self._controller = self._stack.enter_context(step_controller(pl_module))
         self.attach(self._controller, self._stack, trainer, pl_module)
@@ -261,7 +263,8 @@ class CompressionCallback(TrainerCallback):
         Raises:
             RuntimeError: If no optimizer has stepped through Lightning so far.
         """
-        if any(parameters.module is not None and parameters.steps == 0 for parameters in self._owned):
+        idle = any(parameters.module is not None and parameters.steps == 0 for parameters in self._owned)
+        if idle and self._versions != _versions(pl_module):  # whoever trains nothing in an epoch has his reasons
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' trains helpers of its own with the user's optimizers, and in a "
                 f"whole epoch none of these stepped through Lightning: let {type(pl_module).__name__} step what "
@@ -351,6 +354,11 @@ class CompressionCallback(TrainerCallback):
     def _arguments(self) -> dict[str, Any]:
         names = [name for name in inspect.signature(type(self).__init__).parameters if name not in ("self", "name")]
         return {name: _primitive(getattr(self, name)) for name in names if hasattr(self, name)}
+
+
+def _versions(module: nn.Module) -> list[int]:
+    """How often each parameter was written to."""
+    return [parameter._version for parameter in module.parameters()]
 
 
 def announce(text: str) -> None:

@@ -67,7 +67,6 @@ class DistillationCallback(TeacherCallback):
 
     default_name = "kd"
     effect = "the distillation loss"
-    expected_effects = ("the distillation loss",)
 
     def __init__(
         self,

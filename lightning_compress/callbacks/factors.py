@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_compress import _compat
 from lightning_compress import functional as F
 from lightning_compress.callbacks.arguments import check_positive, check_whole
 from lightning_compress.callbacks.features import FeatureCallback, Pair
@@ -25,7 +26,7 @@ from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
 from lightning_compress.mechanisms.isolation import drawn_from
 from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
 from lightning_compress.mechanisms.paraphrasing import paraphraser_from, train_paraphraser
-from lightning_compress.mechanisms.passes import Pass, View
+from lightning_compress.mechanisms.passes import Pass
 from lightning_compress.mechanisms.replay import Replay
 from lightning_compress.mechanisms.stages import Stage
 from lightning_compress.mechanisms.step import StepController
@@ -72,7 +73,6 @@ class FactorTransferCallback(FeatureCallback):
 
     default_name = "ft"
     effect = "the factor loss"
-    expected_effects = ("the factor loss",)
     pairs_argument = "pair"
 
     def __init__(
@@ -130,7 +130,8 @@ class FactorTransferCallback(FeatureCallback):
         """
         if self._paraphraser is None:
             raise RuntimeError("there is no trained paraphraser yet: it is made when a training starts")
-        torch.save({key: value.cpu() for key, value in self._paraphraser.state_dict().items()}, path)
+        weights = {key: value.cpu() for key, value in self._paraphraser.state_dict().items()}
+        torch.save({"schema": 1, "factor_ratio": self.factor_ratio, "weights": weights}, path)
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse layers that do not exist; forget an earlier fit."""
@@ -146,10 +147,19 @@ class FactorTransferCallback(FeatureCallback):
         self._translator.load_state_dict(self._loaded.get("translator", {}))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Settle the pair, and get the paraphraser: from the checkpoint, from a file, or by training it."""
+        """Refuse optimizers that the translator cannot follow."""
         refuse_lbfgs(trainer.optimizers, f"{type(self).__name__} '{self.name}' trains a translator, which")
-        super().on_train_start(trainer, pl_module)
+
+    def settle(self, trainer: Any, pl_module: Any) -> None:
+        """Settle the pair, and get the paraphraser: from the checkpoint, from a file, or by training it."""
+        super().settle(trainer, pl_module)
+        [pair] = self.settled
         if self._loaded.get("paraphraser"):
+            if self._loaded.get("layer", pair.teacher) != pair.teacher:
+                raise ValueError(
+                    f"the checkpoint's paraphraser was trained on the teacher's layer '{self._loaded['layer']}', and "
+                    f"pair names '{pair.teacher}'; resume with the same pair, or start without this callback's state"
+                )
             self._paraphraser = paraphraser_from(
                 self._loaded["paraphraser"], self.factor_ratio, argument="the checkpoint"
             )
@@ -168,6 +178,7 @@ class FactorTransferCallback(FeatureCallback):
             return {**super().extra_state(), **self._loaded}
         return {
             **super().extra_state(),
+            "layer": self.settled[0].teacher,
             "paraphraser": self._paraphraser.state_dict(),
             "reconstruction_errors": list(self.reconstruction_errors),
             "translator": self._translator.state_dict(),
@@ -177,7 +188,7 @@ class FactorTransferCallback(FeatureCallback):
         """Take them back: a resumed run does not train the paraphraser again."""
         super().load_extra_state(state)
         self._loaded = {
-            key: state[key] for key in ("paraphraser", "reconstruction_errors", "translator") if key in state
+            key: state[key] for key in ("layer", "paraphraser", "reconstruction_errors", "translator") if key in state
         }
         self.reconstruction_errors = list(self._loaded.get("reconstruction_errors", ()))
 
@@ -239,8 +250,8 @@ class FactorTransferCallback(FeatureCallback):
         """Train the paraphraser on what the teacher returns for the training data, in the main run's absence."""
         [pair] = self.settled
         with self.replayed(trainer) as again, _progress_bar(trainer, self.pretrain_epochs) as bar:
-            first = next(iter(self._teacher_features(again, pair, trainer)), None)
-            if first is None:
+            first = next(iter(self._teacher_features(again, pair, trainer, 0)), None)
+            if not trainer.strategy.reduce_boolean_decision(first is not None, all=True) or first is None:
                 raise CaptureError(
                     "the training step, run on the training data up to its first backward pass, never calls the "
                     f"student '{self._student_name()}', so there is nothing to train a paraphraser on; name the "
@@ -249,11 +260,11 @@ class FactorTransferCallback(FeatureCallback):
             self._check_image("teacher", pair.teacher, first)
             if pl_module.automatic_optimization:
                 self._rehearse(again, pair)
-            with drawn_from(self._seed):
+            with drawn_from(self._seed + 1):  # not the translator's numbers: they would begin as one network
                 paraphraser = Paraphraser(first.shape[1], self.factor_ratio).to(first.device, first.dtype)
 
-            def features() -> Iterable[Tensor]:
-                for feature in _in_step(self._teacher_features(again, pair, trainer), trainer):
+            def features(epoch: int) -> Iterable[Tensor]:
+                for feature in _in_step(self._teacher_features(again, pair, trainer, epoch), trainer):
                     bar.update()
                     yield feature
 
@@ -268,8 +279,8 @@ class FactorTransferCallback(FeatureCallback):
         """Refuse a layer of the student that the first step would refuse, before the paraphraser is trained for it."""
         controller = self._require_controller()
         _, arguments = again.first_received(self._students())
-        seen = Pass(View("rehearsal"), None, None, {}, controller.layers_of(lambda: again.run(arguments)))
-        self._check_image("student", pair.student, self._students_tensor(seen, pair))
+        layers = controller.layers_of(lambda: again.outputs(self._students(), arguments))
+        self._check_image("student", pair.student, self._students_tensor(layers, pair))
 
     def _tell_errors(self, trainer: Any) -> None:
         """Log the errors of the pre-training, after it: meanwhile the loggers are silent."""
@@ -284,10 +295,11 @@ class FactorTransferCallback(FeatureCallback):
                 "it has learned next to nothing; more pretrain_epochs, or another layer, may help"
             )
 
-    def _teacher_features(self, again: Replay, pair: Pair, trainer: Any) -> Iterator[Tensor]:
+    def _teacher_features(self, again: Replay, pair: Pair, trainer: Any, epoch: int) -> Iterator[Tensor]:
         """What the teacher's layer returns for each training batch."""
         teacher = self._shared_teacher()
-        for arguments in again.batches():
+        for arguments in again.batches(epoch):
+            _compat.stop_if_terminated(trainer)
             call = again.received(self._students(), arguments)
             if call is None:
                 continue
@@ -322,7 +334,7 @@ def _helpers_dtype(feature: Tensor) -> torch.dtype:
 def _progress_bar(trainer: Any, epochs: int) -> Any:
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-    bar, batches = trainer.progress_bar_callback, trainer.num_training_batches
+    bar, batches = trainer.progress_bar_callback, _compat.batches_an_epoch(trainer)
     shown = bar is not None and bool(getattr(bar, "is_enabled", True)) and trainer.is_global_zero
     total = None if batches == float("inf") else epochs * int(batches)
     return Tqdm(desc="Pre-training the paraphraser", total=total, disable=not shown or epochs == 0, leave=True)
@@ -335,10 +347,19 @@ def _read(path: str, factor_ratio: float) -> dict[str, Tensor]:
             f"paraphraser names '{path}', which is no file; FactorTransferCallback.save_paraphraser writes one"
         )
     try:
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        saved: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise ValueError(f"paraphraser: '{path}' cannot be read as weights: {error}") from error
-    paraphraser_from(state, factor_ratio, argument=f"paraphraser: '{path}'")
+    argument = f"paraphraser: '{path}'"
+    own = isinstance(saved, dict) and "weights" in saved  # otherwise the weights of a Paraphraser that the user trained
+    if own and saved["schema"] > 1:
+        raise ValueError(f"{argument} was written by a newer version of lightning_compress; upgrade the package")
+    if own and saved["factor_ratio"] != factor_ratio:
+        raise ValueError(
+            f"{argument} has factor_ratio={saved['factor_ratio']}, and factor_ratio={factor_ratio} was given"
+        )
+    state: dict[str, Tensor] = saved["weights"] if own else saved
+    paraphraser_from(state, factor_ratio, argument=argument)
     return state
 
 

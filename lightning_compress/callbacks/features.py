@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_compress.callbacks.base import announce
 from lightning_compress.callbacks.teaching import TeacherCallback
-from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
+from lightning_compress.mechanisms.capture import CaptureError, NetworkCall, only_call
 from lightning_compress.mechanisms.outputs import describe
 from lightning_compress.mechanisms.passes import Pass
 from lightning_compress.mechanisms.replay import Replay, replay
@@ -34,8 +34,8 @@ class Pair:
 class FeatureCallback(TeacherCallback):
     """Base of the callbacks that compare what layers of student and teacher return.
 
-    When the training starts, the pairs of layers are settled: those that were given, those of the checkpoint, or
-    those proposed from one batch, on which the step is replayed without a trace.
+    Before the first step, the pairs of layers are settled: those that were given, those of the checkpoint, or those
+    proposed from one batch, on which the step is replayed without a trace.
     """
 
     pairs_argument = "pairs"
@@ -53,7 +53,9 @@ class FeatureCallback(TeacherCallback):
         self.settled: tuple[Pair, ...] = ()
         """The pairs at work, from the shallowest to the deepest; empty before a training has started."""
         self._proposed: tuple[Pair, ...] = ()  # earlier in this training, maybe in another process
+        self._found: tuple[str, ...] | None = None  # the student, likewise
         self._layers = ExitStack()  # of the fit: what records the teacher's layers
+        self._ready = False
 
     @property
     @abstractmethod
@@ -66,7 +68,7 @@ class FeatureCallback(TeacherCallback):
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse layers that do not exist; forget what was proposed for an earlier fit."""
-        self._proposed = ()
+        self._proposed, self._found = (), None
         for pair in self.given_pairs or ():
             find_module(self.own_teacher(), pair.teacher, argument=f"{self.pairs_argument} (teacher's side)")
             if isinstance(self.student, str):
@@ -76,28 +78,35 @@ class FeatureCallback(TeacherCallback):
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Capture the student, prepare the teacher, add the term."""
         super().attach(controller, stack, trainer, pl_module)
-        self._layers = stack
+        self._layers, self._ready = stack, False
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Settle the pairs and record their layers from now on."""
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Settle what is to be compared, before the first step and after the module's own hooks have run."""
+        if not self._ready and self.student_capture is not None:
+            self.settle(trainer, pl_module)
+            self._ready = True
+
+    def settle(self, trainer: Any, pl_module: Any) -> None:
+        """Find the student and the pairs, and record their layers from now on."""
         controller, capture = self._require_controller(), self.student_capture
         if capture is None:
             return
         controller.resolve_student()
-        given, names = self.given_pairs, capture.names
-        pairs = self._proposed if given is None else given
+        given = self.given_pairs
+        names, pairs = capture.names or self._found, self._proposed if given is None else given
         propose = given is None and not pairs
         if propose or names is None:
             with self.replayed(trainer) as again:
                 names = again.students() if names is None else names
                 proposals = self._proposals(again, names, trainer) if propose else []
-            if capture.names is None:
-                capture.use(names)
             if propose:
-                pairs = self._proposed = tuple(Pair(one.layer, other.layer) for one, other in proposals)
+                proposed = tuple(Pair(one.layer, other.layer) for one, other in proposals)
+                pairs = self._proposed = trainer.strategy.broadcast(proposed)  # images may differ from rank to rank
                 if trainer.is_global_zero:
                     announce(f"{self.name}: {_table(proposals)}\n")
-        self.settled = pairs
+        if capture.names is None:
+            capture.use(names)
+        self._found, self.settled = names, pairs
         for pair in pairs:
             controller.layer(self._full_name(pair), argument=f"{self.pairs_argument} (student's side)")
             self._shared_teacher().teacher.watch(
@@ -109,11 +118,13 @@ class FeatureCallback(TeacherCallback):
         return replay(self._require_controller(), trainer, trainer.precision_plugin.train_step_context)
 
     def extra_state(self) -> dict[str, Any]:
-        """The proposed pairs: a resumed run goes on with them."""
-        return {"pairs": [[pair.student, pair.teacher] for pair in self._proposed]}
+        """The student and the proposed pairs: a resumed run goes on with them, and need not look."""
+        pairs = [[pair.student, pair.teacher] for pair in self._proposed]
+        return {"pairs": pairs, "student": None if self._found is None else list(self._found)}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take the proposed pairs back."""
+        """Take them back."""
+        self._found = None if state.get("student") is None else tuple(state["student"])
         self._proposed = tuple(Pair(*names) for names in state.get("pairs", ()))
 
     def _proposals(self, again: Replay, student: tuple[str, ...], trainer: Any) -> Sequence[tuple[Stage, Stage]]:
@@ -144,10 +155,11 @@ class FeatureCallback(TeacherCallback):
         """What the layers of each pair returned."""
         for pair in self.settled:
             theirs = self._shared_teacher().layer(call, pair.teacher, argument=self.pairs_argument)
-            yield pair, self._students_tensor(seen, pair), self._tensor(pair.teacher, theirs, "teacher")
+            yield pair, self._students_tensor(seen.layers, pair), self._tensor(pair.teacher, theirs, "teacher")
 
-    def _students_tensor(self, seen: Pass, pair: Pair) -> Tensor:
-        own = seen.layer(self._full_name(pair), argument=f"{self.pairs_argument} (student's side)")
+    def _students_tensor(self, layers: Mapping[str, Sequence[NetworkCall]], pair: Pair) -> Tensor:
+        name = self._full_name(pair)
+        own = only_call(layers.get(name, ()), f"the student's layer '{name}'", argument=self.pairs_argument)
         return self._tensor(pair.student, None if own is None else own.output, "student")
 
     def _tensor(self, layer: str, output: Any, owner: str) -> Tensor:

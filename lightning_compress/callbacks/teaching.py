@@ -37,6 +37,12 @@ class TeacherCallback(CompressionCallback):
     changes_loss = True
     effect = "the term"
     """What the term is called in messages, and where it is counted."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """The term is an effect that must be there."""
+        super().__init_subclass__(**kwargs)
+        cls.expected_effects = (cls.effect,)
+
     teacher_goes_first = True
     """Whether the teacher runs just before the student: not where its output for the step alone is of no use."""
 

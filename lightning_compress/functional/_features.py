@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -71,6 +70,16 @@ def mean(values: Tensor) -> Tensor:
 
 
 def _pooled(feature: Tensor, size: torch.Size) -> Tensor:
-    if len(size) == 1:
-        return F.adaptive_avg_pool1d(feature, size[0])
-    return F.adaptive_avg_pool2d(feature, (size[0], size[1]))
+    """Adaptive average pooling, as products with averaging matrices: its own backward is not deterministic on a GPU."""
+    with torch.autocast(feature.device.type, enabled=False):  # it would lower the precision of products
+        feature = feature @ _averaging(feature.shape[-1], size[-1], feature).T
+        return feature if len(size) == 1 else _averaging(feature.shape[-2], size[0], feature) @ feature
+
+
+def _averaging(length: int, target: int, like: Tensor) -> Tensor:
+    """The matrix (target, length) whose rows average the windows of adaptive pooling."""
+    rows = torch.zeros(target, length, dtype=like.dtype, device=like.device)
+    for row in range(target):
+        begin, end = row * length // target, -(-(row + 1) * length // target)
+        rows[row, begin:end] = 1 / (end - begin)
+    return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +72,7 @@ class Capture(AbstractContextManager["Capture"]):
         self._open: list[_Snapshot] = []
         self._records: list[tuple[_Snapshot, _Snapshot]] = []
         self.on_input: Callable[[object, tuple[Any, ...], Mapping[str, Any]], None] | None = None
+        self.on_output: Callable[[], None] | None = None
         self.differentiable = False
         """Whether the module is given inputs that carry gradients, in the place of floating ones that do not."""
 
@@ -130,6 +131,8 @@ class Capture(AbstractContextManager["Capture"]):
         if self._recording and self._open and (self._when is None or self._when()):
             given = self._open.pop()
             self._records.append((given, _Snapshot(output, copy=self._written.get(module.training, True))))
+            if self.on_output is not None and not torch.compiler.is_compiling():
+                self.on_output()
 
     def _settled(self, given: _Snapshot, returned: _Snapshot) -> NetworkCall:
         written = given.written or returned.written
@@ -152,6 +155,32 @@ class Capture(AbstractContextManager["Capture"]):
             return output
 
         return forward
+
+
+def only_call(calls: Sequence[NetworkCall], what: str, *, argument: str) -> NetworkCall | None:
+    """The one call of a layer; None if there was none.
+
+    Args:
+        calls: All its calls in a step.
+        what: The layer, in words.
+        argument: The user's argument that named it, for the error message.
+
+    Returns:
+        The call.
+
+    Raises:
+        CaptureError: If there were several.
+
+    Example:
+        >>> only_call([], "the layer 'a'", argument="pairs") is None
+        True
+    """
+    if len(calls) > 1:
+        raise CaptureError(
+            f"{argument}: {what} ran {len(calls)} times in one step, so it is not said which of its outputs is meant; "
+            "choose a layer that runs once"
+        )
+    return calls[0] if calls else None
 
 
 def differentiable(leaf: Any) -> Any:

@@ -40,6 +40,7 @@ class StepController:
         self.replaying = False
         """Whether steps run as they are, and their losses too: for those who run them for another reason."""
         self._repeated = 0
+        self._inside = False  # of a step
         self._captures: dict[Any, StudentCapture] = {}
         self._layers: dict[str, Capture] = {}
         self._teachers: dict[tuple[int, int], SharedTeacher] = {}
@@ -109,8 +110,11 @@ class StepController:
         """
         for layer in self._layers.values():
             layer.start()
-        run()
-        return {name: layer.stop() for name, layer in self._layers.items()}
+        try:
+            run()
+        finally:
+            calls = {name: layer.stop() for name, layer in self._layers.items()}
+        return calls
 
     def teacher(
         self,
@@ -224,28 +228,33 @@ class StepController:
 
     def run_training(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the training step in the user's stead and return its output with the total loss in it."""
-        if self.replaying:
+        if self.replaying or self._inside:  # a validation step may call the training step, and the other way round
             return original(*args, **kwargs)
         self.resolve_student()
+        self._inside = True
         try:
             if not getattr(self.module, "automatic_optimization", True):
                 return self._run_manual(original, args, kwargs)
             return self._run_views(original, args, kwargs)
         finally:
-            self._teachers_go_first = False
+            self._inside = self._teachers_go_first = False
             self._forget_teachers_outputs()
 
     def run_validation(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the validation step, then show what it called to the observers."""
-        if self.replaying or not self._observers:
+        if self.replaying or self._inside:
             return original(*args, **kwargs)
+        self._inside = True
         try:
+            if not self._observers:
+                return original(*args, **kwargs)
             output, calls, layers = self._recorded(original, args, kwargs, detect=False)
             seen = Pass(View("plain"), _first(args, kwargs), None, calls, layers)
             for observe in self._observers:
                 observe(seen)
             return output
         finally:
+            self._inside = False
             self._forget_teachers_outputs()
 
     def compressed_loss(self, task_loss: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ import functools
 import io
 import logging
 import random
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -89,6 +91,13 @@ def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
 
 
 ANY_DEPTH = 1 << 30
+LONG = 10_000  # entries; what lies inside of a longer list is data
+LARGE = ("Dataset", "DataLoader", "LightningDataModule", "Trainer", "Callback", "Logger")
+LIBRARIES = {
+    *sys.stdlib_module_names,
+    *("torch", "torchmetrics", "torchvision", "numpy"),
+    *("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"),
+}
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 """Classes of random generators that keep a state of their own."""
@@ -215,10 +224,11 @@ def attributes_kept(owner: Any, *, whole: bool = False, data: Sequence[str] = ()
         >>> owner
         namespace(a=1, order=[2, 0])
     """
+    seen = {id(owner)}
     before = {
-        name: _snapshot(value, tensors=(Tensor,), depth=ANY_DEPTH)
+        name: _snapshot(value, tensors=(Tensor,), depth=ANY_DEPTH, seen=seen)
         if whole and name not in data
-        else _snapshot(value, tensors=(), depth=1)
+        else _snapshot(value, tensors=(), depth=1, seen=seen)
         for name, value in vars(owner).items()
     }
     try:
@@ -233,7 +243,8 @@ def attributes_kept(owner: Any, *, whole: bool = False, data: Sequence[str] = ()
 def module_kept(module: nn.Module, *, parameters: bool = True) -> Iterator[None]:
     """Put a module, and all below it, back at the end: attributes, lists, dicts, flags, devices, values, generators.
 
-    For a module that cannot be copied. Values inside of other objects are not covered.
+    For a module that cannot be copied. What hangs on plain objects of the user's is put back too; what libraries hold
+    outside of modules, files, and services are not.
 
     Args:
         module: The module.
@@ -247,11 +258,11 @@ def module_kept(module: nn.Module, *, parameters: bool = True) -> Iterator[None]
         tensor(0)
     """
     # A tensor of another kind than torch's own is only kept, never written to.
-    tensors = (Tensor, nn.Parameter) if parameters else (Tensor,)
-    before = [
-        (vars(part), {name: _snapshot(value, tensors=tensors, depth=ANY_DEPTH) for name, value in vars(part).items()})
-        for part in module.modules()
-    ]
+    seen = {id(part) for part in module.modules()}
+    snapshot = functools.partial(
+        _snapshot, tensors=(Tensor, nn.Parameter) if parameters else (Tensor,), depth=ANY_DEPTH, seen=seen
+    )
+    before = [(vars(part), {name: snapshot(value) for name, value in vars(part).items()}) for part in module.modules()]
     try:
         yield
     finally:
@@ -262,25 +273,50 @@ def module_kept(module: nn.Module, *, parameters: bool = True) -> Iterator[None]
             attributes.update(values)
 
 
-def _snapshot(value: Any, *, tensors: tuple[type, ...], depth: int) -> tuple[Any, Any]:
+def _snapshot(value: Any, *, tensors: tuple[type, ...], depth: int, seen: set[int]) -> tuple[Any, Any]:
     """An object and what is needed to bring its contents back: those of tensors and arrays only where these count."""
-    inside = functools.partial(_snapshot, tensors=tensors, depth=depth - 1)
+    if isinstance(value, (str, bytes, int, float, complex, type(None))) or id(value) in seen:
+        return value, None
+    seen.add(id(value))
+    inside = functools.partial(_snapshot, tensors=tensors, depth=depth - 1, seen=seen)
+    contents = _contents(value, tensors, depth, inside)
+    if contents is None:
+        seen.remove(id(value))  # it may be met again, nearer to the surface
+    return value, contents
+
+
+def _contents(value: Any, tensors: tuple[type, ...], depth: int, inside: Callable[[Any], tuple[Any, Any]]) -> Any:
+    """What :func:`_restored` needs; None for what is only kept."""
     if isinstance(value, Tensor):
         if not value.is_leaf:  # it carries a graph
-            return value, None
+            return None
         saved = (value.data, value.detach().clone()) if type(value) in tensors else None
-        return value, (value.requires_grad, saved)
+        return value.requires_grad, saved
     if isinstance(value, GENERATORS):
-        return value, generator_restorer(value)
+        return generator_restorer(value)
     if isinstance(value, np.ndarray):
-        return value, value.copy() if tensors and value.flags.writeable else None
-    if depth > 0 and isinstance(value, dict):
-        return value, {key: inside(entry) for key, entry in value.items()}
-    if depth > 0 and isinstance(value, (list, deque)):
-        return value, [inside(entry) for entry in value]
-    if depth > 0 and isinstance(value, set):
-        return value, set(value)
-    return value, None
+        return value.copy() if tensors and value.flags.writeable else None
+    if depth <= 0:
+        return None
+    if isinstance(value, dict):
+        return {key: inside(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list, deque)):
+        looked_into = [inside(entry) for entry in value] if len(value) <= LONG else []
+        looked_into = [entry for entry in looked_into if entry[1] is not None]
+        return (looked_into or None) if isinstance(value, tuple) else (list(value), looked_into)
+    if isinstance(value, set):
+        return set(value)
+    return {name: inside(entry) for name, entry in vars(value).items()} if _is_users(value) else None
+
+
+def _is_users(value: Any) -> bool:
+    """Whether an object is one of the user's: a meter, say, or a module that is no child; data is left out."""
+    if isinstance(value, nn.Module):
+        return True  # modules that are children are seen to by themselves
+    package = type(value).__module__.partition(".")[0]
+    known = package in LIBRARIES or isinstance(value, (type, ModuleType))
+    is_large = any(base.__name__ in LARGE for base in type(value).__mro__)
+    return hasattr(value, "__dict__") and (not known or type(value) is SimpleNamespace) and not is_large
 
 
 def _restored(value: Any, contents: Any) -> Any:
@@ -293,24 +329,29 @@ def _restored(value: Any, contents: Any) -> Any:
         contents()
     elif isinstance(value, np.ndarray):
         value[...] = contents
-    elif isinstance(value, dict):
-        restored = {key: _restored(*entry) for key, entry in contents.items()}
-        value.clear()
-        value.update(restored)
+    elif isinstance(value, tuple):
+        for entry in contents:
+            _restored(*entry)
     elif isinstance(value, (list, deque)):
-        entries = [_restored(*entry) for entry in contents]
+        entries, looked_into = contents
+        for entry in looked_into:
+            _restored(*entry)
         value.clear()
         value.extend(entries)
-    else:
+    elif isinstance(value, set):
         value.clear()
         value.update(contents)
+    else:
+        restored = {key: _restored(*entry) for key, entry in contents.items()}
+        holder = value if isinstance(value, dict) else vars(value)
+        holder.clear()
+        holder.update(restored)
     return value
 
 
 def _restore_tensor(value: Tensor, requires_grad: bool, saved: tuple[Tensor, Tensor] | None) -> None:
     if saved is not None:
         value.data, contents = saved
-        if not torch.equal(value.detach(), contents):
-            value.data.copy_(contents)  # unseen by autograd: a graph that is still to be used saved the same values
+        value.data.copy_(contents)  # unseen by autograd: a graph that is still to be used saved the same values
     if value.is_leaf and value.requires_grad != requires_grad:
         value.requires_grad_(requires_grad)

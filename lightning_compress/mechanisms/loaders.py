@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from lightning_compress.mechanisms.isolation import attributes_kept
 
@@ -44,12 +44,9 @@ def independent_loaders(loaders: Sequence[Any]) -> Iterator[list[Any]]:
         >>> first == [int(batch) for batch in loader]
         True
     """
-    for loader in loaders:
-        if isinstance(loader, Iterator):
-            raise ValueError(
-                f"the training data is a {type(loader).__name__}, which can be read only once, so no batch of it can "
-                "be looked at before training; give an iterable such as a DataLoader"
-            )
+    with data_kept(loaders):  # to begin to read a stream may change it
+        for loader in loaders:
+            _refuse_read_once(loader)
     copies = []
     for loader in loaders:
         copied = copy.copy(loader)
@@ -58,6 +55,19 @@ def independent_loaders(loaders: Sequence[Any]) -> Iterator[list[Any]]:
         copies.append(copied)
     with data_kept(loaders):
         yield copies
+
+
+def _refuse_read_once(loader: Any) -> None:
+    """Refuse a generator, and a dataset that hands out the same one each time."""
+    dataset = getattr(loader, "dataset", None)
+    once: Any = loader if isinstance(loader, Iterator) else None
+    if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
+        once = dataset
+    if once is not None:
+        raise ValueError(
+            f"the training data is a {type(once).__name__}, which can be read only once, so no batch of it can be "
+            "looked at before training; give data that starts anew each time it is iterated over"
+        )
 
 
 @contextmanager
@@ -80,7 +90,7 @@ def data_kept(parts: Sequence[Any]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for part, is_data in _hanging_on(parts):
-            if hasattr(part, "__dict__"):
+            if hasattr(part, "__dict__") and not isinstance(part, type):
                 stack.enter_context(attributes_kept(part, whole=not is_data, data=DATA))
         yield
 

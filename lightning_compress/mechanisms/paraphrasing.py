@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,20 +15,18 @@ from lightning_compress.modules import Paraphraser
 
 def train_paraphraser(
     paraphraser: Paraphraser,
-    features: Callable[[], Iterable[Tensor]],
+    features: Callable[[int], Iterable[Tensor]],
     *,
     epochs: int,
     reduce: Callable[[Tensor], Tensor] | None = None,
-    after_epoch: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train a paraphraser to reconstruct features, as the authors do: mean L1, SGD .1, momentum .9, weight decay 5e-4.
 
     Args:
         paraphraser: Trained in place; frozen afterwards.
-        features: Gives the features of one epoch, each of shape ``(N, channels, H, W)``; called once an epoch.
+        features: Gives the features of one epoch, each of shape ``(N, channels, H, W)``; takes its number.
         epochs: How often to go through them.
         reduce: Averages a gradient, or a number in a tensor, over processes.
-        after_epoch: Told the number of each epoch and its error.
 
     Returns:
         Each epoch's reconstruction error, relative to the features: the mean of ``|reconstruction - feature|`` over
@@ -39,7 +38,7 @@ def train_paraphraser(
     Example:
         >>> _ = torch.manual_seed(0)
         >>> paraphraser = Paraphraser(2)
-        >>> errors = train_paraphraser(paraphraser, lambda: [torch.ones(4, 2, 3, 3)] * 20, epochs=3)
+        >>> errors = train_paraphraser(paraphraser, lambda epoch: [torch.ones(4, 2, 3, 3)] * 20, epochs=3)
         >>> errors[-1] < errors[0], paraphraser.training
         (True, False)
     """
@@ -49,7 +48,7 @@ def train_paraphraser(
     errors = []
     for epoch in range(epochs):
         total = torch.zeros(2, device=parameters[0].device)  # of the errors, and of the features
-        for feature in features():
+        for feature in features(epoch):
             loss = F.reconstruction_loss(paraphraser(feature), feature)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
@@ -64,8 +63,11 @@ def train_paraphraser(
         if total[1] == 0:
             raise ValueError(f"the paraphraser saw no features in epoch {epoch}, or only zeros")
         errors.append(float(total[0] / total[1]))
-        if after_epoch is not None:
-            after_epoch(epoch, errors[-1])
+        if not math.isfinite(errors[-1]):
+            raise ValueError(
+                f"the paraphraser's error is {errors[-1]} in epoch {epoch}: the features hold NaN or infinity, or are "
+                "so large that its training diverged"
+            )
     optimizer.zero_grad()
     paraphraser.eval().requires_grad_(False)
     return errors
@@ -93,7 +95,7 @@ def paraphraser_from(state: dict[str, Tensor], factor_ratio: float, *, argument:
     if not isinstance(first, Tensor) or first.ndim != 4:
         raise ValueError(f"{argument} holds no weights of a lightning_compress.modules.Paraphraser")
     with drawn_from(0):  # nothing of it is kept, and the main run's random numbers are left alone
-        paraphraser = Paraphraser(first.shape[1], factor_ratio)
+        paraphraser = Paraphraser(first.shape[1], factor_ratio).to(first.dtype)
     try:
         paraphraser.load_state_dict(state)
     except RuntimeError as error:

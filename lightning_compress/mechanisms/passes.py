@@ -65,24 +65,6 @@ class Pass:
             )
         return calls[0] if calls else None
 
-    def layer(self, name: str, *, argument: str) -> NetworkCall | None:
-        """The one call of a captured layer in this pass; None if there was none.
-
-        Args:
-            name: Dotted name, as it was captured.
-            argument: The user's argument that named it, for the error message.
-
-        Raises:
-            CaptureError: If the layer ran more than once.
-        """
-        calls = self.layers.get(name, ())
-        if len(calls) > 1:
-            raise CaptureError(
-                f"{argument}: the layer '{name}' ran {len(calls)} times in the step, so it is not said which of its "
-                "outputs is meant; choose a layer that runs once"
-            )
-        return calls[0] if calls else None
-
 
 @dataclass(frozen=True, eq=False)
 class Term:

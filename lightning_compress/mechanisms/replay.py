@@ -1,22 +1,23 @@
 """Replay: run the user's step for what it calls, without learning from it and without a trace.
 
 Only the user's step knows how to make the network's input from a batch. So whoever needs inputs before training, or
-after it, runs the step: without gradients, with logging muted, and with parameters, buffers, metrics, attributes and
-random states put back afterwards. A run that needed a replay then equals one that did not.
+after it, runs the step: without a backward pass, with logging muted, and with parameters, buffers, metrics, attributes
+and random states put back afterwards. A run that needed a replay then equals one that did not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
-from lightning_compress.mechanisms.isolation import device_of, module_kept, random_state_kept
+from lightning_compress.mechanisms.isolation import attributes_kept, device_of, module_kept, random_state_kept
 from lightning_compress.mechanisms.loaders import data_kept, independent_loaders
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
@@ -53,6 +54,8 @@ def traceless(module: nn.Module, *, parameters: bool = True) -> Iterator[None]:
         stack.enter_context(random_state_kept(device_of(module)))
         stack.enter_context(module_kept(module, parameters=parameters))
         stack.enter_context(_compat.silenced_loggers(module))
+        for scheduler in stack.enter_context(_compat.rates_kept(module)):
+            stack.enter_context(attributes_kept(scheduler, whole=True, data=("optimizer",)))
         for method in MUTED:
             if callable(getattr(module, method, None)):
                 stack.enter_context(shadowed(module, method, lambda _: lambda *args, **kwargs: None))
@@ -64,16 +67,18 @@ class Replay:
 
     Args:
         controller: That of the module.
-        step: Runs the original step; takes what Lightning passes to it.
-        batches: The training batches as the step receives them, from the start each time it is called.
+        step: Runs the original step; takes what Lightning passes to it, and whether with gradients.
+        batches: The training batches as the step receives them, from the start each time it is called; takes the number
+            of the epoch, for samplers that shuffle by it.
     """
 
     def __init__(
-        self, controller: StepController, step: Callable[..., Any], batches: Callable[[], Iterator[tuple[Any, ...]]]
+        self, controller: StepController, step: Callable[..., Any], batches: Callable[..., Iterator[tuple[Any, ...]]]
     ) -> None:
         self._module = controller.module
         self._step = step
         self.batches = batches
+        self._hooks: tuple[str, ...] = ()
 
     def students(self) -> tuple[str, ...]:
         """Find the student: the network that the first step calls.
@@ -84,11 +89,12 @@ class Replay:
         Raises:
             CaptureError: If there is none, or more than one.
         """
+        self._hooks_at("everywhere")
         with StudentCapture(self._module) as capture:
             capture.required = True
             for arguments in self._first_batches():
                 capture.start(detect=True)
-                if self._step(*arguments) is not None or not self._automatic:
+                if self._step(*arguments, gradients=True) is not None or not self._automatic:
                     capture.stop()
                     break
                 capture.abort()  # a skipped batch: whatever it called is no evidence
@@ -113,12 +119,13 @@ class Replay:
             raise _Reached
 
         reached: list[NetworkCall] = []
+        self._hooks_at("input", *student)
         with Capture(network, direct=network is self._module) as capture:
             capture.on_input = stop
             capture.start()
-            try:
-                self._step(*arguments)
-            except _Reached:
+            with suppress(_Reached):
+                self._step(*arguments, gradients=False)
+            if reached:  # also where a bare except of the user's caught what was to end the step
                 return reached[0]
             calls = capture.stop()  # compiled code does not tell while it runs
         return NetworkCall(calls[0].args, calls[0].kwargs, None) if calls else None
@@ -141,16 +148,8 @@ class Replay:
             f"'{'/'.join(student)}'; choose another with student="
         )
 
-    def run(self, arguments: tuple[Any, ...]) -> None:
-        """Run the whole step; with manual optimisation, up to its first backward pass.
-
-        Args:
-            arguments: The step's, as :attr:`batches` gives them.
-        """
-        self._step(*arguments)
-
     def outputs(self, student: tuple[str, ...], arguments: tuple[Any, ...]) -> list[LayerOutput]:
-        """What the layers of the student return in a step.
+        """What the layers of the student return in a step, which goes no further than the student's return.
 
         Args:
             student: As in :meth:`received`; the layers of a chain are those of the whole module.
@@ -160,9 +159,24 @@ class Replay:
             One entry for each layer that returned one tensor once, in the order in which they returned.
         """
         root = find_module(self._module, student[0], argument="student") if len(student) == 1 else self._module
-        with record_outputs(root) as outputs:
-            self.run(arguments)
+        last = find_module(self._module, student[-1], argument="student")
+
+        def stop() -> None:
+            raise _Reached
+
+        self._hooks_at("output", *student)
+        with record_outputs(root) as outputs, Capture(last, direct=last is self._module) as capture:
+            capture.on_output = stop
+            capture.start()
+            with suppress(_Reached):
+                self._step(*arguments, gradients=True)
         return outputs()
+
+    def _hooks_at(self, *places: str) -> None:
+        """Forget compiled code where hooks are to be in other places than last: it knows only those that it had."""
+        if places != self._hooks:
+            self._hooks = places
+            _compat.reset_compiled_code(self._module)
 
     @property
     def _automatic(self) -> bool:
@@ -208,20 +222,25 @@ def replay(
     """
     module: Any = controller.module
 
-    def step(*arguments: Any) -> Any:
-        with context(), torch.no_grad(), _no_learning(module):
+    def step(*arguments: Any, gradients: bool) -> Any:
+        with context(), torch.set_grad_enabled(gradients), _no_learning(module):
             try:
                 return module.training_step(*arguments)
             except (_Backward, StopIteration):  # the latter from a step that takes its batches itself, at their end
                 return None
 
+    if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters()):
+        raise ValueError(
+            f"{type(module).__name__} has lazy modules, which get their shapes in the first step, and the step would "
+            "have to be run before: call the network once on an example before the fit"
+        )
     with ExitStack() as stack:
         stack.enter_context(traceless(module))
         stack.enter_context(data_kept([trainer.datamodule]))
         loaders = stack.enter_context(independent_loaders(_compat.training_loaders(trainer)))
         stack.callback(setattr, controller, "replaying", controller.replaying)
         controller.replaying = True
-        yield Replay(controller, step, lambda: _compat.training_batches(trainer, loaders))
+        yield Replay(controller, step, lambda epoch=0: _compat.training_batches(trainer, loaders, epoch))
 
 
 class _Backward(BaseException):
@@ -241,5 +260,10 @@ def _no_learning(module: Any) -> Iterator[None]:
     if getattr(module, "automatic_optimization", True) or not hasattr(module, "manual_backward"):
         yield
         return
+    original = Tensor.backward
     with shadowed(module, "manual_backward", backward):
-        yield
+        Tensor.backward = backward(original)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            Tensor.backward = original  # type: ignore[method-assign]

@@ -106,7 +106,6 @@ def record_outputs(root: nn.Module) -> Iterator[Callable[[], list[LayerOutput]]]
     for own_name, module in root.named_modules():
         layers.setdefault(plain_name(own_name), module)  # of a compiled layer the wrapper, not what is inside
     with ExitStack() as stack:
-        stack.callback(_compat.reset_compiled_code, root)  # code that was compiled with the hooks keeps them
         for name, layer in layers.items():
             if layer is not root and not isinstance(layer, torch.jit.ScriptModule):
                 stack.callback(layer.register_forward_hook(marked(hook(name))).remove)
@@ -136,6 +135,12 @@ def stages(outputs: Sequence[LayerOutput]) -> list[Stage]:
         >>> [(stage.layer, stage.size) for stage in stages(outputs())]
         [('1', (6, 6)), ('3', (3, 3))]
     """
+    # What a 1-D convolution makes is (N, C, L), and cannot be told from tokens further on.
+    if any(output.makes_maps and len(output.shape) == 3 for output in outputs):
+        outputs = [output for output in outputs if len(output.shape) != 3]
+    # What has another length than the batch is no sample's: windows and heads, say.
+    batch = next((output.shape[0] for output in outputs if output.size is not None), None)
+    outputs = [output for output in outputs if output.shape[:1] == (batch,)]
     named = {output.name: output for output in outputs}
     found: list[tuple[Stage, int]] = []
     for unit in _units(outputs):
@@ -197,11 +202,12 @@ def _units(outputs: Sequence[LayerOutput]) -> list[LayerOutput]:
 def _is_multistage(output: LayerOutput, outputs: Sequence[LayerOutput]) -> bool:
     """Whether a layer goes through three resolutions or more, or leaves them behind."""
     inside = [other for other in outputs if _is_below(other.name, output.name)]
-    sizes = {other.size for other in inside if other.makes_maps or len(other.shape) == 3} - {None}
+    maps = {other.size for other in inside if other.makes_maps} - {None}
+    tokens = {other.size for other in inside if len(other.shape) == 3} - {None}  # not a third size of attention on maps
     if output.size is not None or output.channels_last:
-        return len(sizes) >= 3
+        return max(len(maps), len(tokens)) >= 3
     is_point = len(output.shape) in (3, 4)  # a block whose stride ends at a single point is still one block
-    return len(sizes) >= (2 if is_point else 1)
+    return len(maps | tokens) >= (2 if is_point else 1)
 
 
 def _outermost(unit: LayerOutput, named: dict[str, LayerOutput]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
-from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
+from lightning_compress.mechanisms.capture import Capture, NetworkCall, only_call
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.tree import named_tensors, rebuild
 
@@ -68,7 +68,9 @@ class Teacher:
                     convert(module)
                 if device is not None:
                     module.to(device)
-                module.eval().requires_grad_(False)
+                module.eval()
+                for parameter in module.parameters():  # a scripted module does not do it by itself
+                    parameter.requires_grad_(False)
             yield self
 
     def watch(self, name: str, stack: ExitStack, *, argument: str) -> None:
@@ -115,7 +117,7 @@ class Teacher:
             args, kwargs = rebuild((args, kwargs), lambda leaf: leaf)  # the dict it is given is its own
         used = _tensors((args, kwargs))
         versions = [None if tensor.is_inference() else tensor._version for tensor in used]
-        for capture in self._captures.values():
+        for capture in () if gradients else self._captures.values():
             capture.start()
         try:
             with nullcontext() if gradients else torch.no_grad():
@@ -128,7 +130,8 @@ class Teacher:
                 f"{[tuple(tensor.shape) for tensor in given]}): {type(error).__name__}: {error}. It may want another "
                 "input (see teacher_transform), or the student may be another module than the one meant (see student)"
             ) from error
-        self.layers = {name: capture.stop() for name, capture in self._captures.items()}
+        if not gradients:
+            self.layers = {name: capture.stop() for name, capture in self._captures.items()}
         self._note_writing(used, versions)
         return output
 
@@ -172,12 +175,8 @@ class SharedTeacher:
             CaptureError: If the layer ran more than once.
         """
         calls = self._run(call)[1].get(name, ())
-        if len(calls) > 1:
-            raise CaptureError(
-                f"{argument}: the teacher's layer '{name}' ran {len(calls)} times in one forward, so it is not said "
-                "which of its outputs is meant; choose a layer that runs once"
-            )
-        return calls[0].output if calls else None
+        found = only_call(calls, f"the teacher's layer '{name}'", argument=argument)
+        return None if found is None else found.output
 
     def forget(self) -> None:
         """Let go of the step's outputs."""

@@ -132,7 +132,7 @@ def refused(message, module, callback, *, error=ValueError, before="step", x=X, 
     data = feature_loader(type(module)) if hasattr(module, "task_loss") else batches(x)
     with pytest.raises(error, match=message):
         trainer(watching, callback, **settings).fit(module, data)
-    assert watching.reached == {"fit": [], "batch": ["fit"], "step": ["fit", "batch"]}[before]
+    assert watching.reached == {"fit": [], "start": ["fit"], "step": ["fit", "batch"]}[before]
     assert difference(module, state) == 0
     assert module.global_step == 0
     assert additions(module) == added
@@ -733,7 +733,7 @@ def test_a_layer_that_is_not_in_the_teacher_is_refused_before_anything_happens()
     refused(message, conv_network(4, 6), attention(pairs={"stage1": "stge2"}), before="fit")
 
 
-@pytest.mark.parametrize(("student", "before"), [("model", "fit"), (None, "batch")])
+@pytest.mark.parametrize(("student", "before"), [("model", "fit"), (None, "step")])
 def test_a_layer_that_is_not_in_the_student_is_refused(student, before):
     """Before anything happens where the student is named, else as soon as it is found."""
     message = r"pairs \(student's side\) names '.*stge1', not a module of (Sequential|Plain); did you mean '.*stage1'"
@@ -744,7 +744,7 @@ def test_a_layer_that_is_not_in_the_student_is_refused(student, before):
 def test_a_layer_that_is_not_in_a_chain_is_refused():
     message = r"names 'stage1', not a module of ConvChain; did you mean 'backbone.stage1'"
     callback = attention(pairs=STAGES, student=["backbone", "head"])
-    refused(message, made(ConvChain), callback, before="batch")
+    refused(message, made(ConvChain), callback, before="step")
 
 
 def test_an_unknown_student_is_refused():
@@ -754,7 +754,7 @@ def test_an_unknown_student_is_refused():
 
 def test_two_candidates_are_refused():
     message = r"'backbone', 'head'; .*student=\[\"backbone\", \"head\"\]"
-    refused(message, made(ConvChain), attention(), error=CaptureError, before="batch")
+    refused(message, made(ConvChain), attention(), error=CaptureError, before="step")
 
 
 def test_no_pair_found_says_what_each_network_offers():
@@ -765,17 +765,17 @@ def test_no_pair_found_says_what_each_network_offers():
         r"pairs='auto' finds no layers of student and teacher to compare. The student has no layer that returns a "
         r"feature map. The teacher offers 'stage1' \(2, 7, 6, 6\), 'stage2' \(2, 10, 3, 3\). Name them: pairs="
     )
-    refused(message, mlp(), attention(), before="batch")
+    refused(message, mlp(), attention(), before="step")
     message = (
         r"The student offers 'stage1' \(2, 4, 6, 6\), 'stage2' \(2, 6, 3, 3\). "
         "The teacher has no layer that returns a feature map"
     )
-    refused(message, conv_network(4, 6), attention(mlp()), before="batch")
+    refused(message, conv_network(4, 6), attention(mlp()), before="step")
 
 
 def test_a_teacher_that_wants_another_input_is_refused():
     message = r"the teacher Conv2d failed on what the student received .*\[\(2, 1, 6, 6\)\]"
-    refused(message, conv_network(4, 6), attention(nn.Conv2d(3, 4, 1)), error=RuntimeError, before="batch")
+    refused(message, conv_network(4, 6), attention(nn.Conv2d(3, 4, 1)), error=RuntimeError, before="step")
 
 
 def test_a_teacher_that_shares_layers_with_the_student_is_refused():
@@ -802,9 +802,9 @@ def test_pictures_without_validation_are_refused(validates):
     message = "pictures_every_n_epochs=2 needs validation samples, and this fit has no validation"
     if validates:
         callback = attention(pairs=STAGES, pictures_every_n_epochs=2)
-        refused(message, conv_network(4, 6), callback, before="batch", limit_val_batches=0)
+        refused(message, conv_network(4, 6), callback, before="start", limit_val_batches=0)
     else:
-        refused(message, conv_network(4, 6), attention(pairs=STAGES, pictures_every_n_epochs=2), before="batch")
+        refused(message, conv_network(4, 6), attention(pairs=STAGES, pictures_every_n_epochs=2), before="start")
 
 
 # What is refused in the first step
@@ -841,9 +841,9 @@ def twice(net, x):
 
 
 def test_layers_that_run_twice_are_refused():
-    message = r"pairs \(student's side\): the layer 'model.last' ran 2 times in the step, .*choose a layer that runs"
+    message = r"pairs: the student's layer 'model.last' ran 2 times in one step, .*choose a layer that runs"
     refused(message, Net(twice), attention(Net(), pairs={"last": "last"}), error=CaptureError)
-    message = "pairs: the teacher's layer 'last' ran 2 times in one forward, .*choose a layer that runs once"
+    message = "pairs: the teacher's layer 'last' ran 2 times in one step, .*choose a layer that runs once"
     refused(message, Net(), attention(Net(twice), pairs={"last": "last"}), error=CaptureError)
 
 

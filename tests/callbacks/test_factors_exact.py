@@ -80,10 +80,10 @@ def stages(network: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return outputs
 
 
-def drawn(make, dtype: torch.dtype) -> nn.Module:
+def drawn(make, dtype: torch.dtype, offset: int = 0) -> nn.Module:
     """A helper from the user's seed, which leaves the random state alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch.initial_seed())
+        torch.manual_seed(torch.initial_seed() + offset)
         return make().to(dtype)
 
 
@@ -95,7 +95,7 @@ def casting(autocast):
 def pretrained(autocast, dtype: torch.dtype, seed: int) -> Paraphraser:
     """The paraphraser's training in a plain loop."""
     helpers_dtype, taught = torch.promote_types(dtype, torch.float32), teacher().to(dtype).eval()
-    paraphraser = drawn(lambda: Paraphraser(TEACHER_CHANNELS), helpers_dtype)
+    paraphraser = drawn(lambda: Paraphraser(TEACHER_CHANNELS), helpers_dtype, offset=1)
     optimizer = SGD(paraphraser.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     for _ in range(EPOCHS):
         for x, _ in feature_loader():

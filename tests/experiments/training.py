@@ -64,9 +64,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     callbacks = make_callbacks(run, folder)
     torch.manual_seed(run.seed)
     module = Classifier(STUDENT_WIDTH, run.rate, run.arm.label_smoothing)
-    trainer = fit(
-        module, Batches(data.train, seed=run.seed, labels=run.protocol.labels), run.epochs, callbacks
-    )
+    trainer = fit(module, Batches(data.train, seed=run.seed, labels=run.protocol.labels), run.epochs, callbacks)
     held_out, test = predictions(module.network, data.held_out), predictions(module.network, data.test)
     taught = teacher_file(run.teacher, folder)["test_predictions"]
     return {

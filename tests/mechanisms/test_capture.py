@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_compress import _compat
-from lightning_compress.mechanisms.capture import Capture, CaptureError, differentiable
+from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall, differentiable, only_call
 from lightning_compress.mechanisms.student import StudentCapture
 
 
@@ -285,6 +285,50 @@ def test_what_a_network_does_to_the_containers_it_is_given_is_not_seen():
             assert sorted(call.args[0]) == ["x", "y"]
             assert call.args[0]["x"].unique().tolist() == [1.0]
             assert call.args[1].x.unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_who_asked_is_told_when_the_network_has_returned(direct):
+    diary = []
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            diary.append("forward")
+            return super().forward(x)
+
+    network = Net(2, 2)
+    with Capture(network, direct=direct) as capture:
+        capture.on_input = lambda *_: diary.append("input")
+        capture.on_output = lambda: diary.append("output")
+        network(torch.ones(1, 2))
+        assert diary == ["forward"]
+        capture.start()
+        for _ in range(2):
+            network(torch.ones(1, 2))
+        assert len(capture.stop()) == 2
+    assert diary == ["forward"] + ["input", "forward", "output"] * 2
+
+
+def test_who_is_told_may_end_it_all():
+    network = nn.Linear(2, 2)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Capture(network) as capture:
+        capture.on_output = stop
+        capture.start()
+        network(torch.ones(1, 2))
+    assert hooks_of(network) == 0
+
+
+def test_the_only_call():
+    calls = [NetworkCall((), {}, index) for index in range(3)]
+    assert only_call([], "the layer 'a'", argument="pairs") is None
+    assert only_call(calls[:1], "the layer 'a'", argument="pairs") is calls[0]
+    message = r"pairs: the layer 'a' ran 3 times in one step, .*; choose a layer that runs once"
+    with pytest.raises(CaptureError, match=message):
+        only_call(calls, "the layer 'a'", argument="pairs")
 
 
 # Inputs that a loss can be differentiated by

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import itertools
 import pickle
 import random
-from contextlib import ExitStack, contextmanager
+import weakref
+from contextlib import ExitStack, contextmanager, suppress
 
 import lightning.pytorch as L
 import numpy as np
@@ -20,7 +22,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 
 from lightning_compress.export.copying import independent_copy
-from lightning_compress.mechanisms.capture import CaptureError
+from lightning_compress.mechanisms.capture import CaptureError, only_call
 from lightning_compress.mechanisms.isolation import RandomState
 from lightning_compress.mechanisms.passes import Term, View
 from lightning_compress.mechanisms.step import StepController, find_controller, step_controller
@@ -597,12 +599,17 @@ class Deep(nn.Module):
     validation_step = training_step
 
 
+def shown(entry, name):
+    """The one call of a layer in a pass."""
+    return only_call(entry.layers.get(name, ()), f"the layer '{name}'", argument="pairs")
+
+
 def test_a_layer_is_shown_to_who_asked_for_it():
     net, seen = Deep(), []
 
     def look(passes):
         [entry] = passes.values()
-        seen.append(entry.layer("net.1", argument="pairs"))
+        seen.append(shown(entry, "net.1"))
         return seen[-1].output.sum() * 10
 
     with step_controller(net) as c, c.term(Term("at", look)), c.observer(lambda entry: look({"": entry})):
@@ -634,12 +641,12 @@ def test_the_network_itself_is_a_layer_too(name):
             return self.net(x)
 
         def training_step(self, batch):
-            return self(batch).sum()
+            return self.forward(batch).sum()
 
     net, seen = Itself(), []
     with step_controller(net) as c:
         c.layer(name, argument="pairs")
-        with c.term(Term("at", lambda passes: seen.append(passes["plain"].layer(name, argument="pairs").output))):
+        with c.term(Term("at", lambda passes: seen.append(shown(passes["plain"], name).output))):
             net.training_step(X)
     assert torch.equal(seen[0], net.net(X))
     assert "forward" not in vars(net)
@@ -650,10 +657,10 @@ def test_a_layer_that_ran_twice_is_an_error_and_one_that_did_not_is_none():
     net, seen = Deep(often=0), []
     with step_controller(net) as c:
         c.layer("net.1", argument="pairs")
-        with c.term(Term("at", lambda passes: seen.append(passes["plain"].layer("net.1", argument="pairs")))):
+        with c.term(Term("at", lambda passes: seen.append(shown(passes["plain"], "net.1")))):
             net.training_step(X)
             net.often = 2
-            message = r"pairs: the layer 'net\.1' ran 2 times in the step, .* choose a layer that runs once"
+            message = r"pairs: the layer 'net\.1' ran 2 times in one step, .* choose a layer that runs once"
             with pytest.raises(CaptureError, match=message):
                 net.training_step(X)
             net.often = 1
@@ -672,11 +679,25 @@ def test_a_layer_that_does_not_exist_is_refused():
     assert bare(net)
 
 
+@pytest.mark.parametrize("returns", [lambda loss: None, lambda loss: 1 / 0], ids=["skipped", "broken"])
+def test_nothing_of_a_skipped_or_broken_step_is_kept(returns):
+    net, outputs = Net(), []
+    net.returns = returns
+    net.model.register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
+    with step_controller(net) as c:
+        c.layer("model", argument="pairs")
+        with suppress(ZeroDivisionError):
+            net.training_step(X)
+        net.model(X)  # outside of a step
+        gc.collect()
+        assert [output() for output in outputs] == [None, None]
+
+
 def test_a_layer_of_a_skipped_or_broken_step_is_not_taken_for_that_of_the_next():
     net, seen = Net(), []
     with step_controller(net) as c:
         c.layer("model", argument="pairs")
-        with c.term(Term("at", lambda passes: seen.append(passes["plain"].layer("model", argument="pairs").args[0]))):
+        with c.term(Term("at", lambda passes: seen.append(shown(passes["plain"], "model").args[0]))):
             net.returns = lambda loss: None
             net.training_step(X)
             net.returns = lambda loss: 1 / 0
@@ -694,7 +715,7 @@ def test_a_layer_of_a_compiled_network_that_ran_before_is_shown():
     net.training_step(X)
     with step_controller(net) as c:
         c.layer("model.0", argument="pairs")
-        with c.term(Term("at", lambda passes: seen.append(passes["plain"].layer("model.0", argument="pairs").output))):
+        with c.term(Term("at", lambda passes: seen.append(shown(passes["plain"], "model.0").output))):
             for _ in range(2):
                 net.training_step(X)
     assert [torch.allclose(output.tanh(), net.model(X)) for output in seen] == [True, True]
@@ -704,7 +725,7 @@ def test_each_loss_of_a_manual_step_sees_the_layers_since_the_last():
     net, seen = Manual(losses=2), []
     with step_controller(net) as c:
         c.layer("model", argument="pairs")
-        with c.term(Term("at", lambda passes: seen.append(passes["plain"].layer("model", argument="pairs")))):
+        with c.term(Term("at", lambda passes: seen.append(shown(passes["plain"], "model")))):
             net.training_step(X)
     assert [call.args[0].tolist() for call in seen] == [[[1.0, 2.0]], [[2.0, 4.0]]]
     assert net.totals == [3, 6]
@@ -743,8 +764,26 @@ def test_a_layer_of_the_teacher_that_ran_twice_is_an_error():
         shared = c.teacher(nn.Sequential(often, often))
         shared.teacher.watch("0", stack, argument="pairs")
         look = Term("at", lambda passes: shared.layer(passes["plain"].call(capture), "0", argument="pairs"))
-        with c.term(look), pytest.raises(CaptureError, match=r"pairs: the teacher's layer '0' ran 2 times in one forw"):
+        with c.term(look), pytest.raises(CaptureError, match=r"pairs: the teacher's layer '0' ran 2 times in one step"):
             net.training_step(X)
+
+
+def test_layers_can_be_seen_in_a_run_that_is_no_training_step():
+    net = Deep(often=2)
+    with step_controller(net) as c:
+        for name in ("net.0", "net.1"):
+            c.layer(name, argument="pairs")
+        calls = c.layers_of(lambda: net.net[1](net.net[1](X)))
+        assert {name: len(found) for name, found in calls.items()} == {"net.0": 0, "net.1": 2}
+        assert torch.equal(calls["net.1"][1].output, net.net[1](net.net[1](X)))
+        assert c.steps == 0
+        with pytest.raises(OSError, match="gone"):
+            c.layers_of(fail_with_gone)
+        assert not any(capture._recording for capture in c._layers.values())
+
+
+def fail_with_gone():
+    raise OSError("gone")
 
 
 # The step once more
@@ -835,7 +874,7 @@ def test_captures_do_not_record_what_runs_again():
 
         def look(passes):
             passes["plain"].again()
-            calls.append((passes["plain"].call(capture), passes["plain"].layer("model", argument="pairs")))
+            calls.append((passes["plain"].call(capture), shown(passes["plain"], "model")))
 
         with c.term(Term("at", look)):
             for _ in range(2):
