@@ -226,15 +226,15 @@ class AttentionTransferCallback(FeatureCallback):
                 self._check_layout(pair, student, teacher)
             tokens |= 3 in (student.ndim, teacher.ndim)
             student, teacher = self._without_tokens(pair, student), self._without_tokens(pair, teacher)
+            try:
+                loss = F.attention_transfer_loss(student, teacher, self.power, self._kind(), self.mode)
+            except ValueError as error:
+                raise ValueError(f"pairs: '{pair.student}' and '{pair.teacher}' cannot be compared: {error}") from error
             if first and min(_positions(student), _positions(teacher)) == 1:
                 raise ValueError(
                     f"pairs: the maps of '{pair.student}' and '{pair.teacher}' are of one position, of shapes "
                     f"{tuple(student.shape)} and {tuple(teacher.shape)}, and so always equal; choose earlier layers"
                 )
-            try:
-                loss = F.attention_transfer_loss(student, teacher, self.power, self._kind(), self.mode)
-            except ValueError as error:
-                raise ValueError(f"pairs: '{pair.student}' and '{pair.teacher}' cannot be compared: {error}") from error
             terms[f"'{pair.student}' and '{pair.teacher}'"] = loss * self._weight(student, teacher, depth)
         if first and self.drop_tokens and not tokens:
             raise ValueError(f"drop_tokens={self.drop_tokens} has no effect: no layer returns tokens (N, L, D)")
