@@ -77,7 +77,7 @@ UNUSABLE = {
     "an unknown class": (
         "version: 1\ncallbacks: [{class_path: DistilationCallback}]",
         "callbacks[0]: class_path 'DistilationCallback' is no callback of lightning_compress, which has "
-        "CompressionReport, DistillationCallback, ExportCallback",
+        "AttentionTransferCallback, CompressionReport, DistillationCallback, ExportCallback, FactorTransferCallback",
     ),
     "the base class": (
         "version: 1\ncallbacks: [{class_path: CompressionCallback}]",
