@@ -83,7 +83,7 @@ MUTATIONS = (
     Mutation(
         "proposed pairs are not kept",
         FEATURES,
-        'return {"pairs": [[pair.student, pair.teacher] for pair in self._proposed]}',
+        'return {"pairs": pairs, "student": None if self._found is None else list(self._found)}',
         "return {}",
         "tests/callbacks/test_factor_transfer.py::test_the_last_stages_are_proposed_once_and_kept_in_the_checkpoint",
     ),
