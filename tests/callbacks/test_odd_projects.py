@@ -249,7 +249,12 @@ def test_translator_and_paraphraser_do_not_begin_as_one_network():
 
 @pytest.mark.parametrize("callbacks", [list, lambda: [factors()]], ids=["control", "ft"])
 def test_a_resumed_run_in_double_precision_equals_the_whole_one(callbacks, tmp_path):
-    settings = {"precision": "64-true", "enable_checkpointing": True, "max_epochs": 2}
+    settings = {
+        "precision": "64-true",
+        "enable_checkpointing": True,
+        "max_epochs": 2,
+        "default_root_dir": tmp_path / "other",
+    }
     whole = fit(made(ConvNormClassifier), *callbacks(), ModelCheckpoint(tmp_path, save_top_k=-1), **settings)
     [middle] = tmp_path.glob("*step=8.ckpt")
     resumed = made(ConvNormClassifier).double()  # as it is by then: loaded into float32 it would be rounded
@@ -260,10 +265,11 @@ def test_a_resumed_run_in_double_precision_equals_the_whole_one(callbacks, tmp_p
 
 
 def test_a_resume_with_another_layer_is_refused(tmp_path):
-    run = trainer(factors(), enable_checkpointing=True, max_epochs=1)
+    run = trainer(factors(), enable_checkpointing=True, max_epochs=1, default_root_dir=tmp_path)
     run.fit(made(ConvClassifier), feature_loader())
     run.save_checkpoint(tmp_path / "end.ckpt")
-    again = trainer(factors(pair=("stage2", "stage1")), enable_checkpointing=True, max_epochs=2)
+    other = factors(pair=("stage2", "stage1"))
+    again = trainer(other, enable_checkpointing=True, max_epochs=2, default_root_dir=tmp_path)
     message = "paraphraser was trained on the teacher's layer 'stage2', and pair names 'stage1'"
     with pytest.warns(UserWarning, match="resumes with other arguments"), pytest.raises(ValueError, match=message):
         again.fit(made(ConvClassifier), feature_loader(), ckpt_path=tmp_path / "end.ckpt", weights_only=True)

@@ -147,6 +147,7 @@ KILLED = """
     import lightning.pytorch as L
     import torch
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # as in the whole run: what a callback trains beside the network begins from the seed
     from cases import CASES
     from contract.modules import Classifier
     from contract.test_resume import build, exact_fit
