@@ -1148,6 +1148,15 @@ def test_a_step_may_differentiate_its_network():
     module = Forces()
     assert replayed(module, loader(), look) == (("net",), True)
 
+    class Differentiating(nn.Linear):
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(super().forward(x).square().sum(), x, create_graph=True)[0]
+
+    module = OneArgument()
+    module.net = Differentiating(4, 2)
+    assert replayed(module, loader(), look) == (("net",), True)
+
 
 def test_what_callbacks_add_to_steps_is_left_out():
     from lightning_compress.mechanisms.passes import Term
@@ -1167,6 +1176,26 @@ def test_what_callbacks_add_to_steps_is_left_out():
 
     at_start(OneArgument(), loader(), work)
     assert asked == []
+
+
+def test_lazy_modules_are_refused():
+    """Their shapes come with the first step, and cannot be taken back."""
+
+    class Lazy(OneArgument):
+        def __init__(self):
+            super().__init__()
+            self.lazy = nn.LazyLinear(2)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    def work(controller, trainer):
+        message = r"Lazy has lazy modules, .*: call the network once on an example before"
+        with pytest.raises(ValueError, match=message), replay(controller, trainer):
+            pass
+        return controller.replaying, type(controller.module.lazy)
+
+    assert at_start(Lazy(), loader(), work) == (False, nn.LazyLinear)
 
 
 # Without a Trainer

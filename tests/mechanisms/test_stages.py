@@ -366,7 +366,9 @@ def test_blocks_that_take_and_give_channels_last_are_not_looked_into():
     class Tokens(Windows):
         def __init__(self, channels):
             super().__init__(channels)
-            self.all, self.few = nn.Linear(channels, channels), nn.Linear(channels, channels)
+            self.all, self.few = (
+                nn.Sequential(nn.Linear(channels, channels), nn.Linear(channels, channels)) for _ in range(2)
+            )
 
         def forward(self, x):
             tokens = x.flatten(1, 2)
