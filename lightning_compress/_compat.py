@@ -169,9 +169,9 @@ def placement(module: nn.Module) -> dict[str, Any]:
     return {name: vars(module)[name] for name in ("_device", "_dtype") if name in vars(module)}
 
 
-def package_of(trainer: Any) -> str:
-    """The Lightning package that a Trainer is of."""
-    for base in type(trainer).__mro__:
+def package_of(owner: Any) -> str:
+    """The Lightning package that a Trainer or a LightningModule is of."""
+    for base in type(owner).__mro__:
         if base.__module__.startswith(("pytorch_lightning.", "lightning.pytorch.")):
             return "pytorch_lightning" if base.__module__.startswith("pytorch_lightning.") else "lightning.pytorch"
     return "lightning.pytorch"

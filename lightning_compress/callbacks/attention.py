@@ -33,12 +33,11 @@ from lightning_compress.mechanisms.passes import Pass
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.stages import Stage
 from lightning_compress.mechanisms.step import StepController
-from lightning_compress.mechanisms.tree import named_tensors
 from lightning_compress.report.attention import MapPair, attention_picture, show_picture
 
 PICTURED = 4  # samples in a picture
 
-MapKind = Literal["sum", "abs_sum", "power", "max", "edges", "gradient"]
+MapKind = Literal[attention.MapKind, "gradient"]
 Mode = Literal["code", "paper"]
 
 
@@ -202,7 +201,7 @@ class AttentionTransferCallback(FeatureCallback):
         for pair, student, teacher in self._features(seen, call):
             maps = [self._maps(self._without_tokens(pair, feature[:PICTURED])) for feature in (student, teacher)]
             pairs.append(MapPair(pair.student, pair.teacher, *maps))
-        images = next((tensor for _, tensor in named_tensors((call.args, dict(call.kwargs))) if tensor.ndim == 4), None)
+        images = next((tensor for tensor in call.tensors if tensor.ndim == 4), None)
         picture = attention_picture(None if images is None else images[:PICTURED], pairs)
         path = None if self._directory is None else self._directory / f"epoch={epoch}.png"
         show_picture(picture, f"compress/{self.name}/attention", self._trainer.loggers, self._trainer.global_step, path)

@@ -251,7 +251,7 @@ class CompressionCallback(TrainerCallback):
         if not self._owned:
             return
         refuse_lbfgs(trainer.optimizers, f"{type(self).__name__} '{self.name}'")
-        reduce = functools.partial(trainer.strategy.reduce, reduce_op="mean") if trainer.world_size > 1 else None
+        reduce = averaging(trainer)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         for parameters in self._owned:
             parameters.step(scaler=scaler, reduce=reduce, lr=self.owned_lr(optimizer))
@@ -359,6 +359,11 @@ class CompressionCallback(TrainerCallback):
 def _versions(module: nn.Module) -> list[int]:
     """How often each parameter was written to."""
     return [parameter._version for parameter in module.parameters()]
+
+
+def averaging(trainer: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What averages a tensor over the processes; None where there is one."""
+    return functools.partial(trainer.strategy.reduce, reduce_op="mean") if trainer.world_size > 1 else None
 
 
 def announce(text: str) -> None:

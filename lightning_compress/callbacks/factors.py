@@ -6,7 +6,6 @@ arXiv:1802.04977. The networks, their pre-training and the loss are those of the
 
 from __future__ import annotations
 
-import functools
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,12 +19,13 @@ from torch import Tensor
 from lightning_compress import _compat
 from lightning_compress import functional as F
 from lightning_compress.callbacks.arguments import check_positive, check_whole
+from lightning_compress.callbacks.base import averaging
 from lightning_compress.callbacks.features import FeatureCallback, Pair
 from lightning_compress.callbacks.teaching import samples_of
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
 from lightning_compress.mechanisms.isolation import drawn_from
 from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
-from lightning_compress.mechanisms.paraphrasing import paraphraser_from, train_paraphraser
+from lightning_compress.mechanisms.paraphrasing import authors_optimizer, paraphraser_from, train_paraphraser
 from lightning_compress.mechanisms.passes import Pass
 from lightning_compress.mechanisms.replay import Replay
 from lightning_compress.mechanisms.stages import Stage
@@ -143,7 +143,7 @@ class FactorTransferCallback(FeatureCallback):
         super().attach(controller, stack, trainer, pl_module)
         # The user's seed, so that runs of several seeds differ here too; of the first process, so that ranks agree.
         self._seed = int(trainer.strategy.broadcast(torch.initial_seed()))
-        self._translator = self.own(OwnedParameters(Translator, _translators_optimizer, seed=self._seed))
+        self._translator = self.own(OwnedParameters(Translator, authors_optimizer, seed=self._seed))
         self._translator.load_state_dict(self._loaded.get("translator", {}))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -268,9 +268,8 @@ class FactorTransferCallback(FeatureCallback):
                     bar.update()
                     yield feature
 
-            reduce = functools.partial(trainer.strategy.reduce, reduce_op="mean") if trainer.world_size > 1 else None
             self.reconstruction_errors = train_paraphraser(
-                paraphraser, features, epochs=self.pretrain_epochs, reduce=reduce
+                paraphraser, features, epochs=self.pretrain_epochs, reduce=averaging(trainer)
             )
         self._paraphraser = paraphraser
         self._tell_errors(trainer)
@@ -319,11 +318,6 @@ def _in_step(features: Iterator[Tensor], trainer: Any) -> Iterator[Tensor]:
         yield feature
     if trainer.world_size > 1:
         trainer.strategy.reduce_boolean_decision(False, all=True)
-
-
-def _translators_optimizer(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """As the authors train it; the learning rate is set before each step."""
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
 def _helpers_dtype(feature: Tensor) -> torch.dtype:

@@ -41,21 +41,12 @@ class FeatureCallback(TeacherCallback):
     pairs_argument = "pairs"
     """The user's argument that names the layers."""
 
-    def __init__(
-        self,
-        teacher: Any,
-        *,
-        student: str | list[str] | None = None,
-        teacher_transform: Any = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(teacher, student=student, teacher_transform=teacher_transform, name=name)
-        self.settled: tuple[Pair, ...] = ()
-        """The pairs at work, from the shallowest to the deepest; empty before a training has started."""
-        self._proposed: tuple[Pair, ...] = ()  # earlier in this training, maybe in another process
-        self._found: tuple[str, ...] | None = None  # the student, likewise
-        self._layers = ExitStack()  # of the fit: what records the teacher's layers
-        self._ready = False
+    settled: tuple[Pair, ...] = ()
+    """The pairs at work, from the shallowest to the deepest; empty before a training has started."""
+    _proposed: tuple[Pair, ...] = ()  # earlier in this training, maybe in another process
+    _found: tuple[str, ...] | None = None  # the student, likewise
+    _layers: ExitStack  # of the fit: what records the teacher's layers
+    _ready = False
 
     @property
     @abstractmethod
@@ -140,10 +131,6 @@ class FeatureCallback(TeacherCallback):
                 f"{_offer('student', ours)} {_offer('teacher', theirs)} Name them: {self.pairs_argument}="
             )
         return proposals
-
-    def _students(self) -> tuple[str, ...]:
-        """Dotted name of the student, or those of the ends of a chain."""
-        return (None if self.student_capture is None else self.student_capture.names) or ("",)
 
     def _full_name(self, pair: Pair) -> str:
         """Dotted name of the student's layer inside the LightningModule."""

@@ -17,7 +17,6 @@ from lightning_compress.mechanisms.loading import build_module
 from lightning_compress.mechanisms.passes import Pass, Term
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.teacher import SharedTeacher
-from lightning_compress.mechanisms.tree import named_tensors
 
 
 class TeacherCallback(CompressionCallback):
@@ -171,9 +170,12 @@ class TeacherCallback(CompressionCallback):
             raise RuntimeError(f"{type(self).__name__} is only active during a fit")
         return self._run_teacher
 
+    def _students(self) -> tuple[str, ...]:
+        """Dotted name of the student, or those of the ends of a chain."""
+        return (None if self.student_capture is None else self.student_capture.names) or ("",)
+
     def _student_name(self) -> str:
-        names = None if self.student_capture is None else self.student_capture.names
-        return "/".join(names or ())
+        return "/".join(self._students())
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -183,5 +185,5 @@ class TeacherCallback(CompressionCallback):
 
 def samples_of(call: NetworkCall) -> int:
     """The number of samples in a call: the length of the first tensor that has one."""
-    first = next((tensor for _, tensor in named_tensors((call.args, dict(call.kwargs))) if tensor.ndim), None)
+    first = next((tensor for tensor in call.tensors if tensor.ndim), None)
     return 1 if first is None else len(first)

@@ -223,11 +223,9 @@ def _working_copy(module: nn.Module) -> Iterator[nn.Module]:
 
 def _namespace(module: nn.Module) -> Any:
     """The Lightning package that a LightningModule is of."""
-    for base in type(module).__mro__:
-        if base.__name__ == "LightningModule":
-            name = "pytorch_lightning" if base.__module__.startswith("pytorch_lightning") else "lightning.pytorch"
-            return import_module(name)
-    raise TypeError(f"module must be a LightningModule, because its validation is run; got {type(module).__name__}")
+    if all(base.__name__ != "LightningModule" for base in type(module).__mro__):
+        raise TypeError(f"module must be a LightningModule, because its validation is run; got {type(module).__name__}")
+    return import_module(_compat.package_of(module))
 
 
 def _is_trainer(source: Any) -> bool:

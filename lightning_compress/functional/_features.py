@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_compress.functional._pairs import at_least_float32
+
 
 def as_floats(name: str, feature: Tensor) -> Tensor:
     """The feature in float32 or better; integers are refused."""
     if not feature.is_floating_point():
         raise TypeError(f"{name} must be floating point, got dtype {feature.dtype}")
-    return feature.to(torch.promote_types(feature.dtype, torch.float32))
+    return at_least_float32(feature)
 
 
 def check_batches(student: Tensor, teacher: Tensor) -> None:

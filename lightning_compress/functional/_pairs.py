@@ -22,7 +22,7 @@ def paired_values(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tupl
     _check_mask(mask, student.shape)
     if mask is not None:
         student, teacher = student[mask], teacher[mask]
-    return _at_least_float32(student), _at_least_float32(teacher).detach()
+    return at_least_float32(student), at_least_float32(teacher).detach()
 
 
 def label_column(labels: Tensor, logits: Tensor, class_dim: int, mask: Tensor | None) -> Tensor:
@@ -48,10 +48,11 @@ def label_column(labels: Tensor, logits: Tensor, class_dim: int, mask: Tensor | 
 
 def _rows(logits: Tensor, class_dim: int, mask: Tensor | None) -> Tensor:
     last = logits.movedim(class_dim, -1)  # (N, ..., K)
-    return _at_least_float32(last.reshape(-1, last.shape[-1]) if mask is None else last[mask])  # (P, K)
+    return at_least_float32(last.reshape(-1, last.shape[-1]) if mask is None else last[mask])  # (P, K)
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """The values in float32, or as they are where that is more."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

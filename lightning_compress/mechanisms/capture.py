@@ -34,6 +34,11 @@ class NetworkCall:
     output: Any
     key: object = field(default_factory=object)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments, in order."""
+        return [tensor for _, tensor in named_tensors((self.args, dict(self.kwargs)))]
+
 
 class Capture(AbstractContextManager["Capture"]):
     """Record the calls of one module between :meth:`start` and :meth:`stop`.

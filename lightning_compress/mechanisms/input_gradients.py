@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall, differentiable
 from lightning_compress.mechanisms.passes import Pass
 from lightning_compress.mechanisms.teacher import Teacher
-from lightning_compress.mechanisms.tree import named_tensors, rebuild
+from lightning_compress.mechanisms.tree import rebuild
 from lightning_compress.mechanisms.wrapping import shadowed
 
 ARGUMENT = "map_kind='gradient'"
@@ -38,7 +38,7 @@ def input_gradient(loss: Tensor, call: NetworkCall, owner: str, *, create_graph:
         >>> input_gradient((3 * x).sum(), NetworkCall((x,), {}, None), "student", create_graph=False)
         tensor([[3., 3.]])
     """
-    inputs = [tensor for _, tensor in named_tensors((call.args, dict(call.kwargs))) if tensor.requires_grad]
+    inputs = [tensor for tensor in call.tensors if tensor.requires_grad]
     found: Sequence[Tensor | None] = ()
     try:
         if inputs and loss.requires_grad:
@@ -121,9 +121,9 @@ def check_comparable(student: NetworkCall, teacher: NetworkCall, teacher_loss: T
         >>> call = NetworkCall((torch.ones(2, 1),), {}, torch.ones(2, 3))
         >>> check_comparable(call, call, torch.tensor(1.0))
     """
-    ours, theirs = (named_tensors((call.args, dict(call.kwargs))) for call in (student, teacher))
+    ours, theirs = student.tensors, teacher.tensors
     if len(ours) != len(theirs) or not all(
-        a.shape == b.shape and torch.equal(a, b) for (_, a), (_, b) in zip(ours, theirs, strict=True)
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
     ):
         raise CaptureError(
             f"{ARGUMENT}: the step was run once more with the teacher in the student's place, and gave it another "

@@ -6,11 +6,27 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compress import functional as F
 from lightning_compress.mechanisms.isolation import drawn_from
 from lightning_compress.modules import Paraphraser
+
+
+def authors_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer with which the authors train paraphraser and translator.
+
+    Args:
+        parameters: Those of either.
+
+    Returns:
+        SGD, momentum 0.9, weight decay 5e-4; the learning rate of 0.1 is the paraphraser's.
+
+    Example:
+        >>> authors_optimizer(Paraphraser(2).parameters()).defaults["momentum"]
+        0.9
+    """
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
 def train_paraphraser(
@@ -43,7 +59,7 @@ def train_paraphraser(
         (True, False)
     """
     parameters = list(paraphraser.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = authors_optimizer(parameters)
     paraphraser.train()
     errors = []
     for epoch in range(epochs):

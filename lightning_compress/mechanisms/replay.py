@@ -78,7 +78,7 @@ class Replay:
         self._module = controller.module
         self._step = step
         self.batches = batches
-        self._hooks: tuple[str, ...] = ()
+        self._hooked: tuple[str, ...] = ()
 
     def students(self) -> tuple[str, ...]:
         """Find the student: the network that the first step calls.
@@ -89,7 +89,6 @@ class Replay:
         Raises:
             CaptureError: If there is none, or more than one.
         """
-        self._hooks_at("everywhere")
         with StudentCapture(self._module) as capture:
             capture.required = True
             for arguments in self._first_batches():
@@ -119,7 +118,9 @@ class Replay:
             raise _Reached
 
         reached: list[NetworkCall] = []
-        self._hooks_at("input", *student)
+        if student != self._hooked:  # compiled code knows only the hooks that it was compiled with
+            self._hooked = student
+            _compat.reset_compiled_code(self._module)
         with Capture(network, direct=network is self._module) as capture:
             capture.on_input = stop
             capture.start()
@@ -164,19 +165,12 @@ class Replay:
         def stop() -> None:
             raise _Reached
 
-        self._hooks_at("output", *student)
         with record_outputs(root) as outputs, Capture(last, direct=last is self._module) as capture:
             capture.on_output = stop
             capture.start()
             with suppress(_Reached):
                 self._step(*arguments, gradients=True)
         return outputs()
-
-    def _hooks_at(self, *places: str) -> None:
-        """Forget compiled code where hooks are to be in other places than last: it knows only those that it had."""
-        if places != self._hooks:
-            self._hooks = places
-            _compat.reset_compiled_code(self._module)
 
     @property
     def _automatic(self) -> bool:

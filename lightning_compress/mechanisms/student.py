@@ -12,7 +12,7 @@ from torch import nn
 from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
 from lightning_compress.mechanisms.selection import find_module, plain_name
-from lightning_compress.mechanisms.tree import detached, named_tensors, rebuild
+from lightning_compress.mechanisms.tree import detached, rebuild
 from lightning_compress.mechanisms.wrapping import marked, shadowed
 
 
@@ -324,5 +324,5 @@ def _hands_on(own: list[NetworkCall], inner: list[NetworkCall]) -> bool:
 
 def _same_tensors(first: NetworkCall, second: NetworkCall) -> bool:
     """Whether two calls received the same tensors."""
-    ours, theirs = ([tensor for _, tensor in named_tensors((call.args, dict(call.kwargs)))] for call in (first, second))
+    ours, theirs = first.tensors, second.tensors
     return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
