@@ -1,0 +1,172 @@
+"""Find the smallest of many scores, exact to one entry, without sorting them.
+
+Scores are read in pieces that stay in the cache of a core, as integers that order their magnitudes. A radix select
+finds the integer of a given rank digit by digit, each digit from a histogram of the scores that share those before it,
+and a last pass writes the masks. Time is linear in the number of scores, and the memory beyond the masks is that of
+a few pieces, whatever the number of scores and their values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_compress.functional._pairs import at_least_float32
+
+_PIECE = 1 << 17  # elements of a piece on the CPU
+_DEVICE_PIECE = 1 << 22  # and on an accelerator, which is busy only with many at once
+_DIGIT = 11  # bits that one pass decides; its counts stay in the innermost cache
+_SINKS = 1 << 10  # bins of what is not to be counted
+
+
+def smallest(scores: Sequence[Tensor], kept: Sequence[Tensor] | None, pruned: int) -> list[Tensor]:
+    """Masks of the shapes of ``scores``, with the ``pruned`` smallest False; see ``masks.smallest_masks``."""
+    masks = [torch.empty_like(score, dtype=torch.bool) for score in scores]
+    bound, ties = _bound(scores, kept, pruned)
+    for keys, mask in _keys(scores, kept, masks):
+        if ties:
+            places = (keys == bound).nonzero()[:ties, 0]
+            keys[places] = -1
+            ties -= len(places)
+        torch.ge(keys.view(mask.shape), bound, out=mask)
+    return masks
+
+
+def smallest_within(
+    scores: Sequence[Tensor], kept: Sequence[Tensor] | None, pruned: int, limits: Sequence[int]
+) -> list[Tensor]:
+    """The same where no tensor loses more than its limit, which nothing that ``kept`` has pruned is beyond."""
+
+    def select(indices: list[int], count: int) -> None:
+        own = None if kept is None else [kept[index] for index in indices]
+        for index, mask in zip(indices, smallest([scores[index] for index in indices], own, count), strict=True):
+            masks[index] = mask
+
+    masks = list(scores)
+    free = list(range(len(scores)))
+    while free:
+        select(free, pruned)
+        # more will be taken from the others, so what is beyond its limit now would be so in the end
+        beyond = [index for index in free if dropped(masks[index]) > limits[index]]
+        if not beyond:
+            break
+        for index in beyond:
+            select([index], limits[index])
+            pruned -= limits[index]
+        free = [index for index in free if index not in beyond]
+    return masks
+
+
+def n_of_m(scores: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """The n:m mask of one tensor, and what each group loses by it, ``(C_out, C_in / m, ...)``."""
+    mask = torch.empty_like(scores, dtype=torch.bool)
+    losses = []
+    rows = max(_room(scores.device) * len(scores) // max(scores.numel(), 1), 1)
+    for part, own in zip(torch.split(scores, rows), torch.split(mask, rows), strict=True):
+        members = grouped(at_least_float32(part).abs(), m).unbind(2)
+        # Where each would stand in a sort of its group. For so few, comparing all pairs is faster than sorting.
+        ranks = [torch.zeros_like(member, dtype=torch.int16) for member in members]
+        for high in range(m):
+            for low in range(high):
+                # of equal ones the lower comes first, and NaN after anything
+                first = (members[low] <= members[high]) | members[high].isnan()
+                ranks[high] += first
+                ranks[low] += ~first
+        keep = [rank >= m - n for rank in ranks]
+        grouped(own, m).copy_(torch.stack(keep, dim=2))
+        pruned = (member.masked_fill(held, 0.0) for member, held in zip(members, keep, strict=True))
+        losses.append(sum(pruned, start=torch.zeros_like(members[0])))
+    return mask, torch.cat(losses)
+
+
+def grouped(values: Tensor, m: int) -> Tensor:
+    """Groups of m consecutive entries along dimension 1, ``(C_out, C_in / m, m, ...)``, as a view."""
+    return values.view(len(values), values.shape[1] // m, m, *values.shape[2:])
+
+
+def dropped(mask: Tensor) -> int:
+    """How many entries are False."""
+    return mask.numel() - int(mask.count_nonzero())
+
+
+def _bound(scores: Sequence[Tensor], kept: Sequence[Tensor] | None, rank: int) -> tuple[int, int]:
+    """The key below which all are pruned, and how many that equal it are pruned too."""
+    if rank == 0:
+        return 0, 0
+    ints = _types(scores)[1]
+    # Scores of another prefix are counted in bins of their own, which nobody reads. There are many, in turn, as the
+    # processor waits where it counts twice in a row in the same bin.
+    bins, largest = 1 << _DIGIT, max(score.numel() for score in scores)
+    sinks = {
+        device: torch.arange(min(_room(device), largest), dtype=ints, device=device) % _SINKS + bins
+        for device in {score.device for score in scores}
+    }
+    key = 0
+    for shift in reversed(range(0, torch.iinfo(ints).bits - 1, _DIGIT)):
+        histogram = torch.zeros(bins + _SINKS, dtype=torch.int64, device="cpu")
+        for keys, _ in _keys(scores, kept, scores):
+            digits = keys.bitwise_xor_(key).bitwise_right_shift_(shift)  # below `bins` where the prefix is the same
+            torch.minimum(digits, sinks[keys.device][: len(keys)], out=digits)
+            histogram += torch.bincount(digits, minlength=len(histogram)).cpu()
+        upto = histogram[:bins].cumsum(0)
+        digit = int(torch.searchsorted(upto, rank))
+        ties = int(histogram[digit])
+        rank -= int(upto[digit]) - ties
+        key |= digit << shift
+    return (key + 1, 0) if rank == ties else (key, rank)
+
+
+def _keys(
+    scores: Sequence[Tensor], kept: Sequence[Tensor] | None, masks: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield piece by piece, in row-major order, integers in the order of the magnitudes, and that piece of ``masks``.
+
+    The bits of a float without its sign are such an integer. What is pruned already has the key 0. The next piece
+    overwrites the keys.
+    """
+    floats, ints = _types(scores)
+    largest = torch.iinfo(ints).max
+    infinity = torch.tensor(math.inf, dtype=floats, device="cpu")  # named, as the default may be another
+    nan = int(infinity.view(ints)) + 1  # the bits of NaN are many, all beyond those of infinity
+    for index, (score, mask) in enumerate(zip(scores, masks, strict=True)):
+        room = _room(score.device)
+        buffer = torch.empty(min(room, score.numel()), dtype=ints, device=score.device)
+        tensors = (score, mask) if kept is None else (score, mask, kept[index])
+        for part, mask_part, *kept_part in _pieces(tensors, room):
+            keys = buffer[: part.numel()]
+            torch.bitwise_and(part.to(floats).view(ints), largest, out=keys.view(part.shape)).clamp_(max=nan)
+            if kept_part:
+                keys.add_(1).view(part.shape).mul_(kept_part[0].to(keys.device))
+            yield keys, mask_part
+
+
+def _types(scores: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype]:
+    """The float that holds all scores, and the integer of as many bits."""
+    if any(score.dtype == torch.float64 for score in scores):
+        return torch.float64, torch.int64
+    return torch.float32, torch.int32
+
+
+def _room(device: torch.device) -> int:
+    return _PIECE if device.type == "cpu" else _DEVICE_PIECE
+
+
+def _pieces(tensors: tuple[Tensor, ...], room: int) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of one shape into the same pieces of at most ``room`` elements, in row-major order, as views."""
+    first = tensors[0]
+    if first.numel() <= room:
+        if first.numel():
+            yield tensors
+    elif all(tensor.is_contiguous() for tensor in tensors):
+        flat = [tensor.view(-1) for tensor in tensors]
+        for start in range(0, first.numel(), room):
+            yield tuple(tensor[start : start + room] for tensor in flat)
+    else:
+        rows = max(room * len(first) // first.numel(), 1)
+        for start in range(0, len(first), rows):
+            # a single row that is too long is cut within
+            part = start if rows == 1 else slice(start, start + rows)
+            yield from _pieces(tuple(tensor[part] for tensor in tensors), room)
