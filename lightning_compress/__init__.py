@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_compress.callbacks.distillation import DistillationCallback
     from lightning_compress.callbacks.export import ExportCallback
     from lightning_compress.callbacks.factors import FactorTransferCallback
+    from lightning_compress.callbacks.pruning import PruningCallback
     from lightning_compress.callbacks.report import CompressionReport
     from lightning_compress.mechanisms.loading import teacher_from_checkpoint
     from lightning_compress.mixins import CompressionMixin
@@ -27,6 +28,7 @@ _HOMES = {
     "DistillationCallback": "lightning_compress.callbacks.distillation",
     "ExportCallback": "lightning_compress.callbacks.export",
     "FactorTransferCallback": "lightning_compress.callbacks.factors",
+    "PruningCallback": "lightning_compress.callbacks.pruning",
     "teacher_from_checkpoint": "lightning_compress.mechanisms.loading",
     "export": "",
     "functional": "",
@@ -41,6 +43,7 @@ __all__ = [
     "DistillationCallback",
     "ExportCallback",
     "FactorTransferCallback",
+    "PruningCallback",
     "__version__",
     "export",
     "functional",

@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
 from typing import Any
@@ -109,10 +110,40 @@ def is_compiled(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def holds_compiled_code(root: nn.Module) -> bool:
+    """Whether anything below a module, or the module itself, is compiled."""
+    return any(is_compiled(module) or compiled_state(module) is not None for module in root.modules())
+
+
 def reset_compiled_code(root: nn.Module) -> None:
     """Forget compiled code where anything below ``root`` is compiled: a hook added later would never fire there."""
-    if any(is_compiled(module) or compiled_state(module) is not None for module in root.modules()):
+    if holds_compiled_code(root):
         torch._dynamo.reset()
+
+
+@contextmanager
+def compilations_watched(started: Callable[[], None]) -> Iterator[None]:
+    """Call a function whenever torch.compile begins to trace."""
+    handler = torch._dynamo.callback.callback_handler
+    callback = handler.register_start_callback(lambda _: started())
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # somebody may have cleared them all
+            handler.remove_start_callback(callback)
+
+
+def is_unshared(tensor: torch.Tensor) -> bool:
+    """Whether no other tensor lies on the memory of this one: no view, and nothing that autograd has saved."""
+    return bool(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= 2)  # the tensor, and this very handle
+
+
+def refresh_flat_weights(module: nn.Module) -> None:
+    """Let a recurrent layer, which keeps a list of its weights, read the attributes anew; nothing for other layers."""
+    if isinstance(module, nn.RNNBase):
+        weights = [getattr(module, name, None) for name in module._flat_weights_names]
+        module._flat_weights = weights  # without flatten_parameters, which would move the weights in memory
+        module._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in weights]
 
 
 def is_tuner_fit(trainer: Any) -> bool:
@@ -167,6 +198,11 @@ def is_running(trainer: Any) -> bool:
 def placement(module: nn.Module) -> dict[str, Any]:
     """What a LightningModule remembers of its own device and dtype; empty for any other module."""
     return {name: vars(module)[name] for name in ("_device", "_dtype") if name in vars(module)}
+
+
+def runs_in_children(trainer: Any) -> bool:
+    """Whether a Trainer runs its fits in processes that it spawns or forks, on copies of everything."""
+    return any(base.__name__ == "_MultiProcessingLauncher" for base in type(trainer.strategy.launcher).__mro__)
 
 
 def package_of(owner: Any) -> str:
@@ -235,6 +271,11 @@ def batches_an_epoch(trainer: Any) -> float:
     if batches == float("inf") and trainer.max_steps > 0:
         return float(trainer.max_steps * trainer.accumulate_grad_batches)
     return batches
+
+
+def batches_seen(trainer: Any) -> int:
+    """How many training batches a Trainer has begun, over all epochs."""
+    return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1
 
 
 def _samplers(loaders: list[Any]) -> list[Any]:

@@ -23,6 +23,7 @@ from lightning_compress import (
     DistillationCallback,
     ExportCallback,
     FactorTransferCallback,
+    PruningCallback,
 )
 
 
@@ -38,6 +39,7 @@ class Case:
         refuses: What it does not support ("manual", "compiled", "accumulation", "scaler", "ranks", "resume"), each with
             a pattern of the error that says so.
         pretrains: Whether it learns from the batches before the training, so that their size matters.
+        keeps_dense: Whether a second fit goes on from weights that the module does not hold, but the callback does.
         heavy: Whether the end of fit takes a second or more: then only one module is tried in the fast tests.
     """
 
@@ -47,6 +49,7 @@ class Case:
     changes_loss: bool = False
     refuses: Mapping[str, str] = field(default_factory=dict)
     pretrains: bool = False
+    keeps_dense: bool = False
     heavy: bool = False
 
     def expects(self, capability: str) -> AbstractContextManager[Any]:
@@ -68,6 +71,10 @@ def _factors(folder: Path, kind: type[Classifier]) -> CompressionCallback:
     return FactorTransferCallback(teacher_for(kind), weight=3.0, pretrain_epochs=2)
 
 
+def _pruning(folder: Path, kind: type[Classifier]) -> CompressionCallback:
+    return PruningCallback(0.6, end=0.6)
+
+
 def _export(folder: Path, kind: type[Classifier]) -> CompressionCallback:
     return ExportCallback(folder / "model.onnx", metric="val_loss", tolerance=1e-4)
 
@@ -80,6 +87,7 @@ CASES = (
     Case("DistillationCallback", _distillation, changes_loss=True, refuses={"manual": "CompressionMixin"}),
     Case("AttentionTransferCallback", _attention, changes_loss=True, refuses={"manual": "CompressionMixin"}),
     Case("FactorTransferCallback", _factors, changes_loss=True, pretrains=True, refuses={"manual": "CompressionMixin"}),
+    Case("PruningCallback", _pruning, changes_loss=True, keeps_dense=True, refuses={"manual": "CompressionMixin"}),
     Case("ExportCallback", _export, heavy=True),
     Case("CompressionReport", _report),
 )

@@ -376,7 +376,7 @@ def test_a_script_that_trains_twice(project, capfd):
             1,
             "exit code 1; the fit failed: ZeroDivisionError: division by zero",
         ),
-        ("Lit.automatic_optimization = False\n" + FIT, 1, "DistillationCallback adds to the loss, and Lit optimises m"),
+        ("Lit.automatic_optimization = False\n" + FIT, 1, "DistillationCallback changes the step, and Lit optimises m"),
     ],
 )
 def test_scripts_that_do_not_get_to_the_end(project, capfd, body, code, message):

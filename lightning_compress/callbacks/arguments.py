@@ -28,3 +28,10 @@ def check_whole(argument: str, value: Any, *, at_least: int) -> None:
     """Refuse what is no whole number, or too small a one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{argument} must be a whole number of at least {at_least}, got {value!r}")
+
+
+def check_fraction(argument: str, value: Any, *, below_one: bool = False) -> None:
+    """Refuse what is no number from 0 to 1; or, if wanted, 1 itself."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1 or (below_one and value == 1):
+        raise ValueError(f"{argument} must be a number in [0, 1{')' if below_one else ']'}, got {value!r}")

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from lightning_compress import _compat
+from lightning_compress.callbacks.returned import ReturnsResults
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
 from lightning_compress.mechanisms.step import StepController, step_controller
@@ -32,7 +33,7 @@ from lightning_compress.mechanisms.student import StudentCapture
 log = logging.getLogger("lightning_compress")
 
 SCHEMA = 1
-STAGES = ("bake", "reestimate_batchnorm", "calibrate", "export", "evaluate", "report")
+STAGES = ("bake", "estimate_statistics", "calibrate", "export", "evaluate", "report")
 UNSUPPORTED_STRATEGIES = (
     "FSDPStrategy",
     "ModelParallelStrategy",
@@ -80,7 +81,7 @@ class CapturedSample:
     kwargs: Mapping[str, Any]
 
 
-class CompressionCallback(TrainerCallback):
+class CompressionCallback(ReturnsResults, TrainerCallback):
     """Base of all callbacks of this package.
 
     When it acts: between ``on_fit_start`` and the end of the fit; nothing of it is on the module before or after.
@@ -94,7 +95,7 @@ class CompressionCallback(TrainerCallback):
     """
 
     default_name: ClassVar[str] = "compression"
-    changes_loss: ClassVar[bool] = False
+    changes_step: ClassVar[bool] = False
     expected_effects: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, name: str | None = None) -> None:
@@ -110,6 +111,7 @@ class CompressionCallback(TrainerCallback):
         self._trainer: Any = None  # while at work
         self._owned: list[OwnedParameters] = []
         self._verified = False
+        self._warned: set[str] = set()
         self._versions: list[int] = []  # of the user's parameters, at the start
 
     # For techniques
@@ -128,6 +130,10 @@ class CompressionCallback(TrainerCallback):
         """The teacher, for the report; None for techniques without one."""
         return None
 
+    def remarks(self) -> list[str]:
+        """Sentences that the report shows below its tables."""
+        return []
+
     def extra_state(self) -> dict[str, Any]:
         """Tensors and primitives to save beside the arguments."""
         return {}
@@ -138,7 +144,7 @@ class CompressionCallback(TrainerCallback):
     def bake(self, trainer: Any, pl_module: Any) -> None:
         """End of fit, first stage: leave the compressed weights in the module."""
 
-    def reestimate_batchnorm(self, trainer: Any, pl_module: Any) -> None:
+    def estimate_statistics(self, trainer: Any, pl_module: Any) -> None:
         """End of fit: statistics of batch norm with the compressed weights."""
 
     def calibrate(self, trainer: Any, pl_module: Any) -> None:
@@ -181,7 +187,7 @@ class CompressionCallback(TrainerCallback):
         strategy = type(trainer.strategy).__name__
         if any(base.__name__ in UNSUPPORTED_STRATEGIES for base in type(trainer.strategy).__mro__):
             raise ValueError(f"{type(self).__name__} does not support {strategy}; use one device or DDP")
-        if self.changes_loss:
+        if self.changes_step:
             self._check_optimisation(trainer, pl_module)
         self.check(trainer, pl_module)
 
@@ -196,6 +202,7 @@ class CompressionCallback(TrainerCallback):
         self._trainer = trainer
         self.effects.clear()
         self._verified = False
+        self._warned.clear()
         self._versions = _versions(pl_module)
         self._stack = ExitStack()
         self._controller = self._stack.enter_context(step_controller(pl_module))
@@ -319,7 +326,7 @@ class CompressionCallback(TrainerCallback):
         manual = not getattr(pl_module, "automatic_optimization", True)
         if manual and not getattr(pl_module, "_lightning_compress_mixin", False):
             raise ValueError(
-                f"{type(self).__name__} adds to the loss, and {type(pl_module).__name__} optimises manually: let it "
+                f"{type(self).__name__} changes the step, and {type(pl_module).__name__} optimises manually: let it "
                 "inherit lightning_compress.CompressionMixin and call self.compressed_loss(task_loss) in its step"
             )
         for callback in trainer.callbacks:
@@ -329,6 +336,12 @@ class CompressionCallback(TrainerCallback):
                     f"{type(self).__name__}",
                     stacklevel=2,
                 )
+
+    def _warn_once(self, message: str) -> None:
+        """Warn, once in a fit."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"{type(self).__name__} '{self.name}': {message}", stacklevel=3)
 
     def _require_controller(self) -> StepController:
         if self._controller is None:
@@ -388,6 +401,9 @@ def run_end_of_fit(callbacks: list[CompressionCallback], trainer: Any, pl_module
         for stage in STAGES:
             for callback in callbacks:
                 together(tell, getattr(callback, stage), trainer, pl_module)
+    if trainer.is_global_zero and _compat.runs_in_children(trainer):
+        for callback in callbacks:
+            callback.send_home()
 
 
 def together(

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
 from lightning_compress.export.onnx import ExportResult, checked_path, checked_precision, to_onnx
 from lightning_compress.export.runtime import require_onnx
@@ -48,6 +49,10 @@ class ExportCallback(CompressionCallback):
     """
 
     default_name = "export"
+    result = Returned[ExportResult | None](None)
+    module_metrics = Returned[dict[str, float]]({})
+    file_metrics = Returned[dict[str, float]]({})
+    failure = Returned[str | None](None)
 
     def __init__(
         self,
@@ -76,12 +81,8 @@ class ExportCallback(CompressionCallback):
         self.sample = sample
         self.network = network
         self.dynamic_batch = dynamic_batch
-        self.result: ExportResult | None = None
-        self.module_metrics: dict[str, float] = {}
-        self.file_metrics: dict[str, float] = {}
-        self.failure: str | None = None
+        self.module_metrics, self.file_metrics = {}, {}
         self._draft: tempfile.TemporaryDirectory[str] | None = None
-        self._warned = False
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse before training what would fail after it."""
@@ -97,7 +98,7 @@ class ExportCallback(CompressionCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Record what the network receives."""
-        self.result, self.failure, self._warned = None, None, False
+        self.result, self.failure = None, None
         self.module_metrics, self.file_metrics = {}, {}
         self.student_capture = controller.capture(self.network, required=self.sample is None, argument="network")
 
@@ -119,7 +120,7 @@ class ExportCallback(CompressionCallback):
         In the sanity check, before training, it is an error; later, when a training would be lost, a warning.
         """
         known = {str(key) for key in trainer.callback_metrics}
-        if self.student_capture is None or self.metric is None or self.metric in known or self._warned or not known:
+        if self.student_capture is None or self.metric is None or self.metric in known or not known:
             return
         message = (
             f"metric='{self.metric}' is not logged by {type(pl_module).__name__}, which logs {sorted(known)}"
@@ -127,8 +128,7 @@ class ExportCallback(CompressionCallback):
         )
         if trainer.sanity_checking:
             raise ValueError(message)
-        self._warned = True
-        warnings.warn(message, stacklevel=2)
+        self._warn_once(message)
 
     def export(self, trainer: Any, pl_module: Any) -> None:
         """Write and check the file, on rank 0; under ``fast_dev_run`` in a temporary folder."""

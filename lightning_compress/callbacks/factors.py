@@ -21,6 +21,7 @@ from lightning_compress import functional as F
 from lightning_compress.callbacks.arguments import check_positive, check_whole
 from lightning_compress.callbacks.base import averaging
 from lightning_compress.callbacks.features import FeatureCallback, Pair
+from lightning_compress.callbacks.returned import Returned
 from lightning_compress.callbacks.teaching import samples_of
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
 from lightning_compress.mechanisms.isolation import drawn_from
@@ -72,6 +73,8 @@ class FactorTransferCallback(FeatureCallback):
     """
 
     default_name = "ft"
+    reconstruction_errors = Returned[list[float]]([])
+    _paraphraser = Returned[Paraphraser | None](None)
     effect = "the factor loss"
     pairs_argument = "pair"
 
@@ -104,10 +107,9 @@ class FactorTransferCallback(FeatureCallback):
         self.pretrain_epochs = pretrain_epochs
         self.paraphraser = None if paraphraser is None else os.path.abspath(paraphraser)
         self.translator_lr = translator_lr
-        self.reconstruction_errors: list[float] = []
+        self.reconstruction_errors = []
         self._from_file = None if self.paraphraser is None else _read(self.paraphraser, factor_ratio)
         self._loaded: dict[str, Any] = {}
-        self._paraphraser: Paraphraser | None = None
         self._translator: OwnedParameters | None = None
 
     @property

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_compress.callbacks.base import CompressionCallback, announce, log
+from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
@@ -61,6 +62,8 @@ class CompressionReport(CompressionCallback):
     """
 
     default_name = "report"
+    result = Returned[Report | None](None)
+    files = Returned[ReportFiles | None](None)
 
     def __init__(
         self, *, path: str | os.PathLike[str] | None = None, latency: bool = True, name: str | None = None
@@ -73,8 +76,6 @@ class CompressionReport(CompressionCallback):
         self.path = None if path is None else os.path.abspath(path)
         self.latency = latency
         self.recipe: dict[str, Any] | None = None
-        self.result: Report | None = None
-        self.files: ReportFiles | None = None
         self._before: nn.Module | None = None
         self._capture: StudentCapture | None = None
         self._notes: list[str] = []
@@ -146,7 +147,8 @@ class CompressionReport(CompressionCallback):
 
     def _measured(self, trainer: Any, pl_module: Any) -> Report:
         network, sample = self._network_and_sample(trainer, pl_module)
-        notes = list(self._notes)
+        callbacks = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+        notes = [*self._notes, *(remark for callback in callbacks for remark in callback.remarks())]
         if sample is None and self._capture is not None and self._capture.problem is not None:
             notes.append(f"No network was found: {self._capture.problem}.")
         if network:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -33,7 +32,7 @@ class TeacherCallback(CompressionCallback):
         TypeError, ValueError: If one of them cannot be built.
     """
 
-    changes_loss = True
+    changes_step = True
     effect = "the term"
     """What the term is called in messages, and where it is counted."""
 
@@ -65,7 +64,6 @@ class TeacherCallback(CompressionCallback):
         )
         self.student = student
         self._run_teacher: SharedTeacher | None = None
-        self._warned: set[str] = set()
 
     @property
     def teacher_network(self) -> nn.Module | None:
@@ -103,7 +101,6 @@ class TeacherCallback(CompressionCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Capture the student, prepare the teacher, add the term."""
-        self._warned = set()
         self.student_capture = controller.capture(self.student)
         self._run_teacher = controller.teacher(
             self.own_teacher(),
@@ -176,11 +173,6 @@ class TeacherCallback(CompressionCallback):
 
     def _student_name(self) -> str:
         return "/".join(self._students())
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(f"{type(self).__name__} '{self.name}': {message}", stacklevel=2)
 
 
 def samples_of(call: NetworkCall) -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.functional._pairs import at_least_float32
-from lightning_compress.functional._selection import dropped, grouped, n_of_m, smallest, smallest_within
+from lightning_compress.functional._selection import dropped, grouped, held, n_of_m, smallest, smallest_within
 
 Scope = Literal["global", "layer", "erk"]
 
@@ -402,7 +402,7 @@ def churn(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     shapes = [[tuple(mask.shape) for mask in masks] for masks in (before, after)]
     if not shapes[0] or shapes[0] != shapes[1]:
         raise ValueError(f"before and after must have the same shapes, got {shapes[0]} and {shapes[1]}")
-    changed = sum(int((old ^ new).count_nonzero()) for old, new in zip(before, after, strict=True))
+    changed = sum(held(old ^ new) for old, new in zip(before, after, strict=True))
     return changed / max(sum(mask.numel() for mask in before), 1)
 
 

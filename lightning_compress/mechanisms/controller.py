@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, NetworkCall
@@ -18,6 +19,8 @@ from lightning_compress.mechanisms.replay import traceless
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.mechanisms.teacher import SharedTeacher, Teacher, refuse_shared
+from lightning_compress.mechanisms.views import WeightViews
+from lightning_compress.mechanisms.wrapping import shadowed
 
 Convert = Callable[[nn.Module], nn.Module]
 
@@ -34,6 +37,8 @@ class StepController:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.weights = WeightViews(module)
+        """What the deployed pass, and evaluation, see of the weights."""
         self.references = 0
         self.stack = ExitStack()
         self.steps = 0
@@ -278,7 +283,7 @@ class StepController:
     def _run_views(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         views = sorted(self._views, key=lambda view: (not view.deployed, view.name))
         if not views or not views[0].deployed:
-            views.insert(0, View("plain"))
+            views.insert(0, View("plain", self.weights.shown))
         passes: dict[str, Pass] = {}
         totals: list[Tensor] = []
         for view in views:
@@ -307,16 +312,40 @@ class StepController:
             )
         self._running, self._explicit_losses = (args, kwargs), 0
         try:
-            output, *_ = self._recorded(original, args, kwargs, none_skips=False)  # such a step need return nothing
+            with self._following_optimizers():
+                output, *_ = self._recorded(original, args, kwargs, none_skips=False)  # it need return nothing
         finally:
             self._running = None
-        if self._terms and self._explicit_losses == 0:
+        waiting = sorted(self._terms) + self.weights.owners
+        if waiting and self._explicit_losses == 0:
             raise RuntimeError(
                 f"{type(self.module).__name__}.training_step never called self.compressed_loss(task_loss), so "
-                f"{sorted(self._terms)} would have no effect"
+                f"{waiting} would have no effect"
             )
         self.steps += 1
         return output
+
+    @contextmanager
+    def _following_optimizers(self) -> Iterator[None]:
+        """Present the weights for a whole step, anew whenever an optimizer has changed them or was toggled."""
+        if not self.weights.owners:
+            yield
+            return
+
+        def refreshing(toggle: Callable[..., Any]) -> Callable[..., Any]:
+            def toggled(*args: Any, **kwargs: Any) -> None:
+                toggle(*args, **kwargs)
+                self.weights.refresh()
+
+            return toggled
+
+        with ExitStack() as stack:
+            stack.enter_context(self.weights.presented())
+            stack.callback(register_optimizer_step_post_hook(lambda *_: self.weights.refresh()).remove)
+            for method in ("toggle_optimizer", "untoggle_optimizer"):
+                if hasattr(self.module, method):
+                    stack.enter_context(shadowed(self.module, method, refreshing))
+            yield
 
     def _recorded(
         self,

@@ -172,6 +172,14 @@ class Replay:
                 self._step(*arguments, gradients=True)
         return outputs()
 
+    def run(self, arguments: tuple[Any, ...]) -> None:
+        """Run a whole step.
+
+        Args:
+            arguments: The step's, as :attr:`batches` gives them.
+        """
+        self._step(*arguments, gradients=False)
+
     @property
     def _automatic(self) -> bool:
         return bool(getattr(self._module, "automatic_optimization", True))

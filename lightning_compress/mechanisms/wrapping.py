@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-
 OWN_MARK = "_lightning_compress"
 """Attribute that marks a hook or a wrapper as ours, so that copies of a module can be made without it."""
 
@@ -38,7 +36,7 @@ def marked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def shadowed(
-    module: nn.Module, method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+    owner: Any, method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[Callable[..., Any]]:
     """Shadow a method of one instance by a wrapper, and put back afterwards what was there.
 
@@ -47,7 +45,7 @@ def shadowed(
     a plain function: a deep copy of the module refers to it and copies nothing of what it holds.
 
     Args:
-        module: The instance.
+        owner: The instance.
         method: Name of the method.
         make: From the original bound method to its replacement.
 
@@ -55,6 +53,7 @@ def shadowed(
         The wrapper that was installed.
 
     Example:
+        >>> from torch import nn
         >>> relu = nn.ReLU()
         >>> with shadowed(relu, "extra_repr", lambda original: lambda: "shadowed"):
         ...     print(relu)
@@ -62,8 +61,8 @@ def shadowed(
         >>> relu, "extra_repr" in vars(relu)
         (ReLU(), False)
     """
-    entry = _living_entry(module, method)
-    original = getattr(module, method)
+    entry = _living_entry(owner, method)
+    original = getattr(owner, method)
     replacement = make(original)
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -74,26 +73,26 @@ def shadowed(
     wrapper.__doc__ = original.__doc__
     setattr(wrapper, OWN_MARK, True)
     setattr(wrapper, _ORIGINAL_ENTRY, entry)
-    vars(module)[method] = wrapper
+    vars(owner)[method] = wrapper
     try:
         yield wrapper
     finally:
         setattr(wrapper, _CLOSED, True)
-        if vars(module).get(method) is wrapper:
-            del vars(module)[method]
+        if vars(owner).get(method) is wrapper:
+            del vars(owner)[method]
             if entry is not None:
-                vars(module)[method] = entry
+                vars(owner)[method] = entry
 
 
-def _living_entry(module: nn.Module, method: str) -> Any:
+def _living_entry(owner: Any, method: str) -> Any:
     """What the instance itself holds under a name, after taking off closed wrappers of ours.
 
     One is there if somebody had wrapped ours, and put back what they had seen after we had closed.
     """
-    entry = vars(module).get(method)
+    entry = vars(owner).get(method)
     while hasattr(entry, _CLOSED) and not hasattr(entry, "__self__") and vars(entry).get(OWN_MARK) is True:
         entry = getattr(entry, _ORIGINAL_ENTRY)
-        del vars(module)[method]
+        del vars(owner)[method]
         if entry is not None:
-            vars(module)[method] = entry
+            vars(owner)[method] = entry
     return entry

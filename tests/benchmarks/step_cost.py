@@ -1,6 +1,6 @@
-"""What a training step with a teacher's callback costs, over the same step plus the teacher's forward.
+"""What a training step with a callback costs: over the plain step, or with a teacher over that plus its forward.
 
-    python -m tests.benchmarks.step_cost [kd at ft]
+    python -m tests.benchmarks.step_cost [kd at ft pruning]
 
 Every arm is a whole ``Trainer.fit`` with its own module, in a thread of its own, and the threads take turns: one step
 of each arm a round, in random order, never two at once. So an arm's time is that of Lightning's real loop, from the
@@ -15,7 +15,8 @@ The arms by hand say where time goes. What matters most is when the teacher runs
 memory is free again when the student asks for its own; after it, both are needed at once, and the C library gives
 memory back to the system and takes it again in every step. In factor transfer, the arm by hand is what translator and
 paraphraser themselves cost; attention by gradients runs the teacher forward and backward, and the student backward
-twice.
+twice. Pruning by hand multiplies weights by a fixed mask in each step; the callback is measured with fixed masks, and
+while its masks change, which they do for three quarters of a training unless other fractions are given.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -39,9 +41,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_compress import AttentionTransferCallback, DistillationCallback, FactorTransferCallback
+from lightning_compress import (
+    AttentionTransferCallback,
+    DistillationCallback,
+    FactorTransferCallback,
+    PruningCallback,
+)
 from lightning_compress.demo import SmallResNet
-from lightning_compress.functional import distillation_loss, factor_transfer_loss
+from lightning_compress.functional import (
+    cubic_schedule,
+    distillation_loss,
+    factor_transfer_loss,
+    magnitude_mask,
+)
 from lightning_compress.modules import Paraphraser, Translator
 from lightning_compress.report.latency import median_interval
 
@@ -50,6 +62,7 @@ TARGETS = {
     "kd": "1.03 for the callback over the reference",
     "at": "1.05 for the callback over the reference",
     "ft": "1.15 for the callback over the arm by hand",
+    "pruning": "1.03 for the callback over the reference",
 }
 
 
@@ -141,6 +154,23 @@ class FactorsByHand(WithTeacherForward):
             self.optimizer.step()
 
 
+class PrunedByHand(Plain):
+    """Pruning written into the step: what multiplying by a mask costs."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        weights = {name: weight for name, weight in network.named_parameters() if weight.ndim > 1}
+        masks = magnitude_mask(list(weights.values()), 0.9)
+        self.masks = {name: mask.float() for name, mask in zip(weights, masks, strict=True)}
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        masked = {name: self.network.get_parameter(name) * mask for name, mask in self.masks.items()}
+        loss = F.cross_entropy(torch.func.functional_call(self.network, masked, (images,)), labels)
+        self.log("train_loss", loss)
+        return loss
+
+
 class Turns(Callback):
     """Let a fit run one step at a time, and measure each."""
 
@@ -207,7 +237,7 @@ def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], las
     """The arms of one technique; the first is the reference.
 
     Args:
-        technique: "kd", "at" or "ft".
+        technique: "kd", "at", "ft" or "pruning".
         pair: Makes a student and a teacher, from the same weights each time.
         last: Name of the layer that ends the last stage of both.
     """
@@ -215,6 +245,18 @@ def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], las
     def with_callback(name: str, make: Callable[[nn.Module], Callback]) -> Arm:
         student, teacher = pair()
         return Arm(name, Plain(student), [make(teacher)])
+
+    if technique == "pruning":
+        settings: dict[str, dict[str, Any]] = {
+            "masks fixed": {"schedule": "one_shot"},
+            "new masks each 16 steps": {"end": 1.0, "update_interval": 16, "schedule": _slowly},
+            "new masks each step": {"end": 1.0, "schedule": _slowly},
+        }
+        return [
+            Arm("plain step", Plain(pair()[0])),
+            Arm("by hand, masks fixed", PrunedByHand(pair()[0])),
+            *(Arm(name, Plain(pair()[0]), [PruningCallback(0.9, **own)]) for name, own in settings.items()),
+        ]
 
     reference = Arm("plain step + teacher forward", WithTeacherForward(*pair()))
     if technique == "kd":
@@ -241,6 +283,11 @@ def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], las
             lambda teacher: FactorTransferCallback(teacher, pair=(last, last), pretrain_epochs=0, weight=10.0),
         ),
     ]
+
+
+def _slowly(progress: float, start: float, end: float) -> float:
+    """The second tenth of a gradual schedule: of a training, say, that is ten times as long as the measurement."""
+    return cubic_schedule(0.1 + 0.1 * progress, start, end)
 
 
 def measure(arms: list[Arm], batch: tuple[Tensor, Tensor], rounds: int) -> list[Arm]:

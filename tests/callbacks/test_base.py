@@ -23,7 +23,7 @@ class Adding(CompressionCallback):
     """Adds a constant to the loss, and keeps a number in its state."""
 
     default_name = "adding"
-    changes_loss = True
+    changes_step = True
     expected_effects = ("the term",)
 
     def __init__(self, amount: float = 0.0, *, layers: tuple[str, ...] = (), works: bool = True, name=None) -> None:
@@ -220,7 +220,7 @@ def test_what_the_network_received_last_is_kept_for_the_end():
 
 def test_manual_optimisation_is_refused_by_name():
     module = made(ManualClassifier)
-    message = "Adding adds to the loss, and ManualClassifier optimises manually: .*lightning_compress.CompressionMixin"
+    message = "Adding changes the step, and ManualClassifier optimises manually: .*lightning_compress.CompressionMixin"
     with pytest.raises(ValueError, match=message):
         trainer(Adding()).fit(module, loader())
     assert untouched(module)

@@ -186,7 +186,7 @@ def test_lbfgs_is_refused():
 class Translating(CompressionCallback):
     """Adds the loss of a translator of the logits, which trains beside the module."""
 
-    changes_loss = True
+    changes_step = True
 
     def __init__(self, *, name=None):
         super().__init__(name=name)

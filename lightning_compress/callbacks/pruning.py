@@ -1,0 +1,382 @@
+"""Pruning: the weights that matter least become zero, by a schedule, while the network learns to do without them.
+
+Magnitude pruning of Han et al., "Learning both weights and connections for efficient neural networks", NeurIPS 2015,
+arXiv:1506.02626; the gradual schedule of Zhu & Gupta, "To prune, or not to prune", ICLR 2018 workshop,
+arXiv:1710.01878; rewinding of Renda et al., "Comparing rewinding and fine-tuning in neural network pruning", ICLR 2020,
+arXiv:2003.02389.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.callbacks.arguments import check_choice, check_whole
+from lightning_compress.callbacks.masks import SCHEDULES, MaskCallback, listing
+from lightning_compress.functional.masks import (
+    erk_sparsities,
+    layer_zeros,
+    n_m_masks,
+    random_score,
+    smallest_masks,
+    taylor_score,
+)
+from lightning_compress.functional.schedules import Schedule, iterative_schedule
+from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_
+from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.rewinding import TrainingStart
+from lightning_compress.mechanisms.weights import sites_of
+
+SCORES = ("magnitude", "random", "taylor")
+SCOPES = ("global", "layer", "erk")
+REWINDS = ("weights", "lr")
+
+
+class PruningCallback(MaskCallback):
+    """Prune weights during training; the network that is validated, saved and left behind has exactly this sparsity.
+
+    When it acts: the forward pass of each step reads masked weights, ``M * W``, and their gradient is masked too; after
+    optimizer steps the masks are updated by the schedule. Validation, checkpoints and the module after the fit hold the
+    masked weights. What it leaves alone: names in the ``state_dict``, the optimizer, and the dense weights, which are
+    kept beside in checkpoints so that a training can go on. Zeros that are spread out make a compressed file smaller;
+    they make the network no faster.
+
+    Args:
+        sparsity: The final share of zeros among the selected weights, in [0, 1). None with a ``pattern`` "n:m", which
+            has the sparsity ``1 - n/m``.
+        schedule: "one_shot" (all of it at ``start``, then fine-tuning), "iterative" (``rounds`` that each take the
+            same share of what remains), "cubic" (gradual: fast, then ever slower), "linear", "cosine", or a function
+            ``(progress, start, end)`` from [0, 1] to a sparsity. Whatever it says, the end is exact.
+        start: Fraction of the training, in optimizer steps, at which pruning begins, in [0, 1].
+        end: Fraction at which the sparsity is reached, from ``start`` to 1; after it the masks stay.
+        update_interval: Optimizer steps between two updates, at least 1.
+        rounds: Of "iterative", at least 1.
+        regrow: Whether a pruned weight may come back when a later update finds its dense value large enough; with
+            ``score="magnitude"`` only. It gets no gradient meanwhile, so only weight decay, momentum and the others'
+            decline decide.
+        score: What is pruned first: the smallest "magnitude"; "random"; or the smallest "taylor" score, ``|w * g|``
+            averaged over the steps since the last update.
+        scope: "global" compares all weights, "layer" prunes each layer alike, "erk" gives layers with more weights per
+            input and output more zeros.
+        pattern: "unstructured", or "n:m" such as "2:4": n kept of each m consecutive input channels at one output
+            channel and kernel position. Layers whose input channels are no multiple of m are skipped and listed. Under
+            a schedule the share of groups that are n:m grows to 1.
+        rewind: After each pruning, go back to the start of the training with "weights" (parameters, buffers, optimizer
+            and learning rates) or "lr" (learning rates only); with "one_shot" and "iterative". None: go on.
+        reestimate_batchnorm: Whether to estimate batch-norm statistics anew at the end, on 16 training batches.
+        seed: Of the random score.
+        guard_checkpoints: Whether ``ModelCheckpoint`` keeps monitored checkpoints only from ``end`` on, so that "best"
+            has the final sparsity.
+        layers: Selectors: dotted names of layers, with what lies below; patterns ``"*.conv1"``; ``"re:..."``;
+            ``"type:Conv2d"``. None: all convolutions and linear layers, the first and the last included. Attention,
+            recurrent layers and embeddings are taken where they are named.
+        exclude: Selectors of what is left dense.
+        name: As in the base class; default "pruning".
+
+    Raises:
+        ValueError: If an argument is out of its range, or two contradict each other.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> module, pruning = BoringModel(), PruningCallback(0.5)
+        >>> L.Trainer(max_steps=4, accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[pruning],
+        ...           enable_model_summary=False, enable_checkpointing=False).fit(module)
+        >>> (module.layer.weight == 0).sum().item(), module.layer.weight.numel()
+        (32, 64)
+    """
+
+    default_name = "pruning"
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        *,
+        schedule: Literal["one_shot", "iterative", "cubic", "linear", "cosine"] | Schedule = "cubic",
+        start: float = 0.0,
+        end: float = 0.75,
+        update_interval: int = 1,
+        rounds: int = 5,
+        regrow: bool = False,
+        score: Literal["magnitude", "random", "taylor"] = "magnitude",
+        scope: Literal["global", "layer", "erk"] = "global",
+        pattern: str = "unstructured",
+        rewind: Literal["weights", "lr"] | None = None,
+        reestimate_batchnorm: bool = False,
+        seed: int = 0,
+        guard_checkpoints: bool = True,
+        layers: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        check_whole("rounds", rounds, at_least=1)
+        check_whole("seed", seed, at_least=0)
+        check_choice("score", score, SCORES)
+        check_choice("scope", scope, SCOPES)
+        self.rounds, self.seed = rounds, seed
+        self.pattern, self._n_m = pattern, _parsed(pattern)
+        super().__init__(
+            _sparsity(sparsity, pattern, self._n_m),
+            schedule=schedule,
+            start=start,
+            end=end,
+            update_interval=update_interval,
+            layers=layers,
+            exclude=exclude,
+            guard_checkpoints=guard_checkpoints,
+            name=name,
+        )
+        self.regrow, self.score, self.scope, self.rewind = regrow, score, scope, rewind
+        self.reestimate_batchnorm = reestimate_batchnorm
+        self._check_together()
+        self._skipped: list[str] = []  # weights that the n:m pattern does not fit
+        self._input_dims: dict[str, int | None] = {}
+        self._importance: list[Tensor] | None = None  # sums of Taylor scores since the last update
+        self._importance_used = False
+        self._start: TrainingStart | None = None
+        self._saved: dict[str, Any] = {}  # the state that the fit began with
+
+    # What the base asks
+
+    def schedules(self) -> dict[str, Schedule]:
+        """Those of the base, and rounds."""
+        return {**SCHEDULES, "iterative": functools.partial(iterative_schedule, rounds=self.rounds)}
+
+    def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
+        """All weights; with an n:m pattern those whose input channels divide into groups."""
+        self._input_dims = {name: _input_dim(sites_of(pl_module)[id(weight)]) for name, weight in weights.items()}
+        if self._n_m is None:
+            return weights
+        m = self._n_m[1]
+        fitting = {
+            name: weight
+            for name, weight in weights.items()
+            if (dim := self._input_dims[name]) is not None and weight.shape[dim] % m == 0
+        }
+        self._skipped = [name for name in weights if name not in fitting]
+        if not fitting:
+            raise ValueError(
+                f"pattern='{self.pattern}' fits none of the selected weights, {listing(self._skipped)}: their input "
+                f"channels are no multiples of {m}"
+            )
+        if self._skipped:
+            self._warn_once(f"pattern='{self.pattern}' does not fit {listing(self._skipped)}, which stay dense")
+        return fitting
+
+    def zeros_at(self, sparsity: float) -> int:
+        """Rounded over all weights; over each with ``scope="layer"``; in whole groups with a pattern."""
+        masks = self._require_masks()
+        if self._n_m is not None:
+            return self._groups(sparsity) * (self._n_m[1] - self._n_m[0])
+        if self.scope == "layer":
+            return sum(layer_zeros(self._sizes(), [sparsity] * len(self._sizes())))
+        return layer_zeros([masks.total], [sparsity])[0]
+
+    def new_masks(self, sparsity: float) -> list[Tensor] | None:
+        """The smallest scores are pruned; what is pruned stays so, unless it may grow again."""
+        masks = self._require_masks()
+        zeros = max(self.zeros_at(sparsity), masks.zeros)
+        if zeros == 0 or (zeros == masks.zeros and not self.regrow):
+            return None
+        scores = self._scores()
+        if scores is None:
+            return None
+        kept = None if self.regrow else masks.current()
+        if self._n_m is not None:
+            n, m = self._n_m
+            oriented = [self._oriented(name, score) for name, score in zip(masks.weights, scores, strict=True)]
+            old = None if kept is None else [self._oriented(*pair) for pair in zip(masks.weights, kept, strict=True)]
+            new = n_m_masks(oriented, n, m, zeros // (m - n), kept=old)
+            return [self._oriented(name, mask) for name, mask in zip(masks.weights, new, strict=True)]
+        if self.scope == "global":
+            return smallest_masks(scores, zeros, kept=kept, limits=masks.limits)
+        counts = self._counts(sparsity, zeros)
+        return [
+            smallest_masks([score], count, kept=None if kept is None else [kept[index]])[0]
+            for index, (score, count) in enumerate(zip(scores, counts, strict=True))
+        ]
+
+    def updated(self, changed: float) -> None:
+        """Say which tensors are held at their floor; rewind."""
+        masks = self._require_masks()
+        if self._n_m is None and (held := masks.at_floor()):
+            self._warn_once(
+                f"held at their floor of 1% of their weights, or one: {listing(held)}; the rest was taken elsewhere"
+            )
+        if self._start is not None and changed > 0:
+            self._start.restore()
+
+    def remarks(self) -> list[str]:
+        """What was pruned, what was skipped, and which layers the floor held."""
+        remarks = super().remarks()
+        if self._masks is None:
+            return remarks
+        if self._skipped:
+            remarks.append(f"{self.name}: pattern {self.pattern} does not fit {listing(self._skipped, None)}.")
+        if self._n_m is None and (held := self._masks.at_floor()):
+            remarks.append(
+                f"{self.name}: held at their floor of 1% of their weights, or one, so that no layer is cut off: "
+                f"{listing(held, None)}. What they would have lost beyond it was taken elsewhere."
+            )
+        return remarks
+
+    # Life cycle
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """As the base; refuse options that have no effect on this module."""
+        self._importance, self._importance_used, self._start = None, False, None
+        if self.reestimate_batchnorm and not batch_norms(pl_module):
+            raise ValueError("reestimate_batchnorm has no effect: no layer keeps batch-norm statistics")
+        super().attach(controller, stack, trainer, pl_module)
+
+    def go_on(self, state: dict[str, Any] | None) -> None:
+        """With the scores and the start of training that were saved."""
+        super().go_on(state)
+        self._saved = state or {}
+        if self._saved.get("importance") is not None:
+            weights = self._require_masks().weights.values()
+            pairs = zip(self._saved["importance"], weights, strict=True)
+            self._importance = [score.to(weight.device) for score, weight in pairs]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Keep what is to be rewound to, then as the base."""
+        if self.rewind is not None:
+            if self.rewind == "lr" and not trainer.lr_scheduler_configs:
+                raise ValueError("rewind='lr' has no effect: there is no learning-rate scheduler")
+            self._start = TrainingStart(trainer, pl_module, weights=self.rewind == "weights")
+            self._start.state = self._saved.get("start") or self._start.state
+        super().on_train_start(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Add up Taylor scores, from gradients that are unscaled and not clipped."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self.score != "taylor" or self._finished:
+            return
+        weights = list(self._require_masks().weights.values())
+        if self._importance is None or self._importance_used:
+            self._importance = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+            self._importance_used = False
+        for total, weight in zip(self._importance, weights, strict=True):
+            if weight.grad is not None:
+                score = taylor_score(weight.detach(), weight.grad)
+                if torch.isfinite(score.sum()):  # a step that a gradient scaler will skip says nothing
+                    total += score
+
+    def estimate_statistics(self, trainer: Any, pl_module: Any) -> None:
+        """Batch-norm statistics of the pruned network."""
+        if self.reestimate_batchnorm and not reestimate_batchnorm_(trainer, pl_module):
+            self._warn_once("reestimate_batchnorm has no effect: all batch-norm layers are in evaluation mode")
+
+    def extra_state(self) -> dict[str, Any]:
+        """The masks; Taylor scores since the last update; the start of training if it is rewound to."""
+        state = super().extra_state()
+        if self._importance is not None:
+            state["importance"] = [score.clone() for score in self._importance]
+        if self._start is not None:
+            state["start"] = self._start.state
+        return state
+
+    # Private
+
+    def _check_together(self) -> None:
+        """Refuse arguments that contradict each other, or would have no effect."""
+        if self.regrow and self.score != "magnitude":
+            raise ValueError(
+                f"regrow=True needs score='magnitude', got '{self.score}': a pruned weight has no other score"
+            )
+        if self._n_m is not None and self.scope != "global":
+            raise ValueError(
+                f"scope='{self.scope}' has no effect with pattern='{self.pattern}', which prunes each layer alike"
+            )
+        if self.score == "taylor" and self.schedule == "one_shot" and self.start == 0:
+            raise ValueError(
+                "score='taylor' needs gradients, and schedule='one_shot' with start=0 prunes before the first step"
+            )
+        if self.rewind is None:
+            return
+        check_choice("rewind", self.rewind, REWINDS)
+        if self.schedule not in ("one_shot", "iterative"):
+            raise ValueError(f"rewind needs schedule='one_shot' or 'iterative', got {self.schedule!r}")
+        if self.schedule == "one_shot" and self.start == 0:
+            raise ValueError(
+                "rewind has no effect with schedule='one_shot' and start=0: pruning is at the start itself"
+            )
+
+    def _sizes(self) -> list[int]:
+        return [weight.numel() for weight in self._require_masks().weights.values()]
+
+    def _groups(self, sparsity: float) -> int:
+        """How many groups are n:m at a sparsity."""
+        n, m = self._n_m or (1, 1)
+        return layer_zeros([self._require_masks().total // m], [min(sparsity / (1 - n / m), 1.0)])[0]
+
+    def _counts(self, sparsity: float, zeros: int) -> list[int]:
+        """How many weights each tensor loses, never fewer than it has lost."""
+        masks, sizes = self._require_masks(), self._sizes()
+        shares = [sparsity] * len(sizes)
+        if self.scope == "erk":
+            shares = erk_sparsities([weight.shape for weight in masks.weights.values()], zeros / masks.total)
+        counts = layer_zeros(sizes, shares, total=zeros, limits=masks.limits)
+        return counts if self.regrow else _at_least(counts, masks.counts)
+
+    def _scores(self) -> list[Tensor] | None:
+        """What is compared, larger for what is kept; None if nothing is known yet."""
+        weights = [weight.detach() for weight in self._require_masks().weights.values()]
+        if self.score == "random":
+            generator = torch.Generator().manual_seed(self.seed)
+            return [random_score(weight, generator) for weight in weights]
+        if self.score == "taylor":
+            self._importance_used = True
+            return self._importance
+        return weights
+
+    def _oriented(self, name: str, tensor: Tensor) -> Tensor:
+        """With the input channels in dimension 1, where a transposed convolution has them in dimension 0."""
+        return tensor.transpose(0, 1) if self._input_dims[name] == 0 else tensor
+
+
+def _parsed(pattern: str) -> tuple[int, int] | None:
+    """The two numbers of "n:m"; None for "unstructured"."""
+    if pattern == "unstructured":
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    if match is None or not 0 < int(match[1]) < int(match[2]):
+        raise ValueError(f"pattern must be 'unstructured' or 'n:m' with 0 < n < m, such as '2:4', got {pattern!r}")
+    return int(match[1]), int(match[2])
+
+
+def _sparsity(sparsity: float | None, pattern: str, n_m: tuple[int, int] | None) -> float:
+    """The sparsity that was asked for, or that the pattern has."""
+    if n_m is None:
+        if sparsity is None:
+            raise ValueError("sparsity must be a number in [0, 1) with pattern='unstructured', got None")
+        return sparsity
+    own = 1 - n_m[0] / n_m[1]
+    if sparsity is not None and abs(sparsity - own) > 1e-9:
+        raise ValueError(f"pattern='{pattern}' has the sparsity {own}; sparsity must be that or None, got {sparsity}")
+    return own
+
+
+def _input_dim(sites: Sequence[Any]) -> int | None:
+    """The dimension of a weight that counts input channels; None where there is none."""
+    module = sites[0].module
+    if isinstance(module, nn.Embedding):
+        return None
+    return 0 if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)) else 1
+
+
+def _at_least(counts: Sequence[int], floors: Sequence[int]) -> list[int]:
+    """The same total, with no count below its floor: what some get more, others that have more get less."""
+    raised = [max(count, floor) for count, floor in zip(counts, floors, strict=True)]
+    excess = sum(raised) - sum(counts)
+    for index, floor in enumerate(floors):
+        taken = min(excess, raised[index] - floor)
+        raised[index] -= taken
+        excess -= taken
+    return raised

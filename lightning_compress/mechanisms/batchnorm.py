@@ -1,0 +1,90 @@
+"""Batch-norm statistics, estimated again with the weights as they are now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_compress.mechanisms.replay import replay
+from lightning_compress.mechanisms.step import step_controller
+
+BATCHES = 16
+"""More training batches than this change little."""
+
+
+def batch_norms(module: nn.Module) -> dict[str, _NormBase]:
+    """The layers that keep running statistics.
+
+    Args:
+        module: The root.
+
+    Returns:
+        Name to layer.
+
+    Example:
+        >>> list(batch_norms(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))))
+        ['1']
+    """
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, _NormBase) and layer.running_mean is not None
+    }
+
+
+def reestimate_batchnorm_(trainer: Any, module: Any) -> list[str]:
+    """Estimate the running statistics anew, as the mean over training batches, in place.
+
+    The user's step is replayed on :data:`BATCHES` batches; nothing else in the module changes. Layers that are in
+    evaluation mode, because the user froze them, keep their statistics. With several processes, those of rank 0 count.
+
+    Args:
+        trainer: The Trainer, whose training data is set up.
+        module: The LightningModule.
+
+    Returns:
+        The names of the layers that were estimated.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> module = BoringModel()
+        >>> module.layer = nn.Sequential(nn.Unflatten(1, (1, 32)), nn.BatchNorm1d(1), nn.Flatten(), module.layer)
+        >>> class Estimate(L.Callback):
+        ...     def on_fit_end(self, trainer, pl_module):
+        ...         print(reestimate_batchnorm_(trainer, pl_module))
+        >>> L.Trainer(fast_dev_run=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+        ...           enable_model_summary=False, callbacks=[Estimate()]).fit(module)
+        ['layer.1']
+    """
+    layers = {name: layer for name, layer in batch_norms(module).items() if layer.training}
+    if not layers:
+        return []
+    device = next(module.parameters()).device
+    module.to(trainer.strategy.root_device)  # at the end of a fit Lightning has moved the module to the CPU
+    try:
+        with (
+            step_controller(module) as controller,
+            replay(controller, trainer, trainer.precision_plugin.train_step_context) as again,
+        ):
+            for layer in layers.values():
+                layer.reset_running_stats()
+                layer.momentum = None  # a cumulative mean
+            for _, arguments in zip(range(BATCHES), again.batches(trainer.current_epoch), strict=False):
+                again.run(arguments)
+            found = {name: _statistics(layer) for name, layer in layers.items()}
+    finally:
+        module.to(device)
+    found = trainer.strategy.broadcast(found)
+    with torch.no_grad():
+        for name, (mean, variance) in found.items():
+            for buffer, value in (("running_mean", mean), ("running_var", variance)):
+                getattr(layers[name], buffer).copy_(value)
+    return list(layers)
+
+
+def _statistics(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.running_mean.cpu().clone(), layer.running_var.cpu().clone()

@@ -1,0 +1,151 @@
+"""Checkpoints of masked weights: what is saved is compressed, with the dense weights beside it.
+
+The hooks of the LightningModule itself are wrapped, not those of a callback: Lightning calls them for files with
+weights only too, and after every callback that puts other weights there, such as averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.wrapping import shadowed
+
+SECTION = "lightning_compress"
+"""Key of a checkpoint under which each callback keeps the dense weights by its name."""
+
+Compress = Callable[[str, Tensor], Tensor | None]
+
+
+def compress_(checkpoint: dict[str, Any], owner: str, compress: Compress) -> None:
+    """Replace dense weights of a checkpoint by compressed ones, in place, and keep the dense ones under our section.
+
+    Args:
+        checkpoint: As Lightning saves it. Its tensors are left alone: they are the module's own.
+        owner: Name of the callback.
+        compress: From the plain name of an entry of the ``state_dict`` and its value to the compressed value; None for
+            entries that stay.
+
+    Example:
+        >>> import torch
+        >>> checkpoint = {"state_dict": {"weight": torch.ones(2)}, "callbacks": {}}
+        >>> compress_(checkpoint, "pruning", lambda name, value: value * torch.tensor([1.0, 0.0]))
+        >>> checkpoint["state_dict"], checkpoint["lightning_compress"]
+        ({'weight': tensor([1., 0.])}, {'pruning': {'dense': {'weight': tensor([1., 1.])}}})
+    """
+    dense: dict[str, Tensor] = {}
+    done: dict[tuple[Any, ...], Tensor] = {}  # so that tied weights share their memory in the file too
+    state: dict[str, Any] = {}
+    for key, value in checkpoint["state_dict"].items():
+        state[key] = value
+        if isinstance(value, Tensor):
+            place = (value.data_ptr(), value.shape, value.stride())
+            compressed = done[place] if place in done else compress(plain_name(key), value)
+            if compressed is not None:
+                state[key] = done[place] = compressed
+                dense[key] = value
+    checkpoint["state_dict"] = state
+    keep_dense_(checkpoint, owner, dense)
+
+
+def keep_dense_(checkpoint: dict[str, Any], owner: str, dense: Mapping[str, Tensor]) -> None:
+    """Put dense weights into a checkpoint, in place; not into one with weights only, which none can resume from.
+
+    Args:
+        checkpoint: As Lightning saves it.
+        owner: Name of the callback.
+        dense: From keys of the ``state_dict`` to dense weights.
+
+    Example:
+        >>> checkpoint = {"state_dict": {}, "callbacks": {}}
+        >>> keep_dense_(checkpoint, "pruning", {})
+        >>> checkpoint["lightning_compress"]
+        {'pruning': {'dense': {}}}
+    """
+    if "callbacks" in checkpoint:
+        checkpoint.setdefault(SECTION, {})[owner] = {"dense": dict(dense)}
+
+
+def dense_of(checkpoint: Mapping[str, Any], owner: str) -> dict[str, Tensor]:
+    """The dense weights that a callback kept in a checkpoint.
+
+    Args:
+        checkpoint: As Lightning loads it.
+        owner: Name of the callback.
+
+    Returns:
+        From keys of the ``state_dict`` to dense weights; empty where there are none.
+
+    Example:
+        >>> dense_of({"state_dict": {}}, "pruning")
+        {}
+    """
+    return dict(checkpoint.get(SECTION, {}).get(owner, {}).get("dense", {}))
+
+
+@contextmanager
+def saving_compressed(module: nn.Module, owner: str, compress: Compress) -> Iterator[None]:
+    """Let a LightningModule save compressed weights, with the dense ones beside.
+
+    Args:
+        module: The LightningModule.
+        owner: Name of the callback.
+        compress: As in :func:`compress_`; called for each save.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> module, checkpoint = L.LightningModule(), {"state_dict": {}, "callbacks": {}}
+        >>> with saving_compressed(module, "pruning", lambda name, value: None):
+        ...     module.on_save_checkpoint(checkpoint)
+        >>> "lightning_compress" in checkpoint
+        True
+    """
+
+    def saving(original: Callable[..., Any]) -> Callable[..., Any]:
+        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+            original(checkpoint)
+            compress_(checkpoint, owner, compress)
+
+        return on_save_checkpoint
+
+    with shadowed(module, "on_save_checkpoint", saving):
+        yield
+
+
+@contextmanager
+def loading_dense(
+    module: nn.Module, owner: str, loaded: Callable[[dict[str, Any]], None], *, resumes: bool
+) -> Iterator[None]:
+    """Let a LightningModule load the dense weights of a checkpoint, to go on with the training.
+
+    Args:
+        module: The LightningModule.
+        owner: Name of the callback.
+        loaded: Called with each checkpoint that is loaded, as it is in the file.
+        resumes: Whether to put the dense weights in the place of the compressed ones: for a fit; a model that is
+            tested must stay compressed.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> module, checkpoint = L.LightningModule(), {"state_dict": {}, "callbacks": {}}
+        >>> with loading_dense(module, "pruning", print, resumes=True):
+        ...     module.on_load_checkpoint(checkpoint)
+        {'state_dict': {}, 'callbacks': {}}
+    """
+
+    def loading(original: Callable[..., Any]) -> Callable[..., Any]:
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            loaded(checkpoint)
+            if resumes:
+                state = checkpoint["state_dict"]
+                state.update({key: value for key, value in dense_of(checkpoint, owner).items() if key in state})
+            original(checkpoint)
+
+        return on_load_checkpoint
+
+    with shadowed(module, "on_load_checkpoint", loading):
+        yield

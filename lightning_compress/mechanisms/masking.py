@@ -1,0 +1,188 @@
+"""Masked weights: what a mask makes of a weight and of its gradient, and the masks of a whole network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.functional.masks import churn, fewest_kept, sparsity_of
+
+
+class MaskedWeight:
+    """The view ``M * W`` of a weight, with the gradient ``M * g``: static pruning.
+
+    Args:
+        mask: Boolean, of the weight's shape, True where it is kept; None keeps all of it.
+
+    Example:
+        >>> MaskedWeight(torch.tensor([True, False])).value(torch.tensor([1.0, 2.0]))
+        tensor([1., 0.])
+    """
+
+    def __init__(self, mask: Tensor | None = None) -> None:
+        self._multiplier: Tensor | None = None
+        self.mask = mask
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask; None before there is one."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        self._mask, self._changed = mask, True
+
+    @property
+    def plain(self) -> bool:
+        """Whether the weight is kept whole, because there is no mask yet."""
+        return self._mask is None
+
+    def release(self) -> None:
+        """Free what is only needed while the weight is presented."""
+        self._multiplier = None
+
+    def value(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """The masked weight.
+
+        Args:
+            weight: The dense weight, ``(...)``.
+            out: Where to write it; None for a new tensor.
+
+        Returns:
+            ``M * W``.
+        """
+        return torch.mul(weight, self._factors(weight), out=out)
+
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """The dense weight's gradient.
+
+        Args:
+            gradient: That of the masked weight, ``(...)``.
+
+        Returns:
+            ``M * g``.
+        """
+        return gradient * self._factors(gradient)
+
+    def _factors(self, like: Tensor) -> Tensor:
+        """The mask as numbers: multiplying by a boolean tensor takes twice as long."""
+        if self._mask is None:
+            raise RuntimeError("there is no mask yet")
+        factors = self._multiplier
+        if factors is None or (factors.dtype, factors.device) != (like.dtype, like.device):
+            with torch.inference_mode(False):  # what is made in inference mode cannot be used in training
+                factors = self._multiplier = torch.empty_like(self._mask, dtype=like.dtype, device=like.device)
+            self._changed = True
+        if self._changed:
+            factors.copy_(self._mask.view(torch.uint8))  # several times as fast as from booleans
+            self._changed = False
+        return factors
+
+
+class Masks:
+    """The masks of some weights, all kept at first.
+
+    Args:
+        weights: Name to parameter.
+        make: Makes the view of one weight.
+
+    Example:
+        >>> masks = Masks({"weight": nn.Parameter(torch.tensor([3.0, 1.0]))})
+        >>> masks.replace([torch.tensor([True, False])]), masks.sparsity, masks.masked("weight", torch.ones(2)).tolist()
+        (0.5, 0.5, [1.0, 0.0])
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], make: Callable[[], MaskedWeight] = MaskedWeight) -> None:
+        self.weights = dict(weights)
+        self.views = {name: make() for name in weights}
+        self.total = sum(weight.numel() for weight in weights.values())
+        self.counts = [0] * len(self.weights)
+        """How many weights of each tensor are masked."""
+
+    @property
+    def zeros(self) -> int:
+        """How many weights are masked."""
+        return sum(self.counts)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the weights that is masked."""
+        return self.zeros / max(self.total, 1)
+
+    def at_floor(self) -> list[str]:
+        """The tensors that can lose no more."""
+        return [
+            name for name, lost, limit in zip(self.weights, self.counts, self.limits, strict=True) if lost == limit > 0
+        ]
+
+    @property
+    def limits(self) -> list[int]:
+        """The most weights that each tensor may lose."""
+        return [weight.numel() - fewest_kept(weight.numel()) for weight in self.weights.values()]
+
+    def current(self) -> list[Tensor]:
+        """One mask for each weight, on its device."""
+        return [
+            torch.ones_like(weight, dtype=torch.bool) if (mask := self.views[name].mask) is None else mask
+            for name, weight in self.weights.items()
+        ]
+
+    def replace(self, masks: Sequence[Tensor]) -> float:
+        """Take other masks.
+
+        Args:
+            masks: One for each weight, in their order.
+
+        Returns:
+            The share of entries that changed.
+        """
+        changed = churn(self.current(), masks)
+        for name, mask in zip(self.weights, masks, strict=True):
+            self.views[name].mask = mask
+        self.counts = [round(sparsity_of([mask]) * mask.numel()) for mask in masks]
+        return changed
+
+    def masked(self, name: str, value: Tensor) -> Tensor:
+        """A dense tensor with zeros where this weight is masked.
+
+        Args:
+            name: Of the weight.
+            value: Of its shape, on any device.
+
+        Returns:
+            A new tensor; the same if there is no mask yet.
+        """
+        mask = self.views[name].mask
+        return value if mask is None else value.masked_fill(~mask.to(value.device), 0.0)
+
+    def release(self) -> None:
+        """Free what is only needed while weights are presented."""
+        for view in self.views.values():
+            view.release()
+
+    def state(self) -> dict[str, Tensor]:
+        """The masks there are, by name."""
+        return {name: view.mask for name, view in self.views.items() if view.mask is not None}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave.
+
+        Raises:
+            ValueError: If it belongs to other weights.
+        """
+        expected = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        given = {name: tuple(mask.shape) for name, mask in state.items()}
+        if expected != given:
+            problems = [
+                *(f"'{name}' has none" for name in expected if name not in given),
+                *(f"'{name}' is not selected any more" for name in given if name not in expected),
+                *(
+                    f"'{name}' has shape {given[name]} there and {shape} here"
+                    for name, shape in expected.items()
+                    if name in given and given[name] != shape
+                ),
+            ]
+            raise ValueError(f"the masks of the checkpoint are of other weights: {'; '.join(problems[:5])}")
+        self.replace([state[name].to(weight.device) for name, weight in self.weights.items()])

@@ -1,0 +1,49 @@
+"""Progress: which part of the training is behind, in optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning_compress import _compat
+
+
+class Progress:
+    """How far a fit has come; made from ``on_train_start`` on, where its length is known.
+
+    With manual optimisation, where several optimizers may step in one batch, or none, batches are counted instead.
+
+    Args:
+        trainer: The Trainer.
+        module: The LightningModule.
+
+    Raises:
+        ValueError: If the training has no end.
+    """
+
+    def __init__(self, trainer: Any, module: Any) -> None:
+        self._trainer = trainer
+        self._automatic = bool(getattr(module, "automatic_optimization", True))
+        self.total = float(trainer.estimated_stepping_batches)
+        if self._automatic:
+            self._lengths = [self.total]
+        else:
+            epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf
+            self._lengths = [float(trainer.num_training_batches) * epochs, float(trainer.max_steps)]
+        self._lengths = [length if 0 < length < math.inf else math.inf for length in self._lengths]
+        if all(math.isinf(length) for length in self._lengths):
+            raise ValueError(
+                "a schedule needs to know how long the training is, and here it has no end in batches: give the "
+                "Trainer max_steps, or max_epochs with a training set that has a length"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far; batches with manual optimisation."""
+        return int(self._trainer.global_step) if self._automatic else _compat.batches_seen(self._trainer)
+
+    @property
+    def fraction(self) -> float:
+        """The share of the training that is behind, in [0, 1]."""
+        done = [self.steps] if self._automatic else [self.steps, self._trainer.global_step]
+        return min(max(part / length for part, length in zip(done, self._lengths, strict=True)), 1.0)

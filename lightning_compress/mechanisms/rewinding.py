@@ -1,0 +1,53 @@
+"""Rewinding: after a pruning, train again from an earlier point, or with the learning rates of one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+RATES = ("lr", "initial_lr", "momentum", "betas", "max_lr", "min_lr")
+
+
+class TrainingStart:
+    """The state of a training where it began, to go back to.
+
+    Args:
+        trainer: The Trainer; its optimizers and learning-rate schedulers are looked at.
+        module: The LightningModule.
+        weights: Whether to keep parameters, buffers and the state of the optimizers too, not only learning rates.
+    """
+
+    def __init__(self, trainer: Any, module: nn.Module, *, weights: bool) -> None:
+        self._trainer, self._module = trainer, module
+        self.state: dict[str, Any] = {
+            "rates": [_rates(optimizer) for optimizer in trainer.optimizers],
+            "schedulers": [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
+        }
+        """Tensors and primitives, for a checkpoint."""
+        if weights:
+            self.state["module"] = {name: value.detach().clone() for name, value in _tensors(module).items()}
+            self.state["optimizers"] = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
+
+    def restore(self) -> None:
+        """Go back."""
+        for name, value in self.state.get("module", {}).items():
+            with torch.no_grad():
+                _tensors(self._module)[name].copy_(value)
+        for optimizer, state in zip(self._trainer.optimizers, self.state.get("optimizers", ()), strict=False):
+            optimizer.load_state_dict(copy.deepcopy(state))
+        for config, state in zip(self._trainer.lr_scheduler_configs, self.state["schedulers"], strict=True):
+            config.scheduler.load_state_dict(copy.deepcopy(state))
+        for optimizer, groups in zip(self._trainer.optimizers, self.state["rates"], strict=True):
+            for group, rates in zip(optimizer.param_groups, groups, strict=True):
+                group.update(copy.deepcopy(rates))
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [{key: group[key] for key in RATES if key in group} for group in optimizer.param_groups]
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

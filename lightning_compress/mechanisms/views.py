@@ -1,0 +1,287 @@
+"""Weight views: a step and an evaluation see other weights than the module stores, and nothing is renamed.
+
+A weight is shadowed by an instance attribute of its name, which Python finds before it asks ``nn.Module``. Forward
+passes therefore read the view, while optimizers, ``state_dict``, ``named_parameters`` and DDP go on with the parameter;
+autograd leads from the view to it through the view's own rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress import _compat
+from lightning_compress.mechanisms.weights import Site, named_weights, sites_of
+
+
+class WeightView(Protocol):
+    """How one weight is presented: a function of it, and the chain rule of its gradient."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the value is the weight itself, with its own gradient."""
+
+    def value(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """What is presented, ``(...)`` as the weight; written to ``out`` if given."""
+
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient of the weight from that of the presented value, both ``(...)``."""
+
+
+@dataclass(eq=False)
+class _Presented:
+    """One weight with a view."""
+
+    owner: str
+    name: str
+    weight: nn.Parameter
+    sites: list[Site]
+    view: WeightView
+    buffer: Tensor | None = None
+    shown: Tensor | None = None
+    version: int = 0
+    reached: bool = False  # by a gradient, through the view
+
+    def show(self) -> None:
+        if self.view.plain:
+            self.shown = self.weight.view_as(self.weight)
+            if self.shown.requires_grad and not self.reached:
+                self.shown.register_hook(self._reached)  # type: ignore[no-untyped-call]
+        else:
+            self._prepare_buffer()
+            self.shown = _Shown.apply(self.weight, self)
+        self.version = self.shown._version
+        for site in self.sites:
+            vars(site.module)[site.attribute] = self.shown
+            _compat.refresh_flat_weights(site.module)
+
+    def drop(self, *, compare: bool) -> str | None:
+        """Remove the shadows; say what somebody did to them in vain."""
+        shown, self.shown = self.shown, None
+        if shown is None:
+            return None
+        entries = []
+        for site in self.sites:
+            entries.append(vars(site.module).pop(site.attribute, None))
+            _compat.refresh_flat_weights(site.module)
+        if any(entry is not shown for entry in entries):
+            return "was replaced"
+        if self.view.plain:  # the weight itself: what is written to it stays
+            return None
+        with torch.no_grad():
+            if shown._version != self.version or (compare and not torch.equal(shown, self.view.value(self.weight))):
+                return "was written to"
+        return None
+
+    def _prepare_buffer(self) -> None:
+        if self.buffer is None or not _compat.is_unshared(self.buffer):  # a graph that is still alive has saved it
+            with torch.inference_mode(False):  # else it could not be written to in training
+                self.buffer = torch.empty_like(self.weight, requires_grad=False)
+
+    def _reached(self, _: Tensor) -> None:
+        self.reached = True
+
+
+class _Shown(torch.autograd.Function):
+    """From a weight to what is presented of it, with the view's own rule for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, presented: _Presented) -> Tensor:
+        ctx.presented = presented
+        return presented.view.value(weight.detach(), presented.buffer).detach()  # another tensor on the same memory
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.presented.reached = True
+        return ctx.presented.view.gradient(gradient), None
+
+
+class WeightViews:
+    """All weights of a module that are presented otherwise than they are stored, whoever owns them.
+
+    Args:
+        module: The root; names are those of its ``named_parameters``.
+
+    Example:
+        >>> from lightning_compress.mechanisms.masking import MaskedWeight
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.ones_(layer.weight)
+        >>> views = WeightViews(layer)
+        >>> with views.owned("example", {"weight": MaskedWeight(torch.tensor([[True, False]]))}), views.presented():
+        ...     layer(torch.ones(1, 2)).sum().backward()
+        >>> layer.weight.tolist(), layer.weight.grad.tolist()
+        ([[1.0, 1.0]], [[1.0, 0.0]])
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._weights: dict[str, _Presented] = {}
+        self._compiled_unpresented = False  # somebody compiled the network while nothing was presented
+
+    @property
+    def active(self) -> bool:
+        """Whether the views are presented now."""
+        return any(weight.shown is not None for weight in self._weights.values())
+
+    @property
+    def owners(self) -> list[str]:
+        """Who presents weights, sorted."""
+        return sorted({weight.owner for weight in self._weights.values()})
+
+    @contextmanager
+    def owned(self, owner: str, views: Mapping[str, WeightView]) -> Iterator[None]:
+        """Present these weights through these views, for as long as the context lasts.
+
+        Args:
+            owner: Name of who does, for messages.
+            views: Full name of a parameter to its view.
+
+        Raises:
+            ValueError: If somebody owns the view of a weight already, also under another of its names.
+        """
+        parameters = named_weights(self.module)
+        taken = {id(weight.weight): weight.owner for weight in self._weights.values()}
+        for name in views:
+            other = taken.get(id(parameters[name]))
+            if other is not None:
+                raise ValueError(
+                    f"'{other}' and '{owner}' both present the weight '{name}'; leave it to one of them with layers= "
+                    "or exclude="
+                )
+        sites = sites_of(self.module)
+        added = {
+            name: _Presented(owner, name, parameters[name], sites[id(parameters[name])], view)
+            for name, view in views.items()
+        }
+        self._weights.update(added)
+        _compat.reset_compiled_code(self.module)
+        try:
+            with _compat.compilations_watched(self._compiling):
+                yield
+        finally:
+            for name, weight in added.items():
+                weight.drop(compare=False)
+                del self._weights[name]
+            _compat.reset_compiled_code(self.module)
+
+    def show(self) -> None:
+        """Present all weights, with their values as they are now."""
+        if self._compiled_unpresented:  # that code would go on reading the parameters
+            _compat.reset_compiled_code(self.module)
+            self._compiled_unpresented = False
+        for weight in self._weights.values():
+            weight.show()
+
+    def drop(self, *, compare: bool = False) -> None:
+        """Let the module read its parameters again.
+
+        Args:
+            compare: Whether to compare each value with what it should be, at the cost of a pass over all weights; what
+                autograd can know of is noticed anyway.
+
+        Raises:
+            RuntimeError: If somebody wrote to a presented weight, or replaced it: what they did is lost.
+        """
+        lost = {name: weight.drop(compare=compare) for name, weight in self._weights.items()}
+        for name, what in lost.items():
+            if what is not None:
+                raise RuntimeError(
+                    f"the weight '{name}' {what} within a step, where '{self._weights[name].owner}' presents a masked "
+                    "one in its place, so the change would be lost. Make it between steps, for example in "
+                    f"on_train_batch_end, or leave the layer out with exclude={[name.rpartition('.')[0]]}"
+                )
+
+    def refresh(self) -> None:
+        """Present the values anew, because the weights have changed; nothing if nothing is presented."""
+        if self.active:
+            self.drop()
+            self.show()
+
+    def abandon(self) -> None:
+        """Let the module read its parameters again, whatever was done to the views: after an error that says more."""
+        for weight in self._weights.values():
+            weight.drop(compare=False)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Present the weights from here on, beyond the context, until :meth:`drop`; an error within ends it.
+
+        For a forward pass whose backward pass comes later and may run parts of it again.
+        """
+        self.show()
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+
+    @contextmanager
+    def presented(self) -> Iterator[None]:
+        """Present the weights within the context."""
+        with self.shown():
+            yield
+        self.drop()
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """The name of the weight that a tensor presents, for whoever meets it in an operation; None for others."""
+        return next((name for name, weight in self._weights.items() if weight.shown is tensor), None)
+
+    @contextmanager
+    def watched(self) -> Iterator[Callable[[], list[str]]]:
+        """Watch the first step for views without effect.
+
+        Yields:
+            A function to be called after the backward pass, once: gives the names of the weights that the step did not
+            use at all. It raises RuntimeError if a gradient, or a call, went past a view.
+        """
+        called: set[int] = set()
+        past: dict[str, str] = {}  # weights that were used otherwise than through their views
+        graded: set[str] = set()
+        stack = ExitStack()
+
+        def before(module: nn.Module, _: Any) -> None:
+            called.update(map(id, [module, *(module.children() if isinstance(module, nn.MultiheadAttention) else [])]))
+            for weight, site in self._all_sites():
+                if site.module is module and module._parameters.get(site.attribute) is not weight.weight:
+                    past[weight.name] = "gets other parameters, as torch.func.functional_call gives"
+
+        def finish() -> list[str]:
+            stack.close()
+            for name in graded:
+                if not self._weights[name].reached:
+                    past.setdefault(name, "gets a gradient past its view: something holds on to the parameter itself")
+            for name, what in past.items():
+                raise RuntimeError(
+                    f"the weight '{name}' {what}, so what '{self._weights[name].owner}' presents in its place has no "
+                    f"effect; leave the layer out with exclude={[name.rpartition('.')[0]]}"
+                )
+            used = graded | {weight.name for weight, site in self._all_sites() if id(site.module) in called}
+            return [] if not called else [name for name in self._weights if name not in used]
+
+        with stack:
+            for name, weight in self._weights.items():
+                weight.reached = False
+                if weight.weight.requires_grad:
+                    handle: Any = weight.weight.register_hook(partial(_add, graded, name))  # type: ignore[no-untyped-call]
+                    stack.callback(handle.remove)
+            if not _compat.holds_compiled_code(self.module):  # which would be compiled again without the hook
+                stack.callback(nn.modules.module.register_module_forward_pre_hook(before).remove)
+            yield finish
+
+    def _all_sites(self) -> Iterator[tuple[_Presented, Site]]:
+        for weight in self._weights.values():
+            for site in weight.sites:
+                yield weight, site
+
+    def _compiling(self) -> None:
+        self._compiled_unpresented |= not self.active
+
+
+def _add(names: set[str], name: str, _: Tensor) -> None:
+    names.add(name)

@@ -1,0 +1,181 @@
+"""Weights: which parameters a technique can take, under which names, and at which places a module reads each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_compress.mechanisms.selection import plain_name, select_modules
+
+PLAIN_LAYERS = (_ConvNd, nn.Linear, nn.Bilinear)
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+
+class Site(NamedTuple):
+    """Where a module reads a parameter: an attribute of one of the modules below it."""
+
+    module: nn.Module
+    attribute: str
+
+
+class SelectedWeights(NamedTuple):
+    """What a selection took, and what it left.
+
+    Attributes:
+        weights: Name to parameter, in the order of ``named_modules``; a tied weight once, under its first name.
+        left: Names of parameters with two dimensions or more that stay as they are, norms aside.
+    """
+
+    weights: dict[str, nn.Parameter]
+    left: list[str]
+
+
+def sites_of(root: nn.Module) -> dict[int, list[Site]]:
+    """Every place at which modules below ``root`` read their parameters.
+
+    Args:
+        root: A module.
+
+    Returns:
+        From the ``id`` of a parameter to its sites: several for a tied weight.
+
+    Example:
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> sites_of(nn.Sequential(layer))[id(layer.weight)]
+        [Site(module=Linear(in_features=2, out_features=2, bias=False), attribute='weight')]
+    """
+    sites: dict[int, list[Site]] = {}
+    for module in root.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                sites.setdefault(id(parameter), []).append(Site(module, attribute))
+    return sites
+
+
+def named_weights(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by name, as when nothing is compiled; a tied one under each of its names.
+
+    Args:
+        root: A module.
+
+    Returns:
+        Name to parameter.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> list(named_weights(nn.Sequential(layer, layer)))
+        ['0.weight', '0.bias', '1.weight', '1.bias']
+    """
+    return {plain_name(name): parameter for name, parameter in root.named_parameters(remove_duplicate=False)}
+
+
+def select_weights(root: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] | None) -> SelectedWeights:
+    """Select the weights of layers, by the names of the layers.
+
+    Args:
+        root: Where the names start.
+        layers: As in :func:`select_modules`; None for all convolutions and linear layers. Layers that are named may be
+            others too: attention, recurrent layers, embeddings, and the user's own with parameters of two dimensions or
+            more that are called weights.
+        exclude: What to take away again; None for nothing.
+
+    Returns:
+        The weights taken and those left.
+
+    Raises:
+        ValueError: As :func:`select_modules`; if a layer's weight is computed from other parameters, as weight norm
+            does, has no shape yet, is not floating point, or belongs to an excluded layer too.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+        >>> select_weights(net, None, ["0"])
+        SelectedWeights(weights={'2.weight': Parameter containing: ...}, left=['0.weight'])
+    """
+    candidates = {module: _weights_of(module) for module in root.modules()}
+    if layers is None:
+        types: tuple[type[nn.Module], ...] = PLAIN_LAYERS
+    else:
+        types = (*PLAIN_LAYERS, *dict.fromkeys(type(module) for module, names in candidates.items() if names))
+    chosen = select_modules(root, layers, exclude, types=types)
+    weights: dict[str, nn.Parameter] = {}
+    for name, module in chosen.items():
+        _refuse(name, module)
+        for attribute in candidates[module]:
+            parameter = module._parameters[attribute]
+            if isinstance(parameter, nn.Parameter) and all(parameter is not other for other in weights.values()):
+                full = f"{name}.{attribute}" if name else attribute
+                _refuse_parameter(full, parameter)
+                weights[full] = parameter
+    if not weights:
+        raise ValueError(f"layers {layers} selects {', '.join(map(repr, chosen))}, which own no weights")
+    taken = {id(parameter) for parameter in weights.values()}
+    if exclude is not None:
+        _refuse_shared(root, weights, exclude)
+    left = [
+        plain_name(name)
+        for name, parameter in root.named_parameters()
+        if parameter.ndim >= 2 and id(parameter) not in taken and "weight" in name.rpartition(".")[2]
+    ]
+    return SelectedWeights(weights, left)
+
+
+def _weights_of(module: nn.Module) -> list[str]:
+    """The attributes of a module that are weights."""
+    if isinstance(module, NORMS):
+        return []
+    return [
+        name
+        for name, parameter in module._parameters.items()
+        if parameter is not None and re.search("weight", name) and (_is_lazy(parameter) or parameter.ndim >= 2)
+    ]
+
+
+def _is_lazy(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, UninitializedParameter)
+
+
+def _refuse(name: str, module: nn.Module) -> None:
+    """Refuse a layer whose weight is not a parameter of its own: what is put in its place would be overwritten."""
+    cause = None
+    if is_parametrized(module):
+        cause = "a parametrization"
+    elif any(attribute.endswith(("_g", "_v")) for attribute in module._parameters):
+        cause = "weight_norm"
+    elif any(attribute.endswith("_orig") for attribute in module._parameters):
+        cause = "spectral_norm or torch.nn.utils.prune"
+    if cause is not None:
+        raise ValueError(
+            f"the layer '{name}' computes its weight from other parameters ({cause}), which would overwrite what is "
+            f"put in its place; make it plain again before the fit, or leave it out with exclude=['{name}']"
+        )
+
+
+def _refuse_parameter(name: str, parameter: nn.Parameter) -> None:
+    if _is_lazy(parameter):
+        raise ValueError(
+            f"the weight '{name}' has no shape yet: call the network once on an example before the fit, or leave it "
+            "out with exclude="
+        )
+    if not parameter.is_floating_point():
+        raise ValueError(f"the weight '{name}' is of {parameter.dtype}, not floating point; leave it out with exclude=")
+
+
+def _refuse_shared(root: nn.Module, weights: dict[str, nn.Parameter], exclude: Sequence[str]) -> None:
+    """Refuse a weight that an excluded layer has too."""
+    every = (nn.Module,)
+    remaining = {id(module) for module in select_modules(root, None, exclude, types=every).values()}
+    names = {id(module): name for name, module in root.named_modules()}
+    for name, parameter in weights.items():
+        for site in sites_of(root)[id(parameter)]:
+            if id(site.module) not in remaining:
+                other = plain_name(names[id(site.module)])
+                raise ValueError(
+                    f"the weight '{name}' belongs also to '{other}', which exclude= leaves out; exclude both or neither"
+                )

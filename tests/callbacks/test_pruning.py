@@ -1,0 +1,789 @@
+"""PruningCallback: its options, what it refuses, what it logs and saves, and which checkpoint is the best."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import lightning.pytorch as L
+import pytest
+import torch
+from contract.modules import (
+    BATCH,
+    STEPS,
+    Classifier,
+    MixinClassifier,
+    NormClassifier,
+    difference,
+    loader,
+    made,
+    trainer,
+)
+from contract.traces import traces
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_compress import CompressionReport, PruningCallback
+from lightning_compress.functional import iterative_schedule, magnitude_mask, n_m_mask
+from lightning_compress.mechanisms.checkpoints import dense_of
+
+TOTAL = 36 + 96  # weights of the small network
+SHAPES = {"model.0.weight": (4, 1, 3, 3), "model.3.weight": (3, 32)}
+
+
+def weights(module):
+    return {name: value for name, value in module.named_parameters() if value.ndim > 1}
+
+
+def zeros(module):
+    return {name: int((value == 0).sum()) for name, value in weights(module).items()}
+
+
+def fitted(pruning, kind=Classifier, *callbacks, validate=True, **settings):
+    module = made(kind)
+    fitting = trainer(pruning, *callbacks, **settings)
+    fitting.fit(module, loader(kind), loader(kind) if validate else None)
+    return module, fitting
+
+
+class Watch(L.Callback):
+    """What the sparsity was after each step."""
+
+    def __init__(self, pruning):
+        self.pruning, self.seen, self.masks = pruning, [], []
+
+    def on_train_batch_end(self, *args):
+        self.seen.append(round(self.pruning.reached * TOTAL))
+        self.masks.append(self.pruning.masks)
+
+
+def path_of(pruning, kind=Classifier, **settings):
+    watch = Watch(pruning)
+    module, _ = fitted(pruning, kind, watch, **settings)
+    return watch, module
+
+
+# Schedules
+
+
+def test_one_shot_prunes_at_start_and_then_only_trains():
+    watch, module = path_of(PruningCallback(0.5, schedule="one_shot", start=0.5))
+    assert watch.seen == [0, 0, 0, 66, 66, 66, 66, 66]
+    assert sum(zeros(module).values()) == 66
+
+
+def test_one_shot_at_the_start_is_there_in_the_first_step():
+    watch, _ = path_of(PruningCallback(0.5, schedule="one_shot"))
+    assert watch.seen == [66] * STEPS
+    assert all(torch.equal(mask, watch.masks[-1][name]) for name, mask in watch.masks[0].items())
+
+
+def test_rounds():
+    watch, _ = path_of(PruningCallback(0.75, schedule="iterative", rounds=3, end=0.75))
+    expected = [iterative_schedule(min(step / STEPS / 0.75, 1.0), 0.0, 0.75, rounds=3) for step in range(1, STEPS + 1)]
+    assert watch.seen == [int(value * TOTAL + 0.5) for value in expected]
+    assert len(set(watch.seen)) == 4
+
+
+@pytest.mark.parametrize("schedule", ["cubic", "linear", "cosine", lambda progress, start, end: end * progress**0.1])
+def test_the_end_is_exact_whatever_the_schedule(schedule):
+    watch, module = path_of(PruningCallback(0.71, schedule=schedule, update_interval=5))
+    assert watch.seen[5] == watch.seen[-1] == int(0.71 * TOTAL + 0.5) == sum(zeros(module).values())
+    assert watch.seen == sorted(watch.seen)
+
+
+def test_what_is_pruned_stays_pruned():
+    watch, _ = path_of(PruningCallback(0.8, end=1.0))
+    for before, after in zip(watch.masks[1:], watch.masks[2:], strict=False):
+        assert all(not (after[name] & ~mask).any() for name, mask in before.items())
+
+
+def test_regrowth():
+    """With a strong decay the dense values of pruned weights change places with those of kept ones."""
+
+    class Noisy(Classifier):
+        def on_before_optimizer_step(self, optimizer):
+            generator = torch.Generator().manual_seed(self.trainer.global_step)
+            for parameter in self.parameters():
+                parameter.grad.add_(torch.randn(parameter.shape, generator=generator))
+
+    kept, _ = path_of(PruningCallback(0.5, end=1.0), Noisy)
+    grown, module = path_of(PruningCallback(0.5, end=1.0, regrow=True), Noisy)
+    back = [
+        int((after[name] & ~mask).sum())
+        for before, after in zip(grown.masks[1:], grown.masks[2:], strict=False)
+        for name, mask in before.items()
+    ]
+    assert sum(back) > 0
+    assert grown.seen == kept.seen
+    assert sum(zeros(module).values()) == 66
+
+
+def test_progress_of_a_resumed_longer_training_never_lets_the_sparsity_fall(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="end", save_top_k=1, every_n_epochs=1)
+    fitted(PruningCallback(0.8, end=0.5), Classifier, saver, enable_checkpointing=True)
+    pruning = PruningCallback(0.8, end=0.5)
+    watch, module = Watch(pruning), made(Classifier)
+    fitting = trainer(pruning, watch, max_epochs=4)
+    fitting.fit(module, loader(), loader(), ckpt_path=tmp_path / "end.ckpt")
+    assert watch.seen == [106] * 3 * STEPS
+    assert sum(zeros(module).values()) == 106
+
+
+# Scores, scopes, patterns
+
+
+def test_global_magnitude_of_the_dense_weights():
+    module = made(Classifier)
+    expected = magnitude_mask(list(weights(module).values()), 0.5)
+    pruning = PruningCallback(0.5, schedule="one_shot")
+    trainer(pruning).fit(module, loader())
+    assert all(torch.equal(mask, own) for mask, own in zip(expected, pruning.masks.values(), strict=True))
+
+
+def test_each_layer_alike():
+    module, _ = fitted(PruningCallback(0.75, scope="layer"))
+    assert zeros(module) == {"model.0.weight": 27, "model.3.weight": 72}
+
+
+def test_erdos_renyi():
+    module, _ = fitted(PruningCallback(0.6, scope="erk"))
+    found = zeros(module)
+    assert sum(found.values()) == 79
+    # (4 + 1 + 3 + 3) / 36 against (3 + 32) / 96 of what is kept
+    assert found == {"model.0.weight": 23, "model.3.weight": 56}
+
+
+def test_random_is_the_same_each_time_and_another_with_another_seed():
+    first, second, other = (PruningCallback(0.5, score="random", seed=seed) for seed in (0, 0, 1))
+    state = torch.get_rng_state()
+    for pruning in (first, second, other):
+        fitted(pruning)
+    assert all(torch.equal(mask, second.masks[name]) for name, mask in first.masks.items())
+    assert any(not torch.equal(mask, other.masks[name]) for name, mask in first.masks.items())
+    assert state.shape == torch.get_rng_state().shape
+
+
+def test_taylor_prunes_what_the_loss_does_not_feel():
+    """One input is always zero: weights on it have no gradient, however large they are."""
+
+    class Blind(Classifier):
+        def build(self):
+            self.model = nn.Linear(8, 3)
+            self.model.weight.data[:, 2] = 5.0
+
+        def task_loss(self, batch):
+            x, y = batch
+            return F.cross_entropy(self.model(x * (torch.arange(8) != 2)), y)
+
+    module, _ = fitted(PruningCallback(3 / 24, score="taylor", schedule="one_shot", start=0.5), Blind)
+    assert (module.model.weight == 0).nonzero()[:, 1].tolist() == [2, 2, 2]
+
+
+def test_taylor_scores_are_those_of_the_steps_since_the_last_update():
+    pruning = PruningCallback(0.5, score="taylor", schedule="one_shot", start=0.375)
+    module, sums = made(Classifier), {}
+
+    class Sum(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step < 3:
+                for name, value in weights(pl_module).items():
+                    sums[name] = sums.get(name, 0) + (value.detach() * value.grad).abs()
+
+    trainer(pruning, Sum()).fit(module, loader())
+    expected = magnitude_mask([sums[name] for name in pruning.masks], 0.5)
+    assert all(torch.equal(mask, own) for mask, own in zip(expected, pruning.masks.values(), strict=True))
+
+
+class Wide(Classifier):
+    """Four and eight input channels, and one layer whose input channels are odd."""
+
+    def build(self):
+        self.model = nn.Sequential(
+            nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 4, 1), nn.ConvTranspose2d(4, 3, 2), nn.Flatten(), nn.Linear(12, 3)
+        )
+        self.odd = nn.Linear(3, 3)
+
+    def task_loss(self, batch):
+        x, y = batch
+        return F.cross_entropy(self.odd(self.model(x)), y)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not fit 'odd.weight'")
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:4", "1:2"])
+def test_n_of_m(pattern):
+    n, m = map(int, pattern.split(":"))
+    pruning = PruningCallback(pattern=pattern)
+    module, _ = fitted(pruning, Wide)
+    assert pruning.reached == 1 - n / m
+    assert list(pruning.masks) == ["model.1.weight", "model.2.weight", "model.4.weight"]
+    assert not (module.odd.weight == 0).any()
+    for name, weight in weights(module).items():
+        if name in pruning.masks:
+            channels = weight.transpose(0, 1) if name == "model.2.weight" else weight
+            groups = (channels != 0).unflatten(1, (-1, m)).sum(2)
+            assert (groups == n).all(), name
+
+
+@pytest.mark.filterwarnings("ignore:.*does not fit 'odd.weight'")
+def test_n_of_m_in_one_shot_is_the_function():
+    module = made(Wide)
+    expected = n_m_mask(module.model[1].weight, 2, 4)
+    pruning = PruningCallback(pattern="2:4", schedule="one_shot")
+    trainer(pruning).fit(module, loader())
+    assert torch.equal(pruning.masks["model.1.weight"], expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not fit 'odd.weight'")
+def test_under_a_schedule_whole_groups_become_n_of_m():
+    pruning = PruningCallback(pattern="2:4", schedule="linear", end=1.0)
+    watch = Watch(pruning)
+    fitted(pruning, Wide, watch)
+    shares = []
+    for masks in watch.masks[:-1]:
+        groups = (masks["model.1.weight"]).unflatten(1, (-1, 4)).sum(2)
+        assert set(groups.flatten().tolist()) <= {2, 4}
+        shares.append(sum(int((~mask).sum()) for mask in masks.values()))
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < shares[-1]
+
+
+def test_layers_and_exclude():
+    module, _ = fitted(PruningCallback(0.5, layers=["type:Linear"]))
+    assert zeros(module) == {"model.0.weight": 0, "model.3.weight": 48}
+    module, _ = fitted(PruningCallback(0.5, exclude=["model.3"]))
+    assert zeros(module) == {"model.0.weight": 18, "model.3.weight": 0}
+
+
+def test_what_is_taken_and_what_is_left_is_announced(caplog):
+    with caplog.at_level(logging.INFO, logger="lightning_compress"):
+        fitted(PruningCallback(0.5, exclude=["model.0"]))
+    assert "pruning masks 'model.3.weight' (96 weights)" in caplog.text
+    assert "pruning leaves dense: 'model.0.weight'" in caplog.text
+
+
+def test_no_layer_is_cut_off():
+    class Small(Classifier):
+        def build(self):
+            super().build()
+            with torch.no_grad():
+                self.model[0].weight.mul_(1e-3)
+
+    pruning, report = PruningCallback(0.9, schedule="one_shot"), CompressionReport(latency=False, path="unused")
+    with pytest.warns(UserWarning, match=r"held at their floor of 1% of their weights, or one: 'model.0.weight'"):
+        module, _ = fitted(pruning, Small, report, fast_dev_run=4)
+    assert zeros(module) == {"model.0.weight": 35, "model.3.weight": 84}
+    assert any("held at their floor" in note for note in report.result.notes)
+
+
+# What users see
+
+
+def test_logs(tmp_path):
+    pruning = PruningCallback(0.5, end=0.5)
+    module, fitting = fitted(pruning)
+    metrics = {key: float(value) for key, value in fitting.callback_metrics.items()}
+    assert metrics["compress/pruning/sparsity"] == 0.5
+    for name, weight in weights(module).items():
+        assert metrics[f"compress/pruning/sparsity/{name}"] == pytest.approx(int((weight == 0).sum()) / weight.numel())
+        assert metrics[f"compress/pruning/norm/{name}"] == pytest.approx(float(weight.norm()))
+    assert metrics["compress/pruning/churn"] == pytest.approx((66 - int(TOTAL * 0.5 * (1 - 0.25**3) + 0.5)) / TOTAL)
+
+
+def test_a_checkpoint_can_be_chosen_by_its_sparsity(tmp_path):
+    saver = ModelCheckpoint(tmp_path, monitor="compress/pruning/sparsity", mode="max", filename="{epoch}")
+    fitted(PruningCallback(0.5), Classifier, saver, enable_checkpointing=True, max_epochs=2)
+    assert float(saver.best_model_score) == 0.5
+
+
+class Worsening(Classifier):
+    """The loss grows with each epoch, so the first checkpoint is the best."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", torch.tensor(float(self.current_epoch)), batch_size=BATCH)
+
+
+@pytest.mark.parametrize("guard", [True, False])
+@pytest.mark.parametrize("save_top_k", [1, -1])
+def test_the_best_checkpoint_has_the_final_sparsity(guard, save_top_k, tmp_path):
+    saver = ModelCheckpoint(tmp_path, monitor="val_loss", filename="{epoch}", save_top_k=save_top_k, save_last=True)
+    pruning = PruningCallback(0.8, end=0.75, guard_checkpoints=guard)
+    fitted(pruning, Worsening, saver, enable_checkpointing=True, max_epochs=4)
+    state = torch.load(saver.best_model_path, weights_only=True)["state_dict"]
+    found = sum(int((value == 0).sum()) for value in state.values() if value.ndim > 1)
+    assert found == (106 if guard else 74)
+    assert saver.best_model_path.endswith("epoch=2.ckpt" if guard else "epoch=0.ckpt")
+    assert (tmp_path / "last.ckpt").is_file()
+    assert "check_monitor_top_k" not in vars(saver)
+
+
+def test_stopping_before_the_target_is_said():
+    stopping = EarlyStopping("val_loss", patience=0)
+    pruning = PruningCallback(0.8)
+    with pytest.warns(
+        UserWarning, match=r"training stopped at 50% of its length, before end=0.75: the sparsity is 0\.\d"
+    ):
+        module, _ = fitted(pruning, Worsening, stopping, max_epochs=4)
+    assert 0 < pruning.reached < 0.8
+    assert sum(zeros(module).values()) == round(pruning.reached * TOTAL)
+
+
+def test_a_training_that_is_shorter_than_foreseen_ends_at_the_target():
+    class Shorten(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.fit_loop.max_epochs = 2
+
+    pruning = PruningCallback(0.8)
+    said = "ended at 50% of the length that Lightning had foreseen, so the sparsity went"
+    with pytest.warns(UserWarning, match=said):
+        module, _ = fitted(pruning, Classifier, Shorten(), max_epochs=4)
+    assert sum(zeros(module).values()) == 106
+
+
+def test_the_report_tells_what_was_pruned(tmp_path):
+    report = CompressionReport(path=tmp_path, latency=False)
+    fitted(PruningCallback(0.5), Classifier, report)
+    after = next(row for row in report.result.rows if row.name == "after")
+    before = next(row for row in report.result.rows if row.name == "before")
+    assert before.nonzeros - after.nonzeros == 66
+    assert after.bytes_compressed < before.bytes_compressed
+    text = (tmp_path / "compression_report.md").read_text()
+    assert "pruning: 66 of 132 weights in 2 tensors are masked (50.00%, asked 50.00%)." in text
+    assert "not the network faster" in text
+
+
+# Checkpoints and fits that follow
+
+
+def test_everything_is_kept_through_fit_test_save_and_load(tmp_path):
+    saver = ModelCheckpoint(tmp_path, monitor="val_loss", filename="{epoch}")
+    module, fitting = fitted(PruningCallback(0.8, end=0.25), Worsening, saver, enable_checkpointing=True, max_epochs=4)
+    last = {name: value.clone() for name, value in module.state_dict().items()}
+    fitting.test(module, loader(), ckpt_path="best", verbose=False)
+    assert difference(module, last) > 0
+    assert sum(zeros(module).values()) == 106  # the dense weights did not come back with the best checkpoint
+    fitting.save_checkpoint(tmp_path / "again.ckpt")
+    best, again = (torch.load(path, weights_only=True) for path in (saver.best_model_path, tmp_path / "again.ckpt"))
+    assert difference(best["state_dict"], again["state_dict"]) == 0
+    assert difference(dense_of(best, "pruning"), dense_of(again, "pruning")) == 0
+    assert not any((value == 0).any() for value in dense_of(again, "pruning").values())
+
+
+def test_weights_changed_after_the_fit_are_saved_without_dense_ones(tmp_path):
+    module, fitting = fitted(PruningCallback(0.5))
+    with torch.no_grad():
+        module.model[3].weight.add_(1)
+    with pytest.warns(UserWarning, match="the weights have changed since the fit"):
+        fitting.save_checkpoint(tmp_path / "changed.ckpt")
+    assert dense_of(torch.load(tmp_path / "changed.ckpt", weights_only=True), "pruning") == {}
+
+
+def test_the_same_trainer_goes_on_with_the_same_masks():
+    pruning = PruningCallback(0.8, end=0.5)
+    module, fitting = fitted(pruning)
+    before = pruning.masks
+    fitting.fit_loop.max_epochs = 2
+    fitting.fit(module, loader(), loader())
+    assert all(torch.equal(mask, pruning.masks[name]) for name, mask in before.items())
+    assert sum(zeros(module).values()) == 106
+
+
+@pytest.mark.parametrize("average", ["EMA", "SWA"])
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+def test_averages_are_compressed(average, ours_first, tmp_path):
+    if average == "EMA":
+        other = EMAWeightAveraging(decay=0.5)
+    else:
+        other = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    weights_only = ModelCheckpoint(
+        tmp_path, filename="w{epoch}", save_top_k=-1, save_weights_only=True, every_n_train_steps=STEPS
+    )
+    pruning, module = PruningCallback(0.8, end=0.5), made(NormClassifier)
+    callbacks = [pruning, other] if ours_first else [other, pruning]
+    fitting = trainer(*callbacks, saver, weights_only, enable_checkpointing=True, max_epochs=3)
+    fitting.fit(module, loader(NormClassifier), loader(NormClassifier))
+    assert sum(zeros(module).values()) == 106
+    for path in sorted(tmp_path.glob("*epoch=[12].ckpt")):
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert sum(int((value == 0).sum()) for name, value in state.items() if value.ndim > 1) == 106
+    if average == "EMA":  # what was validated is the average, and it is what was saved
+        made_from = made(NormClassifier)
+        made_from.load_state_dict(torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)["state_dict"])
+        [metrics] = trainer().validate(made_from, loader(NormClassifier), verbose=False)
+        assert metrics["val_loss"] == float(fitting.callback_metrics["val_loss"])
+
+
+class FailsAt(Classifier):
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == 5:
+            raise RuntimeError("the step is broken")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("saver", ["OnExceptionCheckpoint", "save_on_exception", "none"])
+def test_after_an_exception_nothing_stays_and_its_checkpoint_is_compressed(saver, tmp_path):
+    savers = {
+        "OnExceptionCheckpoint": [OnExceptionCheckpoint(tmp_path, "broken")],
+        "save_on_exception": [ModelCheckpoint(tmp_path, filename="broken", save_on_exception=True, every_n_epochs=1)],
+        "none": [],
+    }[saver]
+    module, pruning = made(FailsAt), PruningCallback(0.8)
+    untouched = made(FailsAt)
+    with pytest.raises(RuntimeError, match="the step is broken"):
+        trainer().fit(untouched, loader())
+    fitting = trainer(pruning, *savers, enable_checkpointing=bool(savers))
+    with pytest.raises(RuntimeError, match="the step is broken"):
+        fitting.fit(module, loader())
+    assert traces(module) == traces(untouched)
+    assert "on_exception" not in vars(fitting.strategy)
+    fitting.save_checkpoint(tmp_path / "by hand.ckpt")
+    for path in tmp_path.glob("*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        found = sum(int((value == 0).sum()) for value in checkpoint["state_dict"].values() if value.ndim > 1)
+        assert found == round(pruning.reached * TOTAL) > 0
+        assert difference(dense_of(checkpoint, "pruning"), dict(weights(module))) == 0
+    assert len(list(tmp_path.glob("*.ckpt"))) == 1 + len(savers)
+
+
+# Options
+
+
+def test_rewinding_the_weights():
+    """After the one pruning, weights, momentum and learning rates are those of the start."""
+    module = made(Classifier)
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    pruning = PruningCallback(0.5, schedule="one_shot", start=0.5, rewind="weights")
+    seen = {}
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == STEPS // 2:
+                seen["weights"] = {name: value.clone() for name, value in pl_module.state_dict().items()}
+                seen["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+                seen["momentum"] = dict(trainer.optimizers[0].state)
+
+    fitting = trainer(pruning, Look())
+    fitting.fit(module, loader())
+    assert difference(seen["weights"], start) == 0
+    assert (seen["lr"], seen["momentum"]) == (0.1, {})
+    assert sum(zeros(module).values()) == 66
+
+    # the rest is a training of half the steps from the start, with these masks
+    alone = made(Classifier)
+    settings = alone.configure_optimizers()
+    optimizer, scheduler = settings["optimizer"], settings["lr_scheduler"]["scheduler"]
+    for index, batch in enumerate(loader()):
+        if index >= STEPS // 2:
+            masked = {name: weights(alone)[name] * mask for name, mask in pruning.masks.items()}
+            loss = F.cross_entropy(
+                torch.func.functional_call(
+                    alone.model, {k.removeprefix("model."): v for k, v in masked.items()}, batch[0]
+                ),
+                batch[1],
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+    for name, value in weights(alone).items():
+        assert torch.equal(value * pruning.masks[name], weights(module)[name])
+
+
+def test_rewinding_the_learning_rate_leaves_the_weights():
+    rates = {}
+    for rewind in (None, "lr"):
+
+        class Look(L.Callback):
+            def on_train_batch_end(self, trainer, *args, rewind=rewind):
+                rates.setdefault(rewind, []).append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        fitted(PruningCallback(0.5, schedule="one_shot", start=0.5, rewind=rewind), Classifier, Look())
+    assert rates[None] == [0.1, 0.1, 0.05, 0.05, 0.05, 0.025, 0.025, 0.025]
+    assert rates["lr"] == [0.1, 0.1, 0.05, 0.1, 0.1, 0.1, 0.05, 0.05]
+
+
+def test_batch_norm_is_estimated_again_at_the_end():
+    plain, _ = fitted(PruningCallback(0.7), NormClassifier)
+    module, _ = fitted(PruningCallback(0.7, reestimate_batchnorm=True), NormClassifier)
+    for (name, one), (_, other) in zip(plain.named_parameters(), module.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    inputs = [module.model[0](x) for x, _ in loader(NormClassifier)]
+    mean = torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
+    variance = torch.stack([x.var((0, 2, 3)) for x in inputs]).mean(0)
+    assert torch.allclose(module.model[1].running_mean, mean, atol=1e-6)
+    assert torch.allclose(module.model[1].running_var, variance, atol=1e-6)
+    assert not torch.allclose(plain.model[1].running_mean, mean, atol=1e-4)
+
+
+def test_manual_optimisation_with_the_mixin():
+    """The same weights as the automatic loop gives without a scheduler."""
+
+    class Plain(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+    class Manual(MixinClassifier):
+        configure_optimizers = Plain.configure_optimizers
+
+    first, second = PruningCallback(0.8), PruningCallback(0.8)
+    automatic, _ = fitted(first, Plain)
+    manual, _ = fitted(second, Manual)
+    assert difference(automatic, manual) == 0
+    assert second.reached == first.reached == pytest.approx(106 / TOTAL)
+
+
+def test_manual_optimisation_that_never_asks_for_the_loss_is_refused():
+    class Forgetful(MixinClassifier):
+        def total(self, task_loss):
+            return task_loss
+
+    with pytest.raises(RuntimeError, match=r"never called self.compressed_loss\(task_loss\), so \['pruning'\]"):
+        fitted(PruningCallback(0.8), Forgetful)
+
+
+def test_two_callbacks_on_different_layers():
+    first = PruningCallback(0.5, layers=["model.0"], name="first")
+    second = PruningCallback(0.75, layers=["model.3"], name="second", schedule="one_shot")
+    module, fitting = fitted(first, Classifier, second)
+    assert zeros(module) == {"model.0.weight": 18, "model.3.weight": 72}
+    assert float(fitting.callback_metrics["compress/second/sparsity"]) == 0.75
+    other, _ = fitted(
+        PruningCallback(0.75, layers=["model.3"], name="second", schedule="one_shot"),
+        Classifier,
+        PruningCallback(0.5, layers=["model.0"], name="first"),
+    )
+    assert difference(module, other) == 0
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 1.0}, r"sparsity must be a number in \[0, 1\), got 1.0"),
+        ({"sparsity": -0.1}, r"sparsity must be a number in \[0, 1\), got -0.1"),
+        ({"sparsity": float("nan")}, r"sparsity must be a number in \[0, 1\), got nan"),
+        ({"sparsity": "0.5"}, r"sparsity must be a number in \[0, 1\), got '0.5'"),
+        ({"sparsity": None}, r"sparsity must be a number in \[0, 1\) with pattern='unstructured', got None"),
+        ({"sparsity": 0.7, "pattern": "2:4"}, r"pattern='2:4' has the sparsity 0.5; .* got 0.7"),
+        ({"pattern": "4:2"}, r"pattern must be 'unstructured' or 'n:m' with 0 < n < m.*got '4:2'"),
+        ({"pattern": "block"}, r"pattern must be .*got 'block'"),
+        ({"start": 0.8}, r"start must be at most end, got start=0.8 and end=0.75"),
+        ({"end": 1.5}, r"end must be a number in \[0, 1\], got 1.5"),
+        ({"update_interval": 0}, r"update_interval must be a whole number of at least 1, got 0"),
+        ({"schedule": "qubic"}, r"schedule must be one of .*got 'qubic'; did you mean 'cubic'\?"),
+        ({"score": "taylr"}, r"score must be one of .*did you mean 'taylor'"),
+        ({"scope": "globl"}, r"scope must be one of .*did you mean 'global'"),
+        ({"scope": "layer", "pattern": "2:4", "sparsity": None}, "scope='layer' has no effect with pattern='2:4'"),
+        ({"regrow": True, "score": "random"}, "regrow=True needs score='magnitude'"),
+        ({"score": "taylor", "schedule": "one_shot"}, "score='taylor' needs gradients"),
+        ({"rewind": "weights"}, "rewind needs schedule='one_shot' or 'iterative', got 'cubic'"),
+        ({"rewind": "weights", "schedule": "one_shot"}, "rewind has no effect with schedule='one_shot' and start=0"),
+        ({"rewind": "wieghts", "schedule": "iterative"}, "rewind must be one of .*did you mean 'weights'"),
+        ({"rounds": 0, "schedule": "iterative"}, "rounds must be a whole number of at least 1"),
+    ],
+)
+def test_bad_arguments(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PruningCallback(**{"sparsity": 0.5, **settings})
+
+
+class Normed(Classifier):
+    def build(self):
+        self.model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)), nn.Linear(4, 3))
+
+
+class Shared(Classifier):
+    def build(self):
+        self.model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+        self.model[1].weight = self.model[0].weight
+
+
+class Writes(Classifier):
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self.model[3].weight.clamp_(-0.1, 0.1)
+        return super().training_step(batch, batch_idx)
+
+
+class WritesData(Classifier):
+    def training_step(self, batch, batch_idx):
+        self.model[3].weight.data.clamp_(-0.1, 0.1)
+        return super().training_step(batch, batch_idx)
+
+
+class HoldsOn(Classifier):
+    """Uses the parameters it took at the start."""
+
+    def build(self):
+        super().build()
+        self.taken = [self.model[3].weight]
+
+    def task_loss(self, batch):
+        x, y = batch
+        return F.cross_entropy(F.linear(self.model[:3](x), self.taken[0], self.model[3].bias), y)
+
+
+class Functional(Classifier):
+    def task_loss(self, batch):
+        parameters = {name: value * 1.0 for name, value in self.model.named_parameters()}
+        return F.cross_entropy(torch.func.functional_call(self.model, parameters, batch[0]), batch[1])
+
+
+class Unused(Classifier):
+    def build(self):
+        super().build()
+        self.extra = nn.Linear(3, 3)
+
+
+class Nested(Classifier):
+    def build(self):
+        self.model = nn.Sequential(nn.Linear(8, 3))
+        self.unused = nn.Linear(8, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            Normed,
+            {},
+            r"'model.0' computes its weight .* \(a parametrization\).*exclude=\['model.0'\]",
+        ),
+        (Shared, {"exclude": ["model.1"]}, "'model.0.weight' belongs also to 'model.1', which exclude= leaves out"),
+        (Writes, {"schedule": "one_shot"}, "the weight 'model.3.weight' was written to within a step"),
+        (WritesData, {"schedule": "one_shot"}, "the weight 'model.3.weight' was written to within a step"),
+        (HoldsOn, {}, "'model.3.weight' gets a gradient past its view"),
+        (Functional, {}, "gets other parameters, as torch.func.functional_call gives"),
+        (
+            Nested,
+            {"layers": ["unused"]},
+            "training step used none of the weights that it masks, 'unused.weight'",
+        ),
+        (Classifier, {"layers": ["modle"]}, "layers has 'modle', which matches no module; did you mean 'model'"),
+        (Classifier, {"layers": ["model.1"]}, "layers names 'model.1', of type ReLU and without any"),
+        (Classifier, {"sparsity": 0.995}, r"asks for 131 zeros among 132 weights.*130 are the most: 0.984848"),
+        (Classifier, {"sparsity": 0.001}, "sparsity=0.001 masks none of the 132 selected weights"),
+        (Classifier, {"pattern": "2:5", "sparsity": None}, "pattern='2:5' fits none of the selected weights"),
+        (Classifier, {"reestimate_batchnorm": True}, "reestimate_batchnorm has no effect: no layer keeps"),
+        (
+            Classifier,
+            {"schedule": lambda *_: float("nan")},
+            "schedule must give a sparsity in .*, and gave nan",
+        ),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_modules_that_are_refused(kind, settings, message):
+    module = made(kind)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        trainer(PruningCallback(**{"sparsity": 0.5, **settings})).fit(module, loader())
+    for part in module.modules():
+        assert not {"weight", "training_step", "on_save_checkpoint", "on_load_checkpoint"} & set(vars(part))
+
+
+def test_a_layer_that_is_not_used_is_said():
+    with pytest.warns(UserWarning, match="the first training step did not use 'extra.weight'"):
+        fitted(PruningCallback(0.5), Unused)
+
+
+def test_sparsity_zero_is_said():
+    with pytest.warns(UserWarning, match=r"sparsity=0.0 masks none of the 132 selected weights"):
+        fitted(PruningCallback(0.0))
+
+
+def test_two_owners_of_one_weight():
+    with pytest.raises(ValueError, match=r"'pruning' and 'second' both present the weight 'model.0.weight'"):
+        fitted(PruningCallback(0.5), Classifier, PruningCallback(0.5, name="second"))
+
+
+def test_a_training_without_end():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from loader().dataset
+
+    with pytest.raises(ValueError, match=r"give the Trainer max_steps, or max_epochs with a training set that has"):
+        trainer(PruningCallback(0.5)).fit(made(Classifier), torch.utils.data.DataLoader(Endless(), batch_size=4))
+
+
+def test_rewinding_learning_rates_without_a_scheduler():
+    class Constant(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="rewind='lr' has no effect: there is no learning-rate scheduler"):
+        fitted(PruningCallback(0.5, schedule="iterative", rewind="lr"), Constant)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="end", every_n_epochs=1)
+    fitted(PruningCallback(0.8, end=0.5), Classifier, saver, enable_checkpointing=True)
+    return tmp_path / "end.ckpt"
+
+
+def resume(checkpoint, pruning):
+    module = made(Classifier)
+    trainer(pruning, max_epochs=2).fit(module, loader(), ckpt_path=checkpoint)
+    return module
+
+
+def test_a_resume_with_other_layers_says_which(checkpoint):
+    with (
+        pytest.warns(UserWarning, match=r"layers was None and is \['model.3'\]"),
+        pytest.raises(ValueError, match=r"masks .* of other weights: 'model.0.weight' is not selected"),
+    ):
+        resume(checkpoint, PruningCallback(0.8, end=0.5, layers=["model.3"]))
+
+
+def test_a_resume_with_less_sparsity_is_refused(checkpoint):
+    with (
+        pytest.warns(UserWarning, match=r"sparsity was 0.8 and is 0.5"),
+        pytest.raises(ValueError, match=r"sparsity=0.5 is below the 0.803030 that was reached before"),
+    ):
+        resume(checkpoint, PruningCallback(0.5, end=0.5))
+
+
+def test_a_resume_with_more_sparsity_reaches_it(checkpoint):
+    with pytest.warns(UserWarning, match=r"sparsity was 0.8 and is 0.9"):
+        module = resume(checkpoint, PruningCallback(0.9, end=1.0))
+    assert sum(zeros(module).values()) == 119
+
+
+def test_a_newer_schema_is_refused(checkpoint):
+    content = torch.load(checkpoint, weights_only=True)
+    content["callbacks"]["PruningCallback[pruning]"]["schema"] = 99
+    torch.save(content, checkpoint)
+    with pytest.raises(ValueError, match="has schema 99, newer than 1"):
+        resume(checkpoint, PruningCallback(0.8, end=0.5))
+
+
+def test_sharded_strategies_are_refused():
+    class FSDPStrategy(type(trainer().strategy)):
+        pass
+
+    module, fitting = made(Classifier), trainer(PruningCallback(0.5))
+    fitting.strategy.__class__ = FSDPStrategy
+    with pytest.raises(ValueError, match="PruningCallback does not support FSDPStrategy"):
+        fitting.fit(module, loader())
+
+
+def test_a_module_that_was_pruned_can_be_copied_and_pickled():
+    import copy
+    import pickle
+
+    module, _ = fitted(PruningCallback(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert difference(copy.deepcopy(module), module) == 0
+        assert difference(pickle.loads(pickle.dumps(module.model)), module.model) == 0
