@@ -66,7 +66,8 @@ class PruningCallback(MaskCallback):
             input and output more zeros.
         pattern: "unstructured", or "n:m" such as "2:4": n kept of each m consecutive input channels at one output
             channel and kernel position. Layers whose input channels are no multiple of m are skipped and listed. Under
-            a schedule the share of groups that are n:m grows to 1.
+            a schedule the share of groups that are n:m grows to 1. Without quotation marks YAML reads 2:4 as the
+            number 124, in base 60, which is understood.
         rewind: After each pruning, go back to the start of the training with "weights" (parameters, buffers, optimizer
             and learning rates) or "lr" (learning rates only); with "one_shot" and "iterative". None: go on.
         reestimate_batchnorm: Whether to estimate batch-norm statistics anew at the end, on 16 training batches.
@@ -106,7 +107,7 @@ class PruningCallback(MaskCallback):
         regrow: bool = False,
         score: Literal["magnitude", "random", "taylor"] = "magnitude",
         scope: Literal["global", "layer", "erk"] = "global",
-        pattern: str = "unstructured",
+        pattern: str | int = "unstructured",
         rewind: Literal["weights", "lr"] | None = None,
         reestimate_batchnorm: bool = False,
         seed: int = 0,
@@ -120,9 +121,11 @@ class PruningCallback(MaskCallback):
         check_choice("score", score, SCORES)
         check_choice("scope", scope, SCOPES)
         self.rounds, self.seed = rounds, seed
-        self.pattern, self._n_m = pattern, _parsed(pattern)
+        # YAML 1.1 reads numbers with a colon in base 60
+        self.pattern = f"{pattern // 60}:{pattern % 60}" if isinstance(pattern, int) else pattern
+        self._n_m = _parsed(self.pattern)
         super().__init__(
-            _sparsity(sparsity, pattern, self._n_m),
+            _sparsity(sparsity, self.pattern, self._n_m),
             schedule=schedule,
             start=start,
             end=end,

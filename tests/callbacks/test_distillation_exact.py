@@ -250,8 +250,11 @@ def test_float16_with_a_scaler(windows):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("form", ["child", "in place", "module"])
+@pytest.mark.parametrize(
+    "form", ["module", *(pytest.param(form, marks=pytest.mark.slow) for form in ("child", "in place"))]
+)
 def test_compiled(form):
+    """The first two forms are among the fast tests of contract/test_compiled.py."""
     module = made(Classifier)
     network, handed = module.model, module
     if form == "child":

@@ -278,7 +278,7 @@ def test_the_report_moves_no_buffer_of_a_spectrally_normed_network(tmp_path):
     assert all(torch.equal(value, seen[key]) for key, value in module.state_dict().items())
 
 
-@pytest.mark.parametrize("report_first", [True, False])
+@pytest.mark.parametrize("report_first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_network_made_of_parts_is_reported_and_exported_from_copies(tmp_path, report_first):
     class Parts(Measured):
         def __init__(self):

@@ -10,7 +10,6 @@ import os
 import random
 import subprocess
 import sys
-from itertools import permutations
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -425,8 +424,15 @@ class BothFirst(TwoOptimizers):
             optimizer.step()
 
 
-@pytest.mark.parametrize(("kind", "rate"), [(TwoOptimizers, 0.1), (BothFirst, 0.02)])
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "rate", "half"),
+    [
+        (TwoOptimizers, 0.1, False),
+        pytest.param(TwoOptimizers, 0.1, True, marks=pytest.mark.slow),
+        pytest.param(BothFirst, 0.02, False, marks=pytest.mark.slow),
+        (BothFirst, 0.02, True),
+    ],
+)
 def test_of_two_optimizers_the_first_to_step_after_the_loss_takes_the_translator_along(kind, rate, half, tmp_path):
     pretrained = transfer()
     fitted(pretrained, **({"plugins": scaled()} if half else {}))
@@ -464,10 +470,18 @@ def distillation(student, taught):
     return KD * C.distillation_loss(student["head"], taught["head"], 3.0)
 
 
-def test_three_techniques_in_every_order_equal_the_loop_and_share_one_teacher():
+# Each technique is first once and last once among the fast tests.
+ORDERS = [
+    pytest.param([(0, 1, 2), (1, 2, 0), (2, 0, 1)], id="rotations"),
+    pytest.param([(0, 2, 1), (1, 0, 2), (2, 1, 0)], id="reflections", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("orders", ORDERS)
+def test_three_techniques_in_every_order_equal_the_loop_and_share_one_teacher(orders):
     hand = ByHand(others=[("kd", TASK, distillation), ("at", 1.0, attention)]).run()
     alone = fitted(transfer())
-    for order in permutations(range(3)):
+    for order in orders:
         shared, forwards = teacher(), []
         shared.register_forward_hook(lambda *_, forwards=forwards: forwards.append(1))
         factors = transfer(teacher=shared)

@@ -8,6 +8,7 @@ import warnings
 import lightning.pytorch as L
 import pytest
 import torch
+import yaml
 from contract.modules import (
     BATCH,
     STEPS,
@@ -230,6 +231,12 @@ def test_n_of_m(pattern):
             channels = weight.transpose(0, 1) if name == "model.2.weight" else weight
             groups = (channels != 0).unflatten(1, (-1, m)).sum(2)
             assert (groups == n).all(), name
+
+
+def test_n_of_m_without_quotation_marks_in_yaml():
+    assert yaml.safe_load("pattern: 2:4") == {"pattern": 124}
+    pruning = PruningCallback(pattern=124)
+    assert (pruning.pattern, pruning.sparsity) == ("2:4", 0.5)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not fit 'odd.weight'")

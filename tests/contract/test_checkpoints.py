@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, each_case_and_module
+from cases import CASES
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._pytree import tree_leaves
 
+from .grid import is_sample
 from .modules import Classifier, difference, loader, made, trainer
 
 PLAIN_PROCESS = """
@@ -41,8 +42,23 @@ def bytes_of(module: torch.nn.Module) -> list[bytes]:
     return [value.numpy().tobytes() for value in module.state_dict().values() if value.numel() > 1]
 
 
-@pytest.mark.parametrize("weights_only", [False, True], ids=["full", "weights_only"])
-@each_case_and_module()
+# Weights alone are tried on one kind of module, and those of heavy rows in the slow tests.
+KINDS_OF_CHECKPOINT = [
+    pytest.param(
+        case,
+        kind,
+        weights_only,
+        id=f"{case.name}-{kind.__name__}-{'weights_only' if weights_only else 'full'}",
+        marks=[pytest.mark.slow]
+        * (not is_sample(case, kind) or (weights_only and (case.heavy or kind is not case.modules[0]))),
+    )
+    for case in CASES
+    for kind in case.modules
+    for weights_only in (False, True)
+]
+
+
+@pytest.mark.parametrize(("case", "kind", "weights_only"), KINDS_OF_CHECKPOINT)
 def test_checkpoints_are_plain_during_the_fit_and_after(case, kind, weights_only, tmp_path):
     module, callback = made(kind), case.build(tmp_path, kind)
     saver = ModelCheckpoint(
@@ -81,10 +97,10 @@ def test_a_process_without_this_package_loads_the_checkpoints(tmp_path):
     arguments: list[Path] = []
     inputs = torch.randn(4, 8)
     for case in CASES:
+        module, fitting = made(Classifier), trainer(case.build(tmp_path, Classifier))
+        fitting.fit(module, loader(), loader())
         for weights_only in (False, True):
-            module, path = made(Classifier), tmp_path / f"{case.name}-{weights_only}.ckpt"
-            fitting = trainer(case.build(tmp_path, Classifier))
-            fitting.fit(module, loader(), loader())
+            path = tmp_path / f"{case.name}-{weights_only}.ckpt"
             fitting.save_checkpoint(path, weights_only=weights_only)
             torch.save((inputs, module.eval()(inputs).detach()), path.with_suffix(".pt"))
             arguments += [path, path.with_suffix(".pt")]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import lightning.pytorch as L
 import pytest
 import torch
-from cases import each_case, each_case_and_module
+from cases import CASES, each_case, each_case_and_module
 
 from .modules import BATCH, STEPS, Classifier, NormClassifier, difference, interrupted, loader, made, trainer
 from .traces import condition, is_portable, traces
@@ -53,19 +55,44 @@ def broken_fit(end, *callbacks, kind=Classifier):
     return module
 
 
+@functools.cache
+def untouched(kind):
+    """A module after a fit without any callback of ours; only looked at."""
+    module = made(kind)
+    trainer().fit(module, loader(kind), loader(kind))
+    return module
+
+
+@functools.cache
+def broken_without_us(end):
+    """A module after such an end without any callback of ours; only looked at."""
+    return broken_fit(end)
+
+
 @each_case_and_module()
 def test_after_a_fit_nothing_stays(case, kind, tmp_path):
-    plain, module = made(kind), made(kind)
-    trainer().fit(plain, loader(kind), loader(kind))
+    plain, module = untouched(kind), made(kind)
     trainer(case.build(tmp_path, kind)).fit(module, loader(kind), loader(kind))
     assert traces(module) == traces(plain)
     assert is_portable(module)
 
 
-@pytest.mark.parametrize("end", ENDS)
-@each_case()
+# Heavy rows are stopped by the step and by Ctrl-C; the other ends of theirs are slow.
+ROWS_AND_ENDS = [
+    pytest.param(
+        case,
+        end,
+        id=f"{case.name}-{end}",
+        marks=[pytest.mark.slow] * (case.heavy and end not in ("the step", "Ctrl-C")),
+    )
+    for case in CASES
+    for end in ENDS
+]
+
+
+@pytest.mark.parametrize(("case", "end"), ROWS_AND_ENDS)
 def test_after_an_exception_nothing_stays(case, end, tmp_path):
-    plain = broken_fit(end)
+    plain = broken_without_us(end)
     callback = case.build(tmp_path, Classifier)
     module = broken_fit(end, callback)
     assert traces(module) == traces(plain)

@@ -14,6 +14,18 @@ from .traces import traces
 
 # Steps compiled as a whole take seconds to trace; test_distillation_exact.py has one of them among the fast tests.
 FORMS = ["child", "in place", pytest.param("module", marks=pytest.mark.slow)]
+CHILD_FIRST = ["child", *(pytest.param(form, marks=pytest.mark.slow) for form in ("in place", "module"))]
+# Each row is tried as a compiled child, and one row also in place; the rest is slow.
+ROWS_AND_FORMS = [
+    pytest.param(
+        case,
+        form,
+        id=f"{case.name}-{form}",
+        marks=[pytest.mark.slow] * (case.heavy or form == "module" or (form == "in place" and case is not CASES[0])),
+    )
+    for case in CASES
+    for form in ("child", "in place", "module")
+]
 
 
 def compiled(module, form):
@@ -37,8 +49,7 @@ def fitted(kind, callbacks, form=None, fits=1):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("form", FORMS)
-@each_case(heavy_is_slow=True)
+@pytest.mark.parametrize(("case", "form"), ROWS_AND_FORMS)
 def test_compiled_equals_uncompiled(case, form, tmp_path):
     """With the sanity check on: it runs the network before the first step."""
     plain, _ = fitted(NormClassifier, [case.build(tmp_path / "plain", NormClassifier)])
@@ -53,7 +64,7 @@ def test_compiled_equals_uncompiled(case, form, tmp_path):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CHILD_FIRST)
 @each_case("DistillationCallback")
 def test_a_second_compiled_fit_is_captured_too(case, form, tmp_path):
     callback = case.build(tmp_path, Classifier)
@@ -123,7 +134,7 @@ def test_a_compiled_network_that_is_the_module_itself(case, tmp_path):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CHILD_FIRST)
 def test_nothing_stays_on_a_compiled_module(form, tmp_path):
     plain, _ = fitted(Classifier, [], form)
     before = traces(plain)

@@ -11,16 +11,18 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
-from cases import CASES, each_case, each_case_and_module
+from cases import CASES, each_case
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils._pytree import tree_leaves
 
-from .modules import BATCH, Classifier, difference, loader, made, trainer
+from .grid import each_case_and_some_modules
+from .modules import AUTOMATIC, BATCH, Classifier, difference, loader, made, trainer
 
 CONTROL = pytest.param(None, id="control")
 ROWS = [CONTROL, *(pytest.param(case, id=case.name, marks=[pytest.mark.slow] * case.heavy) for case in CASES)]
@@ -66,16 +68,25 @@ def assert_same_checkpoints(first, second, case, callbacks):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@each_case_and_module(heavy_is_slow=True)
+def resumed_at_the_end_of_an_epoch(case, kind, folder):
+    whole, resumed = folder / "whole", folder / "resumed"
+    exact_fit(kind, whole, build(case, folder, kind))
+    with nullcontext() if case is None else case.expects("resume"):
+        callbacks = build(case, folder, kind)
+        _, fitting = exact_fit(kind, resumed, callbacks, ckpt_path=whole / "step=4.ckpt")
+    assert fitting.global_step == 8
+    assert_same_checkpoints(whole, resumed, case, callbacks)
+
+
+@each_case_and_some_modules()
 def test_from_the_end_of_an_epoch(case, kind, tmp_path):
-    for arm in (None, case):
-        whole, resumed = tmp_path / f"{arm is None}-whole", tmp_path / f"{arm is None}-resumed"
-        exact_fit(kind, whole, build(arm, tmp_path, kind))
-        with case.expects("resume") if arm is case else CASES[0].expects("nothing"):
-            callbacks = build(arm, tmp_path, kind)
-            _, fitting = exact_fit(kind, resumed, callbacks, ckpt_path=whole / "step=4.ckpt")
-        assert fitting.global_step == 8
-        assert_same_checkpoints(whole, resumed, arm, callbacks)
+    resumed_at_the_end_of_an_epoch(case, kind, tmp_path)
+
+
+@pytest.mark.parametrize("kind", AUTOMATIC)
+def test_from_the_end_of_an_epoch_without_us(kind, tmp_path):
+    """The control arm of the test above, once for each kind of module."""
+    resumed_at_the_end_of_an_epoch(None, kind, tmp_path)
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -90,8 +101,20 @@ def test_from_the_middle_of_an_epoch_with_a_stateful_loader(case, tmp_path):
     assert_same_checkpoints(tmp_path / "whole", tmp_path / "resumed", case, callbacks)
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["saved before us", "saved after us"])
-@pytest.mark.parametrize("case", ROWS)
+# Each row with the checkpoint saved before its turn, and one row also with it saved after.
+ROWS_AND_ORDERS = [
+    pytest.param(
+        case,
+        first,
+        id=f"{case.name if case else 'control'}-saved {'before' if first else 'after'} us",
+        marks=[pytest.mark.slow] * (case is not None and (case.heavy or not (first or case is CASES[0]))),
+    )
+    for case in (None, *CASES)
+    for first in (True, False)
+]
+
+
+@pytest.mark.parametrize(("case", "first"), ROWS_AND_ORDERS)
 def test_from_the_exception_checkpoint(case, first, tmp_path):
     """The loader fails, with three batches of the second epoch done."""
     settings = {"stateful": True, "epochs": 2, "rows": 64}

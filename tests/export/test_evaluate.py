@@ -23,6 +23,12 @@ from . import networks
 from .networks import CLASSES, FEATURES, NAMESPACES
 
 KINDS = ["itself", "child", "keywords"]
+# Each kind of module is tried in one namespace, and one kind in both; the rest is slow.
+KINDS_AND_NAMESPACES = [
+    pytest.param(kind, name, marks=[pytest.mark.slow] * (kind != "child" and name != NAMESPACES[0]))
+    for kind in KINDS
+    for name in NAMESPACES
+]
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +80,7 @@ def assert_same(before, after):
         assert before[part] == after[part], part
 
 
-@pytest.mark.parametrize("namespace", NAMESPACES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "namespace"), KINDS_AND_NAMESPACES)
 def test_metrics_of_the_file_are_those_of_validate(fitted, tmp_path, capfd, caplog, namespace, kind, monkeypatch):
     module, trainer = fitted(namespace, kind)
     exported(module, kind, tmp_path / "n.onnx")
@@ -193,8 +198,14 @@ def test_datamodule_is_put_back(fitted):
     assert data.history == ["fit"]
 
 
-@pytest.mark.parametrize("namespace", NAMESPACES)
-@pytest.mark.parametrize("with_datamodule", [False, True])
+@pytest.mark.parametrize(
+    ("with_datamodule", "namespace"),
+    [
+        (False, NAMESPACES[0]),
+        (True, NAMESPACES[1]),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in ((False, NAMESPACES[1]), (True, NAMESPACES[0]))),
+    ],
+)
 def test_inside_on_fit_end(tmp_path, namespace, with_datamodule):
     results = {}
 
@@ -261,13 +272,22 @@ def networks_copy(module):
     return other
 
 
+@pytest.fixture(scope="module")
+def uncompiled(tmp_path_factory):
+    """Weights, what a validation says of them, and the file of their network; only read."""
+    torch.manual_seed(0)
+    module, path = networks.lightning_module("lightning.pytorch"), tmp_path_factory.mktemp("uncompiled") / "n.onnx"
+    to_onnx(module, path, torch.ones(2, FEATURES), network="model")
+    return module.state_dict(), own_metrics(module, "lightning.pytorch"), path
+
+
 @pytest.mark.parametrize("how", ["wrapped child", "compiled child", "lightning", "compiled module"])
-def test_compiled_modules(tmp_path, how):
+def test_compiled_modules(uncompiled, how):
     from lightning.pytorch.utilities.compile import from_compiled
 
+    weights, expected, path = uncompiled
     module = networks.lightning_module("lightning.pytorch", "child")
-    expected = own_metrics(module, "lightning.pytorch")
-    to_onnx(module, tmp_path / "n.onnx", torch.ones(2, FEATURES), network="model")
+    module.load_state_dict(weights)
     if how == "wrapped child":
         module.model = torch.compile(module.model, backend="eager")
     elif how == "compiled child":
@@ -276,7 +296,7 @@ def test_compiled_modules(tmp_path, how):
         module = from_compiled(torch.compile(module, backend="eager"))
     else:
         module = torch.compile(module, backend="eager")
-    found = evaluate(tmp_path / "n.onnx", module, networks.loader(batch_size=7))
+    found = evaluate(path, module, networks.loader(batch_size=7))
     assert found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-4)
 
 

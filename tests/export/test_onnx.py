@@ -99,6 +99,7 @@ def test_contents_of_the_file(tmp_path):
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
+@pytest.mark.usefixtures("fresh_operator_table")
 def test_exporting_twice_gives_the_same_bytes(tmp_path):
     network = mlp()
     for name in ("one", "two"):
