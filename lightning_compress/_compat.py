@@ -6,17 +6,20 @@ Traced on lightning 2.6 and torch 2.13 and 2.14. When a canary falls after an up
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
-from typing import Any
+from types import CodeType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._guards import CompileId
 
 
 def attached_trainer(module: nn.Module) -> Any:
@@ -115,22 +118,49 @@ def holds_compiled_code(root: nn.Module) -> bool:
     return any(is_compiled(module) or compiled_state(module) is not None for module in root.modules())
 
 
-def reset_compiled_code(root: nn.Module) -> None:
-    """Forget compiled code where anything below ``root`` is compiled: a hook added later would never fire there."""
-    if holds_compiled_code(root):
+def reset_compiled_code() -> None:
+    """Forget all compiled code, if there is any: a hook, or an attribute, that is added later would have no effect."""
+    if torch._dynamo.convert_frame.input_codes.seen:
         torch._dynamo.reset()
 
 
-@contextmanager
-def compilations_watched(started: Callable[[], None]) -> Iterator[None]:
-    """Call a function whenever torch.compile begins to trace."""
+class Traced(NamedTuple):
+    """Code that torch.compile traced, and which of its versions; no code where torch hides it."""
+
+    code: CodeType | None
+    version: str
+
+
+def watch_compilations(started: Callable[[Any], None]) -> bool:
+    """Call a function whenever torch.compile begins to trace, until it is reset; whether that was not so already."""
     handler = torch._dynamo.callback.callback_handler
-    callback = handler.register_start_callback(lambda _: started())
-    try:
-        yield
-    finally:
-        with suppress(ValueError):  # somebody may have cleared them all
-            handler.remove_start_callback(callback)
+    if started in handler.start_callbacks:
+        return False
+    handler.register_start_callback(started)
+    return True
+
+
+def unwatch_compilations(started: Callable[[Any], None]) -> None:
+    """End what :func:`watch_compilations` began."""
+    with suppress(ValueError):  # torch.compile was reset
+        torch._dynamo.callback.callback_handler.remove_start_callback(started)
+
+
+def being_traced(event: Any) -> Traced:
+    """What torch.compile is about to trace, from within a function that it calls then."""
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("compile_id"), CompileId):
+        frame = frame.f_back
+    return Traced(None if frame is None else frame.f_locals.get("code"), str(event.compile_id))
+
+
+def reads_parameters(traced: Traced, attributes: Collection[str]) -> bool:
+    """Whether traced code reads parameters with one of these names from the modules themselves."""
+    if traced.code is None:
+        return True
+    entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(traced.code)
+    guards = "".join(str(entry.guard_manager) for entry in entries if str(entry.compile_id) == traced.version)
+    return any(f"_parameters['{attribute}']" in guards for attribute in attributes)
 
 
 def is_unshared(tensor: torch.Tensor) -> bool:

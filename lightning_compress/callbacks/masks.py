@@ -203,7 +203,10 @@ class MaskCallback(CompressionCallback):
                 f"that it masks, {listing(unused)}; choose others with layers="
             )
         if unused:
-            self._warn_once(f"the first training step did not use {listing(unused)}")
+            self._warn_once(
+                f"the first training step did not use {listing(unused)}; copies of a network, and what belongs to "
+                "another task, are left out with exclude="
+            )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how long the training is; mask at once if the schedule begins here."""
@@ -279,6 +282,14 @@ class MaskCallback(CompressionCallback):
     def bake(self, trainer: Any, pl_module: Any) -> None:
         """Leave the compressed weights in the module; the dense ones are kept here."""
         masks = self._require_masks()
+        if self._progress is None:
+            self._warn_once("no training step was run, so the masks are as they were")
+        present = named_weights(pl_module)
+        if replaced := [name for name, weight in masks.weights.items() if present.get(name) is not weight]:
+            raise RuntimeError(
+                f"{listing(replaced)} are not the weights any more that '{self.name}' masks: they were replaced after "
+                "the last training step, so they cannot be compressed"
+            )
         self._dense = {name: weight.detach().clone() for name, weight in masks.weights.items()}
         with torch.no_grad():
             for name, weight in masks.weights.items():

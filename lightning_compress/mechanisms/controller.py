@@ -102,7 +102,7 @@ class StepController:
         layer = find_module(self.module, name, argument=argument)
         if name not in self._layers:
             self._layers[name] = self.stack.enter_context(Capture(layer, direct=layer is self.module))
-            _compat.reset_compiled_code(self.module)
+            _compat.reset_compiled_code()
 
     def layers_of(self, run: Callable[[], Any]) -> dict[str, list[NetworkCall]]:
         """The calls of the recorded layers in a run of the step that is no training step.

@@ -120,7 +120,7 @@ class Replay:
         reached: list[NetworkCall] = []
         if student != self._hooked:  # compiled code knows only the hooks that it was compiled with
             self._hooked = student
-            _compat.reset_compiled_code(self._module)
+            _compat.reset_compiled_code()
         with Capture(network, direct=network is self._module) as capture:
             capture.on_input = stop
             capture.start()

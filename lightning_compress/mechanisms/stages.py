@@ -109,7 +109,7 @@ def record_outputs(root: nn.Module) -> Iterator[Callable[[], list[LayerOutput]]]
         for name, layer in layers.items():
             if layer is not root and not isinstance(layer, torch.jit.ScriptModule):
                 stack.callback(layer.register_forward_hook(marked(hook(name))).remove)
-        _compat.reset_compiled_code(root)
+        _compat.reset_compiled_code()
         yield lambda: [
             _described(name, module, shape, calls, inner) for name, (module, shape, calls, inner) in seen.items()
         ]

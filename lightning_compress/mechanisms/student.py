@@ -167,7 +167,7 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
             self._detector = self._stack.enter_context(Detector(self._root))
         else:
             self._open(self.names)
-        _compat.reset_compiled_code(self._root)
+        _compat.reset_compiled_code()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,7 +183,7 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
         self._stack.close()
         self._detector, self.names, self.problem = None, names, None
         self._open(names)
-        _compat.reset_compiled_code(self._root)
+        _compat.reset_compiled_code()
 
     def start(self, *, detect: bool) -> None:
         """Begin to record.

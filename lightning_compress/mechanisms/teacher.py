@@ -88,7 +88,7 @@ class Teacher:
         if name not in self._captures:
             self._captures[name] = stack.enter_context(Capture(layer, direct=layer is self.module))
             stack.callback(self._captures.pop, name, None)
-            _compat.reset_compiled_code(self.module)
+            _compat.reset_compiled_code()
 
     def __call__(self, call: NetworkCall, *, gradients: bool = False) -> Any:
         """Run the teacher on the arguments of a call of the student.

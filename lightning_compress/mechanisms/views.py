@@ -7,6 +7,7 @@ autograd leads from the view to it through the view's own rule.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class _Presented:
     buffer: Tensor | None = None
     shown: Tensor | None = None
     version: int = 0
+    required_grad: bool = False
     reached: bool = False  # by a gradient, through the view
 
     def show(self) -> None:
@@ -56,7 +58,9 @@ class _Presented:
         else:
             self._prepare_buffer()
             self.shown = _Shown.apply(self.weight, self)
-        self.version = self.shown._version
+        self.version, self.required_grad = self.shown._version, self.weight.requires_grad
+        # a copy of the module gets the parameter itself, which is where its own optimizer writes
+        self.shown.__deepcopy__ = partial(copy.deepcopy, self.weight)  # type: ignore[method-assign]
         for site in self.sites:
             vars(site.module)[site.attribute] = self.shown
             _compat.refresh_flat_weights(site.module)
@@ -75,9 +79,8 @@ class _Presented:
         if self.view.plain:  # the weight itself: what is written to it stays
             return None
         with torch.no_grad():
-            if shown._version != self.version or (compare and not torch.equal(shown, self.view.value(self.weight))):
-                return "was written to"
-        return None
+            same = not compare or torch.allclose(shown, self.view.value(self.weight), rtol=0, atol=0, equal_nan=True)
+        return None if same and shown._version == self.version else "was written to"
 
     def _prepare_buffer(self) -> None:
         if self.buffer is None or not _compat.is_unshared(self.buffer):  # a graph that is still alive has saved it
@@ -122,7 +125,7 @@ class WeightViews:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._weights: dict[str, _Presented] = {}
-        self._compiled_unpresented = False  # somebody compiled the network while nothing was presented
+        self._traced: list[_compat.Traced] = []  # by torch.compile, while nothing was presented
 
     @property
     def active(self) -> bool:
@@ -160,21 +163,32 @@ class WeightViews:
             for name, view in views.items()
         }
         self._weights.update(added)
-        _compat.reset_compiled_code(self.module)
+        self._forget_compiled_code()
         try:
-            with _compat.compilations_watched(self._compiling):
-                yield
+            yield
         finally:
             for name, weight in added.items():
                 weight.drop(compare=False)
                 del self._weights[name]
-            _compat.reset_compiled_code(self.module)
+            _compat.unwatch_compilations(self._tracing)
+            self._forget_compiled_code()
 
     def show(self) -> None:
         """Present all weights, with their values as they are now."""
-        if self._compiled_unpresented:  # that code would go on reading the parameters
-            _compat.reset_compiled_code(self.module)
-            self._compiled_unpresented = False
+        unwatched = _compat.watch_compilations(self._tracing)  # somebody has reset torch.compile
+        attributes = {site.attribute for _, site in self._all_sites()}
+        if unwatched or any(_compat.reads_parameters(traced, attributes) for traced in self._traced):
+            self._forget_compiled_code()  # it would go on reading the parameters
+        self._traced.clear()
+        present = {id(module) for module in self.module.modules()}
+        for weight, site in self._all_sites():
+            parameter = site.module._parameters.get(site.attribute)
+            if id(site.module) not in present or parameter is not weight.weight:
+                raise RuntimeError(
+                    f"the weight '{weight.name}', which '{weight.owner}' presents, was replaced by another, or its "
+                    "layer was, since the fit began: do so before the fit, or leave it out with "
+                    f"{_excluding(weight.name)}"
+                )
         for weight in self._weights.values():
             weight.show()
 
@@ -188,19 +202,19 @@ class WeightViews:
         Raises:
             RuntimeError: If somebody wrote to a presented weight, or replaced it: what they did is lost.
         """
-        lost = {name: weight.drop(compare=compare) for name, weight in self._weights.items()}
-        for name, what in lost.items():
-            if what is not None:
+        for name, weight in self._weights.items():
+            if weight.shown is not None and weight.weight.requires_grad != weight.required_grad:
+                self.abandon()
                 raise RuntimeError(
-                    f"the weight '{name}' {what} within a step, where '{self._weights[name].owner}' presents a masked "
-                    "one in its place, so the change would be lost. Make it between steps, for example in "
-                    f"on_train_batch_end, or leave the layer out with exclude={[name.rpartition('.')[0]]}"
+                    f"requires_grad of the weight '{name}' was changed within a step, after '{weight.owner}' had "
+                    f"presented it; change it between steps, or leave the layer out with {_excluding(name)}"
                 )
+        self._remove(compare=compare)
 
     def refresh(self) -> None:
         """Present the values anew, because the weights have changed; nothing if nothing is presented."""
         if self.active:
-            self.drop()
+            self._remove(compare=False)
             self.show()
 
     def abandon(self) -> None:
@@ -246,6 +260,8 @@ class WeightViews:
         stack = ExitStack()
 
         def before(module: nn.Module, _: Any) -> None:
+            if not self.module.training:  # a validation comes before the first step
+                return
             called.update(map(id, [module, *(module.children() if isinstance(module, nn.MultiheadAttention) else [])]))
             for weight, site in self._all_sites():
                 if site.module is module and module._parameters.get(site.attribute) is not weight.weight:
@@ -259,7 +275,7 @@ class WeightViews:
             for name, what in past.items():
                 raise RuntimeError(
                     f"the weight '{name}' {what}, so what '{self._weights[name].owner}' presents in its place has no "
-                    f"effect; leave the layer out with exclude={[name.rpartition('.')[0]]}"
+                    f"effect; leave the layer out with {_excluding(name)}"
                 )
             used = graded | {weight.name for weight, site in self._all_sites() if id(site.module) in called}
             return [] if not called else [name for name in self._weights if name not in used]
@@ -274,13 +290,34 @@ class WeightViews:
                 stack.callback(nn.modules.module.register_module_forward_pre_hook(before).remove)
             yield finish
 
+    def _remove(self, *, compare: bool) -> None:
+        lost = {name: weight.drop(compare=compare) for name, weight in self._weights.items()}
+        for name, what in lost.items():
+            if what is not None:
+                raise RuntimeError(
+                    f"the weight '{name}' {what} within a step, where '{self._weights[name].owner}' presents a masked "
+                    "one in its place, so the change would be lost. Make it between steps, for example in "
+                    f"on_train_batch_end, or leave the layer out with {_excluding(name)}"
+                )
+
     def _all_sites(self) -> Iterator[tuple[_Presented, Site]]:
         for weight in self._weights.values():
             for site in weight.sites:
                 yield weight, site
 
-    def _compiling(self) -> None:
-        self._compiled_unpresented |= not self.active
+    def _tracing(self, event: Any) -> None:
+        if not self.active:
+            self._traced.append(_compat.being_traced(event))
+
+    def _forget_compiled_code(self) -> None:
+        _compat.reset_compiled_code()
+        if self._weights:
+            _compat.watch_compilations(self._tracing)  # which a reset ends
+
+
+def _excluding(name: str) -> str:
+    """How to leave out the layer of a weight."""
+    return f"exclude={[name.rpartition('.')[0]]}"
 
 
 def _add(names: set[str], name: str, _: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 
@@ -702,6 +703,64 @@ def test_modules_that_are_refused(kind, settings, message):
 def test_a_layer_that_is_not_used_is_said():
     with pytest.warns(UserWarning, match="the first training step did not use 'extra.weight'"):
         fitted(PruningCallback(0.5), Unused)
+
+
+class Averaged(Classifier):
+    """Keeps an average of its network by itself, made in the first step."""
+
+    def setup(self, stage):
+        self.average = copy.deepcopy(self.model)
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 0:
+            self.model_at_start = copy.deepcopy(self.model)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        with torch.no_grad():
+            for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                average.lerp_(weight, 0.5)
+
+
+def test_an_average_that_the_module_keeps_itself():
+    with pytest.warns(UserWarning, match=r"did not use 'average.0.weight', 'average.3.weight'; copies of a network"):
+        module, _ = fitted(PruningCallback(0.5), Averaged)
+    assert sum(zeros(module).values()) - sum(zeros(module.model_at_start).values()) == TOTAL
+    alone, _ = fitted(PruningCallback(0.5, exclude=["average"]), Averaged)
+    assert sum(zeros(alone.model).values()) == TOTAL // 2
+    assert sum(zeros(alone.average).values()) == 0
+    expected = made(Averaged).model  # what the copy in the step holds is the parameter, dense
+    assert difference(alone.model_at_start, expected) == 0
+
+
+class Replaces(Classifier):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.model[3] = nn.Linear(32, 3)
+
+
+class ReplacesAtEnd(Classifier):
+    def on_train_end(self):
+        self.model[3].weight = nn.Parameter(torch.ones(3, 32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Replaces, r"'model.3.weight', which 'pruning' presents, was replaced by another, or its layer was"),
+        (ReplacesAtEnd, r"'model.3.weight' are not the weights any more that 'pruning' masks"),
+    ],
+)
+def test_a_layer_that_is_replaced_in_the_fit_is_an_error(kind, message):
+    with pytest.raises(RuntimeError, match=message):
+        fitted(PruningCallback(0.5), kind, max_epochs=2)
+
+
+def test_a_fit_without_a_step_is_said():
+    module = made(Classifier)
+    with pytest.warns(UserWarning, match="no training step was run, so the masks are as they were"):
+        trainer(PruningCallback(0.5), max_epochs=0).fit(module, loader())
+    assert difference(module, made(Classifier)) == 0
 
 
 def test_sparsity_zero_is_said():

@@ -253,7 +253,7 @@ def test_a_compiled_network_that_ran_before_is_recorded_after_a_reset(in_place):
         root.net = torch.compile(root.net, backend="eager")
     root.net(x)
     with Capture(root.net) as capture:
-        _compat.reset_compiled_code(root)
+        _compat.reset_compiled_code()
         for _ in range(2):
             root.net(x)
             capture.start()
