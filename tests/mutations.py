@@ -31,12 +31,22 @@ FACTORS = f"{PACKAGE}/callbacks/factors.py"
 REPORT = f"{PACKAGE}/callbacks/report.py"
 REPLAY = f"{PACKAGE}/mechanisms/replay.py"
 CAPTURE = f"{PACKAGE}/mechanisms/capture.py"
+MASKS = f"{PACKAGE}/callbacks/masks.py"
+PRUNING = f"{PACKAGE}/callbacks/pruning.py"
+SELECTION = f"{PACKAGE}/functional/_selection.py"
+VIEWS = f"{PACKAGE}/mechanisms/views.py"
+MASKING = f"{PACKAGE}/mechanisms/masking.py"
+SAVING = f"{PACKAGE}/mechanisms/checkpoints.py"
+BATCH_NORM = f"{PACKAGE}/mechanisms/batchnorm.py"
 CONTROLLER = f"{PACKAGE}/mechanisms/controller.py"
 STUDENT = f"{PACKAGE}/mechanisms/student.py"
 TEACHER = f"{PACKAGE}/mechanisms/teacher.py"
 WRAPPING = f"{PACKAGE}/mechanisms/wrapping.py"
 
 EXACT = "tests/callbacks/test_distillation_exact.py"
+PRUNING_EXACT = "tests/callbacks/test_pruning_exact.py"
+PRUNING_TEST = "tests/callbacks/test_pruning.py"
+VIEWS_TEST = "tests/mechanisms/test_views.py"
 CONTRACT = "tests/contract"
 
 
@@ -400,6 +410,118 @@ MUTATIONS = (
         "        if not trainer.is_global_zero:\n            return\n",
         "        if not trainer.is_global_zero:\n            return\n        directory = self._directory(trainer)\n",
         f"{CONTRACT}/test_ranks.py::test_the_end_of_fit_hangs_no_rank",
+    ),
+    Mutation(
+        "the gradient of a masked weight is not masked",
+        MASKING,
+        "        return gradient * self._factors(gradient)",
+        "        return gradient",
+        f"{VIEWS_TEST}::test_training_equals_a_loop_by_hand",
+    ),
+    Mutation(
+        "a recurrent layer keeps its list of weights",
+        VIEWS,
+        " = self.shown\n            _compat.refresh_flat_weights(site.module)",
+        " = self.shown",
+        f"{VIEWS_TEST}::test_recurrent_layers",
+    ),
+    Mutation(
+        "the memory of a view is used again while a graph holds it",
+        VIEWS,
+        "self.buffer is None or not _compat.is_unshared(self.buffer)",
+        "self.buffer is None",
+        f"{VIEWS_TEST}::test_a_graph_that_is_kept_over_two_steps_is_not_corrupted",
+    ),
+    Mutation(
+        "writes past autograd are not noticed",
+        VIEWS,
+        "same = not compare or torch.allclose",
+        "same = True or torch.allclose",
+        f"{VIEWS_TEST}::test_a_change_in_the_step_is_an_error",
+    ),
+    Mutation(
+        "code compiled without the views is not forgotten",
+        VIEWS,
+        "            self._traced.append(_compat.being_traced(event))",
+        "            pass",
+        f"{VIEWS_TEST}::test_compiled_code_sees_what_is_presented_in_any_order",
+    ),
+    Mutation(
+        "a reset of torch.compile ends the watch",
+        VIEWS,
+        "            _compat.watch_compilations(self._tracing)  # which a reset ends",
+        "            pass",
+        f"{VIEWS_TEST}::test_compiled_code_sees_what_is_presented_in_any_order",
+    ),
+    Mutation(
+        "a tensor may lose more than its floor leaves",
+        SELECTION,
+        "        beyond = [index for index in free if dropped(masks[index]) > limits[index]]",
+        "        beyond: list[int] = []",
+        "tests/functional/test_masks.py::test_limits_hand_worked",
+    ),
+    Mutation(
+        "of equal weights all are pruned",
+        SELECTION,
+        "    return (key + 1, 0) if rank == ties else (key, rank)",
+        "    return key + 1, 0",
+        "tests/functional/test_masks.py::test_of_equal_magnitudes_the_earlier_is_pruned_first",
+    ),
+    Mutation(
+        "the final sparsity is that of the schedule",
+        MASKS,
+        "        self._take(self.new_masks(self.sparsity))\n        self._finished = True",
+        "        self._take(self.new_masks(self._scheduled(self.end)))\n        self._finished = True",
+        f"{PRUNING_TEST}::test_the_end_is_exact_whatever_the_schedule",
+    ),
+    Mutation(
+        "masks are updated at each batch, with or without an optimizer step",
+        MASKS,
+        "        if steps != self._steps:",
+        "        if True:",
+        f"{PRUNING_EXACT}::test_accumulation",
+    ),
+    Mutation(
+        "the best checkpoint may be denser than the target",
+        MASKS,
+        "return original(*args, **kwargs) if self._has_target() else False",
+        "return original(*args, **kwargs)",
+        f"{PRUNING_TEST}::test_the_best_checkpoint_has_the_final_sparsity",
+    ),
+    Mutation(
+        "a model that is tested gets its dense weights back",
+        SAVING,
+        "            if resumes:",
+        "            if True:",
+        f"{PRUNING_TEST}::test_everything_is_kept_through_fit_test_save_and_load",
+    ),
+    Mutation(
+        "what is resumed goes on from the compressed weights",
+        SAVING,
+        "            if resumes:",
+        "            if False:",
+        f"{CONTRACT}/test_resume.py",
+    ),
+    Mutation(
+        "validation sees the dense weights",
+        MASKS,
+        "            self._controller.weights.show()",
+        "            pass",
+        f"{PRUNING_EXACT}::test_validation_sees_what_is_saved",
+    ),
+    Mutation(
+        "Taylor scores add up over all steps",
+        PRUNING,
+        "        if self._importance is None or self._importance_used:",
+        "        if self._importance is None:",
+        f"{PRUNING_TEST}::test_taylor_scores_are_those_of_the_steps_since_the_last_update",
+    ),
+    Mutation(
+        "batch-norm statistics begin with what they were",
+        BATCH_NORM,
+        "                layer.momentum = None  # a cumulative mean",
+        "                pass",
+        "tests/mechanisms/test_batchnorm.py",
     ),
 )
 

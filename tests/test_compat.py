@@ -400,3 +400,180 @@ def test_batches_end_when_their_reader_does(namespace):
         return list(closed)
 
     assert _looking(namespace, look, DataLoader(torch.randn(2, 32)))[0] == [True]
+
+
+# --- compiled code, memory and recurrent layers under weight views ---
+
+
+def _compiled_in_place():
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    net.compile(backend="eager")
+    return net
+
+
+def _compiled_by_lightning(namespace):
+    module = import_module(f"{namespace}.demos.boring_classes").BoringModel()
+    return import_module(f"{namespace}.utilities.compile").from_compiled(torch.compile(module, backend="eager"))
+
+
+@pytest.mark.parametrize(
+    ("make", "compiled"),
+    [
+        (lambda: nn.Linear(2, 2), False),
+        (lambda: torch.compile(nn.Linear(2, 2)), True),
+        (_compiled_in_place, True),
+        *((lambda namespace=namespace: _compiled_by_lightning(namespace), True) for namespace in NAMESPACES),
+    ],
+)
+def test_compiled_code_is_found_wherever_it_is(make, compiled):
+    found = make()
+    assert _compat.holds_compiled_code(found) is compiled
+    assert _compat.holds_compiled_code(nn.Sequential(nn.ReLU(), nn.ModuleList([found]))) is compiled
+
+
+def test_compiled_code_does_not_know_later_hooks_until_it_is_reset(fresh_compiler):
+    net, seen = _compiled_in_place(), []
+    net(torch.ones(1, 2))
+    net[0].register_forward_hook(lambda *args: seen.append(args))
+    net(torch.ones(1, 2))
+    assert seen == []  # else nothing would have to be reset
+    _compat.reset_compiled_code()
+    net(torch.ones(1, 2))
+    assert len(seen) == 1
+
+
+def test_compilations_are_told_when_they_begin_until_a_reset(fresh_compiler):
+    started, net, inputs = [], _compiled_in_place(), torch.ones(1, 2)
+    assert _compat.watch_compilations(started.append) is True
+    assert _compat.watch_compilations(started.append) is False  # watched already
+    _compat.reset_compiled_code()  # nothing was compiled, so nothing is reset
+    assert _compat.watch_compilations(started.append) is False
+    for _ in range(2):
+        net(inputs)
+        assert len(started) == 1  # once for both calls
+    _compat.reset_compiled_code()
+    assert _compat.watch_compilations(started.append) is True
+    net(inputs)
+    assert len(started) == 2
+    _compat.unwatch_compilations(started.append)
+    torch._dynamo.reset()
+    net(inputs)
+    assert len(started) == 2
+    _compat.unwatch_compilations(started.append)  # which is not watched, and no error
+
+
+@pytest.mark.parametrize("shadowed", [False, True])
+def test_what_is_traced_and_which_parameters_it_reads(fresh_compiler, shadowed):
+    layer, traced = nn.Linear(2, 2), []
+    if shadowed:  # as a weight view does
+        vars(layer)["weight"] = layer.weight * 2
+
+    def function(x):
+        return layer(x).sum()
+
+    def started(event):
+        traced.append(_compat.being_traced(event))
+
+    _compat.watch_compilations(started)
+    compiled = torch.compile(function, backend="eager", dynamic=False)
+    for batch in (1, 2):
+        compiled(torch.ones(batch, 2))
+    assert [entry.code for entry in traced] == [function.__code__] * 2
+    assert len({entry.version for entry in traced}) == 2
+    for entry in traced:
+        assert _compat.reads_parameters(entry, {"weight"}) is not shadowed
+        assert _compat.reads_parameters(entry, {"weight", "bias"}) is True
+        assert _compat.reads_parameters(entry, {"other"}) is False
+    assert _compat.reads_parameters(traced[0]._replace(version="another"), {"weight"}) is False
+    assert _compat.reads_parameters(traced[0]._replace(code=None), {"other"}) is True  # who knows
+
+
+def test_memory_is_unshared_when_nothing_else_lies_on_it():
+    weight, own = torch.ones(3, requires_grad=True), torch.ones(3)
+    assert _compat.is_unshared(own)
+    same = own  # another name is no other tensor
+    assert _compat.is_unshared(same)
+    for share in (torch.Tensor.detach, lambda tensor: tensor[1:], lambda tensor: tensor.view(3, 1), torch.Tensor.numpy):
+        other = share(own)
+        assert not _compat.is_unshared(own)
+        del other
+        assert _compat.is_unshared(own)
+    loss = (weight * own.detach()).sum()  # autograd saves the factor
+    assert not _compat.is_unshared(own)
+    loss.backward()
+    assert _compat.is_unshared(own)
+    loss = (weight * own.detach()).sum()
+    del loss
+    assert _compat.is_unshared(own)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_read_a_list_of_their_weights(kind):
+    """Which has to be made anew where an attribute is shadowed, with the weak references beside it."""
+    layer = kind(3, 2, num_layers=2, bias=False)
+    inputs, plain, doubled = torch.randn(4, 1, 3), kind(3, 2, num_layers=2, bias=False), 2 * layer.weight_hh_l1
+    plain.load_state_dict({**layer.state_dict(), "weight_hh_l1": doubled.detach()})
+    before, expected = layer(inputs)[0], plain(inputs)[0]
+    kept = [weight.data_ptr() for weight in layer._flat_weights]
+    vars(layer)["weight_hh_l1"] = doubled
+    _compat.refresh_flat_weights(layer)
+    assert layer._flat_weights[layer._flat_weights_names.index("weight_hh_l1")] is doubled
+    assert [ref() for ref in layer._flat_weight_refs] == layer._flat_weights
+    assert not layer._weights_have_changed()
+    assert torch.equal(layer(inputs)[0], expected)
+    del vars(layer)["weight_hh_l1"]
+    assert layer._weights_have_changed()
+    _compat.refresh_flat_weights(layer)
+    assert not layer._weights_have_changed()
+    assert [weight.data_ptr() for weight in layer._flat_weights] == kept
+    assert torch.equal(layer(inputs)[0], before)
+    assert not torch.equal(before, expected)
+
+
+def test_layers_that_keep_no_list_of_weights_are_left_alone():
+    for layer in (nn.Linear(2, 2), nn.LSTMCell(2, 2)):
+        attributes = dict(vars(layer))
+        _compat.refresh_flat_weights(layer)
+        assert vars(layer) == attributes
+
+
+# --- what a Trainer has seen, and where it runs ---
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("automatic", [True, False])
+def test_batches_are_counted_over_all_epochs(namespace, automatic, tmp_path):
+    package, seen = import_module(namespace), []
+
+    class Watch(package.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append(_compat.batches_seen(trainer))
+
+        def on_train_batch_start(self, trainer, *args):
+            seen.append(_compat.batches_seen(trainer))
+
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(_compat.batches_seen(trainer))
+
+    module = import_module(f"{namespace}.demos.boring_classes").BoringModel()
+    module.automatic_optimization = automatic
+    data = DataLoader(torch.randn(6, 32), batch_size=2)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = package.Trainer(max_epochs=2, enable_checkpointing=False, callbacks=[Watch()], **quiet)
+    trainer.fit(module, data)
+    assert seen == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    trainer.save_checkpoint(tmp_path / "end")
+    seen.clear()
+    trainer = package.Trainer(max_epochs=3, enable_checkpointing=False, callbacks=[Watch()], **quiet)
+    trainer.fit(module, data, ckpt_path=tmp_path / "end")
+    assert seen == [6, 7, 7, 8, 8, 9, 9]
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize(
+    ("strategy", "devices", "expected"),
+    [("auto", 1, False), ("ddp", 2, False), ("ddp_spawn", 2, True), ("ddp_fork", 2, True), ("ddp_notebook", 1, True)],
+)
+def test_trainers_that_run_in_child_processes(namespace, strategy, devices, expected):
+    trainer = import_module(namespace).Trainer(accelerator="cpu", strategy=strategy, devices=devices, barebones=True)
+    assert _compat.runs_in_children(trainer) is expected

@@ -263,7 +263,7 @@ class MaskCallback(CompressionCallback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Reach the final sparsity if the training was shorter than foreseen; say so if it was stopped."""
-        if self._progress is None or self._finished:
+        if self._progress is None or self._has_target():
             return
         before, fraction = self.reached, self._progress.fraction
         if trainer.should_stop:
@@ -359,6 +359,10 @@ class MaskCallback(CompressionCallback):
         self._take(self.new_masks(self.sparsity))
         self._finished = True
 
+    def _has_target(self) -> bool:
+        """Whether the final sparsity is reached, be it before ``end``."""
+        return self._require_masks().zeros >= self.zeros_at(self.sparsity)
+
     def _scheduled(self, fraction: float) -> float:
         """The sparsity at a fraction of the training between start and end."""
         schedule = self.schedule if callable(self.schedule) else self.schedules()[self.schedule]
@@ -384,7 +388,7 @@ class MaskCallback(CompressionCallback):
         """Keep no monitored checkpoint before the final sparsity."""
 
         def check_monitor_top_k(*args: Any, **kwargs: Any) -> bool:
-            return original(*args, **kwargs) if self._finished else False
+            return original(*args, **kwargs) if self._has_target() else False
 
         return check_monitor_top_k
 

@@ -72,11 +72,11 @@ class PruningCallback(MaskCallback):
             and learning rates) or "lr" (learning rates only); with "one_shot" and "iterative". None: go on.
         reestimate_batchnorm: Whether to estimate batch-norm statistics anew at the end, on 16 training batches.
         seed: Of the random score.
-        guard_checkpoints: Whether ``ModelCheckpoint`` keeps monitored checkpoints only from ``end`` on, so that "best"
-            has the final sparsity.
+        guard_checkpoints: Whether ``ModelCheckpoint`` keeps monitored checkpoints only from the final sparsity on, so
+            that "best" has it.
         layers: Selectors: dotted names of layers, with what lies below; patterns ``"*.conv1"``; ``"re:..."``;
-            ``"type:Conv2d"``. None: all convolutions and linear layers, the first and the last included. Attention,
-            recurrent layers and embeddings are taken where they are named.
+            ``"type:Conv2d"``. None: all convolutions and linear layers, the first and the last included. The
+            other weights of attention, recurrent layers and embeddings are taken where they are named.
         exclude: Selectors of what is left dense.
         name: As in the base class; default "pruning".
 

@@ -32,7 +32,17 @@ class TrainingStart:
             self.state["optimizers"] = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
 
     def restore(self) -> None:
-        """Go back."""
+        """Go back.
+
+        Raises:
+            RuntimeError: If the optimizers have other groups of parameters than at the start.
+        """
+        now = [len(optimizer.param_groups) for optimizer in self._trainer.optimizers]
+        if now != [len(groups) for groups in self.state["rates"]]:
+            raise RuntimeError(
+                "there is no way back to the start of the training: the optimizers have other groups of parameters "
+                "than then, as BackboneFinetuning adds some; use rewind=None"
+            )
         for name, value in self.state.get("module", {}).items():
             with torch.no_grad():
                 _tensors(self._module)[name].copy_(value)

@@ -30,7 +30,7 @@ class SelectedWeights(NamedTuple):
 
     Attributes:
         weights: Name to parameter, in the order of ``named_modules``; a tied weight once, under its first name.
-        left: Names of parameters with two dimensions or more that stay as they are, norms aside.
+        left: Names of the other weights that could have been named, those of norms aside.
     """
 
     weights: dict[str, nn.Parameter]
@@ -115,14 +115,15 @@ def select_weights(root: nn.Module, layers: Sequence[str] | None, exclude: Seque
                 weights[full] = parameter
     if not weights:
         raise ValueError(f"layers {layers} selects {', '.join(map(repr, chosen))}, which own no weights")
-    taken = {id(parameter) for parameter in weights.values()}
     if exclude is not None:
         _refuse_shared(root, weights, exclude)
-    left = [
-        plain_name(name)
-        for name, parameter in root.named_parameters()
-        if parameter.ndim >= 2 and id(parameter) not in taken and "weight" in name.rpartition(".")[2]
-    ]
+    seen, left = {id(parameter) for parameter in weights.values()}, []
+    for name, module in root.named_modules():
+        for attribute in candidates[module]:
+            parameter = module._parameters[attribute]
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                left.append(plain_name(f"{name}.{attribute}" if name else attribute))
     return SelectedWeights(weights, left)
 
 
@@ -146,7 +147,9 @@ def _refuse(name: str, module: nn.Module) -> None:
     cause = None
     if is_parametrized(module):
         cause = "a parametrization"
-    elif any(attribute.endswith(("_g", "_v")) for attribute in module._parameters):
+    elif any(
+        f"{name.removesuffix('_g')}_v" in module._parameters for name in module._parameters if name.endswith("_g")
+    ):
         cause = "weight_norm"
     elif any(attribute.endswith("_orig") for attribute in module._parameters):
         cause = "spectral_norm or torch.nn.utils.prune"

@@ -78,16 +78,14 @@ def shadowed(
         yield wrapper
     finally:
         setattr(wrapper, _CLOSED, True)
-        if vars(owner).get(method) is wrapper:
-            del vars(owner)[method]
-            if entry is not None:
-                vars(owner)[method] = entry
+        _living_entry(owner, method)
 
 
 def _living_entry(owner: Any, method: str) -> Any:
     """What the instance itself holds under a name, after taking off closed wrappers of ours.
 
-    One is there if somebody had wrapped ours, and put back what they had seen after we had closed.
+    They are there where several were closed in the order in which they were opened, and if somebody had wrapped ours,
+    and put back what they had seen after we had closed.
     """
     entry = vars(owner).get(method)
     while hasattr(entry, _CLOSED) and not hasattr(entry, "__self__") and vars(entry).get(OWN_MARK) is True:

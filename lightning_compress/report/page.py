@@ -129,6 +129,11 @@ def _tiles(report: Report) -> str:
     first = report.rows[0]
     tiles = [
         ("Size", units.size(row.bytes), units.times(row.bytes, first.bytes, "smaller", "larger")),
+        (
+            "Deflated",
+            units.size(row.bytes_compressed),
+            units.times(row.bytes_compressed, first.bytes_compressed, "smaller", "larger"),
+        ),
         ("MACs", units.count(row.macs), units.times(row.macs, first.macs, "fewer", "more")),
     ]
     if row.latency_ms is not None:

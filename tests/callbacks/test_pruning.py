@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import warnings
 
 import lightning.pytorch as L
@@ -332,6 +333,19 @@ def test_the_best_checkpoint_has_the_final_sparsity(guard, save_top_k, tmp_path)
     assert "check_monitor_top_k" not in vars(saver)
 
 
+def test_a_checkpoint_is_the_best_from_the_final_sparsity_on_not_from_the_end(tmp_path):
+    saver = ModelCheckpoint(tmp_path, monitor="val_loss", filename="{epoch}")
+    pruning = PruningCallback(0.8, schedule="one_shot", start=0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", module="(lightning|torch)\\.")
+        fitted(
+            pruning, Worsening, saver, EarlyStopping("val_loss", patience=2), enable_checkpointing=True, max_epochs=8
+        )
+    assert saver.best_model_path.endswith("epoch=1.ckpt")
+    assert pruning.reached * TOTAL == 106
+
+
 def test_stopping_before_the_target_is_said():
     stopping = EarlyStopping("val_loss", patience=0)
     pruning = PruningCallback(0.8)
@@ -570,6 +584,10 @@ def test_two_callbacks_on_different_layers():
         PruningCallback(0.5, layers=["model.0"], name="first"),
     )
     assert difference(module, other) == 0
+    alone = made(Classifier)
+    trainer().fit(alone, loader())
+    assert traces(module) == traces(alone)
+    assert difference(pickle.loads(pickle.dumps(module)), module) == 0
 
 
 # What is refused
@@ -845,9 +863,6 @@ def test_sharded_strategies_are_refused():
 
 
 def test_a_module_that_was_pruned_can_be_copied_and_pickled():
-    import copy
-    import pickle
-
     module, _ = fitted(PruningCallback(0.5))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -61,6 +61,8 @@ def test_the_page_shows_the_numbers(page):
     for part in ("before", "int8.onnx", "4.0x smaller", "no difference shown, IQR 0.20", "model.conv", "softmax"):
         assert part in text
     assert "'int8.onnx', measured against 'before'." in text
+    tiles = re.findall(r'<div class="tile card"><span>(.*?)</span><strong>(.*?)</strong>', page)
+    assert tiles[:2] == [("Size", "1.10 kB"), ("Deflated", "300 B")]
     assert "The teacher was not measured." in text
     assert page.count("<svg") == 3
 
