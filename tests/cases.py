@@ -72,7 +72,7 @@ def _factors(folder: Path, kind: type[Classifier]) -> CompressionCallback:
 
 
 def _pruning(folder: Path, kind: type[Classifier]) -> CompressionCallback:
-    return PruningCallback(0.6, end=0.6)
+    return PruningCallback(0.6, end=0.6, regrow=True)  # so that dense weights matter to the masks
 
 
 def _export(folder: Path, kind: type[Classifier]) -> CompressionCallback:

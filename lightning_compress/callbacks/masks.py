@@ -101,6 +101,7 @@ class MaskCallback(CompressionCallback):
         self._files = ExitStack()
         self._saving = False  # whether the module's own hook compresses what is saved
         self._steps = 0
+        self._logged: float | None = None
         self._churn: float | None = None  # of an update that has not been logged
         self._compare = True
         self._unused: Callable[[], list[str]] | None = None
@@ -173,7 +174,7 @@ class MaskCallback(CompressionCallback):
         if self._loaded is None and went_on and earlier is not None:
             self._loaded = {**self.extra_state(), "masks": earlier.state(), "arguments": self._arguments()}
         self._begun = self._finished = False
-        self._progress, self._churn = None, None
+        self._progress, self._churn, self._logged = None, None, None
         self.go_on(self._loaded)
         self._loaded = None
         self._check_target()
@@ -234,7 +235,9 @@ class MaskCallback(CompressionCallback):
         if steps != self._steps:
             self._steps = steps
             self._update()
-        self.log_quantity("sparsity", self.reached, batch_size=1)
+        if self._logged != self.reached or batch_idx == 0:  # what was logged stands until the end of the epoch
+            self._logged = self.reached
+            self.log_quantity("sparsity", self._logged, batch_size=1)
         if self._churn is not None:
             self.log_quantity("churn", self._churn, batch_size=1)
             self._churn = None

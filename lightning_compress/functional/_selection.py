@@ -23,10 +23,13 @@ _DIGIT = 11  # bits that one pass decides; its counts stay in the innermost cach
 _SINKS = 1 << 10  # bins of what is not to be counted
 _FEW = 1 / 16  # of the entries: as many may come into question for the short way
 _SAMPLE = 1 << 15
+_MANY = 1 << 16  # from here on counting by eight is faster
 
 
 def smallest(scores: Sequence[Tensor], kept: Sequence[Tensor] | None, pruned: int) -> list[Tensor]:
     """Masks of the shapes of ``scores``, with the ``pruned`` smallest False; see ``masks.smallest_masks``."""
+    if len(scores) > 1 and sum(score.numel() for score in scores) <= _PIECE and _are_alike(scores):
+        return _smallest_at_once(scores, kept, pruned)
     grown = None if kept is None else _grown(scores, kept, pruned)
     if grown is not None:
         return grown
@@ -99,11 +102,11 @@ def dropped(mask: Tensor) -> int:
 
 
 def held(mask: Tensor) -> int:
-    """How many entries are True; several times as fast as ``count_nonzero``, for it is asked for at each update.
+    """How many entries are True; of many, several times as fast as ``count_nonzero``, as each update asks for it.
 
     Eight booleans are summed as the eight bytes of one integer. 255 of them fill a byte at most.
     """
-    if not mask.is_contiguous() or mask.storage_offset() % 8:
+    if mask.numel() < _MANY or not mask.is_contiguous() or mask.storage_offset() % 8:
         return int(mask.count_nonzero())
     ones = mask.view(torch.uint8).view(-1)
     rows = len(ones) // (8 * 255)
@@ -112,12 +115,26 @@ def held(mask: Tensor) -> int:
     return int(words.sum(dim=1).view(torch.uint8).sum(dtype=torch.int64) + rest.sum(dtype=torch.int64))
 
 
+def _smallest_at_once(scores: Sequence[Tensor], kept: Sequence[Tensor] | None, pruned: int) -> list[Tensor]:
+    """The masks of ``smallest`` for tensors of few entries, in which the number of operations is what takes time."""
+    flat = torch.cat([score.flatten() for score in scores])
+    old = None if kept is None else [torch.cat([mask.flatten() for mask in kept])]
+    parts = torch.split(smallest([flat], old, pruned)[0], [score.numel() for score in scores])
+    masks = [torch.empty_like(score, dtype=torch.bool) for score in scores]
+    for mask, part in zip(masks, parts, strict=True):
+        mask.copy_(part.view(mask.shape))
+    return masks
+
+
+def _are_alike(tensors: Sequence[Tensor]) -> bool:
+    return len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
+
+
 def _grown(scores: Sequence[Tensor], kept: Sequence[Tensor], pruned: int) -> list[Tensor] | None:
     """The masks of ``smallest`` if they have few False entries beyond those of ``kept``; else None."""
     few = _FEW * sum(score.numel() for score in scores)
     more = pruned - sum(map(dropped, kept))
-    same = len({(score.dtype, score.device) for score in scores}) == 1
-    if not same or more > few / 2 or not all(tensor.is_contiguous() for tensor in (*scores, *kept)):
+    if not _are_alike(scores) or more > few / 2 or not all(tensor.is_contiguous() for tensor in (*scores, *kept)):
         return None
     bound = _estimated_bound(scores, kept, more)
     places, found = [], 0

@@ -163,7 +163,8 @@ class WeightViews:
             for name, view in views.items()
         }
         self._weights.update(added)
-        self._forget_compiled_code()
+        _compat.reset_compiled_code()
+        _compat.watch_compilations(self._tracing)
         try:
             yield
         finally:
@@ -171,14 +172,15 @@ class WeightViews:
                 weight.drop(compare=False)
                 del self._weights[name]
             _compat.unwatch_compilations(self._tracing)
-            self._forget_compiled_code()
+            _compat.reset_compiled_code()
 
     def show(self) -> None:
         """Present all weights, with their values as they are now."""
         unwatched = _compat.watch_compilations(self._tracing)  # somebody has reset torch.compile
         attributes = {site.attribute for _, site in self._all_sites()}
         if unwatched or any(_compat.reads_parameters(traced, attributes) for traced in self._traced):
-            self._forget_compiled_code()  # it would go on reading the parameters
+            _compat.reset_compiled_code()  # it would go on reading the parameters
+            _compat.watch_compilations(self._tracing)  # which a reset ends
         self._traced.clear()
         present = {id(module) for module in self.module.modules()}
         for weight, site in self._all_sites():
@@ -308,11 +310,6 @@ class WeightViews:
     def _tracing(self, event: Any) -> None:
         if not self.active:
             self._traced.append(_compat.being_traced(event))
-
-    def _forget_compiled_code(self) -> None:
-        _compat.reset_compiled_code()
-        if self._weights:
-            _compat.watch_compilations(self._tracing)  # which a reset ends
 
 
 def _excluding(name: str) -> str:

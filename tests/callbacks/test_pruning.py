@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_compress import CompressionReport, PruningCallback
-from lightning_compress.functional import iterative_schedule, magnitude_mask, n_m_mask
+from lightning_compress.functional import iterative_schedule, magnitude_mask, n_m_mask, smallest_masks
 from lightning_compress.mechanisms.checkpoints import dense_of
 
 TOTAL = 36 + 96  # weights of the small network
@@ -95,7 +95,15 @@ def test_rounds():
     assert len(set(watch.seen)) == 4
 
 
-@pytest.mark.parametrize("schedule", ["cubic", "linear", "cosine", lambda progress, start, end: end * progress**0.1])
+def fast(progress, start, end):
+    return end * progress**0.1
+
+
+def short(progress, start, end):
+    return 0.9 * end * progress
+
+
+@pytest.mark.parametrize("schedule", ["cubic", "linear", "cosine", fast, short])
 def test_the_end_is_exact_whatever_the_schedule(schedule):
     watch, module = path_of(PruningCallback(0.71, schedule=schedule, update_interval=5))
     assert watch.seen[5] == watch.seen[-1] == int(0.71 * TOTAL + 0.5) == sum(zeros(module).values())
@@ -191,17 +199,23 @@ def test_taylor_prunes_what_the_loss_does_not_feel():
 
 
 def test_taylor_scores_are_those_of_the_steps_since_the_last_update():
-    pruning = PruningCallback(0.5, score="taylor", schedule="one_shot", start=0.375)
-    module, sums = made(Classifier), {}
+    pruning = PruningCallback(0.5, score="taylor", schedule="iterative", rounds=2, end=0.75)
+    module, sums, first = made(Classifier), {}, []
 
     class Sum(L.Callback):
+        """Adds up for itself, from the third step on anew."""
+
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            if trainer.global_step < 3:
+            if trainer.global_step == 3:
+                first.extend(pruning.masks.values())
+                sums.clear()
+            if trainer.global_step < 6:
                 for name, value in weights(pl_module).items():
                     sums[name] = sums.get(name, 0) + (value.detach() * value.grad).abs()
 
     trainer(pruning, Sum()).fit(module, loader())
-    expected = magnitude_mask([sums[name] for name in pruning.masks], 0.5)
+    assert sum(int((~mask).sum()) for mask in first) == round(TOTAL * (1 - 0.5**0.5))
+    expected = smallest_masks([sums[name] for name in pruning.masks], TOTAL // 2, kept=first)
     assert all(torch.equal(mask, own) for mask, own in zip(expected, pruning.masks.values(), strict=True))
 
 

@@ -21,6 +21,8 @@ from cases import CASES, each_case
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.utils._pytree import tree_leaves
 
+from lightning_compress.mechanisms.checkpoints import SECTION
+
 from .grid import each_case_and_some_modules
 from .modules import AUTOMATIC, BATCH, Classifier, difference, loader, made, trainer
 
@@ -57,12 +59,14 @@ def exact_fit(kind, folder, callbacks, *, ckpt_path=None, stateful=False, epochs
 
 
 def assert_same_checkpoints(first, second, case, callbacks):
-    """Weights, optimizer, scheduler, and our own state."""
+    """Weights, optimizer, scheduler, our own state, and dense weights where there are some."""
     ours, theirs = (torch.load(folder / "end.ckpt", weights_only=True) for folder in (first, second))
+    assert (SECTION in ours, SECTION in theirs) == (case is not None and case.keeps_dense,) * 2
     pairs = [(ours[key], theirs[key]) for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")]
     if case is not None:
         key = callbacks[0].state_key
         pairs.append((ours["callbacks"][key], theirs["callbacks"][key]))
+        pairs.append((ours.get(SECTION), theirs.get(SECTION)))
     for first_tree, second_tree in pairs:
         for a, b in zip(tree_leaves(first_tree), tree_leaves(second_tree), strict=True):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

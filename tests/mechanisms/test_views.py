@@ -797,6 +797,20 @@ def test_masked_steps_do_not_compile_again(masked_first):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_a_pass_without_the_views_is_followed_by_one_compilation():
+    counter = torch._dynamo.testing.CompileCounter()
+    net = nn.Module()
+    net.model = torch.compile(linear(), backend=counter)
+    views, counts = WeightViews(net), []
+    with views.owned("ours", masked_views(compiled_masks(net))):
+        for presented in (True, True, False, True, True, True):
+            with views.presented() if presented else nullcontext():
+                loss_of(net.model(rows())).backward()
+            counts.append(counter.frame_count)
+    assert counts == [1, 1, 2, 3, 3, 3]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_other_code_that_is_compiled_between_steps_costs_nothing():
     network, other = torch._dynamo.testing.CompileCounter(), torch._dynamo.testing.CompileCounter()
     net = nn.Module()
