@@ -32,7 +32,6 @@ REPORT = f"{PACKAGE}/callbacks/report.py"
 REPLAY = f"{PACKAGE}/mechanisms/replay.py"
 CAPTURE = f"{PACKAGE}/mechanisms/capture.py"
 MASKS = f"{PACKAGE}/callbacks/masks.py"
-PRUNING = f"{PACKAGE}/callbacks/pruning.py"
 SELECTION = f"{PACKAGE}/functional/_selection.py"
 VIEWS = f"{PACKAGE}/mechanisms/views.py"
 MASKING = f"{PACKAGE}/mechanisms/masking.py"
@@ -457,7 +456,7 @@ MUTATIONS = (
     Mutation(
         "a tensor may lose more than its floor leaves",
         SELECTION,
-        "        beyond = [index for index in free if dropped(masks[index]) > limits[index]]",
+        "        beyond = [index for index, own in zip(free, lost, strict=True) if own > limits[index]]",
         "        beyond: list[int] = []",
         "tests/functional/test_masks.py::test_limits_hand_worked",
     ),
@@ -499,15 +498,15 @@ MUTATIONS = (
     Mutation(
         "validation sees the dense weights",
         MASKS,
-        "            self._controller.weights.show()",
-        "            pass",
+        "            self._controller.weights.show()\n",
+        "            pass\n",
         f"{PRUNING_EXACT}::test_validation_sees_what_is_saved",
     ),
     Mutation(
         "Taylor scores add up over all steps",
-        PRUNING,
-        "        if self._importance is None or self._importance_used:",
-        "        if self._importance is None:",
+        f"{PACKAGE}/mechanisms/importance.py",
+        "            if name not in self._sums or name in self._taken:",
+        "            if name not in self._sums:",
         f"{PRUNING_TEST}::test_taylor_scores_are_those_of_the_steps_since_the_last_update",
     ),
     Mutation(

@@ -434,11 +434,13 @@ def together(
 
 
 def _primitive(value: Any) -> Any:
-    """A value that a checkpoint can hold without pickling: itself, or its type in words."""
+    """A value that a checkpoint can hold without pickling: itself, or its name or type in words."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
         return [_primitive(entry) for entry in value]
     if isinstance(value, Mapping):
         return {str(key): _primitive(entry) for key, entry in value.items()}
+    if inspect.isfunction(value):
+        return f"{value.__module__}.{value.__qualname__}"
     return str(value) if isinstance(value, (torch.dtype, torch.device)) else type(value).__name__

@@ -97,13 +97,14 @@ class MaskCallback(CompressionCallback):
         self.guard_checkpoints = guard_checkpoints
         self._progress: Progress | None = None
         self._left: list[str] = []  # weights that stay dense
-        self._loaded: dict[str, Any] | None = None  # state of a checkpoint, until the fit starts
+        self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
+        self._tested: dict[str, Any] | None = None  # state of one that was tested, until the next fit
+        self._restored = False  # the dense weights were put back, and no step was taken since
         self._files = ExitStack()
         self._saving = False  # whether the module's own hook compresses what is saved
-        self._steps = 0
+        self._steps: int | None = None  # optimizer steps at the last update; None before training
         self._logged: float | None = None
         self._churn: float | None = None  # of an update that has not been logged
-        self._compare = True
         self._unused: Callable[[], list[str]] | None = None
 
     # For techniques
@@ -124,8 +125,8 @@ class MaskCallback(CompressionCallback):
         """Those of the selected weights that can be masked; an error if there are none."""
         return weights
 
-    def updated(self, changed: float) -> None:
-        """Called after an update of the masks, with the share of entries that changed."""
+    def updated(self, changed: float, *, more: bool) -> None:
+        """Called after an update of the masks, with the share of entries that changed, and whether training goes on."""
 
     # What users read
 
@@ -165,18 +166,19 @@ class MaskCallback(CompressionCallback):
         """Select the weights, and present them masked from here on."""
         selected = select_weights(pl_module, self.layers, self.exclude)
         weights = self.suited(selected.weights, pl_module)
+        last = self._tested if self._tested is not None else self.state_dict()
         earlier, self._masks = self._masks, Masks(weights)
         first = {id(weight): name for name, weight in weights.items()}
         every = named_weights(pl_module).items()
         self._names = {name: first[id(weight)] for name, weight in every if id(weight) in first}
         self._left = [*(name for name in selected.weights if name not in weights), *selected.left]
-        went_on = self._restore_dense(earlier) and trainer.global_step > 0
-        if self._loaded is None and went_on and earlier is not None:
-            self._loaded = {**self.extra_state(), "masks": earlier.state(), "arguments": self._arguments()}
+        goes_on = self._restore_dense(earlier) and trainer.global_step > 0
+        state = self._loaded or (last if goes_on else None)
+        self._loaded = self._tested = None
         self._begun = self._finished = False
-        self._progress, self._churn, self._logged = None, None, None
-        self.go_on(self._loaded)
-        self._loaded = None
+        self._steps, self._churn, self._logged = None, None, None
+        stack.callback(self._forget)
+        self.go_on(state)
         self._check_target()
         self._announce()
         stack.enter_context(controller.weights.owned(self.name, self._masks.views))
@@ -218,7 +220,10 @@ class MaskCallback(CompressionCallback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Look closely at the first step of each epoch."""
-        self._compare = True
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """From here on the dense weights are others than those that a fit began with."""
+        self._restored = False
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """From here on everybody sees the dense weights."""
@@ -242,14 +247,21 @@ class MaskCallback(CompressionCallback):
             self.log_quantity("churn", self._churn, batch_size=1)
             self._churn = None
 
-    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Validation in a fit sees the masked weights; those of the average, where an average is validated."""
-        if self._controller is not None and not self._controller.weights.active:
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Validation in a fit sees the masked weights."""
+        if self._controller is not None:
             self._controller.weights.show()
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """From the first batch on those of the average, where an average is validated."""
+        if self._controller is not None and batch_idx == dataloader_idx == 0:
+            self._controller.weights.refresh()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """After it everybody sees the dense weights."""
-        self._drop()
+        self._drop(evaluation=True)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log sparsity and norm of each weight, measured from the masked tensors."""
@@ -257,12 +269,14 @@ class MaskCallback(CompressionCallback):
         masks = self._require_masks()
         if getattr(trainer, "barebones", False):
             return
+        many = trainer.world_size > 1  # the same on all ranks; Lightning wants to be told
         with torch.no_grad():
             for name, weight in masks.weights.items():
                 masked = masks.masked(name, weight.detach())
-                zeros = (masked == 0).sum() / masked.numel()
-                pl_module.log(f"compress/{self.name}/sparsity/{name}", zeros.float())
-                pl_module.log(f"compress/{self.name}/norm/{name}", torch.linalg.vector_norm(masked.float()))
+                zeros = ((masked == 0).sum() / masked.numel()).float()
+                pl_module.log(f"compress/{self.name}/sparsity/{name}", zeros, sync_dist=many)
+                norm = torch.linalg.vector_norm(masked.float())
+                pl_module.log(f"compress/{self.name}/norm/{name}", norm, sync_dist=many)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Reach the final sparsity if the training was shorter than foreseen; say so if it was stopped."""
@@ -276,16 +290,16 @@ class MaskCallback(CompressionCallback):
                 f"{before:.4f}, not {self.sparsity}{kept}"
             )
             return
-        self._finish()
+        self._finish(more=False)
         self._warn_once(
             f"the training ended at {fraction:.0%} of the length that Lightning had foreseen, so the sparsity went "
-            f"from {before:.4f} to {self.reached:.4f} at its end, with no training after it"
+            f"from {before:.4f} to {self.reached:.4f} at its end, of {self.sparsity}, with no training after it"
         )
 
     def bake(self, trainer: Any, pl_module: Any) -> None:
         """Leave the compressed weights in the module; the dense ones are kept here."""
         masks = self._require_masks()
-        if self._progress is None:
+        if self._steps is None:
             self._warn_once("no training step was run, so the masks are as they were")
         present = named_weights(pl_module)
         if replaced := [name for name, weight in masks.weights.items() if present.get(name) is not weight]:
@@ -293,11 +307,7 @@ class MaskCallback(CompressionCallback):
                 f"{listing(replaced)} are not the weights any more that '{self.name}' masks: they were replaced after "
                 "the last training step, so they cannot be compressed"
             )
-        self._dense = {name: weight.detach().clone() for name, weight in masks.weights.items()}
-        with torch.no_grad():
-            for name, weight in masks.weights.items():
-                weight.copy_(masks.masked(name, weight))
-        masks.release()
+        self._compress_module()
         self._files.close()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -308,6 +318,15 @@ class MaskCallback(CompressionCallback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave nothing on the module, once the checkpoints of the exception are written."""
         super().on_exception(trainer, pl_module, exception)
+        if self._restored:  # nothing was trained since
+            self._compress_module()
+            self._files.close()
+        elif self._masks is not None and self._masks.zeros > 0 and self._dense is None:
+            log.warning(
+                "%s: the fit was interrupted, and the module holds the dense weights, to go on from; its checkpoints "
+                "hold the masked ones",
+                self.name,
+            )
         stack = ExitStack()
 
         def closing(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -330,7 +349,7 @@ class MaskCallback(CompressionCallback):
             return
         state = checkpoint["state_dict"]
         dense = {key: self._dense[name] for key in state if (name := self._names.get(plain_name(key))) is not None}
-        if all(torch.equal(self._masked(key, value), state[key]) for key, value in dense.items()):
+        if all(torch.equal(self._masked(key, value).cpu(), state[key].cpu()) for key, value in dense.items()):
             keep_dense_(checkpoint, self.name, dense)
         else:
             self._warn_once("the weights have changed since the fit, so they are saved without dense ones")
@@ -341,7 +360,8 @@ class MaskCallback(CompressionCallback):
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Keep them until the fit starts, when the weights are known."""
-        self._loaded = state
+        if self._saving:  # else a file is tested, and what a fit needs of it was kept when it was read
+            self._loaded = state
 
     # Private
 
@@ -357,10 +377,10 @@ class MaskCallback(CompressionCallback):
             self._take(self.new_masks(self._scheduled(fraction)))
         self._begun = True
 
-    def _finish(self) -> None:
+    def _finish(self, *, more: bool = True) -> None:
         """Reach the final sparsity exactly, whatever the schedule said; the masks stay from here on."""
-        self._take(self.new_masks(self.sparsity))
-        self._finished = True
+        self._take(self.new_masks(self.sparsity), more=more)
+        self._finished = self._has_target()  # else nothing is known of the weights yet, and the next step tries again
 
     def _has_target(self) -> bool:
         """Whether the final sparsity is reached, be it before ``end``."""
@@ -376,16 +396,28 @@ class MaskCallback(CompressionCallback):
             )
         return min(value, self.sparsity)
 
-    def _take(self, masks: Sequence[Tensor] | None) -> None:
+    def _take(self, masks: Sequence[Tensor] | None, *, more: bool = True) -> None:
         if masks is not None:
             self._churn = self._require_masks().replace(masks)
-            self.updated(self._churn)
+            self.updated(self._churn, more=more)
 
-    def _drop(self) -> None:
+    def _compress_module(self) -> None:
+        masks = self._require_masks()
+        self._dense = {name: weight.detach().cpu().clone() for name, weight in masks.weights.items()}
+        with torch.no_grad():
+            for name, weight in masks.weights.items():
+                weight.copy_(masks.masked(name, weight))
+        masks.retire()
+        self._restored = False
+
+    def _drop(self, *, evaluation: bool = False) -> None:
         weights = None if self._controller is None else self._controller.weights
         if weights is not None and weights.active:
-            compare, self._compare = self._compare, False
-            weights.drop(compare=compare)
+            weights.drop(evaluation=evaluation)
+
+    def _forget(self) -> None:
+        """What is only of use within a fit."""
+        self._progress = self._unused = None
 
     def _guarded(self, original: Callable[..., bool]) -> Callable[..., bool]:
         """Keep no monitored checkpoint before the final sparsity."""
@@ -404,28 +436,33 @@ class MaskCallback(CompressionCallback):
 
     def _receive(self, checkpoint: dict[str, Any]) -> None:
         """Keep the dense weights of a checkpoint that is loaded to be tested, for a fit that goes on from it."""
-        state = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("masks", {})
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        masks = state.get("masks", {})
         dense = {plain_name(key): value for key, value in dense_of(checkpoint, self.name).items()}
-        if self._saving or not state or any(name not in dense for name in state):
+        if self._saving or not masks or any(name not in dense for name in masks):
             return
-        self._dense = {name: dense[name] for name in state}
+        self._tested = state
+        self._dense = {name: dense[name] for name in masks}
         self._masks = Masks({name: nn.Parameter(value, requires_grad=False) for name, value in self._dense.items()})
-        self._masks.load(state)
+        self._masks.load(masks)
         first = {value.data_ptr(): name for name, value in self._dense.items()}
         self._names = {name: first[value.data_ptr()] for name, value in dense.items() if value.data_ptr() in first}
 
     def _restore_dense(self, earlier: Masks | None) -> bool:
-        """Go on from the dense weights of the last fit, if the module still holds the compressed ones."""
+        """Go on from the dense weights of the last fit, if the module still is as it left it."""
         dense, self._dense = self._dense, None
         weights = self._require_masks().weights
-        if dense is None or earlier is None or dense.keys() != weights.keys():
+        if earlier is None or earlier.weights.keys() != weights.keys():
             return False
-        compressed = {name: earlier.masked(name, value).to(weights[name].device) for name, value in dense.items()}
+        if dense is None:  # it was interrupted
+            return all(earlier.weights[name] is weight for name, weight in weights.items())
+        compressed = {name: earlier.masked(name, dense[name].to(weight.device)) for name, weight in weights.items()}
         if any(not torch.equal(compressed[name], weight.detach()) for name, weight in weights.items()):
             return False
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(dense[name])
+        self._restored = True
         return True
 
     def _check_target(self) -> None:

@@ -25,11 +25,11 @@ from lightning_compress.functional.masks import (
     n_m_masks,
     random_score,
     smallest_masks,
-    taylor_score,
 )
 from lightning_compress.functional.schedules import Schedule, iterative_schedule
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_
 from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.importance import TaylorScores
 from lightning_compress.mechanisms.rewinding import TrainingStart
 from lightning_compress.mechanisms.weights import sites_of
 
@@ -61,7 +61,7 @@ class PruningCallback(MaskCallback):
             ``score="magnitude"`` only. It gets no gradient meanwhile, so only weight decay, momentum and the others'
             decline decide.
         score: What is pruned first: the smallest "magnitude"; "random"; or the smallest "taylor" score, ``|w * g|``
-            averaged over the steps since the last update.
+            averaged over the steps since the last update, which each weight needs a gradient for.
         scope: "global" compares all weights, "layer" prunes each layer alike, "erk" gives layers with more weights per
             input and output more zeros.
         pattern: "unstructured", or "n:m" such as "2:4": n kept of each m consecutive input channels at one output
@@ -140,10 +140,9 @@ class PruningCallback(MaskCallback):
         self._check_together()
         self._skipped: list[str] = []  # weights that the n:m pattern does not fit
         self._input_dims: dict[str, int | None] = {}
-        self._importance: list[Tensor] | None = None  # sums of Taylor scores since the last update
-        self._importance_used = False
+        self._importance: TaylorScores | None = None
         self._start: TrainingStart | None = None
-        self._saved: dict[str, Any] = {}  # the state that the fit began with
+        self._saved_start: dict[str, Any] | None = None  # of the state that the fit began with
 
     # What the base asks
 
@@ -205,15 +204,15 @@ class PruningCallback(MaskCallback):
             for index, (score, count) in enumerate(zip(scores, counts, strict=True))
         ]
 
-    def updated(self, changed: float) -> None:
-        """Say which tensors are held at their floor; rewind."""
+    def updated(self, changed: float, *, more: bool) -> None:
+        """Say in the end which tensors are held at their floor; rewind, if there is training left."""
         masks = self._require_masks()
-        if self._n_m is None and (held := masks.at_floor()):
+        if self._n_m is None and self._has_target() and (held := masks.at_floor()):
             self._warn_once(
                 f"held at their floor of 1% of their weights, or one: {listing(held)}; the rest was taken elsewhere"
             )
-        if self._start is not None and changed > 0:
-            self._start.restore()
+        if self._start is not None and changed > 0 and more:
+            self._start.restore(self._trainer, self._require_controller().module)
 
     def remarks(self) -> list[str]:
         """What was pruned, what was skipped, and which layers the floor held."""
@@ -233,7 +232,7 @@ class PruningCallback(MaskCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """As the base; refuse options that have no effect on this module."""
-        self._importance, self._importance_used, self._start = None, False, None
+        self._importance = self._start = None
         if self.reestimate_batchnorm and not batch_norms(pl_module):
             raise ValueError("reestimate_batchnorm has no effect: no layer keeps batch-norm statistics")
         super().attach(controller, stack, trainer, pl_module)
@@ -241,11 +240,12 @@ class PruningCallback(MaskCallback):
     def go_on(self, state: dict[str, Any] | None) -> None:
         """With the scores and the start of training that were saved."""
         super().go_on(state)
-        self._saved = state or {}
-        if self._saved.get("importance") is not None:
-            weights = self._require_masks().weights.values()
-            pairs = zip(self._saved["importance"], weights, strict=True)
-            self._importance = [score.to(weight.device) for score, weight in pairs]
+        state = state or {}
+        if self.score == "taylor":
+            self._importance = TaylorScores(self._require_masks().weights)
+            if "importance" in state:
+                self._importance.load(state["importance"])
+        self._saved_start = state.get("start")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Keep what is to be rewound to, then as the base."""
@@ -253,34 +253,32 @@ class PruningCallback(MaskCallback):
             if self.rewind == "lr" and not trainer.lr_scheduler_configs:
                 raise ValueError("rewind='lr' has no effect: there is no learning-rate scheduler")
             self._start = TrainingStart(trainer, pl_module, weights=self.rewind == "weights")
-            self._start.state = self._saved.get("start") or self._start.state
+            self._start.state, self._saved_start = self._saved_start or self._start.state, None
         super().on_train_start(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Add up Taylor scores, from gradients that are unscaled and not clipped."""
+        """Add up Taylor scores, from gradients that are not clipped yet."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self.score != "taylor" or self._finished:
-            return
-        weights = list(self._require_masks().weights.values())
-        if self._importance is None or self._importance_used:
-            self._importance = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-            self._importance_used = False
-        for total, weight in zip(self._importance, weights, strict=True):
-            if weight.grad is not None:
-                score = taylor_score(weight.detach(), weight.grad)
-                if torch.isfinite(score.sum()):  # a step that a gradient scaler will skip says nothing
-                    total += score
+        if self._importance is not None and not self._finished:
+            self._importance.add(parameter for group in optimizer.param_groups for parameter in group["params"])
 
     def estimate_statistics(self, trainer: Any, pl_module: Any) -> None:
         """Batch-norm statistics of the pruned network."""
-        if self.reestimate_batchnorm and not reestimate_batchnorm_(trainer, pl_module):
-            self._warn_once("reestimate_batchnorm has no effect: all batch-norm layers are in evaluation mode")
+        if not self.reestimate_batchnorm:
+            return
+        estimated = reestimate_batchnorm_(trainer, pl_module)
+        if rest := [name for name in batch_norms(pl_module) if name not in estimated]:
+            what = "some statistics" if estimated else "all statistics, so it has no effect"
+            self._warn_once(
+                f"reestimate_batchnorm leaves {what} as they were: {listing(rest)} are in evaluation mode, or the "
+                "training batches do not reach them"
+            )
 
     def extra_state(self) -> dict[str, Any]:
         """The masks; Taylor scores since the last update; the start of training if it is rewound to."""
         state = super().extra_state()
         if self._importance is not None:
-            state["importance"] = [score.clone() for score in self._importance]
+            state["importance"] = self._importance.state()
         if self._start is not None:
             state["start"] = self._start.state
         return state
@@ -306,6 +304,8 @@ class PruningCallback(MaskCallback):
         check_choice("rewind", self.rewind, REWINDS)
         if self.schedule not in ("one_shot", "iterative"):
             raise ValueError(f"rewind needs schedule='one_shot' or 'iterative', got {self.schedule!r}")
+        if self.end == 1:
+            raise ValueError("rewind needs end below 1: after the last rewinding there would be no training left")
         if self.schedule == "one_shot" and self.start == 0:
             raise ValueError(
                 "rewind has no effect with schedule='one_shot' and start=0: pruning is at the start itself"
@@ -322,10 +322,13 @@ class PruningCallback(MaskCallback):
     def _counts(self, sparsity: float, zeros: int) -> list[int]:
         """How many weights each tensor loses, never fewer than it has lost."""
         masks, sizes = self._require_masks(), self._sizes()
-        shares = [sparsity] * len(sizes)
+        if zeros == masks.zeros:  # a schedule that falls
+            return masks.counts
         if self.scope == "erk":
             shares = erk_sparsities([weight.shape for weight in masks.weights.values()], zeros / masks.total)
-        counts = layer_zeros(sizes, shares, total=zeros, limits=masks.limits)
+            counts = layer_zeros(sizes, shares, total=zeros, limits=masks.limits)
+        else:
+            counts = layer_zeros(sizes, [sparsity] * len(sizes), limits=masks.limits)
         return counts if self.regrow else _at_least(counts, masks.counts)
 
     def _scores(self) -> list[Tensor] | None:
@@ -334,9 +337,8 @@ class PruningCallback(MaskCallback):
         if self.score == "random":
             generator = torch.Generator().manual_seed(self.seed)
             return [random_score(weight, generator) for weight in weights]
-        if self.score == "taylor":
-            self._importance_used = True
-            return self._importance
+        if self._importance is not None:
+            return self._importance.take()
         return weights
 
     def _oriented(self, name: str, tensor: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ class ReturnsResults:
     def recall(self) -> None:
         """In the parent: take what a child has left, if it has."""
         if not self.is_away and os.path.exists(self._parcel):
-            results: dict[str, Any] = torch.load(self._parcel, weights_only=False)  # written by a child of this process
+            # written by a child of this process; a parent that has never used the GPU can still fork
+            results: dict[str, Any] = torch.load(self._parcel, map_location="cpu", weights_only=False)
             os.remove(self._parcel)
             vars(self).update(results)
 

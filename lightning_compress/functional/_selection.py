@@ -10,7 +10,7 @@ is that of a few pieces, whatever the number of scores and their values.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -59,7 +59,8 @@ def smallest_within(
     while free:
         select(free, pruned)
         # more will be taken from the others, so what is beyond its limit now would be so in the end
-        beyond = [index for index in free if dropped(masks[index]) > limits[index]]
+        lost = dropped(masks[index] for index in free)
+        beyond = [index for index, own in zip(free, lost, strict=True) if own > limits[index]]
         if not beyond:
             break
         for index in beyond:
@@ -96,23 +97,30 @@ def grouped(values: Tensor, m: int) -> Tensor:
     return values.view(len(values), values.shape[1] // m, m, *values.shape[2:])
 
 
-def dropped(mask: Tensor) -> int:
-    """How many entries are False."""
-    return mask.numel() - held(mask)
+def dropped(masks: Iterable[Tensor]) -> list[int]:
+    """How many entries of each mask are False."""
+    masks = list(masks)
+    return [mask.numel() - count for mask, count in zip(masks, held(masks), strict=True)]
 
 
-def held(mask: Tensor) -> int:
+def held(masks: Iterable[Tensor]) -> list[int]:
+    """How many entries of each mask are True; an accelerator is waited for once."""
+    counts = [_held(mask) for mask in masks]
+    return torch.stack([count.to(counts[0].device) for count in counts]).tolist() if counts else []
+
+
+def _held(mask: Tensor) -> Tensor:
     """How many entries are True; of many, several times as fast as ``count_nonzero``, as each update asks for it.
 
     Eight booleans are summed as the eight bytes of one integer. 255 of them fill a byte at most.
     """
     if mask.numel() < _MANY or not mask.is_contiguous() or mask.storage_offset() % 8:
-        return int(mask.count_nonzero())
+        return mask.count_nonzero()
     ones = mask.view(torch.uint8).view(-1)
     rows = len(ones) // (8 * 255)
     words = ones[: rows * 8 * 255].view(torch.int64).view(rows, 255)
     rest = ones[rows * 8 * 255 :]
-    return int(words.sum(dim=1).view(torch.uint8).sum(dtype=torch.int64) + rest.sum(dtype=torch.int64))
+    return words.sum(dim=1).view(torch.uint8).sum(dtype=torch.int64) + rest.sum(dtype=torch.int64)
 
 
 def _smallest_at_once(scores: Sequence[Tensor], kept: Sequence[Tensor] | None, pruned: int) -> list[Tensor]:
@@ -133,7 +141,7 @@ def _are_alike(tensors: Sequence[Tensor]) -> bool:
 def _grown(scores: Sequence[Tensor], kept: Sequence[Tensor], pruned: int) -> list[Tensor] | None:
     """The masks of ``smallest`` if they have few False entries beyond those of ``kept``; else None."""
     few = _FEW * sum(score.numel() for score in scores)
-    more = pruned - sum(map(dropped, kept))
+    more = pruned - sum(dropped(kept))
     if not _are_alike(scores) or more > few / 2 or not all(tensor.is_contiguous() for tensor in (*scores, *kept)):
         return None
     bound = _estimated_bound(scores, kept, more)

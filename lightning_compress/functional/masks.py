@@ -102,7 +102,7 @@ def smallest_masks(
     gone = [0] * len(scores)
     if kept is not None:
         _check_kept(scores, kept)
-        gone = [dropped(mask) for mask in kept]
+        gone = dropped(kept)
         if pruned < sum(gone):
             raise ValueError(f"pruned must be at least {sum(gone)}, what kept has pruned already, got {pruned}")
     if limits is None:
@@ -350,7 +350,7 @@ def n_m_masks(
     if any(bool(((own != n) & (own != m)).any()) for own in held):
         raise ValueError(f"kept must hold {n} or all of each {m} consecutive input channels")
     full = [own == m for own in held]
-    fewest, most = sum(map(dropped, full)), sum(own.numel() for own in full)
+    fewest, most = sum(dropped(full)), sum(own.numel() for own in full)
     if not fewest <= groups <= most:
         raise ValueError(f"groups must be in [{fewest}, {most}], those of kept to all there are, got {groups}")
     choices, losses = zip(*(n_of_m(score.detach(), n, m) for score in scores), strict=True)
@@ -379,7 +379,7 @@ def sparsity_of(masks: Sequence[Tensor]) -> float:
     """
     if not masks:
         raise ValueError("masks must not be empty")
-    return sum(map(dropped, masks)) / max(sum(mask.numel() for mask in masks), 1)
+    return sum(dropped(masks)) / max(sum(mask.numel() for mask in masks), 1)
 
 
 def churn(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
@@ -402,7 +402,7 @@ def churn(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     shapes = [[tuple(mask.shape) for mask in masks] for masks in (before, after)]
     if not shapes[0] or shapes[0] != shapes[1]:
         raise ValueError(f"before and after must have the same shapes, got {shapes[0]} and {shapes[1]}")
-    changed = sum(held(old ^ new) for old, new in zip(before, after, strict=True))
+    changed = sum(held(old ^ new for old, new in zip(before, after, strict=True)))
     return changed / max(sum(mask.numel() for mask in before), 1)
 
 

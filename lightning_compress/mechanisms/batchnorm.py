@@ -39,7 +39,8 @@ def reestimate_batchnorm_(trainer: Any, module: Any) -> list[str]:
     """Estimate the running statistics anew, as the mean over training batches, in place.
 
     The user's step is replayed on :data:`BATCHES` batches; nothing else in the module changes. Layers that are in
-    evaluation mode, because the user froze them, keep their statistics. With several processes, those of rank 0 count.
+    evaluation mode, because the user froze them, and those that these batches do not reach keep their statistics. With
+    several processes, those of rank 0 count.
 
     Args:
         trainer: The Trainer, whose training data is set up.
@@ -75,7 +76,7 @@ def reestimate_batchnorm_(trainer: Any, module: Any) -> list[str]:
                 layer.momentum = None  # a cumulative mean
             for _, arguments in zip(range(BATCHES), again.batches(trainer.current_epoch), strict=False):
                 again.run(arguments)
-            found = {name: _statistics(layer) for name, layer in layers.items()}
+            found = {name: _statistics(layer) for name, layer in layers.items() if layer.num_batches_tracked}
     finally:
         module.to(device)
     found = trainer.strategy.broadcast(found)
@@ -83,7 +84,7 @@ def reestimate_batchnorm_(trainer: Any, module: Any) -> list[str]:
         for name, (mean, variance) in found.items():
             for buffer, value in (("running_mean", mean), ("running_var", variance)):
                 getattr(layers[name], buffer).copy_(value)
-    return list(layers)
+    return list(found)
 
 
 def _statistics(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:

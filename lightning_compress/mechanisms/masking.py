@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.functional.masks import churn, fewest_kept, sparsity_of
+from lightning_compress.functional._selection import dropped
+from lightning_compress.functional.masks import churn, fewest_kept
 
 
 class MaskedWeight:
@@ -39,9 +40,11 @@ class MaskedWeight:
         """Whether the weight is kept whole, because there is no mask yet."""
         return self._mask is None
 
-    def release(self) -> None:
-        """Free what is only needed while the weight is presented."""
+    def retire(self) -> None:
+        """Keep the mask in main memory, and nothing that is only needed while the weight is presented."""
         self._multiplier = None
+        if self._mask is not None:
+            self.mask = self._mask.cpu()
 
     def value(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """The masked weight.
@@ -141,7 +144,7 @@ class Masks:
         changed = churn(self.current(), masks)
         for name, mask in zip(self.weights, masks, strict=True):
             self.views[name].mask = mask
-        self.counts = [round(sparsity_of([mask]) * mask.numel()) for mask in masks]
+        self.counts = dropped(masks)
         return changed
 
     def masked(self, name: str, value: Tensor) -> Tensor:
@@ -157,10 +160,10 @@ class Masks:
         mask = self.views[name].mask
         return value if mask is None else value.masked_fill(~mask.to(value.device), 0.0)
 
-    def release(self) -> None:
-        """Free what is only needed while weights are presented."""
+    def retire(self) -> None:
+        """Keep the masks in main memory, and nothing that is only needed while weights are presented."""
         for view in self.views.values():
-            view.release()
+            view.retire()
 
     def state(self) -> dict[str, Tensor]:
         """The masks there are, by name."""

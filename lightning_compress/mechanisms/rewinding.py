@@ -21,7 +21,6 @@ class TrainingStart:
     """
 
     def __init__(self, trainer: Any, module: nn.Module, *, weights: bool) -> None:
-        self._trainer, self._module = trainer, module
         self.state: dict[str, Any] = {
             "rates": [_rates(optimizer) for optimizer in trainer.optimizers],
             "schedulers": [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
@@ -31,26 +30,31 @@ class TrainingStart:
             self.state["module"] = {name: value.detach().clone() for name, value in _tensors(module).items()}
             self.state["optimizers"] = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
 
-    def restore(self) -> None:
+    def restore(self, trainer: Any, module: nn.Module) -> None:
         """Go back.
+
+        Args:
+            trainer: The Trainer.
+            module: The LightningModule.
 
         Raises:
             RuntimeError: If the optimizers have other groups of parameters than at the start.
         """
-        now = [len(optimizer.param_groups) for optimizer in self._trainer.optimizers]
+        now = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
         if now != [len(groups) for groups in self.state["rates"]]:
             raise RuntimeError(
                 "there is no way back to the start of the training: the optimizers have other groups of parameters "
                 "than then, as BackboneFinetuning adds some; use rewind=None"
             )
-        for name, value in self.state.get("module", {}).items():
-            with torch.no_grad():
-                _tensors(self._module)[name].copy_(value)
-        for optimizer, state in zip(self._trainer.optimizers, self.state.get("optimizers", ()), strict=False):
+        tensors = _tensors(module)
+        with torch.no_grad():
+            for name, value in self.state.get("module", {}).items():
+                tensors[name].copy_(value)
+        for optimizer, state in zip(trainer.optimizers, self.state.get("optimizers", ()), strict=False):
             optimizer.load_state_dict(copy.deepcopy(state))
-        for config, state in zip(self._trainer.lr_scheduler_configs, self.state["schedulers"], strict=True):
+        for config, state in zip(trainer.lr_scheduler_configs, self.state["schedulers"], strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
-        for optimizer, groups in zip(self._trainer.optimizers, self.state["rates"], strict=True):
+        for optimizer, groups in zip(trainer.optimizers, self.state["rates"], strict=True):
             for group, rates in zip(optimizer.param_groups, groups, strict=True):
                 group.update(copy.deepcopy(rates))
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -46,6 +46,7 @@ class _Presented:
     view: WeightView
     buffer: Tensor | None = None
     shown: Tensor | None = None
+    below: list[Tensor | None] = field(default_factory=list)  # what each site showed before
     version: int = 0
     required_grad: bool = False
     reached: bool = False  # by a gradient, through the view
@@ -61,18 +62,21 @@ class _Presented:
         self.version, self.required_grad = self.shown._version, self.weight.requires_grad
         # a copy of the module gets the parameter itself, which is where its own optimizer writes
         self.shown.__deepcopy__ = partial(copy.deepcopy, self.weight)  # type: ignore[method-assign]
+        self.below = [vars(site.module).get(site.attribute) for site in self.sites]
         for site in self.sites:
             vars(site.module)[site.attribute] = self.shown
             _compat.refresh_flat_weights(site.module)
 
     def drop(self, *, compare: bool) -> str | None:
-        """Remove the shadows; say what somebody did to them in vain."""
+        """Let the sites show what they showed before; say what somebody did to the shown weight in vain."""
         shown, self.shown = self.shown, None
         if shown is None:
             return None
         entries = []
-        for site in self.sites:
+        for site, below in zip(self.sites, self.below, strict=True):
             entries.append(vars(site.module).pop(site.attribute, None))
+            if below is not None:
+                vars(site.module)[site.attribute] = below
             _compat.refresh_flat_weights(site.module)
         if any(entry is not shown for entry in entries):
             return "was replaced"
@@ -125,6 +129,8 @@ class WeightViews:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._weights: dict[str, _Presented] = {}
+        self._others: list[_Presented] = []  # of a further pass in a step
+        self._compare_next = True
         self._traced: list[_compat.Traced] = []  # by torch.compile, while nothing was presented
 
     @property
@@ -152,6 +158,7 @@ class WeightViews:
         taken = {id(weight.weight): weight.owner for weight in self._weights.values()}
         for name in views:
             other = taken.get(id(parameters[name]))
+            taken[id(parameters[name])] = owner
             if other is not None:
                 raise ValueError(
                     f"'{other}' and '{owner}' both present the weight '{name}'; leave it to one of them with layers= "
@@ -176,6 +183,8 @@ class WeightViews:
 
     def show(self) -> None:
         """Present all weights, with their values as they are now."""
+        if self.active:
+            self._remove()
         unwatched = _compat.watch_compilations(self._tracing)  # somebody has reset torch.compile
         attributes = {site.attribute for _, site in self._all_sites()}
         if unwatched or any(_compat.reads_parameters(traced, attributes) for traced in self._traced):
@@ -194,16 +203,26 @@ class WeightViews:
         for weight in self._weights.values():
             weight.show()
 
-    def drop(self, *, compare: bool = False) -> None:
+    def compare_next(self) -> None:
+        """After the next step, compare each value with what it should be, at the cost of a pass over all weights.
+
+        What autograd can know of is noticed anyway.
+        """
+        self._compare_next = True
+
+    def drop(self, *, evaluation: bool = False) -> None:
         """Let the module read its parameters again.
 
         Args:
-            compare: Whether to compare each value with what it should be, at the cost of a pass over all weights; what
-                autograd can know of is noticed anyway.
+            evaluation: Whether this ends an evaluation, not a step. Meanwhile other weights may have been put in, as
+                averages are, and layers frozen.
 
         Raises:
             RuntimeError: If somebody wrote to a presented weight, or replaced it: what they did is lost.
         """
+        if evaluation:
+            self._remove()
+            return
         for name, weight in self._weights.items():
             if weight.shown is not None and weight.weight.requires_grad != weight.required_grad:
                 self.abandon()
@@ -211,12 +230,12 @@ class WeightViews:
                     f"requires_grad of the weight '{name}' was changed within a step, after '{weight.owner}' had "
                     f"presented it; change it between steps, or leave the layer out with {_excluding(name)}"
                 )
+        compare, self._compare_next = self._compare_next, False
         self._remove(compare=compare)
 
     def refresh(self) -> None:
         """Present the values anew, because the weights have changed; nothing if nothing is presented."""
         if self.active:
-            self._remove(compare=False)
             self.show()
 
     def abandon(self) -> None:
@@ -244,9 +263,66 @@ class WeightViews:
             yield
         self.drop()
 
+    @contextmanager
+    def owned_for_another_pass(
+        self, owner: str, views: Mapping[str, WeightView]
+    ) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+        """Own further views of weights, for another forward pass in a step, for as long as the context lasts.
+
+        Args:
+            owner: Name of who does, as in :meth:`owned`, whose weights these are.
+            views: Full name of a weight to its other view.
+
+        Yields:
+            What gives a context within which the weights are presented so. After it they are presented as before; one
+            backward pass goes through both.
+
+        Raises:
+            ValueError: If a weight is not owned by this owner.
+
+        Example:
+            >>> from lightning_compress.mechanisms.masking import MaskedWeight
+            >>> layer = nn.Linear(2, 1, bias=False)
+            >>> views, mask = WeightViews(layer), torch.tensor([[True, False]])
+            >>> with views.owned("example", {"weight": MaskedWeight(mask)}):
+            ...     with views.owned_for_another_pass("example", {"weight": MaskedWeight(~mask)}) as another:
+            ...         with views.presented():
+            ...             loss = layer(torch.tensor([[1.0, 2.0]])).sum()
+            ...             with another():
+            ...                 loss = loss + 10 * layer(torch.tensor([[1.0, 2.0]])).sum()
+            ...         loss.backward()
+            >>> layer.weight.grad
+            tensor([[ 1., 20.]])
+        """
+        for name in views:
+            if name not in self._weights or self._weights[name].owner != owner:
+                raise ValueError(f"the weight '{name}' is not presented by '{owner}'")
+        others = [
+            _Presented(owner, name, self._weights[name].weight, self._weights[name].sites, view)
+            for name, view in views.items()
+        ]
+
+        @contextmanager
+        def another() -> Iterator[None]:
+            try:
+                for other in others:
+                    other.show()
+                yield
+            finally:
+                lost = {other.name: other.drop(compare=False) for other in reversed(others)}
+            self._complain(lost)
+
+        self._others += others
+        try:
+            yield another
+        finally:
+            for other in others:
+                self._others.remove(other)
+
     def name_of(self, tensor: Tensor) -> str | None:
         """The name of the weight that a tensor presents, for whoever meets it in an operation; None for others."""
-        return next((name for name, weight in self._weights.items() if weight.shown is tensor), None)
+        shown = (*self._weights.values(), *self._others)
+        return next((weight.name for weight in shown if weight.shown is tensor), None)
 
     @contextmanager
     def watched(self) -> Iterator[Callable[[], list[str]]]:
@@ -260,13 +336,16 @@ class WeightViews:
         past: dict[str, str] = {}  # weights that were used otherwise than through their views
         graded: set[str] = set()
         stack = ExitStack()
+        read_by: dict[int, list[tuple[_Presented, str]]] = {}
+        for presented, place in self._all_sites():
+            read_by.setdefault(id(place.module), []).append((presented, place.attribute))
 
         def before(module: nn.Module, _: Any) -> None:
             if not self.module.training:  # a validation comes before the first step
                 return
             called.update(map(id, [module, *(module.children() if isinstance(module, nn.MultiheadAttention) else [])]))
-            for weight, site in self._all_sites():
-                if site.module is module and module._parameters.get(site.attribute) is not weight.weight:
+            for weight, attribute in read_by.get(id(module), ()):
+                if module._parameters.get(attribute) is not weight.weight:
                     past[weight.name] = "gets other parameters, as torch.func.functional_call gives"
 
         def finish() -> list[str]:
@@ -292,8 +371,10 @@ class WeightViews:
                 stack.callback(nn.modules.module.register_module_forward_pre_hook(before).remove)
             yield finish
 
-    def _remove(self, *, compare: bool) -> None:
-        lost = {name: weight.drop(compare=compare) for name, weight in self._weights.items()}
+    def _remove(self, *, compare: bool = False) -> None:
+        self._complain({name: weight.drop(compare=compare) for name, weight in self._weights.items()})
+
+    def _complain(self, lost: Mapping[str, str | None]) -> None:
         for name, what in lost.items():
             if what is not None:
                 raise RuntimeError(
@@ -313,8 +394,9 @@ class WeightViews:
 
 
 def _excluding(name: str) -> str:
-    """How to leave out the layer of a weight."""
-    return f"exclude={[name.rpartition('.')[0]]}"
+    """How to leave out the layer of a weight; the root itself can only be left out by naming others."""
+    layer = name.rpartition(".")[0]
+    return f"exclude={[layer]}" if layer else "layers="
 
 
 def _add(names: set[str], name: str, _: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -134,7 +133,7 @@ def _weights_of(module: nn.Module) -> list[str]:
     return [
         name
         for name, parameter in module._parameters.items()
-        if parameter is not None and re.search("weight", name) and (_is_lazy(parameter) or parameter.ndim >= 2)
+        if parameter is not None and "weight" in name and (_is_lazy(parameter) or parameter.ndim >= 2)
     ]
 
 
@@ -143,15 +142,18 @@ def _is_lazy(parameter: nn.Parameter) -> bool:
 
 
 def _refuse(name: str, module: nn.Module) -> None:
-    """Refuse a layer whose weight is not a parameter of its own: what is put in its place would be overwritten."""
-    cause = None
+    """Refuse a layer with sparse gradients, and one whose weight is computed: what takes its place would be lost."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+        raise ValueError(
+            f"the layer '{name}' has sparse=True, and sparse gradients cannot be masked; make it sparse=False before "
+            f"the fit, or leave it out with exclude=['{name}']"
+        )
+    cause, own = None, module._parameters
     if is_parametrized(module):
         cause = "a parametrization"
-    elif any(
-        f"{name.removesuffix('_g')}_v" in module._parameters for name in module._parameters if name.endswith("_g")
-    ):
+    elif any(f"{attribute[:-2]}_v" in own for attribute in own if attribute.endswith("_g")):
         cause = "weight_norm"
-    elif any(attribute.endswith("_orig") for attribute in module._parameters):
+    elif any(attribute.endswith("_orig") for attribute in own):
         cause = "spectral_norm or torch.nn.utils.prune"
     if cause is not None:
         raise ValueError(

@@ -85,7 +85,7 @@ def test_without_a_mask_the_weight_is_plain_and_has_no_masked_value(had_one):
             masked(drawn(2, 2))
 
 
-def test_released_memory_is_made_again_when_it_is_needed():
+def test_retired_memory_is_made_again_when_it_is_needed():
     view = MaskedWeight(mask_of(4, 3))
 
     def numbers():
@@ -93,7 +93,7 @@ def test_released_memory_is_made_again_when_it_is_needed():
 
     view.value(drawn(4, 3))
     assert [value.shape for value in numbers()] == [(4, 3)]
-    view.release()
+    view.retire()
     assert numbers() == []
     assert torch.equal(view.mask, mask_of(4, 3))
     assert torch.equal(view.value(drawn(4, 3)), product(mask_of(4, 3), drawn(4, 3)))
@@ -168,16 +168,16 @@ def test_what_is_masked_is_zero_whatever_it_was(wrong):
     assert masks.masked("b", torch.full((2, 3), math.nan)).isnan().sum() == 4  # what is kept stays as it is
 
 
-def test_releasing_frees_every_view():
+def test_retiring_frees_every_view():
     class Counted(MaskedWeight):
-        released = 0
+        retired = 0
 
-        def release(self):
-            self.released += 1
+        def retire(self):
+            self.retired += 1
 
     masks = Masks({"a": nn.Parameter(drawn(2)), "b": nn.Parameter(drawn(2))}, Counted)
-    masks.release()
-    assert [view.released for view in masks.views.values()] == [1, 1]
+    masks.retire()
+    assert [view.retired for view in masks.views.values()] == [1, 1]
 
 
 def test_no_weights_are_no_sparsity():

@@ -119,7 +119,7 @@ def test_with_weights_everything_goes_back_and_comes_out_the_same(optimizer, sch
     before = training.everything()
     first = training.run(6, seed=2)
     assert training.everything()["module"]["count"] == trained + 6
-    start.restore()
+    start.restore(training, training.module)
     after = training.everything()
     for part in ("module", "optimizer"):
         assert_equal(after[part], before[part])
@@ -136,7 +136,7 @@ def test_without_weights_only_rates_and_schedulers_go_back(optimizer, scheduler)
     rates = [groups for _, groups in training.run(6, seed=1)]
     assert rates[0] != rates[-1]
     before = training.everything()
-    start.restore()
+    start.restore(training, training.module)
     after = training.everything()
     assert_equal(after["module"], before["module"])
     assert_equal(after["optimizer"]["state"], before["optimizer"]["state"])
@@ -152,7 +152,7 @@ def test_one_cycle_moves_what_goes_back():
         beginning = TrainingStart(training, training.module, weights=False)
         training.run(6, seed=1)
         assert training.optimizer.param_groups[1][key] != start
-        beginning.restore()
+        beginning.restore(training, training.module)
         assert [group[key] for group in training.optimizer.param_groups] == [start] * 2
 
 
@@ -161,7 +161,7 @@ def test_the_parameters_stay_the_same_objects():
     parameters = list(training.module.parameters())
     start = TrainingStart(training, training.module, weights=True)
     training.run(2, seed=1)
-    start.restore()
+    start.restore(training, training.module)
     assert all(now is before for now, before in zip(training.module.parameters(), parameters, strict=True))
     held = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]
     assert all(any(own is parameter for parameter in parameters) for own in held)
@@ -179,9 +179,9 @@ def test_going_back_again_and_again(scheduler, weights):
     seen = []
     for _ in range(3):
         seen.append([groups if not weights else (loss, groups) for loss, groups in training.run(4, seed=2)])
-        start.restore()
+        start.restore(training, training.module)
         once = training.everything()
-        start.restore()
+        start.restore(training, training.module)
         assert_equal(training.everything()["module"], once["module"])
         assert_equal(training.everything()["optimizer"], once["optimizer"])
         assert plain(training.everything()["scheduler"]) == plain(once["scheduler"])
@@ -209,7 +209,7 @@ def test_the_start_is_found_again_in_a_checkpoint(optimizer, scheduler, weights,
     before = second.everything()
     again = TrainingStart(second, second.module, weights=weights)
     again.state = torch.load(tmp_path / "start", weights_only=True)
-    again.restore()
+    again.restore(second, second.module)
     after = second.everything()
     assert_equal(after["module"], expected["module"] if weights else before["module"])
     assert_equal(after["optimizer"]["param_groups"], expected["optimizer"]["param_groups"])
@@ -225,7 +225,7 @@ def test_several_optimizers_and_no_scheduler():
     for optimizer in training.optimizers:
         optimizer.param_groups[0]["lr"] = 9.0
     training.optimizers[1].param_groups[0]["weight_decay"] = 0.5
-    start.restore()
+    start.restore(training, training.module)
     assert [optimizer.param_groups[0]["lr"] for optimizer in training.optimizers] == [0.1, 0.2]
     assert training.optimizers[1].param_groups[0]["weight_decay"] == 0.5  # no learning rate
 
@@ -237,7 +237,7 @@ def test_other_groups_of_parameters_are_an_error(weights):
     training.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     before = training.everything()
     with pytest.raises(RuntimeError, match="the optimizers have other groups of parameters than then"):
-        start.restore()
+        start.restore(training, training.module)
     after = training.everything()
     assert all(torch.equal(value, before["module"][name]) for name, value in after["module"].items())
     assert after["scheduler"] == before["scheduler"]

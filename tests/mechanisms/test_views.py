@@ -133,7 +133,7 @@ def by_views(net, masks, batches, *, every=1, context=nullcontext, run=None):
             with context(), views.shown():
                 loss = loss_of((run or net)(batch))
             loss.backward()
-            views.drop(compare=True)
+            views.drop()
             losses.append(loss.item())
             if (index + 1) % every == 0:
                 optimizer.step()
@@ -249,7 +249,7 @@ def test_double_backward_goes_through_the_view():
         with views.shown():
             loss = penalty(net(x), x)
         loss.backward()
-        views.drop(compare=True)
+        views.drop()
     for (name, ours), theirs in zip(net.named_parameters(), reference.parameters(), strict=True):
         if ours.grad is not None or theirs.grad is not None:
             assert torch.equal(ours.grad, theirs.grad), name
@@ -395,6 +395,17 @@ def test_each_weight_has_one_owner():
         assert views.owners == ["second"]
 
 
+def test_a_tied_weight_has_one_view():
+    views = WeightViews(Tied())
+    both = {"embedding.weight": MaskedWeight(), "head.weight": MaskedWeight()}
+    with (
+        pytest.raises(ValueError, match=r"'ours' and 'ours' both present the weight 'head.weight'"),
+        views.owned("ours", both),
+    ):
+        pass
+    assert views.owners == []
+
+
 def test_a_weight_that_is_released_while_shown_is_dense_again():
     layer, views, view = one_layer()
     with views.owned("ours", {"weight": view}):
@@ -413,6 +424,107 @@ def test_nothing_is_left_after_an_error_in_the_step():
             assert bare(net)
             assert not views.active
             assert all(isinstance(weight, nn.Parameter) for weight in net.rnn._flat_weights)
+
+
+# Several passes in a step
+
+
+class Complement(MaskedWeight):
+    """The dense weight, with the gradient of what the mask prunes."""
+
+    def value(self, weight, out=None):
+        return weight.clone() if out is None else out.copy_(weight)
+
+    def gradient(self, gradient):
+        return gradient - super().gradient(gradient)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("kind", [*NETWORKS, "recurrent"])
+def test_two_passes_and_one_backward(kind, every):
+    """M * W with gradient M * g, and W with gradient (1 - M) * g: what each pass gave by hand, in sum."""
+    make, batch = {**NETWORKS, "recurrent": (lambda: Recurrent(nn.GRU), sequences)}[kind]
+    net = make()
+    net.eval()  # as the statistics of norms are those of whoever runs the second pass
+    reference, masks, batches = copy.deepcopy(net), masks_of(net), [batch() for _ in range(STEPS)]
+    ours, theirs = momentum(net), momentum(reference)
+    views = WeightViews(net)
+    with (
+        views.owned("ours", masked_views(masks)),
+        views.owned_for_another_pass("ours", {name: Complement(mask) for name, mask in masks.items()}) as another,
+    ):
+        for index, x in enumerate(batches):
+            with views.shown():
+                loss = loss_of(net(x))
+                with another():
+                    loss = loss + 2 * loss_of(net(x))
+                assert all(views.name_of(own) is not None for own in shown_in(net))
+            loss.backward()
+            views.drop()
+            if (index + 1) % every == 0:
+                ours.step()
+                ours.zero_grad()
+    assert bare(net)
+
+    weights = dict(reference.named_parameters())
+    for index, x in enumerate(batches):
+        dense = {name: weight.detach().clone() for name, weight in weights.items()}
+        gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        for factor, masked in ((1, True), (2, False)):
+            with torch.no_grad():
+                for name, mask in masks.items():
+                    weights[name].copy_(dense[name] * mask if masked else dense[name])
+            for name, own in zip(
+                weights, torch.autograd.grad(factor * loss_of(reference(x)), list(weights.values())), strict=True
+            ):
+                share = masks.get(name, torch.ones_like(own, dtype=torch.bool))
+                gradients[name] += own * (share if masked else ~share) if name in masks else own
+        for name, weight in weights.items():
+            weight.grad = gradients[name] if weight.grad is None else weight.grad + gradients[name]
+        if (index + 1) % every == 0:
+            theirs.step()
+            theirs.zero_grad()
+    assert difference(net, reference) < 1e-6
+
+
+def shown_in(net):
+    """What the modules hold in the place of parameters."""
+    return [vars(part)[name] for part in net.modules() for name in part._parameters if name in vars(part)]
+
+
+def test_an_error_in_the_second_pass_leaves_nothing():
+    net = linear()
+    views, masks = WeightViews(net), masks_of(net)
+    with (
+        views.owned("ours", masked_views(masks)),
+        views.owned_for_another_pass("ours", masked_views(masks)) as another,
+        pytest.raises(OSError, match="broken"),
+        views.shown(),
+        another(),
+    ):
+        raise OSError("broken")
+    assert bare(net)
+
+
+def test_a_change_in_the_second_pass_is_an_error():
+    layer, views, view = one_layer()
+    with (
+        views.owned("ours", {"weight": view}),
+        views.owned_for_another_pass("ours", {"weight": MaskedWeight(torch.tensor([[False, True]]))}) as another,
+    ):
+        with pytest.raises(RuntimeError, match="'weight' was written to within a step"), views.shown(), another():
+            write(layer)
+        assert bare(layer)
+
+
+def test_another_pass_needs_the_weight():
+    views = WeightViews(linear())
+    with (
+        views.owned("ours", {"0.weight": MaskedWeight()}),
+        pytest.raises(ValueError, match=r"the weight '2.weight' is not presented by 'ours'"),
+        views.owned_for_another_pass("ours", {"2.weight": MaskedWeight()}),
+    ):
+        pass
 
 
 # The memory of what is shown
@@ -492,7 +604,7 @@ def test_shown_in_inference_mode_and_then_trained(mask):
         with views.shown():
             loss = loss_of(net(x))
         loss.backward()
-        views.drop(compare=True)
+        views.drop()
     expected = masked_call(reference, masks if mask else {}, x)
     loss_of(expected).backward()
     assert torch.equal(validated.clone(), expected)
@@ -516,23 +628,33 @@ def assign(layer):
 
 
 @pytest.mark.parametrize(
-    ("change", "compare", "what"),
-    [
-        (write, False, "was written to"),
-        (write_data, True, "was written to"),
-        (assign, False, "was replaced"),
-    ],
+    ("change", "what"), [(write, "was written to"), (write_data, "was written to"), (assign, "was replaced")]
 )
-def test_a_change_in_the_step_is_an_error(change, compare, what):
+def test_a_change_in_the_step_is_an_error(change, what):
     net = nn.Sequential(nn.ReLU(), one_layer()[0])
     views = WeightViews(net)
     with views.owned("ours", {"1.weight": MaskedWeight(torch.tensor([[True, False]]))}):
         views.show()
         change(net[1])
         with pytest.raises(RuntimeError, match=rf"'1.weight' {what} within a step.*'ours'.*exclude=\['1'\]"):
-            views.drop(compare=compare)
+            views.drop()
         assert not views.active
     assert bare(net)
+
+
+def test_values_are_compared_in_the_next_step_alone_that_is_no_evaluation():
+    layer, views, view = one_layer()
+    with views.owned("ours", {"weight": view}):
+        for evaluation, lost in ((False, False), (True, False), (False, False)):
+            with views.shown():
+                if lost or evaluation:
+                    write_data(layer)
+            views.drop(evaluation=evaluation)
+        with views.presented():
+            write_data(layer)  # not looked at
+        views.compare_next()
+        with pytest.raises(RuntimeError, match="was written to"), views.presented():
+            write_data(layer)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -542,7 +664,7 @@ def test_a_weight_that_is_not_finite_was_not_written_to(value):
         layer._parameters["weight"].fill_(value)
     with views.owned("ours", {"weight": view}):
         views.show()
-        views.drop(compare=True)
+        views.drop()
         assert bare(layer)
 
 
@@ -551,11 +673,11 @@ def test_a_change_of_a_dense_weight_in_the_step_is_kept():
     with views.owned("ours", {"weight": view}):
         with views.shown():
             write_data(layer)
-        views.drop(compare=True)
+        views.drop()
         assert layer.weight.tolist() == [[0.5, 0.5]]
         with views.shown():
             write(layer)
-        views.drop(compare=True)
+        views.drop()
     assert layer.weight.tolist() == [[0, 0]]
 
 
@@ -738,7 +860,7 @@ def story(backend, form="child"):
         with views.shown():
             output = net(x)
         loss_of(output).backward()
-        views.drop(compare=True)
+        views.drop()
         outputs.append(output)
         optimizer.step()
         optimizer.zero_grad()
@@ -905,7 +1027,7 @@ def test_a_quantiser_finds_masked_weights_by_their_names():
         with views.shown(), mode:
             output = net(x)
         loss_of(output).backward()
-        views.drop(compare=True)
+        views.drop()
     assert mode.seen == ["0.weight", "4.weight"]
 
     weights = dict(reference.named_parameters())

@@ -170,6 +170,14 @@ def test_endings_of_weight_norm_alone_are_none():
     assert select_weights(net, None, None).left == ["1.weight_q", "1.weight_k", "1.weight_v"]
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_refused(kind):
+    net = nn.Sequential(kind(4, 2, sparse=True), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"the layer '0' has sparse=True.*exclude=\['0'\]"):
+        select_weights(net, ["0"], None)
+    assert list(select_weights(net, None, None).weights) == ["1.weight"]
+
+
 def test_what_is_excluded_is_left():
     net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 1))
     selected = select_weights(net, None, ["0", "3"])

@@ -1,0 +1,338 @@
+"""PruningCallback over several fits, interruptions and evaluations: what goes on, what begins anew, what is left."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import pickle
+import weakref
+
+import lightning.pytorch as L
+import pytest
+import torch
+from contract.modules import Classifier, MixinClassifier, NormClassifier, difference, loader, made, trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_compress import PruningCallback
+from lightning_compress.functional import magnitude_mask
+from lightning_compress.mechanisms.checkpoints import dense_of
+
+ONE_SHOT = {"schedule": "one_shot", "start": 0.25, "end": 0.25}
+
+
+def zeros(module):
+    return sum(int((value == 0).sum()) for value in module.parameters() if value.ndim > 1)
+
+
+def same(first, second):
+    return all(torch.equal(mask, second[name]) for name, mask in first.items())
+
+
+class Interrupt(L.Callback):
+    """Fails once, after so many steps."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            self.step = None
+            raise OSError("interrupted")
+
+
+# Several fits
+
+
+@pytest.mark.parametrize("between", ["nothing", "test"])
+def test_a_new_training_with_the_same_callback_begins_anew(between, tmp_path):
+    fresh, expected = made(Classifier), PruningCallback(0.5, **ONE_SHOT)
+    trainer(expected).fit(fresh, loader(), loader())
+    pruning, first = PruningCallback(0.5, **ONE_SHOT), made(Classifier)
+    with torch.no_grad():
+        for value in first.parameters():
+            value.mul_(torch.rand_like(value))
+    fitting = trainer(pruning)
+    fitting.fit(first, loader(), loader())
+    if between == "test":
+        fitting.save_checkpoint(tmp_path / "first.ckpt")
+        fitting.test(first, loader(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+        fitting.test(first, loader(), verbose=False)
+    second = made(Classifier)
+    trainer(pruning).fit(second, loader(), loader())
+    assert difference(second, fresh) == 0
+    assert same(pruning.masks, expected.masks)
+
+
+def test_the_same_trainer_goes_on_from_the_file_that_it_tested(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    pruning, module = PruningCallback(0.8), made(Classifier)
+    fitting = trainer(pruning, saver, max_epochs=2, enable_checkpointing=True)
+    fitting.fit(module, loader(), loader())
+    fitting.test(module, loader(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    file = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    tested = zeros(module)
+    assert 0 < tested < 106
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.masks = pruning.masks
+            self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+    look = Look()
+    fitting.callbacks.append(look)
+    fitting.fit_loop.max_epochs = 4
+    fitting.fit(module, loader(), loader())
+    assert sum(int((~mask).sum()) for mask in look.masks.values()) >= tested
+    assert all(not mask[~file_mask].any() for mask, file_mask in zip(look.masks.values(), masks_of(file), strict=True))
+    for name, value in dense_of(file, "pruning").items():
+        assert torch.equal(look.weights[name], value)
+    assert zeros(module) == 106
+
+
+def masks_of(checkpoint):
+    return next(state["masks"] for state in checkpoint["callbacks"].values() if "masks" in state).values()
+
+
+@pytest.mark.parametrize("score", ["magnitude", "taylor"])
+@pytest.mark.parametrize("step", [3, 7])
+def test_an_interrupted_fit_goes_on_with_its_masks(score, step, caplog):
+    pruning, module = PruningCallback(0.8, score=score), made(Classifier)
+    fitting = trainer(pruning, Interrupt(step))
+    with pytest.raises(OSError, match="interrupted"), caplog.at_level(logging.WARNING, "lightning_compress"):
+        fitting.fit(module, loader())
+    assert "the module holds the dense weights, to go on from" in caplog.text
+    assert zeros(module) == 0
+    pruned = {name: ~mask for name, mask in pruning.masks.items()}
+    assert sum(int(mask.sum()) for mask in pruned.values()) > 0
+    fitting.fit(module, loader())
+    assert all(not mask[pruned[name]].any() for name, mask in pruning.masks.items())
+    assert zeros(module) == 106 == round(pruning.reached * 132)
+
+
+class FailsAtStart(Classifier):
+    fails = False
+
+    def on_train_epoch_start(self):
+        if self.fails:
+            raise OSError("no data")
+
+
+def test_a_fit_that_fails_before_its_first_step_leaves_the_module_sparse(tmp_path):
+    pruning, module = PruningCallback(0.8), made(FailsAtStart)
+    fitting = trainer(pruning)
+    fitting.fit(module, loader(), loader())
+    before = copy.deepcopy(module)
+    fitting.save_checkpoint(tmp_path / "before.ckpt")
+    module.fails, fitting.fit_loop.max_epochs = True, 2
+    with pytest.raises(OSError, match="no data"):
+        fitting.fit(module, loader(), loader())
+    assert difference(module, before) == 0
+    assert zeros(module) == 106
+    fitting.save_checkpoint(tmp_path / "after.ckpt")
+    files = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("before", "after")]
+    for name, value in dense_of(files[0], "pruning").items():
+        assert torch.equal(dense_of(files[1], "pruning")[name], value)
+    module.fails = False
+    fitting.fit(module, loader(), loader())
+    assert zeros(module) == 106
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"score": "taylor"}, {"schedule": "iterative", "rewind": "weights"}],
+    ids=["plain", "taylor", "rewind"],
+)
+def test_after_a_fit_the_callback_holds_no_trainer_and_can_be_pickled(settings):
+    pruning, module = PruningCallback(0.5, **settings), made(Classifier)
+    fitting = trainer(pruning)
+    fitting.fit(module, loader(), loader())
+    assert same(pickle.loads(pickle.dumps(pruning)).masks, pruning.masks)
+    assert same(copy.deepcopy(pruning).masks, pruning.masks)
+    gone = weakref.ref(fitting), weakref.ref(module)
+    del fitting, module, pruning.log, pruning.log_dict  # these Lightning puts on each callback
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
+# Taylor scores
+
+
+class Frozen(Classifier):
+    def build(self):
+        super().build()
+        self.model[0].requires_grad_(False)
+
+
+def test_weights_without_a_gradient_have_no_taylor_score():
+    with pytest.raises(RuntimeError, match=r"these had none: 'model.0.weight'; leave them out with exclude="):
+        trainer(PruningCallback(0.5, score="taylor")).fit(made(Frozen), loader())
+    pruning = PruningCallback(0.5, score="taylor", exclude=["model.0"])
+    trainer(pruning).fit(made(Frozen), loader())
+    assert pruning.reached == 0.5
+
+
+class InTurns(MixinClassifier):
+    """Two optimizers, whose gradients both are there when either steps."""
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.model[index].parameters(), lr=0.1) for index in (0, 3)]
+
+    def training_step(self, batch, batch_idx):
+        self.zero_grad()
+        self.manual_backward(self.compressed_loss(self.task_loss(batch)))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+def test_a_gradient_counts_with_its_own_optimizer():
+    sums = {}
+
+    class Sum(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            for name, value in pl_module.named_parameters():
+                if any(value is own for group in optimizer.param_groups for own in group["params"]) and value.ndim > 1:
+                    sums[name] = sums.get(name, 0) + (value.detach() * value.grad).abs()
+
+    pruning = PruningCallback(0.5, score="taylor", schedule="one_shot", start=0.75, end=0.75)
+    trainer(pruning, Sum(), limit_train_batches=6).fit(made(InTurns), loader())
+    expected = magnitude_mask([sums[name] for name in pruning.masks], 0.5)
+    late = sum(int((a ^ b).sum()) for a, b in zip(expected, pruning.masks.values(), strict=True))
+    assert late <= 4  # of 132: the last steps, after the masks were made, are in the sums too
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("score", ["taylor", "magnitude"])
+def test_a_resume_right_after_an_update_is_exact(score, interval, tmp_path):
+    def fit(folder, **settings):
+        pruning, module = PruningCallback(0.6, score=score, update_interval=interval), made(Classifier)
+        saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        fitting = trainer(pruning, saver, max_epochs=3, enable_checkpointing=True)
+        fitting.fit(module, loader(), **settings)
+        return module, pruning
+
+    whole, masks = fit(tmp_path / "whole")
+    resumed, again = fit(tmp_path / "resumed", ckpt_path=tmp_path / "whole" / "epoch=0.ckpt", weights_only=True)
+    assert difference(resumed, whole) == 0
+    assert same(again.masks, masks.masks)
+
+
+# Rewinding
+
+
+def test_rewinding_needs_training_after_it():
+    with pytest.raises(ValueError, match="rewind needs end below 1"):
+        PruningCallback(0.5, schedule="iterative", end=1.0, rewind="weights")
+
+
+def test_a_training_that_ends_early_is_not_rewound_at_its_end():
+    class Shorten(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.fit_loop.max_epochs = 2
+            self.weights = {name: value.clone() for name, value in pl_module.named_parameters()}
+
+    shorten, module = Shorten(), made(Classifier)
+    pruning = PruningCallback(0.5, schedule="one_shot", start=0.75, end=0.75, rewind="weights")
+    with pytest.warns(UserWarning, match="the training ended at 50% of the length"):
+        trainer(pruning, shorten, max_epochs=4).fit(module, loader())
+    for name, value in module.named_parameters():
+        mask = pruning.masks.get(name, torch.ones_like(value, dtype=torch.bool))
+        assert torch.equal(value, shorten.weights[name].masked_fill(~mask, 0))
+    assert zeros(module) == 66
+
+
+# Evaluation within a fit
+
+
+class Looks(Classifier):
+    """Counts zeros wherever a validation gives it a chance."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def count(self, where):
+        self.seen[where] = sum(int((layer.weight == 0).sum()) for layer in (self.model[0], self.model[3]))
+
+    def on_validation_start(self):
+        self.count("start")
+
+    def on_validation_epoch_start(self):
+        self.count("epoch start")
+        self.requires_grad_(False)
+
+    def validation_step(self, batch, batch_idx):
+        self.count("step")
+        super().validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self):
+        self.count("epoch end")
+        self.requires_grad_(True)
+
+    def on_validation_end(self):
+        self.count("end")
+
+
+def test_all_of_a_validation_sees_the_masked_weights():
+    module, pruning = Looks(), PruningCallback(0.5, **ONE_SHOT)
+    trainer(pruning).fit(module, loader(Looks), loader(Looks))
+    assert module.seen == {"start": 66, "epoch start": 66, "step": 66, "epoch end": 66, "end": 0}
+
+
+def test_an_average_is_validated_with_manual_optimisation_too():
+    pruning, module = PruningCallback(0.5), made(MixinClassifier)
+    trainer(pruning, EMAWeightAveraging(), max_epochs=2).fit(module, loader(), loader())
+    assert zeros(module) == 66
+
+
+class WritesManually(MixinClassifier):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        self.model[3].weight.data.clamp_(-0.01, 0.01)
+
+
+def test_writes_past_autograd_are_found_with_manual_optimisation_too():
+    with pytest.raises(RuntimeError, match=r"'model.3.weight' was written to within a step"):
+        trainer(PruningCallback(0.5, schedule="one_shot")).fit(made(WritesManually), loader())
+
+
+# Statistics and counts
+
+
+class Branches(NormClassifier):
+    """A norm that only the first epoch reaches."""
+
+    def build(self):
+        super().build()
+        self.side = nn.BatchNorm1d(3)
+
+    def task_loss(self, batch):
+        x, y = batch
+        out = self.model(x)
+        return F.cross_entropy(self.side(out) if self.trainer.global_step < 4 else out, y)
+
+
+def test_statistics_that_no_batch_reaches_stay():
+    kept = {}
+
+    class Look(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            kept.update({name: value.clone() for name, value in pl_module.side.named_buffers()})
+
+    module = made(Branches)
+    with pytest.warns(UserWarning, match=r"leaves some statistics as they were: 'side' are in evaluation mode, or the"):
+        trainer(PruningCallback(0.5, reestimate_batchnorm=True), Look()).fit(module, loader(Branches))
+    assert kept["num_batches_tracked"] == 4
+    for name, value in module.side.named_buffers():
+        assert torch.equal(value, kept[name])
+
+
+@pytest.mark.parametrize("sparsity", [0.37, 0.5, 0.715])
+def test_each_layer_is_rounded_for_itself(sparsity):
+    module = made(Classifier)
+    expected = magnitude_mask([module.model[0].weight, module.model[3].weight], sparsity, scope="layer")
+    pruning = PruningCallback(sparsity, scope="layer", schedule="one_shot")
+    trainer(pruning).fit(module, loader())
+    assert all(torch.equal(mask, own) for mask, own in zip(pruning.masks.values(), expected, strict=True))
