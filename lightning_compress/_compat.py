@@ -303,6 +303,32 @@ def batches_an_epoch(trainer: Any) -> float:
     return batches
 
 
+def keeps_best(callback: Any) -> bool:
+    """Whether a callback is a ``ModelCheckpoint`` that chooses by a metric, not the newest."""
+    chooses = hasattr(callback, "check_monitor_top_k") and callback.save_top_k != 0
+    return chooses and callback.monitor not in (None, "step", "epoch", "global_step")
+
+
+def keeps_last(callback: Any) -> bool:
+    """Whether a callback is a ``ModelCheckpoint`` that writes files whatever a metric says."""
+    return hasattr(callback, "check_monitor_top_k") and bool(callback.save_last or not keeps_best(callback))
+
+
+def forget_best(callback: Any) -> bool:
+    """Let a ``ModelCheckpoint`` choose the best anew; whether there was one."""
+    if not callback.best_k_models:
+        return False
+    callback.best_k_models, callback.best_model_path, callback.best_model_score = {}, "", None
+    callback.kth_best_model_path = ""
+    callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+    return True
+
+
+def let_last_be_saved(callback: Any, trainer: Any) -> None:
+    """Let a ``ModelCheckpoint`` write its last file, as it does where it has just kept another."""
+    callback._last_global_step_saved = trainer.global_step
+
+
 def batches_seen(trainer: Any) -> int:
     """How many training batches a Trainer has begun, over all epochs."""
     return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1

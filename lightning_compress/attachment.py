@@ -20,7 +20,7 @@ from lightning.pytorch import Callback
 
 from lightning_compress._compat import is_tuner_fit
 from lightning_compress._factory import VARIABLE
-from lightning_compress.callbacks.base import TrainerCallback
+from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.recipe import Recipe, RecipeError, build_callbacks, load_recipe, naming_file
@@ -158,7 +158,7 @@ class RecipeAttachment(TrainerCallback):
         """Tell the parent what was written; the end of the fit is over."""
         if stage == "fit" and self._active:
             self._active = False
-            self._tell(trainer, "done", exports=_exports(trainer), reports=_reports(trainer))
+            self._tell(trainer, "done", exports=_exports(trainer), reports=_reports(trainer), checks=_checks(trainer))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Tell the parent what went wrong."""
@@ -284,6 +284,13 @@ def _exports(trainer: Any) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def _checks(trainer: Any) -> list[str]:
+    """What went wrong with the other techniques."""
+    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+    others = [callback for callback in callbacks if not isinstance(callback, ExportCallback)]
+    return [f"{callback.name}: {callback.failure}" for callback in others if callback.failure]
 
 
 def _reports(trainer: Any) -> list[str]:

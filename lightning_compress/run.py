@@ -80,6 +80,7 @@ def outcome(events: Sequence[dict[str, Any]], code: int) -> tuple[int, str]:
     failures = [f"the fit failed: {' '.join(event['message'].split())}" for event in of["failed"]]
     exports = [export for event in of["done"] for export in event["exports"]]
     failures += [f"{shown_path(export['path'])}: {export['failure']}" for export in exports if export["failure"]]
+    failures += [check for event in of["done"] for check in event.get("checks", [])]
     written = _written(exports, [report for event in of["done"] for report in event["reports"]])
     if code != 0:
         before = [f"before that, {written}"] if of["done"] else []

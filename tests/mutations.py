@@ -477,8 +477,8 @@ MUTATIONS = (
     Mutation(
         "the best checkpoint may be denser than the target",
         MASKS,
-        "return original(*args, **kwargs) if self._has_target() else False",
-        "return original(*args, **kwargs)",
+        "            if self._has_target():\n                return original(trainer, *args, **kwargs)",
+        "            if True:\n                return original(trainer, *args, **kwargs)",
         f"{PRUNING_TEST}::test_the_best_checkpoint_has_the_final_sparsity",
     ),
     Mutation(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_compress.mechanisms.selection import did_you_mean
@@ -30,8 +31,26 @@ def check_whole(argument: str, value: Any, *, at_least: int) -> None:
         raise ValueError(f"{argument} must be a whole number of at least {at_least}, got {value!r}")
 
 
+def check_flag(argument: str, value: Any) -> None:
+    """Refuse what is neither True nor False, such as "no"."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{argument} must be True or False, got {value!r}")
+
+
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many positional arguments; True where Python cannot tell."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
+
+
 def check_fraction(argument: str, value: Any, *, below_one: bool = False) -> None:
     """Refuse what is no number from 0 to 1; or, if wanted, 1 itself."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1 or (below_one and value == 1):
-        raise ValueError(f"{argument} must be a number in [0, 1{')' if below_one else ']'}, got {value!r}")
+        meant = f"; did you mean {value / 100}?" if number and 1 < value < 100 else ""
+        raise ValueError(f"{argument} must be a number in [0, 1{')' if below_one else ']'}, got {value!r}{meant}")

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.returned import ReturnsResults
+from lightning_compress.callbacks.returned import Returned, ReturnsResults
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
 from lightning_compress.mechanisms.step import StepController, step_controller
@@ -97,6 +97,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     default_name: ClassVar[str] = "compression"
     changes_step: ClassVar[bool] = False
     expected_effects: ClassVar[tuple[str, ...]] = ()
+    failure = Returned[str | None](None)
+    """What is wrong with the result of the last fit: ``lightning-compress run`` then ends with 1."""
 
     def __init__(self, *, name: str | None = None) -> None:
         super().__init__()
@@ -199,7 +201,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 "a callback of its own"
             )
         self._close()
-        self._trainer = trainer
+        self._trainer, self.failure = trainer, None
         self.effects.clear()
         self._verified = False
         self._warned.clear()
@@ -435,8 +437,11 @@ def together(
 
 def _primitive(value: Any) -> Any:
     """A value that a checkpoint can hold without pickling: itself, or its name or type in words."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, bool):
         return value
+    for kind in (int, float, str):  # subclasses, such as NumPy's, cannot be read back
+        if isinstance(value, kind):
+            return kind(value)
     if isinstance(value, (list, tuple)):
         return [_primitive(entry) for entry in value]
     if isinstance(value, Mapping):

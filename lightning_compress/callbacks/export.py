@@ -52,7 +52,6 @@ class ExportCallback(CompressionCallback):
     result = Returned[ExportResult | None](None)
     module_metrics = Returned[dict[str, float]]({})
     file_metrics = Returned[dict[str, float]]({})
-    failure = Returned[str | None](None)
 
     def __init__(
         self,
@@ -98,7 +97,7 @@ class ExportCallback(CompressionCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Record what the network receives."""
-        self.result, self.failure = None, None
+        self.result = None
         self.module_metrics, self.file_metrics = {}, {}
         self.student_capture = controller.capture(self.network, required=self.sample is None, argument="network")
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_whole
+from lightning_compress import _compat
+from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_whole, takes
 from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.functional import schedules
@@ -30,6 +32,7 @@ from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.masking import Masks
 from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.views import Usage
 from lightning_compress.mechanisms.weights import named_weights, select_weights
 from lightning_compress.mechanisms.wrapping import shadowed
 
@@ -90,8 +93,11 @@ class MaskCallback(CompressionCallback):
         if start > end:
             raise ValueError(f"start must be at most end, got start={start} and end={end}")
         check_whole("update_interval", update_interval, at_least=1)
+        check_flag("guard_checkpoints", guard_checkpoints)
         if not callable(schedule):
             check_choice("schedule", schedule, tuple(self.schedules()))
+        elif not takes(schedule, 3):
+            raise ValueError(f"schedule must be a function of (progress, start, end), got {schedule!r}")
         self.sparsity, self.schedule, self.start, self.end = sparsity, schedule, start, end
         self.update_interval, self.layers, self.exclude = update_interval, layers, exclude
         self.guard_checkpoints = guard_checkpoints
@@ -105,7 +111,7 @@ class MaskCallback(CompressionCallback):
         self._steps: int | None = None  # optimizer steps at the last update; None before training
         self._logged: float | None = None
         self._churn: float | None = None  # of an update that has not been logged
-        self._unused: Callable[[], list[str]] | None = None
+        self._usage: Callable[[], Usage] | None = None
 
     # For techniques
 
@@ -165,6 +171,8 @@ class MaskCallback(CompressionCallback):
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Select the weights, and present them masked from here on."""
         selected = select_weights(pl_module, self.layers, self.exclude)
+        if selected.idle:
+            self._warn_once(f"exclude={selected.idle} leaves out nothing that was selected")
         weights = self.suited(selected.weights, pl_module)
         last = self._tested if self._tested is not None else self.state_dict()
         earlier, self._masks = self._masks, Masks(weights)
@@ -182,10 +190,21 @@ class MaskCallback(CompressionCallback):
         self._check_target()
         self._announce()
         stack.enter_context(controller.weights.owned(self.name, self._masks.views))
-        self._unused = stack.enter_context(controller.weights.watched())
-        for callback in trainer.callbacks:
-            if self.guard_checkpoints and hasattr(callback, "check_monitor_top_k"):
-                stack.enter_context(shadowed(callback, "check_monitor_top_k", self._guarded))
+        self._usage = stack.enter_context(controller.weights.watched(self.name))
+        guarded = [callback for callback in trainer.callbacks if self._guards(callback)]
+        forgotten = [] if self._has_target() else [_compat.forget_best(callback) for callback in guarded]
+        if any(forgotten):
+            self._warn_once(
+                "the best checkpoints so far have not the final sparsity, so they are not compared with what follows; "
+                "their files stay"
+            )
+        for callback in guarded:
+            stack.enter_context(shadowed(callback, "check_monitor_top_k", partial(self._guarded, callback)))
+        if guarded and not self._has_target() and not any(_compat.keeps_last(own) for own in trainer.callbacks):
+            self._warn_once(
+                "no checkpoint is kept before the final sparsity, so that the best one has it; to be able to resume "
+                "before, add ModelCheckpoint(save_last=True), or give guard_checkpoints=False"
+            )
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """Begin with the state of an earlier fit; None: anew."""
@@ -198,8 +217,14 @@ class MaskCallback(CompressionCallback):
 
     def verify(self, trainer: Any, pl_module: Any) -> None:
         """Complain about weights that the first step did not use."""
-        unused = [] if self._unused is None else self._unused()
-        unused = [name for name in unused if name in self._require_masks().weights]
+        if self._usage is None:
+            return
+        unused, partly = self._usage()
+        if partly:
+            self._warn_once(
+                f"{listing(partly)} get a part of their gradient past the layer: a penalty over parameters(), or "
+                "whatever holds on to a parameter itself, sees the dense weights"
+            )
         if len(unused) == len(self._require_masks().weights):
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: the first training step used none of the weights "
@@ -284,11 +309,13 @@ class MaskCallback(CompressionCallback):
             return
         before, fraction = self.reached, self._progress.fraction
         if trainer.should_stop:
-            kept = ", and no monitored checkpoint was kept" if self.guard_checkpoints else ""
-            self._warn_once(
+            guards = any(self._guards(callback) for callback in trainer.callbacks)
+            kept = ", and no monitored checkpoint was kept" if guards else ""
+            self.failure = (
                 f"training stopped at {fraction:.0%} of its length, before end={self.end}: the sparsity is "
                 f"{before:.4f}, not {self.sparsity}{kept}"
             )
+            self._warn_once(self.failure)
             return
         self._finish(more=False)
         self._warn_once(
@@ -348,8 +375,11 @@ class MaskCallback(CompressionCallback):
             compress_(checkpoint, self.name, self._compressed)
             return
         state = checkpoint["state_dict"]
-        dense = {key: self._dense[name] for key in state if (name := self._names.get(plain_name(key))) is not None}
-        if all(torch.equal(self._masked(key, value).cpu(), state[key].cpu()) for key, value in dense.items()):
+        dense = {key: self._dense[name] for key, value in state.items() if (name := self._name_of(key, value))}
+        masked = {
+            key: self._require_masks().masked(self._name_of(key, state[key]) or "", own) for key, own in dense.items()
+        }
+        if all(torch.equal(own, state[key].cpu()) for key, own in masked.items()):
             keep_dense_(checkpoint, self.name, dense)
         else:
             self._warn_once("the weights have changed since the fit, so they are saved without dense ones")
@@ -417,22 +447,35 @@ class MaskCallback(CompressionCallback):
 
     def _forget(self) -> None:
         """What is only of use within a fit."""
-        self._progress = self._unused = None
+        self._progress = self._usage = None
 
-    def _guarded(self, original: Callable[..., bool]) -> Callable[..., bool]:
-        """Keep no monitored checkpoint before the final sparsity."""
+    def _guards(self, callback: Any) -> bool:
+        return self.guard_checkpoints and _compat.keeps_best(callback)
 
-        def check_monitor_top_k(*args: Any, **kwargs: Any) -> bool:
-            return original(*args, **kwargs) if self._has_target() else False
+    def _guarded(self, callback: Any, original: Callable[..., bool]) -> Callable[..., bool]:
+        """Keep no monitored checkpoint before the final sparsity, but for the last, to resume from."""
+
+        def check_monitor_top_k(trainer: Any, *args: Any, **kwargs: Any) -> bool:
+            if self._has_target():
+                return original(trainer, *args, **kwargs)
+            _compat.let_last_be_saved(callback, trainer)
+            return False
 
         return check_monitor_top_k
 
-    def _masked(self, key: str, value: Tensor) -> Tensor:
-        return self._require_masks().masked(self._names[plain_name(key)], value)
+    def _name_of(self, key: str, value: Any) -> str | None:
+        """Which weight an entry of a ``state_dict`` is, also where the module renames its entries."""
+        name = self._names.get(plain_name(key))
+        if name is None and isinstance(value, Tensor):
+            weights = self._require_masks().weights.items()
+            same = (own for own, weight in weights if weight.data_ptr() == value.data_ptr() != 0)
+            name = next((own for own in same if self._require_masks().weights[own].shape == value.shape), None)
+        return name
 
-    def _compressed(self, name: str, value: Tensor) -> Tensor | None:
+    def _compressed(self, key: str, value: Tensor) -> Tensor | None:
         """What is saved of an entry of the module's ``state_dict``."""
-        return self._masked(name, value) if name in self._names and self.masks else None
+        name = self._name_of(key, value) if self.masks else None
+        return None if name is None else self._require_masks().masked(name, value)
 
     def _receive(self, checkpoint: dict[str, Any]) -> None:
         """Keep the dense weights of a checkpoint that is loaded to be tested, for a fit that goes on from it."""

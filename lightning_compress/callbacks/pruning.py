@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.callbacks.arguments import check_choice, check_whole
+from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_whole
 from lightning_compress.callbacks.masks import SCHEDULES, MaskCallback, listing
 from lightning_compress.functional.masks import (
     erk_sparsities,
@@ -116,6 +116,8 @@ class PruningCallback(MaskCallback):
         exclude: Sequence[str] | None = None,
         name: str | None = None,
     ) -> None:
+        check_flag("regrow", regrow)
+        check_flag("reestimate_batchnorm", reestimate_batchnorm)
         check_whole("rounds", rounds, at_least=1)
         check_whole("seed", seed, at_least=0)
         check_choice("score", score, SCORES)
@@ -239,6 +241,13 @@ class PruningCallback(MaskCallback):
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """With the scores and the start of training that were saved."""
+        if state is not None and state["masks"]:
+            for name, matters in (("pattern", self._n_m is not None), ("rewind", self.rewind is not None)):
+                was, wanted = state["arguments"].get(name), getattr(self, name)
+                if matters and was != wanted:
+                    raise ValueError(
+                        f"{name}={wanted!r} cannot go on from a checkpoint made with {was!r}: begin a new training"
+                    )
         super().go_on(state)
         state = state or {}
         if self.score == "taylor":
@@ -363,6 +372,8 @@ def _sparsity(sparsity: float | None, pattern: str, n_m: tuple[int, int] | None)
             raise ValueError("sparsity must be a number in [0, 1) with pattern='unstructured', got None")
         return sparsity
     own = 1 - n_m[0] / n_m[1]
+    if sparsity is not None:
+        check_fraction("sparsity", sparsity)
     if sparsity is not None and abs(sparsity - own) > 1e-9:
         raise ValueError(f"pattern='{pattern}' has the sparsity {own}; sparsity must be that or None, got {sparsity}")
     return own

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -428,7 +428,13 @@ def _check_sparsity(sparsity: float) -> None:
         raise ValueError(f"sparsity must be in [0, 1], got {sparsity}")
 
 
+def _check_sequence(name: str, tensors: Any) -> None:
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+        raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
+
+
 def _check_scores(name: str, scores: Sequence[Tensor]) -> None:
+    _check_sequence(name, scores)
     if not scores:
         raise ValueError(f"{name} must hold at least one tensor")
     for score in scores:

@@ -185,4 +185,4 @@ def _checked_list(selectors: Sequence[str], argument: str) -> Sequence[str]:
 
 
 def _listing(names: Iterable[str]) -> str:
-    return " or ".join(dict.fromkeys(names))
+    return " or ".join(dict.fromkeys(name.removeprefix("_") for name in names))

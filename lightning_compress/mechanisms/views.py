@@ -8,11 +8,12 @@ autograd leads from the view to it through the view's own rule.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,18 @@ class WeightView(Protocol):
         """The gradient of the weight from that of the presented value, both ``(...)``."""
 
 
+class Usage(NamedTuple):
+    """How the first step used the weights that are presented.
+
+    Attributes:
+        unused: Names of those that it did not use at all.
+        partly: Names of those that got a part of their gradient otherwise than through the view.
+    """
+
+    unused: list[str]
+    partly: list[str]
+
+
 @dataclass(eq=False)
 class _Presented:
     """One weight with a view."""
@@ -49,25 +62,29 @@ class _Presented:
     below: list[Tensor | None] = field(default_factory=list)  # what each site showed before
     version: int = 0
     required_grad: bool = False
-    reached: bool = False  # by a gradient, through the view
+    original: Tensor | None = None  # a copy of what is shown, to see writes that autograd does not
+    note: Callable[[str, Tensor], None] | None = None  # told the gradients that come through the view
 
-    def show(self) -> None:
+    def show(self, *, keep_original: bool = False) -> None:
         if self.view.plain:
             self.shown = self.weight.view_as(self.weight)
-            if self.shown.requires_grad and not self.reached:
-                self.shown.register_hook(self._reached)  # type: ignore[no-untyped-call]
+            if self.shown.requires_grad and self.note is not None:
+                self.shown.register_hook(partial(self.note, self.name))  # type: ignore[no-untyped-call]
         else:
             self._prepare_buffer()
             self.shown = _Shown.apply(self.weight, self)
         self.version, self.required_grad = self.shown._version, self.weight.requires_grad
+        self.original = self.shown.detach().clone() if keep_original and not self.view.plain else None
         # a copy of the module gets the parameter itself, which is where its own optimizer writes
         self.shown.__deepcopy__ = partial(copy.deepcopy, self.weight)  # type: ignore[method-assign]
+        itself = operator.getitem, ((self.weight,), 0)
+        self.shown.__reduce_ex__ = lambda _: itself  # type: ignore[method-assign]
         self.below = [vars(site.module).get(site.attribute) for site in self.sites]
         for site in self.sites:
             vars(site.module)[site.attribute] = self.shown
             _compat.refresh_flat_weights(site.module)
 
-    def drop(self, *, compare: bool) -> str | None:
+    def drop(self) -> str | None:
         """Let the sites show what they showed before; say what somebody did to the shown weight in vain."""
         shown, self.shown = self.shown, None
         if shown is None:
@@ -80,19 +97,16 @@ class _Presented:
             _compat.refresh_flat_weights(site.module)
         if any(entry is not shown for entry in entries):
             return "was replaced"
+        original, self.original = self.original, None
         if self.view.plain:  # the weight itself: what is written to it stays
             return None
-        with torch.no_grad():
-            same = not compare or torch.allclose(shown, self.view.value(self.weight), rtol=0, atol=0, equal_nan=True)
+        same = original is None or torch.allclose(shown.detach(), original, rtol=0, atol=0, equal_nan=True)
         return None if same and shown._version == self.version else "was written to"
 
     def _prepare_buffer(self) -> None:
         if self.buffer is None or not _compat.is_unshared(self.buffer):  # a graph that is still alive has saved it
             with torch.inference_mode(False):  # else it could not be written to in training
                 self.buffer = torch.empty_like(self.weight, requires_grad=False)
-
-    def _reached(self, _: Tensor) -> None:
-        self.reached = True
 
 
 class _Shown(torch.autograd.Function):
@@ -105,8 +119,10 @@ class _Shown(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.presented.reached = True
-        return ctx.presented.view.gradient(gradient), None
+        own = ctx.presented.view.gradient(gradient)
+        if ctx.presented.note is not None:
+            ctx.presented.note(ctx.presented.name, own)
+        return own, None
 
 
 class WeightViews:
@@ -176,7 +192,7 @@ class WeightViews:
             yield
         finally:
             for name, weight in added.items():
-                weight.drop(compare=False)
+                weight.drop()
                 del self._weights[name]
             _compat.unwatch_compilations(self._tracing)
             _compat.reset_compiled_code()
@@ -201,10 +217,10 @@ class WeightViews:
                     f"{_excluding(weight.name)}"
                 )
         for weight in self._weights.values():
-            weight.show()
+            weight.show(keep_original=self._compare_next)
 
     def compare_next(self) -> None:
-        """After the next step, compare each value with what it should be, at the cost of a pass over all weights.
+        """Notice in the next step what is written to a view behind autograd's back, at the cost of a copy of it.
 
         What autograd can know of is noticed anyway.
         """
@@ -230,8 +246,8 @@ class WeightViews:
                     f"requires_grad of the weight '{name}' was changed within a step, after '{weight.owner}' had "
                     f"presented it; change it between steps, or leave the layer out with {_excluding(name)}"
                 )
-        compare, self._compare_next = self._compare_next, False
-        self._remove(compare=compare)
+        self._compare_next = False
+        self._remove()
 
     def refresh(self) -> None:
         """Present the values anew, because the weights have changed; nothing if nothing is presented."""
@@ -241,7 +257,7 @@ class WeightViews:
     def abandon(self) -> None:
         """Let the module read its parameters again, whatever was done to the views: after an error that says more."""
         for weight in self._weights.values():
-            weight.drop(compare=False)
+            weight.drop()
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -306,10 +322,11 @@ class WeightViews:
         def another() -> Iterator[None]:
             try:
                 for other in others:
+                    other.note = self._weights[other.name].note
                     other.show()
                 yield
             finally:
-                lost = {other.name: other.drop(compare=False) for other in reversed(others)}
+                lost = {other.name: other.drop() for other in reversed(others)}
             self._complain(lost)
 
         self._others += others
@@ -325,54 +342,73 @@ class WeightViews:
         return next((weight.name for weight in shown if weight.shown is tensor), None)
 
     @contextmanager
-    def watched(self) -> Iterator[Callable[[], list[str]]]:
-        """Watch the first step for views without effect.
+    def watched(self, owner: str) -> Iterator[Callable[[], Usage]]:
+        """Watch the first step, and the validation before it, for views without effect.
+
+        Args:
+            owner: Whose weights to watch.
 
         Yields:
-            A function to be called after the backward pass, once: gives the names of the weights that the step did not
-            use at all. It raises RuntimeError if a gradient, or a call, went past a view.
+            A function to be called after the backward pass, once: says how the step used the weights. It raises
+            RuntimeError if a gradient, or a call, went past a view, or requires_grad was changed after it was shown.
         """
+        own = {name: weight for name, weight in self._weights.items() if weight.owner == owner}
         called: set[int] = set()
         past: dict[str, str] = {}  # weights that were used otherwise than through their views
         graded: set[str] = set()
+        through: dict[str, Tensor] = {}  # the gradients that came through the views in a backward pass
+        partly: set[str] = set()
         stack = ExitStack()
         read_by: dict[int, list[tuple[_Presented, str]]] = {}
-        for presented, place in self._all_sites():
-            read_by.setdefault(id(place.module), []).append((presented, place.attribute))
+        for presented in own.values():
+            for site in presented.sites:
+                read_by.setdefault(id(site.module), []).append((presented, site.attribute))
 
         def before(module: nn.Module, _: Any) -> None:
-            if not self.module.training:  # a validation comes before the first step
-                return
-            called.update(map(id, [module, *(module.children() if isinstance(module, nn.MultiheadAttention) else [])]))
             for weight, attribute in read_by.get(id(module), ()):
                 if module._parameters.get(attribute) is not weight.weight:
                     past[weight.name] = "gets other parameters, as torch.func.functional_call gives"
+                elif weight.shown is not None and weight.weight.requires_grad != weight.required_grad:
+                    past[weight.name] = "was frozen or freed within the step, after it was presented"
+            if module.training:  # a validation is no step
+                parts = module.children() if isinstance(module, nn.MultiheadAttention) else ()
+                called.update(map(id, [module, *parts]))
 
-        def finish() -> list[str]:
+        def note(name: str, gradient: Tensor) -> None:
+            through[name] = through[name] + gradient if name in through else gradient
+
+        def arrived(name: str, gradient: Tensor) -> None:
+            graded.add(name)
+            seen, shown = through.pop(name, None), own[name].shown
+            written = shown is not None and shown._version != own[name].version
+            if seen is None and not written:  # a write takes the hook of a dense view away
+                past.setdefault(name, "gets a gradient past its view: something holds on to the parameter itself")
+            elif seen is not None and not torch.allclose(seen, gradient, equal_nan=True):
+                partly.add(name)
+
+        def finish() -> Usage:
             stack.close()
-            for name in graded:
-                if not self._weights[name].reached:
-                    past.setdefault(name, "gets a gradient past its view: something holds on to the parameter itself")
             for name, what in past.items():
                 raise RuntimeError(
-                    f"the weight '{name}' {what}, so what '{self._weights[name].owner}' presents in its place has no "
-                    f"effect; leave the layer out with {_excluding(name)}"
+                    f"the weight '{name}' {what}, so what '{owner}' presents in its place has no effect; leave the "
+                    f"layer out with {_excluding(name)}"
                 )
-            used = graded | {weight.name for weight, site in self._all_sites() if id(site.module) in called}
-            return [] if not called else [name for name in self._weights if name not in used]
+            used = graded | {weight.name for part in called for weight, _ in read_by.get(part, ())}
+            return Usage([] if not called else [name for name in own if name not in used], sorted(partly))
 
         with stack:
-            for name, weight in self._weights.items():
-                weight.reached = False
+            for name, weight in own.items():
+                weight.note = note
+                stack.callback(setattr, weight, "note", None)
                 if weight.weight.requires_grad:
-                    handle: Any = weight.weight.register_hook(partial(_add, graded, name))  # type: ignore[no-untyped-call]
+                    handle: Any = weight.weight.register_hook(partial(arrived, name))  # type: ignore[no-untyped-call]
                     stack.callback(handle.remove)
             if not _compat.holds_compiled_code(self.module):  # which would be compiled again without the hook
                 stack.callback(nn.modules.module.register_module_forward_pre_hook(before).remove)
             yield finish
 
-    def _remove(self, *, compare: bool = False) -> None:
-        self._complain({name: weight.drop(compare=compare) for name, weight in self._weights.items()})
+    def _remove(self) -> None:
+        self._complain({name: weight.drop() for name, weight in self._weights.items()})
 
     def _complain(self, lost: Mapping[str, str | None]) -> None:
         for name, what in lost.items():
@@ -397,7 +433,3 @@ def _excluding(name: str) -> str:
     """How to leave out the layer of a weight; the root itself can only be left out by naming others."""
     layer = name.rpartition(".")[0]
     return f"exclude={[layer]}" if layer else "layers="
-
-
-def _add(names: set[str], name: str, _: Tensor) -> None:
-    names.add(name)

@@ -30,10 +30,12 @@ class SelectedWeights(NamedTuple):
     Attributes:
         weights: Name to parameter, in the order of ``named_modules``; a tied weight once, under its first name.
         left: Names of the other weights that could have been named, those of norms aside.
+        idle: Selectors of ``exclude`` that leave out nothing that was selected.
     """
 
     weights: dict[str, nn.Parameter]
     left: list[str]
+    idle: list[str]
 
 
 def sites_of(root: nn.Module) -> dict[int, list[Site]]:
@@ -95,7 +97,7 @@ def select_weights(root: nn.Module, layers: Sequence[str] | None, exclude: Seque
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
         >>> select_weights(net, None, ["0"])
-        SelectedWeights(weights={'2.weight': Parameter containing: ...}, left=['0.weight'])
+        SelectedWeights(weights={'2.weight': Parameter containing: ...}, left=['0.weight'], idle=[])
     """
     candidates = {module: _weights_of(module) for module in root.modules()}
     if layers is None:
@@ -123,7 +125,18 @@ def select_weights(root: nn.Module, layers: Sequence[str] | None, exclude: Seque
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 left.append(plain_name(f"{name}.{attribute}" if name else attribute))
-    return SelectedWeights(weights, left)
+    idle = _idle(root, select_modules(root, layers, None, types=types), exclude)
+    return SelectedWeights(weights, left, idle)
+
+
+def _idle(root: nn.Module, selected: dict[str, nn.Module], exclude: Sequence[str] | None) -> list[str]:
+    """The selectors that match nothing of what is selected."""
+    every, chosen = (nn.Module,), {id(module) for module in selected.values()}
+    return [
+        selector
+        for selector in exclude or ()
+        if chosen.isdisjoint(map(id, select_modules(root, [selector], None, types=every).values()))
+    ]
 
 
 def _weights_of(module: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ where two separate averages would not.
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ def measure_latency(
 ) -> dict[str, Latency]:
     """Time several calls in interleaved rounds.
 
-    Each round calls every candidate once and starts with the next one in line. The work ends after ``repeats`` rounds
+    Each round calls every candidate once, in an order of its own. The work ends after ``repeats`` rounds
     or, once three rounds are done, when ``seconds`` are over; warm-up ends after a quarter of that. One round of
     warm-up and three timed rounds run whatever ``seconds`` says: slow candidates take longer.
 
@@ -97,13 +98,13 @@ def _timed_rounds(
 ) -> dict[str, list[float]]:
     """Milliseconds of each candidate, one entry a round."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    order = list(candidates.items())
+    order, generator = list(candidates.items()), random.Random(0)
     for done in range(repeats):
         if done >= 3 and time.perf_counter() > deadline:
             break
+        generator.shuffle(order)  # else each candidate would run on the cache that the same other one leaves
         for name, elapsed in _round(order):
             times[name].append(elapsed)
-        order = order[1:] + order[:1]  # no candidate always runs on the cache that the same other one left
     return times
 
 

@@ -21,7 +21,7 @@ def remarks(report: Report) -> list[str]:
     Example:
         >>> for sentence in remarks(Report(rows=(Row("before", 10, 10, 50), Row("after", 10, 1, 50)))):
         ...     print(sentence)
-        90% of the weights of 'after' are zero: unstructured zeros make the compressed ...
+        90% of the parameters of 'after' are zero: unstructured zeros make the compressed ...
     """
     sentences = [sentence for row in report.rows[1:] for sentence in _about_zeros(row, report.rows[0])]
     rows = {row.name: row for row in report.rows}
@@ -43,7 +43,7 @@ def _about_zeros(row: Row, first: Row) -> list[str]:
     if zeros < 0.05:
         return []
     return [
-        f"{units.share(zeros)} of the weights of '{row.name}' are zero: unstructured zeros make the compressed file "
+        f"{units.share(zeros)} of the parameters of '{row.name}' are zero: unstructured zeros make the compressed file "
         "smaller, not the network faster."
     ]
 

@@ -321,7 +321,9 @@ def test_logs(tmp_path):
 
 
 def test_a_checkpoint_can_be_chosen_by_its_sparsity(tmp_path):
-    saver = ModelCheckpoint(tmp_path, monitor="compress/pruning/sparsity", mode="max", filename="{epoch}")
+    saver = ModelCheckpoint(
+        tmp_path, monitor="compress/pruning/sparsity", mode="max", filename="{epoch}", save_last=True
+    )
     fitted(PruningCallback(0.5), Classifier, saver, enable_checkpointing=True, max_epochs=2)
     assert float(saver.best_model_score) == 0.5
 
@@ -348,7 +350,7 @@ def test_the_best_checkpoint_has_the_final_sparsity(guard, save_top_k, tmp_path)
 
 
 def test_a_checkpoint_is_the_best_from_the_final_sparsity_on_not_from_the_end(tmp_path):
-    saver = ModelCheckpoint(tmp_path, monitor="val_loss", filename="{epoch}")
+    saver = ModelCheckpoint(tmp_path, monitor="val_loss", filename="{epoch}", save_last=True)
     pruning = PruningCallback(0.8, schedule="one_shot", start=0.25)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -399,7 +401,7 @@ def test_the_report_tells_what_was_pruned(tmp_path):
 
 
 def test_everything_is_kept_through_fit_test_save_and_load(tmp_path):
-    saver = ModelCheckpoint(tmp_path, monitor="val_loss", filename="{epoch}")
+    saver = ModelCheckpoint(tmp_path, monitor="val_loss", filename="{epoch}", save_last=True)
     module, fitting = fitted(PruningCallback(0.8, end=0.25), Worsening, saver, enable_checkpointing=True, max_epochs=4)
     last = {name: value.clone() for name, value in module.state_dict().items()}
     fitting.test(module, loader(), ckpt_path="best", verbose=False)

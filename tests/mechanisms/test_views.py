@@ -751,13 +751,13 @@ def watched(step, net=None, mask=True):
     net = Watched() if net is None else net
     views = WeightViews(net)
     masks = masks_of(net)
-    with views.owned("ours", masked_views(masks if mask else dict.fromkeys(masks))), views.watched() as unused:
+    with views.owned("ours", masked_views(masks if mask else dict.fromkeys(masks))), views.watched("ours") as unused:
         with views.shown():
             loss = step(net)
         if loss.requires_grad:
             loss.backward()
         views.drop()
-        found = unused()
+        found = unused().unused
         assert bare(net)
     return found
 
@@ -820,7 +820,7 @@ def test_a_step_that_calls_nothing_proves_nothing():
 def test_watching_ends_with_its_context():
     net = Watched()
     views = WeightViews(net)
-    with views.owned("ours", masked_views(masks_of(net))), views.watched():
+    with views.owned("ours", masked_views(masks_of(net))), views.watched("ours"):
         assert not bare(net)
     assert bare(net)
 
@@ -978,12 +978,12 @@ def test_watching_leaves_compiled_code_alone():
     net = Holder("eager")
     views = WeightViews(net)
     masks = compiled_masks(net)
-    with views.owned("ours", masked_views(masks)), views.watched() as unused:
+    with views.owned("ours", masked_views(masks)), views.watched("ours") as unused:
         with views.shown():
             loss = loss_of(net(images()))
         loss.backward()
         views.drop()
-        assert unused() == []
+        assert unused() == ([], [])
     assert not torch.nn.modules.module._global_forward_pre_hooks
 
 

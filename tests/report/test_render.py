@@ -34,8 +34,8 @@ def test_columns_without_a_number_are_left_out():
 
 def test_remarks_say_what_the_numbers_do_not():
     assert remarks(full_report()) == [
-        "90% of the weights of 'after' are zero: unstructured zeros make the compressed file smaller, not the network "
-        "faster.",
+        "90% of the parameters of 'after' are zero: unstructured zeros make the compressed file smaller, not the "
+        "network faster.",
         "'fp32.onnx' is larger than the saved weights of 'after': it holds the graph as well.",
         "'fp32.onnx' gives exactly the metrics of 'after' in the same validation.",
         "The exported file 'int8.onnx' is slower than torch here: 6.00 ms against 3.10 ms.",
