@@ -311,12 +311,14 @@ def keeps_best(callback: Any) -> bool:
 
 def keeps_last(callback: Any) -> bool:
     """Whether a callback is a ``ModelCheckpoint`` that writes files whatever a metric says."""
-    return hasattr(callback, "check_monitor_top_k") and bool(callback.save_last or not keeps_best(callback))
+    if not hasattr(callback, "check_monitor_top_k"):
+        return False
+    return bool(callback.save_last or (callback.save_top_k != 0 and not keeps_best(callback)))
 
 
 def forget_best(callback: Any) -> bool:
     """Let a ``ModelCheckpoint`` choose the best anew; whether there was one."""
-    if not callback.best_k_models:
+    if not callback.best_k_models and not callback.best_model_path:
         return False
     callback.best_k_models, callback.best_model_path, callback.best_model_score = {}, "", None
     callback.kth_best_model_path = ""
@@ -325,8 +327,31 @@ def forget_best(callback: Any) -> bool:
 
 
 def let_last_be_saved(callback: Any, trainer: Any) -> None:
-    """Let a ``ModelCheckpoint`` write its last file, as it does where it has just kept another."""
-    callback._last_global_step_saved = trainer.global_step
+    """Let a ``ModelCheckpoint`` write its last file, if it writes one, as it does where it has just kept another."""
+    if callback.save_last:
+        callback._last_global_step_saved = trainer.global_step
+    if callback.save_last == "link":  # to what was kept, and nothing was
+        callback._last_checkpoint_saved = ""
+
+
+def hook_first(tensor: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> Any:
+    """Register a hook on a gradient that runs before those that were there, which may change it."""
+    earlier = dict(tensor._backward_hooks or {})
+    handle = tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+    for key in earlier:  # the hooks run in the order in which they were put into the dict
+        tensor._backward_hooks[key] = tensor._backward_hooks.pop(key)  # type: ignore[index, union-attr]
+    return handle
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for a batch of them, as in ``vmap`` and with ``is_grads_batched``."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+
+
+def runs_again() -> bool:
+    """Whether this is within a backward pass, as where activation checkpointing runs a forward pass again."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def batches_seen(trainer: Any) -> int:

@@ -577,3 +577,72 @@ def test_batches_are_counted_over_all_epochs(namespace, automatic, tmp_path):
 def test_trainers_that_run_in_child_processes(namespace, strategy, devices, expected):
     trainer = import_module(namespace).Trainer(accelerator="cpu", strategy=strategy, devices=devices, barebones=True)
     assert _compat.runs_in_children(trainer) is expected
+
+
+def test_a_hook_can_run_before_those_that_were_there():
+    weight, seen = nn.Parameter(torch.ones(2)), []
+    weight.register_hook(lambda gradient: gradient * 10)
+    handle = _compat.hook_first(weight, lambda gradient: seen.append(gradient.tolist()))
+    (weight * 2).sum().backward()
+    assert (seen, weight.grad.tolist()) == ([[2, 2]], [20, 20])
+    handle.remove()
+    weight.grad = None
+    (weight * 2).sum().backward()
+    assert (len(seen), weight.grad.tolist(), len(weight._backward_hooks)) == (1, [20, 20], 1)
+
+
+def test_batches_of_gradients_are_told():
+    weight, seen = nn.Parameter(torch.ones(2, 2)), []
+    weight.register_hook(lambda gradient: seen.append(_compat.is_batched(gradient)))
+    output = weight @ torch.ones(2)
+    torch.autograd.grad(output, weight, torch.eye(2), is_grads_batched=True, retain_graph=True)
+    output.sum().backward()
+    torch.func.vmap(lambda row: seen.append(_compat.is_batched(row)) or row)(torch.ones(2, 2))
+    assert seen == [True, False, True]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_forward_pass_within_a_backward_pass_is_told(reentrant):
+    seen = []
+
+    def forward(x):
+        seen.append(_compat.runs_again())
+        return x.sin().sin()
+
+    x = torch.ones(2, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=reentrant).sum().backward()
+    assert seen == [False, True]
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize(
+    ("settings", "best", "last"),
+    [
+        ({"monitor": "x"}, True, False),
+        ({"monitor": "x", "save_last": True}, True, True),
+        ({"monitor": "step", "mode": "max"}, False, True),
+        ({}, False, True),
+        ({"monitor": "x", "save_top_k": 0}, False, False),
+    ],
+)
+def test_what_a_model_checkpoint_keeps(namespace, settings, best, last):
+    saver = import_module(f"{namespace}.callbacks").ModelCheckpoint(**settings)
+    assert (_compat.keeps_best(saver), _compat.keeps_last(saver)) == (best, last)
+    assert not _compat.keeps_best(object())
+    assert not _compat.keeps_last(object())
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_best_can_be_forgotten(namespace, mode):
+    def saver():
+        return import_module(f"{namespace}.callbacks").ModelCheckpoint(monitor="x", mode=mode)
+
+    trainer, fresh, used = import_module(namespace).Trainer(logger=False, accelerator="cpu"), saver(), saver()
+    assert not _compat.forget_best(fresh)
+    used.best_k_models, used.best_model_path, used.best_model_score = {"a": torch.tensor(1.0)}, "a", torch.tensor(1.0)
+    used.kth_best_model_path, used.kth_value = "a", torch.tensor(1.0)
+    assert not used.check_monitor_top_k(trainer, torch.tensor(1.0))
+    assert _compat.forget_best(used)
+    assert used.check_monitor_top_k(trainer, torch.tensor(1.0))
+    assert used.state_dict() == fresh.state_dict()

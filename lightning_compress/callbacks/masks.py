@@ -105,7 +105,7 @@ class MaskCallback(CompressionCallback):
         self._left: list[str] = []  # weights that stay dense
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
         self._tested: dict[str, Any] | None = None  # state of one that was tested, until the next fit
-        self._restored = False  # the dense weights were put back, and no step was taken since
+        self._undo: dict[str, Any] | None = None  # the last state, where dense weights were put back and not trained
         self._files = ExitStack()
         self._saving = False  # whether the module's own hook compresses what is saved
         self._steps: int | None = None  # optimizer steps at the last update; None before training
@@ -174,13 +174,13 @@ class MaskCallback(CompressionCallback):
         if selected.idle:
             self._warn_once(f"exclude={selected.idle} leaves out nothing that was selected")
         weights = self.suited(selected.weights, pl_module)
-        last = self._tested if self._tested is not None else self.state_dict()
+        last = self.state_dict()
         earlier, self._masks = self._masks, Masks(weights)
         first = {id(weight): name for name, weight in weights.items()}
         every = named_weights(pl_module).items()
         self._names = {name: first[id(weight)] for name, weight in every if id(weight) in first}
         self._left = [*(name for name in selected.weights if name not in weights), *selected.left]
-        goes_on = self._restore_dense(earlier) and trainer.global_step > 0
+        goes_on = self._restore_dense(earlier, last) and trainer.global_step > 0
         state = self._loaded or (last if goes_on else None)
         self._loaded = self._tested = None
         self._begun = self._finished = False
@@ -200,11 +200,6 @@ class MaskCallback(CompressionCallback):
             )
         for callback in guarded:
             stack.enter_context(shadowed(callback, "check_monitor_top_k", partial(self._guarded, callback)))
-        if guarded and not self._has_target() and not any(_compat.keeps_last(own) for own in trainer.callbacks):
-            self._warn_once(
-                "no checkpoint is kept before the final sparsity, so that the best one has it; to be able to resume "
-                "before, add ModelCheckpoint(save_last=True), or give guard_checkpoints=False"
-            )
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """Begin with the state of an earlier fit; None: anew."""
@@ -242,13 +237,21 @@ class MaskCallback(CompressionCallback):
         self._steps = self._progress.steps
         if not self._begun:
             self._update()
+        guarded = any(self._guards(callback) for callback in trainer.callbacks)
+        if guarded and not self._has_target() and not any(_compat.keeps_last(own) for own in trainer.callbacks):
+            self._warn_once(
+                "no checkpoint is kept before the final sparsity, so that the best one has it; to be able to resume "
+                "before, add ModelCheckpoint(save_last=True), or give guard_checkpoints=False"
+            )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Look closely at the first step of each epoch."""
+        self._require_controller().weights.compare_next()
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """From here on the dense weights are others than those that a fit began with."""
-        self._restored = False
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """From here on the dense weights are others than those that the fit began with."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self._undo = None
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """From here on everybody sees the dense weights."""
@@ -345,7 +348,7 @@ class MaskCallback(CompressionCallback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave nothing on the module, once the checkpoints of the exception are written."""
         super().on_exception(trainer, pl_module, exception)
-        if self._restored:  # nothing was trained since
+        if self._undo is not None:
             self._compress_module()
             self._files.close()
         elif self._masks is not None and self._masks.zeros > 0 and self._dense is None:
@@ -383,6 +386,10 @@ class MaskCallback(CompressionCallback):
             keep_dense_(checkpoint, self.name, dense)
         else:
             self._warn_once("the weights have changed since the fit, so they are saved without dense ones")
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the file that was tested last, whose weights the module has; else as the base."""
+        return super().state_dict() if self._tested is None else self._tested
 
     def extra_state(self) -> dict[str, Any]:
         """The masks."""
@@ -432,13 +439,15 @@ class MaskCallback(CompressionCallback):
             self.updated(self._churn, more=more)
 
     def _compress_module(self) -> None:
-        masks = self._require_masks()
+        masks, undo = self._require_masks(), self._undo
+        if undo is not None:  # nothing was trained
+            masks.load(undo["masks"])
+            self._begun, self._finished, self._undo = undo["begun"], undo["finished"], None
         self._dense = {name: weight.detach().cpu().clone() for name, weight in masks.weights.items()}
         with torch.no_grad():
             for name, weight in masks.weights.items():
                 weight.copy_(masks.masked(name, weight))
         masks.retire()
-        self._restored = False
 
     def _drop(self, *, evaluation: bool = False) -> None:
         weights = None if self._controller is None else self._controller.weights
@@ -482,7 +491,11 @@ class MaskCallback(CompressionCallback):
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         masks = state.get("masks", {})
         dense = {plain_name(key): value for key, value in dense_of(checkpoint, self.name).items()}
-        if self._saving or not masks or any(name not in dense for name in masks):
+        if self._saving:
+            return
+        if not masks or any(name not in dense for name in masks):
+            if self._dense is None:  # after an interruption: the module holds other weights now
+                self._masks = None
             return
         self._tested = state
         self._dense = {name: dense[name] for name in masks}
@@ -491,7 +504,7 @@ class MaskCallback(CompressionCallback):
         first = {value.data_ptr(): name for name, value in self._dense.items()}
         self._names = {name: first[value.data_ptr()] for name, value in dense.items() if value.data_ptr() in first}
 
-    def _restore_dense(self, earlier: Masks | None) -> bool:
+    def _restore_dense(self, earlier: Masks | None, last: dict[str, Any]) -> bool:
         """Go on from the dense weights of the last fit, if the module still is as it left it."""
         dense, self._dense = self._dense, None
         weights = self._require_masks().weights
@@ -505,7 +518,7 @@ class MaskCallback(CompressionCallback):
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(dense[name])
-        self._restored = True
+        self._undo = last
         return True
 
     def _check_target(self) -> None:

@@ -234,7 +234,6 @@ class PruningCallback(MaskCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """As the base; refuse options that have no effect on this module."""
-        self._importance = self._start = None
         if self.reestimate_batchnorm and not batch_norms(pl_module):
             raise ValueError("reestimate_batchnorm has no effect: no layer keeps batch-norm statistics")
         super().attach(controller, stack, trainer, pl_module)
@@ -250,6 +249,7 @@ class PruningCallback(MaskCallback):
                     )
         super().go_on(state)
         state = state or {}
+        self._importance = self._start = None
         if self.score == "taylor":
             self._importance = TaylorScores(self._require_masks().weights)
             if "importance" in state:
@@ -277,10 +277,10 @@ class PruningCallback(MaskCallback):
             return
         estimated = reestimate_batchnorm_(trainer, pl_module)
         if rest := [name for name in batch_norms(pl_module) if name not in estimated]:
-            what = "some statistics" if estimated else "all statistics, so it has no effect"
+            what = "leaves some statistics as they were" if estimated else "has no effect"
             self._warn_once(
-                f"reestimate_batchnorm leaves {what} as they were: {listing(rest)} are in evaluation mode, or the "
-                "training batches do not reach them"
+                f"reestimate_batchnorm {what}: {listing(rest)} are in evaluation mode, or the training batches do not "
+                "reach them"
             )
 
     def extra_state(self) -> dict[str, Any]:

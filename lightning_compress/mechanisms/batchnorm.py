@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.mechanisms.replay import replay
 from lightning_compress.mechanisms.step import step_controller
@@ -15,7 +15,7 @@ BATCHES = 16
 """More training batches than this change little."""
 
 
-def batch_norms(module: nn.Module) -> dict[str, _NormBase]:
+def batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
     """The layers that keep running statistics.
 
     Args:
@@ -31,7 +31,7 @@ def batch_norms(module: nn.Module) -> dict[str, _NormBase]:
     return {
         name: layer
         for name, layer in module.named_modules()
-        if isinstance(layer, _NormBase) and layer.running_mean is not None
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None
     }
 
 

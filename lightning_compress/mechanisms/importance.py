@@ -31,7 +31,7 @@ class TaylorScores:
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self._weights = dict(weights)
         self._sums: dict[str, Tensor] = {}
-        self._steps: dict[str, int] = {}
+        self._steps: dict[str, Tensor] = {}  # counted where the weights are: whether a step counts is known there
         self._taken: set[str] = set()  # what begins anew with its next gradient
 
     def add(self, parameters: Iterable[Tensor]) -> None:
@@ -39,7 +39,7 @@ class TaylorScores:
 
         Args:
             parameters: Those that the step is going to change; the weights among them that have a gradient count. A
-                step with gradients that are not finite, which a scaler will skip, adds zeros.
+                step with gradients that are not finite, which a scaler will skip, does not count.
         """
         stepping = {id(parameter) for parameter in parameters}
         found = {
@@ -52,14 +52,14 @@ class TaylorScores:
         for name, (weight, gradient) in found.items():
             if name not in self._sums or name in self._taken:
                 self._sums[name] = torch.zeros_like(weight, dtype=torch.float32)
-                self._steps[name] = 0
+                self._steps[name] = torch.zeros((), dtype=torch.int64, device=weight.device)
                 self._taken.discard(name)
-            score = taylor_score(weight, gradient)
-            self._sums[name] += torch.where(finite.to(score.device), score, 0.0)  # type: ignore[union-attr]
-            self._steps[name] += 1
+            counts = finite.to(weight.device)  # type: ignore[union-attr]
+            self._sums[name] += torch.where(counts, taylor_score(weight, gradient), 0.0)
+            self._steps[name] += counts
 
     def take(self) -> list[Tensor] | None:
-        """The means, one for each weight; they begin anew. None before the first step.
+        """The means, one for each weight; they begin anew. None if no step has counted since.
 
         Raises:
             RuntimeError: If some weights never had a gradient: nothing is known of them.
@@ -72,15 +72,23 @@ class TaylorScores:
                 "score='taylor' needs a gradient of each weight before the masks are updated, and these had none: "
                 f"{', '.join(map(repr, missing[:5]))}{more}; leave them out with exclude=, or begin later with start="
             )
+        if not all(steps > 0 for steps in self._counts()):
+            return None
         self._taken = set(self._weights)
-        return [self._sums[name] / max(self._steps[name], 1) for name in self._weights]
+        return [self._sums[name] / self._steps[name] for name in self._weights]
+
+    def _counts(self) -> list[int]:
+        device = next(iter(self._steps.values())).device
+        return torch.stack([steps.to(device) for steps in self._steps.values()]).tolist()
 
     def state(self) -> dict[str, Any]:
         """Tensors and primitives, for a checkpoint."""
         sums = {name: total.clone() for name, total in self._sums.items()}
-        return {"sums": sums, "steps": dict(self._steps), "taken": sorted(self._taken)}
+        steps = dict(zip(self._steps, self._counts(), strict=True)) if self._steps else {}
+        return {"sums": sums, "steps": steps, "taken": sorted(self._taken)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
         self._sums = {name: total.clone().to(self._weights[name].device) for name, total in state["sums"].items()}
-        self._steps, self._taken = dict(state["steps"]), set(state["taken"])
+        self._steps = {name: torch.tensor(state["steps"][name], device=own.device) for name, own in self._sums.items()}
+        self._taken = set(state["taken"])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.weights import Site, named_weights, sites_of
+from lightning_compress.mechanisms.wrapping import marked
 
 
 class WeightView(Protocol):
@@ -63,13 +64,13 @@ class _Presented:
     version: int = 0
     required_grad: bool = False
     original: Tensor | None = None  # a copy of what is shown, to see writes that autograd does not
-    note: Callable[[str, Tensor], None] | None = None  # told the gradients that come through the view
+    note: Callable[[_Presented, Tensor], None] | None = None  # told the gradients that come through the view
 
     def show(self, *, keep_original: bool = False) -> None:
         if self.view.plain:
             self.shown = self.weight.view_as(self.weight)
             if self.shown.requires_grad and self.note is not None:
-                self.shown.register_hook(partial(self.note, self.name))  # type: ignore[no-untyped-call]
+                self.shown.register_hook(partial(self.note, self))  # type: ignore[no-untyped-call]
         else:
             self._prepare_buffer()
             self.shown = _Shown.apply(self.weight, self)
@@ -121,7 +122,7 @@ class _Shown(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         own = ctx.presented.view.gradient(gradient)
         if ctx.presented.note is not None:
-            ctx.presented.note(ctx.presented.name, own)
+            ctx.presented.note(ctx.presented, own)
         return own, None
 
 
@@ -295,6 +296,8 @@ class WeightViews:
 
         Raises:
             ValueError: If a weight is not owned by this owner.
+            RuntimeError: In the backward pass, if activation checkpointing runs a layer again: on which of its views is
+                not known then.
 
         Example:
             >>> from lightning_compress.mechanisms.masking import MaskedWeight
@@ -330,11 +333,12 @@ class WeightViews:
             self._complain(lost)
 
         self._others += others
-        try:
-            yield another
-        finally:
+        with ExitStack() as stack:
             for other in others:
-                self._others.remove(other)
+                stack.callback(self._others.remove, other)
+                for site in other.sites:
+                    stack.callback(site.module.register_forward_pre_hook(marked(partial(_refuse_again, other))).remove)
+            yield another
 
     def name_of(self, tensor: Tensor) -> str | None:
         """The name of the weight that a tensor presents, for whoever meets it in an operation; None for others."""
@@ -356,7 +360,7 @@ class WeightViews:
         called: set[int] = set()
         past: dict[str, str] = {}  # weights that were used otherwise than through their views
         graded: set[str] = set()
-        through: dict[str, Tensor] = {}  # the gradients that came through the views in a backward pass
+        through: dict[str, dict[int, Tensor]] = {}  # the last gradient that came through each view
         partly: set[str] = set()
         stack = ExitStack()
         read_by: dict[int, list[tuple[_Presented, str]]] = {}
@@ -369,21 +373,23 @@ class WeightViews:
                 if module._parameters.get(attribute) is not weight.weight:
                     past[weight.name] = "gets other parameters, as torch.func.functional_call gives"
                 elif weight.shown is not None and weight.weight.requires_grad != weight.required_grad:
-                    past[weight.name] = "was frozen or freed within the step, after it was presented"
+                    past[weight.name] = "was frozen or freed within the step, otherwise than by toggle_optimizer"
             if module.training:  # a validation is no step
                 parts = module.children() if isinstance(module, nn.MultiheadAttention) else ()
                 called.update(map(id, [module, *parts]))
 
-        def note(name: str, gradient: Tensor) -> None:
-            through[name] = through[name] + gradient if name in through else gradient
+        def note(weight: _Presented, gradient: Tensor) -> None:
+            through.setdefault(weight.name, {})[id(weight)] = gradient
 
         def arrived(name: str, gradient: Tensor) -> None:
             graded.add(name)
-            seen, shown = through.pop(name, None), own[name].shown
+            seen, shown = [*through.pop(name, {}).values()], own[name].shown
             written = shown is not None and shown._version != own[name].version
-            if seen is None and not written:  # a write takes the hook of a dense view away
+            if _compat.is_batched(gradient):
+                return
+            if not seen and not written:  # a write takes the hook of a dense view away
                 past.setdefault(name, "gets a gradient past its view: something holds on to the parameter itself")
-            elif seen is not None and not torch.allclose(seen, gradient, equal_nan=True):
+            elif seen and not torch.allclose(torch.stack(seen).sum(dim=0), gradient, equal_nan=True):
                 partly.add(name)
 
         def finish() -> Usage:
@@ -401,8 +407,7 @@ class WeightViews:
                 weight.note = note
                 stack.callback(setattr, weight, "note", None)
                 if weight.weight.requires_grad:
-                    handle: Any = weight.weight.register_hook(partial(arrived, name))  # type: ignore[no-untyped-call]
-                    stack.callback(handle.remove)
+                    stack.callback(_compat.hook_first(weight.weight, partial(arrived, name)).remove)
             if not _compat.holds_compiled_code(self.module):  # which would be compiled again without the hook
                 stack.callback(nn.modules.module.register_module_forward_pre_hook(before).remove)
             yield finish
@@ -427,6 +432,15 @@ class WeightViews:
     def _tracing(self, event: Any) -> None:
         if not self.active:
             self._traced.append(_compat.being_traced(event))
+
+
+def _refuse_again(weight: _Presented, *_: Any) -> None:
+    if _compat.runs_again():
+        raise RuntimeError(
+            f"activation checkpointing runs the layer of '{weight.name}' again in the backward pass, when it is not "
+            f"known which of the two weights that '{weight.owner}' presents in a step it saw; switch it off, or leave "
+            f"the layer out with {_excluding(weight.name)}"
+        )
 
 
 def _excluding(name: str) -> str:

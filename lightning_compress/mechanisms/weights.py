@@ -131,12 +131,13 @@ def select_weights(root: nn.Module, layers: Sequence[str] | None, exclude: Seque
 
 def _idle(root: nn.Module, selected: dict[str, nn.Module], exclude: Sequence[str] | None) -> list[str]:
     """The selectors that match nothing of what is selected."""
-    every, chosen = (nn.Module,), {id(module) for module in selected.values()}
-    return [
-        selector
-        for selector in exclude or ()
-        if chosen.isdisjoint(map(id, select_modules(root, [selector], None, types=every).values()))
-    ]
+    chosen = {id(own) for module in selected.values() for own in module.parameters(recurse=False)}
+    idle = []
+    for selector in exclude or ():
+        left_out = select_modules(root, [selector], None, types=(nn.Module,)).values()
+        if chosen.isdisjoint(id(own) for module in left_out for own in module.parameters(recurse=False)):
+            idle.append(selector)
+    return idle
 
 
 def _weights_of(module: nn.Module) -> list[str]:

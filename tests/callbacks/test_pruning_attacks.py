@@ -134,6 +134,84 @@ def test_penalties_and_writes_through_a_layer_are_what_they_were():
         trainer(PruningCallback(0.5, **AT_ONCE)).fit(made(Clamps), loader())
 
 
+class WritesLater(Classifier):
+    """Writes behind autograd's back, in the first step of the second epoch."""
+
+    def task_loss(self, batch):
+        loss = super().task_loss(batch)
+        if self.current_epoch == 1:
+            self.model[3].weight.data.clamp_(-0.01, 0.01)
+        return loss
+
+
+def test_writes_past_autograd_are_looked_for_in_each_epoch():
+    with pytest.raises(RuntimeError, match=r"'model.3.weight' was written to within a step"):
+        trainer(PruningCallback(0.5, **AT_ONCE), max_epochs=2).fit(made(WritesLater), loader())
+
+
+class HooksOfItsOwn(Classifier):
+    """Clips each gradient, by hooks from before the fit."""
+
+    def build(self):
+        super().build()
+        for value in self.model.parameters():
+            value.register_hook(lambda gradient: gradient.clamp(-0.001, 0.001))
+
+
+class Balances(Classifier):
+    """Asks for the gradients of a weight in its step, as GradNorm does."""
+
+    def task_loss(self, batch):
+        loss = super().task_loss(batch)
+        (gradient,) = torch.autograd.grad(loss, self.model[3].weight, retain_graph=True)
+        return loss * (1 + gradient.norm().detach())
+
+
+class Jacobians(Classifier):
+    def task_loss(self, batch):
+        out = self.model(batch[0]).mean(0)
+        weights = [self.model[0]._parameters["weight"], self.model[3]._parameters["weight"]]
+        eye = torch.eye(len(out), device=out.device)
+        torch.autograd.grad(out, weights, eye, is_grads_batched=True, retain_graph=True)
+        return super().task_loss(batch)
+
+
+@pytest.mark.parametrize("settings", [AT_ONCE, {}])
+@pytest.mark.parametrize("kind", [HooksOfItsOwn, Balances, Jacobians])
+def test_no_false_alarm(kind, settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", module=r"(lightning|torch)\.")
+        module = made(kind)
+        trainer(PruningCallback(0.5, **settings)).fit(module, loader())
+    assert zeros(module.parameters()) == 66
+
+
+class Fill(L.Callback):
+    """Gives the gradients of the first steps a value."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step < 3:
+            for value in pl_module.parameters():
+                value.grad.fill_(self.value)
+
+
+def test_steps_that_a_scaler_skips_prune_nothing():
+    seen, pruning, module = [], PruningCallback(0.5, score="taylor", schedule="linear", end=0.9), made(Classifier)
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, *args):
+            seen.append(pruning.reached)
+
+    trainer(Fill(torch.inf), pruning, Fill(0.0), Look()).fit(module, loader())
+    assert seen[:3] == [0, 0, 0]
+    assert all(value > 0 for value in seen[3:])
+    assert zeros(module.parameters()) == 66
+
+
 class ClipsParameters(MixinClassifier):
     """As Wasserstein networks do: the parameters themselves, after the optimizer's step."""
 
@@ -237,6 +315,52 @@ def test_the_best_of_a_sparser_training_is_not_a_denser_one_from_before(earlier,
     best = torch.load(last.best_model_path, weights_only=True)
     assert zeros(best["state_dict"].values()) == 106
     assert float(last.best_model_score) >= 4
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_the_last_file_is_the_last(save_last, tmp_path):
+    steps = []
+
+    class Look(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch:
+                steps.append(torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"])
+
+    last = saver(tmp_path, save_last=save_last)
+    fitting = trainer(PruningCallback(0.8), Look(), last, max_epochs=5, enable_checkpointing=True)
+    fitting.fit(made(Worsening), loader(), loader(Worsening))
+    assert steps == [8, 16, 24, 32]
+
+
+def test_a_checkpoint_of_an_exception_is_written_before_the_target(tmp_path):
+    last = ModelCheckpoint(
+        tmp_path, monitor="train_loss", every_n_train_steps=1, save_on_exception=True, filename="{step}"
+    )
+
+    class Fails(L.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            if trainer.global_step == 3:
+                raise OSError("the machine is gone")
+
+    fitting = trainer(PruningCallback(0.8), Fails(), last, enable_checkpointing=True)
+    with pytest.raises(OSError, match="gone"), pytest.warns(UserWarning, match="no checkpoint is kept before"):
+        fitting.fit(made(Logs), loader())
+    assert [path.name for path in tmp_path.iterdir()] == ["step=3.ckpt"]
+
+
+class Logs(Classifier):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss)
+        return loss
+
+
+def test_where_all_is_pruned_at_once_all_is_kept(tmp_path):
+    last = saver(tmp_path)
+    trainer(PruningCallback(0.8, **AT_ONCE), last, enable_checkpointing=True).fit(
+        made(Worsening), loader(), loader(Worsening)
+    )
+    assert last.best_model_path.endswith("epoch=0.ckpt")
 
 
 @pytest.mark.parametrize("save_last", [True, False])

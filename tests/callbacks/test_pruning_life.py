@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import pickle
+import warnings
 import weakref
 
 import lightning.pytorch as L
@@ -15,6 +16,7 @@ from contract.modules import Classifier, MixinClassifier, NormClassifier, differ
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from lightning_compress import PruningCallback
 from lightning_compress.functional import magnitude_mask
@@ -155,6 +157,90 @@ def test_after_a_fit_the_callback_holds_no_trainer_and_can_be_pickled(settings):
     del fitting, module, pruning.log, pruning.log_dict  # these Lightning puts on each callback
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
+
+
+class Unready(Classifier):
+    """May fail in its first step, before or after its backward pass."""
+
+    fails = None
+
+    def on_validation_start(self):
+        if self.fails == "sanity":
+            raise OSError("no data")
+
+    def training_step(self, batch, batch_idx):
+        if self.fails == "step":
+            raise OSError("no data")
+        return super().training_step(batch, batch_idx)
+
+    def on_after_backward(self):
+        if self.fails == "backward":
+            raise OSError("no data")
+
+
+@pytest.mark.parametrize("fails", ["sanity", "step", "backward", "no batches", "another"])
+def test_a_new_training_that_never_begins_leaves_everything_as_it_was(fails, tmp_path):
+    pruning, module = PruningCallback(0.8), made(Unready)
+    first = trainer(pruning)
+    first.fit(module, loader(), loader())
+    first.save_checkpoint(tmp_path / "before.ckpt")
+    before, masks = copy.deepcopy(module), pruning.masks
+    if fails == "no batches":
+        second = trainer(pruning, limit_train_batches=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            second.fit(module, loader())
+    elif fails == "another":
+        second = trainer(pruning, PruningCallback(0.5, name="other"))
+        with pytest.raises(ValueError, match="both present the weight"):
+            second.fit(module, loader(), loader())
+    else:
+        module.fails = fails
+        second = trainer(pruning, num_sanity_val_steps=1)
+        with pytest.raises(OSError, match="no data"):
+            second.fit(module, loader(), loader())
+    assert difference(module, before) == 0
+    assert same(masks, pruning.masks)
+    assert pruning.reached * 132 == 106
+    first.save_checkpoint(tmp_path / "after.ckpt")
+    files = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("before", "after")]
+    for name, value in dense_of(files[0], "pruning").items():
+        assert torch.equal(dense_of(files[1], "pruning")[name], value)
+
+
+def test_an_interrupted_fit_goes_on_with_what_it_rewinds_to():
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 6:
+                self.weights = {name: value.clone() for name, value in pl_module.named_parameters()}
+
+    pruning = PruningCallback(0.5, schedule="one_shot", start=0.75, end=0.75, rewind="weights")
+    module, look = made(Classifier), Look()
+    fitting = trainer(pruning, Interrupt(3), look)
+    with pytest.raises(OSError, match="interrupted"):
+        fitting.fit(module, loader())
+    fitting.limit_train_batches = 1.0
+    fitting.fit(module, loader())
+    if hasattr(look, "weights"):
+        for name, value in made(Classifier).named_parameters():
+            assert torch.equal(look.weights[name], value)
+    assert zeros(module) == 66
+
+
+def test_what_is_saved_after_a_test_is_the_state_of_the_file_that_was_tested(tmp_path):
+    pruning, module = PruningCallback(0.8, score="taylor"), made(Classifier)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fitting = trainer(pruning, saver, max_epochs=4, enable_checkpointing=True)
+    fitting.fit(module, loader(), loader())
+    fitting.test(module, loader(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+    fitting.save_checkpoint(tmp_path / "again.ckpt")
+    first, again = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("epoch=1", "again"))
+    states = [file["callbacks"][pruning.state_key] for file in (first, again)]
+    assert [state["finished"] for state in states] == [False, False]
+    for a, b in zip(tree_leaves(states[0]), tree_leaves(states[1]), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    for name, value in dense_of(first, "pruning").items():
+        assert torch.equal(dense_of(again, "pruning")[name], value)
 
 
 # Taylor scores

@@ -111,7 +111,6 @@ def test_layers_that_keep_statistics():
     assert {name: type(layer).__name__ for name, layer in batch_norms(net).items()} == {
         "0": "BatchNorm1d",
         "2.0": "BatchNorm3d",
-        "3": "InstanceNorm1d",
         "4": "SyncBatchNorm",
     }
     assert batch_norms(nn.Linear(1, 1)) == {}

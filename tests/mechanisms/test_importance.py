@@ -73,14 +73,18 @@ def test_only_what_steps_counts():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_that_a_scaler_skips_adds_nothing(value):
+def test_a_step_that_a_scaler_skips_does_not_count(value):
     parameters = weights()
     scores = TaylorScores(parameters)
     good = step(scores, parameters)
     parameters["a"].grad = torch.ones(SHAPES["a"])
     parameters["b"].grad = torch.full(SHAPES["b"], value)
     scores.add(parameters.values())
-    assert close(scores.take(), [good["a"] / 2, good["b"] / 2])
+    assert close(scores.take(), [good["a"], good["b"]])
+    scores.add(parameters.values())
+    assert scores.take() is None  # of nothing that has counted since
+    later = step(scores, parameters)
+    assert close(scores.take(), [later["a"], later["b"]])
 
 
 @pytest.mark.parametrize("taken", [True, False])

@@ -511,10 +511,30 @@ def test_a_change_in_the_second_pass_is_an_error():
     with (
         views.owned("ours", {"weight": view}),
         views.owned_for_another_pass("ours", {"weight": MaskedWeight(torch.tensor([[False, True]]))}) as another,
+        pytest.raises(RuntimeError, match="'weight' was written to within a step"),
+        views.shown(),
+        another(),
     ):
-        with pytest.raises(RuntimeError, match="'weight' was written to within a step"), views.shown(), another():
-            write(layer)
-        assert bare(layer)
+        write(layer)
+    assert bare(layer)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_two_passes_and_activation_checkpointing_are_an_error(reentrant):
+    net, x = linear(), rows().requires_grad_()
+    views, masks = WeightViews(net), masks_of(net)
+    with (
+        views.owned("ours", masked_views(masks)),
+        views.owned_for_another_pass("ours", masked_views(masks)) as another,
+    ):
+        with views.shown():
+            loss = loss_of(checkpoint(net, x, use_reentrant=reentrant))
+            with another():
+                loss = loss + loss_of(checkpoint(net, x, use_reentrant=reentrant))
+        with pytest.raises(RuntimeError, match=r"activation checkpointing runs the layer of '\d.weight' again"):
+            loss.backward()
+        views.drop()
+    assert bare(net)
 
 
 def test_another_pass_needs_the_weight():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -154,6 +156,14 @@ def test_norms_are_never_taken():
     assert not [name for name in names(zoo, [""]) if name.startswith("norms")]
     with pytest.raises(ValueError, match="layers names 'norms', of type ModuleList and without any"):
         names(zoo, ["norms"])
+
+
+def test_what_excludes_a_place_of_a_tied_weight_is_not_idle():
+    net = nn.Sequential(OrderedDict(embed=nn.Embedding(3, 2), body=nn.Linear(2, 2), head=nn.Linear(2, 3, bias=False)))
+    net.head.weight = net.embed.weight
+    assert select_weights(net, None, ["embed", "head"]).idle == []
+    assert select_weights(net, None, ["embed", "head", "type:Embedding"]).idle == []
+    assert select_weights(nn.Sequential(net, nn.ReLU()), None, ["1"]).idle == ["1"]
 
 
 class Additive(nn.Module):
