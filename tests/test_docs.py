@@ -27,7 +27,6 @@ RUNS = {
     "docs/techniques/attention-transfer.md": ("", "at: the losses of the first batch"),
     "docs/techniques/factor-transfer.md": ("paraphraser.pt", "ft: the losses of the first batch"),
     "docs/techniques/pruning.md": ("pruned.ckpt", "243 of 304 weights are zero"),
-    "docs/migration.md": ("", ""),
     "docs/export.md": ("network.onnx", "compared at batch sizes (2, 1, 5)"),
     "docs/report.md": ("report/compression_report.html", "Compression report"),
 }

@@ -153,7 +153,7 @@ def test_the_table_of_arguments_is_that_of_the_signatures():
 def test_before_and_after_run_and_are_equally_sparse(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace, reached = {}, []
-    for code in blocks(PAGE, "python"):
+    for code in blocks(PAGE, "py"):
         exec(compile(code, PAGE.name, "exec"), namespace)
         reached.append(migration.zeros(layer.weight for layer, _ in prunable(namespace["module"])))
     assert reached == pytest.approx([0.9, 0.9], abs=1e-4)

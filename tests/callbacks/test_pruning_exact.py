@@ -226,8 +226,15 @@ def compile_and_validate(module):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("before", [compile_child, compile_and_validate])
-@pytest.mark.parametrize("start", [0.0, 0.375])
+@pytest.mark.parametrize(
+    ("before", "start"),
+    [
+        (compile_child, 0.0),
+        (compile_and_validate, 0.375),
+        pytest.param(compile_and_validate, 0.0, marks=pytest.mark.slow),
+        pytest.param(compile_child, 0.375, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled(before, start):
     """With the sanity check, dense steps first, validation within the epoch, and validation before the fit."""
     module, pruning = pruned(Convolutions, before=before, start=start, val_check_interval=3, num_sanity_val_steps=2)

@@ -154,7 +154,7 @@ def test_all_nan_are_equal():
     assert smallest_masks([bits.view(torch.float32)], 3)[0].tolist() == [False, False, True, True, False]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(arguments=selections(), piece=st.sampled_from([1, 3, 8, _selection._PIECE]))
 def test_equals_a_stable_sort(arguments, piece):
     scores, pruned, kept, limits = arguments
@@ -325,7 +325,7 @@ def test_erk_hand_worked():
     assert erk_sparsities([], 0.5) == []
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data(), sizes=st.lists(st.integers(0, 500), min_size=1, max_size=8))
 def test_layer_zeros_sum_to_the_total_within_limits(data, sizes):
     sparsities = data.draw(st.lists(st.floats(0, 1), min_size=len(sizes), max_size=len(sizes)))
