@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_whole
-from lightning_compress.callbacks.masks import SCHEDULES, MaskCallback, listing
+from lightning_compress.callbacks.masked import listing
+from lightning_compress.callbacks.masks import SCHEDULES, MaskCallback
 from lightning_compress.functional.masks import (
     erk_sparsities,
     layer_zeros,

@@ -1,0 +1,329 @@
+"""What the techniques that mask weights share: which weights, who sees them masked, and what is saved of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.callbacks.returned import Returned
+from lightning_compress.mechanisms.checkpoints import (
+    compress_,
+    dense_of,
+    keep_dense_,
+    loading_dense,
+    saving_compressed,
+)
+from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.masking import Masks
+from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.views import Usage
+from lightning_compress.mechanisms.weights import named_weights, select_weights
+from lightning_compress.mechanisms.wrapping import shadowed
+
+
+class MaskedWeightsCallback(CompressionCallback):
+    """Base of the techniques that present masked weights, whenever their masks may change.
+
+    Steps and validations see ``M * W``; the optimizer, and whatever acts between steps, the dense weights. Checkpoints
+    hold the masked weights, with the dense ones beside. So does the module after the fit, and this callback keeps the
+    dense ones, from which a later fit goes on if the module is as the last one left it.
+
+    Args:
+        layers: Selectors of the layers whose weights are masked; None for all convolutions and linear layers.
+        exclude: Selectors of layers that are left dense.
+        name: As in the base class.
+    """
+
+    changes_step = True
+
+    _masks = Returned[Masks | None](None)
+    _names = Returned[Mapping[str, str]](MappingProxyType({}))
+    """Every name of a selected weight to its first."""
+    _dense = Returned[dict[str, Tensor] | None](None)
+    """What lies behind the compressed weights in the module, after a fit."""
+
+    def __init__(self, *, layers: Sequence[str] | None, exclude: Sequence[str] | None, name: str | None) -> None:
+        super().__init__(name=name)
+        self.layers, self.exclude = layers, exclude
+        self._left: list[str] = []  # weights that stay dense
+        self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
+        self._tested: dict[str, Any] | None = None  # state of one that was tested, until the next fit
+        self._undo: dict[str, Any] | None = None  # the last state, where dense weights were put back and not trained
+        self._files = ExitStack()
+        self._saving = False  # whether the module's own hook compresses what is saved
+        self._usage: Callable[[], Usage] | None = None
+
+    # For techniques
+
+    def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
+        """Those of the selected weights that can be masked; an error if there are none."""
+        return weights
+
+    # What users read
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Name of a weight to its mask, True where it is kept; empty before the first update."""
+        return {} if self._masks is None else self._masks.state()
+
+    @property
+    def reached(self) -> float:
+        """The share of the selected weights that is masked now."""
+        return 0.0 if self._masks is None else self._masks.sparsity
+
+    # Life cycle
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let the module load the dense weights to go on with a fit, and in a fit save compressed ones."""
+        self._files.close()
+        super().setup(trainer, pl_module, stage)
+        self._files.enter_context(loading_dense(pl_module, self.name, self._receive, resumes=stage == "fit"))
+        if stage == "fit":
+            self._files.enter_context(saving_compressed(pl_module, self.name, self._compressed))
+            self._files.callback(setattr, self, "_saving", False)
+            self._saving = True
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """Select the weights, and present them masked from here on."""
+        selected = select_weights(pl_module, self.layers, self.exclude)
+        if selected.idle:
+            self._warn_once(f"exclude={selected.idle} leaves out nothing that was selected")
+        weights = self.suited(selected.weights, pl_module)
+        last = self.state_dict()
+        earlier, self._masks = self._masks, Masks(weights)
+        first = {id(weight): name for name, weight in weights.items()}
+        every = named_weights(pl_module).items()
+        self._names = {name: first[id(weight)] for name, weight in every if id(weight) in first}
+        self._left = [*(name for name in selected.weights if name not in weights), *selected.left]
+        goes_on = self._restore_dense(earlier, last) and trainer.global_step > 0
+        state = self._loaded or (last if goes_on else None)
+        self._loaded = self._tested = None
+        self.go_on(state)
+        self._announce()
+        stack.enter_context(controller.weights.owned(self.name, self._masks.views))
+        self._usage = stack.enter_context(controller.weights.watched(self.name))
+        stack.callback(setattr, self, "_usage", None)
+
+    def go_on(self, state: dict[str, Any] | None) -> None:
+        """Begin with the state of an earlier fit; None: anew."""
+        if state is not None and state["masks"]:
+            self._require_masks().load(state["masks"])
+
+    def verify(self, trainer: Any, pl_module: Any) -> None:
+        """Complain about weights that the first step did not use."""
+        if self._usage is None:
+            return
+        unused, partly = self._usage()
+        if partly:
+            self._warn_once(
+                f"{listing(partly)} get a part of their gradient past the layer: a penalty over parameters(), or "
+                "whatever holds on to a parameter itself, sees the dense weights"
+            )
+        if len(unused) == len(self._require_masks().weights):
+            raise RuntimeError(
+                f"{type(self).__name__} '{self.name}' had no effect: the first training step used none of the weights "
+                f"that it masks, {listing(unused)}; choose others with layers="
+            )
+        if unused:
+            self._warn_once(
+                f"the first training step did not use {listing(unused)}; copies of a network, and what belongs to "
+                "another task, are left out with exclude="
+            )
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Look closely at the first step of each epoch."""
+        self._require_controller().weights.compare_next()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """From here on the dense weights are others than those that the fit began with."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self._undo = None
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """From here on everybody sees the dense weights."""
+        if getattr(pl_module, "automatic_optimization", True):
+            self._drop()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """As the base; a step that was skipped had no backward pass."""
+        self._drop()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Validation in a fit sees the masked weights."""
+        if self._controller is not None:
+            self._controller.weights.show()
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """From the first batch on those of the average, where an average is validated."""
+        if self._controller is not None and batch_idx == dataloader_idx == 0:
+            self._controller.weights.refresh()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """After it everybody sees the dense weights."""
+        self._drop(evaluation=True)
+
+    def bake(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the compressed weights in the module; the dense ones are kept here."""
+        masks = self._require_masks()
+        present = named_weights(pl_module)
+        if replaced := [name for name, weight in masks.weights.items() if present.get(name) is not weight]:
+            raise RuntimeError(
+                f"{listing(replaced)} are not the weights any more that '{self.name}' masks: they were replaced after "
+                "the last training step, so they cannot be compressed"
+            )
+        self._compress_module()
+        self._files.close()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave nothing on the module."""
+        super().teardown(trainer, pl_module, stage)
+        self._files.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave nothing on the module, once the checkpoints of the exception are written."""
+        super().on_exception(trainer, pl_module, exception)
+        if self._undo is not None:
+            self._compress_module()
+            self._files.close()
+        elif self._masks is not None and self._masks.zeros > 0 and self._dense is None:
+            log.warning(
+                "%s: the fit was interrupted, and the module holds the dense weights, to go on from; its checkpoints "
+                "hold the masked ones",
+                self.name,
+            )
+        stack = ExitStack()
+
+        def closing(original: Callable[..., Any]) -> Callable[..., Any]:
+            def on_exception(*args: Any) -> None:
+                self._files.close()
+                stack.close()
+                original(*args)
+
+            return on_exception
+
+        # Checkpoint callbacks come after this hook, and the strategy's own hook after theirs.
+        stack.enter_context(shadowed(trainer.strategy, "on_exception", closing))
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Outside of a fit, where the module's own hook is as it was: keep what a later fit needs."""
+        if self._saving or self._masks is None or not self._masks.state():
+            return
+        if self._dense is None:  # a fit ended in an exception, and the module holds the dense weights
+            compress_(checkpoint, self.name, self._compressed)
+            return
+        state = checkpoint["state_dict"]
+        dense = {key: self._dense[name] for key, value in state.items() if (name := self._name_of(key, value))}
+        masked = {
+            key: self._require_masks().masked(self._name_of(key, state[key]) or "", own) for key, own in dense.items()
+        }
+        if all(torch.equal(own, state[key].cpu()) for key, own in masked.items()):
+            keep_dense_(checkpoint, self.name, dense)
+        else:
+            self._warn_once("the weights have changed since the fit, so they are saved without dense ones")
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the file that was tested last, whose weights the module has; else as the base."""
+        return super().state_dict() if self._tested is None else self._tested
+
+    def extra_state(self) -> dict[str, Any]:
+        """The masks."""
+        return {"masks": self.masks}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Keep them until the fit starts, when the weights are known."""
+        if self._saving:  # else a file is tested, and what a fit needs of it was kept when it was read
+            self._loaded = state
+
+    # Private
+
+    def _compress_module(self) -> None:
+        if self._undo is not None:  # nothing was trained
+            self.go_on(self._undo)
+            self._undo = None
+        masks = self._require_masks()
+        self._dense = {name: weight.detach().cpu().clone() for name, weight in masks.weights.items()}
+        with torch.no_grad():
+            for name, weight in masks.weights.items():
+                weight.copy_(masks.masked(name, weight))
+        masks.retire()
+
+    def _drop(self, *, evaluation: bool = False) -> None:
+        weights = None if self._controller is None else self._controller.weights
+        if weights is not None and weights.active:
+            weights.drop(evaluation=evaluation)
+
+    def _name_of(self, key: str, value: Any) -> str | None:
+        """Which weight an entry of a ``state_dict`` is, also where the module renames its entries."""
+        name = self._names.get(plain_name(key))
+        if name is None and isinstance(value, Tensor):
+            weights = self._require_masks().weights.items()
+            same = (own for own, weight in weights if weight.data_ptr() == value.data_ptr() != 0)
+            name = next((own for own in same if self._require_masks().weights[own].shape == value.shape), None)
+        return name
+
+    def _compressed(self, key: str, value: Tensor) -> Tensor | None:
+        """What is saved of an entry of the module's ``state_dict``."""
+        name = self._name_of(key, value) if self.masks else None
+        return None if name is None else self._require_masks().masked(name, value)
+
+    def _receive(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the dense weights of a checkpoint that is loaded to be tested, for a fit that goes on from it."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        masks = state.get("masks", {})
+        dense = {plain_name(key): value for key, value in dense_of(checkpoint, self.name).items()}
+        if self._saving:
+            return
+        if not masks or any(name not in dense for name in masks):
+            if self._dense is None:  # after an interruption: the module holds other weights now
+                self._masks = None
+            return
+        self._tested = state
+        self._dense = {name: dense[name] for name in masks}
+        self._masks = Masks({name: nn.Parameter(value, requires_grad=False) for name, value in self._dense.items()})
+        self._masks.load(masks)
+        first = {value.data_ptr(): name for name, value in self._dense.items()}
+        self._names = {name: first[value.data_ptr()] for name, value in dense.items() if value.data_ptr() in first}
+
+    def _restore_dense(self, earlier: Masks | None, last: dict[str, Any]) -> bool:
+        """Go on from the dense weights of the last fit, if the module still is as it left it."""
+        dense, self._dense = self._dense, None
+        weights = self._require_masks().weights
+        if earlier is None or earlier.weights.keys() != weights.keys():
+            return False
+        if dense is None:  # it was interrupted
+            return all(earlier.weights[name] is weight for name, weight in weights.items())
+        compressed = {name: earlier.masked(name, dense[name].to(weight.device)) for name, weight in weights.items()}
+        if any(not torch.equal(compressed[name], weight.detach()) for name, weight in weights.items()):
+            return False
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(dense[name])
+        self._undo = last
+        return True
+
+    def _announce(self) -> None:
+        masks = self._require_masks()
+        log.info("%s masks %s (%s weights)", self.name, listing(list(masks.weights), most=None), f"{masks.total:,}")
+        if self._left:
+            log.info("%s leaves dense: %s", self.name, listing(self._left, most=None))
+
+    def _require_masks(self) -> Masks:
+        if self._masks is None:
+            raise RuntimeError(f"{type(self).__name__} has no masks before a fit")
+        return self._masks
+
+
+def listing(names: Sequence[str], most: int | None = 5) -> str:
+    """Names in quotation marks, the first few of many."""
+    shown = names if most is None else names[:most]
+    more = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
+    return ", ".join(f"'{name}'" for name in shown) + more
