@@ -21,7 +21,7 @@ from lightning_compress.mechanisms.checkpoints import (
 )
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.masking import Masks
-from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.selection import listing, plain_name
 from lightning_compress.mechanisms.views import Usage
 from lightning_compress.mechanisms.weights import named_weights, select_weights
 from lightning_compress.mechanisms.wrapping import shadowed
@@ -47,14 +47,16 @@ class MaskedWeightsCallback(CompressionCallback):
     """Every name of a selected weight to its first."""
     _dense = Returned[dict[str, Tensor] | None](None)
     """What lies behind the compressed weights in the module, after a fit."""
+    _tested = Returned[dict[str, Any] | None](None)
+    """State of a checkpoint that was tested, until the next fit."""
 
     def __init__(self, *, layers: Sequence[str] | None, exclude: Sequence[str] | None, name: str | None) -> None:
         super().__init__(name=name)
         self.layers, self.exclude = layers, exclude
         self._left: list[str] = []  # weights that stay dense
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
-        self._tested: dict[str, Any] | None = None  # state of one that was tested, until the next fit
-        self._undo: dict[str, Any] | None = None  # the last state, where dense weights were put back and not trained
+        self._undo: dict[str, Any] | None = None  # what this was before a fit that has not trained anything yet
+        self._undo_bakes = False  # whether the module was compressed then
         self._files = ExitStack()
         self._saving = False  # whether the module's own hook compresses what is saved
         self._usage: Callable[[], Usage] | None = None
@@ -82,6 +84,7 @@ class MaskedWeightsCallback(CompressionCallback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let the module load the dense weights to go on with a fit, and in a fit save compressed ones."""
         self._files.close()
+        self._loaded = None
         super().setup(trainer, pl_module, stage)
         self._files.enter_context(loading_dense(pl_module, self.name, self._receive, resumes=stage == "fit"))
         if stage == "fit":
@@ -115,8 +118,12 @@ class MaskedWeightsCallback(CompressionCallback):
         if state is not None and state["masks"]:
             self._require_masks().load(state["masks"])
 
+    def forget(self) -> None:
+        """The module holds other weights than those of the last fit."""
+        self._masks = self._dense = self._tested = self._undo = None
+
     def verify(self, trainer: Any, pl_module: Any) -> None:
-        """Complain about weights that the first step did not use."""
+        """Complain about weights that the first step did not use, or not only through their layers."""
         if self._usage is None:
             return
         unused, partly = self._usage()
@@ -153,6 +160,7 @@ class MaskedWeightsCallback(CompressionCallback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """As the base; a step that was skipped had no backward pass."""
         self._drop()
+        self._undo = None  # an optimizer of the user's own may have stepped
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
@@ -174,8 +182,9 @@ class MaskedWeightsCallback(CompressionCallback):
     def bake(self, trainer: Any, pl_module: Any) -> None:
         """Leave the compressed weights in the module; the dense ones are kept here."""
         masks = self._require_masks()
-        present = named_weights(pl_module)
-        if replaced := [name for name, weight in masks.weights.items() if present.get(name) is not weight]:
+        if not self._are_in(pl_module):
+            present = named_weights(pl_module)
+            replaced = [name for name, weight in masks.weights.items() if present.get(name) is not weight]
             raise RuntimeError(
                 f"{listing(replaced)} are not the weights any more that '{self.name}' masks: they were replaced after "
                 "the last training step, so they cannot be compressed"
@@ -191,9 +200,11 @@ class MaskedWeightsCallback(CompressionCallback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave nothing on the module, once the checkpoints of the exception are written."""
         super().on_exception(trainer, pl_module, exception)
-        if self._undo is not None:
+        if self._undo is not None and self._undo_bakes:
             self._compress_module()
             self._files.close()
+        elif self._undo is not None:
+            self._go_back()
         elif self._masks is not None and self._masks.zeros > 0 and self._dense is None:
             log.warning(
                 "%s: the fit was interrupted, and the module holds the dense weights, to go on from; its checkpoints "
@@ -217,8 +228,9 @@ class MaskedWeightsCallback(CompressionCallback):
         """Outside of a fit, where the module's own hook is as it was: keep what a later fit needs."""
         if self._saving or self._masks is None or not self._masks.state():
             return
-        if self._dense is None:  # a fit ended in an exception, and the module holds the dense weights
-            compress_(checkpoint, self.name, self._compressed)
+        if self._dense is None:  # a fit ended in an exception, and its module holds the dense weights
+            if self._are_in(pl_module):
+                compress_(checkpoint, self.name, self._compressed)
             return
         state = checkpoint["state_dict"]
         dense = {key: self._dense[name] for key, value in state.items() if (name := self._name_of(key, value))}
@@ -246,15 +258,23 @@ class MaskedWeightsCallback(CompressionCallback):
     # Private
 
     def _compress_module(self) -> None:
-        if self._undo is not None:  # nothing was trained
-            self.go_on(self._undo)
-            self._undo = None
+        self._go_back()
         masks = self._require_masks()
         self._dense = {name: weight.detach().cpu().clone() for name, weight in masks.weights.items()}
         with torch.no_grad():
             for name, weight in masks.weights.items():
                 weight.copy_(masks.masked(name, weight))
         masks.retire()
+
+    def _go_back(self) -> None:
+        """To what this was before the fit, if nothing was trained."""
+        if self._undo is not None:
+            self.go_on(self._undo)
+            self._undo = None
+
+    def _are_in(self, pl_module: nn.Module) -> bool:
+        present = named_weights(pl_module)
+        return all(present.get(name) is weight for name, weight in self._require_masks().weights.items())
 
     def _drop(self, *, evaluation: bool = False) -> None:
         weights = None if self._controller is None else self._controller.weights
@@ -277,14 +297,16 @@ class MaskedWeightsCallback(CompressionCallback):
 
     def _receive(self, checkpoint: dict[str, Any]) -> None:
         """Keep the dense weights of a checkpoint that is loaded to be tested, for a fit that goes on from it."""
+        if self._controller is not None:  # a fit looks for a learning rate, and comes back to where it was
+            return
+        self.forget()
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         masks = state.get("masks", {})
-        dense = {plain_name(key): value for key, value in dense_of(checkpoint, self.name).items()}
-        if self._saving:
+        if self._saving or not masks:
             return
-        if not masks or any(name not in dense for name in masks):
-            if self._dense is None:  # after an interruption: the module holds other weights now
-                self._masks = None
+        dense = {plain_name(key): value for key, value in dense_of(checkpoint, self.name).items()}
+        if any(name not in dense for name in masks):
+            log.warning("%s: no fit can go on from this file once it is tested, as its entries are renamed", self.name)
             return
         self._tested = state
         self._dense = {name: dense[name] for name in masks}
@@ -300,15 +322,16 @@ class MaskedWeightsCallback(CompressionCallback):
         if earlier is None or earlier.weights.keys() != weights.keys():
             return False
         if dense is None:  # it was interrupted
-            return all(earlier.weights[name] is weight for name, weight in weights.items())
-        compressed = {name: earlier.masked(name, dense[name].to(weight.device)) for name, weight in weights.items()}
-        if any(not torch.equal(compressed[name], weight.detach()) for name, weight in weights.items()):
-            return False
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(dense[name])
-        self._undo = last
-        return True
+            same = all(earlier.weights[name] is weight for name, weight in weights.items())
+        else:
+            left = {name: earlier.masked(name, dense[name].to(weight.device)) for name, weight in weights.items()}
+            same = all(torch.equal(left[name], weight.detach()) for name, weight in weights.items())
+        if same:
+            self._undo, self._undo_bakes = last, dense is not None
+            with torch.no_grad():
+                for name, value in (dense or {}).items():
+                    weights[name].copy_(value)
+        return same
 
     def _announce(self) -> None:
         masks = self._require_masks()
@@ -320,10 +343,3 @@ class MaskedWeightsCallback(CompressionCallback):
         if self._masks is None:
             raise RuntimeError(f"{type(self).__name__} has no masks before a fit")
         return self._masks
-
-
-def listing(names: Sequence[str], most: int | None = 5) -> str:
-    """Names in quotation marks, the first few of many."""
-    shown = names if most is None else names[:most]
-    more = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
-    return ", ".join(f"'{name}'" for name in shown) + more

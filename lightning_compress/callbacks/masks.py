@@ -123,7 +123,7 @@ class MaskCallback(MaskedWeightsCallback):
         stack.callback(setattr, self, "_progress", None)
         super().attach(controller, stack, trainer, pl_module)
         self._check_target()
-        guarded = [callback for callback in trainer.callbacks if self._guards(callback)]
+        guarded = self._guarded(trainer)
         forgotten = [] if self._has_target() else [_compat.forget_best(callback) for callback in guarded]
         if any(forgotten):
             self._warn_once(
@@ -131,7 +131,12 @@ class MaskCallback(MaskedWeightsCallback):
                 "their files stay"
             )
         for callback in guarded:
-            stack.enter_context(shadowed(callback, "check_monitor_top_k", partial(self._guarded, callback)))
+            stack.enter_context(shadowed(callback, "check_monitor_top_k", partial(self._guarding, callback)))
+
+    def forget(self) -> None:
+        """With the place in the schedule."""
+        super().forget()
+        self._begun = self._finished = False
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """With the place in the schedule."""
@@ -148,8 +153,8 @@ class MaskCallback(MaskedWeightsCallback):
         self._steps = self._progress.steps
         if not self._begun:
             self._update()
-        guarded = any(self._guards(callback) for callback in trainer.callbacks)
-        if guarded and not self._has_target() and not any(_compat.keeps_last(own) for own in trainer.callbacks):
+        loses = self._guarded(trainer) and not any(map(_compat.keeps_last, trainer.callbacks))
+        if loses and not self._has_target():
             self._warn_once(
                 "no checkpoint is kept before the final sparsity, so that the best one has it; to be able to resume "
                 "before, add ModelCheckpoint(save_last=True), or give guard_checkpoints=False"
@@ -192,8 +197,7 @@ class MaskCallback(MaskedWeightsCallback):
             return
         before, fraction = self.reached, self._progress.fraction
         if trainer.should_stop:
-            guards = any(self._guards(callback) for callback in trainer.callbacks)
-            kept = ", and no monitored checkpoint was kept" if guards else ""
+            kept = ", and no monitored checkpoint was kept" if self._guarded(trainer) else ""
             self.failure = (
                 f"training stopped at {fraction:.0%} of its length, before end={self.end}: the sparsity is "
                 f"{before:.4f}, not {self.sparsity}{kept}"
@@ -254,10 +258,11 @@ class MaskCallback(MaskedWeightsCallback):
             self._churn = self._require_masks().replace(masks)
             self.updated(self._churn, more=more)
 
-    def _guards(self, callback: Any) -> bool:
-        return self.guard_checkpoints and _compat.keeps_best(callback)
+    def _guarded(self, trainer: Any) -> list[Any]:
+        """The callbacks that keep no checkpoint before the final sparsity."""
+        return [own for own in trainer.callbacks if self.guard_checkpoints and _compat.keeps_best(own)]
 
-    def _guarded(self, callback: Any, original: Callable[..., bool]) -> Callable[..., bool]:
+    def _guarding(self, callback: Any, original: Callable[..., bool]) -> Callable[..., bool]:
         """Keep no monitored checkpoint before the final sparsity, but for the last, to resume from."""
 
         def check_monitor_top_k(trainer: Any, *args: Any, **kwargs: Any) -> bool:

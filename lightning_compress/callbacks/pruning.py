@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_whole
-from lightning_compress.callbacks.masked import listing
 from lightning_compress.callbacks.masks import SCHEDULES, MaskCallback
 from lightning_compress.functional.masks import (
     erk_sparsities,
@@ -32,6 +31,7 @@ from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batc
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.importance import TaylorScores
 from lightning_compress.mechanisms.rewinding import TrainingStart
+from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.weights import sites_of
 
 SCORES = ("magnitude", "random", "taylor")
@@ -239,6 +239,11 @@ class PruningCallback(MaskCallback):
             raise ValueError("reestimate_batchnorm has no effect: no layer keeps batch-norm statistics")
         super().attach(controller, stack, trainer, pl_module)
 
+    def forget(self) -> None:
+        """With the scores and the start of training."""
+        super().forget()
+        self._importance = self._start = self._saved_start = None
+
     def go_on(self, state: dict[str, Any] | None) -> None:
         """With the scores and the start of training that were saved."""
         if state is not None and state["masks"]:
@@ -289,8 +294,9 @@ class PruningCallback(MaskCallback):
         state = super().extra_state()
         if self._importance is not None:
             state["importance"] = self._importance.state()
-        if self._start is not None:
-            state["start"] = self._start.state
+        start = self._saved_start if self._start is None else self._start.state
+        if start is not None:
+            state["start"] = start
         return state
 
     # Private

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.functional.masks import taylor_score
+from lightning_compress.mechanisms.selection import listing
 
 
 class TaylorScores:
@@ -67,10 +68,9 @@ class TaylorScores:
         if not self._sums:
             return None
         if missing := [name for name in self._weights if name not in self._sums]:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise RuntimeError(
                 "score='taylor' needs a gradient of each weight before the masks are updated, and these had none: "
-                f"{', '.join(map(repr, missing[:5]))}{more}; leave them out with exclude=, or begin later with start="
+                f"{listing(missing)}; leave them out with exclude=, or begin later with start="
             )
         if not all(steps > 0 for steps in self._counts()):
             return None

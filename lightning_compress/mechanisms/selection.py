@@ -33,6 +33,25 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def listing(names: Sequence[str], most: int | None = 5) -> str:
+    """Names in quotation marks, the first few of many.
+
+    Args:
+        names: Any.
+        most: How many to write out; None for all.
+
+    Returns:
+        One line.
+
+    Example:
+        >>> listing(["a", "b", "c"], most=2)
+        "'a', 'b' and 1 more"
+    """
+    shown = names if most is None else names[:most]
+    more = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
+    return ", ".join(f"'{name}'" for name in shown) + more
+
+
 def plain_name(name: str) -> str:
     """Drop what torch.compile adds to the dotted name of a module.
 

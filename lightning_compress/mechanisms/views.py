@@ -419,8 +419,8 @@ class WeightViews:
         for name, what in lost.items():
             if what is not None:
                 raise RuntimeError(
-                    f"the weight '{name}' {what} within a step, where '{self._weights[name].owner}' presents a masked "
-                    "one in its place, so the change would be lost. Make it between steps, for example in "
+                    f"the weight '{name}' {what} within a step, where '{self._weights[name].owner}' presents another "
+                    "in its place, so the change would be lost. Make it between steps, for example in "
                     f"on_train_batch_end, or leave the layer out with {_excluding(name)}"
                 )
 

@@ -8,6 +8,7 @@ import logging
 import pickle
 import warnings
 import weakref
+from contextlib import nullcontext
 
 import lightning.pytorch as L
 import pytest
@@ -241,6 +242,132 @@ def test_what_is_saved_after_a_test_is_the_state_of_the_file_that_was_tested(tmp
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     for name, value in dense_of(first, "pruning").items():
         assert torch.equal(dense_of(again, "pruning")[name], value)
+
+
+class OwnOptimizer(MixinClassifier):
+    """Steps the torch optimizer itself."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(self.compressed_loss(self.task_loss(batch)))
+        optimizer.step()
+
+
+def test_a_second_fit_bakes_the_masks_that_it_trained_with():
+    pruning, module, seen = PruningCallback(0.5, regrow=True), made(OwnOptimizer), {}
+
+    class Look(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            seen.update(pruning.masks)
+
+    trainer(pruning, Look()).fit(module, loader())
+    first = dict(seen)
+    trainer(pruning, Look(), max_epochs=2).fit(module, loader())
+    assert not same(first, seen)
+    assert same(pruning.masks, seen)
+    for name, mask in seen.items():
+        assert not module.get_parameter(name)[~mask].any()
+
+
+class FailsEarlier(L.Callback):
+    def on_fit_start(self, *args):
+        raise OSError("earlier than ours")
+
+
+def test_the_state_of_a_file_does_not_outlive_a_fit_that_fails_before_ours(tmp_path):
+    first = trainer(PruningCallback(0.5, **ONE_SHOT))
+    first.fit(made(Classifier), loader())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    pruning, fresh, expected = PruningCallback(0.5, **ONE_SHOT), made(Classifier), made(Classifier)
+    with pytest.raises(OSError, match="earlier"):
+        trainer(FailsEarlier(), pruning, max_epochs=2).fit(
+            made(Classifier), loader(), ckpt_path=tmp_path / "first.ckpt"
+        )
+    trainer(pruning).fit(fresh, loader())
+    trainer(PruningCallback(0.5, **ONE_SHOT)).fit(expected, loader())
+    assert difference(fresh, expected) == 0
+
+
+def plain_file(folder, epochs=1):
+    fitting = trainer(max_epochs=epochs)
+    fitting.fit(made(Classifier), loader())
+    fitting.save_checkpoint(folder / "plain.ckpt")
+    return folder / "plain.ckpt"
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_file_without_our_state_takes_the_masks_away(interrupted, tmp_path):
+    pruning, module = PruningCallback(0.8), made(Classifier)
+    fitting = trainer(pruning, *([Interrupt(5)] if interrupted else []), max_epochs=2)
+    with pytest.raises(OSError, match="interrupted") if interrupted else nullcontext():
+        fitting.fit(module, loader())
+    path = plain_file(tmp_path)
+    fitting.test(module, loader(), ckpt_path=path, verbose=False)
+    fitting.save_checkpoint(tmp_path / "tested.ckpt")
+    file = torch.load(tmp_path / "tested.ckpt", weights_only=True)
+    state = file["callbacks"][pruning.state_key]
+    assert (state["masks"], state["begun"], state["finished"]) == ({}, False, False)
+    assert zeros_in(file) == 0
+
+
+def zeros_in(checkpoint):
+    return sum(int((value == 0).sum()) for value in checkpoint["state_dict"].values() if value.ndim > 1)
+
+
+def test_a_resume_from_a_plain_file_after_an_interruption_begins_anew(tmp_path):
+    path = plain_file(tmp_path)
+    pruning, module = PruningCallback(0.8), made(Classifier)
+    fitting = trainer(pruning, Interrupt(7), max_epochs=2)
+    with pytest.raises(OSError, match="interrupted"):
+        fitting.fit(module, loader())
+    fitting.fit(module, loader(), ckpt_path=path)
+    expected, fresh = PruningCallback(0.8), made(Classifier)
+    trainer(expected, max_epochs=2).fit(fresh, loader(), ckpt_path=path)
+    assert difference(module, fresh) == 0
+    assert same(pruning.masks, expected.masks)
+
+
+def test_another_module_of_the_trainer_is_saved_as_it_is(tmp_path):
+    pruning = PruningCallback(0.8)
+    fitting = trainer(pruning, Interrupt(5))
+    with pytest.raises(OSError, match="interrupted"):
+        fitting.fit(made(Classifier), loader())
+    fitting.test(made(Classifier), loader(), verbose=False)
+    fitting.save_checkpoint(tmp_path / "other.ckpt")
+    assert zeros_in(torch.load(tmp_path / "other.ckpt", weights_only=True)) == 0
+
+
+@pytest.mark.parametrize("settings", [{"score": "taylor"}, {"schedule": "iterative", "rewind": "weights"}])
+def test_a_training_that_never_begins_changes_no_part_of_the_state(settings, tmp_path):
+    pruning, module = PruningCallback(0.8, **settings), made(Unready)
+    first = trainer(pruning)
+    first.fit(module, loader(), loader())
+    first.save_checkpoint(tmp_path / "before.ckpt")
+    module.fails = "step"
+    with pytest.raises(OSError, match="no data"):
+        trainer(pruning).fit(module, loader(), loader())
+    first.save_checkpoint(tmp_path / "after.ckpt")
+    states = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["callbacks"] for name in ("before", "after")]
+    for a, b in zip(*(tree_leaves(state[pruning.state_key]) for state in states), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_an_interrupted_training_survives_another_that_never_begins():
+    pruning, module = PruningCallback(0.8), made(Unready)
+    first = trainer(pruning, Interrupt(5))
+    with pytest.raises(OSError, match="interrupted"):
+        first.fit(module, loader())
+    masks = dict(pruning.masks)
+    module.fails = "step"
+    with pytest.raises(OSError, match="no data"):
+        trainer(pruning).fit(module, loader())
+    assert zeros(module) == 0
+    assert same(masks, pruning.masks)
+    module.fails = None
+    first.fit(module, loader())
+    assert all(not pruning.masks[name][~mask].any() for name, mask in masks.items())
+    assert zeros(module) == 106
 
 
 # Taylor scores
