@@ -529,7 +529,20 @@ def copied(folder: Path) -> Path:
 def run(copy: Path, *tests: str) -> int | None:
     """Exit code of pytest in the copy; None if it took too long. Its output goes to ``pytest.log`` beside the copy."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "slow or not slow", "-p", "no:cacheprovider", *tests],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-m",
+            "slow or not slow",
+            "-p",
+            "no:cacheprovider",
+            "-n",
+            "0",
+            *tests,
+        ],
         cwd=copy,
         env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
         stdout=(copy.parent / "pytest.log").open("w"),
