@@ -32,6 +32,8 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 from torch.nn import functional as F
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress import CompressionReport, PruningCallback
 from lightning_compress.functional import iterative_schedule, magnitude_mask, n_m_mask, smallest_masks
@@ -318,6 +320,36 @@ def test_logs(tmp_path):
         assert metrics[f"compress/pruning/sparsity/{name}"] == pytest.approx(int((weight == 0).sum()) / weight.numel())
         assert metrics[f"compress/pruning/norm/{name}"] == pytest.approx(float(weight.norm()))
     assert metrics["compress/pruning/churn"] == pytest.approx((66 - int(TOTAL * 0.5 * (1 - 0.25**3) + 0.5)) / TOTAL)
+
+
+class Measured(NormClassifier):
+    """Keeps metrics as attributes, of training and of validation."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.right = MeanMetric(), MulticlassAccuracy(3, average="micro")
+
+    def training_step(self, batch, batch_idx):
+        self.seen.update(batch[0])
+        self.log("seen", self.seen, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.right.update(self.model(batch[0]), batch[1])
+        self.log("right", self.right)
+
+
+def test_metrics_and_statistics_count_each_batch_once():
+    module, fitting = fitted(PruningCallback(0.8), Measured, num_sanity_val_steps=2)
+    assert module.model[1].num_batches_tracked == STEPS
+    batches = list(loader(Measured))
+    seen = torch.cat([x for x, _ in batches]).mean().item()
+    assert float(fitting.callback_metrics["seen"]) == pytest.approx(seen, abs=1e-7)
+    module.eval()
+    with torch.no_grad():
+        right = torch.cat([module.model(x).argmax(1) == y for x, y in batches])
+    assert float(fitting.callback_metrics["right"]) == pytest.approx(right.float().mean().item())
+    assert list(module.state_dict()) == list(made(Measured).state_dict())
 
 
 def test_a_checkpoint_can_be_chosen_by_its_sparsity(tmp_path):
