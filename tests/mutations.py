@@ -454,6 +454,13 @@ MUTATIONS = (
         f"{VIEWS_TEST}::test_a_pass_without_the_views_is_followed_by_one_compilation",
     ),
     Mutation(
+        "views that nobody owns watch torch.compile for ever",
+        VIEWS,
+        "        if not self._weights:\n            return\n",
+        "",
+        f"{VIEWS_TEST}::test_without_an_owner_nothing_is_watched_or_compiled_again",
+    ),
+    Mutation(
         "a tensor may lose more than its floor leaves",
         SELECTION,
         "        beyond = [index for index, own in zip(free, lost, strict=True) if own > limits[index]]",

@@ -181,10 +181,7 @@ class MaskedWeightsCallback(CompressionCallback):
 
     def bake(self, trainer: Any, pl_module: Any) -> None:
         """Leave the compressed weights in the module; the dense ones are kept here."""
-        masks = self._require_masks()
-        if not self._are_in(pl_module):
-            present = named_weights(pl_module)
-            replaced = [name for name, weight in masks.weights.items() if present.get(name) is not weight]
+        if replaced := self._replaced(pl_module):
             raise RuntimeError(
                 f"{listing(replaced)} are not the weights any more that '{self.name}' masks: they were replaced after "
                 "the last training step, so they cannot be compressed"
@@ -229,16 +226,13 @@ class MaskedWeightsCallback(CompressionCallback):
         if self._saving or self._masks is None or not self._masks.state():
             return
         if self._dense is None:  # a fit ended in an exception, and its module holds the dense weights
-            if self._are_in(pl_module):
+            if not self._replaced(pl_module):
                 compress_(checkpoint, self.name, self._compressed)
             return
-        state = checkpoint["state_dict"]
-        dense = {key: self._dense[name] for key, value in state.items() if (name := self._name_of(key, value))}
-        masked = {
-            key: self._require_masks().masked(self._name_of(key, state[key]) or "", own) for key, own in dense.items()
-        }
-        if all(torch.equal(own, state[key].cpu()) for key, own in masked.items()):
-            keep_dense_(checkpoint, self.name, dense)
+        state, dense = checkpoint["state_dict"], self._dense
+        names = {key: name for key, value in state.items() if (name := self._name_of(key, value)) is not None}
+        if all(torch.equal(self._masks.masked(name, dense[name]), state[key].cpu()) for key, name in names.items()):
+            keep_dense_(checkpoint, self.name, {key: dense[name] for key, name in names.items()})
         else:
             self._warn_once("the weights have changed since the fit, so they are saved without dense ones")
 
@@ -272,9 +266,10 @@ class MaskedWeightsCallback(CompressionCallback):
             self.go_on(self._undo)
             self._undo = None
 
-    def _are_in(self, pl_module: nn.Module) -> bool:
+    def _replaced(self, pl_module: nn.Module) -> list[str]:
+        """The weights that are not the module's, or not any more."""
         present = named_weights(pl_module)
-        return all(present.get(name) is weight for name, weight in self._require_masks().weights.items())
+        return [name for name, weight in self._require_masks().weights.items() if present.get(name) is not weight]
 
     def _drop(self, *, evaluation: bool = False) -> None:
         weights = None if self._controller is None else self._controller.weights
@@ -285,9 +280,9 @@ class MaskedWeightsCallback(CompressionCallback):
         """Which weight an entry of a ``state_dict`` is, also where the module renames its entries."""
         name = self._names.get(plain_name(key))
         if name is None and isinstance(value, Tensor):
-            weights = self._require_masks().weights.items()
-            same = (own for own, weight in weights if weight.data_ptr() == value.data_ptr() != 0)
-            name = next((own for own in same if self._require_masks().weights[own].shape == value.shape), None)
+            place = value.data_ptr(), value.shape
+            weights = self._require_masks().weights.items() if place[0] != 0 else ()
+            name = next((own for own, weight in weights if (weight.data_ptr(), weight.shape) == place), None)
         return name
 
     def _compressed(self, key: str, value: Tensor) -> Tensor | None:

@@ -379,9 +379,10 @@ def _sparsity(sparsity: float | None, pattern: str, n_m: tuple[int, int] | None)
             raise ValueError("sparsity must be a number in [0, 1) with pattern='unstructured', got None")
         return sparsity
     own = 1 - n_m[0] / n_m[1]
-    if sparsity is not None:
-        check_fraction("sparsity", sparsity)
-    if sparsity is not None and abs(sparsity - own) > 1e-9:
+    if sparsity is None:
+        return own
+    check_fraction("sparsity", sparsity)
+    if abs(sparsity - own) > 1e-9:
         raise ValueError(f"pattern='{pattern}' has the sparsity {own}; sparsity must be that or None, got {sparsity}")
     return own
 

@@ -428,13 +428,9 @@ def _check_sparsity(sparsity: float) -> None:
         raise ValueError(f"sparsity must be in [0, 1], got {sparsity}")
 
 
-def _check_sequence(name: str, tensors: Any) -> None:
-    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
-        raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
-
-
-def _check_scores(name: str, scores: Sequence[Tensor]) -> None:
-    _check_sequence(name, scores)
+def _check_scores(name: str, scores: Any) -> None:
+    if isinstance(scores, Tensor) or not isinstance(scores, Sequence):
+        raise TypeError(f"{name} must be a list of tensors, got {type(scores).__name__}")
     if not scores:
         raise ValueError(f"{name} must hold at least one tensor")
     for score in scores:

@@ -199,12 +199,13 @@ class WeightViews:
             _compat.reset_compiled_code()
 
     def show(self) -> None:
-        """Present all weights, with their values as they are now."""
+        """Present all weights, with their values as they are now; nothing if nobody owns any."""
+        if not self._weights:
+            return
         if self.active:
             self._remove()
         unwatched = _compat.watch_compilations(self._tracing)  # somebody has reset torch.compile
-        attributes = {site.attribute for _, site in self._all_sites()}
-        if unwatched or any(_compat.reads_parameters(traced, attributes) for traced in self._traced):
+        if unwatched or self._stale():
             _compat.reset_compiled_code()  # it would go on reading the parameters
             _compat.watch_compilations(self._tracing)  # which a reset ends
         self._traced.clear()
@@ -428,6 +429,13 @@ class WeightViews:
         for weight in self._weights.values():
             for site in weight.sites:
                 yield weight, site
+
+    def _stale(self) -> bool:
+        """Whether code that was traced while nothing was presented reads parameters of these names."""
+        if not self._traced:
+            return False
+        attributes = {site.attribute for _, site in self._all_sites()}
+        return any(_compat.reads_parameters(traced, attributes) for traced in self._traced)
 
     def _tracing(self, event: Any) -> None:
         if not self.active:

@@ -116,8 +116,10 @@ def select_weights(root: nn.Module, layers: Sequence[str] | None, exclude: Seque
                 weights[full] = parameter
     if not weights:
         raise ValueError(f"layers {layers} selects {', '.join(map(repr, chosen))}, which own no weights")
+    idle: list[str] = []
     if exclude is not None:
         _refuse_shared(root, weights, exclude)
+        idle = _idle(root, select_modules(root, layers, None, types=types), exclude)
     seen, left = {id(parameter) for parameter in weights.values()}, []
     for name, module in root.named_modules():
         for attribute in candidates[module]:
@@ -125,15 +127,14 @@ def select_weights(root: nn.Module, layers: Sequence[str] | None, exclude: Seque
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 left.append(plain_name(f"{name}.{attribute}" if name else attribute))
-    idle = _idle(root, select_modules(root, layers, None, types=types), exclude)
     return SelectedWeights(weights, left, idle)
 
 
-def _idle(root: nn.Module, selected: dict[str, nn.Module], exclude: Sequence[str] | None) -> list[str]:
+def _idle(root: nn.Module, selected: dict[str, nn.Module], exclude: Sequence[str]) -> list[str]:
     """The selectors that match nothing of what is selected."""
     chosen = {id(own) for module in selected.values() for own in module.parameters(recurse=False)}
     idle = []
-    for selector in exclude or ():
+    for selector in exclude:
         left_out = select_modules(root, [selector], None, types=(nn.Module,)).values()
         if chosen.isdisjoint(id(own) for module in left_out for own in module.parameters(recurse=False)):
             idle.append(selector)

@@ -967,6 +967,20 @@ def test_other_code_that_is_compiled_between_steps_costs_nothing():
     assert (network.frame_count, other.frame_count) == (1, 1)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_without_an_owner_nothing_is_watched_or_compiled_again():
+    counter, net = torch._dynamo.testing.CompileCounter(), nn.Module()
+    net.model = torch.compile(linear(), backend=counter)
+    callbacks = torch._dynamo.callback.callback_handler.start_callbacks
+    watching, views = list(callbacks), WeightViews(net)
+    net.model(rows())
+    for _ in range(2):
+        with views.presented():
+            net.model(rows())
+    assert counter.frame_count == 1
+    assert callbacks == watching
+
+
 class Decorated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
