@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from lightning_compress import export, functional, modules
     from lightning_compress.callbacks.attention import AttentionTransferCallback
     from lightning_compress.callbacks.base import CompressionCallback
+    from lightning_compress.callbacks.dcil import DCILCallback
     from lightning_compress.callbacks.distillation import DistillationCallback
+    from lightning_compress.callbacks.dpf import DPFCallback
     from lightning_compress.callbacks.export import ExportCallback
     from lightning_compress.callbacks.factors import FactorTransferCallback
     from lightning_compress.callbacks.pruning import PruningCallback
@@ -25,6 +27,8 @@ _HOMES = {
     "CompressionCallback": "lightning_compress.callbacks.base",
     "CompressionMixin": "lightning_compress.mixins",
     "CompressionReport": "lightning_compress.callbacks.report",
+    "DCILCallback": "lightning_compress.callbacks.dcil",
+    "DPFCallback": "lightning_compress.callbacks.dpf",
     "DistillationCallback": "lightning_compress.callbacks.distillation",
     "ExportCallback": "lightning_compress.callbacks.export",
     "FactorTransferCallback": "lightning_compress.callbacks.factors",
@@ -40,6 +44,8 @@ __all__ = [
     "CompressionCallback",
     "CompressionMixin",
     "CompressionReport",
+    "DCILCallback",
+    "DPFCallback",
     "DistillationCallback",
     "ExportCallback",
     "FactorTransferCallback",

@@ -20,7 +20,9 @@ from lightning_compress import (
     AttentionTransferCallback,
     CompressionCallback,
     CompressionReport,
+    DCILCallback,
     DistillationCallback,
+    DPFCallback,
     ExportCallback,
     FactorTransferCallback,
     PruningCallback,
@@ -36,8 +38,8 @@ class Case:
         build: From a folder and the kind of module to the callback, the same one each time.
         modules: Kinds of module it works on.
         changes_loss: Whether the trained weights differ from those without it.
-        refuses: What it does not support ("manual", "compiled", "accumulation", "scaler", "ranks", "resume"), each with
-            a pattern of the error that says so.
+        refuses: What it does not support ("manual", "mixin", "compiled", "accumulation", "scaler", "ranks", "resume"),
+            each with a pattern of the error that says so.
         pretrains: Whether it learns from the batches before the training, so that their size matters.
         keeps_dense: Whether a second fit goes on from weights that the module does not hold, but the callback does.
         heavy: Whether the end of fit takes a second or more: then only one module is tried in the fast tests.
@@ -75,6 +77,14 @@ def _pruning(folder: Path, kind: type[Classifier]) -> CompressionCallback:
     return PruningCallback(0.6, end=0.6, regrow=True)  # so that dense weights matter to the masks
 
 
+def _dpf(folder: Path, kind: type[Classifier]) -> CompressionCallback:
+    return DPFCallback(0.6, update_interval=1)
+
+
+def _dcil(folder: Path, kind: type[Classifier]) -> CompressionCallback:
+    return DCILCallback(0.4, update_interval=1)  # so that no filter is masked completely
+
+
 def _export(folder: Path, kind: type[Classifier]) -> CompressionCallback:
     return ExportCallback(folder / "model.onnx", metric="val_loss", tolerance=1e-4)
 
@@ -88,6 +98,14 @@ CASES = (
     Case("AttentionTransferCallback", _attention, changes_loss=True, refuses={"manual": "CompressionMixin"}),
     Case("FactorTransferCallback", _factors, changes_loss=True, pretrains=True, refuses={"manual": "CompressionMixin"}),
     Case("PruningCallback", _pruning, changes_loss=True, keeps_dense=True, refuses={"manual": "CompressionMixin"}),
+    Case("DPFCallback", _dpf, changes_loss=True, keeps_dense=True, refuses={"manual": "CompressionMixin"}),
+    Case(
+        "DCILCallback",
+        _dcil,
+        changes_loss=True,
+        keeps_dense=True,
+        refuses={"manual": "CompressionMixin", "mixin": "runs the step twice"},
+    ),
     Case("ExportCallback", _export, heavy=True),
     Case("CompressionReport", _report),
 )

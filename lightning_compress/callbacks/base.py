@@ -339,10 +339,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                     stacklevel=2,
                 )
 
-    def _warn_once(self, message: str) -> None:
-        """Warn, once in a fit."""
-        if message not in self._warned:
-            self._warned.add(message)
+    def _warn_once(self, message: str, kind: str | None = None) -> None:
+        """Warn, once in a fit; of messages of one kind the first only."""
+        if (kind or message) not in self._warned:
+            self._warned.add(kind or message)
             warnings.warn(f"{type(self).__name__} '{self.name}': {message}", stacklevel=3)
 
     def _require_controller(self) -> StepController:

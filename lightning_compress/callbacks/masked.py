@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from lightning_compress.mechanisms.checkpoints import (
     saving_compressed,
 )
 from lightning_compress.mechanisms.controller import StepController
-from lightning_compress.mechanisms.masking import Masks
+from lightning_compress.mechanisms.masking import MaskedWeight, Masks
 from lightning_compress.mechanisms.selection import listing, plain_name
 from lightning_compress.mechanisms.views import Usage
-from lightning_compress.mechanisms.weights import named_weights, select_weights
+from lightning_compress.mechanisms.weights import PLAIN_LAYERS, named_weights, select_weights
 from lightning_compress.mechanisms.wrapping import shadowed
 
 
@@ -41,6 +41,8 @@ class MaskedWeightsCallback(CompressionCallback):
     """
 
     changes_step = True
+    default_layers: ClassVar[tuple[type[nn.Module], ...]] = PLAIN_LAYERS
+    """What is selected where ``layers`` is None."""
 
     _masks = Returned[Masks | None](None)
     _names = Returned[Mapping[str, str]](MappingProxyType({}))
@@ -66,6 +68,10 @@ class MaskedWeightsCallback(CompressionCallback):
     def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """Those of the selected weights that can be masked; an error if there are none."""
         return weights
+
+    def view(self, name: str) -> MaskedWeight:
+        """How the weight of this name is presented."""
+        return MaskedWeight()
 
     # What users read
 
@@ -94,12 +100,12 @@ class MaskedWeightsCallback(CompressionCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Select the weights, and present them masked from here on."""
-        selected = select_weights(pl_module, self.layers, self.exclude)
+        selected = select_weights(pl_module, self.layers, self.exclude, default=self.default_layers)
         if selected.idle:
             self._warn_once(f"exclude={selected.idle} leaves out nothing that was selected")
         weights = self.suited(selected.weights, pl_module)
         last = self.state_dict()
-        earlier, self._masks = self._masks, Masks(weights)
+        earlier, self._masks = self._masks, Masks(weights, self.view)
         first = {id(weight): name for name, weight in weights.items()}
         every = named_weights(pl_module).items()
         self._names = {name: first[id(weight)] for name, weight in every if id(weight) in first}

@@ -1,11 +1,11 @@
 """What the techniques that mask weights by a schedule share: when masks change, what is logged, which files are best.
 
-A technique says which masks it wants at a sparsity; see :meth:`MaskCallback.new_masks`.
+A technique says which masks it wants at a sparsity (:meth:`MaskCallback.new_masks`; by default those of the smallest
+magnitudes of all weights), and from when on they stay.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -19,9 +19,12 @@ from lightning_compress.callbacks.arguments import check_choice, check_flag, che
 from lightning_compress.callbacks.masked import MaskedWeightsCallback
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.functional import schedules
+from lightning_compress.functional.masks import layer_zeros, smallest_masks
 from lightning_compress.functional.schedules import Schedule
+from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.progress import Progress
+from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.wrapping import shadowed
 
 SCHEDULES: dict[str, Schedule] = {
@@ -45,6 +48,7 @@ class MaskCallback(MaskedWeightsCallback):
         exclude: Selectors of layers that are left dense.
         guard_checkpoints: Whether a checkpoint that ``ModelCheckpoint`` monitors is kept only from the final sparsity
             on, so that "best" is as sparse as its name says.
+        reestimate_batchnorm: Whether to estimate batch-norm statistics anew at the end, on 16 training batches.
         name: As in the base class.
 
     Raises:
@@ -65,6 +69,7 @@ class MaskCallback(MaskedWeightsCallback):
         layers: Sequence[str] | None,
         exclude: Sequence[str] | None,
         guard_checkpoints: bool,
+        reestimate_batchnorm: bool,
         name: str | None,
     ) -> None:
         super().__init__(layers=layers, exclude=exclude, name=name)
@@ -75,16 +80,18 @@ class MaskCallback(MaskedWeightsCallback):
             raise ValueError(f"start must be at most end, got start={start} and end={end}")
         check_whole("update_interval", update_interval, at_least=1)
         check_flag("guard_checkpoints", guard_checkpoints)
+        check_flag("reestimate_batchnorm", reestimate_batchnorm)
         if not callable(schedule):
             check_choice("schedule", schedule, tuple(self.schedules()))
         elif not takes(schedule, 3):
             raise ValueError(f"schedule must be a function of (progress, start, end), got {schedule!r}")
         self.sparsity, self.schedule, self.start, self.end = sparsity, schedule, start, end
         self.update_interval, self.guard_checkpoints = update_interval, guard_checkpoints
+        self.reestimate_batchnorm = reestimate_batchnorm
         self._progress: Progress | None = None
         self._steps: int | None = None  # optimizer steps at the last update; None before training
         self._logged: float | None = None
-        self._churn: float | None = None  # of an update that has not been logged
+        self._to_log: dict[str, float | Tensor] = {}  # of an update, at the end of the batch
 
     # For techniques
 
@@ -92,34 +99,60 @@ class MaskCallback(MaskedWeightsCallback):
         """The schedules by name."""
         return SCHEDULES
 
-    @abstractmethod
-    def new_masks(self, sparsity: float) -> list[Tensor] | None:
-        """The masks of a sparsity, never below the one there is; None if they stay as they are."""
+    @property
+    def masks_stay_from(self) -> float | None:
+        """Fraction of the training, at least ``end``, from which the masks stay; None: they never do."""
+        return None
 
-    @abstractmethod
+    @property
+    def floored(self) -> bool:
+        """Whether each layer keeps at least 1% of its weights, and one."""
+        return True
+
     def zeros_at(self, sparsity: float) -> int:
         """How many weights are masked at a sparsity."""
+        return layer_zeros([self._require_masks().total], [sparsity])[0]
+
+    def new_masks(self, sparsity: float) -> list[Tensor] | None:
+        """The masks of a sparsity, never below the one there is; None if they stay as they are."""
+        masks = self._require_masks()
+        zeros = max(self.zeros_at(sparsity), masks.zeros)
+        weights = [weight.detach() for weight in masks.weights.values()]
+        return smallest_masks(weights, zeros, limits=masks.limits) if zeros else None
 
     def updated(self, changed: float, *, more: bool) -> None:
         """Called after an update of the masks, with the share of entries that changed, and whether training goes on."""
+        if self.floored and self._has_target() and (held := self._require_masks().at_floor()):
+            self._warn_once(
+                f"held at their floor of 1% of their weights, or one: {listing(held)}; the rest was taken elsewhere"
+            )
 
     # What users read
 
     def remarks(self) -> list[str]:
-        """What was masked."""
+        """What was masked, and which layers the floor held."""
         if self._masks is None:
             return []
         layers = len(self._masks.weights)
-        return [
+        remarks = [
             f"{self.name}: {self._masks.zeros:,} of {self._masks.total:,} weights in {layers} "
             f"tensor{'' if layers == 1 else 's'} are masked ({self.reached:.2%}, asked {self.sparsity:.2%})."
         ]
+        if self.floored and (held := self._masks.at_floor()):
+            remarks.append(
+                f"{self.name}: held at their floor of 1% of their weights, or one, so that no layer is cut off: "
+                f"{listing(held, None)}. What they would have lost beyond it was taken elsewhere."
+            )
+        return remarks
 
     # Life cycle
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
-        """As the base; refuse a target that cannot be, and keep checkpoints that are not there yet from being best."""
-        self._steps, self._churn, self._logged = None, None, None
+        """As the base; refuse what cannot be, and keep checkpoints that are not sparse yet from being best."""
+        if self.reestimate_batchnorm and not batch_norms(pl_module):
+            raise ValueError("reestimate_batchnorm has no effect: no layer keeps batch-norm statistics")
+        self._steps, self._logged = None, None
+        self._to_log = {}
         stack.callback(setattr, self, "_progress", None)
         super().attach(controller, stack, trainer, pl_module)
         self._check_target()
@@ -172,9 +205,9 @@ class MaskCallback(MaskedWeightsCallback):
         if self._logged != self.reached or batch_idx == 0:  # what was logged stands until the end of the epoch
             self._logged = self.reached
             self.log_quantity("sparsity", self._logged, batch_size=1)
-        if self._churn is not None:
-            self.log_quantity("churn", self._churn, batch_size=1)
-            self._churn = None
+        for quantity, value in self._to_log.items():
+            self.log_quantity(quantity, value, batch_size=1)
+        self._to_log = {}
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log sparsity and norm of each weight, measured from the masked tensors."""
@@ -216,6 +249,18 @@ class MaskCallback(MaskedWeightsCallback):
             self._warn_once("no training step was run, so the masks are as they were")
         super().bake(trainer, pl_module)
 
+    def estimate_statistics(self, trainer: Any, pl_module: Any) -> None:
+        """Batch-norm statistics of the masked network."""
+        if not self.reestimate_batchnorm:
+            return
+        estimated = reestimate_batchnorm_(trainer, pl_module)
+        if rest := [name for name in batch_norms(pl_module) if name not in estimated]:
+            what = "leaves some statistics as they were" if estimated else "has no effect"
+            self._warn_once(
+                f"reestimate_batchnorm {what}: {listing(rest)} are in evaluation mode, or the training batches do not "
+                "reach them"
+            )
+
     def extra_state(self) -> dict[str, Any]:
         """The masks, and the place in the schedule."""
         return {**super().extra_state(), "begun": self._begun, "finished": self._finished}
@@ -226,16 +271,20 @@ class MaskCallback(MaskedWeightsCallback):
         """Bring the masks to where the schedule is, if it is time."""
         progress = self._require_progress()
         fraction = progress.fraction
-        if fraction < self.start or self._finished:
+        if fraction < self.start:
             return
-        if fraction >= self.end:
+        if fraction >= self.end and not self._finished:
             self._finish()
-        elif not self._begun or progress.steps % self.update_interval == 0:
-            self._take(self.new_masks(self._scheduled(fraction)))
+        elif (not self._begun or progress.steps % self.update_interval == 0) and not self._stay(fraction):
+            self._take(self.new_masks(self.sparsity if self._finished else self._scheduled(fraction)))
         self._begun = True
 
+    def _stay(self, fraction: float) -> bool:
+        """Whether the masks change no more."""
+        return self._finished and self.masks_stay_from is not None and fraction >= self.masks_stay_from
+
     def _finish(self, *, more: bool = True) -> None:
-        """Reach the final sparsity exactly, whatever the schedule said; the masks stay from here on."""
+        """Reach the final sparsity exactly, whatever the schedule said."""
         self._take(self.new_masks(self.sparsity), more=more)
         self._finished = self._has_target()  # else nothing is known of the weights yet, and the next step tries again
 
@@ -255,8 +304,9 @@ class MaskCallback(MaskedWeightsCallback):
 
     def _take(self, masks: Sequence[Tensor] | None, *, more: bool = True) -> None:
         if masks is not None:
-            self._churn = self._require_masks().replace(masks)
-            self.updated(self._churn, more=more)
+            changed = self._require_masks().replace(masks)
+            self._to_log["churn"] = changed
+            self.updated(changed, more=more)
 
     def _guarded(self, trainer: Any) -> list[Any]:
         """The callbacks that keep no checkpoint before the final sparsity."""

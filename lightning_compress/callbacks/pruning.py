@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -27,8 +26,6 @@ from lightning_compress.functional.masks import (
     smallest_masks,
 )
 from lightning_compress.functional.schedules import Schedule, iterative_schedule
-from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_
-from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.importance import TaylorScores
 from lightning_compress.mechanisms.rewinding import TrainingStart
 from lightning_compress.mechanisms.selection import listing
@@ -118,7 +115,6 @@ class PruningCallback(MaskCallback):
         name: str | None = None,
     ) -> None:
         check_flag("regrow", regrow)
-        check_flag("reestimate_batchnorm", reestimate_batchnorm)
         check_whole("rounds", rounds, at_least=1)
         check_whole("seed", seed, at_least=0)
         check_choice("score", score, SCORES)
@@ -136,10 +132,10 @@ class PruningCallback(MaskCallback):
             layers=layers,
             exclude=exclude,
             guard_checkpoints=guard_checkpoints,
+            reestimate_batchnorm=reestimate_batchnorm,
             name=name,
         )
         self.regrow, self.score, self.scope, self.rewind = regrow, score, scope, rewind
-        self.reestimate_batchnorm = reestimate_batchnorm
         self._check_together()
         self._skipped: list[str] = []  # weights that the n:m pattern does not fit
         self._input_dims: dict[str, int | None] = {}
@@ -152,6 +148,16 @@ class PruningCallback(MaskCallback):
     def schedules(self) -> dict[str, Schedule]:
         """Those of the base, and rounds."""
         return {**SCHEDULES, "iterative": functools.partial(iterative_schedule, rounds=self.rounds)}
+
+    @property
+    def masks_stay_from(self) -> float | None:
+        """From the end of the schedule."""
+        return self.end
+
+    @property
+    def floored(self) -> bool:
+        """With a pattern each group keeps its own."""
+        return self._n_m is None
 
     def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """All weights; with an n:m pattern those whose input channels divide into groups."""
@@ -176,12 +182,11 @@ class PruningCallback(MaskCallback):
 
     def zeros_at(self, sparsity: float) -> int:
         """Rounded over all weights; over each with ``scope="layer"``; in whole groups with a pattern."""
-        masks = self._require_masks()
         if self._n_m is not None:
             return self._groups(sparsity) * (self._n_m[1] - self._n_m[0])
         if self.scope == "layer":
             return sum(layer_zeros(self._sizes(), [sparsity] * len(self._sizes())))
-        return layer_zeros([masks.total], [sparsity])[0]
+        return super().zeros_at(sparsity)
 
     def new_masks(self, sparsity: float) -> list[Tensor] | None:
         """The smallest scores are pruned; what is pruned stays so, unless it may grow again."""
@@ -208,36 +213,19 @@ class PruningCallback(MaskCallback):
         ]
 
     def updated(self, changed: float, *, more: bool) -> None:
-        """Say in the end which tensors are held at their floor; rewind, if there is training left."""
-        masks = self._require_masks()
-        if self._n_m is None and self._has_target() and (held := masks.at_floor()):
-            self._warn_once(
-                f"held at their floor of 1% of their weights, or one: {listing(held)}; the rest was taken elsewhere"
-            )
+        """As the base; rewind, if there is training left."""
+        super().updated(changed, more=more)
         if self._start is not None and changed > 0 and more:
             self._start.restore(self._trainer, self._require_controller().module)
 
     def remarks(self) -> list[str]:
-        """What was pruned, what was skipped, and which layers the floor held."""
+        """As the base; and what was skipped."""
         remarks = super().remarks()
-        if self._masks is None:
-            return remarks
-        if self._skipped:
+        if self._masks is not None and self._skipped:
             remarks.append(f"{self.name}: pattern {self.pattern} does not fit {listing(self._skipped, None)}.")
-        if self._n_m is None and (held := self._masks.at_floor()):
-            remarks.append(
-                f"{self.name}: held at their floor of 1% of their weights, or one, so that no layer is cut off: "
-                f"{listing(held, None)}. What they would have lost beyond it was taken elsewhere."
-            )
         return remarks
 
     # Life cycle
-
-    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
-        """As the base; refuse options that have no effect on this module."""
-        if self.reestimate_batchnorm and not batch_norms(pl_module):
-            raise ValueError("reestimate_batchnorm has no effect: no layer keeps batch-norm statistics")
-        super().attach(controller, stack, trainer, pl_module)
 
     def forget(self) -> None:
         """With the scores and the start of training."""
@@ -276,18 +264,6 @@ class PruningCallback(MaskCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._importance is not None and not self._finished:
             self._importance.add(parameter for group in optimizer.param_groups for parameter in group["params"])
-
-    def estimate_statistics(self, trainer: Any, pl_module: Any) -> None:
-        """Batch-norm statistics of the pruned network."""
-        if not self.reestimate_batchnorm:
-            return
-        estimated = reestimate_batchnorm_(trainer, pl_module)
-        if rest := [name for name in batch_norms(pl_module) if name not in estimated]:
-            what = "leaves some statistics as they were" if estimated else "has no effect"
-            self._warn_once(
-                f"reestimate_batchnorm {what}: {listing(rest)} are in evaluation mode, or the training batches do not "
-                "reach them"
-            )
 
     def extra_state(self) -> dict[str, Any]:
         """The masks; Taylor scores since the last update; the start of training if it is rewound to."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
@@ -218,6 +219,40 @@ def fewest_kept(size: int) -> int:
     if size < 0:
         raise ValueError(f"size must not be negative, got {size}")
     return -(-size // 100)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Where the filters of a weight are: what one output channel is computed with.
+
+    Attributes:
+        groups: 0 where output channels are dimension 0, as in convolutions and linear layers. Else the number of groups
+            of a transposed convolution, which has them in dimension 1, those of each group along dimension 0.
+    """
+
+    groups: int = 0
+
+
+def live_filters(mask: Tensor, filters: Filters) -> Tensor:
+    """Which filters keep at least one weight.
+
+    Args:
+        mask: Boolean, such as ``(C_out, C_in, K, K)``, True where a weight is kept.
+        filters: Where its filters are.
+
+    Returns:
+        Boolean, with one entry for each filter, of a shape that broadcasts with the mask, such as ``(C_out, 1, 1, 1)``.
+
+    Example:
+        >>> live_filters(torch.tensor([[True, False], [False, False]]), Filters())
+        tensor([[ True],
+                [False]])
+    """
+    if not filters.groups:
+        return mask.flatten(1).any(dim=1).view(-1, *[1] * (mask.ndim - 1))
+    by_group = mask.reshape(filters.groups, -1, mask.shape[1], mask[0, 0].numel())  # (G, C_in / G, C_out / G, K * K)
+    alive: Tensor = by_group.any(dim=3).any(dim=1, keepdim=True).expand(-1, by_group.shape[1], -1)
+    return alive.reshape(*mask.shape[:2], *[1] * (mask.ndim - 2))
 
 
 def magnitude_score(weight: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +35,30 @@ def batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
         for name, layer in module.named_modules()
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None
     }
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Put the running statistics back at the end.
+
+    Args:
+        module: The root.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(1)
+        >>> with statistics_kept(norm):
+        ...     norm.running_mean += 1.0
+        >>> norm.running_mean
+        tensor([0.])
+    """
+    buffers = [buffer for layer in batch_norms(module).values() for buffer in layer.buffers(recurse=False)]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
 
 def reestimate_batchnorm_(trainer: Any, module: Any) -> list[str]:

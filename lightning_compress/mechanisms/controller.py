@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, NetworkCall
+from lightning_compress.mechanisms.further import FurtherPass
 from lightning_compress.mechanisms.isolation import RandomState, device_of
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.replay import traceless
@@ -286,8 +287,9 @@ class StepController:
             views.insert(0, View("plain", self.weights.shown))
         passes: dict[str, Pass] = {}
         totals: list[Tensor] = []
+        further = FurtherPass(self.module) if len(views) > 1 else None
         for view in views:
-            with view.enter():
+            with nullcontext() if further is None or view.deployed else further.traceless(view.name), view.enter():
                 self._teachers_go_first = view.deployed
                 again = self._again(original, args, kwargs)
                 output, calls, layers = self._recorded(original, args, kwargs)

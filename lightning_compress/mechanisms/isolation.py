@@ -99,6 +99,9 @@ LIBRARIES = {
     *("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"),
 }
 
+MUTED = ("log", "log_dict", "print")
+"""What a LightningModule says with."""
+
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 """Classes of random generators that keep a state of their own."""
 
@@ -306,11 +309,22 @@ def _contents(value: Any, tensors: tuple[type, ...], depth: int, inside: Callabl
         return (looked_into or None) if isinstance(value, tuple) else (list(value), looked_into)
     if isinstance(value, set):
         return set(value)
-    return {name: inside(entry) for name, entry in vars(value).items()} if _is_users(value) else None
+    return {name: inside(entry) for name, entry in vars(value).items()} if is_users(value) else None
 
 
-def _is_users(value: Any) -> bool:
-    """Whether an object is one of the user's: a meter, say, or a module that is no child; data is left out."""
+def is_users(value: Any) -> bool:
+    """Whether an object is one of the user's: a meter, say, or a module that is no child; data is left out.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        True for instances of the user's classes, and for modules.
+
+    Example:
+        >>> is_users(1), is_users(torch.Generator()), is_users(SimpleNamespace(count=1))
+        (False, False, True)
+    """
     if isinstance(value, nn.Module):
         return True  # modules that are children are seen to by themselves
     package = type(value).__module__.partition(".")[0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.functional._selection import dropped
-from lightning_compress.functional.masks import churn, fewest_kept
+from lightning_compress.functional.masks import Filters, churn, fewest_kept, live_filters
 
 
 class MaskedWeight:
@@ -40,6 +40,11 @@ class MaskedWeight:
         """Whether the weight is kept whole, because there is no mask yet."""
         return self._mask is None
 
+    @property
+    def copies(self) -> bool:
+        """Whether there is a mask, to multiply with."""
+        return self._mask is not None
+
     def retire(self) -> None:
         """Keep the mask in main memory, and nothing that is only needed while the weight is presented."""
         self._multiplier = None
@@ -69,6 +74,17 @@ class MaskedWeight:
         """
         return gradient * self._factors(gradient)
 
+    def lost(self, gradient: Tensor) -> Tensor:
+        """The part of a gradient that does not come through the mask.
+
+        Args:
+            gradient: ``(...)`` as the weight.
+
+        Returns:
+            ``(1 - M) * g``.
+        """
+        return torch.addcmul(gradient, gradient, self._factors(gradient), value=-1)
+
     def _factors(self, like: Tensor) -> Tensor:
         """The mask as numbers: multiplying by a boolean tensor takes twice as long."""
         if self._mask is None:
@@ -84,12 +100,97 @@ class MaskedWeight:
         return factors
 
 
+class FeedbackWeight(MaskedWeight):
+    """The view ``M * W`` with the gradient ``g``, as if the mask were not there: masked weights learn, and may return.
+
+    Args:
+        mask: As in :class:`MaskedWeight`.
+        filters: Where the filters of the weight are, if those that are masked completely get no gradient; None: all of
+            the gradient passes.
+
+    Example:
+        >>> weight = FeedbackWeight(torch.tensor([[True, False], [False, False]]), filters=Filters())
+        >>> weight.gradient(torch.ones(2, 2))
+        tensor([[1., 1.],
+                [0., 0.]])
+    """
+
+    def __init__(self, mask: Tensor | None = None, filters: Filters | None = None) -> None:
+        self.filters = filters
+        self._alive: Tensor | None = None
+        super().__init__(mask)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask; None before there is one."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        self._mask, self._changed, self._alive = mask, True, None
+        if mask is not None and self.filters is not None:
+            alive = live_filters(mask, self.filters)
+            self._alive = None if bool(alive.all()) else alive
+
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """The dense weight's gradient.
+
+        Args:
+            gradient: That of the masked weight, ``(...)``.
+
+        Returns:
+            ``g``, with zeros in the filters that are masked completely if so wished.
+        """
+        return gradient if self._alive is None else gradient * self._alive.to(gradient.device)
+
+
+class DenseWeight:
+    """The weight ``W`` itself with the gradient ``(1 - M) * g``: what learns here are the masked weights.
+
+    Args:
+        masked: The view whose mask this is the other side of.
+
+    Example:
+        >>> DenseWeight(MaskedWeight(torch.tensor([True, False]))).gradient(torch.ones(2))
+        tensor([0., 1.])
+    """
+
+    plain = False
+    copies = False
+
+    def __init__(self, masked: MaskedWeight) -> None:
+        self._masked = masked
+
+    def value(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """The dense weight, ``(...)``.
+
+        Args:
+            weight: The dense weight.
+            out: Not needed.
+
+        Returns:
+            The same.
+        """
+        return weight
+
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """The dense weight's gradient.
+
+        Args:
+            gradient: That of the presented weight, ``(...)``.
+
+        Returns:
+            ``(1 - M) * g``: ``g`` where the weight is masked, else 0.
+        """
+        return torch.zeros_like(gradient) if self._masked.mask is None else self._masked.lost(gradient)
+
+
 class Masks:
     """The masks of some weights, all kept at first.
 
     Args:
         weights: Name to parameter.
-        make: Makes the view of one weight.
+        make: Makes the view of the weight of a name.
 
     Example:
         >>> masks = Masks({"weight": nn.Parameter(torch.tensor([3.0, 1.0]))})
@@ -97,9 +198,9 @@ class Masks:
         (0.5, 0.5, [1.0, 0.0])
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], make: Callable[[], MaskedWeight] = MaskedWeight) -> None:
+    def __init__(self, weights: Mapping[str, nn.Parameter], make: Callable[[str], MaskedWeight] | None = None) -> None:
         self.weights = dict(weights)
-        self.views = {name: make() for name in weights}
+        self.views = {name: MaskedWeight() if make is None else make(name) for name in weights}
         self.total = sum(weight.numel() for weight in weights.values())
         self.counts = [0] * len(self.weights)
         """How many weights of each tensor are masked."""

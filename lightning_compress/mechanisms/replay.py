@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
-from lightning_compress.mechanisms.isolation import attributes_kept, device_of, module_kept, random_state_kept
+from lightning_compress.mechanisms.isolation import MUTED, attributes_kept, device_of, module_kept, random_state_kept
 from lightning_compress.mechanisms.loaders import data_kept, independent_loaders
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
@@ -27,7 +27,6 @@ from lightning_compress.mechanisms.wrapping import shadowed
 if TYPE_CHECKING:
     from lightning_compress.mechanisms.controller import StepController
 
-MUTED = ("log", "log_dict", "print")
 TRIES = 32  # batches that may be skipped by the step before the first that is not
 
 

@@ -292,13 +292,25 @@ def _watched(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if name == "" or name.startswith(hidden):
             continue
         scripted = isinstance(module, torch.jit.ScriptModule)  # takes no hooks with keyword arguments
-        if _is_metric(module) or scripted or _compat.is_compiled(module):
+        if is_metric(module) or scripted or _compat.is_compiled(module):
             hidden = (*hidden, f"{name}.")
-        if not _is_metric(module) and not scripted and next(module.parameters(), None) is not None:
+        if not is_metric(module) and not scripted and next(module.parameters(), None) is not None:
             yield name, module
 
 
-def _is_metric(module: nn.Module) -> bool:
+def is_metric(module: nn.Module) -> bool:
+    """Whether a module is a metric of torchmetrics, whose states are attributes.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        True also for collections of metrics.
+
+    Example:
+        >>> is_metric(nn.Linear(1, 1))
+        False
+    """
     return any(base.__module__.startswith("torchmetrics.") for base in type(module).__mro__)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
+from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.mechanisms.weights import Site, named_weights, sites_of
 from lightning_compress.mechanisms.wrapping import marked
 
@@ -29,6 +30,10 @@ class WeightView(Protocol):
     @property
     def plain(self) -> bool:
         """Whether the value is the weight itself, with its own gradient."""
+
+    @property
+    def copies(self) -> bool:
+        """Whether the value is computed, into memory of its own, not the weight itself."""
 
     def value(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """What is presented, ``(...)`` as the weight; written to ``out`` if given."""
@@ -72,10 +77,11 @@ class _Presented:
             if self.shown.requires_grad and self.note is not None:
                 self.shown.register_hook(partial(self.note, self))  # type: ignore[no-untyped-call]
         else:
-            self._prepare_buffer()
+            if self.view.copies:
+                self._prepare_buffer()
             self.shown = _Shown.apply(self.weight, self)
         self.version, self.required_grad = self.shown._version, self.weight.requires_grad
-        self.original = self.shown.detach().clone() if keep_original and not self.view.plain else None
+        self.original = self.shown.detach().clone() if keep_original and self.view.copies else None
         # a copy of the module gets the parameter itself, which is where its own optimizer writes
         self.shown.__deepcopy__ = partial(copy.deepcopy, self.weight)  # type: ignore[method-assign]
         itself = operator.getitem, ((self.weight,), 0)
@@ -99,7 +105,7 @@ class _Presented:
         if any(entry is not shown for entry in entries):
             return "was replaced"
         original, self.original = self.original, None
-        if self.view.plain:  # the weight itself: what is written to it stays
+        if not self.view.copies:  # the weight itself: what is written to it stays
             return None
         same = original is None or torch.allclose(shown.detach(), original, rtol=0, atol=0, equal_nan=True)
         return None if same and shown._version == self.version else "was written to"
@@ -297,8 +303,8 @@ class WeightViews:
 
         Raises:
             ValueError: If a weight is not owned by this owner.
-            RuntimeError: In the backward pass, if activation checkpointing runs a layer again: on which of its views is
-                not known then.
+            RuntimeError: In the backward pass, if activation checkpointing runs a layer again: for which of the passes
+                is not known then.
 
         Example:
             >>> from lightning_compress.mechanisms.masking import MaskedWeight
@@ -337,8 +343,10 @@ class WeightViews:
         with ExitStack() as stack:
             for other in others:
                 stack.callback(self._others.remove, other)
-                for site in other.sites:
-                    stack.callback(site.module.register_forward_pre_hook(marked(partial(_refuse_again, other))).remove)
+            for name, module in self.module.named_modules():  # all: the pass may see also what has no view otherwise
+                if any(parameter is not None for parameter in module._parameters.values()):
+                    hook = marked(partial(_refuse_again, owner, plain_name(name)))
+                    stack.callback(module.register_forward_pre_hook(hook).remove)
             yield another
 
     def name_of(self, tensor: Tensor) -> str | None:
@@ -442,12 +450,11 @@ class WeightViews:
             self._traced.append(_compat.being_traced(event))
 
 
-def _refuse_again(weight: _Presented, *_: Any) -> None:
+def _refuse_again(owner: str, name: str, *_: Any) -> None:
     if _compat.runs_again():
         raise RuntimeError(
-            f"activation checkpointing runs the layer of '{weight.name}' again in the backward pass, when it is not "
-            f"known which of the two weights that '{weight.owner}' presents in a step it saw; switch it off, or leave "
-            f"the layer out with {_excluding(weight.name)}"
+            f"activation checkpointing runs the layer '{name}' again in the backward pass, when it is not known to "
+            f"which of the two passes of '{owner}' this belongs, so which weights it saw; switch it off"
         )
 
 

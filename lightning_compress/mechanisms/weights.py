@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_compress.functional.masks import Filters
 from lightning_compress.mechanisms.selection import plain_name, select_modules
 
 PLAIN_LAYERS = (_ConvNd, nn.Linear, nn.Bilinear)
@@ -60,6 +61,25 @@ def sites_of(root: nn.Module) -> dict[int, list[Site]]:
     return sites
 
 
+def filters_of(sites: Sequence[Site]) -> Filters | None:
+    """Where the filters of a weight are.
+
+    Args:
+        sites: Those of the weight.
+
+    Returns:
+        None for what is neither the weight of a convolution nor that of a linear layer.
+
+    Example:
+        >>> filters_of([Site(nn.Conv2d(3, 8, 3), "weight")])
+        Filters(groups=0)
+    """
+    module = sites[0].module
+    if isinstance(module, _ConvTransposeNd):
+        return Filters(groups=module.groups)
+    return Filters() if isinstance(module, (_ConvNd, nn.Linear)) else None
+
+
 def named_weights(root: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by name, as when nothing is compiled; a tied one under each of its names.
 
@@ -77,15 +97,22 @@ def named_weights(root: nn.Module) -> dict[str, nn.Parameter]:
     return {plain_name(name): parameter for name, parameter in root.named_parameters(remove_duplicate=False)}
 
 
-def select_weights(root: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] | None) -> SelectedWeights:
+def select_weights(
+    root: nn.Module,
+    layers: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    *,
+    default: tuple[type[nn.Module], ...] = PLAIN_LAYERS,
+) -> SelectedWeights:
     """Select the weights of layers, by the names of the layers.
 
     Args:
         root: Where the names start.
-        layers: As in :func:`select_modules`; None for all convolutions and linear layers. Layers that are named may be
-            others too: attention, recurrent layers, embeddings, and the user's own with parameters of two dimensions or
-            more that are called weights.
+        layers: As in :func:`select_modules`; None for all of the default types. Layers that are named may be others
+            too: attention, recurrent layers, embeddings, and the user's own with parameters of two dimensions or more
+            that are called weights.
         exclude: What to take away again; None for nothing.
+        default: Which layers are taken if none are named: convolutions and linear layers.
 
     Returns:
         The weights taken and those left.
@@ -101,7 +128,7 @@ def select_weights(root: nn.Module, layers: Sequence[str] | None, exclude: Seque
     """
     candidates = {module: _weights_of(module) for module in root.modules()}
     if layers is None:
-        types: tuple[type[nn.Module], ...] = PLAIN_LAYERS
+        types = default
     else:
         types = (*PLAIN_LAYERS, *dict.fromkeys(type(module) for module, names in candidates.items() if names))
     chosen = select_modules(root, layers, exclude, types=types)

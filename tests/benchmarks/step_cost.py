@@ -1,6 +1,6 @@
 """What a training step with a callback costs: over the plain step, or with a teacher over that plus its forward.
 
-    python -m tests.benchmarks.step_cost [kd at ft pruning]
+    python -m tests.benchmarks.step_cost [kd at ft pruning dpf dcil]
 
 Every arm is a whole ``Trainer.fit`` with its own module, in a thread of its own, and the threads take turns: one step
 of each arm a round, in random order, never two at once. So an arm's time is that of Lightning's real loop, from the
@@ -16,7 +16,8 @@ memory is free again when the student asks for its own; after it, both are neede
 memory back to the system and takes it again in every step. In factor transfer, the arm by hand is what translator and
 paraphraser themselves cost; attention by gradients runs the teacher forward and backward, and the student backward
 twice. Pruning by hand multiplies weights by a fixed mask in each step; the callback is measured with fixed masks, and
-while its masks change, which they do for three quarters of a training unless other fractions are given.
+while its masks change, which they do for three quarters of a training unless other fractions are given. DCIL by hand is
+the step twice, the second time with ``(1 - M) * g``, and nothing else.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ from torch.utils.data import DataLoader
 
 from lightning_compress import (
     AttentionTransferCallback,
+    DCILCallback,
     DistillationCallback,
+    DPFCallback,
     FactorTransferCallback,
     PruningCallback,
 )
@@ -63,6 +66,8 @@ TARGETS = {
     "at": "1.05 for the callback over the reference",
     "ft": "1.15 for the callback over the arm by hand",
     "pruning": "1.03 for the callback over the reference",
+    "dpf": "1.05 for the callback over the reference",
+    "dcil": "2.05 with a shared dense path, 2.2 with an own one",
 }
 
 
@@ -171,6 +176,23 @@ class PrunedByHand(Plain):
         return loss
 
 
+class TwoNetworksByHand(PrunedByHand):
+    """DCIL written into the step, its dense path shared: two passes, of which each weight learns from one."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self.other = [copy.deepcopy(network)]  # for its batch-norm statistics, which nobody reads
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = super().training_step(batch, batch_idx)
+        dense = {name: own.detach() for name, own in self.network.named_parameters()}
+        for name, mask in self.masks.items():
+            dense[name] = self.network.get_parameter(name).view_as(mask)
+            dense[name].register_hook(lambda gradient, mask=mask: torch.addcmul(gradient, gradient, mask, value=-1))
+        return loss + F.cross_entropy(torch.func.functional_call(self.other[0], dense, (images,)), labels)
+
+
 class Turns(Callback):
     """Let a fit run one step at a time, and measure each."""
 
@@ -237,7 +259,7 @@ def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], las
     """The arms of one technique; the first is the reference.
 
     Args:
-        technique: "kd", "at", "ft" or "pruning".
+        technique: "kd", "at", "ft", "pruning", "dpf" or "dcil".
         pair: Makes a student and a teacher, from the same weights each time.
         last: Name of the layer that ends the last stage of both.
     """
@@ -256,6 +278,28 @@ def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], las
             Arm("plain step", Plain(pair()[0])),
             Arm("by hand, masks fixed", PrunedByHand(pair()[0])),
             *(Arm(name, Plain(pair()[0]), [PruningCallback(0.9, **own)]) for name, own in settings.items()),
+        ]
+
+    if technique in ("dpf", "dcil"):
+        changing = {"end": 1.0, "schedule": _slowly}
+        paths = (
+            {"dense_path": "shared", "kl_start": 1.0},
+            {"dense_path": "shared", "kl_start": 0.0},
+            {"kl_start": 0.0},
+        )
+        settings = (
+            {"DPFCallback": DPFCallback(0.9, **changing)}
+            if technique == "dpf"
+            else {
+                f"DCILCallback, {name}": DCILCallback(0.9, **changing, **own)
+                for name, own in zip(("shared, no KL", "shared", "own"), paths, strict=True)
+            }
+        )
+        by_hand = PrunedByHand if technique == "dpf" else TwoNetworksByHand
+        return [
+            Arm("plain step", Plain(pair()[0])),
+            Arm("by hand, masks fixed", by_hand(pair()[0])),
+            *(Arm(name, Plain(pair()[0]), [own]) for name, own in settings.items()),
         ]
 
     reference = Arm("plain step + teacher forward", WithTeacherForward(*pair()))

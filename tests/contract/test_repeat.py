@@ -27,7 +27,7 @@ def trained(kind, callbacks, dense_in=None):
         if dense_in is not None and callback is not callbacks[-1]:
             fitting.save_checkpoint(dense_in / "dense.ckpt")
             dense = dense_of(torch.load(dense_in / "dense.ckpt", weights_only=True), callback.name)
-            assert set(dense) == {name for name, weight in module.named_parameters() if weight.ndim > 1}
+            assert set(dense) == set(callback.masks)
             module.load_state_dict({**module.state_dict(), **dense})
     return module
 

@@ -1,0 +1,310 @@
+"""Dynamic collective intelligence learning: kept weights learn from the pruned network, pruned ones from the dense one.
+
+Kim, Yoo, Song, Yoo & Kwak, "Dynamic Collective Intelligence Learning: Finding Efficient Sparse Model via Refined
+Gradients for Pruned Weights", 2021, arXiv:2109.04660. With ``Wbar = M * W`` the step is
+``W <- W - lr * (M * grad L(Wbar) + (1 - M) * grad L(W))``, and later each network also learns from the other's output.
+
+Two departures from the authors' code. It prunes one weight more than asked, the one at the threshold. And it starts the
+dense path's classifier from random numbers of its own; here it is a copy, so that a trained network can begin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_compress import functional as F
+from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_positive
+from lightning_compress.callbacks.base import log
+from lightning_compress.callbacks.dynamic import DynamicMaskCallback
+from lightning_compress.callbacks.masked import MaskedWeightsCallback
+from lightning_compress.callbacks.returned import Returned
+from lightning_compress.functional.schedules import Schedule
+from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.densepath import OwnLayers, classifiers_named, last_layer, norms_of
+from lightning_compress.mechanisms.masking import DenseWeight
+from lightning_compress.mechanisms.outputs import Locator, find_logits
+from lightning_compress.mechanisms.owned import OwnedParameters
+from lightning_compress.mechanisms.passes import Pass, Term, View
+from lightning_compress.mechanisms.selection import listing, plain_name
+from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
+from lightning_compress.mechanisms.standins import scratch, standing_in, unlearning
+
+DENSE_PATHS = ("own", "own_norm", "shared")
+DENSE = "dense"
+
+
+class DCILCallback(DynamicMaskCallback):
+    """Prune with the help of the dense network: both run in each step, and each weight learns from one of them.
+
+    When it acts: each step runs twice, with ``M * W`` and with ``W``. Kept weights get the gradient of the first pass,
+    pruned ones that of the second, in one backward pass; from ``kl_start`` on each pass also learns from the other's
+    output. Every ``update_interval`` optimizer steps the masks are chosen anew: of all selected weights those of the
+    smallest magnitude are pruned. Validation, checkpoints and the module after the fit hold the pruned network. What it
+    leaves alone: names in the ``state_dict``, the optimizer, batch-norm statistics, metrics and logs, to which the
+    second pass adds nothing. A step takes twice the time.
+
+    Logged are ``compress/<name>/pruned_task_loss`` and ``dense_task_loss``, ``kl_pruned`` and ``kl_dense`` (what each
+    learns from the other), ``sparsity``, and with each update ``churn``, ``dead_filters``, ``gradient_norm_kept`` and
+    ``gradient_norm_pruned``.
+
+    Args:
+        sparsity: The final share of zeros among the selected weights, in [0, 1).
+        schedule: "one_shot", "cubic", "linear", "cosine", or a function ``(progress, start, end)`` from [0, 1] to a
+            sparsity. Whatever it says, the end is exact.
+        start: Fraction of the training, in optimizer steps, at which pruning begins, in [0, 1].
+        end: Fraction at which the sparsity is reached, from ``start`` to 1; the masks go on changing after it.
+        update_interval: Optimizer steps between two updates, at least 1.
+        dense_path: What the dense pass has for itself: "own": copies of the norm layers and of the classifier, which
+            learn beside, with the settings of the user's optimizer; "own_norm": of the norm layers only; "shared":
+            nothing. What it does not have for itself learns from the pruned pass alone.
+        kl_start: Fraction of the training from which the two learn from each other, in [0, 1]; 1: never.
+        temperature: Of that, positive.
+        classifier: Dotted name of the classifier, or several, for "own". None: the layer that is called last.
+        norms: Selectors of the norm layers, in the place of those of torch. None: these.
+        student: Dotted name of the network, or two: the ends of a chain. None: found in the first step.
+        output: Key, attribute or index of the logits in what the network returns. None: ``logits``, ``out``, or the
+            only tensor.
+        class_dim: Dimension of the classes. None: the last of (N, L, K), else 1.
+        guard_checkpoints: Whether ``ModelCheckpoint`` keeps monitored checkpoints only from the final sparsity on.
+        reestimate_batchnorm: Whether to estimate batch-norm statistics anew at the end, on 16 training batches.
+        reestimated_validation: Whether to validate a second time after each validation, with batch-norm statistics
+            estimated anew, and log the metrics under ``compress/<name>/reestimated/``.
+        layers: Selectors of layers, as for ``PruningCallback``. None: all convolutions.
+        exclude: Selectors of what is left dense.
+        name: As in the base class; default "dcil".
+
+    Raises:
+        ValueError: If an argument is out of its range, or two contradict each other.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> module = BoringModel()
+        >>> dcil = DCILCallback(0.5, layers=["layer"], dense_path="shared", kl_start=1.0, update_interval=1)
+        >>> L.Trainer(max_steps=4, accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[dcil],
+        ...           enable_model_summary=False, enable_checkpointing=False).fit(module)
+        >>> (module.layer.weight == 0).sum().item(), module.layer.weight.numel()
+        (32, 64)
+    """
+
+    default_name = "dcil"
+    default_layers = (_ConvNd,)
+    expected_effects = ("the dense pass",)
+
+    _own_state = Returned[dict[str, Any] | None](None)
+    """What the dense path had for itself after a fit."""
+
+    def __init__(
+        self,
+        sparsity: float,
+        *,
+        schedule: Literal["one_shot", "cubic", "linear", "cosine"] | Schedule = "cubic",
+        start: float = 0.0,
+        end: float = 0.75,
+        update_interval: int = 16,
+        dense_path: Literal["own", "own_norm", "shared"] = "own",
+        kl_start: float = 0.25,
+        temperature: float = 2.0,
+        classifier: str | list[str] | None = None,
+        norms: Sequence[str] | None = None,
+        student: str | list[str] | None = None,
+        output: Locator = None,
+        class_dim: int | None = None,
+        guard_checkpoints: bool = True,
+        reestimate_batchnorm: bool = False,
+        reestimated_validation: bool = False,
+        layers: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            sparsity,
+            schedule=schedule,
+            start=start,
+            end=end,
+            update_interval=update_interval,
+            layers=layers,
+            exclude=exclude,
+            guard_checkpoints=guard_checkpoints,
+            reestimate_batchnorm=reestimate_batchnorm,
+            reestimated_validation=reestimated_validation,
+            name=name,
+        )
+        check_choice("dense_path", dense_path, DENSE_PATHS)
+        check_fraction("kl_start", kl_start)
+        check_positive("temperature", temperature)
+        if classifier is not None and dense_path != "own":
+            raise ValueError(f"classifier={classifier!r} has no effect with dense_path='{dense_path}', only with 'own'")
+        if norms is not None and dense_path == "shared":
+            raise ValueError(f"norms={norms!r} has no effect with dense_path='shared'")
+        self.dense_path, self.kl_start, self.temperature = dense_path, kl_start, temperature
+        self.classifier, self.norms = classifier, norms
+        self.student, self.output, self.class_dim = student, output, class_dim
+        self._own: OwnLayers | None = None
+        self._another: Callable[[], AbstractContextManager[None]] | None = None
+        self._called: Callable[[], list[LayerOutput]] | None = None  # the layers, while the classifier is looked for
+        self._recording = ExitStack()
+
+    # Life cycle
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what two passes cannot be had with."""
+        super().check(trainer, pl_module)
+        if not getattr(pl_module, "automatic_optimization", True):
+            raise ValueError(
+                f"{type(self).__name__} runs the step twice, and {type(pl_module).__name__} optimises manually, where "
+                "each step does its own backward pass; DPFCallback works there, with CompressionMixin"
+            )
+        for other in trainer.callbacks:
+            if isinstance(other, MaskedWeightsCallback) and other is not self:
+                raise ValueError(
+                    f"'{self.name}' and '{other.name}' both mask weights, and the dense pass of {type(self).__name__} "
+                    f"would not be dense where '{other.name}' masks; leave all weights to one of them"
+                )
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """As the base; add the dense pass, and what the two learn from each other."""
+        super().attach(controller, stack, trainer, pl_module)
+        masks = self._require_masks()
+        others = {name: DenseWeight(view) for name, view in masks.views.items()}
+        self._another = stack.enter_context(controller.weights.owned_for_another_pass(self.name, others))
+        stack.callback(setattr, self, "_another", None)
+        stack.enter_context(self._recording)
+        self.student_capture = controller.capture(self.student) if self.kl_start < 1 else None
+        stack.enter_context(controller.view(View(DENSE, self._dense_pass, deployed=False)))
+        stack.enter_context(controller.term(Term(self.name, self._between, view=None)))
+
+    def go_on(self, state: dict[str, Any] | None) -> None:
+        """With what the dense path had for itself."""
+        super().go_on(state)
+        self._own = None
+        if self.dense_path != "shared":
+            saved = (state or {}).get("own")
+            same = saved is not None and (state or {})["arguments"].get("dense_path") == self.dense_path
+            self._own = OwnLayers(saved if same else None)
+
+    def forget(self) -> None:
+        """With what the dense path had for itself."""
+        super().forget()
+        self._own = self._own_state = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """In the first step, look for the layers that are the dense path's own."""
+        if self._own is None or self._own.layers:
+            return
+        if self._own.names is None and self.dense_path == "own" and self.classifier is None:
+            self._recording.close()
+            self._called = self._recording.enter_context(record_outputs(pl_module))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Let the dense path's own layers follow the settings of the user's optimizer, then as the base."""
+        if self._own is not None:
+            self._own.follow(optimizer)
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    def bake(self, trainer: Any, pl_module: Any) -> None:
+        """As the base; keep what the dense path had for itself, for a fit that goes on."""
+        super().bake(trainer, pl_module)
+        self._own_state = None if self._own is None else self._own.state()
+
+    def extra_state(self) -> dict[str, Any]:
+        """As the base; and what the dense path has for itself."""
+        own = self._own_state if self._own is None else self._own.state()
+        return {**super().extra_state(), **({} if own is None else {"own": own})}
+
+    def remarks(self) -> list[str]:
+        """As the base; and what the dense path had for itself."""
+        remarks = super().remarks()
+        if self._own is not None and self._own.names:
+            remarks.append(f"{self.name}: the dense path had its own {listing(self._own.names, None)}.")
+        return remarks
+
+    # Private
+
+    @contextmanager
+    def _dense_pass(self) -> Iterator[None]:
+        """Present the dense weights, and let nothing else learn or change but what is the path's own."""
+        module = self._require_controller().module
+        own: Mapping[int, Tensor] = {}
+        if self._own is not None:
+            if not self._own.layers:
+                self._find_own(module)
+            own = self._own.stand_ins()
+        masked = {id(weight) for weight in self._require_masks().weights.values()}
+        rest = [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in masked]
+        if self._another is None:
+            raise RuntimeError(f"{type(self).__name__} is only active during a fit")
+        with standing_in(module, {**scratch(module.buffers()), **unlearning(rest), **own}), self._another():
+            yield
+        self.effects["the dense pass"] += 1
+
+    def _find_own(self, module: nn.Module) -> None:
+        """Find the layers that are the dense path's own, and copy them."""
+        if self._own is None:
+            raise RuntimeError("the dense path shares all of its layers")
+        masked = {id(weight) for weight in self._require_masks().weights.values()}
+        layers = norms_of(module, self.norms, masked)
+        if self.dense_path == "own_norm" and not layers:
+            raise ValueError(
+                f"dense_path='own_norm' has no effect: {type(module).__name__} has no norm layers; choose 'shared'"
+            )
+        if self.dense_path == "own":
+            if self.classifier is not None:
+                layers |= classifiers_named(module, self.classifier, masked)
+            elif self._own.names is None:
+                layers |= last_layer(module, self._called() if self._called else [], masked)
+            else:
+                named = {plain_name(name): part for name, part in module.named_modules()}
+                layers = {name: named[name] for name in self._own.names if name in named}
+        self._recording.close()
+        self._called = None
+        order = {id(part): index for index, part in enumerate(module.modules())}
+        chosen = dict(sorted(layers.items(), key=lambda entry: order[id(entry[1])]))
+        owned: OwnedParameters = self._own.copy(chosen, self._trainer.optimizers[0])
+        self.own(owned)
+        log.info("%s: the dense path has its own %s", self.name, listing(list(chosen), None))
+
+    def _between(self, passes: Mapping[str, Pass]) -> Tensor | None:
+        """What the two passes learn from each other; log both task losses."""
+        dense = passes[DENSE]
+        [pruned] = [seen for seen in passes.values() if seen.view.deployed]
+        for name, seen in (("pruned", pruned), ("dense", dense)):
+            if seen.task_loss is not None:
+                self.log_quantity(f"{name}_task_loss", seen.task_loss.detach(), batch_size=1)
+        if self.student_capture is None or self._require_progress().fraction < self.kl_start:
+            return None
+        calls = [call for seen in (pruned, dense) if (call := seen.call(self.student_capture)) is not None]
+        if len(calls) != 2:
+            raise ValueError(
+                f"from kl_start={self.kl_start} on the two passes learn from each other's output, and the step called "
+                f"no network '{'/'.join(self.student_capture.names or ('',))}'; name it with student=, or give "
+                "kl_start=1"
+            )
+        first, second = (find_logits(call.output, self.output, owner="network") for call in calls)
+        dimension = self._class_dimension(first)
+        losses = [
+            F.distillation_loss(one, other, self.temperature, class_dim=dimension)
+            for one, other in ((first, second), (second, first))
+        ]
+        for name, loss in zip(("kl_pruned", "kl_dense"), losses, strict=True):
+            self.log_quantity(name, loss.detach(), batch_size=1)
+        return losses[0] + losses[1]
+
+    def _class_dimension(self, logits: Tensor) -> int:
+        if self.class_dim is not None:
+            if not -logits.ndim <= self.class_dim < logits.ndim:
+                raise ValueError(f"class_dim={self.class_dim} is no dimension of logits of shape {tuple(logits.shape)}")
+            return self.class_dim % logits.ndim
+        try:
+            return F.class_dimension(logits.shape)
+        except ValueError as error:
+            raise ValueError(
+                f"from kl_start={self.kl_start} on the two passes learn from each other's classes, and the network "
+                f"gives {tuple(logits.shape)}; say where the classes are with class_dim=, or give kl_start=1"
+            ) from error

@@ -1,0 +1,131 @@
+"""Dynamic pruning with feedback: gradients of the pruned network move all weights, so pruned ones can come back.
+
+Lin, Stich, Barba, Dmitriev & Jaggi, "Dynamic model pruning with feedback", ICLR 2020, arXiv:2006.07253. The step is
+``w <- w - lr * g(M * w)``: the gradient is taken at the pruned weights and given to all of the dense ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from lightning_compress.callbacks.arguments import check_choice, check_fraction
+from lightning_compress.callbacks.dynamic import DynamicMaskCallback
+from lightning_compress.functional.schedules import Schedule
+from lightning_compress.mechanisms.masking import FeedbackWeight, MaskedWeight
+from lightning_compress.mechanisms.selection import listing
+
+DEAD_FILTERS = ("zero_grad", "keep")
+
+
+class DPFCallback(DynamicMaskCallback):
+    """Prune with feedback: a step sees the pruned weights, and its gradient moves all of the dense ones.
+
+    When it acts: the forward pass of each step reads ``M * W``, and the gradient at that point goes to ``W`` as if the
+    mask were not there, so that a pruned weight that is missed grows until an update of the masks brings it back. Every
+    ``update_interval`` optimizer steps the masks are chosen anew: of all selected weights those of the smallest
+    magnitude are pruned. Validation, checkpoints and the module after the fit hold the pruned weights. What it leaves
+    alone: names in the ``state_dict``, the optimizer (weight decay and momentum act on the dense weights), and the
+    dense weights, which are kept beside in checkpoints.
+
+    Logged are ``compress/<name>/sparsity``, with each update ``churn`` (the share of the masks that changed),
+    ``dead_filters``, ``gradient_norm_kept`` and ``gradient_norm_pruned``.
+
+    Args:
+        sparsity: The final share of zeros among the selected weights, in [0, 1).
+        schedule: "one_shot", "cubic", "linear", "cosine", or a function ``(progress, start, end)`` from [0, 1] to a
+            sparsity. Whatever it says, the end is exact.
+        start: Fraction of the training, in optimizer steps, at which pruning begins, in [0, 1].
+        end: Fraction at which the sparsity is reached, from ``start`` to 1; the masks go on changing after it.
+        update_interval: Optimizer steps between two updates, at least 1.
+        freeze_at: Fraction from which the masks stay, from ``end`` to 1. None: they never do.
+        dead_filters: What a filter learns while it is masked completely: nothing with "zero_grad", all that the rule
+            says with "keep". Its output is constant, so batch norm that follows multiplies its gradient by up to
+            ``1 / sqrt(eps)``, which spoils the dense weights. A filter is an output channel of a convolution, or of a
+            linear layer where the module has batch norm of its width.
+        guard_checkpoints: Whether ``ModelCheckpoint`` keeps monitored checkpoints only from the final sparsity on.
+        reestimate_batchnorm: Whether to estimate batch-norm statistics anew at the end, on 16 training batches.
+        reestimated_validation: Whether to validate a second time after each validation, with batch-norm statistics
+            estimated anew, and log the metrics under ``compress/<name>/reestimated/``: the masks change faster than
+            running statistics follow.
+        layers: Selectors of layers, as for ``PruningCallback``. None: all convolutions and linear layers.
+        exclude: Selectors of what is left dense.
+        name: As in the base class; default "dpf".
+
+    Raises:
+        ValueError: If an argument is out of its range, or two contradict each other.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> module, dpf = BoringModel(), DPFCallback(0.5, update_interval=1)
+        >>> L.Trainer(max_steps=4, accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[dpf],
+        ...           enable_model_summary=False, enable_checkpointing=False).fit(module)
+        >>> (module.layer.weight == 0).sum().item(), module.layer.weight.numel()
+        (32, 64)
+    """
+
+    default_name = "dpf"
+
+    def __init__(
+        self,
+        sparsity: float,
+        *,
+        schedule: Literal["one_shot", "cubic", "linear", "cosine"] | Schedule = "cubic",
+        start: float = 0.0,
+        end: float = 0.75,
+        update_interval: int = 16,
+        freeze_at: float | None = None,
+        dead_filters: Literal["zero_grad", "keep"] = "zero_grad",
+        guard_checkpoints: bool = True,
+        reestimate_batchnorm: bool = False,
+        reestimated_validation: bool = False,
+        layers: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            sparsity,
+            schedule=schedule,
+            start=start,
+            end=end,
+            update_interval=update_interval,
+            layers=layers,
+            exclude=exclude,
+            guard_checkpoints=guard_checkpoints,
+            reestimate_batchnorm=reestimate_batchnorm,
+            reestimated_validation=reestimated_validation,
+            name=name,
+        )
+        check_choice("dead_filters", dead_filters, DEAD_FILTERS)
+        if freeze_at is not None:
+            check_fraction("freeze_at", freeze_at)
+            if freeze_at < end:
+                raise ValueError(
+                    f"freeze_at must be at least end, where the sparsity is reached, got freeze_at={freeze_at} and "
+                    f"end={end}"
+                )
+        self.freeze_at, self.dead_filters = freeze_at, dead_filters
+
+    @property
+    def masks_stay_from(self) -> float | None:
+        """As it was asked for."""
+        return self.freeze_at
+
+    def view(self, name: str) -> MaskedWeight:
+        """``M * W`` with the whole gradient, but for dead filters."""
+        return FeedbackWeight(filters=self._filters.get(name) if self.dead_filters == "zero_grad" else None)
+
+    def updated(self, changed: float, *, more: bool) -> None:
+        """As the base; say what filters learn that are masked completely, when there are some."""
+        super().updated(changed, more=more)
+        if dead := self.dead_filters_by_weight:
+            what = (
+                "they get no gradient until an update brings a weight of theirs back"
+                if self.dead_filters == "zero_grad"
+                else "batch norm that follows multiplies their gradients by up to 1 / sqrt(eps), and "
+                "dead_filters='zero_grad' would take these away"
+            )
+            self._warn_once(
+                f"{sum(dead.values())} filters are masked completely, in {listing(list(dead))}; {what}", "dead filters"
+            )

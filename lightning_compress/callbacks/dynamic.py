@@ -1,0 +1,178 @@
+"""What the techniques with dynamic masks share: pruned weights go on learning, and each update may bring them back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_compress import _compat
+from lightning_compress.callbacks.arguments import check_flag
+from lightning_compress.callbacks.base import together
+from lightning_compress.callbacks.masks import MaskCallback
+from lightning_compress.export.evaluate import evaluate_forward, has_validation
+from lightning_compress.functional.masks import Filters, live_filters
+from lightning_compress.functional.schedules import Schedule
+from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_, statistics_kept
+from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.weights import filters_of, sites_of
+
+
+class DynamicMaskCallback(MaskCallback):
+    """Base of the techniques whose pruned weights go on learning.
+
+    Beside what its base logs: ``dead_filters``, the number of filters that are masked completely, with each update;
+    ``gradient_norm_kept`` and ``gradient_norm_pruned``, of the dense weights' gradient in the step before it; and, with
+    ``reestimated_validation``, the metrics of a second validation under ``reestimated/``.
+
+    Args:
+        sparsity: As in the base class; so are all that are not named here.
+        reestimated_validation: Whether to validate a second time after each validation, with batch-norm statistics
+            that are estimated anew for the masked network.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        *,
+        schedule: str | Schedule,
+        start: float,
+        end: float,
+        update_interval: int,
+        layers: Sequence[str] | None,
+        exclude: Sequence[str] | None,
+        guard_checkpoints: bool,
+        reestimate_batchnorm: bool,
+        reestimated_validation: bool,
+        name: str | None,
+    ) -> None:
+        super().__init__(
+            sparsity,
+            schedule=schedule,
+            start=start,
+            end=end,
+            update_interval=update_interval,
+            layers=layers,
+            exclude=exclude,
+            guard_checkpoints=guard_checkpoints,
+            reestimate_batchnorm=reestimate_batchnorm,
+            name=name,
+        )
+        check_flag("reestimated_validation", reestimated_validation)
+        self.reestimated_validation = reestimated_validation
+        self._filters: dict[str, Filters] = {}
+        self._validated = False
+
+    @property
+    def dead_filters_by_weight(self) -> dict[str, int]:
+        """How many filters are masked completely now, of the weights where there are any."""
+        masks = self.masks
+        dead = {name: int((~live_filters(masks[name], where)).sum()) for name, where in self._filters.items() if masks}
+        return {name: count for name, count in dead.items() if count}
+
+    # What the base asks
+
+    def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
+        """All; and note where their filters are: those of linear layers count where batch norm may follow."""
+        sites = sites_of(pl_module)
+        widths = {module.num_features for module in pl_module.modules() if isinstance(module, _NormBase)}
+        found = {name: filters_of(sites[id(weight)]) for name, weight in weights.items()}
+        self._filters = {
+            name: filters
+            for name, filters in found.items()
+            if filters is not None and (weights[name].ndim > 2 or len(weights[name]) in widths)
+        }
+        return weights
+
+    def updated(self, changed: float, *, more: bool) -> None:
+        """As the base; count the filters that are masked completely."""
+        super().updated(changed, more=more)
+        self._to_log["dead_filters"] = float(sum(self.dead_filters_by_weight.values()))
+
+    def remarks(self) -> list[str]:
+        """As the base; and how many filters are dead."""
+        remarks = super().remarks()
+        if dead := self.dead_filters_by_weight:
+            remarks.append(
+                f"{self.name}: {sum(dead.values()):,} filters are masked completely, in {listing(list(dead), None)}."
+            )
+        return remarks
+
+    # Life cycle
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """As the base; refuse a second validation where there is no first, or where it would show the same."""
+        if self.reestimated_validation:
+            if not has_validation(pl_module, trainer):
+                raise ValueError("reestimated_validation has no effect: there is nothing to validate on")
+            if not batch_norms(pl_module):
+                raise ValueError("reestimated_validation has no effect: no layer keeps batch-norm statistics")
+        self._validated = False
+        super().attach(controller, stack, trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Measure the gradient in the step before an update, before it is clipped."""
+        if self._progress is not None and (self._progress.steps + 1) % self.update_interval == 0:
+            self._to_log.update(self._gradient_norms())
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """As the base."""
+        super().on_validation_end(trainer, pl_module)
+        self._validated = not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """As the base; validate once more, with other batch-norm statistics."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if not (self.reestimated_validation and self._validated):
+            return
+        self._validated = False
+        found: dict[str, float] = {}
+
+        def validate(trainer: Any, pl_module: Any) -> None:
+            found.update(evaluate_forward(pl_module, trainer) if trainer.is_global_zero else {})
+
+        with self._compressed_weights(), statistics_kept(pl_module):
+            reestimate_batchnorm_(trainer, pl_module)
+            with _compat.patient_group(trainer.world_size) as tell:
+                together(tell, validate, trainer, pl_module)
+        many = trainer.world_size > 1
+        for metric, value in trainer.strategy.broadcast(found).items():
+            pl_module.log(f"compress/{self.name}/reestimated/{metric}", value, sync_dist=many)
+
+    # Private
+
+    def _gradient_norms(self) -> dict[str, float | Tensor]:
+        """The norms of the gradient over all kept and over all pruned weights."""
+        masks = self._require_masks()
+        kept, pruned = [], []
+        for name, weight in masks.weights.items():
+            if weight.grad is not None and masks.views[name].mask is not None:
+                lost = masks.views[name].lost(weight.grad)
+                pruned.append(torch.linalg.vector_norm(lost, dtype=torch.float32))
+                kept.append(torch.linalg.vector_norm(weight.grad - lost, dtype=torch.float32))
+        if not kept:
+            return {}
+        device = kept[0].device
+        norms = [torch.linalg.vector_norm(torch.stack([own.to(device) for own in part])) for part in (kept, pruned)]
+        return {"gradient_norm_kept": norms[0], "gradient_norm_pruned": norms[1]}
+
+    @contextmanager
+    def _compressed_weights(self) -> Iterator[None]:
+        """Let the module hold the masked weights for a while."""
+        masks = self._require_masks()
+        dense = {name: weight.detach().clone() for name, weight in masks.weights.items()}
+        try:
+            with torch.no_grad():
+                for name, weight in masks.weights.items():
+                    weight.copy_(masks.masked(name, weight))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in masks.weights.items():
+                    weight.copy_(dense[name])

@@ -1,0 +1,181 @@
+"""Stand-ins: for one pass, modules read other parameters and buffers than those that they have.
+
+Unlike a view, which is an attribute in front of a parameter, a stand-in takes the parameter's place in the module's own
+tables. Compiled code reads those, so one and the same code serves the module with and without stand-ins; but meanwhile
+``parameters()`` and ``state_dict()`` give the stand-ins too, so it is for the time of a pass only.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_compress import _compat
+
+
+@contextmanager
+def standing_in(root: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+    """Let all modules below a root read other parameters and buffers, wherever these are shared.
+
+    Args:
+        root: A module.
+        tensors: From the ``id`` of a parameter or buffer to what is read in its place.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> other = nn.Parameter(layer.weight.detach() + 1)
+        >>> with standing_in(layer, {id(layer.weight): other}):
+        ...     layer.weight is other
+        True
+        >>> layer.weight is other
+        False
+    """
+    with ExitStack() as stack:
+        for module in root.modules():
+            stack.callback(_compat.refresh_flat_weights, module)
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
+                for name, tensor in list(table.items()):
+                    if tensor is not None and id(tensor) in tensors:
+                        stack.callback(table.__setitem__, name, tensor)
+                        table[name] = tensors[id(tensor)]
+            _compat.refresh_flat_weights(module)
+        yield
+
+
+def unlearning(parameters: Iterable[nn.Parameter]) -> dict[int, Tensor]:
+    """Stand-ins with the values of parameters, through which no gradient comes.
+
+    Args:
+        parameters: Those to be stood in for.
+
+    Returns:
+        For :func:`standing_in`; they share the memory of the parameters.
+
+    Example:
+        >>> weight = nn.Parameter(Tensor([1.0]))
+        >>> [other] = unlearning([weight]).values()
+        >>> other.requires_grad, other.data_ptr() == weight.data_ptr()
+        (False, True)
+    """
+    return {id(own): nn.Parameter(own.detach(), requires_grad=False) for own in parameters}
+
+
+def scratch(buffers: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Stand-ins for buffers, which may be written to: that is not seen afterwards.
+
+    Args:
+        buffers: Those to be stood in for.
+
+    Returns:
+        For :func:`standing_in`: copies.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> with standing_in(norm, scratch(norm.buffers())):
+        ...     _ = norm(Tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> norm.running_mean
+        tensor([0., 0.])
+    """
+    return {id(own): own.detach().clone() for own in buffers}
+
+
+def twins(layers: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    """Copies of the parameters and buffers of layers.
+
+    Args:
+        layers: Dotted name to layer, whose own tensors are copied, without those of its children.
+
+    Returns:
+        Under each name, with slashes for dots, a module that holds the copies under their names in the layer.
+
+    Example:
+        >>> list(twins({"net.norm": nn.BatchNorm1d(2)}).state_dict())[:2]
+        ['net/norm.weight', 'net/norm.bias']
+    """
+    return nn.ModuleDict({name.replace(".", "/") or "/": _twin(layer) for name, layer in layers.items()})
+
+
+def paired(layers: Mapping[str, nn.Module], copies: nn.ModuleDict) -> dict[int, Tensor]:
+    """Which copy is whose.
+
+    Args:
+        layers: As for :func:`twins`.
+        copies: What it gave.
+
+    Returns:
+        From the ``id`` of a layer's parameter or buffer to its copy, for :func:`standing_in`.
+
+    Example:
+        >>> layers = {"norm": nn.BatchNorm1d(2)}
+        >>> len(paired(layers, twins(layers)))
+        5
+    """
+    pairs: dict[int, Tensor] = {}
+    for layer, twin in zip(layers.values(), copies.values(), strict=True):
+        for table, other in ((layer._parameters, twin._parameters), (layer._buffers, twin._buffers)):
+            for name, tensor in table.items():
+                copy: Any = other.get(name)
+                if tensor is not None and copy is not None:
+                    pairs.setdefault(id(tensor), copy)
+    return pairs
+
+
+def optimizer_like(optimizer: Optimizer) -> Optimizer:
+    """An optimizer of the same class, without parameters yet; see :func:`follow_`.
+
+    Args:
+        optimizer: The user's.
+
+    Returns:
+        The other one, which shares nothing with it.
+
+    Example:
+        >>> from torch.optim import SGD
+        >>> optimizer_like(SGD([Tensor([1.0])], lr=0.1)).param_groups
+        []
+    """
+    other = type(optimizer).__new__(type(optimizer))
+    simple = {key: value for key, value in vars(optimizer).items() if isinstance(value, (bool, int, float, str))}
+    state = {**simple, **optimizer.__getstate__(), "state": defaultdict(dict), "param_groups": []}
+    other.__setstate__(state)  # as an optimizer is made that was pickled
+    return other
+
+
+def follow_(follower: Optimizer, optimizer: Optimizer, copies: Mapping[int, Tensor]) -> None:
+    """Let an optimizer train the copies of what another trains, with the same settings, in place.
+
+    Args:
+        follower: What :func:`optimizer_like` gave.
+        optimizer: The user's, whose groups, learning rates and so on may have changed since.
+        copies: From the ``id`` of a parameter to its copy; parameters without one are left out.
+
+    Example:
+        >>> from torch.optim import SGD
+        >>> weight, other = nn.Parameter(Tensor([1.0])), nn.Parameter(Tensor([2.0]))
+        >>> first = SGD([weight], lr=0.1)
+        >>> second = optimizer_like(first)
+        >>> follow_(second, first, {id(weight): other})
+        >>> second.param_groups[0]["lr"], second.param_groups[0]["params"][0] is other
+        (0.1, True)
+    """
+    follower.param_groups[:] = [
+        {**group, "params": [copies[id(own)] for own in group["params"] if id(own) in copies]}
+        for group in optimizer.param_groups
+    ]
+
+
+def _twin(layer: nn.Module) -> nn.Module:
+    twin = nn.Module()
+    for name, own in layer._parameters.items():
+        if own is not None:
+            twin.register_parameter(name, nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad))
+    for name, buffer in layer._buffers.items():
+        if buffer is not None:
+            twin.register_buffer(name, buffer.detach().clone())
+    return twin
