@@ -354,6 +354,12 @@ def runs_again() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def takes_iterator(trainer: Any, module: Any) -> bool:
+    """Whether a module's training step draws its batches itself."""
+    signature = import_module(f"{package_of(trainer)}.utilities.signature_utils").is_param_in_hook_signature
+    return bool(signature(module.training_step, "dataloader_iter", explicit=True))
+
+
 def batches_seen(trainer: Any) -> int:
     """How many training batches a Trainer has begun, over all epochs."""
     return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1
@@ -374,7 +380,7 @@ def training_batches(trainer: Any, loaders: list[Any], epoch: int = 0) -> Iterat
     combined._iterator, combined.flattened = None, loaders
     module: Any = trainer.lightning_module
     signature = import_module(f"{package_of(trainer)}.utilities.signature_utils").is_param_in_hook_signature
-    iterates = signature(module.training_step, "dataloader_iter", explicit=True)
+    iterates = takes_iterator(trainer, module)
     indexed = signature(module.training_step, "batch_idx", min_args=2)
     try:
         limit = batches_an_epoch(trainer)

@@ -1,4 +1,4 @@
-"""The demo: on real data, a teacher, a small student alone, the same student distilled, a checked file, and the table.
+"""The demo: on real data, a teacher, a student alone, distilled, distilled and pruned, checked files, and the table.
 
 The test set is looked at once a run, after the last epoch; nothing is chosen by it.
 """
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_compress.callbacks.dcil import DCILCallback
 from lightning_compress.callbacks.distillation import DistillationCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.export import ExportResult, Sample, evaluate, to_onnx
@@ -38,6 +39,7 @@ from lightning_compress.report.cells import shown_path
 METRIC = "val_accuracy"
 TOLERANCE = 0.005
 STUDENT_WIDTH = 8
+SPARSITY = 0.9
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("FashionMNIST/raw"), Path("data/FashionMNIST/raw"))
 FASHION_FILES = (
@@ -209,17 +211,24 @@ def load_data(name: str) -> DemoData:
 
 def _train_and_compare(source: DemoData, folder: Path, data: str, seed: int, start: float) -> int:
     teacher_epochs, student_epochs = source.epochs
-    _say(f"[1/4] teacher: a residual network of width {source.teacher_width}, {teacher_epochs} epochs on {data}")
+    _say(f"[1/5] teacher: a residual network of width {source.teacher_width}, {teacher_epochs} epochs on {data}")
     teacher = _fit(source, source.teacher_width, teacher_epochs, folder / "teacher", seed)
-    _say(f"[2/4] student alone: width {STUDENT_WIDTH}, {student_epochs} epochs")
-    alone = _fit(source, STUDENT_WIDTH, student_epochs, folder / "student_alone", seed)
-    _say("[3/4] student distilled: the same seed, batches and number of steps, and one callback more")
+
+    def student(name: str, callbacks: Sequence[Callback] = ()) -> LitClassifier:
+        return _fit(source, STUDENT_WIDTH, student_epochs, folder / name, seed, callbacks)
+
+    _say(f"[2/5] student alone: width {STUDENT_WIDTH}, {student_epochs} epochs")
+    alone = student("student_alone")
+    _say("[3/5] student distilled: the same seed, batches and number of steps, and one callback more")
     exporting = ExportCallback(folder / "student.onnx", metric=METRIC, tolerance=TOLERANCE)
-    distilling = DistillationCallback(teacher.network)
-    distilled = _fit(source, STUDENT_WIDTH, student_epochs, folder / "student_distilled", seed, [distilling, exporting])
-    _say("[4/4] files and table: export, check, validation through the files, times")
+    distilled = student("student_distilled", [DistillationCallback(teacher.network), exporting])
+    _say(f"[4/5] student distilled and pruned: one callback more, {SPARSITY:.0%} of the convolutions' weights are zero")
+    pruning = DCILCallback(SPARSITY)
+    exporting_pruned = ExportCallback(folder / "student_pruned.onnx", metric=METRIC, tolerance=TOLERANCE)
+    pruned = student("student_pruned", [DistillationCallback(teacher.network), pruning, exporting_pruned])
+    _say("[5/5] files and table: export, check, validation through the files, times")
     begin = time.perf_counter()
-    if exporting.result is None:
+    if exporting.result is None or exporting_pruned.result is None:
         raise RuntimeError("the export at the end of the fit wrote no file")
     sample = source.test[0][:8]
     teacher_file = to_onnx(teacher.network, folder / "teacher.onnx", sample)
@@ -228,14 +237,18 @@ def _train_and_compare(source: DemoData, folder: Path, data: str, seed: int, sta
         "teacher": _metrics(teacher, source, seed),
         "student alone": _metrics(alone, source, seed),
         "student distilled": exporting.module_metrics,
+        "distilled and pruned": exporting_pruned.module_metrics,
         "teacher.onnx": evaluate(teacher_file.path, teacher, test, network="network"),
         "student.onnx": exporting.file_metrics,
+        "student_pruned.onnx": exporting_pruned.file_metrics,
     }
-    failures = [exporting.failure] if exporting.failure else []
+    failures = [failure for failure in (exporting.failure, exporting_pruned.failure) if failure]
     gap = abs(metrics["teacher.onnx"][METRIC] - metrics["teacher"][METRIC])
     if not gap <= TOLERANCE:
         failures.append(f"{METRIC} of teacher.onnx differs from the module's by {gap:.3g}, beyond {TOLERANCE:g}")
-    _report(folder, (teacher, alone, distilled), [teacher_file, exporting.result], sample, metrics, data, begin)
+    files = [teacher_file, exporting.result, exporting_pruned.result]
+    notes = [f"Data: {data}; {_about_the_students(metrics)}", *pruning.remarks()]
+    _report(folder, [teacher, alone, distilled, pruned], files, sample, metrics, notes, data, begin)
     _say(f"Took {time.perf_counter() - start:.0f} s.")
     for failure in failures:
         sys.stderr.write(f"lightning-compress demo: {failure}\n")
@@ -274,27 +287,33 @@ def _metrics(module: LitClassifier, source: DemoData, seed: int) -> dict[str, fl
     return evaluate_forward(module, source.loaders(seed)[1])
 
 
+def _about_the_students(metrics: dict[str, dict[str, float]]) -> str:
+    accuracy = {name: 100 * of_row[METRIC] for name, of_row in metrics.items()}
+    gain = accuracy["student distilled"] - accuracy["student alone"]
+    cost = accuracy["distilled and pruned"] - accuracy["student distilled"]
+    return (
+        f"{METRIC} is on the test set after the last epoch. One seed: what distillation did for the student "
+        f"({gain:+.1f} points), and then pruning ({cost:+.1f} points), are illustrations, not evidence."
+    )
+
+
 def _report(
     folder: Path,
-    modules: tuple[LitClassifier, LitClassifier, LitClassifier],
+    modules: list[LitClassifier],
     files: list[ExportResult],
     sample: Tensor,
     metrics: dict[str, dict[str, float]],
+    notes: list[str],
     data: str,
     begin: float,
 ) -> None:
-    teacher, alone, distilled = (module.network for module in modules)
-    gain = 100 * (metrics["student distilled"][METRIC] - metrics["student alone"][METRIC])
     report = compare(
-        {"teacher": teacher, "student alone": alone, "student distilled": distilled},
+        dict(zip(metrics, (module.network for module in modules), strict=False)),  # the rows after them are files
         files,
-        made_of=["teacher", "student distilled"],
+        made_of=["teacher", "student distilled", "distilled and pruned"],
         sample=Sample((sample,)),
         metrics=metrics,
-        notes=[
-            f"Data: {data}; {METRIC} is on the test set after the last epoch. One seed: the difference between the "
-            f"two students ({gain:+.1f} points) is an illustration, not evidence."
-        ],
+        notes=notes,
         recipe={"demo": {"data": data}},
     )
     written = write_report(report, folder)

@@ -72,20 +72,22 @@ def test_the_folder_holds_everything_and_a_deviating_file_fails(tmp_path, monkey
     real = demo.evaluate
     monkeypatch.setattr(demo, "evaluate", lambda *args, **kwargs: {**real(*args, **kwargs), "val_accuracy": 2.0})
     assert demo.run_demo(out=str(tmp_path)) == 1
-    captured = capsys.readouterr()
+    captured, files = capsys.readouterr(), ["teacher.onnx", "student.onnx", "student_pruned.onnx"]
     assert "val_accuracy of teacher.onnx differs from the module's by" in captured.err
-    assert "[3/4] student distilled" in captured.out
-    assert f"\nFiles:  {tmp_path.name}/teacher.onnx, {tmp_path.name}/student.onnx\n" in captured.out
+    assert "[3/5] student distilled: " in captured.out
+    assert "[4/5] student distilled and pruned: " in captured.out
+    assert f"\nFiles:  {', '.join(f'{tmp_path.name}/{name}' for name in files)}\n" in captured.out
     assert f"\nReport: {tmp_path.name}/compression_report.html\n" in captured.out
     assert {path.name for path in tmp_path.iterdir()} == {
-        "teacher", "student_alone", "student_distilled", "teacher.onnx", "student.onnx",
+        "teacher", "student_alone", "student_distilled", "student_pruned", *files,
         "compression_report.json", "compression_report.md", "compression_report.html",
     }  # fmt: skip
     rows = json.loads((tmp_path / "compression_report.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [
-        "teacher", "student alone", "student distilled", "teacher.onnx", "student.onnx",
+        "teacher", "student alone", "student distilled", "distilled and pruned", *files,
     ]  # fmt: skip
-    assert rows[1]["parameters"] == rows[2]["parameters"] == 19810
+    assert rows[1]["parameters"] == rows[2]["parameters"] == rows[3]["parameters"] == 19810
+    assert [row["nonzeros"] for row in rows[1:4]] == [19810, 19810, 19810 - 17230]  # 90% of 19144 in convolutions
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -118,4 +120,8 @@ def test_the_whole_demo(tmp_path, capsys):
     by_name = {row["name"]: row for row in rows}
     assert min(row["metrics"]["val_accuracy"] for row in rows) > 0.95
     assert by_name["student.onnx"]["metrics"] == pytest.approx(by_name["student distilled"]["metrics"], abs=1e-5)
+    assert by_name["student_pruned.onnx"]["metrics"] == pytest.approx(
+        by_name["distilled and pruned"]["metrics"], abs=1e-5
+    )
     assert by_name["student.onnx"]["bytes"] * 10 < by_name["teacher.onnx"]["bytes"]
+    assert by_name["student_pruned.onnx"]["bytes_compressed"] * 4 < by_name["student.onnx"]["bytes_compressed"]

@@ -27,6 +27,8 @@ RUNS = {
     "docs/techniques/attention-transfer.md": ("", "at: the losses of the first batch"),
     "docs/techniques/factor-transfer.md": ("paraphraser.pt", "ft: the losses of the first batch"),
     "docs/techniques/pruning.md": ("pruned.ckpt", "243 of 304 weights are zero"),
+    "docs/techniques/dpf.md": ("dpf.ckpt", "1018 of 1272 weights are zero"),
+    "docs/techniques/dcil.md": ("dcil.ckpt", "979 of the 1224 weights of convolutions are zero"),
     "docs/export.md": ("network.onnx", "compared at batch sizes (2, 1, 5)"),
     "docs/report.md": ("report/compression_report.html", "Compression report"),
 }

@@ -272,7 +272,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         Raises:
             RuntimeError: If no optimizer has stepped through Lightning so far.
         """
-        idle = any(parameters.module is not None and parameters.steps == 0 for parameters in self._owned)
+        idle = any(parameters.idle for parameters in self._owned)
         if idle and self._versions != _versions(pl_module):  # whoever trains nothing in an epoch has his reasons
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' trains helpers of its own with the user's optimizers, and in a "

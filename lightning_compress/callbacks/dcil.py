@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_compress import _compat
 from lightning_compress import functional as F
 from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_positive
 from lightning_compress.callbacks.base import log
@@ -73,8 +74,8 @@ class DCILCallback(DynamicMaskCallback):
         class_dim: Dimension of the classes. None: the last of (N, L, K), else 1.
         guard_checkpoints: Whether ``ModelCheckpoint`` keeps monitored checkpoints only from the final sparsity on.
         reestimate_batchnorm: Whether to estimate batch-norm statistics anew at the end, on 16 training batches.
-        reestimated_validation: Whether to validate a second time after each validation, with batch-norm statistics
-            estimated anew, and log the metrics under ``compress/<name>/reestimated/``.
+        reestimated_validation: Whether to validate once more, on the CPU, at the end of each epoch with a validation,
+            with batch-norm statistics estimated anew, and log the metrics under ``compress/<name>/reestimated/``.
         layers: Selectors of layers, as for ``PruningCallback``. None: all convolutions.
         exclude: Selectors of what is left dense.
         name: As in the base class; default "dcil".
@@ -150,6 +151,7 @@ class DCILCallback(DynamicMaskCallback):
         self._another: Callable[[], AbstractContextManager[None]] | None = None
         self._called: Callable[[], list[LayerOutput]] | None = None  # the layers, while the classifier is looked for
         self._recording = ExitStack()
+        self._first_statistics: dict[int, Tensor] = {}
 
     # Life cycle
 
@@ -161,6 +163,11 @@ class DCILCallback(DynamicMaskCallback):
                 f"{type(self).__name__} runs the step twice, and {type(pl_module).__name__} optimises manually, where "
                 "each step does its own backward pass; DPFCallback works there, with CompressionMixin"
             )
+        if _compat.takes_iterator(trainer, pl_module):
+            raise ValueError(
+                f"{type(self).__name__} runs the step twice on each batch, and that of {type(pl_module).__name__} "
+                "draws its batches itself, from dataloader_iter; let it take a batch"
+            )
         for other in trainer.callbacks:
             if isinstance(other, MaskedWeightsCallback) and other is not self:
                 raise ValueError(
@@ -171,6 +178,7 @@ class DCILCallback(DynamicMaskCallback):
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """As the base; add the dense pass, and what the two learn from each other."""
         super().attach(controller, stack, trainer, pl_module)
+        stack.callback(self._put_away)
         masks = self._require_masks()
         others = {name: DenseWeight(view) for name, view in masks.views.items()}
         self._another = stack.enter_context(controller.weights.owned_for_another_pass(self.name, others))
@@ -198,6 +206,7 @@ class DCILCallback(DynamicMaskCallback):
         """In the first step, look for the layers that are the dense path's own."""
         if self._own is None or self._own.layers:
             return
+        self._first_statistics = scratch(pl_module.buffers())  # before the pruned pass counts its batch
         if self._own.names is None and self.dense_path == "own" and self.classifier is None:
             self._recording.close()
             self._called = self._recording.enter_context(record_outputs(pl_module))
@@ -208,11 +217,6 @@ class DCILCallback(DynamicMaskCallback):
             self._own.follow(optimizer)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
-    def bake(self, trainer: Any, pl_module: Any) -> None:
-        """As the base; keep what the dense path had for itself, for a fit that goes on."""
-        super().bake(trainer, pl_module)
-        self._own_state = None if self._own is None else self._own.state()
-
     def extra_state(self) -> dict[str, Any]:
         """As the base; and what the dense path has for itself."""
         own = self._own_state if self._own is None else self._own.state()
@@ -221,11 +225,16 @@ class DCILCallback(DynamicMaskCallback):
     def remarks(self) -> list[str]:
         """As the base; and what the dense path had for itself."""
         remarks = super().remarks()
-        if self._own is not None and self._own.names:
-            remarks.append(f"{self.name}: the dense path had its own {listing(self._own.names, None)}.")
+        if self._own_state is not None:
+            remarks.append(f"{self.name}: the dense path had its own {listing(self._own_state['names'])}.")
         return remarks
 
     # Private
+
+    def _put_away(self) -> None:
+        """At the end of a fit, keep what the dense path had for itself, for a fit that goes on."""
+        self._own_state = None if self._own is None else self._own.state()
+        self._own = None
 
     @contextmanager
     def _dense_pass(self) -> Iterator[None]:
@@ -266,7 +275,8 @@ class DCILCallback(DynamicMaskCallback):
         self._called = None
         order = {id(part): index for index, part in enumerate(module.modules())}
         chosen = dict(sorted(layers.items(), key=lambda entry: order[id(entry[1])]))
-        owned: OwnedParameters = self._own.copy(chosen, self._trainer.optimizers[0])
+        owned: OwnedParameters = self._own.copy(chosen, self._trainer.optimizers[0], self._first_statistics)
+        self._first_statistics = {}
         self.own(owned)
         log.info("%s: the dense path has its own %s", self.name, listing(list(chosen), None))
 

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from lightning_compress.callbacks.arguments import check_choice, check_fraction
-from lightning_compress.callbacks.dynamic import DynamicMaskCallback
+from lightning_compress.callbacks.dynamic import DynamicMaskCallback, counted
 from lightning_compress.functional.schedules import Schedule
 from lightning_compress.mechanisms.masking import FeedbackWeight, MaskedWeight
-from lightning_compress.mechanisms.selection import listing
 
 DEAD_FILTERS = ("zero_grad", "keep")
 
@@ -45,9 +44,9 @@ class DPFCallback(DynamicMaskCallback):
             linear layer where the module has batch norm of its width.
         guard_checkpoints: Whether ``ModelCheckpoint`` keeps monitored checkpoints only from the final sparsity on.
         reestimate_batchnorm: Whether to estimate batch-norm statistics anew at the end, on 16 training batches.
-        reestimated_validation: Whether to validate a second time after each validation, with batch-norm statistics
-            estimated anew, and log the metrics under ``compress/<name>/reestimated/``: the masks change faster than
-            running statistics follow.
+        reestimated_validation: Whether to validate once more, on the CPU, at the end of each epoch with a validation,
+            with batch-norm statistics estimated anew, and log the metrics under ``compress/<name>/reestimated/``: the
+            masks change faster than running statistics follow.
         layers: Selectors of layers, as for ``PruningCallback``. None: all convolutions and linear layers.
         exclude: Selectors of what is left dense.
         name: As in the base class; default "dpf".
@@ -121,11 +120,9 @@ class DPFCallback(DynamicMaskCallback):
         super().updated(changed, more=more)
         if dead := self.dead_filters_by_weight:
             what = (
-                "they get no gradient until an update brings a weight of theirs back"
+                "no gradient reaches what is dead until an update brings a weight of it back"
                 if self.dead_filters == "zero_grad"
-                else "batch norm that follows multiplies their gradients by up to 1 / sqrt(eps), and "
-                "dead_filters='zero_grad' would take these away"
+                else "batch norm that follows multiplies the gradient there by up to 1 / sqrt(eps), and "
+                "dead_filters='zero_grad' would take it away"
             )
-            self._warn_once(
-                f"{sum(dead.values())} filters are masked completely, in {listing(list(dead))}; {what}", "dead filters"
-            )
+            self._warn_once(f"{counted(dead)}; {what}", "dead filters")

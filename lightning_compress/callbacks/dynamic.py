@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,13 +15,20 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_flag
 from lightning_compress.callbacks.base import together
 from lightning_compress.callbacks.masks import MaskCallback
+from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.evaluate import evaluate_forward, has_validation
-from lightning_compress.functional.masks import Filters, live_filters
-from lightning_compress.functional.schedules import Schedule
+from lightning_compress.functional.masks import Filters, count_dead_filters
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_, statistics_kept
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.weights import filters_of, sites_of
+
+
+def counted(dead: Mapping[str, int]) -> str:
+    """In words, how many filters are dead, and of which weights."""
+    count = sum(dead.values())
+    verb = " is" if count == 1 else "s are"
+    return f"{count:,} filter{verb} masked completely, in {listing(list(dead))}"
 
 
 class DynamicMaskCallback(MaskCallback):
@@ -31,48 +39,32 @@ class DynamicMaskCallback(MaskCallback):
     ``reestimated_validation``, the metrics of a second validation under ``reestimated/``.
 
     Args:
-        sparsity: As in the base class; so are all that are not named here.
-        reestimated_validation: Whether to validate a second time after each validation, with batch-norm statistics
-            that are estimated anew for the masked network.
+        sparsity: As in the base class.
+        reestimated_validation: Whether to validate once more at the end of each epoch in which there was a validation,
+            with batch-norm statistics that are estimated anew for the masked network.
+        settings: All others of the base class.
     """
+
+    _filters = Returned[Mapping[str, Filters]](MappingProxyType({}))
+    """Where the filters of each weight are that has some."""
 
     def __init__(
         self,
         sparsity: float,
         *,
-        schedule: str | Schedule,
-        start: float,
-        end: float,
-        update_interval: int,
-        layers: Sequence[str] | None,
-        exclude: Sequence[str] | None,
-        guard_checkpoints: bool,
-        reestimate_batchnorm: bool,
         reestimated_validation: bool,
-        name: str | None,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            sparsity,
-            schedule=schedule,
-            start=start,
-            end=end,
-            update_interval=update_interval,
-            layers=layers,
-            exclude=exclude,
-            guard_checkpoints=guard_checkpoints,
-            reestimate_batchnorm=reestimate_batchnorm,
-            name=name,
-        )
+        super().__init__(sparsity, **settings)
         check_flag("reestimated_validation", reestimated_validation)
         self.reestimated_validation = reestimated_validation
-        self._filters: dict[str, Filters] = {}
         self._validated = False
 
     @property
     def dead_filters_by_weight(self) -> dict[str, int]:
         """How many filters are masked completely now, of the weights where there are any."""
         masks = self.masks
-        dead = {name: int((~live_filters(masks[name], where)).sum()) for name, where in self._filters.items() if masks}
+        dead = {name: count_dead_filters(masks[name], where) for name, where in self._filters.items() if masks}
         return {name: count for name, count in dead.items() if count}
 
     # What the base asks
@@ -98,9 +90,7 @@ class DynamicMaskCallback(MaskCallback):
         """As the base; and how many filters are dead."""
         remarks = super().remarks()
         if dead := self.dead_filters_by_weight:
-            remarks.append(
-                f"{self.name}: {sum(dead.values()):,} filters are masked completely, in {listing(list(dead), None)}."
-            )
+            remarks.append(f"{self.name}: {counted(dead)}.")
         return remarks
 
     # Life cycle
@@ -117,7 +107,7 @@ class DynamicMaskCallback(MaskCallback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Measure the gradient in the step before an update, before it is clipped."""
-        if self._progress is not None and (self._progress.steps + 1) % self.update_interval == 0:
+        if self._progress is not None and self._progress.steps_after_this % self.update_interval == 0:
             self._to_log.update(self._gradient_norms())
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
@@ -143,7 +133,7 @@ class DynamicMaskCallback(MaskCallback):
                 together(tell, validate, trainer, pl_module)
         many = trainer.world_size > 1
         for metric, value in trainer.strategy.broadcast(found).items():
-            pl_module.log(f"compress/{self.name}/reestimated/{metric}", value, sync_dist=many)
+            pl_module.log(f"compress/{self.name}/reestimated/{metric}", value, sync_dist=many, batch_size=1)
 
     # Private
 
@@ -154,8 +144,9 @@ class DynamicMaskCallback(MaskCallback):
         for name, weight in masks.weights.items():
             if weight.grad is not None and masks.views[name].mask is not None:
                 lost = masks.views[name].lost(weight.grad)
-                pruned.append(torch.linalg.vector_norm(lost, dtype=torch.float32))
-                kept.append(torch.linalg.vector_norm(weight.grad - lost, dtype=torch.float32))
+                wide = torch.promote_types(lost.dtype, torch.float32)
+                pruned.append(torch.linalg.vector_norm(lost, dtype=wide))
+                kept.append(torch.linalg.vector_norm(weight.grad - lost, dtype=wide))
         if not kept:
             return {}
         device = kept[0].device

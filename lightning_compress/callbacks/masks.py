@@ -57,6 +57,9 @@ class MaskCallback(MaskedWeightsCallback):
 
     _begun = Returned(False)
     _finished = Returned(False)
+    """Whether the final sparsity was reached at ``end``."""
+    _frozen = Returned(False)
+    """Whether the masks stay."""
 
     def __init__(
         self,
@@ -169,16 +172,17 @@ class MaskCallback(MaskedWeightsCallback):
     def forget(self) -> None:
         """With the place in the schedule."""
         super().forget()
-        self._begun = self._finished = False
+        self._begun = self._finished = self._frozen = False
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """With the place in the schedule."""
         super().go_on(state)
-        self._begun = self._finished = False
+        self._begun = self._finished = self._frozen = False
         if state is not None:
             self._begun = bool(state["begun"])
             # another target than then is still to be reached
             self._finished = bool(state["finished"]) and state["arguments"].get("sparsity") == self.sparsity
+            self._frozen = self._finished and bool(state.get("frozen", True))  # before there was a choice, they stayed
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how long the training is; mask at once if the schedule begins here."""
@@ -220,9 +224,9 @@ class MaskCallback(MaskedWeightsCallback):
             for name, weight in masks.weights.items():
                 masked = masks.masked(name, weight.detach())
                 zeros = ((masked == 0).sum() / masked.numel()).float()
-                pl_module.log(f"compress/{self.name}/sparsity/{name}", zeros, sync_dist=many)
+                pl_module.log(f"compress/{self.name}/sparsity/{name}", zeros, sync_dist=many, batch_size=1)
                 norm = torch.linalg.vector_norm(masked.float())
-                pl_module.log(f"compress/{self.name}/norm/{name}", norm, sync_dist=many)
+                pl_module.log(f"compress/{self.name}/norm/{name}", norm, sync_dist=many, batch_size=1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Reach the final sparsity if the training was shorter than foreseen; say so if it was stopped."""
@@ -263,7 +267,8 @@ class MaskCallback(MaskedWeightsCallback):
 
     def extra_state(self) -> dict[str, Any]:
         """The masks, and the place in the schedule."""
-        return {**super().extra_state(), "begun": self._begun, "finished": self._finished}
+        place = {"begun": self._begun, "finished": self._finished, "frozen": self._frozen}
+        return {**super().extra_state(), **place}
 
     # Private
 
@@ -271,17 +276,15 @@ class MaskCallback(MaskedWeightsCallback):
         """Bring the masks to where the schedule is, if it is time."""
         progress = self._require_progress()
         fraction = progress.fraction
-        if fraction < self.start:
+        if fraction < self.start or self._frozen:
             return
+        stay = self.masks_stay_from is not None and fraction >= self.masks_stay_from
         if fraction >= self.end and not self._finished:
             self._finish()
-        elif (not self._begun or progress.steps % self.update_interval == 0) and not self._stay(fraction):
+        elif not stay and (not self._begun or progress.steps % self.update_interval == 0):
             self._take(self.new_masks(self.sparsity if self._finished else self._scheduled(fraction)))
         self._begun = True
-
-    def _stay(self, fraction: float) -> bool:
-        """Whether the masks change no more."""
-        return self._finished and self.masks_stay_from is not None and fraction >= self.masks_stay_from
+        self._frozen = stay and self._finished
 
     def _finish(self, *, more: bool = True) -> None:
         """Reach the final sparsity exactly, whatever the schedule said."""

@@ -241,7 +241,7 @@ def live_filters(mask: Tensor, filters: Filters) -> Tensor:
         filters: Where its filters are.
 
     Returns:
-        Boolean, with one entry for each filter, of a shape that broadcasts with the mask, such as ``(C_out, 1, 1, 1)``.
+        Boolean, of a shape that broadcasts with the mask, such as ``(C_out, 1, 1, 1)``.
 
     Example:
         >>> live_filters(torch.tensor([[True, False], [False, False]]), Filters())
@@ -253,6 +253,24 @@ def live_filters(mask: Tensor, filters: Filters) -> Tensor:
     by_group = mask.reshape(filters.groups, -1, mask.shape[1], mask[0, 0].numel())  # (G, C_in / G, C_out / G, K * K)
     alive: Tensor = by_group.any(dim=3).any(dim=1, keepdim=True).expand(-1, by_group.shape[1], -1)
     return alive.reshape(*mask.shape[:2], *[1] * (mask.ndim - 2))
+
+
+def count_dead_filters(mask: Tensor, filters: Filters) -> int:
+    """How many filters keep no weight.
+
+    Args:
+        mask: As in :func:`live_filters`.
+        filters: Where its filters are.
+
+    Returns:
+        Between 0 and the number of output channels.
+
+    Example:
+        >>> count_dead_filters(torch.tensor([[True, False], [False, False]]), Filters())
+        1
+    """
+    dead = int((~live_filters(mask, filters)).sum())
+    return dead * filters.groups // len(mask) if filters.groups else dead  # each row of its group has an entry
 
 
 def magnitude_score(weight: Tensor) -> Tensor:

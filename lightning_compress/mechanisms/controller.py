@@ -287,7 +287,7 @@ class StepController:
             views.insert(0, View("plain", self.weights.shown))
         passes: dict[str, Pass] = {}
         totals: list[Tensor] = []
-        further = FurtherPass(self.module) if len(views) > 1 else None
+        further = FurtherPass(self.module, (args, kwargs), closely=self.steps == 0) if len(views) > 1 else None
         for view in views:
             with nullcontext() if further is None or view.deployed else further.traceless(view.name), view.enter():
                 self._teachers_go_first = view.deployed

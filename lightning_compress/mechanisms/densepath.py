@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,14 +40,20 @@ class OwnLayers:
         self.layers: dict[str, nn.Module] = {}
         self._saved = None if state is None else state["layers"]
         self._owned: OwnedParameters | None = None
-        self._copies: nn.ModuleDict | None = None
+        self._copies: nn.ModuleList | None = None
 
-    def copy(self, layers: Mapping[str, nn.Module], optimizer: Optimizer) -> OwnedParameters:
+    def copy(
+        self,
+        layers: Mapping[str, nn.Module],
+        optimizer: Optimizer,
+        buffers: Mapping[int, Tensor] = MappingProxyType({}),
+    ) -> OwnedParameters:
         """Copy layers as they are now, or as they were saved.
 
         Args:
             layers: Dotted name to layer.
             optimizer: The user's, whose settings theirs will have.
+            buffers: From the ``id`` of a buffer to the value that it had before, to begin with that.
 
         Returns:
             The copies, to be trained.
@@ -61,7 +69,10 @@ class OwnLayers:
         self.layers, self.names = dict(layers), list(layers)
 
         def build() -> nn.Module:
-            self._copies = twins(layers)
+            self._copies = twins(layers.values())
+            for own, copied in self._pairs().items():
+                if own in buffers:
+                    copied.copy_(buffers[own])
             return self._copies
 
         def make(_: Any) -> Optimizer:
@@ -95,7 +106,7 @@ class OwnLayers:
         return {"names": self.names, "layers": copied}
 
     def _pairs(self) -> dict[int, Tensor]:
-        return {} if self._copies is None else paired(self.layers, self._copies)
+        return {} if self._copies is None else paired(self.layers.values(), self._copies)
 
 
 def norms_of(root: nn.Module, selectors: Sequence[str] | None, masked: set[int]) -> dict[str, nn.Module]:
@@ -127,9 +138,10 @@ def norms_of(root: nn.Module, selectors: Sequence[str] | None, masked: set[int])
     others = {
         name: module
         for name, module in named.items()
-        if "norm" in type(module).__name__.lower()
-        and name not in found
+        if name not in found
+        and re.search(r"norm(alization)?(\dd)?$", type(module).__name__, re.IGNORECASE)
         and type(module).__module__.partition(".")[0] not in LIBRARIES
+        and _learns_or_counts(module)
         and not _holds(module, masked)
     }
     if others:
@@ -219,6 +231,12 @@ def last_layer(root: nn.Module, called: Sequence[LayerOutput], masked: set[int])
 
 def _has_own(module: nn.Module) -> bool:
     return any(tensor is not None for table in (module._parameters, module._buffers) for tensor in table.values())
+
+
+def _learns_or_counts(module: nn.Module) -> bool:
+    """Whether a module has a parameter that learns, or running statistics."""
+    learns = any(own.requires_grad for own in module.parameters(recurse=False))
+    return learns or any(name.startswith("running") for name, _ in module.named_buffers(recurse=False))
 
 
 def _holds(module: nn.Module, parameters: set[int]) -> bool:

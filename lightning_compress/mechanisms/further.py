@@ -6,13 +6,15 @@ put back. What else it changes in the module cannot be done twice unnoticed, so 
 
 from __future__ import annotations
 
+import io
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
@@ -42,9 +44,10 @@ class FurtherPass:
 
     Args:
         module: The LightningModule; in a plain loop any module.
+        arguments: Those of the step.
+        closely: Whether to compare the values of frozen parameters too, which may be written to past autograd.
 
     Example:
-        >>> import torch
         >>> layer = nn.Dropout(0.5)
         >>> further = FurtherPass(layer)
         >>> first = layer(torch.ones(100))
@@ -54,9 +57,13 @@ class FurtherPass:
         True
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, arguments: Any = (), *, closely: bool = False) -> None:
         self._module = module
+        self._closely = closely
+        self._children = {id(part) for part in module.modules()}
         self._start = self._random_states()
+        self._arguments = arguments
+        self._batch = _fingerprint(arguments, set())
 
     @contextmanager
     def traceless(self, name: str) -> Iterator[None]:
@@ -66,9 +73,15 @@ class FurtherPass:
             name: Of the pass, for messages.
 
         Raises:
-            RuntimeError: If the pass changed attributes of the module, which are as the first pass left them then.
+            RuntimeError: If the first pass changed its batch, or this one attributes of the module; metrics and random
+                states are as the first pass left them then.
         """
         module = self._module
+        if _fingerprint(self._arguments, set()) != self._batch:
+            raise RuntimeError(
+                f"the step of {type(module).__name__} changes its batch, and it runs twice on each batch here (again "
+                f"for the pass '{name}'), the second time on what the first made of it. Change a copy"
+            )
         with ExitStack() as stack:
             for restore in self._random_states():
                 stack.callback(restore)
@@ -81,9 +94,11 @@ class FurtherPass:
             for part in module.modules():
                 if is_metric(part):
                     stack.enter_context(attributes_kept(part, whole=True, data=TABLES))
-            before = self._fingerprints()
+            before, values = self._fingerprints(), self._frozen_values()
             yield
-            changed = [place for place, value in self._fingerprints().items() if before.get(place) != value]
+            after = self._fingerprints()
+        changed = [place for place in {**before, **after} if before.get(place) != after.get(place)]
+        changed += [name for name, (own, value) in values.items() if name not in changed and not _equal(own, value)]
         if changed:
             raise RuntimeError(
                 f"the step of {type(module).__name__} changes {listing(changed)}, and it runs twice on each batch here "
@@ -93,23 +108,43 @@ class FurtherPass:
 
     def _random_states(self) -> list[Any]:
         """What brings the global random states, and the module's own generators, back to where they are now."""
-        own = [
-            restorer
-            for part in self._module.modules()
-            for value in vars(part).values()
-            if isinstance(value, GENERATORS) and (restorer := generator_restorer(value)) is not None
-        ]
-        return [RandomState(device_of(self._module)).restore, *own]
+        seen = set(self._children)
+        parts = self._module.modules()
+        own = [value for part in parts for value in vars(part).values() if isinstance(value, GENERATORS)]
+        own += [generator for _, value in self._attributes() for generator in _generators(value, seen)]
+        restorers = [restorer for generator in own if (restorer := generator_restorer(generator)) is not None]
+        return [RandomState(device_of(self._module)).restore, *restorers]
 
     def _fingerprints(self) -> dict[str, Any]:
-        """What tells whether an attribute has changed, by the dotted names of attributes of the user's modules."""
-        return {
-            f"{name}.{attribute}" if name else attribute: _fingerprint(value, set())
-            for name, part in self._module.named_modules()
-            if type(part).__module__.partition(".")[0] not in LIBRARIES
-            for attribute, value in vars(part).items()
-            if attribute not in TORCHS_OWN
-        }
+        """What tells whether an attribute, or a parameter, has changed, by its dotted name."""
+        parameters = {name: (_Same(own), own._version, own.data_ptr()) for name, own in self._module.named_parameters()}
+        attributes = {place: _fingerprint(value, set(self._children)) for place, value in self._attributes()}
+        return {**parameters, **attributes}
+
+    def _frozen_values(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Frozen parameters, such as those of an average of the network, and copies of them."""
+        named = self._module.named_parameters() if self._closely else ()
+        return {name: (own, own.detach().clone()) for name, own in named if not own.requires_grad}
+
+    def _attributes(self) -> Iterator[tuple[str, Any]]:
+        """What the user's modules hold beside parameters, buffers and modules; metrics are put back instead."""
+        for name, part in self._module.named_modules():
+            if type(part).__module__.partition(".")[0] not in LIBRARIES and not is_metric(part):
+                for attribute, value in list(vars(part).items()):
+                    if attribute not in TORCHS_OWN:
+                        yield f"{name}.{attribute}" if name else attribute, value
+
+
+class _Same:
+    """An object that is equal to itself only; it is kept alive, so that no other takes its identity."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _fingerprint(value: Any, seen: set[int]) -> Any:
@@ -118,24 +153,54 @@ def _fingerprint(value: Any, seen: set[int]) -> Any:
         return "nan"
     if isinstance(value, (str, bytes, int, float, complex, type(None))):
         return value
-    if isinstance(value, GENERATORS):
-        return None
+    if isinstance(value, GENERATORS):  # wound back instead
+        return _Same(value)
+    if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+        raise RuntimeError(
+            f"the module keeps an iterator, {type(value).__name__}, and a step that draws from it would draw twice on "
+            "each batch here; let the training data give what the step needs"
+        )
     if isinstance(value, Tensor):
-        return id(value), None if value.is_inference() else value._version
-    if id(value) in seen:
-        return id(value)
-    seen.add(id(value))
+        return _Same(value), None if value.is_inference() else value._version
     if isinstance(value, np.ndarray):
-        return id(value), value.tobytes() if value.size <= LONG and not value.dtype.hasobject else None
+        return _Same(value), value.tobytes() if value.size <= LONG and not value.dtype.hasobject else None
+    entries = _entries(value)
+    if entries is None or id(value) in seen:
+        return _Same(value)
+    seen.add(id(value))
+    return _Same(value), len(entries), [(_key(key), _fingerprint(entry, seen)) for key, entry in _first(entries)]
+
+
+def _key(key: Any) -> Any:
+    return key if isinstance(key, (str, int)) else _Same(key)
+
+
+def _generators(value: Any, seen: set[int]) -> Iterator[Any]:
+    """The random generators at any depth of the user's objects."""
+    if isinstance(value, GENERATORS):
+        yield value
+    elif id(value) not in seen and (entries := _entries(value)) is not None:
+        seen.add(id(value))
+        for _, entry in _first(entries):
+            yield from _generators(entry, seen)
+
+
+def _entries(value: Any) -> Collection[tuple[Any, Any]] | None:
+    """What is inside of a container or of a user's object, with keys; None for what is looked at from outside."""
     if isinstance(value, Mapping):
-        return id(value), [(id(key), _fingerprint(entry, seen)) for key, entry in _first(value.items())], len(value)
+        return list(value.items())
     if isinstance(value, (list, tuple, deque, set)):
-        return id(value), [_fingerprint(entry, seen) for entry in _first(value)], len(value)
-    if is_users(value) and not isinstance(value, nn.Module):
-        return id(value), [(key, _fingerprint(entry, seen)) for key, entry in list(vars(value).items())]
-    return id(value)
+        return [(None, entry) for entry in value] if len(value) <= LONG else [(None, None)] * len(value)
+    if isinstance(value, nn.Module):  # one that is no child, such as a metric in a list
+        states = [entry for part in value.modules() if is_metric(part) for entry in vars(part).items()]
+        return [*value.named_buffers(), *states]
+    return list(vars(value).items()) if is_users(value) else None
 
 
-def _first(entries: Any) -> list[Any]:
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _first(entries: Collection[tuple[Any, Any]]) -> Collection[tuple[Any, Any]]:
     """The entries of what is not too long; what lies inside of a longer list is data."""
     return list(entries) if len(entries) <= LONG else []

@@ -68,6 +68,12 @@ class OwnedParameters:
                 self._restore(self._stashed)
         return self.module
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is something to train, and no step was taken yet."""
+        trains = self.module is not None and any(own.requires_grad for own in self.module.parameters())
+        return trains and self.steps == 0
+
     def zero_grad(self) -> None:
         """Forget the gradients; where the user's optimizer does."""
         if self.optimizer is not None:

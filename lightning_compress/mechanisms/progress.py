@@ -43,6 +43,11 @@ class Progress:
         return int(self._trainer.global_step) if self._automatic else _compat.batches_seen(self._trainer)
 
     @property
+    def steps_after_this(self) -> int:
+        """What :attr:`steps` will be after the optimizer step that is about to be taken."""
+        return self.steps + self._automatic  # a batch counts from its start
+
+    @property
     def fraction(self) -> float:
         """The share of the training that is behind, in [0, 1]."""
         done = [self.steps] if self._automatic else [self.steps, self._trainer.global_step]

@@ -137,7 +137,8 @@ def select_modules(
     chosen = {id(module) for _, module in named if isinstance(module, types)}
     accepted = _listing(kind.__name__ for kind in types)
     if not chosen:
-        raise ValueError(f"{argument} selects nothing: {type(root).__name__} has no {accepted}")
+        more = f"; name layers of another kind with {argument}=" if layers is None else ""
+        raise ValueError(f"{argument} selects nothing: {type(root).__name__} has no {accepted}{more}")
     if layers is not None:
         wanted: set[int] = set()
         for selector in _checked_list(layers, argument):

@@ -7,13 +7,15 @@ tables. Compiled code reads those, so one and the same code serves the module wi
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from lightning_compress import _compat
 
@@ -85,23 +87,23 @@ def scratch(buffers: Iterable[Tensor]) -> dict[int, Tensor]:
     return {id(own): own.detach().clone() for own in buffers}
 
 
-def twins(layers: Mapping[str, nn.Module]) -> nn.ModuleDict:
+def twins(layers: Iterable[nn.Module]) -> nn.ModuleList:
     """Copies of the parameters and buffers of layers.
 
     Args:
-        layers: Dotted name to layer, whose own tensors are copied, without those of its children.
+        layers: Those whose own tensors are copied, without those of their children.
 
     Returns:
-        Under each name, with slashes for dots, a module that holds the copies under their names in the layer.
+        For each a module that holds the copies under their names in the layer.
 
     Example:
-        >>> list(twins({"net.norm": nn.BatchNorm1d(2)}).state_dict())[:2]
-        ['net/norm.weight', 'net/norm.bias']
+        >>> list(twins([nn.BatchNorm1d(2)]).state_dict())[:2]
+        ['0.weight', '0.bias']
     """
-    return nn.ModuleDict({name.replace(".", "/") or "/": _twin(layer) for name, layer in layers.items()})
+    return nn.ModuleList([_twin(layer) for layer in layers])
 
 
-def paired(layers: Mapping[str, nn.Module], copies: nn.ModuleDict) -> dict[int, Tensor]:
+def paired(layers: Iterable[nn.Module], copies: nn.ModuleList) -> dict[int, Tensor]:
     """Which copy is whose.
 
     Args:
@@ -112,17 +114,17 @@ def paired(layers: Mapping[str, nn.Module], copies: nn.ModuleDict) -> dict[int, 
         From the ``id`` of a layer's parameter or buffer to its copy, for :func:`standing_in`.
 
     Example:
-        >>> layers = {"norm": nn.BatchNorm1d(2)}
+        >>> layers = [nn.BatchNorm1d(2)]
         >>> len(paired(layers, twins(layers)))
         5
     """
     pairs: dict[int, Tensor] = {}
-    for layer, twin in zip(layers.values(), copies.values(), strict=True):
+    for layer, twin in zip(layers, copies, strict=True):
         for table, other in ((layer._parameters, twin._parameters), (layer._buffers, twin._buffers)):
             for name, tensor in table.items():
-                copy: Any = other.get(name)
-                if tensor is not None and copy is not None:
-                    pairs.setdefault(id(tensor), copy)
+                own: Any = other.get(name)
+                if tensor is not None and own is not None:
+                    pairs.setdefault(id(tensor), own)
     return pairs
 
 
@@ -133,7 +135,10 @@ def optimizer_like(optimizer: Optimizer) -> Optimizer:
         optimizer: The user's.
 
     Returns:
-        The other one, which shares nothing with it.
+        The other one, which shares no state with it.
+
+    Raises:
+        ValueError: If the optimizer holds another one.
 
     Example:
         >>> from torch.optim import SGD
@@ -141,8 +146,15 @@ def optimizer_like(optimizer: Optimizer) -> Optimizer:
         []
     """
     other = type(optimizer).__new__(type(optimizer))
-    simple = {key: value for key, value in vars(optimizer).items() if isinstance(value, (bool, int, float, str))}
-    state = {**simple, **optimizer.__getstate__(), "state": defaultdict(dict), "param_groups": []}
+    every = vars(SGD([torch.zeros(1)], lr=0.1))  # what an optimizer has whatever its class: hooks, say
+    own = {key: copy.copy(value) for key, value in vars(optimizer).items() if key not in every and key != "step"}
+    if inner := [key for key, value in own.items() if isinstance(value, Optimizer)]:
+        raise ValueError(
+            f"{type(optimizer).__name__} holds another optimizer, '{inner[0]}', so it cannot be followed by one of its "
+            "kind for the layers that the dense path has for itself; choose dense_path='shared'"
+        )
+    given = optimizer.__getstate__()
+    state = {**own, **given, "defaults": dict(given["defaults"]), "state": defaultdict(dict), "param_groups": []}
     other.__setstate__(state)  # as an optimizer is made that was pickled
     return other
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from lightning_compress.report import units
 from lightning_compress.report.cells import compressed_row, file_rows
@@ -23,7 +24,9 @@ def remarks(report: Report) -> list[str]:
         ...     print(sentence)
         90% of the parameters of 'after' are zero: unstructured zeros make the compressed ...
     """
-    sentences = [sentence for row in report.rows[1:] for sentence in _about_zeros(row, report.rows[0])]
+    sentences = [
+        sentence for index, row in enumerate(report.rows) for sentence in _about_zeros(row, report.rows[:index])
+    ]
     rows = {row.name: row for row in report.rows}
     files = file_rows(report)
     for row, file in files:
@@ -36,8 +39,10 @@ def remarks(report: Report) -> list[str]:
     return sentences
 
 
-def _about_zeros(row: Row, first: Row) -> list[str]:
-    if not row.parameters or row.nonzeros is None or (row.parameters, row.macs) != (first.parameters, first.macs):
+def _about_zeros(row: Row, others: Sequence[Row]) -> list[str]:
+    """For a row of the same shape as another one."""
+    same = any((row.parameters, row.macs) == (other.parameters, other.macs) for other in others)
+    if not same or not row.parameters or row.nonzeros is None:
         return []
     zeros = 1 - row.nonzeros / row.parameters
     if zeros < 0.05:

@@ -265,6 +265,12 @@ def scaled() -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
 
 
+def own_layers(own: dict[str, Any]) -> dict[str, Tensor]:
+    """What the dense path of DCIL has for itself, by the names that the user's module gives it."""
+    keys = {key: key.split(".", 1) for key in own["layers"]["module"]}
+    return {f"{own['names'][int(place)]}.{name}": own["layers"]["module"][key] for key, (place, name) in keys.items()}
+
+
 def difference(first: Any, second: Any) -> float:
     """Largest absolute difference between the states of two modules, or between two state dicts."""
     ours, theirs = (entry.state_dict() if isinstance(entry, nn.Module) else entry for entry in (first, second))

@@ -10,6 +10,15 @@ from lightning_compress import DistillationCallback, ExportCallback
 
 from .modules import STEPS, Classifier, NormClassifier, difference, loader, made, teacher_for, trainer
 
+# Two techniques that mask the same weights are refused, so each of them is tried with the rows that do not.
+MASKING = [case for case in CASES if case.keeps_dense]
+OTHERS = [case for case in CASES if not case.keeps_dense]
+
+
+def rows_with(masking):
+    """All rows, in the order of the table, with one technique that masks weights."""
+    return tuple(case for case in CASES if case is masking or case in OTHERS)
+
 
 def trained(kind, callbacks):
     module = made(kind)
@@ -19,11 +28,22 @@ def trained(kind, callbacks):
 
 
 @pytest.mark.parametrize(
-    "kind", [Classifier, pytest.param(NormClassifier, marks=pytest.mark.slow)], ids=lambda kind: kind.__name__
+    ("masking", "kind"),
+    [
+        pytest.param(
+            masking,
+            kind,
+            id=f"{masking.name}-{kind.__name__}",
+            marks=[pytest.mark.slow] * (kind is NormClassifier or masking is not MASKING[-1]),
+        )
+        for masking in MASKING
+        for kind in (Classifier, NormClassifier)
+    ],
 )
-def test_the_order_of_all_rows_does_not_matter(kind, tmp_path):
-    alone, _ = trained(kind, [case.build(tmp_path, kind) for case in CASES if case.changes_loss])
-    orders = [CASES, CASES[::-1]]
+def test_the_order_of_all_rows_does_not_matter(masking, kind, tmp_path):
+    rows = rows_with(masking)
+    alone, _ = trained(kind, [case.build(tmp_path, kind) for case in rows if case.changes_loss])
+    orders = [rows, rows[::-1]]
     modules, metrics = zip(
         *(
             trained(kind, [case.build(tmp_path / str(index), kind) for case in order])
@@ -38,15 +58,34 @@ def test_the_order_of_all_rows_does_not_matter(kind, tmp_path):
     }
 
 
+@pytest.mark.parametrize("second", MASKING, ids=lambda case: case.name)
+@pytest.mark.parametrize("first", MASKING, ids=lambda case: case.name)
+def test_two_techniques_that_mask_the_same_weights_are_refused(first, second, tmp_path):
+    both = [case.build(tmp_path, Classifier) for case in (first, second)]
+    both[1].name = "second"
+    module = made(Classifier)
+    with pytest.raises(ValueError, match=r"both (present the weight|mask weights)"):
+        trainer(*both).fit(module, loader(), loader())
+    assert difference(module, made(Classifier)) == 0
+    assert "training_step" not in vars(module)
+
+
 @pytest.mark.slow
-def test_the_end_of_fit_runs_stage_by_stage_in_any_order(tmp_path):
+@pytest.mark.parametrize("masking", MASKING, ids=lambda case: case.name)
+def test_the_end_of_fit_runs_stage_by_stage_in_any_order(masking, tmp_path):
     """The report finds the exported file, wherever the two are in the list."""
-    for index in range(len(CASES)):  # each callback first once, and last once
-        order = CASES[index:] + CASES[:index]
+    rows = rows_with(masking)
+    for index in range(len(rows)):  # each callback first once, and last once
+        order = rows[index:] + rows[:index]
         callbacks = {case.name: case.build(tmp_path / str(index), Classifier) for case in order}
         trained(Classifier, list(callbacks.values()))
-        rows = [row.name for row in callbacks["CompressionReport"].result.rows]
-        assert [row for row in rows if not row.startswith("teacher of")] == ["before", "after", "teacher", "model.onnx"]
+        shown = [row.name for row in callbacks["CompressionReport"].result.rows]
+        assert [row for row in shown if not row.startswith("teacher of")] == [
+            "before",
+            "after",
+            "teacher",
+            "model.onnx",
+        ]
         assert (tmp_path / str(index) / "model.onnx").is_file()
 
 

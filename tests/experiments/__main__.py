@@ -1,6 +1,6 @@
 """Measure what the techniques gain, and write the tables.
 
-    python -m tests.experiments [kd at ft] [--out FOLDER] [--jobs 2] [--seeds 3]
+    python -m tests.experiments [kd at ft masks] [--out FOLDER] [--jobs 2] [--seeds 3]
 
 Runs that are in the folder already are not made again, so the command can be stopped and started at any time.
 """
@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from .curves import draw
 from .plan import CLAIMS
 from .schedule import further_seeds, make_all, unique_parts
 from .store import Store, candidates
@@ -46,8 +47,12 @@ def main() -> int:
     for claim in claims:
         text = claim_tables(claim, store, options.seeds)
         (options.out / claim.page).write_text(text)
+        folders = [options.out, *([PAGES] if options.pages else [])]
         if options.pages:
             splice(PAGES / claim.page, text)
+        if claim.picture is not None:
+            for folder in folders:
+                draw(claim, store, options.seeds, folder / claim.picture)
         say(f"\n{text}")
     say(f"Took {(time.perf_counter() - begin) / 60:.1f} minutes with {options.jobs} processes.")
     return 1 if failures else 0

@@ -26,11 +26,20 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How long is trained, and on how many labels; `labels=None`: all."""
+    """How long is trained, on how many labels (`None`: all), and how wide and how sparse a network."""
 
     name: str
     epochs: int
     labels: int | None = None
+    width: int = 8
+    sparsity: float | None = None
+
+    @property
+    def title(self) -> str:
+        steps = f"the steps of {self.epochs} epochs" if self.labels else f"{self.epochs} epochs"
+        if self.sparsity is not None:
+            return f"{self.sparsity:.0%} sparsity, {steps}"
+        return f"{f'{self.labels} labels' if self.labels else 'All 18,000 labels'}, {steps}"
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Arm:
     label_smoothing: float = 0.0
     teacher: str = "trained"  # or "random", or "shuffled": its targets are exchanged within the batch
     longer: float = 1.0  # times as many epochs as the protocol says
+    distilled: bool = False  # beside the technique
     candidate: bool = False
 
 
@@ -65,6 +75,13 @@ class Run:
         whole = {**dataclasses.asdict(self), "version": VERSION}
         del whole["protocol"]["name"], whole["arm"]["title"], whole["arm"]["candidate"], whole["arm"]["longer"]
         whole["protocol"]["epochs"] = self.epochs
+        for part, name, usual in (
+            ("protocol", "width", 8),
+            ("protocol", "sparsity", None),
+            ("arm", "distilled", False),
+        ):
+            if whole[part][name] == usual:  # what is as it always was is not said
+                del whole[part][name]
         return whole
 
     @property
@@ -79,13 +96,27 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Column:
+    """A quantity of the runs that a table shows beside the accuracy, times a factor; the fewer digits the better."""
+
+    title: str
+    quantity: str
+    factor: float = 100.0
+    digits: int = 2
+
+
+@dataclass(frozen=True)
 class Claim:
-    """What is claimed, and the arms that show it or do not; the first arm of each part is the student alone."""
+    """What is claimed, and the arms that show it or do not; they are compared with the first arm of their part."""
 
     name: str
     page: str
     method: str
     parts: tuple[tuple[Protocol, tuple[Arm, ...]], ...]
+    columns: tuple[Column, ...] = (Column("agreement with the teacher", "test_agreement"),)
+    teacher: bool = True
+    picture: str | None = None
+    against: tuple[tuple[str, str], ...] = ()  # two arms and all columns of theirs, compared below the table
 
 
 def digest(configuration: Mapping[str, Any]) -> str:
@@ -113,6 +144,29 @@ FT = (
     Arm("ft-random-teacher", "FT, randomly initialised teacher", "ft", {"weight": 500.0}, teacher="random"),
     Arm("ft-random-paraphraser", "FT, random paraphraser", "ft", {"weight": 500.0, "pretrain_epochs": 0}),
 )
+NINETY = Protocol("90%", epochs=6, width=16, sparsity=0.9)
+NINETY_FIVE = Protocol("95%", epochs=6, width=16, sparsity=0.95)
+STATIC = {"update_interval": 16}
+GRADUAL = Arm("gradual", "gradual", "pruning", STATIC)
+DPF = Arm("dpf", "DPF", "dpf")
+DCIL = Arm("dcil", "DCIL", "dcil", {"dense_path": "own"}, candidate=True)
+PRUNED = (
+    GRADUAL,
+    Arm("one-shot", "one-shot, halfway", "pruning", {"schedule": "one_shot", "start": 0.5}),
+    Arm("gradual-regrow", "gradual with regrowth", "pruning", {**STATIC, "regrow": True}),
+    Arm("gradual-kd", "gradual, distilled", "pruning", STATIC, distilled=True),
+    Arm("gradual-longer", "gradual, twice the epochs", "pruning", STATIC, longer=2.0),
+    DPF,
+    Arm("dcil-no-kl", "DCIL without KL", "dcil", {"dense_path": "own", "kl_start": 1.0}),
+    DCIL,
+)
+STEADINESS = (
+    Column("swing", "swing"),
+    Column("swing, statistics re-estimated", "swing_reestimated"),
+    Column("accuracy, statistics re-estimated", "test_accuracy_reestimated"),
+    Column("dead filters", "dead_filters", 1.0, 1),
+    Column("churn, per mille", "churn", 1000.0),
+)
 CLAIMS = {
     "kd": Claim(
         "kd",
@@ -122,4 +176,14 @@ CLAIMS = {
     ),
     "at": Claim("at", "attention-transfer.md", "AT", ((SHORT, (PLAIN, *AT, LONGER)), (FEW, (PLAIN, *AT, LONGER)))),
     "ft": Claim("ft", "factor-transfer.md", "FT", ((SHORT, (PLAIN, *FT, LONGER)), (FEW, (PLAIN, *FT, LONGER)))),
+    "masks": Claim(
+        "masks",
+        "pruning.md",
+        "DCIL",
+        ((NINETY, (*PRUNED, PLAIN)), (NINETY_FIVE, PRUNED)),
+        columns=STEADINESS,
+        teacher=False,
+        picture="pruning.png",
+        against=(("dcil", "dpf"), ("dcil", "dcil-no-kl")),
+    ),
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .plan import Arm, Claim, Protocol, Run, Teacher
+from .plan import Arm, Claim, Column, Protocol, Run, Teacher
 from .store import Store, candidates
 from .training import teacher_file, teacher_path
 
@@ -53,6 +53,18 @@ def difference(one: Measured, other: Measured) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{'' if shown else ', not shown'}"
 
 
+def paired(one: Measured, other: Measured, column: Column) -> str:
+    """A quantity of one less that of the other; "not shown" where the interval covers 0."""
+    values = [
+        column.factor * (one.results[seed][column.quantity] - other.results[seed][column.quantity])
+        for seed in sorted(one.results.keys() & other.results.keys())
+    ]
+    mean, low, high = t_interval(values)
+    digits = column.digits
+    interval = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{column.title} {interval}{'' if low > 0 or high < 0 else ', not shown'}"
+
+
 def measured(protocol: Protocol, arm: Arm, store: Store, seeds: int) -> Measured | None:
     """What the folder knows of an arm; None if a run is missing."""
     rate = store.chosen_rate(protocol, arm)
@@ -78,17 +90,12 @@ def part_table(claim: Claim, protocol: Protocol, arms: Sequence[Arm], store: Sto
     """One protocol's table, its verdict, and what it cost."""
     rows = [measured(protocol, arm, store, seeds) for arm in arms]
     plain, chosen = rows[0], chosen_candidate(arms, rows)
-    steps = f"the steps of {protocol.epochs} epochs" if protocol.labels else f"{protocol.epochs} epochs"
-    lines = [
-        f"### {f'{protocol.labels} labels' if protocol.labels else 'All 18,000 labels'}, {steps}",
-        "",
-        f"| arm | learning rate | test accuracy | over {arms[0].title} | {claim.method} over this arm "
-        "| agreement with the teacher | minutes |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    more = [column.title for column in claim.columns]
+    titles = ["arm", "learning rate", "test accuracy", f"over {arms[0].title}", f"{claim.method} over this arm", *more]
+    lines = [f"### {protocol.title}", "", f"| {' | '.join([*titles, 'minutes'])} |", f"|{'---|' * (len(titles) + 1)}"]
     for arm, row in zip(arms, rows, strict=True):
         if row is None:
-            lines.append(f"| {arm.title} | {NOT_YET} | | | | | |")
+            lines.append(f"| {arm.title} | {NOT_YET} |{' |' * (len(titles) - 1)}")
             continue
         cells = [
             f"**{arm.title}**" if row is chosen else arm.title,
@@ -96,12 +103,17 @@ def part_table(claim: Claim, protocol: Protocol, arms: Sequence[Arm], store: Sto
             f"{100 * row.mean('test_accuracy'):.2f}",
             "" if plain is None or row is plain else difference(row, plain),
             "" if chosen is None or arm.candidate or row is plain else difference(chosen, row),
-            f"{100 * row.mean('test_agreement'):.2f}",
+            *(f"{column.factor * row.mean(column.quantity):.{column.digits}f}" for column in claim.columns),
             f"{row.minutes:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     if plain is not None and chosen is not None:
         lines += ["", f"{chosen.arm.title} over {arms[0].title}, in points: {difference(chosen, plain)}."]
+    named = {row.arm.name: row for row in rows if row is not None}
+    for one, other in claim.against:
+        if one in named and other in named:
+            compared = [paired(named[one], named[other], column) for column in claim.columns]
+            lines += ["", f"{named[one].arm.title} less {named[other].arm.title}: {'; '.join(compared)}."]
     minutes = sum(row.minutes for row in rows if row is not None)
     lines += ["", f"{seeds} seeds; {minutes:.0f} minutes of one thread, the choice of learning rates included."]
     return "\n".join(lines)
@@ -110,7 +122,8 @@ def part_table(claim: Claim, protocol: Protocol, arms: Sequence[Arm], store: Sto
 def claim_tables(claim: Claim, store: Store, seeds: int) -> str:
     """All tables of a claim, as Markdown."""
     parts = [part_table(claim, *part, store, seeds) for part in claim.parts]
-    return "\n\n".join([teacher_line(Teacher(), store), *parts]) + "\n"
+    taught = [teacher_line(Teacher(), store)] if claim.teacher else []
+    return "\n\n".join([*taught, *parts]) + "\n"
 
 
 def teacher_line(teacher: Teacher, store: Store) -> str:

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from lightning_compress.demo import SmallResNet
 
 from .data import NO_LABEL, Batches, Images, fashion_mnist
-from .plan import VERSION, Arm, Run, Teacher, digest
+from .plan import HINTON, VERSION, Arm, Run, Teacher, digest
 from .store import write_atomically
+from .watch import Watch, predictions, share
 
 STUDENT_WIDTH = 8
 PRETRAIN_EPOCHS = 17  # as many steps as the authors' six epochs of CIFAR; after six of ours it still gives back zeros
@@ -34,9 +35,12 @@ class Classifier(L.LightningModule):
         self.rate, self.label_smoothing = rate, label_smoothing
         self.seen = 0  # a checksum of all batches: arms that are compared must have seen the same
 
-    def training_step(self, batch: Images, batch_idx: int) -> Tensor:
+    def on_train_batch_start(self, batch: Images, batch_idx: int) -> None:  # not in the step, which may run twice
         images, labels = batch
         self.seen = zlib.crc32(images.numpy(), zlib.crc32(labels.numpy(), self.seen))
+
+    def training_step(self, batch: Images, batch_idx: int) -> Tensor:
+        images, labels = batch
         logits = self.network(images)
         return F.cross_entropy(logits, labels, ignore_index=NO_LABEL, label_smoothing=self.label_smoothing)
 
@@ -62,12 +66,15 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     """Make a run; the teacher, and the paraphraser if one is needed, are in the folder already."""
     data, begin, cpu = fashion_mnist(), time.perf_counter(), time.process_time()
     callbacks = make_callbacks(run, folder)
+    watch = [Watch(data, callbacks)] if run.protocol.sparsity is not None else []
     torch.manual_seed(run.seed)
-    module = Classifier(STUDENT_WIDTH, run.rate, run.arm.label_smoothing)
-    trainer = fit(module, Batches(data.train, seed=run.seed, labels=run.protocol.labels), run.epochs, callbacks)
+    module = Classifier(run.protocol.width, run.rate, run.arm.label_smoothing)
+    batches = Batches(data.train, seed=run.seed, labels=run.protocol.labels)
+    trainer = fit(module, batches, run.epochs, [*callbacks, *watch])
     held_out, test = predictions(module.network, data.held_out), predictions(module.network, data.test)
     taught = teacher_file(run.teacher, folder)["test_predictions"]
     return {
+        **{key: value for part in watch for key, value in part.found(module.network).items()},
         "held_out_accuracy": share(held_out, data.held_out[1]),
         "test_accuracy": share(test, data.test[1]),
         "test_agreement": share(test, taught),
@@ -99,6 +106,8 @@ def make_callbacks(run: Run, folder: Path) -> list[Callback]:
     arm = run.arm
     if arm.technique == "plain":
         return []
+    if run.protocol.sparsity is not None:
+        return mask_callbacks(run, folder)
     teacher: nn.Module = make_teacher(run.teacher, arm, folder)
     if arm.technique == "kd":
         from lightning_compress import DistillationCallback
@@ -116,6 +125,16 @@ def make_callbacks(run: Run, folder: Path) -> list[Callback]:
         trained = {} if needs_no_paraphraser(arm) else {"paraphraser": str(paraphraser_path(run, folder))}
         return [FactorTransferCallback(teacher, **arm.arguments, **trained)]
     raise ValueError(f"technique must be one of plain, kd, at, ft, got {arm.technique!r}")
+
+
+def mask_callbacks(run: Run, folder: Path) -> list[Callback]:
+    """All of them mask the convolutions, so that equal sparsity is the same number of weights."""
+    from lightning_compress import DCILCallback, DistillationCallback, DPFCallback, PruningCallback
+
+    kinds = {"pruning": PruningCallback, "dpf": DPFCallback, "dcil": DCILCallback}
+    masking = kinds[run.arm.technique](run.protocol.sparsity, layers=["type:Conv2d"], **run.arm.arguments)
+    taught = [DistillationCallback(make_teacher(run.teacher, run.arm, folder), **HINTON)] if run.arm.distilled else []
+    return [masking, *taught]
 
 
 def make_teacher(teacher: Teacher, arm: Arm, folder: Path) -> SmallResNet:
@@ -169,16 +188,6 @@ def train_paraphraser(run: Run, folder: Path) -> None:
     batches = Batches(fashion_mnist().train, seed=run.teacher.seed)
     fit(Classifier(STUDENT_WIDTH, run.rate), batches, 1, [callback], max_steps=1)
     write_atomically(paraphraser_path(run, folder), callback.save_paraphraser)
-
-
-@torch.no_grad()
-def predictions(network: nn.Module, images: Images) -> Tensor:
-    network.eval()
-    return torch.cat([network(part).argmax(dim=1) for part in images[0].split(500)])
-
-
-def share(one: Tensor, other: Tensor) -> float:
-    return float((one == other).float().mean())
 
 
 def quiet() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from lightning_compress.functional import (
     _selection,
@@ -28,6 +29,7 @@ from lightning_compress.functional import (
     sparsity_of,
     taylor_score,
 )
+from lightning_compress.functional.masks import Filters, live_filters
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (2, 0, 3), (2, 3, 2, 2), (4, 2, 1, 3), (1, 9)]
@@ -614,3 +616,75 @@ KEPT = [torch.tensor([[True, True, False, False]] * 2)]
 def test_errors(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+# --- filters ---
+
+CONVOLUTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def answering(layer, mask):
+    """Which output channels of a layer are not all zero, when its weight is masked and it sees random input."""
+    with torch.no_grad():
+        layer.weight.copy_(sample(*mask.shape, dtype=layer.weight.dtype) * mask)
+    if isinstance(layer, nn.Linear):
+        return layer(sample(16, layer.in_features, seed=1)).ne(0).any(dim=0)
+    output = layer(sample(2, layer.in_channels, *[4] * (mask.ndim - 2), seed=1))
+    return output.transpose(0, 1).flatten(1).ne(0).any(dim=1)
+
+
+@st.composite
+def masked_layers(draw, kinds, groups):
+    """A layer without bias, and a mask of its weight, with many filters that are masked completely."""
+    kind, count = draw(st.sampled_from(kinds)), draw(st.sampled_from(groups))
+    inputs, outputs = count * draw(st.integers(1, 3)), count * draw(st.integers(1, 3))
+    settings_ = {} if kind is nn.Linear else {"kernel_size": draw(st.integers(1, 2)), "groups": count}
+    layer = kind(inputs, outputs, bias=False, **settings_)
+    share = draw(st.sampled_from([0.0, 0.1, 0.3, 1.0]))
+    return layer, sample(*layer.weight.shape, seed=draw(st.integers(0, 1000))).sigmoid() < share
+
+
+@settings(max_examples=100, deadline=None)
+@given(arguments=masked_layers(CONVOLUTIONS, [1, 2]))
+def test_live_filters_are_the_output_channels_that_are_not_zero(arguments):
+    layer, mask = arguments
+    found = live_filters(mask, Filters())
+    assert (found.dtype, found.shape) == (torch.bool, (len(mask), *[1] * (mask.ndim - 1)))
+    assert torch.equal(found.flatten(), answering(layer, mask))
+
+
+@settings(max_examples=150, deadline=None)
+@given(arguments=masked_layers(TRANSPOSED, [1, 2, 3]))
+def test_live_filters_of_transposed_convolutions_are_too(arguments):
+    layer, mask = arguments
+    alive = answering(layer, mask)
+    found = live_filters(mask, Filters(groups=layer.groups))
+    assert (found.dtype, found.shape) == (torch.bool, (*mask.shape[:2], *[1] * (mask.ndim - 2)))
+    inputs, outputs = len(mask) // layer.groups, mask.shape[1]  # of each group
+    for row, column in np.ndindex(*mask.shape[:2]):
+        assert found[row, column].item() == alive[row // inputs * outputs + column].item()
+    assert not (mask & ~found).any()  # it broadcasts, and what is kept belongs to a live filter
+
+
+def test_live_filters_hand_worked():
+    mask = torch.tensor([[1, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 1]]).bool()
+    assert live_filters(mask, Filters()).flatten().tolist() == [True, False, True, True]
+    transposed = mask.reshape(4, 3, 1)
+    assert live_filters(transposed, Filters(groups=1)).squeeze(2).tolist() == [[True, False, True]] * 4
+    by_group = [[True, False, False]] * 2 + [[False, False, True]] * 2
+    assert live_filters(transposed, Filters(groups=2)).squeeze(2).tolist() == by_group
+
+
+@pytest.mark.parametrize("filters", [Filters(), Filters(1), Filters(2)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_masks_have_the_same_filters(filters, layout):
+    mask = sample(4, 6, 3, 3) > 1.5
+    assert torch.equal(live_filters(laid_out(mask.int(), layout).bool(), filters), live_filters(mask, filters))
+
+
+@pytest.mark.parametrize("filters", [Filters(), Filters(1), Filters(2)])
+def test_full_and_empty_masks_have_all_filters_and_none(filters):
+    mask = torch.ones(4, 3, 2, 2, dtype=torch.bool)
+    assert live_filters(mask, filters).all()
+    assert not live_filters(~mask, filters).any()

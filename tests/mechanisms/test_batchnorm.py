@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import lightning.pytorch as L
 import numpy as np
@@ -13,7 +14,7 @@ from contract.traces import traces
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_compress.mechanisms.batchnorm import BATCHES, batch_norms, reestimate_batchnorm_
+from lightning_compress.mechanisms.batchnorm import BATCHES, batch_norms, reestimate_batchnorm_, statistics_kept
 
 ROWS = 8  # of one batch
 
@@ -230,3 +231,52 @@ def test_a_step_that_fails_leaves_everything_as_it_was():
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in estimate.before["state"].items())
     assert module.model[1].momentum == 0.3
     assert traces(module) == estimate.traces
+
+
+# --- what is kept meanwhile ---
+
+
+def norms():
+    """Two layers that keep statistics, one of them a cumulative mean, and one of another kind."""
+    others = nn.InstanceNorm1d(2, track_running_stats=True)
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(nn.BatchNorm1d(2, momentum=None)), others)
+    net[:2](torch.randn(8, 2))
+    return net
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_statistics_are_put_back_into_the_same_buffers(fails):
+    net = norms()
+    before, buffers = copy.deepcopy(net.state_dict()), dict(net.named_buffers())
+    with pytest.raises(OSError, match="broken") if fails else nullcontext(), statistics_kept(net):
+        for _ in range(3):
+            net[:2](torch.randn(8, 2) + 5)
+        net[2](torch.randn(8, 2, 3) + 5)
+        net[0].weight.data.mul_(2)
+        assert net[0].running_mean.min() > 1
+        assert [net[0].num_batches_tracked.item(), net[1][0].num_batches_tracked.item()] == [4, 4]
+        if fails:
+            raise OSError("broken")
+    changed = [name for name, value in net.state_dict().items() if not torch.equal(before[name], value)]
+    assert changed == ["0.weight", "2.running_mean", "2.running_var"]  # nothing else is put back
+    assert all(buffer is buffers[name] for name, buffer in net.named_buffers())
+
+
+def test_a_cumulative_mean_goes_on_where_it_was():
+    net, first, second = nn.BatchNorm1d(1, momentum=None), torch.randn(8, 1), torch.randn(8, 1)
+    net(first)
+    with statistics_kept(net):
+        net.reset_running_stats()
+        net(torch.randn(8, 1) + 100)
+    net(second)
+    assert net.running_mean.item() == pytest.approx((first.mean() + second.mean()).item() / 2, abs=1e-6)
+
+
+def test_statistics_are_kept_one_within_another():
+    net = nn.BatchNorm1d(1)
+    with statistics_kept(net):
+        net.running_mean.fill_(1.0)
+        with statistics_kept(net):
+            net.running_mean.fill_(2.0)
+        assert net.running_mean.item() == 1
+    assert net.running_mean.item() == 0

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.mechanisms.masking import MaskedWeight, Masks
+from lightning_compress.functional.masks import Filters
+from lightning_compress.mechanisms.masking import DenseWeight, FeedbackWeight, MaskedWeight, Masks
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -224,3 +225,154 @@ def test_masks_of_other_weights_are_refused_and_named_at_most_five(change, probl
         masks.load(state)
     assert str(caught.value) == f"the masks of the checkpoint are of other weights: {problem}"
     assert masks.counts == [50, 4, 0]
+
+
+# --- weights that learn though they are masked ---
+
+SHAPES = [(3, 5), (2, 3, 3, 3), (7,), ()]
+
+
+def living(gradient, mask, groups):
+    """The gradient without that of filters that are masked completely, filter by filter, in NumPy."""
+    gradient, mask = gradient.double().numpy().copy(), mask.numpy()
+    if groups == 0:
+        for filter_ in range(len(mask)):
+            if not mask[filter_].any():
+                gradient[filter_] = 0.0
+        return torch.from_numpy(gradient)
+    inputs = len(mask) // groups
+    for group in range(groups):
+        rows = slice(group * inputs, (group + 1) * inputs)
+        for column in range(mask.shape[1]):
+            if not mask[rows, column].any():
+                gradient[rows, column] = 0.0
+    return torch.from_numpy(gradient)
+
+
+def with_dead_filters():
+    """A mask of (4, 3, 2, 2) of which the second filter is dead, and in groups of inputs some others."""
+    mask = torch.zeros(4, 3, 2, 2, dtype=torch.bool)
+    mask[0, 0, 1, 1] = mask[2, 2, 0, 1] = mask[3, 2] = True
+    return mask
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_feedback_is_the_masked_weight_with_the_whole_gradient(dtype, shape):
+    mask, weight, gradient = mask_of(*shape), drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype, seed=2)
+    view = FeedbackWeight(mask)
+    assert (view.plain, view.copies) == (False, True)
+    assert torch.equal(view.value(weight), product(mask, weight))
+    assert torch.equal(view.gradient(gradient), gradient)
+    assert torch.equal(view.lost(gradient), product(~mask, gradient))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [0, 1, 2, 4])
+def test_dead_filters_get_no_gradient(dtype, groups):
+    mask, gradient = with_dead_filters(), drawn(4, 3, 2, 2, dtype=dtype)
+    view = FeedbackWeight(mask, Filters(groups))
+    found = view.gradient(gradient)
+    assert found.dtype == dtype
+    assert torch.equal(found, living(gradient, mask, groups).to(dtype))
+    assert 0 < (found == 0).sum() < found.numel()
+    assert torch.equal(view.value(gradient), product(mask, gradient))
+
+
+def test_a_filter_learns_again_when_a_weight_of_it_returns():
+    gradient, mask = drawn(4, 3, 2, 2), with_dead_filters()
+    view = FeedbackWeight(filters=Filters())
+    for changed in (mask, ~mask, mask):
+        view.mask = changed
+        assert torch.equal(view.gradient(gradient).double(), living(gradient, changed, 0))
+    returned = mask.clone()
+    returned[1, 0, 0, 0] = True
+    view.mask = returned
+    assert view.gradient(gradient) is gradient
+    view.mask = torch.zeros_like(mask)
+    assert view.gradient(gradient).eq(0).all()
+
+
+@pytest.mark.parametrize("filters", [None, Filters(), Filters(2)])
+def test_feedback_without_a_mask_is_plain(filters):
+    gradient, view = drawn(4, 3), FeedbackWeight(with_dead_filters(), filters)
+    view.mask = None
+    assert (view.plain, view.copies) == (True, False)
+    assert torch.equal(view.gradient(gradient), gradient)
+    with pytest.raises(RuntimeError, match="there is no mask yet"):
+        view.value(gradient)
+
+
+def test_retired_feedback_keeps_its_mask_and_its_dead_filters():
+    mask, gradient = with_dead_filters(), drawn(4, 3, 2, 2)
+    view = FeedbackWeight(mask, Filters())
+    view.value(gradient)
+    view.retire()
+    assert not [value for value in vars(view).values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    assert torch.equal(view.mask, mask)
+    assert torch.equal(view.value(gradient), product(mask, gradient))
+    assert torch.equal(view.gradient(gradient).double(), living(gradient, mask, 0))
+
+
+# --- the dense side ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", [MaskedWeight, FeedbackWeight])
+def test_the_dense_weight_learns_what_the_mask_takes(kind, dtype, shape):
+    mask, gradient = mask_of(*shape), drawn(*shape, dtype=dtype)
+    masked = kind(mask)
+    found = DenseWeight(masked).gradient(gradient)
+    assert found.dtype == dtype
+    assert torch.equal(found, product(~mask, gradient))
+    assert torch.equal(MaskedWeight(mask).gradient(gradient) + found, gradient)  # not one bit of it is lost
+
+
+@pytest.mark.parametrize("out", [None, torch.full((4, 3), math.nan)])
+def test_the_dense_value_is_the_weight_itself(out):
+    weight, view = drawn(4, 3), DenseWeight(MaskedWeight(mask_of(4, 3)))
+    assert (view.plain, view.copies) == (False, False)
+    assert view.value(weight, out).data_ptr() == weight.data_ptr()
+    assert torch.equal(view.value(weight, out), drawn(4, 3))
+    assert out is None or out.isnan().all()
+
+
+def test_before_there_is_a_mask_the_dense_side_learns_nothing():
+    masked, gradient = MaskedWeight(), drawn(4, 3)
+    view = DenseWeight(masked)
+    assert view.gradient(gradient).eq(0).all()
+    assert (view.plain, view.copies) == (False, False)
+    for mask in (mask_of(4, 3), ~mask_of(4, 3)):  # it follows the other view
+        masked.mask = mask
+        assert torch.equal(view.gradient(gradient), product(~mask, gradient))
+    masked.mask = None
+    assert view.gradient(gradient).eq(0).all()
+
+
+def test_what_is_lost_may_be_of_another_type_than_the_weight():
+    view, mask = MaskedWeight(mask_of(4, 3)), mask_of(4, 3)
+    for dtype in (*DTYPES, torch.float32):
+        view.value(drawn(4, 3))
+        gradient = drawn(4, 3, dtype=dtype)
+        assert view.lost(gradient).dtype == dtype
+        assert torch.equal(view.lost(gradient), product(~mask, gradient))
+    with pytest.raises(RuntimeError, match="there is no mask yet"):
+        MaskedWeight().lost(drawn(4, 3))
+
+
+def test_a_view_of_its_own_for_each_weight():
+    asked = []
+
+    def make(name):
+        asked.append(name)
+        return MaskedWeight() if name == "a" else FeedbackWeight(filters=Filters())
+
+    masks = Masks({name: nn.Parameter(drawn(2, 3)) for name in "ab"}, make)
+    assert asked == ["a", "b"]
+    assert [type(view) for view in masks.views.values()] == [MaskedWeight, FeedbackWeight]
+    mask = torch.tensor([[True, False, True], [False, False, False]])
+    masks.replace([mask, mask])
+    gradients = {name: view.gradient(torch.ones(2, 3)).tolist() for name, view in masks.views.items()}
+    assert gradients == {"a": [[1, 0, 1], [0, 0, 0]], "b": [[1, 1, 1], [0, 0, 0]]}
+    assert torch.equal(masks.masked("b", torch.ones(2, 3)), mask.float())

@@ -7,9 +7,11 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import prune
 
-from lightning_compress.mechanisms.weights import named_weights, select_weights, sites_of
+from lightning_compress.functional.masks import Filters
+from lightning_compress.mechanisms.weights import filters_of, named_weights, select_weights, sites_of
 
 
 class Own(nn.Module):
@@ -325,3 +327,56 @@ def test_a_selector_that_matches_nothing_is_an_error_with_the_nearest_name(layer
     with pytest.raises(ValueError) as caught:
         names(Zoo(), layers, exclude)
     assert message in str(caught.value)
+
+
+# --- what is taken where nobody names layers ---
+
+
+@pytest.mark.parametrize(
+    ("default", "expected"),
+    [
+        ((_ConvNd,), ["first.weight", "line.weight", "volume.weight", "up.weight"]),
+        ((nn.ConvTranspose2d,), ["up.weight"]),
+        ((nn.Embedding, nn.GRUCell), ["words.weight", *CELL]),
+    ],
+)
+def test_a_technique_may_take_other_layers_by_default(default, expected):
+    zoo = Zoo()
+    selected = select_weights(zoo, None, None, default=default)
+    assert list(selected.weights) == expected
+    every = list(select_weights(zoo, [""], None).weights)
+    assert sorted([*selected.weights, *selected.left]) == sorted(every)
+    for layers in (["words"], ["last", "type:Conv1d"]):  # what is named does not depend on it
+        assert list(select_weights(zoo, layers, None, default=default).weights) == names(zoo, layers)
+
+
+def test_what_is_not_taken_by_default_need_not_be_excluded():
+    selected = select_weights(Zoo(), None, ["first", "last"], default=(_ConvNd,))
+    assert list(selected.weights) == ["line.weight", "volume.weight", "up.weight"]
+    assert selected.idle == ["last"]
+    with pytest.raises(ValueError, match="layers selects nothing: Linear has no ConvNd"):
+        select_weights(nn.Linear(2, 2), None, None, default=(_ConvNd,))
+
+
+# --- where filters are ---
+
+
+def test_filters_of_each_kind_of_weight():
+    zoo = Zoo()
+    sites = sites_of(zoo)
+    found = {name: filters_of(sites[id(weight)]) for name, weight in zoo.named_parameters() if weight.ndim >= 2}
+    plain = ["first.weight", "line.weight", "volume.weight", "attention.out_proj.weight", "separate.out_proj.weight"]
+    assert {name: filters for name, filters in found.items() if filters is not None} == {
+        **dict.fromkeys([*plain, "last.weight"], Filters(groups=0)),
+        "up.weight": Filters(groups=1),
+    }
+    assert {"pair.weight", "words.weight", LSTM[0], CELL[0], ATTENTION[0], "own.weight", "own.table"} < set(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups"), [(nn.ConvTranspose1d, 1), (nn.ConvTranspose2d, 2), (nn.ConvTranspose3d, 4)]
+)
+def test_filters_of_transposed_convolutions_lie_in_groups(kind, groups):
+    layer, plain = kind(4, 8, 3, groups=groups), nn.Conv2d(4, 8, 3, groups=groups)
+    assert filters_of(sites_of(layer)[id(layer.weight)]) == Filters(groups)
+    assert filters_of(sites_of(plain)[id(plain.weight)]) == Filters(0)
