@@ -33,6 +33,9 @@ REPLAY = f"{PACKAGE}/mechanisms/replay.py"
 CAPTURE = f"{PACKAGE}/mechanisms/capture.py"
 MASKS = f"{PACKAGE}/callbacks/masks.py"
 MASKED = f"{PACKAGE}/callbacks/masked.py"
+DCIL = f"{PACKAGE}/callbacks/dcil.py"
+FURTHER = f"{PACKAGE}/mechanisms/further.py"
+STANDINS = f"{PACKAGE}/mechanisms/standins.py"
 SELECTION = f"{PACKAGE}/functional/_selection.py"
 VIEWS = f"{PACKAGE}/mechanisms/views.py"
 MASKING = f"{PACKAGE}/mechanisms/masking.py"
@@ -47,6 +50,9 @@ EXACT = "tests/callbacks/test_distillation_exact.py"
 PRUNING_EXACT = "tests/callbacks/test_pruning_exact.py"
 PRUNING_TEST = "tests/callbacks/test_pruning.py"
 VIEWS_TEST = "tests/mechanisms/test_views.py"
+DYNAMIC_EXACT = "tests/callbacks/test_dynamic_exact.py"
+FURTHER_TEST = "tests/mechanisms/test_further.py"
+STANDINS_TEST = "tests/mechanisms/test_standins.py"
 CONTRACT = "tests/contract"
 
 
@@ -522,6 +528,111 @@ MUTATIONS = (
         "                layer.momentum = None  # a cumulative mean",
         "                pass",
         "tests/mechanisms/test_batchnorm.py",
+    ),
+    Mutation(
+        "pruned weights get no feedback",
+        MASKING,
+        "        return gradient if self._alive is None else gradient * self._alive.to(gradient.device)",
+        "        return super().gradient(gradient)",
+        f"{DYNAMIC_EXACT}::test_dpf",
+    ),
+    Mutation(
+        "dead filters learn from an amplified gradient",
+        MASKING,
+        "            self._alive = None if bool(alive.all()) else alive",
+        "            self._alive = None",
+        f"{DYNAMIC_EXACT}::test_dpf",
+    ),
+    Mutation(
+        "kept weights learn from the dense network",
+        MASKING,
+        "torch.zeros_like(gradient) if self._masked.mask is None else self._masked.lost(gradient)",
+        "gradient",
+        f"{DYNAMIC_EXACT}::test_dcil",
+    ),
+    Mutation(
+        "what is not masked learns from both passes",
+        DCIL,
+        "**unlearning(rest), ",
+        "",
+        f"{DYNAMIC_EXACT}::test_dcil",
+    ),
+    Mutation(
+        "the dense pass counts in the statistics",
+        DCIL,
+        "**scratch(module.buffers()), ",
+        "",
+        f"{DYNAMIC_EXACT}::test_dcil",
+    ),
+    Mutation(
+        "own layers keep the settings of the first step",
+        DCIL,
+        "            self._own.follow(optimizer)",
+        "            pass",
+        f"{DYNAMIC_EXACT}::test_dcil",
+    ),
+    Mutation(
+        "own layers start anew on resume",
+        DCIL,
+        "OwnLayers(saved if same else None)",
+        "OwnLayers(None)",
+        f"{CONTRACT}/test_resume.py::test_from_the_middle_of_an_epoch_with_a_stateful_loader",
+    ),
+    Mutation(
+        "the two learn from each other from the start",
+        DCIL,
+        "self._require_progress().fraction < self.kl_start",
+        "False",
+        f"{DYNAMIC_EXACT}::test_dcil",
+    ),
+    Mutation(
+        "the second pass draws other random numbers",
+        FURTHER,
+        "            for restore in self._start:\n                restore()",
+        "            pass",
+        FURTHER_TEST,
+    ),
+    Mutation(
+        "the second pass logs",
+        FURTHER,
+        "            for method in MUTED:",
+        "            for method in ():",
+        FURTHER_TEST,
+    ),
+    Mutation(
+        "the second pass counts in metrics",
+        FURTHER,
+        "                if is_metric(part):\n                    stack",
+        "                if False:\n                    stack",
+        FURTHER_TEST,
+    ),
+    Mutation(
+        "changes of the second pass go unnoticed",
+        FURTHER,
+        "        if changed:",
+        "        if False:",
+        FURTHER_TEST,
+    ),
+    Mutation(
+        "activation checkpointing goes on with one of two passes",
+        VIEWS,
+        "    if _compat.runs_again():",
+        "    if False:",
+        VIEWS_TEST,
+    ),
+    Mutation(
+        "masks of DPF stay from the end",
+        MASKS,
+        "        self._frozen = stay and self._finished",
+        "        self._frozen = self._finished",
+        f"{DYNAMIC_EXACT}::test_masks_that_stay",
+    ),
+    Mutation(
+        "recurrent layers go on with their own weights",
+        STANDINS,
+        "            _compat.refresh_flat_weights(module)\n        yield",
+        "        yield",
+        STANDINS_TEST,
     ),
 )
 

@@ -1,6 +1,6 @@
 """What a training step with a callback costs: over the plain step, or with a teacher over that plus its forward.
 
-    python -m tests.benchmarks.step_cost [kd at ft pruning dpf dcil]
+    python -m tests.benchmarks.step_cost [kd at ft pruning dpf dcil] [--profile]
 
 Every arm is a whole ``Trainer.fit`` with its own module, in a thread of its own, and the threads take turns: one step
 of each arm a round, in random order, never two at once. So an arm's time is that of Lightning's real loop, from the
@@ -25,7 +25,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import cProfile
 import ctypes
+import pstats
 import random
 import statistics
 import threading
@@ -33,6 +35,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -377,11 +380,49 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
 }
 
 
+MORE_BATCHES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    f"small ResNet, width 16, batch {batch} at 28x28": (lambda: SmallResNet(16), (batch, 1, 28, 28), "stages")
+    for batch in (8, 256)
+}
+
+
+def profile(arm: Arm, batch: tuple[Tensor, Tensor], steps: int) -> str:
+    """Where the time of a step goes in this package, by function, in milliseconds a step, callees included."""
+    profiler = cProfile.Profile()
+    arm.callbacks = [*arm.callbacks, Profiled(profiler)]
+    arm.turns, arm.error = Turns(), None
+    arm.turns.go = threading.Semaphore(steps + 2)  # never waits
+    profiler_thread = threading.Thread(target=arm._fit, args=(batch, steps))
+    profiler_thread.start()
+    profiler_thread.join()
+    entries = [
+        (1e3 * cumulative / steps, calls / steps, f"{Path(file).stem}:{line} {name}")
+        for (file, line, name), (_, calls, _, cumulative, _) in pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]
+        if "lightning_compress" in file and "demo" not in file
+    ]
+    lines = [f"{arm.name}, profiled over {steps} steps: ms a step, calls a step, function"]
+    return "\n".join([*lines, *(f"  {ms:8.3f} {calls:8.1f}  {name}" for ms, calls, name in sorted(entries)[::-1][:25])])
+
+
+class Profiled(Callback):
+    """Profile the thread of a fit."""
+
+    def __init__(self, profiler: cProfile.Profile) -> None:
+        self.profiler = profiler
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.profiler.enable()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.profiler.disable()
+
+
 def main() -> None:
     """Measure every case and print one table each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("techniques", nargs="*", metavar="technique", help=f"of {', '.join(TARGETS)}; all if none")
     parser.add_argument("--rounds", type=int, default=300, help="measured rounds a case, at least 200 to be quoted")
+    parser.add_argument("--profile", action="store_true", help="say where time goes in the last arm, instead")
     arguments = parser.parse_args()
     unknown = set(arguments.techniques) - set(TARGETS)
     if unknown:
@@ -389,11 +430,16 @@ def main() -> None:
     _one_memory_arena()
     warnings.filterwarnings("ignore", message=".*paraphraser random.*")
     for technique in arguments.techniques or TARGETS:
-        for name, (make, shape, last) in CASES.items():
+        cases = {**CASES, **MORE_BATCHES} if technique in ("dpf", "dcil") else CASES
+        for name, (make, shape, last) in cases.items():
             begin = time.perf_counter()
             torch.manual_seed(0)
             network, teacher = make(), make()
             arms = arms_of(technique, lambda: (copy.deepcopy(network), copy.deepcopy(teacher)), last)  # noqa: B023
+            if arguments.profile:
+                batch = torch.randn(shape), torch.randint(0, 10, (shape[0],))
+                print(f"{technique}, {name}\n{profile(arms[-1], batch, arguments.rounds)}\n", flush=True)
+                continue
             measure(arms, (torch.randn(shape), torch.randint(0, 10, (shape[0],))), arguments.rounds)
             print(table(f"{technique}, {name}", arms))
             print(f"  target {TARGETS[technique]}; one thread, {time.perf_counter() - begin:.0f} s\n", flush=True)
