@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from experiments import __main__ as command
-from experiments import data, plan, schedule, tables, training
+from experiments import curves, data, plan, schedule, tables, training, watch
 from experiments.plan import CLAIMS, FEW, FT, KD, LONGER, PLAIN, SHORT, SMOOTHED, Arm, Claim, Protocol, Run, Teacher
 from experiments.store import Store, candidates, write_atomically
 
@@ -283,3 +283,42 @@ def test_a_run_measures_the_student_once_and_resumes(tmp_path, monkeypatch):
     Store(tmp_path).write(runs[0], results[0])
     assert json.loads(Store(tmp_path).path(runs[0]).read_text())["configuration"]["rate"] == 0.1
     assert schedule.missing(runs, Store(tmp_path)) == runs[1:]
+
+
+def test_the_swing_is_the_deviation_of_the_steps_between_accuracies():
+    assert watch.swing([0.5, 0.6, 0.6]) == pytest.approx(0.05)
+    assert watch.swing([0.5, 0.6, 0.7]) == pytest.approx(0.0, abs=1e-12)
+    assert watch.swing([0.5, 0.6, 0.5]) == pytest.approx(0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*(held at their floor|masked completely)")
+def test_masks_are_watched_while_they_change(tmp_path, monkeypatch):
+    tiny = data.Split(images(256), images(20), images(40))
+    monkeypatch.setattr(training, "fashion_mnist", lambda: tiny)
+    monkeypatch.setattr(watch, "LOOKS", 1)
+    teacher, protocol = Teacher(width=8, epochs=1), Protocol("90%", epochs=17, width=8, sparsity=0.9)
+    training.train_teacher(teacher, tmp_path)
+    gradual, dpf = (training.train(Run(protocol, arm, 0.1, 0, teacher), tmp_path) for arm in (plan.GRADUAL, plan.DPF))
+    assert gradual["zeros"] == dpf["zeros"] == 17230  # of 19144 weights of convolutions
+    assert [step for step, *_ in gradual["curve"]] == list(range(2, 35, 2))
+    assert [step for step, _ in gradual["churn_curve"]] == [16, 32]
+    assert 0 <= gradual["test_accuracy_reestimated"] <= 1
+    assert gradual["dead_filters"] >= 0
+    claim = Claim("masks", "page.md", "DPF", ((protocol, (plan.GRADUAL, plan.DPF)),), columns=plan.STEADINESS)
+    store = Store(tmp_path)
+    for arm, result in ((plan.GRADUAL, gradual), (plan.DPF, dpf)):
+        for run in candidates(protocol, arm):
+            store.write(run, result)
+    assert "| DPF | 0.03 |" in tables.claim_tables(claim, store, 1)
+    assert curves.draw(claim, store, 1, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_what_two_arms_differ_in_is_paired_by_seed():
+    column = plan.Column("swing", "swing")
+    one, other = (
+        tables.Measured(plan.DPF, 0.1, {seed: {"swing": value} for seed, value in enumerate(values)}, 1.0)
+        for values in ([0.02, 0.03, 0.04], [0.01, 0.02, 0.03])
+    )
+    assert tables.paired(one, other, column) == "swing +1.00 [+1.00, +1.00]"
+    assert tables.paired(one, one, column) == "swing +0.00 [+0.00, +0.00], not shown"

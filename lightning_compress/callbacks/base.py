@@ -112,6 +112,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self._controller: StepController | None = None
         self._trainer: Any = None  # while at work
         self._owned: list[OwnedParameters] = []
+        self._owned_step: int | None = None  # number of the step in which these moved last
         self._verified = False
         self._warned: set[str] = set()
         self._versions: list[int] = []  # of the user's parameters, at the start
@@ -260,6 +261,12 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if not self._owned:
             return
         refuse_lbfgs(trainer.optimizers, f"{type(self).__name__} '{self.name}'")
+        if self._owned_step == trainer.global_step:
+            raise ValueError(
+                f"{type(self).__name__} '{self.name}' has an optimizer of its own and cannot follow "
+                f"{type(optimizer).__name__}, which repeats the step before it moves"
+            )
+        self._owned_step = trainer.global_step
         reduce = averaging(trainer)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         for parameters in self._owned:
@@ -352,7 +359,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def _close(self) -> None:
         stack, self._stack, self._controller, self._trainer = self._stack, None, None, None
-        self._owned = []
+        self._owned, self._owned_step = [], None
         if stack is None:
             return
         self.captured_sample = self._last_sample()

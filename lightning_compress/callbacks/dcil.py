@@ -26,15 +26,16 @@ from lightning_compress.callbacks.dynamic import DynamicMaskCallback
 from lightning_compress.callbacks.masked import MaskedWeightsCallback
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.functional.schedules import Schedule
+from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.densepath import OwnLayers, classifiers_named, last_layer, norms_of
 from lightning_compress.mechanisms.masking import DenseWeight
 from lightning_compress.mechanisms.outputs import Locator, find_logits
-from lightning_compress.mechanisms.owned import OwnedParameters
+from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
 from lightning_compress.mechanisms.passes import Pass, Term, View
-from lightning_compress.mechanisms.selection import listing, plain_name
+from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
-from lightning_compress.mechanisms.standins import scratch, standing_in, unlearning
+from lightning_compress.mechanisms.standins import leaves_of, scratch, standing_in, unlearning
 
 DENSE_PATHS = ("own", "own_norm", "shared")
 DENSE = "dense"
@@ -155,14 +156,18 @@ class DCILCallback(DynamicMaskCallback):
 
     # Life cycle
 
-    def check(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse what two passes cannot be had with."""
-        super().check(trainer, pl_module)
-        if not getattr(pl_module, "automatic_optimization", True):
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """As the base, but that no mixin helps with manual optimisation."""
+        if stage == "fit" and not getattr(pl_module, "automatic_optimization", True):
             raise ValueError(
                 f"{type(self).__name__} runs the step twice, and {type(pl_module).__name__} optimises manually, where "
                 "each step does its own backward pass; DPFCallback works there, with CompressionMixin"
             )
+        super().setup(trainer, pl_module, stage)
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what two passes cannot be had with."""
+        super().check(trainer, pl_module)
         if _compat.takes_iterator(trainer, pl_module):
             raise ValueError(
                 f"{type(self).__name__} runs the step twice on each batch, and that of {type(pl_module).__name__} "
@@ -226,10 +231,17 @@ class DCILCallback(DynamicMaskCallback):
         """As the base; and what the dense path had for itself."""
         remarks = super().remarks()
         if self._own_state is not None:
-            remarks.append(f"{self.name}: the dense path had its own {listing(self._own_state['names'])}.")
+            classifier = self._own_state["classifier"]
+            norms = [name for name in self._own_state["names"] if name not in classifier]
+            remarks.append(f"{self.name}: the dense path had its own {self._of_its_own(classifier, norms)}.")
         return remarks
 
     # Private
+
+    @staticmethod
+    def _of_its_own(classifier: Sequence[str], norms: Sequence[str]) -> str:
+        parts = [("classifier", classifier), ("norm layers", norms)]
+        return ", and ".join(f"{what} {listing(names)}" for what, names in parts if names)
 
     def _put_away(self) -> None:
         """At the end of a fit, keep what the dense path had for itself, for a fit that goes on."""
@@ -245,8 +257,7 @@ class DCILCallback(DynamicMaskCallback):
             if not self._own.layers:
                 self._find_own(module)
             own = self._own.stand_ins()
-        masked = {id(weight) for weight in self._require_masks().weights.values()}
-        rest = [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in masked]
+        rest = [weight for weight in module.parameters() if weight.requires_grad]  # views are in front of the masked
         if self._another is None:
             raise RuntimeError(f"{type(self).__name__} is only active during a fit")
         with standing_in(module, {**scratch(module.buffers()), **unlearning(rest), **own}), self._another():
@@ -264,32 +275,39 @@ class DCILCallback(DynamicMaskCallback):
                 f"dense_path='own_norm' has no effect: {type(module).__name__} has no norm layers; choose 'shared'"
             )
         if self.dense_path == "own":
-            if self.classifier is not None:
-                layers |= classifiers_named(module, self.classifier, masked)
-            elif self._own.names is None:
-                layers |= last_layer(module, self._called() if self._called else [], masked)
-            else:
-                named = {plain_name(name): part for name, part in module.named_modules()}
-                layers = {name: named[name] for name in self._own.names if name in named}
+            names = self.classifier or self._own.classifier  # those of a checkpoint
+            last = last_layer(module, self._called(), masked) if self._called is not None else {}
+            classifier = classifiers_named(module, names, masked) if names else last
+            self._own.classifier = list(classifier)
+            layers |= classifier
         self._recording.close()
         self._called = None
         order = {id(part): index for index, part in enumerate(module.modules())}
         chosen = dict(sorted(layers.items(), key=lambda entry: order[id(entry[1])]))
+        refuse_lbfgs(self._trainer.optimizers, f"{type(self).__name__} '{self.name}'")
         owned: OwnedParameters = self._own.copy(chosen, self._trainer.optimizers[0], self._first_statistics)
         self._first_statistics = {}
         self.own(owned)
-        log.info("%s: the dense path has its own %s", self.name, listing(list(chosen), None))
+        norms = [name for name in chosen if name not in self._own.classifier]
+        log.info("%s: the dense path has its own %s", self.name, self._of_its_own(self._own.classifier, norms))
 
     def _between(self, passes: Mapping[str, Pass]) -> Tensor | None:
         """What the two passes learn from each other; log both task losses."""
         dense = passes[DENSE]
+        if self._require_controller().steps == 0:
+            self._check_what_learns(dense)
         [pruned] = [seen for seen in passes.values() if seen.view.deployed]
         for name, seen in (("pruned", pruned), ("dense", dense)):
             if seen.task_loss is not None:
                 self.log_quantity(f"{name}_task_loss", seen.task_loss.detach(), batch_size=1)
         if self.student_capture is None or self._require_progress().fraction < self.kl_start:
             return None
-        calls = [call for seen in (pruned, dense) if (call := seen.call(self.student_capture)) is not None]
+        try:
+            calls = [call for seen in (pruned, dense) if (call := seen.call(self.student_capture)) is not None]
+        except CaptureError as error:
+            raise CaptureError(
+                f"{error}; or give kl_start=1, so that the passes do not learn from each other"
+            ) from error
         if len(calls) != 2:
             raise ValueError(
                 f"from kl_start={self.kl_start} on the two passes learn from each other's output, and the step called "
@@ -305,6 +323,23 @@ class DCILCallback(DynamicMaskCallback):
         for name, loss in zip(("kl_pruned", "kl_dense"), losses, strict=True):
             self.log_quantity(name, loss.detach(), batch_size=1)
         return losses[0] + losses[1]
+
+    def _check_what_learns(self, dense: Pass) -> None:
+        """Complain in the first step if the dense pass would teach what the pruned pass teaches already."""
+        module = self._require_controller().module
+        names = {id(weight): name for name, weight in module.named_parameters()}
+        own = {} if self._own is None else self._own.stand_ins()
+        expected = {id(leaf) for leaf in (*self._require_masks().weights.values(), *own.values())}
+        groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
+        trained = {id(own) for group in groups for own in group["params"]} - expected
+        others = [leaf for leaf in leaves_of(dense.task_loss) if id(leaf) in trained]
+        if others:
+            said = [names.get(id(leaf), f"a tensor of shape {tuple(leaf.shape)}") for leaf in others]
+            raise RuntimeError(
+                f"{listing(said)} would learn from both passes of '{self.name}': the step reaches them otherwise than "
+                f"through the layers of {type(module).__name__}, in a list or a hidden module, say; let them be "
+                "attributes or children of a module, and read them there"
+            )
 
     def _class_dimension(self, logits: Tensor) -> int:
         if self.class_dim is not None:

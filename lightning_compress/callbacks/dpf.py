@@ -106,10 +106,9 @@ class DPFCallback(DynamicMaskCallback):
                 )
         self.freeze_at, self.dead_filters = freeze_at, dead_filters
 
-    @property
-    def masks_stay_from(self) -> float | None:
-        """As it was asked for."""
-        return self.freeze_at
+    def masks_stay(self, fraction: float) -> bool:
+        """From ``freeze_at`` on."""
+        return self.freeze_at is not None and fraction >= self.freeze_at
 
     def view(self, name: str) -> MaskedWeight:
         """``M * W`` with the whole gradient, but for dead filters."""

@@ -58,8 +58,6 @@ class MaskCallback(MaskedWeightsCallback):
     _begun = Returned(False)
     _finished = Returned(False)
     """Whether the final sparsity was reached at ``end``."""
-    _frozen = Returned(False)
-    """Whether the masks stay."""
 
     def __init__(
         self,
@@ -102,10 +100,9 @@ class MaskCallback(MaskedWeightsCallback):
         """The schedules by name."""
         return SCHEDULES
 
-    @property
-    def masks_stay_from(self) -> float | None:
-        """Fraction of the training, at least ``end``, from which the masks stay; None: they never do."""
-        return None
+    def masks_stay(self, fraction: float) -> bool:
+        """Whether the masks change no more at a fraction of the training, but for reaching the final sparsity."""
+        return False
 
     @property
     def floored(self) -> bool:
@@ -172,17 +169,16 @@ class MaskCallback(MaskedWeightsCallback):
     def forget(self) -> None:
         """With the place in the schedule."""
         super().forget()
-        self._begun = self._finished = self._frozen = False
+        self._begun = self._finished = False
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """With the place in the schedule."""
         super().go_on(state)
-        self._begun = self._finished = self._frozen = False
+        self._begun = self._finished = False
         if state is not None:
             self._begun = bool(state["begun"])
             # another target than then is still to be reached
             self._finished = bool(state["finished"]) and state["arguments"].get("sparsity") == self.sparsity
-            self._frozen = self._finished and bool(state.get("frozen", True))  # before there was a choice, they stayed
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how long the training is; mask at once if the schedule begins here."""
@@ -267,8 +263,7 @@ class MaskCallback(MaskedWeightsCallback):
 
     def extra_state(self) -> dict[str, Any]:
         """The masks, and the place in the schedule."""
-        place = {"begun": self._begun, "finished": self._finished, "frozen": self._frozen}
-        return {**super().extra_state(), **place}
+        return {**super().extra_state(), "begun": self._begun, "finished": self._finished}
 
     # Private
 
@@ -276,15 +271,14 @@ class MaskCallback(MaskedWeightsCallback):
         """Bring the masks to where the schedule is, if it is time."""
         progress = self._require_progress()
         fraction = progress.fraction
-        if fraction < self.start or self._frozen:
+        if fraction < self.start:
             return
-        stay = self.masks_stay_from is not None and fraction >= self.masks_stay_from
+        due = not self._begun or (progress.steps % self.update_interval == 0 and fraction < 1)  # for another step
         if fraction >= self.end and not self._finished:
             self._finish()
-        elif not stay and (not self._begun or progress.steps % self.update_interval == 0):
+        elif due and not self.masks_stay(fraction):
             self._take(self.new_masks(self.sparsity if self._finished else self._scheduled(fraction)))
         self._begun = True
-        self._frozen = stay and self._finished
 
     def _finish(self, *, more: bool = True) -> None:
         """Reach the final sparsity exactly, whatever the schedule said."""

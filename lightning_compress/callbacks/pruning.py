@@ -149,10 +149,9 @@ class PruningCallback(MaskCallback):
         """Those of the base, and rounds."""
         return {**SCHEDULES, "iterative": functools.partial(iterative_schedule, rounds=self.rounds)}
 
-    @property
-    def masks_stay_from(self) -> float | None:
-        """From the end of the schedule."""
-        return self.end
+    def masks_stay(self, fraction: float) -> bool:
+        """From the end of the schedule on."""
+        return self._finished
 
     @property
     def floored(self) -> bool:

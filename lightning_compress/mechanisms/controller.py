@@ -287,7 +287,7 @@ class StepController:
             views.insert(0, View("plain", self.weights.shown))
         passes: dict[str, Pass] = {}
         totals: list[Tensor] = []
-        further = FurtherPass(self.module, (args, kwargs), closely=self.steps == 0) if len(views) > 1 else None
+        further = self._further((args, kwargs)) if len(views) > 1 else None
         for view in views:
             with nullcontext() if further is None or view.deployed else further.traceless(view.name), view.enter():
                 self._teachers_go_first = view.deployed
@@ -304,6 +304,10 @@ class StepController:
         totals += self._computed(None, passes)
         self.steps += 1
         return _with_loss(deployed_output, _sum(totals))
+
+    def _further(self, arguments: Any) -> FurtherPass:
+        """Of a step that will run again; now and then it looks closely at what a step may do past autograd."""
+        return FurtherPass(self.module, arguments, closely=self.steps < 8 or self.steps % 64 == 0)
 
     def _run_manual(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         between = [name for name, term in self._terms.items() if term.view is None]

@@ -37,6 +37,8 @@ class OwnLayers:
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         self.names: list[str] | None = None if state is None else list(state["names"])
         """Dotted names of the layers; None before they are known."""
+        self.classifier: list[str] = [] if state is None else list(state["classifier"])
+        """Those of the classifier among them."""
         self.layers: dict[str, nn.Module] = {}
         self._saved = None if state is None else state["layers"]
         self._owned: OwnedParameters | None = None
@@ -81,7 +83,10 @@ class OwnLayers:
             return follower
 
         self._owned = OwnedParameters(build, make)
-        self._owned.load_state_dict(self._saved or {})
+        saved = dict(self._saved or {})
+        if saved and not optimizer.state:  # the user's begins anew too
+            saved["optimizer"] = None
+        self._owned.load_state_dict(saved)
         self._owned.get()
         return self._owned
 
@@ -101,9 +106,12 @@ class OwnLayers:
     def state(self) -> dict[str, Any] | None:
         """Tensors and primitives, for a checkpoint; None while there is nothing."""
         if self._owned is None:
-            return None if self._saved is None else {"names": self.names, "layers": self._saved}
+            return None if self._saved is None else {**self._known(), "layers": self._saved}
         copied = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self._owned.state_dict())
-        return {"names": self.names, "layers": copied}
+        return {**self._known(), "layers": copied}
+
+    def _known(self) -> dict[str, Any]:
+        return {"names": self.names, "classifier": self.classifier}
 
     def _pairs(self) -> dict[int, Tensor]:
         return {} if self._copies is None else paired(self.layers.values(), self._copies)
@@ -215,16 +223,15 @@ def last_layer(root: nn.Module, called: Sequence[LayerOutput], masked: set[int])
         for output in called
         if not isinstance(modules[output.name], NORMS)
         and any(own.requires_grad for own in modules[output.name].parameters(recurse=False))
+        and all(next(child.parameters(), None) is None for child in modules[output.name].children())  # no whole network
     ]
-    if not learning or _holds(modules[learning[-1]], masked):
-        why = (
-            f"the layer that is called last, '{learning[-1]}', is masked"
-            if learning
-            else "no layer that learns was called"
-        )
+    needs = "dense_path='own' needs a classifier of its own, and"
+    if not learning:
+        raise ValueError(f"{needs} no layer that learns was called; choose dense_path='own_norm'")
+    if _holds(modules[learning[-1]], masked):
         raise ValueError(
-            f"dense_path='own' needs a classifier of its own, and none was found: {why}; name it with classifier=, "
-            "leave it out of the masks with exclude=, or choose dense_path='own_norm'"
+            f"{needs} the layer that is called last, '{learning[-1]}', is masked: leave it dense with "
+            f"exclude={[learning[-1]]}, name another with classifier=, or choose dense_path='own_norm'"
         )
     return {learning[-1]: modules[learning[-1]]}
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import math
+import zlib
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -34,6 +35,7 @@ from lightning_compress.mechanisms.student import is_metric
 from lightning_compress.mechanisms.wrapping import shadowed
 
 TABLES = ("_parameters", "_buffers", "_modules")
+SIMPLE = (int, float, bool, str)
 TORCHS_OWN = set(vars(nn.Module())) - {"training"}
 
 
@@ -61,7 +63,7 @@ class FurtherPass:
         self._module = module
         self._closely = closely
         self._children = {id(part) for part in module.modules()}
-        self._start = self._random_states()
+        self._start = [*self._random_states(), self._training_flags()]
         self._arguments = arguments
         self._batch = _fingerprint(arguments, set())
 
@@ -83,7 +85,7 @@ class FurtherPass:
                 f"for the pass '{name}'), the second time on what the first made of it. Change a copy"
             )
         with ExitStack() as stack:
-            for restore in self._random_states():
+            for restore in (*self._random_states(), self._training_flags()):
                 stack.callback(restore)
             for restore in self._start:
                 restore()
@@ -102,8 +104,8 @@ class FurtherPass:
         if changed:
             raise RuntimeError(
                 f"the step of {type(module).__name__} changes {listing(changed)}, and it runs twice on each batch here "
-                f"(again for the pass '{name}'), so that would be done twice. Change it outside of the step, for "
-                "example in on_train_batch_end"
+                f"(again for the pass '{name}'), so that would be done twice. Change it outside of the step, in "
+                "on_train_batch_end say, or take a technique that runs the step once, such as DPFCallback"
             )
 
     def _random_states(self) -> list[Any]:
@@ -115,11 +117,32 @@ class FurtherPass:
         restorers = [restorer for generator in own if (restorer := generator_restorer(generator)) is not None]
         return [RandomState(device_of(self._module)).restore, *restorers]
 
+    def _training_flags(self) -> Callable[[], None]:
+        """What puts all parts into the mode that they are in now."""
+        flags = [(part, part.training) for part in self._module.modules()]
+
+        def restore() -> None:
+            for part, training in flags:
+                if part.training != training:
+                    part.training = training
+
+        return restore
+
     def _fingerprints(self) -> dict[str, Any]:
         """What tells whether an attribute, or a parameter, has changed, by its dotted name."""
         parameters = {name: (_Same(own), own._version, own.data_ptr()) for name, own in self._module.named_parameters()}
         attributes = {place: _fingerprint(value, set(self._children)) for place, value in self._attributes()}
-        return {**parameters, **attributes}
+        return {**parameters, **attributes, **self._simple_attributes()}
+
+    def _simple_attributes(self) -> dict[str, Any]:
+        """Numbers and the like of the libraries' modules, such as the rate of a dropout; for speed, nothing deeper."""
+        return {
+            f"{name}.{attribute}": value
+            for name, part in self._module.named_modules()
+            if type(part).__module__.partition(".")[0] in LIBRARIES and not is_metric(part)
+            for attribute, value in vars(part).items()
+            if type(value) in SIMPLE
+        }
 
     def _frozen_values(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Frozen parameters, such as those of an average of the network, and copies of them."""
@@ -163,7 +186,9 @@ def _fingerprint(value: Any, seen: set[int]) -> Any:
     if isinstance(value, Tensor):
         return _Same(value), None if value.is_inference() else value._version
     if isinstance(value, np.ndarray):
-        return _Same(value), value.tobytes() if value.size <= LONG and not value.dtype.hasobject else None
+        return _Same(value), None if value.dtype.hasobject else zlib.crc32(value.tobytes())
+    if isinstance(value, bytearray):
+        return _Same(value), bytes(value)
     entries = _entries(value)
     if entries is None or id(value) in seen:
         return _Same(value)
@@ -193,7 +218,7 @@ def _entries(value: Any) -> Collection[tuple[Any, Any]] | None:
         return [(None, entry) for entry in value] if len(value) <= LONG else [(None, None)] * len(value)
     if isinstance(value, nn.Module):  # one that is no child, such as a metric in a list
         states = [entry for part in value.modules() if is_metric(part) for entry in vars(part).items()]
-        return [*value.named_buffers(), *states]
+        return [*value.named_parameters(), *value.named_buffers(), *states]
     return list(vars(value).items()) if is_users(value) else None
 
 

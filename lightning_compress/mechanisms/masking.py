@@ -288,5 +288,8 @@ class Masks:
                     if name in given and given[name] != shape
                 ),
             ]
-            raise ValueError(f"the masks of the checkpoint are of other weights: {'; '.join(problems[:5])}")
+            raise ValueError(
+                f"the masks of the checkpoint are of other weights: {'; '.join(problems[:5])}. Select the same with "
+                "layers= and exclude=, or begin a new training"
+            )
         self.replace([state[name].to(weight.device) for name, weight in self.weights.items()])

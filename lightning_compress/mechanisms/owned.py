@@ -125,7 +125,8 @@ class OwnedParameters:
         if self.module is None or self.optimizer is None:
             raise RuntimeError("there is nothing to restore into yet")
         self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would go on in the very tensors
+        if state["optimizer"] is not None:
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would go on in the very tensors
         self.steps = state["steps"]
         self._stashed = None
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from torch.utils._pytree import tree_leaves
 
 from lightning_compress import _compat
 
@@ -44,8 +45,8 @@ def standing_in(root: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None
             for table in tables:
                 for name, tensor in list(table.items()):
                     if tensor is not None and id(tensor) in tensors:
-                        stack.callback(table.__setitem__, name, tensor)
                         table[name] = tensors[id(tensor)]
+                        stack.callback(_put_back, table, name, tensor, table[name])
             _compat.refresh_flat_weights(module)
         yield
 
@@ -85,6 +86,34 @@ def scratch(buffers: Iterable[Tensor]) -> dict[int, Tensor]:
         tensor([0., 0.])
     """
     return {id(own): own.detach().clone() for own in buffers}
+
+
+def leaves_of(loss: Tensor | None) -> list[Tensor]:
+    """The tensors that a backward pass would give gradients to.
+
+    Args:
+        loss: With its graph; None has none.
+
+    Returns:
+        Each once.
+
+    Example:
+        >>> weight = nn.Parameter(Tensor([1.0]))
+        >>> leaves_of((weight * 2).sum())[0] is weight
+        True
+    """
+    found: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    waiting = [None if loss is None else loss.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        waiting += [following for following, _ in node.next_functions]
+    return list(found.values())
 
 
 def twins(layers: Iterable[nn.Module]) -> nn.ModuleList:
@@ -138,7 +167,7 @@ def optimizer_like(optimizer: Optimizer) -> Optimizer:
         The other one, which shares no state with it.
 
     Raises:
-        ValueError: If the optimizer holds another one.
+        ValueError: If the optimizer holds another one, or tensors beside its groups.
 
     Example:
         >>> from torch.optim import SGD
@@ -148,10 +177,13 @@ def optimizer_like(optimizer: Optimizer) -> Optimizer:
     other = type(optimizer).__new__(type(optimizer))
     every = vars(SGD([torch.zeros(1)], lr=0.1))  # what an optimizer has whatever its class: hooks, say
     own = {key: copy.copy(value) for key, value in vars(optimizer).items() if key not in every and key != "step"}
-    if inner := [key for key, value in own.items() if isinstance(value, Optimizer)]:
+    held = [
+        key for key, value in own.items() if any(isinstance(leaf, (Optimizer, Tensor)) for leaf in tree_leaves(value))
+    ]
+    if held:
         raise ValueError(
-            f"{type(optimizer).__name__} holds another optimizer, '{inner[0]}', so it cannot be followed by one of its "
-            "kind for the layers that the dense path has for itself; choose dense_path='shared'"
+            f"{type(optimizer).__name__} holds an optimizer, or tensors, in '{held[0]}', so it cannot be followed by "
+            "one of its kind for the layers that the dense path has for itself; choose dense_path='shared'"
         )
     given = optimizer.__getstate__()
     state = {**own, **given, "defaults": dict(given["defaults"]), "state": defaultdict(dict), "param_groups": []}
@@ -180,6 +212,13 @@ def follow_(follower: Optimizer, optimizer: Optimizer, copies: Mapping[int, Tens
         {**group, "params": [copies[id(own)] for own in group["params"] if id(own) in copies]}
         for group in optimizer.param_groups
     ]
+
+
+def _put_back(table: dict[str, Any], name: str, tensor: Tensor, stand_in: Tensor) -> None:
+    """Put a tensor back; what was assigned in its place meanwhile is the new value of its stand-in."""
+    now, table[name] = table.get(name), tensor
+    if isinstance(now, Tensor) and now is not stand_in and now.shape == stand_in.shape:
+        stand_in.data.copy_(now.detach())
 
 
 def _twin(layer: nn.Module) -> nn.Module:

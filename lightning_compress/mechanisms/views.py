@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from lightning_compress import _compat
 from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.mechanisms.weights import Site, named_weights, sites_of
-from lightning_compress.mechanisms.wrapping import marked
+from lightning_compress.mechanisms.wrapping import OWN_MARK
 
 
 class WeightView(Protocol):
@@ -102,7 +103,8 @@ class _Presented:
             if below is not None:
                 vars(site.module)[site.attribute] = below
             _compat.refresh_flat_weights(site.module)
-        if any(entry is not shown for entry in entries):
+        source = self.buffer if self.view.copies and self.buffer is not None else self.weight
+        if any(entry is not shown for entry in entries) or shown.data_ptr() != source.data_ptr():
             return "was replaced"
         original, self.original = self.original, None
         if not self.view.copies:  # the weight itself: what is written to it stays
@@ -345,7 +347,7 @@ class WeightViews:
                 stack.callback(self._others.remove, other)
             for name, module in self.module.named_modules():  # all: the pass may see also what has no view otherwise
                 if any(parameter is not None for parameter in module._parameters.values()):
-                    hook = marked(partial(_refuse_again, owner, plain_name(name)))
+                    hook = _RefusesAgain(owner, plain_name(name), module)
                     stack.callback(module.register_forward_pre_hook(hook).remove)
             yield another
 
@@ -379,7 +381,8 @@ class WeightViews:
 
         def before(module: nn.Module, _: Any) -> None:
             for weight, attribute in read_by.get(id(module), ()):
-                if module._parameters.get(attribute) is not weight.weight:
+                own = module._parameters.get(attribute)
+                if own is None or own.data_ptr() != weight.weight.data_ptr():
                     past[weight.name] = "gets other parameters, as torch.func.functional_call gives"
                 elif weight.shown is not None and weight.weight.requires_grad != weight.required_grad:
                     past[weight.name] = "was frozen or freed within the step, otherwise than by toggle_optimizer"
@@ -450,12 +453,31 @@ class WeightViews:
             self._traced.append(_compat.being_traced(event))
 
 
-def _refuse_again(owner: str, name: str, *_: Any) -> None:
-    if _compat.runs_again():
-        raise RuntimeError(
-            f"activation checkpointing runs the layer '{name}' again in the backward pass, when it is not known to "
-            f"which of the two passes of '{owner}' this belongs, so which weights it saw; switch it off"
-        )
+class _RefusesAgain:
+    """A hook that refuses to run a layer in a backward pass; in copies of the layer it does nothing."""
+
+    def __init__(self, owner: str, name: str, module: nn.Module) -> None:
+        self._owner, self._name, self._module = owner, name, weakref.ref(module)
+        setattr(self, OWN_MARK, True)
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        if _compat.runs_again() and self._module() is module:
+            raise RuntimeError(
+                f"activation checkpointing runs the layer '{self._name}' again in the backward pass, when it is not "
+                f"known to which of the two passes of '{self._owner}' this belongs, so which weights it saw; switch it "
+                "off"
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*_: Any) -> None:
+    """In the place of a hook of ours in a copy."""
 
 
 def _excluding(name: str) -> str:

@@ -287,12 +287,12 @@ def test_two_owners_of_one_weight():
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_clip_val": 1e-3}, {"accumulate_grad_batches": 2}])
 def test_logs(settings):
-    """Sparsity, churn, and the norms of the gradient in the step before the last update, before it is clipped."""
-    callback, seen = DPFCallback(0.6, update_interval=2), {}
+    """Sparsity, churn of the last update, and norms of the last gradient, before it is clipped."""
+    callback, seen = DPFCallback(0.6, update_interval=1), {"masks": {}}
 
     class Look(L.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            seen["masks"] = callback.masks
+            seen["before"], seen["masks"] = seen["masks"], callback.masks
             seen["gradients"] = {name: pl_module.get_parameter(name).grad.clone() for name in callback.masks}
 
     fitting, module = trainer(callback, Look(), **settings), made(Classifier)
@@ -304,7 +304,7 @@ def test_logs(settings):
     assert metrics["compress/dpf/gradient_norm_kept"] == pytest.approx(float(kept), rel=1e-5)
     assert metrics["compress/dpf/gradient_norm_pruned"] == pytest.approx(float(pruned), rel=1e-5)
     assert 0.01 < float(pruned) != float(kept)
-    changed = sum(int((mask ^ callback.masks[name]).sum()) for name, mask in masks.items())
+    changed = sum(int((mask ^ callback.masks[name]).sum()) for name, mask in seen["before"].items())
     assert metrics["compress/dpf/churn"] == pytest.approx(changed / 132)
     assert metrics["compress/dpf/dead_filters"] == 0
     assert metrics["compress/dpf/sparsity"] == pytest.approx(79 / 132)

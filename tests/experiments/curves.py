@@ -22,8 +22,10 @@ def draw(claim: Claim, store: Store, seeds: int, path: Path) -> bool:
     panels = figure.subplots(len(claim.parts), 2, squeeze=False)
     drawn = False
     for (protocol, arms), (accuracy, churn) in zip(claim.parts, panels, strict=True):
-        accuracy.set(title=f"{protocol.title}: accuracy on held-out images, %", xlabel="step")
-        churn.set(title="share of weights that an update of the masks moves, per mille", xlabel="step", yscale="log")
+        accuracy.set_title(f"{protocol.title}: accuracy on held-out images, %", fontsize=10)
+        churn.set_title("churn: weights that an update moves, per mille", fontsize=10)
+        accuracy.set(xlabel="step")
+        churn.set(xlabel="step", yscale="log")
         for arm in arms:
             row = measured(protocol, arm, store, seeds) if arm.name in SHOWN else None
             if row is not None:
@@ -34,7 +36,7 @@ def draw(claim: Claim, store: Store, seeds: int, path: Path) -> bool:
             panel.grid(visible=True, alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)
             if panel.lines:
-                panel.legend(frameon=False, fontsize=8)
+                panel.legend(frameon=False, fontsize=7)
     if drawn:
         figure.savefig(path, dpi=120)
     return drawn

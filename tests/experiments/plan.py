@@ -157,6 +157,7 @@ PRUNED = (
     Arm("gradual-kd", "gradual, distilled", "pruning", STATIC, distilled=True),
     Arm("gradual-longer", "gradual, twice the epochs", "pruning", STATIC, longer=2.0),
     DPF,
+    Arm("dpf-frozen", "DPF, masks frozen at the end of the schedule", "dpf", {"freeze_at": 0.75}),
     Arm("dcil-no-kl", "DCIL without KL", "dcil", {"dense_path": "own", "kl_start": 1.0}),
     DCIL,
 )
@@ -180,10 +181,10 @@ CLAIMS = {
         "masks",
         "pruning.md",
         "DCIL",
-        ((NINETY, (*PRUNED, PLAIN)), (NINETY_FIVE, PRUNED)),
+        ((NINETY, (*PRUNED, dataclasses.replace(PLAIN, title="not pruned"))), (NINETY_FIVE, PRUNED)),
         columns=STEADINESS,
         teacher=False,
         picture="pruning.png",
-        against=(("dcil", "dpf"), ("dcil", "dcil-no-kl")),
+        against=(("dcil", "dpf"), ("dpf-frozen", "dpf"), ("dcil", "dcil-no-kl")),
     ),
 }

@@ -26,6 +26,7 @@ class Watch(Callback):
         self.technique: Any = next((own for own in techniques if hasattr(own, "masks")), None)
         self.curve: list[tuple[int, float, float]] = []
         self.churn: list[tuple[int, float]] = []
+        self.masks: dict[str, Tensor] = {}
         self.steps = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -34,8 +35,10 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step, an_epoch = trainer.global_step, trainer.num_training_batches
         if self.technique is not None and step % self.technique.update_interval == 0:
-            churn = trainer.callback_metrics.get(f"compress/{self.technique.name}/churn")
-            self.churn += [] if churn is None else [(step, float(churn))]
+            masks, self.masks = self.masks, self.technique.masks
+            changed = any(not torch.equal(mask, self.masks[name]) for name, mask in masks.items())
+            churn = float(trainer.callback_metrics.get(f"compress/{self.technique.name}/churn", 0.0))
+            self.churn.append((step, churn if changed or not masks else 0.0))  # what was logged stands for a while
         if step % (an_epoch // LOOKS if step >= self.steps * 2 / 3 else an_epoch) == 0:
             network = copy.deepcopy(pl_module.network)
             masks = {} if self.technique is None else self.technique.masks

@@ -246,19 +246,18 @@ def test_a_layer_that_is_frozen_is_not_the_classifier():
 
 def test_without_a_classifier_the_errors_say_what_to_do():
     net = network()
-    choices = "name it with classifier=, leave it out of the masks with exclude=, or choose dense_path='own_norm'"
     with pytest.raises(ValueError) as caught:
         last_layer(net, called(net), masked(net, "0.weight", "4.weight"))
     assert str(caught.value) == (
-        "dense_path='own' needs a classifier of its own, and none was found: the layer that is called last, '4', is "
-        f"masked; {choices}"
+        "dense_path='own' needs a classifier of its own, and the layer that is called last, '4', is masked: leave it "
+        "dense with exclude=['4'], name another with classifier=, or choose dense_path='own_norm'"
     )
     for outputs in ([], called(nn.Sequential(nn.Flatten())), called(net.requires_grad_(False))):
         with pytest.raises(ValueError) as caught:
             last_layer(net, outputs, set())
         assert str(caught.value) == (
-            "dense_path='own' needs a classifier of its own, and none was found: no layer that learns was called; "
-            f"{choices}"
+            "dense_path='own' needs a classifier of its own, and no layer that learns was called; choose "
+            "dense_path='own_norm'"
         )
 
 
@@ -329,7 +328,7 @@ def test_a_saved_state_goes_on_with_its_optimizer(tmp_path):
     assert equal(kept, state)  # what was trained afterwards has not changed it
     resumed = OwnLayers(state)
     assert resumed.names == ["1", "4"]
-    assert resumed.state() == {"names": ["1", "4"], "layers": state["layers"]}
+    assert resumed.state() == {"names": ["1", "4"], "classifier": [], "layers": state["layers"]}
     owned = resumed.copy(layers_of(net), optimizer)
     assert owned.steps == 3
     assert all(map(torch.equal, train(net, resumed, owned, optimizer, 3, seed=2), expected))

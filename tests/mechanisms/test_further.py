@@ -341,7 +341,8 @@ def test_what_would_be_done_twice_is_an_error_that_names_it(kind):
         change(net)
     assert str(caught.value) == (
         f"the step of Keeper changes '{name}', and it runs twice on each batch here (again for the pass 'dense'), so "
-        "that would be done twice. Change it outside of the step, for example in on_train_batch_end"
+        "that would be done twice. Change it outside of the step, in on_train_batch_end say, or take a technique that "
+        "runs the step once, such as DPFCallback"
     )
 
 
@@ -419,11 +420,14 @@ def test_tensors_of_inference_mode_can_be_told_apart():
         net.moving = torch.ones(2)
 
 
-def test_a_network_of_a_library_has_nothing_that_could_change():
-    net = nn.Sequential(nn.Linear(1, 1))
-    with FurtherPass(net).traceless("dense"):
-        net[0].count = 1
-    assert net[0].count == 1
+def test_of_the_modules_of_a_library_numbers_are_looked_at():
+    net = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
+
+    def step(net):
+        net[0].count, net[1].p = 1, net[1].p + 0.1
+
+    with pytest.raises(RuntimeError, match=r"changes '1\.p', '0\.count'|changes '0\.count', '1\.p'|changes '1\.p'"):
+        twice(net, step)
 
 
 def test_after_the_error_metrics_and_random_states_are_as_the_first_pass_left_them():

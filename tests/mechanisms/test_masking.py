@@ -223,7 +223,8 @@ def test_masks_of_other_weights_are_refused_and_named_at_most_five(change, probl
     change(state)
     with pytest.raises(ValueError) as caught:
         masks.load(state)
-    assert str(caught.value) == f"the masks of the checkpoint are of other weights: {problem}"
+    advice = "Select the same with layers= and exclude=, or begin a new training"
+    assert str(caught.value) == f"the masks of the checkpoint are of other weights: {problem}. {advice}"
     assert masks.counts == [50, 4, 0]
 
 

@@ -560,5 +560,5 @@ def test_an_optimizer_with_attributes_of_its_own_is_followed():
 def test_an_optimizer_that_holds_another_cannot_be_followed():
     optimizer = Limited([nn.Parameter(torch.ones(2))])
     optimizer.inner = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
-    with pytest.raises(ValueError, match=r"Limited holds another optimizer, 'inner'.*dense_path='shared'"):
+    with pytest.raises(ValueError, match=r"Limited holds an optimizer, or tensors, in 'inner'.*dense_path='shared'"):
         optimizer_like(optimizer)
