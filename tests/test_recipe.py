@@ -77,7 +77,8 @@ UNUSABLE = {
     "an unknown class": (
         "version: 1\ncallbacks: [{class_path: DistilationCallback}]",
         "callbacks[0]: class_path 'DistilationCallback' is no callback of lightning_compress, which has "
-        "AttentionTransferCallback, CompressionReport, DistillationCallback, ExportCallback, FactorTransferCallback",
+        "AttentionTransferCallback, CompressionReport, DCILCallback, DPFCallback, DistillationCallback, "
+        "ExportCallback, FactorTransferCallback",
     ),
     "the base class": (
         "version: 1\ncallbacks: [{class_path: CompressionCallback}]",

@@ -329,6 +329,7 @@ def test_a_saved_state_goes_on_with_its_optimizer(tmp_path):
     resumed = OwnLayers(state)
     assert resumed.names == ["1", "4"]
     assert resumed.state() == {"names": ["1", "4"], "classifier": [], "layers": state["layers"]}
+    optimizer.state["of a checkpoint"] = {}  # the user's goes on too
     owned = resumed.copy(layers_of(net), optimizer)
     assert owned.steps == 3
     assert all(map(torch.equal, train(net, resumed, owned, optimizer, 3, seed=2), expected))
