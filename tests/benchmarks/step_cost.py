@@ -382,7 +382,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
 
 MORE_BATCHES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     f"small ResNet, width 16, batch {batch} at 28x28": (lambda: SmallResNet(16), (batch, 1, 28, 28), "stages")
-    for batch in (8, 256)
+    for batch in (8, 128)
 }
 
 

@@ -45,6 +45,7 @@ ONCE = {**AT_ONCE, "update_interval": 1000}
 SOME_PATHS = pytest.mark.parametrize(
     "dense_path", ["own", *(pytest.param(path, marks=pytest.mark.slow) for path in ("own_norm", "shared"))]
 )
+WITHOUT_NORMS = pytest.mark.parametrize("dense_path", ["own", pytest.param("shared", marks=pytest.mark.slow)])
 SHARED = {"dense_path": "shared", "kl_start": 1.0}
 
 
@@ -402,7 +403,7 @@ class Sets(Classifier):
         (Sets, "last_loss"),
     ],
 )
-@SOME_PATHS
+@WITHOUT_NORMS
 def test_changes_of_attributes_are_refused_and_nothing_is_lost(kind, name, dense_path):
     module, plain = made(kind), made(kind)
     message = (
@@ -479,7 +480,7 @@ class Again(Classifier):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@SOME_PATHS
+@WITHOUT_NORMS
 def test_activation_checkpointing_is_refused(dense_path, reentrant):
     module = made(Again)
     module.reentrant = reentrant

@@ -17,6 +17,7 @@ from contract.modules import (
     interrupted,
     loader,
     made,
+    own_layers,
     trainer,
 )
 from contract.traces import is_portable, traces
@@ -370,4 +371,4 @@ def test_the_parent_has_the_compressed_module_and_all_state(kind, strategy, tmp_
     assert ("own" in state) == (kind in ("own", "own_norm"))
     if "own" in state:
         assert state["own"]["layers"]["steps"] == STEPS // 2
-        assert not torch.equal(state["own"]["layers"]["module"]["model/1.weight"], module.model[1].weight)
+        assert not torch.equal(own_layers(state["own"])["model.1.weight"], module.model[1].weight)
