@@ -36,7 +36,7 @@ from lightning_compress.mechanisms.wrapping import shadowed
 
 TABLES = ("_parameters", "_buffers", "_modules")
 SIMPLE = (int, float, bool, str)
-TORCHS_OWN = set(vars(nn.Module())) - {"training"}
+TORCHS_OWN = set(vars(nn.Module()))  # modes among them, which are put back
 
 
 class FurtherPass:
@@ -141,7 +141,7 @@ class FurtherPass:
             for name, part in self._module.named_modules()
             if type(part).__module__.partition(".")[0] in LIBRARIES and not is_metric(part)
             for attribute, value in vars(part).items()
-            if type(value) in SIMPLE
+            if type(value) in SIMPLE and attribute != "training"
         }
 
     def _frozen_values(self) -> dict[str, tuple[Tensor, Tensor]]:

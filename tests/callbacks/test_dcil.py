@@ -995,3 +995,178 @@ def test_nothing_stays():
     assert traces(module) == traces(plain)
     assert is_portable(module)
     assert small_network(norm=True).state_dict().keys() == module.model.state_dict().keys()
+
+
+# What hides from the second pass
+
+
+class Tempered(NormClassifier):
+    """The network itself has a parameter, and returns last."""
+
+    def build(self):
+        super().build()
+        self.model = Scaled(self.model)
+
+
+class Scaled(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.temperature = body, nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.body(x) / self.temperature
+
+
+def test_the_classifier_is_a_layer_not_the_network_around_it():
+    callback = DCILCallback(0.4, **AT_ONCE)
+    fitted(callback, Tempered)
+    assert callback._own_state["classifier"] == ["model.body.4"]
+
+
+class Hidden(Constant):
+    """A layer in a plain list, which the optimizer has."""
+
+    def build(self):
+        super().build()
+        self.held = [nn.Linear(CLASSES, CLASSES)]
+
+    def forward(self, x):
+        return self.held[0](self.model(x))
+
+    def task_loss(self, batch):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([*self.parameters(), *self.held[0].parameters()], lr=0.1)
+
+
+class Listed(Constant):
+    """A penalty over parameters that it keeps in a list."""
+
+    def build(self):
+        super().build()
+        self.decayed = [*self.model.parameters()]
+
+    def task_loss(self, batch):
+        return super().task_loss(batch) + sum(own.square().sum() for own in self.decayed)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Hidden, r"a tensor of shape \(3, 3\)"), (Listed, "model.4.weight")])
+def test_what_both_passes_would_teach_is_refused(kind, name):
+    with pytest.raises(RuntimeError, match=rf"{name}.* would learn from both passes of 'dcil'"):
+        fitted(DCILCallback(0.5, **SHARED, **AT_ONCE), kind)
+
+
+@pytest.mark.filterwarnings("ignore:.*a part of their gradient past the layer")
+def test_a_penalty_over_the_modules_parameters_counts_once():
+    class Penalised(Classifier):
+        def task_loss(self, batch):
+            return 0 * super().task_loss(batch) + sum(own.square().sum() for own in self.parameters())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    callback, start = DCILCallback(0.5, **SHARED, **AT_ONCE), made(Penalised)
+    module, _ = fitted(callback, Penalised, max_steps=1)
+    dense = {**module.state_dict(), **callback._dense}
+    for name, value in start.state_dict().items():
+        assert torch.allclose(dense[name], 0.8 * value), name  # w - 0.1 * 2w
+
+
+class Assigns(nn.Module):
+    """A norm layer that puts a new tensor in the place of its statistic."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
+        self.register_buffer("running_mean", torch.zeros(channels, 1, 1))
+
+    def forward(self, x):
+        self.running_mean = 0.9 * self.running_mean + 0.1 * x.detach().mean(dim=(0, 2, 3))[:, None, None]
+        return (x - self.running_mean) * self.weight
+
+
+def test_statistics_that_are_assigned_are_the_dense_paths_own():
+    class Assigning(Constant):
+        def build(self):
+            super().build()
+            self.model[1] = Assigns(CHANNELS)
+
+    callback = DCILCallback(0.5, norms=["type:Assigns"], kl_start=1.0, **AT_ONCE)
+    module, _ = fitted(callback, Assigning)
+    own = own_layers(callback._own_state)["model.1.running_mean"]
+    assert float(own.abs().max()) > 1e-3
+    assert not torch.equal(own, module.model[1].running_mean)
+
+
+def test_an_optimizer_that_repeats_the_step_is_refused_with_layers_of_its_own():
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            if closure is not None:
+                closure()
+            return super().step(closure)
+
+    class Repeats(NormClassifier):
+        def configure_optimizers(self):
+            return Twice(self.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="cannot follow Twice, which repeats the step"):
+        fitted(DCILCallback(0.5, **AT_ONCE), Repeats)
+
+
+def test_other_norms_at_a_resume_are_refused(tmp_path):
+    _, fitting = fitted(DCILCallback(0.4, kl_start=1.0, **AT_ONCE), NormClassifier)
+    fitting.save_checkpoint(tmp_path / "end.ckpt")
+    other = DCILCallback(0.4, kl_start=1.0, norms=["model.3"], classifier="model.4", **AT_ONCE)
+    with pytest.warns(UserWarning, match="resumes with"), pytest.raises(ValueError, match="other than those"):
+        trainer(other, max_epochs=2).fit(made(NormClassifier), loader(), ckpt_path=tmp_path / "end.ckpt")
+
+
+def test_in_a_further_fit_the_dense_paths_optimizer_begins_anew_as_the_users_does():
+    class WithAdam(NormClassifier):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    callback, steps = DCILCallback(0.4, kl_start=1.0, **AT_ONCE), []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            own = callback.extra_state()["own"]["layers"]["optimizer"]["state"]
+            steps.append((float(own[0]["step"]), float(trainer.optimizers[0].state[pl_module.model[1].weight]["step"])))
+
+    module = made(WithAdam)
+    for _ in range(2):
+        trainer(callback, Look(), limit_train_batches=2).fit(module, loader())
+    assert steps == [(1.0, 1.0), (2.0, 2.0), (1.0, 1.0), (2.0, 2.0)]
+
+
+def test_a_copy_made_within_a_fit_has_no_hook_that_acts(tmp_path):
+    copies = []
+
+    class Copies(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            copies.append(copy.deepcopy(pl_module.model))
+
+    fitted(DCILCallback(0.4, kl_start=1.0, **AT_ONCE), NormClassifier, Copies(), max_steps=2)
+    torch.save(copies[-1], tmp_path / "copy.pt")
+    x = torch.randn(4, FEATURES, requires_grad=True)
+    checkpoint(copies[-1], x, use_reentrant=False).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_a_mode_that_the_step_leaves_behind_is_not_that_of_the_second_pass():
+    modes = []
+
+    class Leaves(NormClassifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.model[1].train()
+
+        def training_step(self, batch, batch_idx):
+            modes.append(self.model[1].training)
+            loss = super().training_step(batch, batch_idx)
+            self.model[1].eval()
+            return loss
+
+    module, _ = fitted(DCILCallback(0.4, **AT_ONCE), Leaves, max_steps=2)
+    assert modes == [True] * 4
+    assert not module.model[1].training

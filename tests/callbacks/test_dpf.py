@@ -515,3 +515,34 @@ def test_a_step_that_draws_its_batches_itself():
     module = made(Draws)
     trainer(DPFCallback(0.5, update_interval=1)).fit(module, loader(Draws))
     assert int((module.model[0].weight == 0).sum() + (module.model[3].weight == 0).sum()) == 66
+
+
+@pytest.mark.filterwarnings(DEAD)
+def test_frozen_masks_thaw_where_they_are_to_change_again(tmp_path):
+    """In a training that is made longer, and with another freeze_at."""
+    first = trainer(DPFCallback(0.5, update_interval=1, end=0.5, freeze_at=0.5))
+    first.fit(made(Classifier), loader())
+    first.save_checkpoint(tmp_path / "end.ckpt")
+    frozen = first.callbacks[0].masks
+    for freeze_at, thaws in ((0.5, False), (None, True)):
+        callback = DPFCallback(0.5, update_interval=1, end=0.5, freeze_at=freeze_at)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer(callback, max_epochs=2).fit(made(Classifier), loader(), ckpt_path=tmp_path / "end.ckpt")
+        assert any(not torch.equal(mask, callback.masks[name]) for name, mask in frozen.items()) == thaws
+
+
+def test_a_weight_whose_data_is_replaced_within_the_step_is_an_error():
+    class MaxNorm(nn.Linear):
+        def forward(self, x):
+            self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.3)
+            return super().forward(x)
+
+    class Limited(Classifier):
+        def build(self):
+            super().build()
+            self.model[3] = MaxNorm(self.model[3].in_features, 3)
+
+    for start in (0.0, 0.5):
+        with pytest.raises(RuntimeError, match=r"'model.3.weight' was replaced within a step"):
+            trainer(DPFCallback(0.5, start=start, **{**AT_ONCE, "end": max(start, 0.5)})).fit(made(Limited), loader())

@@ -326,7 +326,6 @@ CHANGES = {
     "long list": ("long", lambda net: net.long.append(0)),
     "long dict": ("wide", lambda net: net.wide.update({-len(net.wide): 0})),
     "module deeper down": ("child.1.count", lambda net: setattr(net.child[1], "count", net.child[1].count + 1)),
-    "mode": ("child.1.training", lambda net: net.child[1].train(not net.child[1].training)),
     "new attribute": ("at1", lambda net: setattr(net, "at1" if hasattr(net, "at0") else "at0", 1)),
 }
 
