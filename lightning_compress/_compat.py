@@ -351,6 +351,8 @@ def is_batched(tensor: torch.Tensor) -> bool:
 
 def runs_again() -> bool:
     """Whether this is within a backward pass, as where activation checkpointing runs a forward pass again."""
+    if torch.compiler.is_compiling():  # it cannot be traced, and compiled code does its own recomputation
+        return False
     return bool(torch._C._current_graph_task_id() != -1)
 
 

@@ -560,7 +560,7 @@ MUTATIONS = (
     Mutation(
         "the dense pass counts in the statistics",
         DCIL,
-        "**scratch(module.buffers()), ",
+        "**scratch(buffers), ",
         "",
         f"{DYNAMIC_EXACT}::test_dcil",
     ),

@@ -184,6 +184,7 @@ class DCILCallback(DynamicMaskCallback):
         """As the base; add the dense pass, and what the two learn from each other."""
         super().attach(controller, stack, trainer, pl_module)
         stack.callback(self._put_away)
+        self._norms_and_classifier(pl_module)  # what is wrong with names is said before the first step
         masks = self._require_masks()
         others = {name: DenseWeight(view) for name, view in masks.views.items()}
         self._another = stack.enter_context(controller.weights.owned_for_another_pass(self.name, others))
@@ -238,6 +239,19 @@ class DCILCallback(DynamicMaskCallback):
 
     # Private
 
+    def _norms_and_classifier(self, module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+        """The layers that are the dense path's own, as far as they can be told without a step."""
+        if self._own is None:
+            return {}, {}
+        masked = {id(weight) for weight in self._require_masks().weights.values()}
+        norms = norms_of(module, self.norms, masked)
+        if self.dense_path == "own_norm" and not norms:
+            raise ValueError(
+                f"dense_path='own_norm' has no effect: {type(module).__name__} has no norm layers; choose 'shared'"
+            )
+        names = self.classifier or self._own.classifier  # those of a checkpoint
+        return norms, classifiers_named(module, names, masked) if names else {}
+
     @staticmethod
     def _of_its_own(classifier: Sequence[str], norms: Sequence[str]) -> str:
         parts = [("classifier", classifier), ("norm layers", norms)]
@@ -246,7 +260,8 @@ class DCILCallback(DynamicMaskCallback):
     def _put_away(self) -> None:
         """At the end of a fit, keep what the dense path had for itself, for a fit that goes on."""
         self._own_state = None if self._own is None else self._own.state()
-        self._own = None
+        self._own = self._called = None
+        self._first_statistics = {}
 
     @contextmanager
     def _dense_pass(self) -> Iterator[None]:
@@ -257,10 +272,12 @@ class DCILCallback(DynamicMaskCallback):
             if not self._own.layers:
                 self._find_own(module)
             own = self._own.stand_ins()
-        rest = [weight for weight in module.parameters() if weight.requires_grad]  # views are in front of the masked
+        # all parameters, also those that are masked, of which the module sees the views in front
+        rest = [leaf for leaf in module.parameters() if leaf.requires_grad and id(leaf) not in own]
+        buffers = [buffer for buffer in module.buffers() if id(buffer) not in own]
         if self._another is None:
             raise RuntimeError(f"{type(self).__name__} is only active during a fit")
-        with standing_in(module, {**scratch(module.buffers()), **unlearning(rest), **own}), self._another():
+        with standing_in(module, {**scratch(buffers), **unlearning(rest), **own}), self._another():
             yield
         self.effects["the dense pass"] += 1
 
@@ -268,18 +285,13 @@ class DCILCallback(DynamicMaskCallback):
         """Find the layers that are the dense path's own, and copy them."""
         if self._own is None:
             raise RuntimeError("the dense path shares all of its layers")
-        masked = {id(weight) for weight in self._require_masks().weights.values()}
-        layers = norms_of(module, self.norms, masked)
-        if self.dense_path == "own_norm" and not layers:
-            raise ValueError(
-                f"dense_path='own_norm' has no effect: {type(module).__name__} has no norm layers; choose 'shared'"
-            )
+        norms, classifier = self._norms_and_classifier(module)
         if self.dense_path == "own":
-            names = self.classifier or self._own.classifier  # those of a checkpoint
-            last = last_layer(module, self._called(), masked) if self._called is not None else {}
-            classifier = classifiers_named(module, names, masked) if names else last
+            if not classifier and self._called is not None:
+                masked = {id(weight) for weight in self._require_masks().weights.values()}
+                classifier = last_layer(module, self._called(), masked)
             self._own.classifier = list(classifier)
-            layers |= classifier
+        layers = {**norms, **classifier}
         self._recording.close()
         self._called = None
         order = {id(part): index for index, part in enumerate(module.modules())}
@@ -288,8 +300,8 @@ class DCILCallback(DynamicMaskCallback):
         owned: OwnedParameters = self._own.copy(chosen, self._trainer.optimizers[0], self._first_statistics)
         self._first_statistics = {}
         self.own(owned)
-        norms = [name for name in chosen if name not in self._own.classifier]
-        log.info("%s: the dense path has its own %s", self.name, self._of_its_own(self._own.classifier, norms))
+        others = [name for name in chosen if name not in self._own.classifier]
+        log.info("%s: the dense path has its own %s", self.name, self._of_its_own(self._own.classifier, others))
 
     def _between(self, passes: Mapping[str, Pass]) -> Tensor | None:
         """What the two passes learn from each other; log both task losses."""
@@ -300,7 +312,9 @@ class DCILCallback(DynamicMaskCallback):
         for name, seen in (("pruned", pruned), ("dense", dense)):
             if seen.task_loss is not None:
                 self.log_quantity(f"{name}_task_loss", seen.task_loss.detach(), batch_size=1)
-        if self.student_capture is None or self._require_progress().fraction < self.kl_start:
+        begun = self._require_progress().fraction >= self.kl_start
+        first_step = self._require_controller().steps == 0  # when what will be needed later is looked for
+        if self.student_capture is None or not (begun or first_step):
             return None
         try:
             calls = [call for seen in (pruned, dense) if (call := seen.call(self.student_capture)) is not None]
@@ -316,6 +330,8 @@ class DCILCallback(DynamicMaskCallback):
             )
         first, second = (find_logits(call.output, self.output, owner="network") for call in calls)
         dimension = self._class_dimension(first)
+        if not begun:
+            return None
         losses = [
             F.distillation_loss(one, other, self.temperature, class_dim=dimension)
             for one, other in ((first, second), (second, first))

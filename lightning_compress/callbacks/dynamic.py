@@ -64,7 +64,8 @@ class DynamicMaskCallback(MaskCallback):
     def dead_filters_by_weight(self) -> dict[str, int]:
         """How many filters are masked completely now, of the weights where there are any."""
         masks = self.masks
-        dead = {name: count_dead_filters(masks[name], where) for name, where in self._filters.items() if masks}
+        known = {name: where for name, where in self._filters.items() if name in masks}  # since the last fit began
+        dead = {name: count_dead_filters(masks[name], where) for name, where in known.items()}
         return {name: count for name, count in dead.items() if count}
 
     # What the base asks

@@ -35,7 +35,7 @@ class MaskedWeightsCallback(CompressionCallback):
     dense ones, from which a later fit goes on if the module is as the last one left it.
 
     Args:
-        layers: Selectors of the layers whose weights are masked; None for all convolutions and linear layers.
+        layers: Selectors of the layers whose weights are masked; None for ``default_layers``.
         exclude: Selectors of layers that are left dense.
         name: As in the base class.
     """

@@ -44,7 +44,7 @@ class MaskCallback(MaskedWeightsCallback):
         start: Fraction of the training at which masking begins, in [0, 1].
         end: Fraction at which the sparsity is reached, from ``start`` to 1.
         update_interval: Optimizer steps between two updates of the masks.
-        layers: Selectors of the layers whose weights are masked; None for all convolutions and linear layers.
+        layers: Selectors of the layers whose weights are masked; None for ``default_layers``.
         exclude: Selectors of layers that are left dense.
         guard_checkpoints: Whether a checkpoint that ``ModelCheckpoint`` monitors is kept only from the final sparsity
             on, so that "best" is as sparse as its name says.

@@ -131,7 +131,8 @@ class FurtherPass:
     def _fingerprints(self) -> dict[str, Any]:
         """What tells whether an attribute, or a parameter, has changed, by its dotted name."""
         parameters = {name: (_Same(own), own._version, own.data_ptr()) for name, own in self._module.named_parameters()}
-        attributes = {place: _fingerprint(value, set(self._children)) for place, value in self._attributes()}
+        seen = set(self._children)  # what several attributes hold is looked into once
+        attributes = {place: _fingerprint(value, seen) for place, value in self._attributes()}
         return {**parameters, **attributes, **self._simple_attributes()}
 
     def _simple_attributes(self) -> dict[str, Any]:
@@ -180,8 +181,8 @@ def _fingerprint(value: Any, seen: set[int]) -> Any:
         return _Same(value)
     if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
         raise RuntimeError(
-            f"the module keeps an iterator, {type(value).__name__}, and a step that draws from it would draw twice on "
-            "each batch here; let the training data give what the step needs"
+            f"the module, or its batch, keeps an iterator, {type(value).__name__}, and a step that draws from it would "
+            "draw twice here; let the training data give what the step needs"
         )
     if isinstance(value, Tensor):
         return _Same(value), None if value.is_inference() else value._version

@@ -97,9 +97,7 @@ class OwnedParameters:
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
         if reduce is not None:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad = reduce(parameter.grad)
+            _reduce_together(parameters, reduce)
         if scaler is None:
             self.optimizer.step()
         else:
@@ -129,6 +127,20 @@ class OwnedParameters:
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would go on in the very tensors
         self.steps = state["steps"]
         self._stashed = None
+
+
+def _reduce_together(parameters: Sequence[Tensor], reduce: Callable[[Tensor], Tensor]) -> None:
+    """Reduce the gradients of parameters, those of one type and device at once: each call waits for all processes."""
+    groups: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter)
+    for group in groups.values():
+        gradients = [parameter.grad for parameter in group if parameter.grad is not None]
+        reduced = reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = torch.split(reduced, [gradient.numel() for gradient in gradients])
+        for parameter, part in zip(group, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
 
 
 def refuse_lbfgs(optimizers: Sequence[torch.optim.Optimizer], what: str) -> None:

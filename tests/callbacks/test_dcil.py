@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import lightning.pytorch as L
 import numpy as np
@@ -831,7 +832,7 @@ def test_a_step_that_calls_no_network():
 
     with pytest.raises(CaptureError, match=r"'convolution', 'linear'; choose the network with student="):
         fitted(DCILCallback(0.5), Inline)
-    with pytest.raises(CaptureError, match="the first training step called no other"):
+    with pytest.raises(ValueError, match="the step called no network 'other'; name it with student="):
         fitted(DCILCallback(0.5, student="other"), Inline)
     _, fitting = fitted(DCILCallback(0.5, kl_start=1.0, **AT_ONCE), Inline)
     assert float(fitting.callback_metrics["compress/dcil/sparsity"]) == 0.5
@@ -1170,3 +1171,37 @@ def test_a_mode_that_the_step_leaves_behind_is_not_that_of_the_second_pass():
     module, _ = fitted(DCILCallback(0.4, **AT_ONCE), Leaves, max_steps=2)
     assert modes == [True] * 4
     assert not module.model[1].training
+
+
+def test_both_passes_run_whole_compiled_graphs(fresh_compiler):
+    counter = torch._dynamo.testing.CompileCounter()
+    module = made(NormClassifier)
+    module.model = torch.compile(module.model, backend=counter)
+    callback = DCILCallback(0.4, classifier="model.4", **AT_ONCE)
+    trainer(callback).fit(module, loader(), loader())
+    assert counter.frame_count <= 6  # one for each kind of pass and mode, not one for each layer
+
+
+class TwoViews(NormClassifier):
+    def forward(self, x):
+        return (self.model(x) + self.model(x.flip(0)).flip(0)) / 2
+
+    def task_loss(self, batch):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("kind", [Regression, TwoViews])
+def test_what_the_two_cannot_learn_from_each_other_is_said_in_the_first_step(kind):
+    fitting = trainer(DCILCallback(0.4, kl_start=0.9, student="model", **AT_ONCE))
+    with pytest.raises((ValueError, CaptureError), match="kl_start=1"):
+        fitting.fit(made(kind), loader())
+    assert fitting.global_step == 0
+
+
+def test_an_interruption_in_the_first_step_leaves_nothing_in_the_callback():
+    module, callback = made(NormClassifier), DCILCallback(0.5, **AT_ONCE)
+    module.fails_at = 0
+    with pytest.raises(RuntimeError, match="the step is broken"):
+        trainer(callback).fit(module, loader())
+    assert pickle.loads(pickle.dumps(callback)).sparsity == 0.5
+    assert callback._first_statistics == {}

@@ -547,7 +547,7 @@ def test_generators_at_any_depth_are_wound_back(attributes):
 
 
 def test_an_iterator_is_refused():
-    with pytest.raises(RuntimeError, match="keeps an iterator, list_iterator, and a step that draws from it would"):
+    with pytest.raises(RuntimeError, match="keeps an iterator, list_iterator, and a step that draws from it"):
         twice(with_attribute(batches=iter([1, 2, 3])), lambda net: next(net.batches))
 
 
