@@ -32,6 +32,7 @@ from contract.traces import is_portable, traces
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.loggers.logger import Logger
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import CatMetric, MeanMetric, MetricCollection
@@ -1174,7 +1175,7 @@ def test_a_mode_that_the_step_leaves_behind_is_not_that_of_the_second_pass():
 
 
 def test_both_passes_run_whole_compiled_graphs(fresh_compiler):
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     module = made(NormClassifier)
     module.model = torch.compile(module.model, backend=counter)
     callback = DCILCallback(0.4, classifier="model.4", **AT_ONCE)
