@@ -75,8 +75,8 @@ class FurtherPass:
             name: Of the pass, for messages.
 
         Raises:
-            RuntimeError: If the first pass changed its batch, or this one attributes of the module; metrics and random
-                states are as the first pass left them then.
+            RuntimeError: If the first pass changed its batch, or this one attributes of the module, or it takes
+                gradients of its own; metrics and random states are as the first pass left them then.
         """
         module = self._module
         if _fingerprint(self._arguments, set()) != self._batch:
@@ -97,7 +97,16 @@ class FurtherPass:
                 if is_metric(part):
                     stack.enter_context(attributes_kept(part, whole=True, data=TABLES))
             before, values = self._fingerprints(), self._frozen_values()
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                if "require grad" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"the step of {type(module).__name__} takes gradients by parameters that do not learn in the pass "
+                    f"'{name}', in which it runs once more: a technique that runs the step once, such as DPFCallback, "
+                    f"can have that ({error})"
+                ) from error
             after = self._fingerprints()
         changed = [place for place in {**before, **after} if before.get(place) != after.get(place)]
         changed += [name for name, (own, value) in values.items() if name not in changed and not _equal(own, value)]

@@ -346,7 +346,8 @@ class WeightViews:
             for other in others:
                 stack.callback(self._others.remove, other)
             for name, module in self.module.named_modules():  # all: the pass may see also what has no view otherwise
-                if any(parameter is not None for parameter in module._parameters.values()):
+                reads = any(parameter is not None for parameter in module._parameters.values())
+                if reads or _compat.is_compiled(module):  # within compiled code a hook cannot tell
                     hook = _RefusesAgain(owner, plain_name(name), module)
                     stack.callback(module.register_forward_pre_hook(hook).remove)
             yield another

@@ -1206,3 +1206,27 @@ def test_an_interruption_in_the_first_step_leaves_nothing_in_the_callback():
         trainer(callback).fit(module, loader())
     assert pickle.loads(pickle.dumps(callback)).sparsity == 0.5
     assert callback._first_statistics == {}
+
+
+def test_activation_checkpointing_around_compiled_code_is_refused(fresh_compiler):
+    class Compiled(Classifier):
+        def build(self):
+            super().build()
+            self.body = torch.compile(self.model[:2], backend="eager")
+
+        def forward(self, x):
+            return self.model[2:](checkpoint(self.body, x, use_reentrant=False))
+
+    with pytest.raises(RuntimeError, match="activation checkpointing runs the layer"):
+        fitted(DCILCallback(0.4, student="model.3", **SHARED, **AT_ONCE), Compiled)
+
+
+def test_a_step_that_takes_gradients_of_its_own_is_told_why_it_cannot():
+    class Penalty(Classifier):
+        def task_loss(self, batch):
+            loss = super().task_loss(batch)
+            (own,) = torch.autograd.grad(loss, self.model[3].weight, create_graph=True)
+            return loss + own.square().sum()
+
+    with pytest.raises(RuntimeError, match="takes gradients by parameters that do not learn in the pass 'dense'"):
+        fitted(DCILCallback(0.4, **SHARED, **AT_ONCE), Penalty)
