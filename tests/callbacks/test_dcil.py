@@ -1223,8 +1223,8 @@ def test_activation_checkpointing_around_compiled_code_is_refused(fresh_compiler
 
 def test_a_step_that_takes_gradients_of_its_own_is_told_why_it_cannot():
     class Penalty(Classifier):
-        def task_loss(self, batch):
-            loss = super().task_loss(batch)
+        def training_step(self, batch, batch_idx):
+            loss = self.task_loss(batch)
             (own,) = torch.autograd.grad(loss, self.model[3].weight, create_graph=True)
             return loss + own.square().sum()
 
