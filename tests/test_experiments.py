@@ -291,6 +291,7 @@ def test_the_swing_is_the_deviation_of_the_steps_between_accuracies():
     assert watch.swing([0.5, 0.6, 0.5]) == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*(held at their floor|masked completely)")
 def test_masks_are_watched_while_they_change(tmp_path, monkeypatch):
     tiny = data.Split(images(256), images(20), images(40))

@@ -1208,6 +1208,7 @@ def test_an_interruption_in_the_first_step_leaves_nothing_in_the_callback():
     assert callback._first_statistics == {}
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_around_compiled_code_is_refused(fresh_compiler):
     class Compiled(Classifier):
         def build(self):
