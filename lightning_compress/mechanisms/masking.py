@@ -34,6 +34,10 @@ class MaskedWeight:
     @mask.setter
     def mask(self, mask: Tensor | None) -> None:
         self._mask, self._changed = mask, True
+        self._renew()
+
+    def _renew(self) -> None:
+        """Derive from a new mask what a view needs of it."""
 
     @property
     def plain(self) -> bool:
@@ -120,16 +124,10 @@ class FeedbackWeight(MaskedWeight):
         self._alive: Tensor | None = None
         super().__init__(mask)
 
-    @property
-    def mask(self) -> Tensor | None:
-        """The mask; None before there is one."""
-        return self._mask
-
-    @mask.setter
-    def mask(self, mask: Tensor | None) -> None:
-        self._mask, self._changed, self._alive = mask, True, None
-        if mask is not None and self.filters is not None:
-            alive = live_filters(mask, self.filters)
+    def _renew(self) -> None:
+        self._alive = None
+        if self._mask is not None and self.filters is not None:
+            alive = live_filters(self._mask, self.filters)
             self._alive = None if bool(alive.all()) else alive
 
     def gradient(self, gradient: Tensor) -> Tensor:
