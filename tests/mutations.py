@@ -45,6 +45,11 @@ CONTROLLER = f"{PACKAGE}/mechanisms/controller.py"
 STUDENT = f"{PACKAGE}/mechanisms/student.py"
 TEACHER = f"{PACKAGE}/mechanisms/teacher.py"
 WRAPPING = f"{PACKAGE}/mechanisms/wrapping.py"
+PSGD = f"{PACKAGE}/callbacks/psgd.py"
+VALIDATING = f"{PACKAGE}/callbacks/validating.py"
+GRADIENTS = f"{PACKAGE}/functional/gradients.py"
+SCALED_STEPS = f"{PACKAGE}/mechanisms/scaled_steps.py"
+OPTIMIZERS = f"{PACKAGE}/mechanisms/optimizers.py"
 
 EXACT = "tests/callbacks/test_distillation_exact.py"
 PRUNING_EXACT = "tests/callbacks/test_pruning_exact.py"
@@ -53,6 +58,8 @@ VIEWS_TEST = "tests/mechanisms/test_views.py"
 DYNAMIC_EXACT = "tests/callbacks/test_dynamic_exact.py"
 FURTHER_TEST = "tests/mechanisms/test_further.py"
 STANDINS_TEST = "tests/mechanisms/test_standins.py"
+PSGD_EXACT = "tests/callbacks/test_psgd_exact.py"
+PSGD_TEST = "tests/callbacks/test_psgd.py"
 CONTRACT = "tests/contract"
 
 
@@ -633,6 +640,77 @@ MUTATIONS = (
         "            _compat.refresh_flat_weights(module)\n        yield",
         "        yield",
         STANDINS_TEST,
+    ),
+    Mutation(
+        "gradients are scaled before clipping",
+        PSGD,
+        """                steps.prepare(optimizer)
+            return original(optimizer)
+""",
+        """                pass
+            result = original(optimizer)
+            steps.prepare(optimizer)
+            return result
+""",
+        f"{PSGD_EXACT}::test_what_others_see",
+    ),
+    Mutation(
+        "the scale is kept in checkpoints",
+        PSGD,
+        '            "lambda": self.lambda_s,\n',
+        '            "lambda": None,\n',
+        f"{PSGD_EXACT}::test_a_resumed_run_equals_the_whole",
+    ),
+    Mutation(
+        "decoupled weight decay is not scaled",
+        OPTIMIZERS,
+        """        kept: float | Tensor = 1 - group["lr"] * group["weight_decay"]
+""",
+        """        kept: float | Tensor = 1 - 0.0 * group["lr"]
+""",
+        f"{PSGD_EXACT}::test_what_adaptive_optimizers_add_is_scaled",
+    ),
+    Mutation(
+        "an update that a fused optimizer skipped is not scaled",
+        SCALED_STEPS,
+        "if not names or not before or found_infinite(optimizer):",
+        "if not names or not before:",
+        f"{PSGD_EXACT}::test_adam_with_a_real_scaler",
+    ),
+    Mutation(
+        "the grid of an update is that before the step",
+        GRADIENTS,
+        "steps = None if bits is None else _steps(before, bits, axes)",
+        "steps = None if bits is None else _steps(weights, bits, axes)",
+        f"{PSGD_EXACT}::test_what_adaptive_optimizers_add_is_scaled",
+    ),
+    Mutation(
+        "a step past Lightning's hooks is refused",
+        SCALED_STEPS,
+        "if names and id(optimizer) not in self._prepared:",
+        "if False:",
+        f"{PSGD_TEST}::test_steps_past_lightning_are_refused",
+    ),
+    Mutation(
+        "a skipped batch is no first step",
+        PSGD,
+        "if steps.has_work(optimizer):",
+        "if True:",
+        f"{PSGD_TEST}::test_a_skipped_batch_skips_everything",
+    ),
+    Mutation(
+        "what is validated is masked before it is rounded",
+        VALIDATING,
+        "vars(site.module).get(site.attribute, weight)",
+        "weight",
+        f"{PSGD_TEST}::test_masked_weights_are_validated_masked",
+    ),
+    Mutation(
+        "biases that were left out stay out in a resumed run",
+        PSGD,
+        'return dict(state["bits"])',
+        "return dict.fromkeys(weights, self.bits)",
+        f"{PSGD_TEST}::test_a_resume_keeps_left_out_biases_out",
     ),
 )
 

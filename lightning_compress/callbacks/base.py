@@ -133,6 +133,11 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """The teacher, for the report; None for techniques without one."""
         return None
 
+    @property
+    def weight_bits_given(self) -> int | None:
+        """Bits of the weights that it will have scales for, for an integer file; None for techniques without."""
+        return None
+
     def remarks(self) -> list[str]:
         """Sentences that the report shows below its tables."""
         return []
@@ -440,6 +445,28 @@ def together(
     problem = tell(None)
     if problem is not None:
         raise RuntimeError(f"rank 0 failed: {problem}")
+
+
+def found_by_rank_zero(trainer: Any, pl_module: Any, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What rank 0 measures while the others wait for it; told to all of them.
+
+    Args:
+        trainer: The user's Trainer.
+        pl_module: The module.
+        measure: Called on rank 0 only.
+
+    Returns:
+        Its result, on every rank.
+    """
+    found: dict[str, float] = {}
+
+    def work(trainer: Any, pl_module: Any) -> None:
+        found.update(measure() if trainer.is_global_zero else {})
+
+    with _compat.patient_group(trainer.world_size) as tell:
+        together(tell, work, trainer, pl_module)
+    result: dict[str, float] = trainer.strategy.broadcast(found)
+    return result
 
 
 def _primitive(value: Any) -> Any:

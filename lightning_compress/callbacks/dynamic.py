@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_flag
-from lightning_compress.callbacks.base import together
+from lightning_compress.callbacks.base import found_by_rank_zero
 from lightning_compress.callbacks.masks import MaskCallback
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.evaluate import evaluate_forward, has_validation
@@ -21,7 +20,7 @@ from lightning_compress.functional.masks import Filters, count_dead_filters
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_, statistics_kept
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.selection import listing
-from lightning_compress.mechanisms.weights import filters_of, sites_of
+from lightning_compress.mechanisms.weights import filters_of, sites_of, weights_replaced
 
 
 def counted(dead: Mapping[str, int]) -> str:
@@ -123,17 +122,12 @@ class DynamicMaskCallback(MaskCallback):
         if not (self.reestimated_validation and self._validated):
             return
         self._validated = False
-        found: dict[str, float] = {}
-
-        def validate(trainer: Any, pl_module: Any) -> None:
-            found.update(evaluate_forward(pl_module, trainer) if trainer.is_global_zero else {})
-
-        with self._compressed_weights(), statistics_kept(pl_module):
+        masks = self._require_masks()
+        with weights_replaced(masks.weights, masks.masked), statistics_kept(pl_module):
             reestimate_batchnorm_(trainer, pl_module)
-            with _compat.patient_group(trainer.world_size) as tell:
-                together(tell, validate, trainer, pl_module)
+            found = found_by_rank_zero(trainer, pl_module, lambda: evaluate_forward(pl_module, trainer))
         many = trainer.world_size > 1
-        for metric, value in trainer.strategy.broadcast(found).items():
+        for metric, value in found.items():
             pl_module.log(f"compress/{self.name}/reestimated/{metric}", value, sync_dist=many, batch_size=1)
 
     # Private
@@ -153,18 +147,3 @@ class DynamicMaskCallback(MaskCallback):
         device = kept[0].device
         norms = [torch.linalg.vector_norm(torch.stack([own.to(device) for own in part])) for part in (kept, pruned)]
         return {"gradient_norm_kept": norms[0], "gradient_norm_pruned": norms[1]}
-
-    @contextmanager
-    def _compressed_weights(self) -> Iterator[None]:
-        """Let the module hold the masked weights for a while."""
-        masks = self._require_masks()
-        dense = {name: weight.detach().clone() for name, weight in masks.weights.items()}
-        try:
-            with torch.no_grad():
-                for name, weight in masks.weights.items():
-                    weight.copy_(masks.masked(name, weight))
-            yield
-        finally:
-            with torch.no_grad():
-                for name, weight in masks.weights.items():
-                    weight.copy_(dense[name])

@@ -9,6 +9,7 @@ from lightning_compress.functional.attention import (
     gradient_transfer_loss,
 )
 from lightning_compress.functional.factors import factor_transfer_loss, reconstruction_loss
+from lightning_compress.functional.gradients import position_scale, zero_scale
 from lightning_compress.functional.masks import (
     churn,
     erk_sparsities,
@@ -23,6 +24,16 @@ from lightning_compress.functional.masks import (
     smallest_masks,
     sparsity_of,
     taylor_score,
+)
+from lightning_compress.functional.quantizers import (
+    fake_quantize,
+    integer_limits,
+    learned_step_quantize,
+    mse_grid,
+    nearest_grid_point,
+    quantization_grid,
+    quantize,
+    range_grid,
 )
 from lightning_compress.functional.schedules import (
     Schedule,
@@ -59,22 +70,32 @@ __all__ = [
     "distillation_loss",
     "erk_sparsities",
     "factor_transfer_loss",
+    "fake_quantize",
     "fewest_kept",
     "gradient_transfer_loss",
     "hard_distillation_loss",
+    "integer_limits",
     "iterative_schedule",
     "l2_score",
     "layer_zeros",
+    "learned_step_quantize",
     "linear_schedule",
     "magnitude_mask",
     "magnitude_score",
+    "mse_grid",
     "n_m_mask",
     "n_m_masks",
+    "nearest_grid_point",
+    "position_scale",
+    "quantization_grid",
+    "quantize",
     "random_score",
+    "range_grid",
     "reconstruction_loss",
     "regression_distillation_loss",
     "smallest_masks",
     "sparsity_of",
     "taylor_score",
     "teacher_agreement",
+    "zero_scale",
 ]

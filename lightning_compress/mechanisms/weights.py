@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
@@ -95,6 +97,36 @@ def named_weights(root: nn.Module) -> dict[str, nn.Parameter]:
         ['0.weight', '0.bias', '1.weight', '1.bias']
     """
     return {plain_name(name): parameter for name, parameter in root.named_parameters(remove_duplicate=False)}
+
+
+@contextmanager
+def weights_replaced(weights: Mapping[str, nn.Parameter], value: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Let parameters hold other values for a while.
+
+    Args:
+        weights: Name to parameter.
+        value: From the name and the value of each to what it holds meanwhile, of the same shape.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> before = layer.weight.item()
+        >>> with weights_replaced({"weight": layer.weight}, lambda name, weight: torch.zeros_like(weight)):
+        ...     print(layer.weight.item())
+        0.0
+        >>> layer.weight.item() == before
+        True
+    """
+    before: dict[str, Tensor] = {}
+    try:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                before[name] = weight.detach().clone()
+                weight.copy_(value(name, before[name]))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, own in before.items():
+                weights[name].copy_(own)
 
 
 def select_weights(

@@ -1,6 +1,6 @@
 """What a training step with a callback costs: over the plain step, or with a teacher over that plus its forward.
 
-    python -m tests.benchmarks.step_cost [kd at ft pruning dpf dcil] [--profile]
+    python -m tests.benchmarks.step_cost [kd at ft pruning dpf dcil psgd] [--profile]
 
 Every arm is a whole ``Trainer.fit`` with its own module, in a thread of its own, and the threads take turns: one step
 of each arm a round, in random order, never two at once. So an arm's time is that of Lightning's real loop, from the
@@ -17,7 +17,7 @@ memory back to the system and takes it again in every step. In factor transfer, 
 paraphraser themselves cost; attention by gradients runs the teacher forward and backward, and the student backward
 twice. Pruning by hand multiplies weights by a fixed mask in each step; the callback is measured with fixed masks, and
 while its masks change, which they do for three quarters of a training unless other fractions are given. DCIL by hand is
-the step twice, the second time with ``(1 - M) * g``, and nothing else.
+the step twice, the second time with ``(1 - M) * g``, and nothing else. PSGD by hand is the plain formula.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from lightning_compress import (
     DPFCallback,
     FactorTransferCallback,
     PruningCallback,
+    PSGDCallback,
 )
 from lightning_compress.demo import SmallResNet
 from lightning_compress.functional import (
@@ -59,6 +60,7 @@ from lightning_compress.functional import (
     distillation_loss,
     factor_transfer_loss,
     magnitude_mask,
+    position_scale,
 )
 from lightning_compress.modules import Paraphraser, Translator
 from lightning_compress.report.latency import median_interval
@@ -70,6 +72,7 @@ TARGETS = {
     "ft": "1.15 for the callback over the arm by hand",
     "pruning": "1.03 for the callback over the reference",
     "dpf": "1.05 for the callback over the reference",
+    "psgd": "1.03 for the callback with a grid for each tensor over the reference",
     "dcil": "2.05 with a shared dense path, 2.2 with an own one",
 }
 
@@ -179,6 +182,15 @@ class PrunedByHand(Plain):
         return loss
 
 
+class ScaledByHand(Plain):
+    """PSGD written into a hook as the formula is."""
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for weight in self.network.parameters():
+            if weight.ndim > 1 and weight.grad is not None:
+                weight.grad *= 50.0 * position_scale(weight, 4)
+
+
 class TwoNetworksByHand(PrunedByHand):
     """DCIL written into the step, its dense path shared: two passes, of which each weight learns from one."""
 
@@ -262,7 +274,7 @@ def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], las
     """The arms of one technique; the first is the reference.
 
     Args:
-        technique: "kd", "at", "ft", "pruning", "dpf" or "dcil".
+        technique: "kd", "at", "ft", "pruning", "dpf", "dcil" or "psgd".
         pair: Makes a student and a teacher, from the same weights each time.
         last: Name of the layer that ends the last stage of both.
     """
@@ -281,6 +293,14 @@ def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], las
             Arm("plain step", Plain(pair()[0])),
             Arm("by hand, masks fixed", PrunedByHand(pair()[0])),
             *(Arm(name, Plain(pair()[0]), [PruningCallback(0.9, **own)]) for name, own in settings.items()),
+        ]
+
+    if technique == "psgd":
+        ways = {"": {}, ", a grid for each channel": {"granularity": "channel"}, ", updates": {"apply_to": "update"}}
+        return [
+            Arm("plain step", Plain(pair()[0])),
+            Arm("by hand", ScaledByHand(pair()[0])),
+            *(Arm(f"PSGDCallback{name}", Plain(pair()[0]), [PSGDCallback(**own)]) for name, own in ways.items()),
         ]
 
     if technique in ("dpf", "dcil"):

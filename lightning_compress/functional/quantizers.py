@@ -1,0 +1,375 @@
+"""Quantisers: grids of few bits, and the rounding of tensors to them.
+
+A grid is a step (``scale``) and an integer that stands for zero (``zero_point``). Weights get symmetric grids with as
+many points below zero as above, activations affine grids that contain zero. Integers and values are those of ONNX's
+``QuantizeLinear`` and ``DequantizeLinear``: ``clamp(round(x / scale) + zero_point)``, ties to even.
+
+Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018,
+arXiv:1712.05877. Learned steps: Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv:1902.08153.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FEWEST_BITS, MOST_BITS = 2, 8
+SHRINKAGES = 100  # clipped ranges that are tried, down to a hundredth of the largest
+
+
+def check_bits(bits: int, argument: str = "bits") -> int:
+    """Refuse a number of bits that no grid here has.
+
+    Args:
+        bits: 2 to 8.
+        argument: Its name in the error message.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: If it is no whole number from 2 to 8.
+
+    Example:
+        >>> check_bits(4)
+        4
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not FEWEST_BITS <= bits <= MOST_BITS:
+        raise ValueError(f"{argument} must be a whole number from {FEWEST_BITS} to {MOST_BITS}, got {bits!r}")
+    return bits
+
+
+def integer_limits(bits: int, *, signed: bool = True) -> tuple[int, int]:
+    """The smallest and the largest integer of a grid.
+
+    Args:
+        bits: 2 to 8.
+        signed: Symmetric and narrow, +-(2^(bits-1) - 1); otherwise from 0 to 2^bits - 1.
+
+    Returns:
+        Both.
+
+    Raises:
+        ValueError: If ``bits`` is out of range.
+
+    Example:
+        >>> integer_limits(4), integer_limits(4, signed=False)
+        ((-7, 7), (0, 15))
+    """
+    check_bits(bits)
+    highest = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+    return (-highest if signed else 0), highest
+
+
+def quantization_grid(weight: Tensor, bits: int, *, axis: int | None = None) -> Tensor:
+    """Step of the symmetric grid whose last point is the largest magnitude.
+
+    Args:
+        weight: Any shape, floating.
+        bits: 2 to 8.
+        axis: Dimension that has a grid for each of its entries; None: one grid for all.
+
+    Returns:
+        ``max|w| / (2^(bits-1) - 1)``, of 0 dimensions, or with ``axis`` of shape ``(weight.shape[axis],)``; float32, or
+        float64 for float64 weights. 1 where the magnitudes are 0, or too small for a normal step.
+
+    Raises:
+        ValueError: If ``bits`` is out of range, or a weight is NaN or infinite.
+
+    Example:
+        >>> quantization_grid(torch.tensor([0.70, 0.33, -0.12, 0.05, -0.70]), bits=4)
+        tensor(0.1000)
+    """
+    _, highest = integer_limits(bits)
+    return _usable(_magnitude(weight, axis) / highest)
+
+
+def mse_grid(weight: Tensor, bits: int, *, axis: int | None = None) -> Tensor:
+    """Step of the symmetric grid with the least squared error, large magnitudes clipped.
+
+    Args:
+        weight: Any shape, floating.
+        bits: 2 to 8.
+        axis: As in :func:`quantization_grid`.
+
+    Returns:
+        The best of 100 evenly spaced fractions of :func:`quantization_grid`'s step, that itself among them; of equally
+        good ones the largest. Shape and type as there.
+
+    Raises:
+        ValueError: As :func:`quantization_grid`.
+
+    Example:
+        >>> weight = torch.tensor([1.0, *[0.33] * 40])  # one outlier: with 2 bits the grid is better off without it
+        >>> mse_grid(weight, bits=2)
+        tensor(0.3500)
+    """
+    lowest, highest = integer_limits(bits)
+    largest = quantization_grid(weight, bits, axis=axis)
+    rows = weight.detach().to(largest.dtype) / along(largest, weight, axis)  # of the size of 1: squares are numbers
+    rows = rows.reshape(1, -1) if axis is None else _rows(rows, axis)
+    steps = torch.ones_like(largest).reshape(-1)
+    best = steps.clone()
+    least = torch.full_like(best, torch.inf)
+    rounded = torch.empty_like(rows)
+    for tried in range(SHRINKAGES, 0, -1):
+        step = steps * (tried / SHRINKAGES)
+        torch.div(rows, step[:, None], out=rounded)
+        rounded.round_().clamp_(lowest, highest).mul_(step[:, None]).sub_(rows)
+        error = torch.linalg.vector_norm(rounded, dim=1)
+        better = error < least
+        best, least = torch.where(better, step, best), torch.where(better, error, least)
+    return _usable(best.reshape(largest.shape) * largest)
+
+
+def nearest_grid_point(weight: Tensor, step: Tensor, bits: int, *, axis: int | None = None) -> Tensor:
+    """The point of a symmetric grid that is nearest to each weight.
+
+    Args:
+        weight: Any shape, floating.
+        step: Of 0 dimensions, or of shape ``(weight.shape[axis],)``; positive.
+        bits: 2 to 8.
+        axis: Dimension that ``step`` belongs to, where it has one.
+
+    Returns:
+        ``step * clamp(round(weight / step), -limit, limit)``, ties to even; shape and type of ``weight``.
+
+    Raises:
+        ValueError: If ``bits`` is out of range.
+
+    Example:
+        >>> nearest_grid_point(torch.tensor([0.33, -0.12, 0.9]), torch.tensor(0.1), bits=4)
+        tensor([ 0.3000, -0.1000,  0.7000])
+    """
+    lowest, highest = integer_limits(bits)
+    step = along(step, weight, axis)
+    wide = weight.to(step.dtype)
+    return torch.div(wide, step).round_().clamp_(lowest, highest).mul_(step).to(weight.dtype)
+
+
+def range_grid(minimum: float, maximum: float, bits: int) -> tuple[float, int]:
+    """Scale and zero point of the affine grid over a range, widened so that it contains 0.
+
+    Args:
+        minimum: Smallest value.
+        maximum: Largest value.
+        bits: 2 to 8.
+
+    Returns:
+        ``scale = (maximum - minimum) / (2^bits - 1)``, a number that float32 represents, and ``zero_point =
+        clamp(round(-minimum / scale), 0, 2^bits - 1)``. For a range of nothing but 0 the scale is 1.
+
+    Raises:
+        ValueError: If ``bits`` is out of range, a limit is NaN or infinite, or the minimum above the maximum.
+
+    Example:
+        >>> range_grid(-1.0, 2.0, bits=2)
+        (1.0, 1)
+    """
+    _, highest = integer_limits(bits, signed=False)
+    limits = torch.tensor([minimum, maximum], dtype=torch.float64, device="cpu")
+    if not limits.isfinite().all() or minimum > maximum:
+        raise ValueError(f"a range must go from a finite number to one not below it, got {minimum!r} to {maximum!r}")
+    low, high = limits[0].clamp(max=0.0), limits[1].clamp(min=0.0)
+    scale = _usable(((high - low) / highest).float())
+    if not scale.isfinite():
+        raise ValueError(f"a range from {minimum!r} to {maximum!r} has a step that float32 does not represent")
+    zero_point = torch.round(-low / scale.double()).clamp(0, highest)
+    return scale.item(), int(zero_point.item())
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    quant_min: int,
+    quant_max: int,
+    *,
+    axis: int | None = None,
+) -> Tensor:
+    """The integers of a tensor on a grid.
+
+    Args:
+        x: Any shape, floating.
+        scale: Step of the grid, a number, of 0 dimensions or of shape ``(x.shape[axis],)``; positive.
+        zero_point: Integer that stands for 0, likewise.
+        quant_min: Smallest integer.
+        quant_max: Largest integer.
+        axis: Dimension that ``scale`` and ``zero_point`` belong to, where they have one.
+
+    Returns:
+        ``clamp(round(x / scale) + zero_point, quant_min, quant_max)``, ties to even; int32, shape of ``x``.
+
+    Example:
+        >>> quantize(torch.tensor([-1.0, 0.25, 0.75, 9.0]), 0.5, 1, 0, 3)
+        tensor([0, 1, 3, 3], dtype=torch.int32)
+    """
+    step = _step(scale, x, axis)
+    offset = along(zero_point, x, axis) if isinstance(zero_point, Tensor) else zero_point
+    return (torch.div(x.detach().to(step.dtype), step).round_() + offset).clamp_(quant_min, quant_max).to(torch.int32)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    quant_min: int,
+    quant_max: int,
+    *,
+    axis: int | None = None,
+) -> Tensor:
+    """Round a tensor to a grid; its gradient passes straight through.
+
+    Args:
+        x: Any shape, floating. Half precision is rounded in float32; the result is as near to the grid as its type has
+            numbers.
+        scale: As in :func:`quantize`.
+        zero_point: As in :func:`quantize`.
+        quant_min: As in :func:`quantize`.
+        quant_max: As in :func:`quantize`.
+        axis: As in :func:`quantize`.
+
+    Returns:
+        ``(quantize(x, ...) - zero_point) * scale``, shape and type of ``x``. The gradient is 1 where ``quant_min <=
+        round(x / scale) + zero_point <= quant_max`` and 0 elsewhere; neither scale nor zero point get one.
+
+    Example:
+        >>> x = torch.tensor([-1.0, 0.25, 0.75, 9.0], requires_grad=True)
+        >>> y = fake_quantize(x, 0.5, 1, 0, 3)
+        >>> y.sum().backward()
+        >>> y.tolist(), x.grad.tolist()
+        ([-0.5, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0])
+    """
+    step = _step(scale, x, axis)
+    offset = along(zero_point, x, axis).to(step.dtype) if isinstance(zero_point, Tensor) else zero_point
+    if not (torch.is_grad_enabled() and x.requires_grad):  # nothing is kept: in place, half the time
+        integers = torch.div(x.to(step.dtype), step).round_().add_(offset).clamp_(quant_min, quant_max)
+        return integers.sub_(offset).mul_(step).to(x.dtype)
+    quantised: Tensor = _Rounded.apply(x, step, offset, quant_min, quant_max)
+    return quantised
+
+
+def learned_step_quantize(x: Tensor, step: Tensor, bits: int, signed: bool = True) -> Tensor:
+    """Round to a grid whose step learns too (LSQ).
+
+    Args:
+        x: Any shape, floating.
+        step: Of 0 dimensions, positive.
+        bits: 2 to 8.
+        signed: From ``-2^(bits-1)`` to ``2^(bits-1) - 1``; otherwise from 0 to ``2^bits - 1``.
+
+    Returns:
+        ``round(clamp(x / step, lowest, highest)) * step``, shape of ``x``. The gradient is 1 for ``x`` where ``lowest <
+        x / step < highest`` and 0 elsewhere; for ``step`` it is ``round(x / step) - x / step`` there and ``lowest`` or
+        ``highest`` elsewhere, not scaled.
+
+    Raises:
+        ValueError: If ``bits`` is out of range or ``step`` is not positive.
+
+    Example:
+        >>> step = torch.tensor(0.5, requires_grad=True)
+        >>> learned_step_quantize(torch.tensor([0.9, -0.4, 0.1, -2.0]), step, bits=3).tolist()
+        [1.0, -0.5, 0.0, -2.0]
+    """
+    check_bits(bits)
+    if not torch.compiler.is_compiling() and not (step.detach() > 0).all():
+        raise ValueError(f"step must be positive, got {step.detach().tolist()}")
+    lowest, highest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    quantised: Tensor = _LearnedStep.apply(x, step, lowest, highest)
+    return quantised
+
+
+def along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """Values of one dimension, shaped so that they broadcast along a dimension of a tensor.
+
+    Args:
+        values: Of 0 dimensions, which stay as they are, or of shape ``(x.shape[axis],)``.
+        x: The tensor.
+        axis: Its dimension.
+
+    Returns:
+        A view with as many dimensions as ``x``.
+
+    Example:
+        >>> along(torch.ones(3), torch.ones(2, 3, 4), axis=1).shape
+        torch.Size([1, 3, 1])
+    """
+    if values.ndim == 0 or axis is None:
+        return values
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+class _Rounded(torch.autograd.Function):
+    """Rounding to a grid, straight through within its limits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor | int, lowest: int, highest: int) -> Tensor:
+        integers = torch.div(x.to(step.dtype), step).round_().add_(offset)
+        ctx.lowest, ctx.highest = lowest, highest
+        ctx.save_for_backward(integers)
+        return integers.clamp(lowest, highest).sub_(offset).mul_(step).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (integers,) = ctx.saved_tensors
+        return _within(gradient, integers, ctx.lowest - 0.5, ctx.highest + 0.5), None, None, None, None
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Rounding to a grid, with the gradient of its step."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
+        ratio = torch.div(x.to(torch.promote_types(x.dtype, torch.float32)), step)
+        ctx.lowest, ctx.highest = lowest, highest
+        ctx.save_for_backward(ratio)
+        return ratio.clamp(lowest, highest).round_().mul_(step).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (ratio,) = ctx.saved_tensors
+        lowest, highest = ctx.lowest, ctx.highest
+        # round(ratio) - ratio inside, where the second term is 0 the limit
+        slope = ratio.clamp(lowest, highest).round_().sub_(_within(ratio, ratio, lowest, highest))
+        return _within(gradient, ratio, lowest, highest), slope.mul_(gradient).sum(), None, None
+
+
+def _within(values: Tensor, where: Tensor, lowest: float, highest: float) -> Tensor:
+    """Values where others are strictly between two limits, 0 elsewhere: one vectorised pass."""
+    passed: Tensor = torch.ops.aten.hardtanh_backward(values.to(where.dtype), where, lowest, highest)
+    return passed.to(values.dtype)
+
+
+def _magnitude(weight: Tensor, axis: int | None) -> Tensor:
+    """The largest magnitude, of all or along a dimension."""
+    weight = weight.detach()
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if weight.numel() == 0:
+        raise ValueError(f"a grid needs at least one weight, got shape {tuple(weight.shape)}")
+    lowest, highest = wide.aminmax() if axis is None else _rows(wide, axis).aminmax(dim=1)
+    magnitude = torch.maximum(-lowest, highest)
+    if not magnitude.isfinite().all():
+        raise ValueError("a weight is NaN or infinite, and has no place on a grid")
+    return magnitude
+
+
+def _rows(weight: Tensor, axis: int) -> Tensor:
+    """A weight as a matrix, a row for each entry of a dimension."""
+    return weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
+
+
+def _usable(step: Tensor) -> Tensor:
+    """A step by which a number can be divided: 1 where it is 0 or no normal number."""
+    return torch.where(step >= torch.finfo(step.dtype).tiny, step, torch.ones_like(step))
+
+
+def _step(scale: Tensor | float, x: Tensor, axis: int | None) -> Tensor:
+    """A scale as a tensor in the type that a tensor is rounded in."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if not isinstance(scale, Tensor):
+        return torch.tensor(scale, dtype=dtype, device=x.device)
+    return along(scale, x, axis).to(x.device, dtype)
