@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lightning_compress.callbacks.export import ExportCallback
     from lightning_compress.callbacks.factors import FactorTransferCallback
     from lightning_compress.callbacks.pruning import PruningCallback
+    from lightning_compress.callbacks.psgd import PSGDCallback
+    from lightning_compress.callbacks.ptq import PTQCallback
     from lightning_compress.callbacks.report import CompressionReport
     from lightning_compress.mechanisms.loading import teacher_from_checkpoint
     from lightning_compress.mixins import CompressionMixin
@@ -32,6 +34,8 @@ _HOMES = {
     "DistillationCallback": "lightning_compress.callbacks.distillation",
     "ExportCallback": "lightning_compress.callbacks.export",
     "FactorTransferCallback": "lightning_compress.callbacks.factors",
+    "PSGDCallback": "lightning_compress.callbacks.psgd",
+    "PTQCallback": "lightning_compress.callbacks.ptq",
     "PruningCallback": "lightning_compress.callbacks.pruning",
     "teacher_from_checkpoint": "lightning_compress.mechanisms.loading",
     "export": "",
@@ -49,6 +53,8 @@ __all__ = [
     "DistillationCallback",
     "ExportCallback",
     "FactorTransferCallback",
+    "PSGDCallback",
+    "PTQCallback",
     "PruningCallback",
     "__version__",
     "export",

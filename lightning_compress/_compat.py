@@ -124,6 +124,29 @@ def reset_compiled_code() -> None:
         torch._dynamo.reset()
 
 
+def entry_points(module: nn.Module) -> list[str]:
+    """The attributes through which a module runs: its forward and, compiled in place, the compiled call."""
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return ["forward", "_compiled_call_impl"] if in_place else ["forward"]
+
+
+@contextmanager
+def attention_in_python() -> Iterator[None]:
+    """Let ``multi_head_attention_forward`` run within a torch function mode, which sees each operation in it.
+
+    It would else hand itself to the mode again, for ever.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        yield
+        return
+    functional: Any = torch.nn.functional
+    original, functional.has_torch_function = functional.has_torch_function, lambda *_: False
+    try:
+        yield
+    finally:
+        functional.has_torch_function = original
+
+
 class Traced(NamedTuple):
     """Code that torch.compile traced, and which of its versions; no code where torch hides it."""
 
@@ -293,6 +316,59 @@ def _silent(dummy: type, logger: Any) -> Any:
 def training_loaders(trainer: Any) -> list[Any]:
     """The loaders of the training data, as the Trainer reads them."""
     return list(trainer.fit_loop._combined_loader.flattened)
+
+
+def training_flags(trainer: Any) -> dict[str, bool]:
+    """The training flag that each module had before an evaluation began, by its name; empty where that is not known."""
+    loop = (
+        trainer.predict_loop if trainer.predicting else trainer.test_loop if trainer.testing else trainer.validate_loop
+    )
+    return dict(loop._module_mode.mode)
+
+
+def has_training_data(trainer: Any) -> bool:
+    """Whether the training data are set up, and are not nothing."""
+    return trainer.fit_loop._combined_loader is not None and trainer.num_training_batches > 0
+
+
+def given_loaders(trainer: Any) -> Any:
+    """The training loaders that a Trainer was given as such; None where a datamodule or the module has them."""
+    instance = trainer.fit_loop._data_source.instance
+    return None if hasattr(instance, "train_dataloader") else instance
+
+
+def made_loaders(trainer: Any) -> Any:
+    """The training loaders of a datamodule, or of the module.
+
+    A datamodule is set up for a fit as a copy, so that what it validates with stays.
+    """
+    owner = trainer.lightning_module
+    if trainer.datamodule is not None:
+        owner = copy.copy(trainer.datamodule)
+        owner.setup("fit")
+    return owner.train_dataloader()
+
+
+@contextmanager
+def training_data(trainer: Any, loaders: Any) -> Iterator[None]:
+    """Set training data up where a Trainer only validates, tests or predicts; afterwards it is as it was."""
+    loop = trainer.fit_loop
+    if loop._combined_loader is not None:
+        yield
+        return
+    kept, source = dict(vars(loop)), loop._data_source
+    trainer_kept = {name: getattr(trainer, name) for name in ("val_check_batch",) if hasattr(trainer, name)}
+    instance = source.instance
+    try:
+        source.instance = loaders
+        loop.setup_data()
+        yield
+    finally:
+        source.instance = instance
+        vars(loop).clear()
+        vars(loop).update(kept)
+        for name, value in trainer_kept.items():
+            setattr(trainer, name, value)
 
 
 def batches_an_epoch(trainer: Any) -> float:

@@ -1,4 +1,4 @@
-"""The demo: on real data, a teacher, a student alone, distilled, distilled and pruned, checked files, and the table.
+"""The demo: on real data, a teacher, a student alone, distilled, pruned and quantised too, checked files, the table.
 
 The test set is looked at once a run, after the last epoch; nothing is chosen by it.
 """
@@ -30,6 +30,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_compress.callbacks.dcil import DCILCallback
 from lightning_compress.callbacks.distillation import DistillationCallback
 from lightning_compress.callbacks.export import ExportCallback
+from lightning_compress.callbacks.ptq import PTQCallback
 from lightning_compress.export import ExportResult, Sample, evaluate, to_onnx
 from lightning_compress.export.evaluate import evaluate_forward
 from lightning_compress.mechanisms.selection import did_you_mean
@@ -222,13 +223,19 @@ def _train_and_compare(source: DemoData, folder: Path, data: str, seed: int, sta
     _say("[3/5] student distilled: the same seed, batches and number of steps, and one callback more")
     exporting = ExportCallback(folder / "student.onnx", metric=METRIC, tolerance=TOLERANCE)
     distilled = student("student_distilled", [DistillationCallback(teacher.network), exporting])
-    _say(f"[4/5] student distilled and pruned: one callback more, {SPARSITY:.0%} of the convolutions' weights are zero")
-    pruning = DCILCallback(SPARSITY)
+    _say(f"[4/5] distilled and pruned: {SPARSITY:.0%} of the convolutions' weights are zero; then quantised to 8 bits")
+    pruning, quantising = DCILCallback(SPARSITY), PTQCallback()
     exporting_pruned = ExportCallback(folder / "student_pruned.onnx", metric=METRIC, tolerance=TOLERANCE)
-    pruned = student("student_pruned", [DistillationCallback(teacher.network), pruning, exporting_pruned])
+    exporting_int8 = ExportCallback(
+        folder / "student_int8.onnx", precision="int8", metric=METRIC, tolerance=TOLERANCE, name="export_int8"
+    )
+    compressing = [DistillationCallback(teacher.network), pruning, quantising]
+    pruned = student("student_pruned", [*compressing, exporting_pruned, exporting_int8])
     _say("[5/5] files and table: export, check, validation through the files, times")
     begin = time.perf_counter()
-    if exporting.result is None or exporting_pruned.result is None:
+    exports = [exporting, exporting_pruned, exporting_int8]
+    results = [export.result for export in exports if export.result is not None]
+    if len(results) < len(exports):
         raise RuntimeError("the export at the end of the fit wrote no file")
     sample = source.test[0][:8]
     teacher_file = to_onnx(teacher.network, folder / "teacher.onnx", sample)
@@ -239,15 +246,15 @@ def _train_and_compare(source: DemoData, folder: Path, data: str, seed: int, sta
         "student distilled": exporting.module_metrics,
         "distilled and pruned": exporting_pruned.module_metrics,
         "teacher.onnx": evaluate(teacher_file.path, teacher, test, network="network"),
-        "student.onnx": exporting.file_metrics,
-        "student_pruned.onnx": exporting_pruned.file_metrics,
+        **{result.path.name: export.file_metrics for result, export in zip(results, exports, strict=True)},
     }
-    failures = [failure for failure in (exporting.failure, exporting_pruned.failure) if failure]
+    failures = [export.failure for export in exports if export.failure]
     gap = abs(metrics["teacher.onnx"][METRIC] - metrics["teacher"][METRIC])
     if not gap <= TOLERANCE:
         failures.append(f"{METRIC} of teacher.onnx differs from the module's by {gap:.3g}, beyond {TOLERANCE:g}")
-    files = [teacher_file, exporting.result, exporting_pruned.result]
-    notes = [f"Data: {data}; {_about_the_students(metrics)}", *pruning.remarks()]
+    files = [teacher_file, *results]
+    notes = [f"Data: {data}; {_about_the_students(metrics)}"]
+    notes += [*pruning.remarks(), *quantising.remarks(), *exporting_int8.remarks()]
     _report(folder, [teacher, alone, distilled, pruned], files, sample, metrics, notes, data, begin)
     _say(f"Took {time.perf_counter() - start:.0f} s.")
     for failure in failures:
@@ -310,7 +317,7 @@ def _report(
     report = compare(
         dict(zip(metrics, (module.network for module in modules), strict=False)),  # the rows after them are files
         files,
-        made_of=["teacher", "student distilled", "distilled and pruned"],
+        made_of=["teacher", "student distilled", "distilled and pruned", "distilled and pruned"],
         sample=Sample((sample,)),
         metrics=metrics,
         notes=notes,

@@ -26,6 +26,8 @@ from lightning_compress import (
     ExportCallback,
     FactorTransferCallback,
     PruningCallback,
+    PSGDCallback,
+    PTQCallback,
 )
 
 
@@ -42,7 +44,8 @@ class Case:
             each with a pattern of the error that says so.
         pretrains: Whether it learns from the batches before the training, so that their size matters.
         keeps_dense: Whether a second fit goes on from weights that the module does not hold, but the callback does.
-        heavy: Whether the end of fit takes a second or more: then only one module is tried in the fast tests.
+        quantises: Whether validation outside of a fit shows a quantised network, which needs training data.
+        heavy: Whether the end of fit takes a second or more: then few of the fast tests try it.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Case:
     refuses: Mapping[str, str] = field(default_factory=dict)
     pretrains: bool = False
     keeps_dense: bool = False
+    quantises: bool = False
     heavy: bool = False
 
     def expects(self, capability: str) -> AbstractContextManager[Any]:
@@ -73,6 +77,10 @@ def _factors(folder: Path, kind: type[Classifier]) -> CompressionCallback:
     return FactorTransferCallback(teacher_for(kind), weight=3.0, pretrain_epochs=2)
 
 
+def _psgd(folder: Path, kind: type[Classifier]) -> CompressionCallback:
+    return PSGDCallback(4, mean_factor=1.5)
+
+
 def _pruning(folder: Path, kind: type[Classifier]) -> CompressionCallback:
     return PruningCallback(0.6, end=0.6, regrow=True)  # so that dense weights matter to the masks
 
@@ -83,6 +91,10 @@ def _dpf(folder: Path, kind: type[Classifier]) -> CompressionCallback:
 
 def _dcil(folder: Path, kind: type[Classifier]) -> CompressionCallback:
     return DCILCallback(0.4, update_interval=1)  # so that no filter is masked completely
+
+
+def _ptq(folder: Path, kind: type[Classifier]) -> CompressionCallback:
+    return PTQCallback(weight_bits=4)
 
 
 def _export(folder: Path, kind: type[Classifier]) -> CompressionCallback:
@@ -97,6 +109,8 @@ CASES = (
     Case("DistillationCallback", _distillation, changes_loss=True, refuses={"manual": "CompressionMixin"}),
     Case("AttentionTransferCallback", _attention, changes_loss=True, refuses={"manual": "CompressionMixin"}),
     Case("FactorTransferCallback", _factors, changes_loss=True, pretrains=True, refuses={"manual": "CompressionMixin"}),
+    Case("PSGDCallback", _psgd, changes_loss=True),
+    Case("PTQCallback", _ptq, quantises=True),
     Case("PruningCallback", _pruning, changes_loss=True, keeps_dense=True, refuses={"manual": "CompressionMixin"}),
     Case("DPFCallback", _dpf, changes_loss=True, keeps_dense=True, refuses={"manual": "CompressionMixin"}),
     Case(
@@ -129,18 +143,3 @@ def each_case(*names: str, heavy_is_slow: bool = False) -> pytest.MarkDecorator:
         if not names or case.name in names
     ]
     return pytest.mark.parametrize("case", rows)
-
-
-def each_case_and_module(*, heavy_is_slow: bool = False) -> pytest.MarkDecorator:
-    """Parametrise a test over the rows and their modules; heavy rows are slow beyond the first, or all if wanted."""
-    rows = [
-        pytest.param(
-            case,
-            kind,
-            id=f"{case.name}-{kind.__name__}",
-            marks=[pytest.mark.slow] if case.heavy and (heavy_is_slow or kind is not case.modules[0]) else [],
-        )
-        for case in CASES
-        for kind in case.modules
-    ]
-    return pytest.mark.parametrize(("case", "kind"), rows)

@@ -72,10 +72,10 @@ def test_the_folder_holds_everything_and_a_deviating_file_fails(tmp_path, monkey
     real = demo.evaluate
     monkeypatch.setattr(demo, "evaluate", lambda *args, **kwargs: {**real(*args, **kwargs), "val_accuracy": 2.0})
     assert demo.run_demo(out=str(tmp_path)) == 1
-    captured, files = capsys.readouterr(), ["teacher.onnx", "student.onnx", "student_pruned.onnx"]
+    captured, files = capsys.readouterr(), ["teacher.onnx", "student.onnx", "student_pruned.onnx", "student_int8.onnx"]
     assert "val_accuracy of teacher.onnx differs from the module's by" in captured.err
     assert "[3/5] student distilled: " in captured.out
-    assert "[4/5] student distilled and pruned: " in captured.out
+    assert "[4/5] distilled and pruned: " in captured.out
     assert f"\nFiles:  {', '.join(f'{tmp_path.name}/{name}' for name in files)}\n" in captured.out
     assert f"\nReport: {tmp_path.name}/compression_report.html\n" in captured.out
     assert {path.name for path in tmp_path.iterdir()} == {

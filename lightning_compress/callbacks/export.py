@@ -11,12 +11,14 @@ from typing import Any
 
 from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.returned import Returned
-from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
+from lightning_compress.export.evaluate import Choices, evaluate, evaluate_forward, evaluate_quantized, has_validation
 from lightning_compress.export.onnx import ExportResult, checked_path, checked_precision, to_onnx
 from lightning_compress.export.runtime import require_onnx
 from lightning_compress.export.sample import Sample, check_sample
+from lightning_compress.export.scales import HOW
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.step import StepController
+from lightning_compress.report.precision import AgainstFp32, against_fp32
 
 
 class ExportCallback(CompressionCallback):
@@ -28,7 +30,7 @@ class ExportCallback(CompressionCallback):
 
     Args:
         path: Where to write; relative paths are taken from the working directory when the callback is made.
-        precision: "fp32".
+        precision: "fp32"; "int8" or "int4", with the scales of a ``PTQCallback`` or a ``PSGDCallback`` beside this one.
         metric: Name of a validation metric, as the module logs it, to be compared between module and file.
         tolerance: Largest accepted absolute difference of ``metric``; None: reported only. Beyond it a warning, and
             exit code 1 from ``lightning-compress run``.
@@ -51,7 +53,12 @@ class ExportCallback(CompressionCallback):
     default_name = "export"
     result = Returned[ExportResult | None](None)
     module_metrics = Returned[dict[str, float]]({})
+    """Of the compressed module: quantised as the file is."""
     file_metrics = Returned[dict[str, float]]({})
+    agreement = Returned[float | None](None)
+    """The share of the validation for which the file chooses the same class as the quantised module."""
+    against_fp32 = Returned[AgainstFp32 | None](None)
+    """A file of lower precision beside one of the same network in fp32."""
 
     def __init__(
         self,
@@ -87,6 +94,15 @@ class ExportCallback(CompressionCallback):
         """Refuse before training what would fail after it."""
         require_onnx()
         checked_path(self.path)
+        if self.precision != "fp32":
+            bits = [own for callback in trainer.callbacks if (own := _weight_bits(callback)) is not None]
+            if not bits:
+                raise ValueError(f"precision '{self.precision}' needs scales, and no callback gives them; {HOW}")
+            if self.precision == "int4" and min(bits) > 4:
+                raise ValueError(
+                    f"precision 'int4' needs weights of at most 4 bits, and the callbacks give {min(bits)}: "
+                    "calibrate with PTQCallback(weight_bits=4)"
+                )
         if self.sample is not None:
             check_sample(self.sample)
         if self.metric is not None and not self._validates(trainer, pl_module):
@@ -98,7 +114,7 @@ class ExportCallback(CompressionCallback):
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Record what the network receives."""
         self.result = None
-        self.module_metrics, self.file_metrics = {}, {}
+        self.module_metrics, self.file_metrics, self.agreement, self.against_fp32 = {}, {}, None, None
         self.student_capture = controller.capture(self.network, required=self.sample is None, argument="network")
 
     def verify(self, trainer: Any, pl_module: Any) -> None:
@@ -111,7 +127,7 @@ class ExportCallback(CompressionCallback):
             )
         if trainer.is_global_zero:
             with tempfile.TemporaryDirectory() as folder:
-                self._written(pl_module, os.path.join(folder, "trial.onnx"))
+                self._written(pl_module, os.path.join(folder, "trial.onnx"), "fp32")  # there are no scales yet
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """As soon as the metrics are known, complain about a name that is none of them.
@@ -138,8 +154,13 @@ class ExportCallback(CompressionCallback):
             self._draft = tempfile.TemporaryDirectory()
             path = os.path.join(self._draft.name, os.path.basename(self.path))
             log.info("%s: fast_dev_run, so the file is checked and not kept", self.name)
-        self.result = self._written(pl_module, path)
+        self.result = self._written(pl_module, path, self.precision)
         log.info("%s: wrote %s (%d bytes, %s)", self.name, self.result.path, self.result.bytes, self.precision)
+        if self.precision != "fp32":
+            with tempfile.TemporaryDirectory() as folder:
+                plain = self._written(pl_module, os.path.join(folder, "plain.onnx"), "fp32")
+                self.against_fp32 = against_fp32(self.result, plain)
+            log.info("%s: %s", self.name, self.against_fp32)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Drop what ``fast_dev_run`` wrote."""
@@ -156,8 +177,15 @@ class ExportCallback(CompressionCallback):
             log.info("%s: %s has no validation, so the file has no metrics", self.name, type(pl_module).__name__)
             return
         try:
-            self.module_metrics = evaluate_forward(pl_module, trainer)
-            self.file_metrics = evaluate(self.result.path, pl_module, trainer)
+            if self.result.quantization is None:
+                self.module_metrics = evaluate_forward(pl_module, trainer)
+                self.file_metrics = evaluate(self.result.path, pl_module, trainer)
+            else:
+                module_choices, file_choices = Choices(), Choices()
+                grids = self.result.quantization
+                self.module_metrics = evaluate_quantized(pl_module, trainer, grids, seen=module_choices)
+                self.file_metrics = evaluate(self.result.path, pl_module, trainer, seen=file_choices)
+                self.agreement = module_choices.agreement(file_choices)
         except Exception as error:  # the user's validation may need what only the fit has; the training went well
             self._fail(f"the validation through {self.result.path} failed: {type(error).__name__}: {error}")
             return
@@ -177,15 +205,25 @@ class ExportCallback(CompressionCallback):
                 f"difference {abs(theirs - ours):.3g} is beyond the tolerance of {self.tolerance:g}"
             )
 
-    def _written(self, pl_module: Any, path: str) -> ExportResult:
+    def remarks(self) -> list[str]:
+        """How the file agrees with the quantised module, and how it compares with one in fp32."""
+        remarks = []
+        if self.agreement is not None:
+            remarks.append(
+                f"{self.name}: for {self.agreement:.2%} of the validation data the file chooses the class that the "
+                "quantised module chooses."
+            )
+        if self.against_fp32 is not None:
+            remarks.append(f"{self.name}: {self.against_fp32}.")
+        return remarks
+
+    def _written(self, pl_module: Any, path: str, precision: str) -> ExportResult:
         """The network that the user named, else the one that was captured, on the user's sample, else on its input."""
         seen, network, sample = self._last_sample(), self.network, self.sample
         if seen is not None:
             network = seen.network if network is None else network
             sample = Sample(seen.args, seen.kwargs) if sample is None else sample
-        return to_onnx(
-            pl_module, path, sample, precision=self.precision, network=network, dynamic_batch=self.dynamic_batch
-        )
+        return to_onnx(pl_module, path, sample, precision=precision, network=network, dynamic_batch=self.dynamic_batch)
 
     def _fail(self, message: str) -> None:
         self.failure = message
@@ -193,3 +231,8 @@ class ExportCallback(CompressionCallback):
 
     def _validates(self, trainer: Any, pl_module: Any) -> bool:
         return has_validation(pl_module, trainer)
+
+
+def _weight_bits(callback: Any) -> int | None:
+    """Bits of the weights that a callback of this package will have scales for; None for all others."""
+    return callback.weight_bits_given if isinstance(callback, CompressionCallback) else None

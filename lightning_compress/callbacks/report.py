@@ -20,6 +20,7 @@ from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_v
 from lightning_compress.export.onnx import ExportResult
 from lightning_compress.export.sample import Sample
 from lightning_compress.mechanisms.capture import NetworkCall
+from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.mechanisms.student import StudentCapture
@@ -167,6 +168,7 @@ class CompressionReport(CompressionCallback):
             prefix=network,
             notes=notes,
             recipe=self.recipe,
+            bits=_bits(callbacks),
         )
 
     def _network_and_sample(self, trainer: Any, pl_module: Any) -> tuple[str, Sample | None]:
@@ -193,8 +195,12 @@ class CompressionReport(CompressionCallback):
             return {}
         metrics: dict[str, dict[str, float]] = {}
         exports = _exports(trainer)
+        for callback in trainer.callbacks:
+            if isinstance(getattr(callback, "quantization", None), Grids) and callback.metrics:
+                metrics["after"] = dict(callback.metrics)
+                notes.append(f"The metrics of after are those of the network as {callback.name} has quantised it.")
         for name, callback in exports.items():
-            if callback.module_metrics:
+            if callback.module_metrics and "after" not in metrics:
                 metrics["after"] = callback.module_metrics
             metrics[name] = callback.file_metrics or _attempt(
                 name, notes, evaluate, callback.result.path, pl_module, trainer
@@ -244,6 +250,17 @@ def _teachers(trainer: Any) -> dict[str, nn.Module]:
         transform = getattr(callback, "teacher_transform", None)
         name = "teacher" if not found else f"teacher of {callback.name}"
         found[name] = teacher if transform is None else _Pipeline(teacher, transform)
+    return found
+
+
+def _bits(callbacks: list[CompressionCallback]) -> dict[str, int]:
+    """Bits of each layer that a callback has quantised, by its name in the module."""
+    found = {}
+    for callback in callbacks:
+        grids = getattr(callback, "quantization", None)
+        if isinstance(grids, Grids):
+            for name, grid in grids.weights.items():
+                found[".".join(filter(None, (grids.network, name.rpartition(".")[0])))] = grid.bits
     return found
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
@@ -24,7 +25,10 @@ from lightning_compress.export.copying import independent_copy, make_plain_, wid
 from lightning_compress.export.errors import EvaluationError, ExportError
 from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Call, Sample, bind, defines
+from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.isolation import attributes_kept, evaluating, module_kept, quiet, random_state_kept
+from lightning_compress.mechanisms.quantization import quantizing
+from lightning_compress.mechanisms.rounding import Rounding
 from lightning_compress.mechanisms.selection import find_module, plain_name
 from lightning_compress.mechanisms.tree import leaves, named_tensors, with_tensors
 
@@ -35,7 +39,12 @@ Forward = Callable[..., Any]
 
 
 def evaluate(
-    path: str | os.PathLike[str], module: nn.Module, trainer_or_dataloaders: Any = None, *, network: str | None = None
+    path: str | os.PathLike[str],
+    module: nn.Module,
+    trainer_or_dataloaders: Any = None,
+    *,
+    network: str | None = None,
+    seen: Callable[[Any], None] | None = None,
 ) -> dict[str, float]:
     """Run the module's own validation with an exported file in the place of its network.
 
@@ -45,6 +54,7 @@ def evaluate(
         trainer_or_dataloaders: What to validate on: a Trainer (its datamodule, else the loaders that were given to
             it), a datamodule, or dataloaders. None: the module's own ``val_dataloader``.
         network: Dotted name of the network inside ``module``; None: what the file says.
+        seen: Shown each output of the file, in the structure of the network's own.
 
     Returns:
         The metrics that ``trainer.validate`` would have returned, under the same names.
@@ -60,10 +70,10 @@ def evaluate(
     file = OnnxNetwork(path)
     name = file.metadata.get("lightning_compress.network", "") if network is None else network
 
-    def from_file(part: nn.Module) -> Forward:
+    def from_file(part: nn.Module, stack: contextlib.ExitStack) -> Forward:
         return _FileForward(part, file)
 
-    return _validated(module, trainer_or_dataloaders, name, from_file)
+    return _validated(module, trainer_or_dataloaders, name, from_file, seen)
 
 
 def evaluate_forward(
@@ -85,7 +95,32 @@ def evaluate_forward(
         TypeError: If ``module`` is not a LightningModule.
         ValueError: If ``network`` names nothing.
     """
-    return _validated(module, trainer_or_dataloaders, network, None if forward is None else lambda part: forward)
+    return _validated(module, trainer_or_dataloaders, network, None if forward is None else lambda *_: forward)
+
+
+def evaluate_quantized(
+    module: nn.Module, trainer_or_dataloaders: Any, grids: Grids, *, seen: Callable[[Any], None] | None = None
+) -> dict[str, float]:
+    """Run a module's own validation with its network quantised.
+
+    Args:
+        module: A LightningModule.
+        trainer_or_dataloaders: What to validate on, as in :func:`evaluate`.
+        grids: What the network is quantised by.
+        seen: Shown each output of the network.
+
+    Returns:
+        The metrics that ``trainer.validate`` would have returned, under the same names.
+
+    Raises:
+        EvaluationError: If there is nothing to validate on, or the network was never called.
+    """
+
+    def quantised(part: nn.Module, stack: contextlib.ExitStack) -> Forward:
+        stack.enter_context(quantizing(part, Rounding(part, grids)))
+        return part.forward
+
+    return _validated(module, trainer_or_dataloaders, grids.network, quantised, seen)
 
 
 def has_validation(module: nn.Module, trainer: Any) -> bool:
@@ -104,6 +139,46 @@ def has_validation(module: nn.Module, trainer: Any) -> bool:
     except EvaluationError:
         return False
     return True
+
+
+class Choices:
+    """The class that a network chooses for each sample, or each position, over a whole validation."""
+
+    def __init__(self) -> None:
+        self._chosen: list[Tensor] = []
+
+    def __call__(self, output: Any) -> None:
+        """Take note of an output: of its first floating tensor of two dimensions or more.
+
+        Classes are in dimension 1 of ``(N, K)`` and ``(N, K, H, W)``, and last in ``(N, L, K)``.
+        """
+        scores = [tensor for _, tensor in named_tensors(output) if tensor.is_floating_point() and tensor.ndim > 1]
+        dimension = -1 if scores and scores[0].ndim == 3 else 1
+        if scores and scores[0].shape[dimension] > 1:
+            self._chosen.append(scores[0].detach().argmax(dim=dimension).flatten().to("cpu", torch.int32))
+
+    def agreement(self, other: Choices) -> float | None:
+        """The share of equal choices; None where there is nothing to compare.
+
+        Args:
+            other: Those of another network over the same validation.
+
+        Returns:
+            From 0 to 1.
+
+        Example:
+            >>> import torch
+            >>> ours, theirs = Choices(), Choices()
+            >>> ours(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+            >>> theirs(torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+            >>> ours.agreement(theirs)
+            0.5
+        """
+        pairs = list(zip(self._chosen, other._chosen, strict=False))
+        if not pairs or len(self._chosen) != len(other._chosen) or any(a.shape != b.shape for a, b in pairs):
+            return None
+        total = sum(len(ours) for ours, _ in pairs)
+        return sum(int((ours == theirs).sum()) for ours, theirs in pairs) / total if total else None
 
 
 class _FileForward:
@@ -153,7 +228,11 @@ class _FileForward:
 
 
 def _validated(
-    module: nn.Module, source: Any, name: str, replacement: Callable[[nn.Module], Forward] | None
+    module: nn.Module,
+    source: Any,
+    name: str,
+    replacement: Callable[[nn.Module, contextlib.ExitStack], Forward] | None,
+    seen: Callable[[Any], None] | None = None,
 ) -> dict[str, float]:
     """Validate a copy of ``module``, its network's forward replaced, and return the metrics."""
     module = _compat.uncompiled(module)
@@ -175,7 +254,8 @@ def _validated(
                     vars(owner).update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
         vars(duplicate)["configure_callbacks"] = list  # the user's callbacks act on the user's run only
         fresh = _fresh_trainer(lightning, trainer)
-        counter = _replace(find_module(duplicate, plain_name(name), argument="network"), replacement)
+        part = find_module(duplicate, plain_name(name), argument="network")
+        counter = None if replacement is None else _replace(part, replacement(part, stack), seen)
         results = fresh.validate(duplicate, dataloaders=loaders, datamodule=datamodule, verbose=False)
     if not results:
         raise EvaluationError("the validation ran no batch; are the validation data empty?")
@@ -194,16 +274,17 @@ class _Counter:
     calls = 0
 
 
-def _replace(network: nn.Module, replacement: Callable[[nn.Module], Forward] | None) -> _Counter | None:
+def _replace(network: nn.Module, forward: Forward, seen: Callable[[Any], None] | None) -> _Counter:
     """Shadow the forward of a network; its parameters, and all else, stay in place."""
-    if replacement is None:
-        return None
-    counter, forward = _Counter(), replacement(network)
+    counter = _Counter()
 
     @functools.wraps(network.forward)
     def counted(*args: Any, **kwargs: Any) -> Any:
         counter.calls += 1
-        return forward(*args, **kwargs)
+        output = forward(*args, **kwargs)
+        if seen is not None:
+            seen(output)
+        return output
 
     vars(network)["forward"] = counted
     return counter

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
 import stat
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress import __version__, _compat
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError
-from lightning_compress.export.parity import Reference, batch_sizes, check_parity, references
+from lightning_compress.export.integer import IntegerExport
+from lightning_compress.export.parity import batch_sizes, check_parity, references, run_once
 from lightning_compress.export.runtime import OnnxNetwork, require_onnx
 from lightning_compress.export.sample import Call, Sample, as_sample, bind, captured, defines, on_cpu
+from lightning_compress.export.scales import Scales, for_precision
 from lightning_compress.export.tracing import convert
 from lightning_compress.export.weights import read_checkpoint
+from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.isolation import random_state_kept
-from lightning_compress.mechanisms.selection import find_module, plain_name
+from lightning_compress.mechanisms.selection import did_you_mean, find_module, plain_name
 from lightning_compress.mechanisms.tree import children, named_tensors, unique_names
 
-PRECISIONS = ("fp32",)
-LATER_PRECISIONS = ("int8", "int4")
+PRECISIONS = ("fp32", "int8", "int4")
 DEFAULT_OPSET = 20
+INT4_OPSET = 21  # the first with integers of 4 bits
 LOWEST_OPSET = 18  # below, the exporter's version converter fails and leaves 18 without a word
 
 
@@ -39,14 +43,18 @@ class ExportResult:
     Attributes:
         path: The file.
         bytes: Its size.
-        precision: ``"fp32"``.
-        max_logit_difference: Largest absolute difference between an output of the file and of the network.
-        left_in_float: Dotted names of layers that a lower precision left in float; empty for ``"fp32"``.
+        precision: ``"fp32"``, ``"int8"`` or ``"int4"``.
+        max_logit_difference: Largest absolute difference between an output of the file and of the network, quantised
+            as the file is.
+        left_in_float: What a lower precision left in float: dotted names of weights, then operations and how often
+            each occurs; empty for ``"fp32"``.
         opset: ONNX operator set.
         checked_batch_sizes: Batch sizes at which file and network were compared, the sample's first.
         input_names: Names of the inputs, in order.
         output_names: Names of the outputs, in order.
         network: Dotted name of the network inside the module given to :func:`to_onnx`; "" for that module itself.
+        quantization: What a file of lower precision is quantised by; None for ``"fp32"``.
+        tensors: The inputs that it was checked with, of the sample's batch size.
     """
 
     path: Path
@@ -59,6 +67,8 @@ class ExportResult:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     network: str
+    quantization: Grids | None = field(default=None, repr=False, compare=False)
+    tensors: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
 
 
 def to_onnx(
@@ -86,24 +96,29 @@ def to_onnx(
             dict holds the keyword arguments if the forward has arguments of those names, otherwise it is the only
             argument; ``Sample(args, kwargs)`` says both. None: the input that one of our callbacks recorded in the
             last training step, else ``module.example_input_array``.
-        precision: ``"fp32"``.
-        checkpoint: A Lightning checkpoint whose weights are exported instead of the current ones.
+        precision: ``"fp32"``; ``"int8"``: weights, and activations where they have scales, as integers, for integer
+            kernels; ``"int4"``: weights of up to 4 bits take half a byte each and are widened when they are used,
+            which makes a file small, not fast. The scales are those of the PTQ or PSGD callback of the module's
+            Trainer, or of ``checkpoint``; nothing is calibrated here.
+        checkpoint: A Lightning checkpoint whose weights, and scales, are exported instead of the current ones.
         network: Dotted name of the part of ``module`` to export; "" is the module itself. None: the network that a
             callback recorded, else the module itself.
         dynamic_batch: Whether the file takes any batch size. Dimension 0 of each input tensor that is as long as that
             of the first is the batch.
         max_difference: Largest accepted difference between file and network, absolute, in units of
-            ``max(1, largest |output|)``.
-        opset: ONNX operator set, at least 18. None: 20.
+            ``max(1, largest |output|)``. Where ONNX Runtime multiplies integers, and so rounds elsewhere, the file must
+            instead be nearer to the quantised network than quantisation has moved that from the plain one.
+        opset: ONNX operator set, at least 18. None: 20, or 21 for ``"int4"``, which needs it.
 
     Returns:
         Where the file is and how it was checked.
 
     Raises:
-        ExportError: If the network cannot be exported, or file and network disagree at one of three batch sizes.
+        ExportError: If the network cannot be exported, file and network disagree at one of three batch sizes, a scale
+            in the file is not the given one, or a layer that should run in integers does not.
         ImportError: If the packages of the ``onnx`` extra are not installed.
         TypeError: If ``sample`` does not fit the forward.
-        ValueError: If an argument is out of range or names nothing.
+        ValueError: If an argument is out of range or names nothing, or a lower precision finds no scales.
 
     Example:
         >>> import tempfile, torch
@@ -116,24 +131,39 @@ def to_onnx(
     opset = _checked_options(precision, opset, max_difference)
     require_onnx()
     with random_state_kept():
-        name, part, given = _network_and_sample(_compat.uncompiled(module), network, sample, checkpoint)
+        module = _compat.uncompiled(module)
+        contents = None if checkpoint is None else read_checkpoint(checkpoint)
+        scales = None if precision == "fp32" else Scales(module, contents, precision)
+        network = scales.network if network is None and scales is not None else network
+        name, part, given = _network_and_sample(module, network, sample, contents, checkpoint)
         call = _bound_call(part, given)
         expected = references(part, call, dynamic_batch)
         output_names = _output_names(part, call, expected[0].output)
         metadata = _metadata(name, precision, call)
-        graph = convert(part, call, output_names, dynamic_batch=dynamic_batch, opset=opset, metadata=metadata)
-        difference = _write_checked(graph, target, expected, max_difference)
+        grids = None
+        check: Callable[[OnnxNetwork], float]
+        options: Any = {"dynamic_batch": dynamic_batch, "opset": opset, "metadata": metadata}
+        if scales is None:
+            graph = convert(part, call, output_names, **options)
+            check = functools.partial(check_parity, expected=expected, max_difference=max_difference)
+        else:
+            grids = for_precision(scales.for_network(name, part, lambda: run_once(part, call)), precision)
+            integer = IntegerExport(part, call, grids, expected, precision=precision, max_difference=max_difference)
+            graph, check = integer.convert(output_names, **options), integer.check
+        difference = _write_checked(graph, target, check)
     return ExportResult(
         path=target,
         bytes=len(graph),
         precision=precision,
         max_logit_difference=difference,
-        left_in_float=(),
+        left_in_float=() if grids is None else grids.left_in_float,
         opset=opset,
         checked_batch_sizes=batch_sizes(call.tensors, dynamic_batch),
         input_names=call.names,
         output_names=tuple(output_names),
         network=name,
+        quantization=grids,
+        tensors=call.tensors,
     )
 
 
@@ -184,24 +214,27 @@ def checked_precision(precision: str) -> str:
         >>> checked_precision("fp32")
         'fp32'
     """
-    if precision in LATER_PRECISIONS:
-        raise ValueError(f"precision '{precision}' is not available yet in this version; accepted: {list(PRECISIONS)}")
     if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
+        nearest = did_you_mean(str(precision), PRECISIONS)
+        raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}{nearest}")
     return precision
 
 
 def _checked_options(precision: str, opset: int | None, max_difference: float) -> int:
-    checked_precision(precision)
+    lowest = INT4_OPSET if checked_precision(precision) == "int4" else LOWEST_OPSET
     if not max_difference > 0:
         raise ValueError(f"max_difference must be positive, got {max_difference}")
-    if opset is not None and opset < LOWEST_OPSET:
-        raise ValueError(f"opset must be at least {LOWEST_OPSET}, got {opset}")
-    return DEFAULT_OPSET if opset is None else opset
+    if opset is not None and opset < lowest:
+        raise ValueError(f"opset must be at least {lowest} for precision '{precision}', got {opset}")
+    return max(DEFAULT_OPSET, lowest) if opset is None else opset
 
 
 def _network_and_sample(
-    module: nn.Module, network: str | None, sample: Any, checkpoint: str | os.PathLike[str] | None
+    module: nn.Module,
+    network: str | None,
+    sample: Any,
+    contents: dict[str, Any] | None,
+    checkpoint: str | os.PathLike[str] | None,
 ) -> tuple[str, nn.Module, Sample]:
     """Dotted name of the network, a copy of it that is ready for export, and its input on the CPU."""
     name, recorded = captured(module, network)
@@ -219,10 +252,10 @@ def _network_and_sample(
                 "or export after a fit with one of this package's callbacks, which record it"
             )
         given = as_sample(example, inspect.signature(part.forward))
-    if checkpoint is None:
+    if contents is None:
         duplicate = independent_copy(part)
     else:
-        duplicate = find_module(_load_(independent_copy(module), checkpoint), name, argument="network")
+        duplicate = find_module(_load_(independent_copy(module), contents, checkpoint), name, argument="network")
     return name, widen_(duplicate).to("cpu").eval(), on_cpu(given)
 
 
@@ -236,9 +269,8 @@ def _require_forward(module: nn.Module, part: nn.Module, name: str) -> None:
     )
 
 
-def _load_(module: nn.Module, checkpoint_path: str | os.PathLike[str]) -> nn.Module:
+def _load_(module: nn.Module, checkpoint: dict[str, Any], path: str | os.PathLike[str] | None) -> nn.Module:
     """Load a checkpoint as Lightning does, the module's own hook first, into an uncompiled copy."""
-    checkpoint = read_checkpoint(checkpoint_path)
     hook: Any = getattr(module, "on_load_checkpoint", None)
     if hook is not None:
         hook(checkpoint)
@@ -246,7 +278,7 @@ def _load_(module: nn.Module, checkpoint_path: str | os.PathLike[str]) -> nn.Mod
     try:
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise ExportError(f"checkpoint '{checkpoint_path}' does not fit {type(module).__name__}: {error}") from error
+        raise ExportError(f"checkpoint '{path}' does not fit {type(module).__name__}: {error}") from error
     return module
 
 
@@ -280,13 +312,13 @@ def _metadata(name: str, precision: str, call: Call) -> dict[str, str]:
     }
 
 
-def _write_checked(graph: bytes, target: Path, expected: Sequence[Reference], max_difference: float) -> float:
+def _write_checked(graph: bytes, target: Path, check: Callable[[OnnxNetwork], float]) -> float:
     """Write beside the target, compare, and only then take the target's place."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.stem}-{uuid.uuid4().hex}.onnx")
     try:
         draft.write_bytes(graph)
-        difference = check_parity(OnnxNetwork(draft), expected, max_difference)
+        difference = check(OnnxNetwork(draft))
         os.replace(draft, target)
     finally:
         draft.unlink(missing_ok=True)

@@ -85,6 +85,15 @@ def _output(network: nn.Module, call: Call, tensors: tuple[Tensor, ...]) -> Any:
         raise ExportError(f"{name} itself fails at batch size {size} ({reason}); {FIXED_HINT}") from error
 
 
+def run_once(network: nn.Module, call: Call) -> Any:
+    """What a network gives on the sample, in evaluation mode.
+
+    Raises:
+        ExportError: If it fails.
+    """
+    return _output(network, call, call.tensors)
+
+
 def check_parity(file: OnnxNetwork, expected: Sequence[Reference], max_difference: float) -> float:
     """Compare a file with the network's own outputs.
 

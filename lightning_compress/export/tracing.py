@@ -6,7 +6,8 @@ import linecache
 import os
 import sysconfig
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,9 +30,11 @@ class _Flat(nn.Module):
     The exporter has its own rules for dicts, keyword arguments, defaults and output objects; it sees none of them.
     """
 
-    def __init__(self, network: nn.Module, call: Call) -> None:
+    def __init__(self, network: nn.Module, call: Call, children: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.network = network
+        for name, child in children.items():
+            self.add_module(name, child)
         self._call = call
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -47,6 +50,7 @@ def convert(
     dynamic_batch: bool,
     opset: int,
     metadata: dict[str, str],
+    children: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> bytes:
     """Export a network to a serialised ONNX model without metadata of single nodes.
 
@@ -57,6 +61,7 @@ def convert(
         dynamic_batch: Whether dimension 0 of the inputs stays open.
         opset: ONNX operator set.
         metadata: What to write into the file as a whole.
+        children: Modules beside the network whose buffers the trace may read, by the names that they get in the file.
 
     Returns:
         The bytes of the file.
@@ -70,7 +75,7 @@ def convert(
     try:
         with quiet(EXPORT_LOGGERS), evaluating(network):
             program = torch.onnx.export(
-                _Flat(network, call).eval(),
+                _Flat(network, call, children).eval(),
                 call.tensors,
                 input_names=list(call.names),
                 output_names=list(output_names),

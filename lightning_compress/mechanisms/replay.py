@@ -7,8 +7,10 @@ and random states put back afterwards. A run that needed a replay then equals on
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +29,7 @@ from lightning_compress.mechanisms.wrapping import shadowed
 if TYPE_CHECKING:
     from lightning_compress.mechanisms.controller import StepController
 
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 TRIES = 32  # batches that may be skipped by the step before the first that is not
 
 
@@ -66,21 +69,30 @@ class Replay:
 
     Args:
         controller: That of the module.
+        method: Name of the step.
         step: Runs the original step; takes what Lightning passes to it, and whether with gradients.
         batches: The training batches as the step receives them, from the start each time it is called; takes the number
             of the epoch, for samplers that shuffle by it.
     """
 
     def __init__(
-        self, controller: StepController, step: Callable[..., Any], batches: Callable[..., Iterator[tuple[Any, ...]]]
+        self,
+        controller: StepController,
+        step: Callable[..., Any],
+        batches: Callable[..., Iterator[tuple[Any, ...]]],
+        method: str = "training_step",
     ) -> None:
         self._module = controller.module
+        self._method = method
         self._step = step
         self.batches = batches
         self._hooked: tuple[str, ...] = ()
 
-    def students(self) -> tuple[str, ...]:
+    def students(self, argument: str = "student") -> tuple[str, ...]:
         """Find the student: the network that the first step calls.
+
+        Args:
+            argument: What the user can name it with, for the error message.
 
         Returns:
             Its dotted name, empty for the module itself.
@@ -88,16 +100,18 @@ class Replay:
         Raises:
             CaptureError: If there is none, or more than one.
         """
-        with StudentCapture(self._module) as capture:
+        with StudentCapture(self._module, argument=argument) as capture:
             capture.required = True
             for arguments in self._first_batches():
                 capture.start(detect=True)
-                if self._step(*arguments, gradients=True) is not None or not self._automatic:
+                if self._step(*arguments, gradients=True) is not None or not self._none_skips:
                     capture.stop()
                     break
                 capture.abort()  # a skipped batch: whatever it called is no evidence
             if capture.names is None:
-                raise CaptureError(f"the training step of {type(self._module).__name__} calls no network")
+                raise CaptureError(
+                    f"the {self._method.replace('_', ' ')} of {type(self._module).__name__} calls no network"
+                )
             return capture.names
 
     def received(self, student: tuple[str, ...], arguments: tuple[Any, ...]) -> NetworkCall | None:
@@ -180,8 +194,9 @@ class Replay:
         self._step(*arguments, gradients=False)
 
     @property
-    def _automatic(self) -> bool:
-        return bool(getattr(self._module, "automatic_optimization", True))
+    def _none_skips(self) -> bool:
+        """Whether a step that returns None has skipped its batch."""
+        return self._method == "training_step" and bool(getattr(self._module, "automatic_optimization", True))
 
     def _first_batches(self) -> Iterator[tuple[Any, ...]]:
         for index, arguments in enumerate(self.batches()):
@@ -192,14 +207,19 @@ class Replay:
 
 @contextmanager
 def replay(
-    controller: StepController, trainer: Any, context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    controller: StepController,
+    trainer: Any,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    *,
+    method: str = "training_step",
 ) -> Iterator[Replay]:
-    """Run the training step on the training data, without learning and without a trace.
+    """Run the training step, or the validation step, on the training data, without learning and without a trace.
 
     Args:
         controller: That of the module.
         trainer: The Trainer, whose training data is set up: from ``on_train_start`` on.
         context: Around each step; the autocast of the Trainer's precision, say.
+        method: Name of the step.
 
     Yields:
         The replay.
@@ -223,10 +243,16 @@ def replay(
     """
     module: Any = controller.module
 
+    def fitting(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A batch, and the number 0 for each further argument without a default."""
+        parameters = list(inspect.signature(getattr(module, method)).parameters.values())[1:]
+        needed = [entry for entry in parameters if entry.default is entry.empty and entry.kind in POSITIONAL]
+        return (arguments[0], *[0] * len(needed))
+
     def step(*arguments: Any, gradients: bool) -> Any:
         with context(), torch.set_grad_enabled(gradients), _no_learning(module):
             try:
-                return module.training_step(*arguments)
+                return getattr(module, method)(*(arguments if method == "training_step" else fitting(arguments)))
             except (_Backward, StopIteration):  # the latter from a step that takes its batches itself, at their end
                 return None
 
@@ -241,7 +267,8 @@ def replay(
         loaders = stack.enter_context(independent_loaders(_compat.training_loaders(trainer)))
         stack.callback(setattr, controller, "replaying", controller.replaying)
         controller.replaying = True
-        yield Replay(controller, step, lambda epoch=0: _compat.training_batches(trainer, loaders, epoch))
+        batches = partial(_compat.training_batches, trainer, loaders)
+        yield Replay(controller, step, batches, method)
 
 
 class _Backward(BaseException):

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from lightning_compress.report.measure import (
     serialized_state,
     single_sample,
 )
-from lightning_compress.report.table import ExportedFile, Latency, Report, Row
+from lightning_compress.report.table import ExportedFile, Latency, Layer, Report, Row
 
 Metrics = Mapping[str, Mapping[str, float]]
 
@@ -48,6 +49,7 @@ def compare(
     prefix: str = "",
     notes: Sequence[str] = (),
     recipe: dict[str, Any] | None = None,
+    bits: Mapping[str, int] = MappingProxyType({}),
 ) -> Report:
     """Measure models and exported files side by side.
 
@@ -66,6 +68,7 @@ def compare(
         prefix: Dotted name of that model inside the user's module; the layers' names begin with it.
         notes: Sentences to add to the report's own.
         recipe: What to keep as the recipe.
+        bits: Bits of the layers that are quantised, by the name that they have in the report.
 
     Returns:
         The report. What could not be measured is missing from it, and a note says why.
@@ -115,12 +118,17 @@ def compare(
             replace(row, latency_ms=times.get(row.name), metrics=dict((metrics or {}).get(row.name, {})))
             for row in rows
         ),
-        layers=tuple(replace(layer, name=".".join(filter(None, (prefix, layer.name)))) for layer in listed),
+        layers=tuple(_placed(layer, prefix, bits) for layer in listed),
         files=tuple(_file(result, source) for result, source in zip(files, sources, strict=True)),
         notes=tuple(dict.fromkeys(all_notes)),
         versions=versions(),
         recipe=recipe,
     )
+
+
+def _placed(layer: Layer, prefix: str, bits: Mapping[str, int]) -> Layer:
+    name = ".".join(filter(None, (prefix, layer.name)))
+    return replace(layer, name=name, bits=bits.get(name, layer.bits))
 
 
 def _file(result: ExportResult, model: str) -> ExportedFile:

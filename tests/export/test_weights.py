@@ -54,6 +54,7 @@ def test_no_such_file_folder_and_text(tmp_path):
             plain_state_dict(tmp_path / "text.ckpt")
 
 
+@pytest.mark.slow
 def test_weights_are_usable_without_this_package(tmp_path):
     module = torch.nn.Linear(2, 1)
     torch.save({"state_dict": module.state_dict()}, tmp_path / "last.ckpt")

@@ -1028,7 +1028,7 @@ def test_both_packages(namespace):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("how", ["wrapped", "in place"])
+@pytest.mark.parametrize("how", ["wrapped", pytest.param("in place", marks=pytest.mark.slow)])
 def test_a_compiled_network(how):
     class Compiled(Plain):
         def __init__(self):

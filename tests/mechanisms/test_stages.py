@@ -163,7 +163,7 @@ def test_a_scripted_layer_is_passed_over():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiled_layers_that_ran_before_are_seen_once_each(in_place):
     body = nn.Sequential(convolution(3, 4), nn.ReLU(), convolution(4, 4))
     network, x = Flat(body=body, down=convolution(4, 4, 2), last=convolution(4, 4)), torch.ones(2, 3, 16, 16)

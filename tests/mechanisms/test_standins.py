@@ -194,8 +194,11 @@ def story(compiled, training, order, make):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("order", [(False, True, False, True, False), (True, False, True)])
-@pytest.mark.parametrize("make", [others_for, frozen_others])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("make", "training"),
+    [(others_for, True), (frozen_others, False)]
+    + [pytest.param(*row, marks=pytest.mark.slow) for row in ((others_for, False), (frozen_others, True))],
+)
 def test_compiled_code_reads_what_is_there(training, make, order):
     ours, theirs = (story(compiled, training, order, make) for compiled in (True, False))
     for found, expected in zip(ours, theirs, strict=True):

@@ -905,7 +905,7 @@ def story(backend, form="child"):
 
 FORMS = [
     ("eager", "child"),
-    ("eager", "in place"),
+    pytest.param("eager", "in place", marks=pytest.mark.slow),
     pytest.param("aot_eager", "child", marks=pytest.mark.slow),
     pytest.param("inductor", "child", marks=pytest.mark.slow),
 ]

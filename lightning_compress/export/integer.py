@@ -1,0 +1,218 @@
+"""Integer files: written by the quantisation mode, and held to what it computes.
+
+A file is kept only if its scales and integers are the given ones, bit for bit, if ONNX Runtime computes nearly what the
+quantised network computes, and if it runs in integers what should run so.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.export.emission import CHILD, Emitting
+from lightning_compress.export.errors import ExportError
+from lightning_compress.export.parity import Reference, check_parity, references
+from lightning_compress.export.runtime import OnnxNetwork
+from lightning_compress.export.sample import Call
+from lightning_compress.export.tracing import convert
+from lightning_compress.mechanisms.grids import Grids
+from lightning_compress.mechanisms.quantization import quantizing
+from lightning_compress.mechanisms.rounding import Rounding
+from lightning_compress.mechanisms.tree import named_tensors
+
+KERNELS = ("QLinearConv", "QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "ConvInteger", "MatMulInteger")
+LEAST_NOISE = 0.02  # of the output's size: what rounding in other places may cost even where the grids cost nothing
+
+
+class IntegerExport:
+    """Export of one network with integers in it.
+
+    Args:
+        network: A copy of the network, in evaluation mode, on the CPU.
+        call: The input to trace with.
+        grids: The grids to write.
+        plain: What the network gives in float, at each batch size.
+        precision: "int8" or "int4".
+        max_difference: As in :func:`~lightning_compress.export.parity.check_parity`, where activations are float.
+
+    Raises:
+        ExportError: If the network does not run quantised.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        call: Call,
+        grids: Grids,
+        plain: Sequence[Reference],
+        *,
+        precision: str,
+        max_difference: float,
+    ) -> None:
+        self._network, self._call, self._grids, self._plain = network, call, grids, plain
+        self._precision, self._max_difference = precision, max_difference
+        rounding = Rounding(network, grids)
+        with quantizing(network, rounding):
+            self._expected = references(network, call, dynamic=len(plain) > 1)
+        if missing := [name for name in grids.weights if name not in rounding.used]:
+            raise ExportError(
+                f"the weights {missing} have scales, and the network did not use them on the sample; export it with a "
+                "sample= like the data that it was calibrated with"
+            )
+        self._held: dict[str, Tensor] = {}
+
+    def convert(self, output_names: Sequence[str], *, opset: int, **options: Any) -> bytes:
+        """The file.
+
+        Args:
+            output_names: One name for each tensor of the output.
+            opset: ONNX operator set.
+            options: The others of :func:`~lightning_compress.export.tracing.convert`.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            ExportError: If the network cannot be exported, or the exporter changed an integer or a scale.
+        """
+        emitting = Emitting(self._network, self._grids, opset=opset, products=self._precision == "int4")
+        self._held = {f"{CHILD}.{name}": value for name, value in emitting.held.named_buffers()}
+        with quantizing(self._network, emitting):
+            children = {CHILD: emitting.held}
+            graph = convert(self._network, self._call, output_names, opset=opset, children=children, **options)
+        import onnx
+
+        model = onnx.load_from_string(graph)
+        self._check_scales(model)
+        if self._precision == "int4":
+            _pack_(model)
+        del model.graph.value_info[:]  # shapes in between, which every runtime infers
+        for node in model.graph.node:
+            node.ClearField("name")
+        serialised: bytes = model.SerializeToString()
+        return serialised
+
+    def check(self, file: OnnxNetwork) -> float:
+        """Hold a file to the quantised network.
+
+        Args:
+            file: The file.
+
+        Returns:
+            The largest difference of an output.
+
+        Raises:
+            ExportError: If they differ by more than they may, or a layer does not run in integers.
+        """
+        if self._precision == "int4" and all(grid.bits <= 4 for grid in self._grids.weights.values()):
+            return check_parity(file, self._expected, self._max_difference)
+        if self._grids.integer_activations:
+            self._check_kernels(file)
+        # otherwise ONNX Runtime multiplies linear layers of 8-bit weights with activations that it rounds itself
+        return max(
+            self._difference(plain, expected, file) for plain, expected in zip(self._plain, self._expected, strict=True)
+        )
+
+    def _difference(self, plain: Reference, expected: Reference, file: OnnxNetwork) -> float:
+        largest = 0.0
+        found = file.run(expected.tensors)
+        wanted = [(name, tensor) for name, tensor in named_tensors(expected.output)]
+        floats = [tensor for _, tensor in named_tensors(plain.output)]
+        for (name, rounded), exact, got in zip(wanted, floats, found, strict=True):
+            if rounded.shape != got.shape:
+                raise ExportError(
+                    f"output '{name}' has shape {tuple(rounded.shape)}, and {tuple(got.shape)} in the file"
+                )
+            if rounded.numel() == 0 or not rounded.is_floating_point():
+                continue
+            size, noise = torch.linalg.vector_norm(exact), torch.linalg.vector_norm(rounded - exact)
+            off = torch.linalg.vector_norm(got - rounded)
+            if not off <= torch.maximum(noise, LEAST_NOISE * size):  # NaN fails too
+                raise ExportError(
+                    f"output '{name}' of the file differs from that of the quantised network by {off / size:.3g} of "
+                    f"its size, more than quantisation itself has changed it ({noise / size:.3g})"
+                )
+            largest = max(largest, (got - rounded).abs().max().item())
+        return largest
+
+    def _check_scales(self, model: Any) -> None:
+        """Compare each integer and scale that the file uses with the given one, bit for bit."""
+        from onnx import numpy_helper
+
+        compared = 0
+        for entry in model.graph.initializer:
+            if entry.name.startswith(f"{CHILD}."):
+                value = torch.from_numpy(numpy_helper.to_array(entry).copy())
+                given = self._held.get(entry.name)
+                if given is None or given.dtype != value.dtype or not torch.equal(given, value):
+                    raise ExportError(
+                        f"the exporter changed '{entry.name}', so the file would not have the given scales"
+                    )
+                compared += 1
+        if compared == 0:
+            raise ExportError("the exporter left no scale in the file")
+
+    def _check_kernels(self, file: OnnxNetwork) -> None:
+        """Count the integer kernels that ONNX Runtime makes of the file."""
+        counts, left = _optimised(file)
+        kernels = sum(counts[kind] for kind in KERNELS)
+        if kernels < len(self._grids.sites):
+            raise ExportError(
+                f"ONNX Runtime runs {len(self._grids.sites) - kernels} of {len(self._grids.sites)} quantised layers in "
+                f"float: {', '.join(left) or 'their operators were merged with others'}; leave them out of the "
+                "quantisation with exclude="
+            )
+
+
+def _optimised(file: OnnxNetwork) -> tuple[Counter[str], list[str]]:
+    """The operators that ONNX Runtime runs, by type, and the layers whose weights it widens."""
+    import onnx
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = os.path.join(folder, "optimised.onnx")
+        onnxruntime.InferenceSession(os.fspath(file.path), options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(options.optimized_model_filepath).graph.node
+    widened = [node.input[0] for node in nodes if node.op_type == "DequantizeLinear"]
+    left = [name.removeprefix(f"{CHILD}.").removesuffix("_weight") for name in widened if name.endswith("_weight")]
+    return Counter(node.op_type for node in nodes), left
+
+
+def _pack_(model: Any) -> None:
+    """Store the integers of weights that ``DequantizeLinear`` reads in 4 bits each, where they fit."""
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    tensors = {entry.name: entry for entry in model.graph.initializer}
+    read = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in tensors]
+    for node in read:
+        weight = numpy_helper.to_array(tensors[node.input[0]])
+        if weight.dtype != np.int8 or np.abs(weight).max(initial=0) > 7:
+            continue
+        zeros = f"{node.input[0]}_zero_point_4"
+        for name, values in (
+            (node.input[0], weight),
+            (zeros, np.zeros(weight.shape[0 if weight.ndim > 2 else 1], np.int8)),
+        ):
+            halves = np.append(values.ravel(), np.zeros(values.size % 2, np.int8)).reshape(-1, 2) & 0x0F
+            packed = onnx.TensorProto(data_type=onnx.TensorProto.INT4, dims=values.shape, name=name)
+            packed.raw_data = (halves[:, 0] | (halves[:, 1] << 4)).astype(np.uint8).tobytes()
+            if name in tensors:
+                tensors[name].CopyFrom(packed)
+            else:
+                model.graph.initializer.append(packed)
+                tensors[name] = packed
+        node.input[2] = zeros
+    used = {name for node in model.graph.node for name in node.input}
+    for entry in [entry for entry in model.graph.initializer if entry.name not in used]:
+        model.graph.initializer.remove(entry)
+    onnx.checker.check_model(model)

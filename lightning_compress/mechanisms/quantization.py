@@ -1,0 +1,552 @@
+"""The quantisation mode: an untouched network computes with weights and activations of few bits.
+
+A ``TorchFunctionMode`` sees every operation of a network, also those between its modules. It is on while the network
+runs, and at no other time: the loss is not the network's. An activation is named by the operation that made it, ``path
+of the module:operation:number in that call``, so that training, calibration, evaluation and export agree on it whoever
+consumes it. What happens to a tensor is up to :class:`Quantizers`: they observe, round, or write into a file.
+
+The names and what was made of a tensor are kept as attributes on the tensors, which compiled code can trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_compress import _compat
+from lightning_compress.mechanisms.operations import (
+    CONVOLUTIONS,
+    Kind,
+    is_global_average,
+    is_operator,
+    kind_of,
+    operation_name,
+    writes,
+)
+from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.tree import named_tensors, rebuild
+from lightning_compress.mechanisms.wrapping import marked, shadowed
+
+KEY = "_lightning_compress_key"
+"""Attribute of a tensor: the operation that made it."""
+ROUNDED = "_lightning_compress_rounded"
+"""Attribute of a tensor: itself on its grid, for all that consume it."""
+STATE = "_lightning_compress_state"
+"""Attribute of a tensor: one of the following."""
+PENDING, GRID, FREE = "pending", "grid", "free"
+"""It needs a quantiser behind the kernel that made it; it is on a grid; it may be put on one."""
+LAYER = "_lightning_compress_layer"
+"""Attribute of a tensor: the key of the convolution or linear layer that has just made it."""
+CHANNELS = "_lightning_compress_channels"
+"""Attribute of a tensor: the key of the layer whose channels these still are, but for batch norm and ReLU."""
+OUTPUT = ":output:0"
+"""The key under which a network's return consumes tensors."""
+MARKS = (KEY, ROUNDED, STATE, LAYER, CHANNELS)
+
+
+class QuantizationError(RuntimeError):
+    """A network cannot be quantised, or not in the way that it was calibrated."""
+
+
+class Quantizers:
+    """What is done to the tensors of a quantised network; the base does nothing.
+
+    Attributes:
+        active: Whether activations have quantisers at all.
+    """
+
+    active = True
+
+    def activation(self, key: str, x: Tensor) -> Tensor:
+        """The tensor on its grid."""
+        return x
+
+    def gate(self, key: str, x: Tensor) -> Tensor:
+        """``hardsigmoid(x)`` of a tensor on a grid, itself on the grid of 255 steps from 0 to 1."""
+        return torch.clamp((x + 3.0) / 6.0, 0.0, 1.0)
+
+    def layer(
+        self,
+        site: str,
+        function: Callable[..., Any],
+        take: Callable[[], Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        *rest: Any,
+        **options: Any,
+    ) -> Tensor | None:
+        """What a convolution or a linear layer gives for the input that it takes; None: it is left in float."""
+        return None
+
+    def norm(
+        self, module: str, layer: str, function: Callable[..., Any], x: Tensor, *rest: Any, **options: Any
+    ) -> Tensor | None:
+        """What a batch norm gives right after a layer; None: it is no part of the layer."""
+        return None
+
+    def average(self, key: str, function: Callable[..., Any], x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """The mean of maps over all positions."""
+        result: Tensor = function(x, *args, **options)
+        return result
+
+    def left(self, site: str) -> None:
+        """An operation stays in float."""
+
+    def consumed(self, layer: str | None, channels: str | None, site: str) -> None:
+        """An operation takes a tensor, and which layer has just made it, or whose channels it has."""
+
+
+class ModulePaths:
+    """Where in a network an operation runs: the path of calls, and its number within the innermost one."""
+
+    def __init__(self) -> None:
+        self._frames: list[tuple[str, str, dict[str, int]]] = [("", "", {})]
+
+    def restart(self) -> None:
+        """Begin a call of the network."""
+        self._frames[:] = [("", "", {})]
+
+    def enter(self, name: str, owner: str | None = None) -> None:
+        """A module below the network is called; by its owner, or by another that knows it."""
+        outer_name, outer_path, counts = self._frames[-1]
+        below = name.removeprefix(f"{outer_name}.") if outer_name else name
+        inside = not outer_name or below != name
+        if owner is not None and owner != outer_name:
+            below, inside = name, False
+        step = "." if inside else ">"
+        earlier = counts.get(name, 0)
+        counts[name] = earlier + 1
+        path = f"{outer_path}{step if outer_path or not inside else ''}{below}" + (f"#{earlier}" if earlier else "")
+        self._frames.append((name, path, {}))
+
+    def leave(self) -> None:
+        """It has returned."""
+        if len(self._frames) > 1:
+            self._frames.pop()
+
+    def site(self, operation: str) -> str:
+        """The key of an operation that runs now."""
+        _, path, counts = self._frames[-1]
+        number = counts.get(f":{operation}", 0)
+        counts[f":{operation}"] = number + 1
+        return f"{path}:{operation}:{number}"
+
+    @property
+    def module(self) -> str:
+        """Dotted name of the module that runs."""
+        return self._frames[-1][0]
+
+
+class QuantizationMode(TorchFunctionMode):
+    """Sees every operation while it is on, and hands its tensors to quantisers.
+
+    Args:
+        quantizers: What is done to them.
+        paths: Where operations run.
+    """
+
+    def __init__(self, quantizers: Quantizers, paths: ModulePaths) -> None:
+        super().__init__()
+        self.quantizers = quantizers
+        self.paths = paths
+        self._borrowed: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        name = operation_name(func)
+        kind = kind_of(name, args, options)
+        if kind is Kind.ASKED:
+            result = func(*args, **options)
+            pending = isinstance(result, Tensor) and getattr(args[0], STATE, None) == PENDING  # ``x.T``, say
+            return self._moved(Kind.CUT, "", func, args[0], args[1:], options) if pending else result
+        if name == "multi_head_attention_forward":
+            with self, _compat.attention_in_python():
+                return func(*args, **options)
+        site = self.paths.site(name)
+        if kind is not Kind.FLOAT and (result := self._quantised(kind, name, site, func, args, options)) is not None:
+            return result
+        return self._in_float(site, func, args, options)
+
+    def outputs(self, output: Any) -> Any:
+        """What a network returns: a kernel's output is on a grid, and nothing bears a mark."""
+
+        def finished(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            self._consume(leaf, OUTPUT)
+            rounded = self._needed(leaf)
+            for tensor in (leaf, rounded):
+                unmark(tensor)
+            return rounded
+
+        return rebuild(output, finished)
+
+    def _quantised(
+        self, kind: Kind, name: str, site: str, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """The result of an operation that a quantised network knows; None: it runs in float."""
+        if kind is Kind.WEIGHTED:
+            return self._weighted(name, site, func, *args, **options)
+        if kind is Kind.JOINED:
+            return self._joined(name, site, func, args, options)
+        x = args[0] if args else options.get("input")
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return None
+        rest = args[1:]
+        options = {key: value for key, value in options.items() if key != "input"}
+        if kind in (Kind.MOVED, Kind.CUT):
+            return self._moved(kind, site, func, x, rest, options)
+        if kind is Kind.NORM:
+            return self._norm(site, func, x, rest, options)
+        state = getattr(x, STATE, None)
+        if kind is Kind.FUSED:
+            return None if state is None else self._fused(name, site, func, x, rest, options)
+        vector = kind is Kind.CURVED and state == FREE and x.ndim == 2  # between two linear layers
+        if not self.quantizers.active or not (vector or state in (PENDING, GRID)):
+            return None
+        if kind is Kind.POOLED:
+            return self._pooled(name, site, func, x, rest, options)
+        return self._curved(name, site, func, x, rest, options)
+
+    def _weighted(
+        self,
+        name: str,
+        site: str,
+        func: Callable[..., Any],
+        input: Tensor,  # noqa: A002 - as torch calls it
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *rest: Any,
+        **options: Any,
+    ) -> Any:
+        def take() -> Tensor:
+            self._consume(input, site)
+            return self._on_grid(input, site)
+
+        result = self.quantizers.layer(site, func, take, weight, bias, *rest, **options)
+        if result is None:
+            return None
+        integer = name in CONVOLUTIONS and self.quantizers.active
+        _mark(result, site, PENDING if integer else FREE)
+        setattr(result, LAYER, site)
+        setattr(result, CHANNELS, site)
+        return result
+
+    def _norm(
+        self, site: str, func: Callable[..., Any], x: Tensor, rest: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        layer, state = getattr(x, LAYER, None), getattr(x, STATE, None)
+        if layer is None or func is not nn.functional.batch_norm:  # torch's own takes its arguments in another order
+            return None
+        self._consume(x, site)
+        result = self.quantizers.norm(self.paths.module, layer, func, x, *rest, **options)
+        if result is None:
+            return None
+        _mark(result, site, state)
+        setattr(result, CHANNELS, layer)
+        return result
+
+    def _fused(
+        self, name: str, site: str, func: Callable[..., Any], x: Tensor, rest: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        self._consume(x, site)
+        state, channels = getattr(x, STATE), getattr(x, CHANNELS, None)
+        result = func(x, *rest, **options)
+        _mark(result, site, PENDING if state == GRID else state)
+        if name == "relu":
+            setattr(result, CHANNELS, channels)
+        return result
+
+    def _joined(
+        self, name: str, site: str, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        many = name not in ("add", "mul", "multiply")
+        operands = list(args[0]) if many and args and isinstance(args[0], (list, tuple)) else list(args)
+        states = [getattr(operand, STATE, None) for operand in operands if isinstance(operand, Tensor)]
+        known = len(states) == len(operands) > 1 and None not in states
+        if not self.quantizers.active or not known or (options and not many) or {*states} == {FREE}:
+            return None
+        for operand in operands:
+            self._consume(operand, site)
+        rounded = [self._on_grid(operand, site) for operand in operands]
+        if many:
+            result = torch.cat(rounded, *args[1:], **options)
+        else:
+            result = torch.add(*rounded) if name == "add" else torch.mul(*rounded)
+            result = _kept(func, options, operands[0], result)
+        return _mark(result, site, PENDING)
+
+    def _pooled(
+        self, name: str, site: str, func: Callable[..., Any], x: Tensor, rest: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        whole = name in ("mean", "adaptive_avg_pool2d")
+        if whole and not is_global_average(name, x, rest, options):
+            return None
+        self._consume(x, site)
+        rounded = self._on_grid(x, site)
+        result = (
+            self.quantizers.average(site, func, rounded, *rest, **options) if whole else func(rounded, *rest, **options)
+        )
+        return _mark(result, site, PENDING)
+
+    def _curved(
+        self, name: str, site: str, func: Callable[..., Any], x: Tensor, rest: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        self._consume(x, site)
+        rounded = self._on_grid(x, site)
+        if name in ("hardswish", "hardsigmoid"):
+            gate = self.quantizers.gate(site, rounded)
+            result = gate if name == "hardsigmoid" else rounded * gate
+        elif name == "silu":
+            gate = _mark(torch.sigmoid(rounded), f"{site}:gate", PENDING)
+            result = rounded * self._on_grid(gate, site)
+        elif name == "sigmoid":
+            result = torch.sigmoid(rounded)
+        else:
+            slope = rest[0] if rest else options.get("negative_slope", 0.01)
+            result = nn.functional.leaky_relu(rounded, slope)
+        if rest and rest[-1] is True:  # leaky_relu, silu, hardswish, hardsigmoid: the last that they take
+            options = {**options, "inplace": True}
+        result = _kept(func, options, x, result)
+        return _mark(result, site, GRID if name == "hardsigmoid" else PENDING)
+
+    def _moved(
+        self, kind: Kind, site: str, func: Callable[..., Any], x: Tensor, rest: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """Numbers that are moved stay on the grid that they are on, and keep their name."""
+        key = getattr(x, KEY, None)
+        if key is None:
+            return func(x, *rest, **options)
+        self._consume(x, site)
+        rounded = self._needed(x)
+        state = GRID if rounded is not x else getattr(x, STATE, None)
+        if writes(func) and rounded is not x:
+            rounded = x.copy_(rounded)
+        state = PENDING if kind is Kind.CUT and state == GRID else state
+        result = func(rounded, *rest, **options)
+        for tensor in [result] if isinstance(result, Tensor) else result:
+            if isinstance(tensor, Tensor):
+                _mark(tensor, key, state)
+        return result
+
+    def _in_float(self, site: str, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Run an operation without an integer kernel, on what the kernels before it can give."""
+        met = False
+
+        def needed(leaf: Any) -> Any:
+            nonlocal met
+            if not isinstance(leaf, Tensor):
+                return leaf
+            met = met or leaf.is_floating_point()
+            self._consume(leaf, site)
+            return self._needed(leaf)
+
+        if writes(func) and args and isinstance(args[0], Tensor):  # to be found in that very tensor
+            rounded = needed(args[0])
+            target = args[0] if rounded is args[0] else args[0].copy_(rounded)
+            unmark(target)
+            args = (target, *rebuild(args[1:], needed))
+        else:
+            args = rebuild(args, needed)
+        result = func(*args, **rebuild(options, needed))
+        if isinstance(result, Tensor):
+            unmark(result)
+            if met and result.is_floating_point():
+                setattr(result, KEY, site)
+                self.quantizers.left(site)
+        return result
+
+    def _needed(self, x: Tensor) -> Tensor:
+        """A tensor for whoever takes it in float: on its grid, if the kernel that made it needs a quantiser."""
+        return self._on_grid(x, "") if getattr(x, STATE, None) == PENDING else x
+
+    def _on_grid(self, x: Tensor, site: str) -> Tensor:
+        """A tensor on its grid, the same for all that consume it."""
+        if not self.quantizers.active or getattr(x, STATE, None) == GRID:
+            return x
+        rounded: Tensor | None = getattr(x, ROUNDED, None)
+        if rounded is not None:
+            return rounded
+        key = getattr(x, KEY, None)
+        if key is None:
+            key = f"in:{site}"
+            if not isinstance(x, nn.Parameter):  # which outlives the call, and may be others' at the same time
+                setattr(x, KEY, key)
+                self._borrow(x)
+        rounded = self.quantizers.activation(key, x)
+        if rounded is not x:  # never on itself: a cycle would hold it until the garbage collector runs
+            _mark(rounded, key, GRID)
+            if hasattr(x, KEY):
+                setattr(x, ROUNDED, rounded)
+        return rounded
+
+    def _borrow(self, x: Tensor) -> None:
+        """Nobody made it in this call: take the marks off it when the call ends."""
+        if not torch.compiler.is_compiling():
+            self._borrowed.append(x)
+
+    def finish(self) -> None:
+        """The network has returned, or failed."""
+        for tensor in self._borrowed:
+            unmark(tensor)
+        self._borrowed.clear()
+
+    def _consume(self, x: Tensor, site: str) -> None:
+        self.quantizers.consumed(getattr(x, LAYER, None), getattr(x, CHANNELS, None), site)
+
+
+def _kept(func: Callable[..., Any], options: dict[str, Any], x: Tensor, result: Tensor) -> Tensor:
+    """The result of an operation, in the tensor that it works in: whoever called it may go on with that.
+
+    In a trace for a file it is not: what is written would stand between two kernels, and the file is compared anyway.
+    """
+    in_place = (writes(func) and not is_operator(func)) or options.get("inplace")
+    return x.copy_(result) if in_place and not torch.compiler.is_exporting() else result
+
+
+def unmark(tensor: Tensor) -> None:
+    """Take the marks off a tensor.
+
+    Args:
+        tensor: Any.
+
+    Example:
+        >>> tensor = torch.ones(1)
+        >>> setattr(tensor, KEY, "0:relu:0")
+        >>> unmark(tensor)
+        >>> hasattr(tensor, KEY)
+        False
+    """
+    for mark in MARKS:
+        if hasattr(tensor, mark):
+            delattr(tensor, mark)
+
+
+def _mark(tensor: Tensor, key: str, state: str | None) -> Tensor:
+    unmark(tensor)
+    setattr(tensor, KEY, key)
+    if state is not None:
+        setattr(tensor, STATE, state)
+    return tensor
+
+
+class GuardedCalls:
+    """How often a network has run quantised, and with how many samples."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.samples = 0
+        self.depth = 0
+
+
+@contextmanager
+def quantizing(network: nn.Module, quantizers: Quantizers) -> Iterator[GuardedCalls]:
+    """Let a network run with quantisers, whoever calls it.
+
+    Args:
+        network: The network; it may be compiled.
+        quantizers: What is done to its tensors.
+
+    Yields:
+        A counter of its calls.
+
+    Raises:
+        QuantizationError: When activation checkpointing runs a part of it again, which would not be quantised.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> with quantizing(network, Quantizers()) as calls:
+        ...     _ = network(torch.ones(1, 2))
+        >>> calls.count
+        1
+    """
+    paths, calls = ModulePaths(), GuardedCalls()
+    mode = QuantizationMode(quantizers, paths)
+
+    def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if calls.depth:
+                return original(*args, **kwargs)
+            tensors = [tensor for _, tensor in named_tensors((args, kwargs))]
+            batch = [] if torch.compiler.is_compiling() else tensors  # where a length would be taken for a constant
+            samples = next((len(tensor) for tensor in batch if tensor.ndim), 0)
+            for tensor in tensors:
+                unmark(tensor)
+            paths.restart()
+            calls.depth += 1
+            try:
+                with mode:
+                    output = original(*args, **kwargs)
+                calls.count += 1
+                calls.samples += samples
+                return mode.outputs(output)
+            finally:
+                calls.depth -= 1
+                mode.finish()
+                for tensor in tensors:
+                    unmark(tensor)
+
+        return call
+
+    def entering(name: str) -> Callable[..., None]:
+        owner = _owner(network, name)
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if calls.depth:
+                paths.enter(name, owner)
+            elif _compat.runs_again():
+                raise QuantizationError(
+                    f"activation checkpointing runs '{name}' again in the backward pass, where it would not be "
+                    "quantised; turn checkpointing off"
+                )
+
+        return enter
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if calls.depth:
+            paths.leave()
+
+    with ExitStack() as stack:
+        for name, module in network.named_modules():
+            if name and _compat.uncompiled(module) is module and not isinstance(module, torch.jit.ScriptModule):
+                entered = module.register_forward_pre_hook(marked(entering(plain_name(name))))
+                stack.callback(entered.remove)
+                stack.callback(module.register_forward_hook(marked(leave), always_call=True).remove)
+        for method in _compat.entry_points(network):
+            stack.enter_context(shadowed(network, method, guarded))
+        _compat.reset_compiled_code()
+        stack.callback(_compat.reset_compiled_code)
+        yield calls
+
+
+def _owner(network: nn.Module, name: str) -> str:
+    """The module that a module belongs to: the nearest above it that can be called."""
+    named = {plain_name(own): part for own, part in network.named_modules()}
+    above = name.rpartition(".")[0]
+    while above and isinstance(named[above], (nn.ModuleList, nn.ModuleDict)):
+        above = above.rpartition(".")[0]
+    return above
+
+
+def module_of(site: str) -> str:
+    """The module whose call an operation belongs to.
+
+    Args:
+        site: Key of an operation.
+
+    Returns:
+        Its dotted name, without what tells its calls apart.
+
+    Example:
+        >>> module_of("a.b#1:conv2d:0"), module_of("in:a>b.c:linear:0")
+        ('a.b', 'b.c')
+    """
+    path = site.removeprefix("in:").split(":", 1)[0].rsplit(">", 1)[-1]
+    return ".".join(part.split("#")[0] for part in path.split("."))

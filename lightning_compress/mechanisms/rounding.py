@@ -1,0 +1,236 @@
+"""Quantisers that round: a network computes with the values that its integers stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_compress.functional.quantizers import along, fake_quantize
+from lightning_compress.mechanisms.grids import Grids, WeightGrid, WeightSite
+from lightning_compress.mechanisms.quantization import QuantizationError, Quantizers, module_of
+from lightning_compress.mechanisms.selection import plain_name
+
+_NEVER = (
+    "the layer '{site}' was never calibrated: calibration did not come this way; calibrate again, with data that takes "
+    "every path"
+)
+GATE_STEP = 6.0 / 255.0
+"""Step of the grid that ``clamp(x + 3, 0, 6)`` has within hardswish and hardsigmoid."""
+
+
+class WeightNames:
+    """Which parameter of a network an operation was given, or which of its rows.
+
+    Args:
+        network: The network.
+        presented: The name of a weight that something else stands for at the moment, such as a masked one.
+    """
+
+    def __init__(self, network: nn.Module, presented: Callable[[Tensor], str | None] | None = None) -> None:
+        self._names: dict[int, str] = {}
+        self._storages: dict[int, tuple[str, Tensor]] = {}
+        self._computed: dict[str, list[str]] = {}
+        self._presented = presented
+        for name, parameter in network.named_parameters():
+            self._names[id(parameter)] = plain_name(name)
+            self._storages[parameter.untyped_storage().data_ptr()] = plain_name(name), parameter
+        for name, module in network.named_modules():
+            if is_parametrized(module, "weight") or (hasattr(module, "weight_v") and hasattr(module, "weight_g")):
+                self._computed[plain_name(name)] = ["weight"]
+
+    def name_of(self, parameter: Tensor | None) -> str | None:
+        """The dotted name of a parameter; None for what is none."""
+        return None if parameter is None else self._names.get(id(parameter))
+
+    def whole(self, place: WeightSite, weight: Tensor) -> Tensor:
+        """The weight that what an operation was given is, or is a part of."""
+        entry = self._storages.get(weight.untyped_storage().data_ptr())
+        return weight if entry is None or entry[0] != place.name else entry[1]
+
+    def find(self, weight: Tensor, module: str) -> WeightSite | None:
+        """Name a weight.
+
+        Args:
+            weight: What an operation was given.
+            module: Dotted name of the module that runs.
+
+        Returns:
+            Its name and rows; None for what is no parameter, nor computed from some by weight norm or the like.
+        """
+        name = self._names.get(id(weight))
+        if name is None and self._presented is not None:
+            name = self._presented(weight)
+        if name is None and module in self._computed:
+            name = f"{module}.weight" if module else "weight"
+        if name is not None:
+            return WeightSite(name, 0, len(weight))
+        whole = self._storages.get(weight.untyped_storage().data_ptr())
+        if whole is None or weight.shape[1:] != whole[1].shape[1:] or not weight.is_contiguous():
+            return None
+        row = max(1, whole[1][0].numel())
+        start = int(weight.storage_offset() - whole[1].storage_offset()) // row
+        return WeightSite(whole[0], start, start + len(weight))
+
+
+class Rounding(Quantizers):
+    """Rounds weights and activations to the grids of a calibrated network.
+
+    Args:
+        network: The network.
+        grids: Its grids.
+        presented: As in :class:`WeightNames`.
+
+    """
+
+    def __init__(
+        self, network: nn.Module, grids: Grids, presented: Callable[[Tensor], str | None] | None = None
+    ) -> None:
+        self.grids = grids
+        self.active = grids.integer_activations
+        self.used: set[str] = set()
+        """Names of the weights that were rounded; compiled code keeps no record."""
+        self.names = WeightNames(network, presented)
+        self._modules = {module_of(site) for site in grids.sites}
+
+    def activation(self, key: str, x: Tensor) -> Tensor:
+        """The tensor on the grid of its key."""
+        grid = self.grids.activations.get(key)
+        if grid is None:
+            raise QuantizationError(
+                f"the activation '{key}' was never calibrated: calibration did not come this way, or the network has "
+                "changed since; calibrate again, with data that takes every path"
+            )
+        return fake_quantize(x, grid.scale, grid.zero_point, *grid.limits)
+
+    def gate(self, key: str, x: Tensor) -> Tensor:
+        """``hardsigmoid(x)`` in steps of 1/255."""
+        return fake_quantize(x + 3.0, GATE_STEP, 0, 0, 255) / 6.0
+
+    def layer(
+        self,
+        site: str,
+        function: Callable[..., Any],
+        take: Callable[[], Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        *rest: Any,
+        **options: Any,
+    ) -> Tensor | None:
+        """The layer with its weight on its grid."""
+        place = self.place(site, weight)
+        grid = None if place is None else self.grid(site, place, weight)
+        if place is None or grid is None:
+            return None
+        if not torch.compiler.is_compiling():  # it would be compiled again for each state of the record
+            self.used.add(place.name)
+        rounded = self.rounded(site, grid, weight)
+        if site in self.grids.biases:
+            correction = self.grids.biases[site].to(weight)
+            bias = correction if bias is None else bias + correction
+        result: Tensor = function(take(), rounded, bias, *rest, **options)
+        return result if site in self.grids.folds else self.divided(site, result, function)
+
+    def norm(
+        self, module: str, layer: str, function: Callable[..., Any], x: Tensor, *rest: Any, **options: Any
+    ) -> Tensor | None:
+        """Batch norm, with the statistics that were estimated for the rounded weights."""
+        if self.grids.folds.get(layer) != module:
+            return None
+        arguments = norm_arguments(*rest, **options)
+        if module in self.grids.statistics and not arguments.get("training"):
+            own = arguments["running_mean"]
+            mean, variance = (value.to(own) for value in self.grids.statistics[module])
+            arguments.update(running_mean=mean, running_var=variance)
+        result: Tensor = torch.nn.functional.batch_norm(x, **arguments)
+        return self.divided(layer, result, function)
+
+    # For those that differ
+
+    def place(self, site: str, weight: Tensor) -> WeightSite | None:
+        """Which weight it is; in compiled code, where it is no parameter, that of the calibration."""
+        if torch.compiler.is_compiling():
+            place = self.grids.sites.get(site)
+            if place is None and module_of(site) in self._modules:
+                raise QuantizationError(_NEVER.format(site=site))
+            return place
+        return self.names.find(weight, module_of(site))
+
+    def grid(self, site: str, place: WeightSite, weight: Tensor) -> WeightGrid | None:
+        """Its grid; None where it is not to be quantised."""
+        grid = self.grids.weights.get(place.name)
+        if grid is not None and site not in self.grids.sites:
+            raise QuantizationError(_NEVER.format(site=site))
+        return None if grid is None else grid.rows(place.start, place.stop)
+
+    def rounded(self, site: str, grid: WeightGrid, weight: Tensor) -> Tensor:
+        """The weight on its grid."""
+        wide = multiplied(self.grids, site, weight)
+        rounded = fake_quantize(wide, grid.step.to(weight.device), 0, *grid.limits, axis=grid.axis)
+        return rounded.to(weight.dtype)
+
+    def divided(self, site: str, x: Tensor, function: Callable[..., Any]) -> Tensor:
+        """The output of a layer with its channels equalised."""
+        divisors = self.grids.divisors.get(site)
+        axis = -1 if getattr(function, "__name__", "") == "linear" else 1
+        return x if divisors is None else x / along(divisors.to(x), x, axis)
+
+
+def norm_arguments(*rest: Any, **options: Any) -> dict[str, Any]:
+    """The arguments of ``torch.nn.functional.batch_norm`` after its input, by name.
+
+    Args:
+        rest: Positional ones.
+        options: Keyword arguments.
+
+    Returns:
+        All that were given.
+
+    Example:
+        >>> norm_arguments(None, None, training=True)
+        {'running_mean': None, 'running_var': None, 'training': True}
+    """
+    names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    return {**dict(zip(names, rest, strict=False)), **options}
+
+
+def multiplied(grids: Grids, site: str, weight: Tensor) -> Tensor:
+    """A weight with its input channels equalised.
+
+    Args:
+        grids: The grids of the network.
+        site: Key of the layer.
+        weight: What it was given as its weight.
+
+    Returns:
+        The weight, multiplied by the factors of its input channels where there are some.
+
+    Example:
+        >>> multiplied(Grids(factors={"s": torch.tensor([2.0, 1.0])}), "s", torch.ones(1, 2))
+        tensor([[2., 1.]])
+    """
+    factors = grids.factors.get(site)
+    return weight if factors is None else weight * spread(factors, weight)
+
+
+def spread(factors: Tensor, weight: Tensor) -> Tensor:
+    """What a weight is multiplied by, so that its input channels are.
+
+    Args:
+        factors: Shape ``(input channels,)`` of all groups.
+        weight: Shape ``(output channels, input channels of one group, ...)``.
+
+    Returns:
+        A tensor that broadcasts over ``weight``.
+
+    Example:
+        >>> spread(torch.tensor([1.0, 2.0]), torch.zeros(2, 1, 3)).flatten()
+        tensor([1., 2.])
+    """
+    groups = max(1, len(factors) // weight.shape[1])
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    rows = factors.to(weight.device, wide).reshape(groups, -1).repeat_interleave(len(weight) // groups, dim=0)
+    return rows.reshape(*rows.shape, *[1] * (weight.ndim - 2))

@@ -1,0 +1,797 @@
+"""What calibration finds, against ranges, means and scales worked out by hand; and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from lightning_compress.functional.quantizers import fake_quantize, mse_grid, quantization_grid, range_grid
+from lightning_compress.mechanisms.calibration import (
+    Calibration,
+    Settings,
+    calibrate,
+    fingerprints,
+    statistics_of,
+)
+from lightning_compress.mechanisms.grids import ActivationGrid, Grids, WeightGrid, WeightSite
+from lightning_compress.mechanisms.observers import OBSERVERS, make_observer
+from lightning_compress.mechanisms.quantization import MARKS, QuantizationError, module_of, quantizing
+from lightning_compress.mechanisms.rounding import Rounding, multiplied
+
+
+def calibrated(net, *batches, selected=lambda name: True, given=None, **settings):
+    steps = lambda: (net(batch) for batch in batches)  # noqa: E731 - from the start each time
+    return calibrate(net, steps, Settings(**settings), selected=selected, given=given or {})
+
+
+def run(net, grids, x, kind=Rounding):
+    with quantizing(net, kind(net, grids)), torch.no_grad():
+        return net(x)
+
+
+class Unrounded(Rounding):
+    """Equalises channels and rounds nothing."""
+
+    def __init__(self, network, grids):
+        super().__init__(network, grids)
+        self.active = False
+
+    def rounded(self, site, grid, weight):
+        return multiplied(self.grids, site, weight)
+
+
+def rounded(weight, bits=8, find=quantization_grid):
+    step, highest = find(weight, bits, axis=0), 2 ** (bits - 1) - 1
+    return fake_quantize(weight, step, 0, -highest, highest, axis=0)
+
+
+def grid_of(bits, *tensors):
+    """Over the extremes of all, and zero."""
+    low, high = (min(float(x.min()) for x in tensors), max(float(x.max()) for x in tensors))
+    return ActivationGrid(*range_grid(min(low, 0.0), max(high, 0.0), bits), bits)
+
+
+def convolutional():
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.Flatten(), nn.Linear(48, 5)
+    ).eval()
+    net[1].running_mean.normal_()
+    net[1].running_var.uniform_(0.5, 2)
+    net[1].weight.data.uniform_(0.5, 2)
+    return net
+
+
+MAPS = [torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+
+
+# --- ranges ---
+
+
+@pytest.mark.parametrize(("weight_range", "find"), [("max", quantization_grid), ("mse", mse_grid)])
+@pytest.mark.parametrize("bits", [8, 3])
+def test_grids_are_those_of_the_network_with_rounded_weights(weight_range, find, bits):
+    net = convolutional()
+    grids = calibrated(net, *MAPS[:2], weight_bits=bits, activation_bits=bits, weight_range=weight_range)
+    w = {name: rounded(net.get_parameter(name).detach(), bits, find) for name in ("0.weight", "3.weight", "5.weight")}
+    assert set(grids.weights) == set(w)
+    for name, grid in grids.weights.items():
+        assert torch.equal(grid.step, find(net.get_parameter(name), bits, axis=0))
+        assert grid.bits == bits
+    edges = {key: [] for key in ("in:0:conv2d:0", "2:relu:0", "3:conv2d:0")}
+    with torch.no_grad():
+        for x in MAPS[:2]:
+            one = F.relu(net[1](F.conv2d(x, w["0.weight"], net[0].bias)))
+            two = F.conv2d(one, w["3.weight"], net[3].bias)
+            for seen, value in zip(edges.values(), (x, one, two), strict=True):
+                seen.append(value)
+    assert grids.activations == {key: grid_of(bits, *values) for key, values in edges.items()}
+    assert grids.folds == {"0:conv2d:0": "1"}
+    assert grids.sites == {
+        "0:conv2d:0": WeightSite("0.weight", 0, 4, "0.bias", "in:0:conv2d:0"),
+        "3:conv2d:0": WeightSite("3.weight", 0, 3, "3.bias", "2:relu:0"),
+        "5:linear:0": WeightSite("5.weight", 0, 5, "5.bias", "3:conv2d:0"),
+    }
+    assert (grids.left_in_float, grids.integer_activations) == ((), True)
+
+
+@pytest.mark.parametrize("kind", OBSERVERS)
+def test_each_observer_sees_each_batch_once(kind):
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    batches = [torch.randn(16, 3) * scale for scale in (1, 3, 2)]
+    grids = calibrated(net, *batches, observer=kind, activation_bits=4)
+    first, second = make_observer(kind, 4), make_observer(kind, 4)
+    for x in batches:
+        first.observe(x)
+        second.observe(F.relu(F.linear(x, rounded(net[0].weight), net[0].bias)))
+    assert grids.activations == {
+        "in:0:linear:0": ActivationGrid(*range_grid(*first.range(), 4), 4),
+        "1:relu:0": ActivationGrid(*range_grid(*second.range(), 4), 4),
+    }
+
+
+def test_a_tensor_with_many_consumers_is_looked_at_once():
+    """A moving average would notice."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x) + self.c(x)
+
+    net, batches = Net(), [torch.rand(4, 3), torch.rand(4, 3) * 9]
+    grids = calibrated(net, *batches, observer="moving_average")
+    observer = make_observer("moving_average", 8)
+    for x in batches:
+        observer.observe(x)
+    assert grids.activations == {"in:a:linear:0": ActivationGrid(*range_grid(*observer.range(), 8), 8)}
+
+
+def test_weights_only():
+    net = convolutional()
+    grids = calibrated(net, *MAPS, activation_bits=None)
+    assert (grids.activations, grids.integer_activations, len(grids.weights)) == ({}, False, 3)
+    assert grids.folds == {"0:conv2d:0": "1"}
+    one = F.relu(net[1](F.conv2d(MAPS[0], rounded(net[0].weight), net[0].bias)))
+    expected = F.linear(
+        F.conv2d(one, rounded(net[3].weight), net[3].bias).flatten(1), rounded(net[5].weight), net[5].bias
+    )
+    torch.testing.assert_close(run(net, grids, MAPS[0]), expected)
+
+
+@pytest.mark.parametrize(("bits", "edge"), [(4, 8), (8, 4), (4, None)])
+def test_edges_have_bits_of_their_own(bits, edge):
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    grids = calibrated(net, torch.randn(8, 3), weight_bits=bits, activation_bits=bits, edge_bits=edge)
+    assert [grid.bits for grid in grids.weights.values()] == [edge or bits, bits, edge or bits]
+    assert {key: grid.bits for key, grid in grids.activations.items()} == {
+        "in:0:linear:0": edge or bits,
+        "1:relu:0": bits,
+        "3:relu:0": bits,
+    }
+    for name, grid in grids.weights.items():
+        assert torch.equal(grid.step, quantization_grid(net.get_parameter(name), grid.bits, axis=0))
+
+
+def test_given_grids_are_taken():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    given = {"2.weight": WeightGrid(torch.tensor(0.3), 3), "other": WeightGrid(torch.tensor(1.0), 2)}
+    grids = calibrated(net, torch.randn(8, 3), given=given)
+    assert grids.weights["2.weight"] is given["2.weight"]
+    assert list(grids.weights) == ["0.weight", "2.weight"]
+    assert torch.equal(grids.weights["0.weight"].step, quantization_grid(net[0].weight, 8, axis=0))
+
+
+# --- how much is looked at ---
+
+
+@pytest.mark.parametrize(("most", "batches"), [(1, 1), (4, 1), (5, 2), (8, 2), (12, 3), (1000, 5)])
+def test_so_many_samples_are_looked_at(most, batches):
+    net, seen = convolutional(), []
+
+    def steps():
+        seen.append([])
+        for x in MAPS:
+            seen[-1].append(len(x))
+            yield net(x)
+
+    grids = calibrate(net, steps, Settings(max_samples=most))
+    assert [len(run) for run in seen] == [1, batches]
+    assert grids.activations["in:0:conv2d:0"] == grid_of(8, *MAPS[:batches])
+
+
+def test_each_call_of_the_network_counts_and_steps_without_one_do_not():
+    net, seen = nn.Sequential(nn.Linear(2, 2)), []
+
+    def steps():
+        for number in range(6):
+            if number:  # the first step is skipped
+                net(torch.full((3, 2), float(number)))
+                net(torch.full((3, 2), -float(number)))
+            seen.append(number)
+            yield
+
+    grids = calibrate(net, steps, Settings(max_samples=12))
+    assert seen == [0, 1, 0, 1, 2]
+    assert grids.activations["in:0:linear:0"] == ActivationGrid(*range_grid(-2.0, 2.0, 8), 8)
+
+
+def test_statistics_of_batch_norm_are_estimated_between_weights_and_activations():
+    net = convolutional()
+    calibration = Calibration(net, Settings(weight_bits=3, activation_bits=8))
+    steps = lambda: (net(x) for x in MAPS[:2])  # noqa: E731
+    calibration.discover(steps)
+    with quantizing(net, calibration.weights_only()), torch.no_grad():
+        output = net(MAPS[0])
+    inner = F.conv2d(MAPS[0], rounded(net[0].weight, 3), net[0].bias)
+    two = F.conv2d(F.relu(net[1](inner)), rounded(net[3].weight, 3), net[3].bias)
+    torch.testing.assert_close(output, F.linear(two.flatten(1), rounded(net[5].weight, 3), net[5].bias))
+    mean, variance = inner.mean((0, 2, 3)).detach(), inner.var((0, 2, 3)).detach()
+    calibration.grids.statistics["1"] = mean, variance
+    calibration.observe(steps)
+    with torch.no_grad():
+        inner = [F.conv2d(x, rounded(net[0].weight, 3), net[0].bias) for x in MAPS[:2]]
+        normed = [F.relu(F.batch_norm(x, mean, variance, net[1].weight, net[1].bias)) for x in inner]
+    assert calibration.grids.activations["2:relu:0"] == grid_of(8, *normed)
+
+
+def test_copies_of_statistics():
+    net = convolutional()
+    found = statistics_of(["1"], net)["1"]
+    assert torch.equal(found[0], net[1].running_mean)
+    assert torch.equal(found[1], net[1].running_var)
+    net[1].reset_running_stats()
+    assert found[0].abs().sum() > 0
+
+
+# --- what belongs together ---
+
+
+class Branching(nn.Module):
+    """A convolution and a batch norm, whose input somebody else may take as well."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.conv, self.norm, self.other = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), other
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.other(self.norm(y), y)
+
+
+@pytest.mark.parametrize(
+    ("other", "folded"),
+    [
+        (lambda normed, y: normed, True),
+        (lambda normed, y: (normed, y), False),
+        (lambda normed, y: normed + y, False),
+        (lambda normed, y: normed * y.shape[0], True),
+    ],
+)
+def test_a_batch_norm_is_a_part_of_the_layer_whose_output_nobody_else_takes(other, folded):
+    net = Branching(other).eval()
+    assert calibrated(net, MAPS[0]).folds == ({"conv:conv2d:0": "norm"} if folded else {})
+
+
+@pytest.mark.parametrize(
+    "compile_",
+    [
+        lambda net: torch.compile(net, backend="eager"),
+        pytest.param(lambda net: net.compile(backend="eager", fullgraph=True) or net, marks=pytest.mark.slow),
+        pytest.param(
+            lambda net: nn.Sequential(*[torch.compile(layer, backend="eager") for layer in net]), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["wrapped", "in place", "children"],
+)
+def test_of_a_compiled_network_the_same_is_found(fresh_compiler, compile_):
+    net = convolutional()
+    expected = calibrated(net, *MAPS)
+    compiled = compile_(copy.deepcopy(net))
+    compiled(MAPS[0])
+    grids = calibrated(compiled, *MAPS)
+    assert grids.folds == expected.folds == {"0:conv2d:0": "1"}
+    for part in ("activations", "sites", "fingerprints", "left_in_float"):
+        assert getattr(grids, part) == getattr(expected, part), part
+    assert all(torch.equal(grids.weights[name].step, grid.step) for name, grid in expected.weights.items())
+
+
+def test_the_network_is_left_as_it_was():
+    net = convolutional()
+    state, x, plain = copy.deepcopy(net.state_dict()), MAPS[0].clone(), net(MAPS[0])
+    calibrated(net, x, equalize=True, correct_bias=True)
+    assert torch.equal(net(MAPS[0]), plain)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert [module for module in net.modules() if module._forward_hooks or module._forward_pre_hooks] == []
+    assert [mark for value in (x, *net.parameters()) for mark in MARKS if hasattr(value, mark)] == []
+    assert [value for value in net.parameters() if value.grad is not None] == []
+
+
+def test_activations_are_freed_after_each_batch():
+    net, references = convolutional(), []
+    for module in net:
+        module.register_forward_hook(lambda module, args, output: references.append(weakref.ref(output)))
+    gc.collect()
+    gc.disable()
+    try:
+        calibrated(net, *MAPS)
+        assert len(references) == 6 * (1 + 5)
+        assert sum(reference() is not None for reference in references) == 0
+    finally:
+        gc.enable()
+
+
+def test_a_parameter_as_input_is_observed_with_the_data():
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.linear = nn.Parameter(torch.randn(3, 2)), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return x + self.linear(self.query)
+
+    net = Learned()
+    grids = calibrated(net, torch.randn(3, 2), torch.randn(3, 2))
+    assert grids.activations == {"in:linear:linear:0": grid_of(8, net.query)}
+    assert vars(net.query) == {}
+
+
+def test_a_network_that_computes_a_gradient_inside():
+    class Forces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+
+        def forward(self, x):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return torch.autograd.grad(self.body(x).sum(), x)[0]
+
+    net, x = Forces(), torch.randn(8, 3)
+    grids = calibrated(net, x)
+    assert set(grids.activations) == {"in:body.0:linear:0", "body.1:relu:0"}
+    first, second = rounded(net.body[0].weight), rounded(net.body[2].weight)
+    a = [grids.activations[key] for key in ("in:body.0:linear:0", "body.1:relu:0")]
+    hidden = F.linear(fake_quantize(x, a[0].scale, a[0].zero_point, 0, 255), first, net.body[0].bias)
+    expected = ((hidden > 0) * second) @ first
+    torch.testing.assert_close(run(net, grids, x), expected)
+
+
+# --- bias correction ---
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(6, 4), (64, 6)),
+        (nn.Linear(6, 4, bias=False), (16, 5, 6)),
+        (nn.Conv2d(6, 4, 3), (16, 6, 5, 5)),
+        (nn.Conv2d(6, 6, 3, groups=6, bias=False), (16, 6, 5, 5)),
+        (nn.Conv1d(6, 4, 2), (16, 6, 5)),
+    ],
+)
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_bias_correction_takes_the_mean_shift_back(layer, shape, activation_bits):
+    net, batches = nn.Sequential(layer), [torch.rand(shape) + 1, torch.rand(shape) * 2]
+    channel = 1 if layer.weight.ndim > 2 else -1
+    settings = {"weight_bits": 3, "activation_bits": activation_bits}
+    plain, corrected = (calibrated(net, *batches, correct_bias=own, **settings) for own in (False, True))
+
+    def shift(grids):
+        """Mean difference of each channel to float weights, with all that the layer takes as it is."""
+        names, apart = list(grids.sites), []
+        for x in batches:
+            with torch.no_grad():
+                if activation_bits:
+                    grid = grids.activations[f"in:{names[0]}"]
+                    x = fake_quantize(x, grid.scale, grid.zero_point, *grid.limits)
+                apart.append((run(net, replaced(grids), x) - layer(x)).movedim(channel, 0).flatten(1))
+        return torch.cat(apart, 1).mean(1)
+
+    def replaced(grids):
+        """Weights only, as the input is rounded already and the output shall not be."""
+        return Grids(**{**vars(grids), "integer_activations": False, "activations": {}})
+
+    assert plain.biases == {}
+    assert shift(plain).abs().max() > 0.02
+    torch.testing.assert_close(shift(corrected), torch.zeros(len(layer.weight)), rtol=0, atol=1e-5)
+    (correction,) = corrected.biases.values()
+    torch.testing.assert_close(correction, -shift(plain), rtol=0, atol=1e-5)
+
+
+def test_a_batch_norm_with_new_statistics_has_taken_the_shift_back_already():
+    net = convolutional()
+    calibration = Calibration(net, Settings(weight_bits=3, correct_bias=True))
+    steps = lambda: (net(x) for x in MAPS)  # noqa: E731
+    calibration.discover(steps)
+    calibration.grids.statistics["1"] = torch.zeros(4), torch.ones(4)
+    calibration.observe(steps)
+    assert set(calibration.grids.biases) == {"3:conv2d:0", "5:linear:0"}
+
+
+# --- equalisation ---
+
+
+def spread_out(net):
+    """Let ranges of channels differ by a factor of thousands."""
+    for module in net.modules():
+        if hasattr(module, "weight") and module.weight.ndim > 1:
+            module.weight.data *= torch.logspace(-1.5, 1.5, len(module.weight))[
+                torch.randperm(len(module.weight))
+            ].view(-1, *[1] * (module.weight.ndim - 1))
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(0.1, 4)
+            module.running_mean.normal_()
+            module.weight.data.uniform_(-2, 2)
+    return net.eval()
+
+
+EQUALISED = {
+    "linear": (
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)),
+        (8, 3),
+        2,
+    ),
+    "tokens": (lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), (4, 5, 3), 1),
+    "no relu": (lambda: nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2)), (8, 3), 1),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 1)), (3, 2, 6), 1),
+    "batch norm": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 1)
+        ),
+        (3, 2, 6, 6),
+        1,
+    ),
+    "depthwise": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 6, 1, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 6, 3, groups=6, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 3, 1),
+        ),
+        (3, 2, 6, 6),
+        2,
+    ),
+    "grouped": (
+        lambda: nn.Sequential(nn.Conv2d(4, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4)),
+        (3, 4, 6, 6),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EQUALISED)
+def test_equalisation_leaves_the_function_and_makes_ranges_equal(name):
+    make, shape, pairs = EQUALISED[name]
+    net, x = spread_out(make()), torch.randn(shape)
+    grids = calibrated(net, x, activation_bits=None, equalize=True)
+    layers = list(grids.sites)
+    assert list(grids.divisors) == layers[:-1]
+    assert list(grids.factors) == layers[1:]
+    assert len(grids.divisors) == pairs
+    plain = net(x)
+    torch.testing.assert_close(run(net, grids, x, Unrounded), plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+    for first, second in pairwise(layers):
+        assert torch.equal(grids.divisors[first], grids.factors[second])
+        assert grids.divisors[first].log2().abs().max() > 0.5  # something was to be done
+        rows, columns = ranges(net, grids, first, second)
+        torch.testing.assert_close(rows, columns, rtol=0.05 if pairs > 1 else 1e-4, atol=0)
+
+
+def ranges(net, grids, first, second):
+    """The largest magnitude of each channel that leaves a layer, and of what the next multiplies it by, by hand."""
+    one, two = (net.get_submodule(module_of(site)) for site in (first, second))
+    before = grids.factors.get(first, torch.ones(one.weight.shape[1] * getattr(one, "groups", 1)))
+    rows, columns = [], []
+    for channel, divisor in enumerate(grids.divisors[first]):
+        width = one.weight.shape[1]  # of a group
+        group = channel // (len(one.weight) // getattr(one, "groups", 1))
+        own = before[group * width : (group + 1) * width].view(-1, *[1] * (one.weight.ndim - 2))
+        gain = 1.0
+        if first in grids.folds:
+            norm = net.get_submodule(grids.folds[first])
+            gain = norm.weight[channel].abs() / (norm.running_var[channel] + norm.eps).sqrt()
+        rows.append((one.weight[channel] * own).abs().max() * gain / divisor)
+        inside = two.weight.shape[1]
+        size = len(two.weight) // getattr(two, "groups", 1)
+        taking = two.weight[channel // inside * size : (channel // inside + 1) * size, channel % inside]
+        after = grids.divisors.get(second, torch.ones(len(two.weight)))
+        after = after[channel // inside * size : (channel // inside + 1) * size].view(-1, *[1] * (taking.ndim - 1))
+        del after  # what a layer's rows are divided by does not change its columns
+        columns.append(taking.abs().max() * grids.factors[second][channel])
+    return torch.stack(rows).detach(), torch.stack(columns).detach()
+
+
+def test_equalisation_makes_quantisation_better_where_channels_differ():
+    net, x = spread_out(EQUALISED["depthwise"][0]()), torch.randn(16, 2, 6, 6)
+    errors = []
+    for equalize in (False, True):
+        grids = calibrated(net, x, weight_bits=5, activation_bits=5, equalize=equalize)
+        errors.append(((run(net, grids, x) - net(x)).norm() / net(x).norm()).item())
+    assert errors[1] < 0.7 * errors[0]
+
+
+class Taken(nn.Module):
+    """Two layers, and what else is done with what is between them."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.a, self.b, self._forward = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1), forward
+
+    def forward(self, x):
+        return self._forward(self, x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "equalised"),
+    [
+        (lambda n, x: n.b(F.relu(n.a(x))), True),
+        (lambda n, x: n.b(F.relu(F.relu(n.a(x)))), True),
+        (lambda n, x: (lambda y: (n.b(y), y))(F.relu(n.a(x))), False),
+        (lambda n, x: (lambda y: (n.b(F.relu(y)), y))(n.a(x)), False),
+        (lambda n, x: (lambda y: n.b(y) + y)(F.relu(n.a(x))), False),
+        (lambda n, x: (lambda y: n.b(y) * y.mean())(F.relu(n.a(x))), False),
+        (lambda n, x: n.b(F.relu6(n.a(x))), False),
+        (lambda n, x: n.b(F.leaky_relu(n.a(x))), False),
+        (lambda n, x: n.b(F.max_pool2d(n.a(x), 2)), False),
+        (lambda n, x: n.b(n.a(x) + 1), False),
+        (lambda n, x: n.b(n.b(n.a(x))), False),
+        (lambda n, x: n.b(n.a(n.a(x))), False),
+    ],
+)
+def test_channels_are_scaled_only_where_nobody_else_takes_them(forward, equalised):
+    net = spread_out(Taken(forward))
+    grids = calibrated(net, MAPS[0], activation_bits=None, equalize=True)
+    assert set(grids.divisors) == ({"a:conv2d:0"} if equalised else set())
+    outputs, plain = run(net, grids, MAPS[0], Unrounded), net(MAPS[0])
+    torch.testing.assert_close(outputs, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "length"), [(8, 4), (4, 8), (4, 4)])
+def test_a_linear_layer_over_the_positions_of_maps_takes_other_channels(channels, length):
+    net, x = nn.Sequential(nn.Conv1d(1, channels, 1), nn.ReLU(), nn.Linear(length, 3)), torch.randn(5, 1, length)
+    spread_out(net)
+    grids = calibrated(net, x, equalize=True)
+    assert grids.divisors == {}
+    assert ((run(net, grids, x) - net(x)).norm() / net(x).norm()).item() < 0.02
+
+
+def test_a_weight_with_a_given_grid_is_not_scaled_away_from_it():
+    net, x = spread_out(EQUALISED["tokens"][0]()), torch.randn(64, 3)
+    given = {
+        name: WeightGrid(quantization_grid(net.get_parameter(name), 8, axis=0), 8) for name in ("0.weight", "2.weight")
+    }
+    grids = calibrated(net, x, equalize=True, given=given)
+    assert ((run(net, grids, x) - net(x)).norm() / net(x).norm()).item() < 0.03
+
+
+# --- fingerprints ---
+
+
+def test_any_change_of_a_weight_is_noticed():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    names = ["0.weight", "1.weight"]
+    before, weight = fingerprints(net, names), net[0].weight.data
+    assert fingerprints(net, names) == fingerprints(copy.deepcopy(net), names) == before
+    assert list(before) == names
+    for index in range(weight.numel()):
+        for change in (lambda value: value.nextafter(torch.tensor(9.0)), lambda value: -value, lambda value: value + 1):
+            kept = weight.flatten()[index].clone()
+            weight.view(-1)[index] = change(kept)
+            after = fingerprints(net, names)
+            assert after["0.weight"] != before["0.weight"]
+            assert after["1.weight"] == before["1.weight"]
+            weight.view(-1)[index] = kept
+    assert fingerprints(net, names) == before
+    net[0].weight.data = weight[:, [2, 1, 0, 3]]  # the same numbers elsewhere
+    assert fingerprints(net, names) != before
+
+
+@pytest.mark.parametrize("value", [-1.0, -2.0, 0.0])
+def test_a_change_of_a_weight_of_one_element_is_noticed(value):
+    net = nn.Linear(1, 1)
+    net.weight.data.fill_(value)
+    before = fingerprints(net, ["weight"])
+    net.weight.data -= 1
+    assert fingerprints(net, ["weight"]) != before
+
+
+def test_fingerprints_depend_on_nothing_but_the_weight():
+    net = nn.Linear(700, 700)
+    before, threads = fingerprints(net, ["weight"]), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert fingerprints(net, ["weight"]) == before
+    finally:
+        torch.set_num_threads(threads)
+    net.weight.data = net.weight.data.t().contiguous().t()  # in another order in memory
+    assert fingerprints(net, ["weight"]) == before
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_a_change_of_what_a_weight_is_computed_from_is_noticed(norm):
+    net = nn.Sequential(norm(nn.Linear(3, 2)))
+    grids = calibrated(net, torch.randn(4, 3))
+    assert list(grids.fingerprints) == ["0.weight"]
+    for value in (value for value in net.parameters() if value.ndim > 1):
+        value.data[0] *= 1.5
+        after = fingerprints(net, grids.weights)
+        assert after != grids.fingerprints
+        grids.fingerprints = after
+
+
+def test_grids_have_the_fingerprints_of_their_weights():
+    """Also of weights that are first met after the discovery."""
+
+    class Choosing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.a(x) if x.max() > 0 else self.b(x)
+
+    net = Choosing()
+    grids = calibrated(net, torch.rand(4, 2), -torch.rand(4, 2))
+    assert list(grids.weights) == ["a.weight", "b.weight"]
+    assert grids.fingerprints == fingerprints(net, grids.weights)
+    assert set(grids.fingerprints) == set(grids.weights)
+    assert "b.weight" not in grids.left_in_float
+
+
+def test_tied_weights_have_one_fingerprint_and_one_grid():
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    net[2].weight = net[0].weight
+    grids = calibrated(net, torch.randn(4, 3))
+    assert list(grids.weights) == list(grids.fingerprints) == ["0.weight"]
+
+
+# --- kept in a file ---
+
+
+def test_a_network_runs_the_same_with_grids_from_a_file(tmp_path):
+    net = spread_out(EQUALISED["depthwise"][0]())
+    x = torch.randn(8, 2, 6, 6)
+    grids = calibrated(net, x, weight_bits=4, activation_bits=4, edge_bits=8, equalize=True, correct_bias=True)
+    grids.statistics["1"] = torch.zeros(6), torch.ones(6)
+    torch.save(grids.state(), tmp_path / "grids")
+    again = Grids.from_state(torch.load(tmp_path / "grids", weights_only=True))
+    assert torch.equal(run(net, again, x), run(net, grids, x))
+    assert not torch.equal(run(net, again, x), net(x))
+    assert again.fingerprints == fingerprints(net, again.weights)
+
+
+# --- what is left in float ---
+
+
+def test_what_is_left_in_float_is_listed():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.lstm = nn.Embedding(5, 4), nn.LSTM(4, 4, batch_first=True)
+            self.linear, self.skipped = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.up, self.kernel = nn.ConvTranspose1d(4, 2, 1), nn.Parameter(torch.randn(4, 4))
+            self.norm, self.idle = nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, tokens):
+            x = self.norm(self.linear(self.lstm(self.embedding(tokens))[0])) @ self.kernel
+            return self.up(F.gelu(self.skipped(x)).transpose(1, 2)).softmax(1)
+
+    net = Mixed().requires_grad_(False)  # what is frozen is quantised too
+    grids = calibrated(net, torch.tensor([[1, 2, 0]]), selected=lambda name: name != "skipped.weight")
+    assert list(grids.weights) == ["linear.weight"]
+    weights = {name for name in grids.left_in_float if not name.endswith(")")}
+    assert weights == {
+        "embedding.weight",
+        "lstm.weight_ih_l0",
+        "lstm.weight_hh_l0",
+        "skipped.weight",
+        "up.weight",
+        "kernel",
+        "idle.weight",
+    }
+    operations = {"conv_transpose1d (1)", "embedding (1)", "gelu (1)", "layer_norm (1)", "linear (1)", "softmax (1)"}
+    assert set(grids.left_in_float) - weights >= operations
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_what_a_quantised_weight_is_computed_from_is_not_listed(norm):
+    net = nn.Sequential(norm(nn.Linear(3, 2)), nn.ReLU(), norm(nn.Linear(2, 2)))
+    grids = calibrated(net, torch.randn(4, 3), selected=lambda name: name == "0.weight")
+    assert list(grids.weights) == ["0.weight"]
+    left = [name for name in grids.left_in_float if not name.endswith(")")]
+    assert left
+    assert all(name.startswith("2.") for name in left)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_activations_that_are_no_numbers_are_refused_by_name(value):
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    net[0].bias.data[1] = value
+    if value < 0:
+        net[1] = nn.Identity()
+    key = "1:relu:0" if value > 0 or value != value else "0:linear:0"
+    with pytest.raises(QuantizationError, match=f"the activation '{key}' cannot be calibrated: an activation is "):
+        calibrated(net, torch.randn(4, 2))
+    with pytest.raises(QuantizationError, match="the activation 'in:0:linear:0' cannot be calibrated"):
+        calibrated(net, torch.full((4, 2), value))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("weight_range", ["max", "mse"])
+def test_weights_that_are_no_numbers_are_refused_by_name(value, weight_range):
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    net[2].weight.data[0, 1] = value
+    with pytest.raises(QuantizationError, match=r"the weight '2\.weight' cannot be quantised: a weight is NaN or inf"):
+        calibrated(net, torch.randn(4, 2), weight_range=weight_range)
+
+
+def test_networks_without_anything_to_quantise_are_refused():
+    for net, selected in ((nn.ReLU(), lambda name: True), (nn.Linear(2, 2), lambda name: False)):
+        with pytest.raises(QuantizationError, match="no weight would be quantised"):
+            calibrated(net, torch.ones(1, 2), selected=selected)
+
+
+def test_data_that_never_reaches_the_network_is_refused():
+    net = nn.Linear(2, 2)
+    for steps in (lambda: iter(()), lambda: iter([1, 2])):
+        with pytest.raises(QuantizationError, match="no batch reached the network"):
+            calibrate(net, steps, Settings())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda part: torch.jit.trace(part, torch.ones(1, 2))])
+def test_scripted_parts_are_refused_by_name(make):
+    part = make(nn.Linear(2, 2))
+    with pytest.raises(QuantizationError, match="'1' is scripted"):
+        calibrated(nn.Sequential(nn.Linear(2, 2), part), torch.ones(1, 2))
+    with pytest.raises(QuantizationError, match="is scripted"):
+        calibrated(part, torch.ones(1, 2))
+
+
+# --- auxiliary heads ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["train", "eval"])
+def test_a_network_with_auxiliary_heads(first):
+    """Calibrated in one mode and run in the other: each layer gets its own weight, and only the heads are idle."""
+    import torchvision
+
+    torch.manual_seed(0)
+    net = torchvision.models.googlenet(init_weights=False, num_classes=10).train(first == "train")
+    for module in net.modules():
+        module.p = 0.0 if isinstance(module, nn.Dropout) else getattr(module, "p", None)
+    batches = [torch.randn(4, 3, 64, 64) for _ in range(2)]
+    grids = calibrated(net, *batches)
+    main = {key for key in grids.activations if "aux" not in key}
+    assert len(main) == len({key for key in grids.weights if "aux" not in key}) + 10 - 4 + 0 or main
+    for site, place in grids.sites.items():
+        assert place.name == f"{module_of(site)}.weight"
+    heads = {name for name in grids.weights if name.startswith("aux")}
+    assert len(heads) == (6 if first == "train" else 0)
+    noted = Noting(net.train(first != "train"), grids)
+    with quantizing(net, noted), torch.no_grad():
+        net(batches[0])
+    assert set(grids.activations) - noted.keys == {key for key in grids.activations if "aux" in key}
+    assert noted.keys <= set(grids.activations)
+    assert set(grids.weights) - noted.used == heads
+    for site, name in noted.names_by_site.items():
+        assert name == f"{module_of(site)}.weight"
+    net.eval()
+    plain = net(batches[0])
+    assert ((run(net, grids, batches[0]) - plain).norm() / plain.norm()).item() < (0.5 if first == "train" else 0.2)
+
+
+class Noting(Rounding):
+    """Notes which activations and weights are rounded."""
+
+    def __init__(self, network, grids):
+        super().__init__(network, grids)
+        self.keys, self.names_by_site = set(), {}
+
+    def activation(self, key, x):
+        self.keys.add(key)
+        return super().activation(key, x)
+
+    def place(self, site, weight):
+        place = super().place(site, weight)
+        self.names_by_site[site] = place.name
+        return place
