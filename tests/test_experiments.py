@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from experiments import __main__ as command
-from experiments import curves, data, plan, schedule, tables, training, watch
+from experiments import bits, calibrated, curves, data, plan, rounded, schedule, tables, training, watch
 from experiments.plan import CLAIMS, FEW, FT, KD, LONGER, PLAIN, SHORT, SMOOTHED, Arm, Claim, Protocol, Run, Teacher
 from experiments.store import Store, candidates, write_atomically
 
@@ -123,6 +123,12 @@ def test_a_run_is_named_by_its_whole_configuration():
     assert Run(SHORT, renamed, 0.1, 0).key == run.key
 
 
+def test_what_other_claims_need_leaves_the_names_of_runs_as_they_were():
+    ninety = dataclasses.replace(PLAIN, title="not pruned")
+    assert Run(plan.NINETY, ninety, 0.1, 0).key == "90%-plain-lr0.1-seed0-57af53753a"
+    assert Run(SHORT, KD, 0.1, 0).key == "short-kd-lr0.1-seed0-880cb0752e"
+
+
 def test_a_run_that_is_there_is_not_made_again(tmp_path):
     store = Store(tmp_path)
     runs = candidates(SHORT, PLAIN)
@@ -201,7 +207,7 @@ def test_the_command_lists_and_writes_tables_without_training(tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["experiments", "dk"])
     with pytest.raises(SystemExit):
         command.main()
-    assert "claims must be of kd, at, ft, masks, got dk" in capsys.readouterr().err
+    assert "claims must be of kd, at, ft, masks, psgd, got dk" in capsys.readouterr().err
 
 
 def images(count=80):
@@ -323,3 +329,146 @@ def test_what_two_arms_differ_in_is_paired_by_seed():
     )
     assert tables.paired(one, other, column) == "swing +1.00 [+1.00, +1.00]"
     assert tables.paired(one, one, column) == "swing +0.00 [+0.00, +0.00], not shown"
+
+
+def test_to_sgd_it_is_all_one_how_its_weights_will_be_rounded():
+    four, three = (Run(protocol, plan.SGD, 0.09, 0) for protocol in (plan.FOUR, plan.THREE))
+    large = Run(plan.FOUR, plan.LARGE_STEPS[0], 0.09, 0)
+    assert four.key != three.key != large.key
+    assert four.training() == three.training() == large.training()
+    one, other = (Run(protocol, plan.PSGD[1], 0.03, 0) for protocol in (plan.FOUR, plan.THREE))
+    assert one.training() != other.training()
+    start = rounded.start_of(one)
+    assert (start.rate, start.epochs, start.protocol.start) == (0.1, 6, None)
+    assert start.training() == rounded.start_of(four).training()
+
+
+def test_steps_as_large_are_not_chosen_but_follow_those_of_sgd(tmp_path):
+    store, large = Store(tmp_path), plan.LARGE_STEPS[0]
+    assert candidates(plan.FOUR, large) == []
+    assert store.chosen_rate(plan.FOUR, large) is None
+    for run in candidates(plan.FOUR, plan.SGD):
+        keep(store, run, held_out=run.rate, test=0.7)
+    assert [run.rate for run in candidates(plan.FOUR, plan.SGD)] == [0.01, 0.03, 0.1]
+    assert store.chosen_rate(plan.FOUR, large) == 0.3
+    found = schedule.further_seeds([(plan.FOUR, plan.SGD), (plan.FOUR, large)], store, 2)
+    assert [(run.arm.name, run.rate, run.seed) for run in found] == [
+        ("plain", 0.1, 1),
+        ("plain-x3", 0.3, 0),
+        ("plain-x3", 0.3, 1),
+    ]
+
+
+def test_each_seed_starts_once():
+    runs = [run for arm in (plan.SGD, *plan.PSGD) for run in candidates(plan.FOUR, arm)]
+    assert [run.seed for run in schedule.one_a_start(runs, 3)] == [0, 1, 2]
+    assert schedule.one_a_start(candidates(SHORT, PLAIN), 3) == []
+
+
+@pytest.mark.parametrize(("granularity", "steps"), [("tensor", [0.4, 0.4]), ("channel", [0.4, 0.2])])
+def test_weights_are_rounded_and_the_first_and_last_layer_to_eight_bits(granularity, steps):
+    network = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    for layer in network:
+        layer.weight.data = torch.tensor([[1.2, 0.3], [-0.6, 0.29]])
+    edges, inner = (network[i].weight.data.clone() for i in (0, 1))
+    few = rounded.rounded(network, 3, granularity)
+    step = torch.tensor(steps)[:, None]
+    assert torch.allclose(few[1].weight, (inner / step).round().clamp(-3, 3) * step)
+    assert (few[0].weight - edges).abs().max() < 1.2 / 127
+    assert torch.equal(few[0].bias, network[0].bias)
+    assert torch.equal(network[1].weight, inner)
+    assert torch.allclose(rounded.rounded(network, 4)[0].weight[0, 1], torch.tensor(2 * 1.2 / 7))
+    assert torch.equal(rounded.rounded(network, plan.FULL)[1].weight, inner)
+
+
+def test_a_training_that_diverged_is_measured_as_it_is():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    network[0].weight.data[0, 0] = torch.nan
+    assert rounded.rounded(network, 4)[0].weight[0, 0].isnan()
+
+
+def test_permuted_factors_are_the_same_ones_elsewhere():
+    weight = torch.nn.Parameter(torch.randn(20, 20, generator=torch.Generator().manual_seed(0)))
+    scaled = []
+    for warped in (rounded.WarpedWeights({"w": weight}, {"w": 3}), rounded.PermutedWeights({"w": weight}, {"w": 3})):
+        warped.generator = torch.Generator().manual_seed(0)
+        weight.grad = torch.ones(20, 20)
+        warped.scale_gradients(["w"], 7.0)
+        scaled.append(weight.grad.flatten())
+    assert torch.allclose(scaled[0].sort().values, scaled[1].sort().values)
+    assert abs(torch.corrcoef(torch.stack(scaled))[0, 1]) < 0.2
+
+
+@pytest.fixture
+def few_bits(tmp_path, monkeypatch):
+    """A claim on tiny data, with all of its runs made."""
+    tiny = data.Split(images(160), images(20), images(40))
+    for module in (training, rounded, calibrated):
+        monkeypatch.setattr(module, "fashion_mnist", lambda: tiny)
+    for module in (schedule, tables):
+        monkeypatch.setattr(module, "SETTINGS", ((4, 8),))
+    start = plan.Start(epochs=1)
+    full, four = (Protocol(name, epochs=1, bits=bits, start=start) for name, bits in (("full", 32), ("4-bits", 4)))
+    options = (plan.OPTIONS[0], plan.OPTIONS[5])
+    claim = Claim(
+        "psgd",
+        "page.md",
+        "PSGD",
+        ((full, (plan.SGD,)), (four, (plan.SGD, plan.PSGD[1], plan.PERMUTED[3]))),
+        columns=plan.FEW_BITS,
+        teacher=False,
+        options=options,
+    )
+    store = Store(tmp_path)
+    for protocol, arms in claim.parts:
+        for arm in arms:
+            result = rounded.measure(Run(protocol, arm, 0.01, 0), tmp_path)
+            for run in candidates(protocol, arm):
+                store.write(run, result)
+    for one in schedule.calibrated([claim], store, 1):
+        store.write(one, calibrated.measure(one, tmp_path))
+    return claim, store
+
+
+def test_a_claim_on_few_bits_from_its_runs_to_its_tables(few_bits, monkeypatch):
+    claim, store = few_bits
+    (full, _), (four, arms) = claim.parts
+    assert len(list((store.folder / "networks").iterdir())) == 4  # the start, SGD once for both protocols, two of PSGD
+    alone, psgd, permuted = (store.read(Run(four, arm, 0.01, 0)) for arm in arms)
+    assert alone["batches"] == psgd["batches"] == permuted["batches"]
+    assert alone["test_accuracy"] == alone["test_tensor_max_kept"]
+    assert alone["test_accuracy_full"] == store.read(Run(full, plan.SGD, 0.01, 0))["test_accuracy"]
+    assert psgd["lambda"] == permuted["lambda"] > 0
+    assert psgd["mean_factor"] == pytest.approx(3.0, abs=1.0)  # after one step
+    assert 0 < psgd["weight_error"] < 1
+    again = rounded.measure(Run(four, arms[1], 0.01, 0), store.folder)
+    assert again["network_seconds"] == psgd["network_seconds"]  # not trained again
+    quantised = schedule.calibrated([claim], store, 1)
+    assert [one.key.split("-seed")[0] for one in quantised] == ["ptq-4-8-plain", "ptq-4-8-clipped"]
+    assert [store.read(one)["images"] for one in quantised] == [40, 40]
+    text = tables.claim_tables(claim, store, 1)
+    assert "### 4 bits: 1 epochs of SGD, then 1 epochs" in text
+    assert "| **PSGD, mean factor 3** | 0.01 |" in text
+    assert "PSGD, mean factor 3 less SGD: one, max +" in text or "PSGD, mean factor 3 less SGD: one, max -" in text
+    assert f"| largest weight, min-max | {100 * store.read(quantised[0])['test_accuracy']:.2f} |" in text
+    assert "The same networks at full precision: " in text
+    assert "minutes of one thread, networks that tables share counted once." in text
+    assert bits.draw(claim, store, 1, store.folder / "picture.png")
+    assert (store.folder / "picture.png").stat().st_size > 10_000
+
+
+def test_options_are_compared_by_seed(tmp_path):
+    store, options = Store(tmp_path), plan.OPTIONS[:2]
+    claim = Claim("psgd", "page.md", "PSGD", ((plan.UNROUNDED, (plan.SGD,)),), teacher=False, options=options)
+    assert "SGD is not measured yet." in tables.options_table(claim, store, 3)
+    keep_arm_at = [*candidates(plan.UNROUNDED, plan.SGD), *(Run(plan.UNROUNDED, plan.SGD, 0.01, s) for s in (1, 2))]
+    for run in keep_arm_at:
+        keep(store, run, 0.8, 0.9)
+    for one in schedule.calibrated([claim], store, 3):
+        if one.weight_bits == 8:
+            more = 0.0 if one.option is options[0] else 0.01 + 0.001 * one.run.seed
+            store.write(one, {"test_accuracy": 0.8 + more, "cpu_seconds": 1.0})
+    text = tables.options_table(claim, store, 3)
+    assert "| largest weight, min-max | 80.00 | not measured yet |" in text
+    assert "| observer moving_average | 81.10, +1.10 [+0.85, +1.35] | not measured yet |" in text
+    assert "The same networks at full precision: 90.00. 3 seeds." in text

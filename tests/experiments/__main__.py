@@ -1,6 +1,6 @@
 """Measure what the techniques gain, and write the tables.
 
-    python -m tests.experiments [kd at ft masks] [--out FOLDER] [--jobs 2] [--seeds 3]
+    python -m tests.experiments [kd at ft masks psgd] [--out FOLDER] [--jobs 2] [--seeds 3]
 
 Runs that are in the folder already are not made again, so the command can be stopped and started at any time.
 """
@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from .curves import draw
+from . import bits, curves
 from .plan import CLAIMS
-from .schedule import further_seeds, make_all, unique_parts
+from .schedule import calibrated, further_seeds, make_all, unique_parts
 from .store import Store, candidates
 from .tables import claim_tables, splice
 
@@ -37,7 +37,9 @@ def main() -> int:
     store, begin = Store(options.out), time.perf_counter()
     if options.list:
         parts = unique_parts(claims)
-        for run in [run for part in parts for run in candidates(*part)] + further_seeds(parts, store, options.seeds):
+        runs = [run for part in parts for run in candidates(*part)]
+        later = [*further_seeds(parts, store, options.seeds), *calibrated(claims, store, options.seeds)]
+        for run in [*runs, *later]:
             print("there  " if store.read(run) else "missing", run.key)
         return 0
     failures = 0
@@ -52,7 +54,7 @@ def main() -> int:
             splice(PAGES / claim.page, text)
         if claim.picture is not None:
             for folder in folders:
-                draw(claim, store, options.seeds, folder / claim.picture)
+                (bits if claim.options else curves).draw(claim, store, options.seeds, folder / claim.picture)
         say(f"\n{text}")
     say(f"Took {(time.perf_counter() - begin) / 60:.1f} minutes with {options.jobs} processes.")
     return 1 if failures else 0

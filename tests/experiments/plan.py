@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 VERSION = 1  # raised when a change of code or data changes what a run gives: all runs are then made again
+FULL = 32  # bits of a weight that is not rounded
 LEARNING_RATES = (0.03, 0.1, 0.3)
+LATER_RATES = (0.01, 0.03, 0.1)
 CHOICE_SEED = 0  # the seed with which an arm's learning rate is chosen
 
 
@@ -25,20 +27,41 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class Start:
+    """A student that is trained already, by SGD: one for each seed, from which all arms go on."""
+
+    epochs: int = 6
+    rate: float = 0.1
+
+
+@dataclass(frozen=True)
 class Protocol:
-    """How long is trained, on how many labels (`None`: all), and how wide and how sparse a network."""
+    """How long is trained, on how many labels (`None`: all), how wide and how sparse a network, to be read how.
+
+    With `bits`, what is measured is the network with its weights rounded to so many; 32 leaves them as they are.
+    """
 
     name: str
     epochs: int
     labels: int | None = None
     width: int = 8
     sparsity: float | None = None
+    bits: int | None = None
+    start: Start | None = None
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates that are tried; who goes on from a trained student takes smaller steps."""
+        return LEARNING_RATES if self.start is None else LATER_RATES
 
     @property
     def title(self) -> str:
         steps = f"the steps of {self.epochs} epochs" if self.labels else f"{self.epochs} epochs"
         if self.sparsity is not None:
             return f"{self.sparsity:.0%} sparsity, {steps}"
+        if self.bits is not None:
+            begun = "" if self.start is None else f"{self.start.epochs} epochs of SGD, then "
+            return f"{'Full precision' if self.bits == FULL else f'{self.bits} bits'}: {begun}{steps}"
         return f"{f'{self.labels} labels' if self.labels else 'All 18,000 labels'}, {steps}"
 
 
@@ -57,6 +80,7 @@ class Arm:
     teacher: str = "trained"  # or "random", or "shuffled": its targets are exchanged within the batch
     longer: float = 1.0  # times as many epochs as the protocol says
     distilled: bool = False  # beside the technique
+    steps: float | None = None  # its learning rate is so many times that of the student alone, and not chosen
     candidate: bool = False
 
 
@@ -74,14 +98,25 @@ class Run:
         """All that decides the run's result; how an arm is called in tables does not."""
         whole = {**dataclasses.asdict(self), "version": VERSION}
         del whole["protocol"]["name"], whole["arm"]["title"], whole["arm"]["candidate"], whole["arm"]["longer"]
+        del whole["arm"]["steps"]
         whole["protocol"]["epochs"] = self.epochs
         for part, name, usual in (
             ("protocol", "width", 8),
             ("protocol", "sparsity", None),
+            ("protocol", "bits", None),
+            ("protocol", "start", None),
             ("arm", "distilled", False),
         ):
             if whole[part][name] == usual:  # what is as it always was is not said
                 del whole[part][name]
+        return whole
+
+    def training(self) -> dict[str, Any]:
+        """What decides the weights: to the student alone it is all one for how many bits it will be rounded."""
+        whole = self.configuration()
+        del whole["arm"]["name"]
+        if self.arm.technique == "plain":
+            whole["protocol"].pop("bits", None)
         return whole
 
     @property
@@ -93,6 +128,36 @@ class Run:
     def key(self) -> str:
         """Name of the run's file."""
         return f"{self.protocol.name}-{self.arm.name}-lr{self.rate:g}-seed{self.seed}-{digest(self.configuration())}"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way of quantising a trained network; `arguments` go to `PTQCallback`."""
+
+    name: str
+    title: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The network of a run, quantised after its training, to be looked at once."""
+
+    run: Run
+    weight_bits: int
+    activation_bits: int
+    option: Option
+
+    def configuration(self) -> dict[str, Any]:
+        """All that decides the result."""
+        bits = {"weight_bits": self.weight_bits, "activation_bits": self.activation_bits}
+        return {"network": self.run.training(), **bits, **self.option.arguments}
+
+    @property
+    def key(self) -> str:
+        """Name of the result's file."""
+        bits = f"{self.weight_bits}-{self.activation_bits}"
+        return f"ptq-{bits}-{self.option.name}-seed{self.run.seed}-{digest(self.configuration())}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +182,7 @@ class Claim:
     teacher: bool = True
     picture: str | None = None
     against: tuple[tuple[str, str], ...] = ()  # two arms and all columns of theirs, compared below the table
+    options: tuple[Option, ...] = ()  # how the networks of the first arm of the first part are quantised afterwards
 
 
 def digest(configuration: Mapping[str, Any]) -> str:
@@ -168,6 +234,51 @@ STEADINESS = (
     Column("dead filters", "dead_filters", 1.0, 1),
     Column("churn, per mille", "churn", 1000.0),
 )
+UNROUNDED, FOUR, THREE, TWO = (
+    Protocol(name, epochs=2, bits=bits, start=Start())
+    for name, bits in (("full-precision", FULL), ("4-bits", 4), ("3-bits", 3), ("2-bits", 2))
+)
+SGD = dataclasses.replace(PLAIN, title="SGD")
+LARGE_STEPS = tuple(Arm(f"plain-x{x}", f"SGD, steps {x} times as large", steps=x) for x in (3, 6))
+PSGD = tuple(
+    Arm(f"psgd-{x}", f"PSGD, mean factor {x}", "psgd", {"mean_factor": float(x)}, candidate=True) for x in (1, 3, 6)
+)
+PERMUTED = {
+    x: Arm(f"psgd-{x}-permuted", f"PSGD, mean factor {x}, permuted", "permuted", {"mean_factor": float(x)})
+    for x in (3, 6)
+}
+FEW_BITS = (
+    Column("at full precision", "test_accuracy_full"),
+    Column("lost by rounding", "lost"),
+    Column("weight error, %", "weight_error", digits=1),
+    Column("zeros, %", "sparsity", digits=1),
+    Column("mean factor at the end", "mean_factor", 1.0),
+)
+GRIDS = tuple(
+    Column(f"{'each' if own == 'channel' else 'one'}, {limits}{said}", f"test_{own}_{limits}_{statistics}")
+    for own in ("tensor", "channel")
+    for limits in ("max", "mse")
+    for statistics, said in (("kept", ""), ("reestimated", ", new statistics"))
+)
+SETTINGS = ((8, 8), (4, 8), (4, 4), (3, 4))  # bits of weights and of activations
+USUAL = {"observer": "minmax", "weight_range": "max", "reestimate_batchnorm": False}
+OPTIONS = (
+    Option("plain", "largest weight, min-max", USUAL),
+    *(
+        Option(kind, f"observer {kind}", {**USUAL, "observer": kind})
+        for kind in ("moving_average", "percentile", "mse", "entropy")
+    ),
+    Option("clipped", "weights clipped (mse)", {**USUAL, "weight_range": "mse"}),
+    Option("reestimated", "batch norm re-estimated", {**USUAL, "reestimate_batchnorm": True}),
+    Option(
+        "clipped-reestimated",
+        "weights clipped, batch norm re-estimated",
+        {**USUAL, "weight_range": "mse", "reestimate_batchnorm": True},
+    ),
+    Option("bias", "bias correction", {**USUAL, "bias_correction": True}),
+    Option("equalized", "cross-layer equalisation", {**USUAL, "cross_layer_equalization": True}),
+    Option("default", "as PTQCallback chooses"),
+)
 CLAIMS = {
     "kd": Claim(
         "kd",
@@ -186,5 +297,21 @@ CLAIMS = {
         teacher=False,
         picture="pruning.png",
         against=(("dcil", "dpf"), ("dpf-frozen", "dpf"), ("dcil", "dcil-no-kl")),
+    ),
+    "psgd": Claim(
+        "psgd",
+        "quantisation.md",
+        "PSGD",
+        (
+            (UNROUNDED, (SGD, *LARGE_STEPS)),
+            (FOUR, (SGD, *LARGE_STEPS, *PSGD, PERMUTED[3])),
+            (THREE, (SGD, *LARGE_STEPS, *PSGD, PERMUTED[6])),
+            (TWO, (SGD, *LARGE_STEPS, *PSGD, PERMUTED[6])),
+        ),
+        columns=FEW_BITS,
+        teacher=False,
+        picture="quantisation.png",
+        against=(("psgd-6", "plain"), ("psgd-6", "psgd-3-permuted"), ("psgd-6", "psgd-6-permuted")),
+        options=OPTIONS,
     ),
 }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
-from .plan import CHOICE_SEED, Arm, Claim, Protocol, Run
+from .plan import SETTINGS, Arm, Calibrated, Claim, Protocol, Run
 from .store import Store, candidates
 
 
@@ -22,7 +24,7 @@ def make_all(claims: Sequence[Claim], store: Store, *, seeds: int, jobs: int, sa
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=start_worker) as pool:
 
-        def make(job: Callable[[Run, Path], str], runs: Iterable[Run]) -> int:
+        def make(job: Callable[[Any, Path], str], runs: Iterable[Run | Calibrated]) -> int:
             futures = {pool.submit(job, run, store.folder): run.key for run in runs}
             failures = 0
             for done, future in enumerate(as_completed(futures), start=1):
@@ -32,12 +34,14 @@ def make_all(claims: Sequence[Claim], store: Store, *, seeds: int, jobs: int, sa
                 say(f"[{done}/{len(futures)}] {futures[future]}: {said}")
             return failures
 
-        failures = make(prepare_teacher, choosing[:1])
+        failures = make(prepare_teacher, [run for run in choosing if run.protocol.bits is None][:1])
         failures = failures or make(prepare_paraphraser, one_a_teacher(choosing))
+        failures = failures or make(prepare_start, one_a_start(choosing, seeds))
         if failures:  # nothing that follows could be made
             return failures
         failures = make(make_run, missing(choosing, store))
-        return failures + make(make_run, missing(further_seeds(parts, store, seeds), store))
+        failures += make(make_run, missing(further_seeds(parts, store, seeds), store))
+        return failures + make(make_calibrated, missing(calibrated(claims, store, seeds), store))
 
 
 def unique_parts(claims: Sequence[Claim]) -> list[tuple[Protocol, Arm]]:
@@ -52,11 +56,24 @@ def further_seeds(parts: Iterable[tuple[Protocol, Arm]], store: Store, seeds: in
     for protocol, arm in parts:
         rate = store.chosen_rate(protocol, arm)
         if rate is not None:
-            runs += [Run(protocol, arm, rate, seed) for seed in range(seeds) if seed != CHOICE_SEED]
+            chosen = {run.key for run in candidates(protocol, arm)}
+            runs += [run for seed in range(seeds) if (run := Run(protocol, arm, rate, seed)).key not in chosen]
     return runs
 
 
-def missing(runs: Iterable[Run], store: Store) -> list[Run]:
+def calibrated(claims: Iterable[Claim], store: Store, seeds: int) -> list[Calibrated]:
+    """Each option at each setting, for the networks of the claim's first arm; none before its rate is chosen."""
+    found = []
+    for claim in claims:
+        protocol, (arm, *_) = claim.parts[0]
+        rate = store.chosen_rate(protocol, arm)
+        if rate is not None:
+            runs = [Run(protocol, arm, rate, seed) for seed in range(seeds)]
+            found += [Calibrated(run, *bits, option) for bits in SETTINGS for option in claim.options for run in runs]
+    return found
+
+
+def missing(runs: Iterable[Any], store: Store) -> list[Any]:
     return [run for run in runs if store.read(run) is None]
 
 
@@ -65,6 +82,12 @@ def one_a_teacher(runs: Iterable[Run]) -> list[Run]:
     from .training import needs_no_paraphraser
 
     return list({run.arm.teacher: run for run in runs if not needs_no_paraphraser(run.arm)}.values())
+
+
+def one_a_start(runs: Iterable[Run], seeds: int) -> list[Run]:
+    """For each trained student from which runs go on, one such run."""
+    later = [dataclasses.replace(run, seed=seed) for run in runs for seed in range(seeds) if run.protocol.start]
+    return list({(run.protocol.start, run.protocol.width, run.seed): run for run in later}.values())
 
 
 def start_worker() -> None:
@@ -96,9 +119,26 @@ def prepare_paraphraser(run: Run, folder: Path) -> str:
     return "paraphraser trained"
 
 
-def make_run(run: Run, folder: Path) -> str:
-    from .training import train
+def prepare_start(run: Run, folder: Path) -> str:
+    from . import rounded
 
-    result = train(run, folder)
+    return f"start trained, {rounded.trained(rounded.start_of(run), folder)['cpu_seconds']:.0f} s"
+
+
+def make_run(run: Run, folder: Path) -> str:
+    if run.protocol.bits is None:
+        from .training import train as made
+    else:
+        from .rounded import measure as made
+
+    result = made(run, folder)
     Store(folder).write(run, result)
     return f"held out {result['held_out_accuracy']:.4f}, {result['cpu_seconds']:.0f} s"
+
+
+def make_calibrated(quantised: Calibrated, folder: Path) -> str:
+    from .calibrated import measure
+
+    result = measure(quantised, folder)
+    Store(folder).write(quantised, result)
+    return f"test {result['test_accuracy']:.4f}, {result['cpu_seconds']:.0f} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .plan import Arm, Claim, Column, Protocol, Run, Teacher
+import torch
+
+from .plan import FULL, GRIDS, SETTINGS, Arm, Calibrated, Claim, Column, Protocol, Run, Teacher
 from .store import Store, candidates
 from .training import teacher_file, teacher_path
 
@@ -47,8 +50,13 @@ def difference(one: Measured, other: Measured) -> str:
     for seed in seeds:
         if as_long and one.results[seed]["batches"] != other.results[seed]["batches"]:
             raise ValueError(f"{one.arm.name} and {other.arm.name} saw different batches with seed {seed}")
-    gains = [100 * (one.results[seed]["test_accuracy"] - other.results[seed]["test_accuracy"]) for seed in seeds]
-    mean, low, high = t_interval(gains)
+    return gain([one.results[seed] for seed in seeds], [other.results[seed] for seed in seeds])
+
+
+def gain(ones: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> str:
+    """The same for results, in the order of their seeds."""
+    pairs = zip(ones, others, strict=True)
+    mean, low, high = t_interval([100 * (one["test_accuracy"] - other["test_accuracy"]) for one, other in pairs])
     shown = low > 0 or high < 0
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{'' if shown else ', not shown'}"
 
@@ -123,7 +131,90 @@ def claim_tables(claim: Claim, store: Store, seeds: int) -> str:
     """All tables of a claim, as Markdown."""
     parts = [part_table(claim, *part, store, seeds) for part in claim.parts]
     taught = [teacher_line(Teacher(), store)] if claim.teacher else []
-    return "\n\n".join([*taught, *parts]) + "\n"
+    rounded = [grid_table(claim, *part, store, seeds) for part in claim.parts if part[0].bits not in (None, FULL)]
+    options = [options_table(claim, store, seeds), whole_cost(claim, store, seeds)] if claim.options else []
+    return "\n\n".join([*taught, *parts, *rounded, *options]) + "\n"
+
+
+def grid_table(claim: Claim, protocol: Protocol, arms: Sequence[Arm], store: Store, seeds: int) -> str:
+    """Test accuracies of the same networks on every grid, and how far a grid of the best kind brings the first arm."""
+    lines = [
+        f"### {protocol.bits} bits on every grid: one of a tensor or each channel's, largest weight or clipped",
+        "",
+        f"| arm | {' | '.join(column.title for column in GRIDS)} |",
+        f"|{'---|' * (1 + len(GRIDS))}",
+    ]
+    rows = [measured(protocol, arm, store, seeds) for arm in arms]
+    for row in rows:
+        if row is not None:
+            cells = [f"{100 * row.mean(column.quantity):.2f}" for column in GRIDS]
+            lines.append(f"| {row.arm.title} | {' | '.join(cells)} |")
+    alone, chosen = rows[0], chosen_candidate(arms, rows)
+    first = measured(claim.parts[0][0], claim.parts[0][1][0], store, seeds)
+    if alone is None or chosen is None or first is None:
+        return "\n".join([*lines, "", f"Some arms are {NOT_YET}."])
+    lines += [
+        "",
+        f"{chosen.arm.title} less {alone.arm.title}: {'; '.join(paired(chosen, alone, column) for column in GRIDS)}.",
+        "",
+        f"{chosen.arm.title}, on the fly, less {first.arm.title} at full precision: {difference(chosen, first)}; less "
+        f"itself at full precision: {difference(chosen, _with(chosen, 'test_accuracy_full'))}; less {alone.arm.title} "
+        f"on the grid '{GRIDS[-1].title}': {difference(chosen, _with(alone, GRIDS[-1].quantity))}.",
+    ]
+    return "\n".join(lines)
+
+
+def _with(row: Measured, quantity: str) -> Measured:
+    """An arm with another quantity as its test accuracy."""
+    results = {seed: {**result, "test_accuracy": result[quantity]} for seed, result in row.results.items()}
+    return dataclasses.replace(row, results=results)
+
+
+def options_table(claim: Claim, store: Store, seeds: int) -> str:
+    """What each option of post-training quantisation gives over the first, at each setting of bits."""
+    protocol, (arm, *_) = claim.parts[0]
+    row = measured(protocol, arm, store, seeds)
+    title = "### Post-training quantisation, bits of weights / of activations"
+    if row is None:
+        return f"{title}\n\n{arm.title} is {NOT_YET}."
+    runs = [Run(protocol, arm, row.rate, seed) for seed in range(seeds)]
+    lines = [
+        title,
+        "",
+        f"| | {' | '.join(f'{weights}/{activations}' for weights, activations in SETTINGS)} |",
+        f"|{'---|' * (1 + len(SETTINGS))}",
+    ]
+    for option in claim.options:
+        cells = []
+        for bits in SETTINGS:
+            ones, others = (
+                [store.read(Calibrated(run, *bits, own)) for run in runs] for own in (option, claim.options[0])
+            )
+            if None in ones or None in others:
+                cells.append(NOT_YET)
+                continue
+            mean = f"{100 * statistics.mean(one['test_accuracy'] for one in ones):.2f}"
+            cells.append(mean if option is claim.options[0] else f"{mean}, {gain(ones, others)}")
+        lines.append(f"| {option.title} | {' | '.join(cells)} |")
+    full = 100 * row.mean("test_accuracy")
+    return "\n".join([*lines, "", f"The same networks at full precision: {full:.2f}. {seeds} seeds."])
+
+
+def whole_cost(claim: Claim, store: Store, seeds: int) -> str:
+    """Minutes of all runs of a claim whose networks are kept; one that several tables share is counted once."""
+    from .rounded import network_path, start_of
+    from .schedule import calibrated, further_seeds, one_a_start, unique_parts
+
+    parts = unique_parts([claim])
+    runs = [run for part in parts for run in candidates(*part)]
+    paths = [network_path(start_of(run), store.folder) for run in one_a_start(runs, seeds)]
+    starts = [torch.load(path, weights_only=True)["cpu_seconds"] for path in paths if path.is_file()]
+    made = [result for run in [*runs, *further_seeds(parts, store, seeds)] if (result := store.read(run))]
+    networks = {result["network"]: result["network_seconds"] for result in made}
+    looks = sum(result["cpu_seconds"] - result["network_seconds"] for result in made)
+    options = [result["cpu_seconds"] for one in calibrated([claim], store, seeds) if (result := store.read(one))]
+    minutes = (sum(starts) + sum(networks.values()) + looks + sum(options)) / 60
+    return f"All of it: {minutes:.0f} minutes of one thread, networks that tables share counted once."
 
 
 def teacher_line(teacher: Teacher, store: Store) -> str:
