@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import logging
 import signal
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+import pytest  # and not torch: the process that hands out the tests would spend seconds on it before any other starts
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that `cases` and the helper packages import from anywhere
 
 
-def pytest_collection_finish():
+def pytest_sessionstart():
     """The garbage collector need not walk over torch, Lightning and thousands of tests again and again."""
+    gc.disable()
+
+
+def pytest_collection_finish():
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Bit equality and stable times both need it; the messages of every Trainer would drown a failure."""
+    import torch
+
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -31,7 +39,9 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def one_seed():
-    torch.manual_seed(0)
+    import torch
+
+    torch.default_generator.manual_seed(0)  # torch.manual_seed also formats three tracebacks for absent devices
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +55,8 @@ def interrupt_handler():
 @pytest.fixture
 def fresh_compiler():
     """No compiled code of other tests, and none left for them."""
+    import torch
+
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -62,22 +74,53 @@ def one_look_at_the_entry_points():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_operator_table():
-    """Half of the time of a small export goes into torch's table of operators, which it only reads: made once here."""
-    try:
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-    except ImportError:  # without the extra `onnx`, or in a torch that keeps it elsewhere
-        yield
-        return
+def metrics_that_are_where_they_belong():
+    """At each value that is logged, Lightning walks over all of a metric to move it to the device where it is."""
+    import torch
+
+    def move_if_elsewhere(move):
+        def to(metric, *arguments, **settings):
+            tensors = [value for value in vars(metric).values() if isinstance(value, torch.Tensor)]
+            here = metric.is_tensor and not settings and all((value.device,) == arguments for value in tensors)
+            return metric if here else move(metric, *arguments, **settings)
+
+        return to
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        for package in ("lightning.pytorch", "pytorch_lightning"):
+            result = sys.modules.get(f"{package}.trainer.connectors.logger_connector.result")
+            if result is not None:
+                patch.setattr(result._ResultMetric, "to", move_if_elsewhere(result._ResultMetric.to))
+        yield
+
+
+def makers_of_operator_tables():
+    """Owner, name and function of each; none without the extra `onnx`, or in a torch that keeps them elsewhere."""
+    try:
+        from torch.export import decomp_utils, exported_program
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        names = {
+            ONNXRegistry: "from_torchlib",
+            decomp_utils: "_collect_all_valid_cia_ops",
+            exported_program: "_collect_all_valid_cia_ops",
+        }
+        return [(owner, name, inspect.unwrap(getattr(owner, name))) for owner, name in names.items()]
+    except (ImportError, AttributeError):
+        return []
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_operator_table():
+    """Most of the time of a small export goes into tables of operators, which torch then only reads: made once here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, make in makers_of_operator_tables():
+            patch.setattr(owner, name, staticmethod(functools.cache(make)))
         yield
 
 
 @pytest.fixture
 def fresh_operator_table(monkeypatch):
     """The exporter as it is outside of these tests."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    kept = ONNXRegistry.from_torchlib
-    monkeypatch.setattr(ONNXRegistry, "from_torchlib", staticmethod(getattr(kept, "__wrapped__", kept)))
+    for owner, name, make in makers_of_operator_tables():
+        monkeypatch.setattr(owner, name, staticmethod(make))

@@ -646,3 +646,48 @@ def test_the_best_can_be_forgotten(namespace, mode):
     assert _compat.forget_best(used)
     assert used.check_monitor_top_k(trainer, torch.tensor(1.0))
     assert used.state_dict() == fresh.state_dict()
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_training_data_are_set_up_in_a_validation_and_gone_afterwards(namespace):
+    package, demos = import_module(namespace), import_module(f"{namespace}.demos.boring_classes")
+    loaders, seen = DataLoader(torch.arange(6.0).unsqueeze(1).repeat(1, 32), batch_size=2), {}
+
+    class Data(demos.BoringDataModule):
+        def setup(self, stage):
+            super().setup(stage)
+            self.stage = stage
+
+    class Look(package.Callback):
+        def on_validation_start(self, trainer, pl_module):
+            before = dict(vars(trainer.fit_loop)), trainer.val_check_batch, trainer.fit_loop._data_source.instance
+            seen["made"] = _compat.made_loaders(trainer)
+            seen["set up"] = [_compat.has_training_data(trainer)]
+            with _compat.training_data(trainer, loaders):
+                seen["set up"].append(_compat.has_training_data(trainer))
+                seen["batches"] = [batch[0][:, 0].tolist() for batch in _compat.training_batches(trainer, [loaders])]
+            seen["set up"].append(_compat.has_training_data(trainer))
+            after = dict(vars(trainer.fit_loop)), trainer.val_check_batch, trainer.fit_loop._data_source.instance
+            seen["as before"] = all(after[0][key] is value for key, value in before[0].items()), after[1:] == before[1:]
+            seen["flags"] = _compat.training_flags(trainer)
+
+    trainer = package.Trainer(
+        fast_dev_run=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Look()],
+    )
+    module, data = demos.BoringModel(), Data()
+    module.layer.eval()
+    trainer.validate(module, datamodule=data, verbose=False)
+    assert seen["set up"] == [False, True, False]
+    assert seen["batches"] == [[0, 1], [2, 3]]
+    assert seen["as before"] == (True, True)
+    assert seen["flags"] == {"": True, "layer": False}
+    assert (len(seen["made"].dataset), hasattr(data, "random_train"), data.stage) == (64, False, "validate")
+    assert _compat.given_loaders(trainer) is None
+    trainer.fit(module, loaders)
+    assert _compat.given_loaders(trainer) is loaders
+    assert (trainer.global_step, _compat.has_training_data(trainer)) == (2, True)

@@ -179,7 +179,7 @@ def test_the_test_images_do_not_choose_the_rate(monkeypatch):
 
     monkeypatch.setattr(migration, "predictions", counted)
     data = migration.Split(IMAGES, tuple(part[:20] for part in TINY), tuple(part[:40] for part in TINY))
-    table = migration.accuracy_table(data, 4, seeds=2, sparsities=(0.5,)).splitlines()
+    table = migration.accuracy_table(data, 2, seeds=2, sparsities=(0.5,)).splitlines()
     assert looked_at == [20, 20, 20, 40, 40] * 5
     sparsities = [float(row.split(" | ")[1].rstrip("%")) for row in table[2:]]
     assert sparsities == pytest.approx([0, 50, 50, 50, 50], abs=0.02)

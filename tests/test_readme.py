@@ -41,6 +41,7 @@ def python_run(tmp_path_factory):
     return SimpleNamespace(folder=folder, namespace=namespace)
 
 
+@pytest.mark.slow  # docs/start.md, which test_docs.py runs, does nearly the same
 def test_python_trains_exports_and_reports(python_run):
     namespace, folder = python_run.namespace, python_run.folder
     export = namespace["export"]
@@ -54,6 +55,7 @@ def test_python_trains_exports_and_reports(python_run):
     assert [row.name for row in report.rows] == ["before", "after", "teacher", "student.onnx"]
 
 
+@pytest.mark.slow
 def test_yaml_does_the_same_with_the_teacher_that_the_python_saved(python_run, monkeypatch):
     monkeypatch.chdir(python_run.folder)
     monkeypatch.setattr(sys, "argv", ["train.py"])

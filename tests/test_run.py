@@ -296,15 +296,16 @@ def test_a_terminal_sends_ctrl_c_to_the_child_itself(project, monkeypatch):
 
     thread = threading.Thread(target=send)
     thread.start()
-    text = SLEEPS.replace("time.sleep(60)", "time.sleep(1); pathlib.Path('undisturbed').touch()")
+    text = SLEEPS.replace("time.sleep(60)", "time.sleep(0.5); pathlib.Path('undisturbed').touch()")
     assert project(EXPORT, text) == 2
     thread.join()
     assert files(".") == ["recipe.yaml", "started", "train.py", "undisturbed"]
 
 
-# Whole runs
+# Whole runs: test_factory.py has the same attachment in this process
 
 
+@pytest.mark.slow
 def test_an_untouched_script(project, capfd, tmp_path):
     """The teacher is a class of the script, which trains whenever it is imported and changes its directory."""
     text = script(f"import os; os.makedirs('job', exist_ok=True); os.chdir('job')\n{FIT}")

@@ -21,7 +21,7 @@ from contract.features import (
     feature_teacher,
     in_a_row,
 )
-from contract.modules import STEPS, difference, made, scaled
+from contract.modules import BATCH, STEPS, difference, made, scaled
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -501,7 +501,7 @@ def test_what_is_logged():
     assert metrics["compress/at/loss"].item() == by_hand.terms[-1]
     values = []
     with torch.no_grad():
-        for x, _ in feature_loader():
+        for x, _ in feature_loader(rows=2 * BATCH):
             ours = in_a_row(children_of(module.eval()), x)
             values.append(maps()(ours, in_a_row(conv_teacher().eval().named_children(), x)))
     assert metrics["compress/at/val_loss"].item() == pytest.approx(torch.stack(values).mean().item(), rel=1e-5)

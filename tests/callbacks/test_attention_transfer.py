@@ -204,7 +204,7 @@ def test_a_chain_is_proposed_with_names_inside_of_the_module():
     assert saved_pairs(callback) == [["backbone.stage1", "stage1"], ["backbone", "stage2"]]
 
 
-@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("changed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resumed_run_uses_the_saved_pairs(changed, tmp_path, capsys):
     path = tmp_path / "last.ckpt"
     first = attention()
@@ -251,7 +251,7 @@ def test_the_teacher_runs_once_a_batch_and_once_for_the_proposal():
     teacher, forwards = conv_teacher(), []
     teacher.register_forward_hook(lambda *_: forwards.append(1))
     feature_fit(made(ConvClassifier), attention(teacher))
-    assert len(forwards) == 1 + STEPS + STEPS // 2  # validation has half as many batches; its sanity check is left out
+    assert len(forwards) == 1 + STEPS + 2  # validation has two batches; its sanity check is left out
 
 
 # The strength of the terms
@@ -1012,8 +1012,8 @@ def read(path):
 
 
 def first_maps(module, teacher, samples=4):
-    """The images, and the maps of both by hand, with the weights as they are now."""
-    x = next(iter(feature_loader(type(module))))[0][:samples]
+    """The first images of the validation, and the maps of both by hand, with the weights as they are now."""
+    x = next(iter(feature_loader(type(module), rows=2 * BATCH)))[0][:samples]
     with torch.no_grad():
         ours, theirs = (in_a_row(part.eval().named_children(), x) for part in (module.model, teacher))
     maps = [
@@ -1037,7 +1037,7 @@ def test_pictures_show_the_first_samples_of_the_validation_each_time(drawn, tmp_
         assert not torch.allclose(earlier, ours, atol=1e-4)
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("every", [3, *(pytest.param(every, marks=pytest.mark.slow) for every in (1, 2))])
 def test_pictures_are_files_where_no_logger_takes_them(every, drawn, tmp_path):
     pictured(every=every, max_epochs=4, default_root_dir=tmp_path)
     epochs = range(0, 4, every)

@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import pytest
 import pytorch_lightning
 import torch
-from contract.modules import Classifier, ManualClassifier, difference, fit, loader, made, small_network, trainer
+from contract.modules import BATCH, Classifier, ManualClassifier, difference, fit, loader, made, small_network, trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import nn
 
@@ -211,7 +211,7 @@ def test_what_the_network_received_last_is_kept_for_the_end():
     callback = DistillationCallback(small_network())
     module = fit(Classifier, callback)
     assert callback.captured_sample.network == "model"
-    assert torch.equal(callback.captured_sample.args[0], list(loader(batch_size=16))[-1][0])
+    assert torch.equal(callback.captured_sample.args[0], list(loader(rows=2 * BATCH))[-1][0])
     assert untouched(module)
 
 

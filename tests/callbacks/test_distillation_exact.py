@@ -10,6 +10,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from contract.modules import (
+    BATCH,
     STEPS,
     Classifier,
     DictClassifier,
@@ -93,7 +94,7 @@ def fitted(kind=Classifier, callbacks=None, **settings):
     """The same with the callback; validation and its sanity check are on."""
     module = made(kind)
     fitting = trainer(*([distillation(kind)] if callbacks is None else callbacks), **settings)
-    fitting.fit(module, loader(kind), loader(kind))
+    fitting.fit(module, loader(kind), loader(kind, rows=2 * BATCH))
     return module
 
 
@@ -263,7 +264,7 @@ def test_compiled(form):
         network.compile(backend="eager")
     else:
         handed = torch.compile(module, backend="eager")
-    trainer(distillation()).fit(handed, loader(), loader())
+    trainer(distillation()).fit(handed, loader())
     assert difference(ByHand().run().model, network) == 0
 
 
@@ -364,7 +365,7 @@ def test_validation_measures_the_final_weights_as_a_plain_loop_does():
     module, teacher = fitted(NormClassifier), teacher_for(NormClassifier).eval()
     losses, hits = [], []
     with torch.no_grad():
-        for x, y in loader():
+        for x, y in loader(rows=2 * BATCH):
             student = module.eval()(x)
             losses.append(soft(student, teacher(x), y))
             hits.append((student.argmax(1) == teacher(x).argmax(1)).float().mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import lightning.pytorch as L
 import pytest
@@ -210,9 +211,16 @@ def test_dpf(windows):
     assert any(not bool(mask.flatten(1).any(dim=1).all()) for mask in by_hand.masks.values())  # some filters are dead
 
 
-@pytest.mark.parametrize("windows", [1, 2])
-@pytest.mark.parametrize("kl_start", [0.3, 1.0])
-@pytest.mark.parametrize("dense_path", ["own", "own_norm", "shared"])
+FAST = {("own", 0.3, 1), ("own", 1.0, 2), ("own_norm", 0.3, 2), ("shared", 0.3, 1), ("shared", 1.0, 2)}  # each value
+
+
+@pytest.mark.parametrize(
+    ("dense_path", "kl_start", "windows"),
+    [
+        pytest.param(*row, marks=[pytest.mark.slow] * (row not in FAST))
+        for row in product(("own", "own_norm", "shared"), (0.3, 1.0), (1, 2))
+    ],
+)
 def test_dcil(dense_path, kl_start, windows):
     by_hand = run_by_hand(ByHand(dense_path=dense_path, kl_start=kl_start), windows=windows)
     callback = DCILCallback(0.8, update_interval=2, dense_path=dense_path, kl_start=kl_start)
@@ -241,7 +249,7 @@ def test_dcil(dense_path, kl_start, windows):
 )
 @pytest.mark.parametrize(
     "dense_path",
-    [None, "own", pytest.param("own_norm", marks=pytest.mark.slow), pytest.param("shared", marks=pytest.mark.slow)],
+    ["own", *(pytest.param(path, marks=pytest.mark.slow) for path in (None, "own_norm", "shared"))],
 )
 def test_as_the_user_trains(dense_path, by_hand, settings):
     """The dense path's own layers follow: their gradients are not clipped, for they are not the user's."""
@@ -278,7 +286,7 @@ def lbfgs_by_hand(by_hand, batches):
     return by_hand
 
 
-@pytest.mark.parametrize("dense_path", [None, "shared"])
+@pytest.mark.parametrize("dense_path", [None, pytest.param("shared", marks=pytest.mark.slow)])
 def test_lbfgs(dense_path):
     """Which repeats each step, as often as it likes."""
     if dense_path is None:
@@ -301,7 +309,9 @@ def test_lbfgs_is_refused_where_the_dense_path_trains_layers_of_its_own(dense_pa
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("dense_path", [None, "own", pytest.param("shared", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dense_path", ["own", *(pytest.param(path, marks=pytest.mark.slow) for path in (None, "shared"))]
+)
 def test_with_distillation(dense_path, first):
     """The task weight acts on both networks, the distillation on the pruned one, and the teacher runs once a batch."""
     torch.manual_seed(9)

@@ -39,9 +39,14 @@ def built(kind, **settings):
     return DCILCallback(0.4, dense_path=kind, kl_start=0.3, **arguments)
 
 
-each_kind = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("own_norm", "shared"))) for kind in KINDS]
-)
+def each_kind_with(*fast):
+    """Parametrise a test over the kinds, of which some are among the fast tests."""
+    return pytest.mark.parametrize(
+        "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in fast)) for kind in KINDS]
+    )
+
+
+each_kind, own_first = each_kind_with("dpf", "own"), each_kind_with("own")
 
 
 def zeros(module):
@@ -119,7 +124,7 @@ def test_a_resume_of_other_layers_of_the_dense_path_is_refused(tmp_path):
 # Several fits
 
 
-@each_kind
+@own_first
 def test_a_second_fit_goes_on_from_the_dense_weights(kind):
     """As a fit without the first one's end would: only the optimizer begins anew."""
     seen = {}
@@ -145,7 +150,7 @@ def test_a_second_fit_goes_on_from_the_dense_weights(kind):
         assert now["names"] == own["names"]
 
 
-@each_kind
+@own_first
 def test_a_new_training_with_the_same_callback_begins_anew(kind):
     expected, fresh = built(kind), made(NormClassifier)
     trainer(expected).fit(fresh, loader(NormClassifier))
@@ -162,7 +167,7 @@ class Worsening(NormClassifier):
         self.log("val_loss", torch.tensor(float(self.current_epoch)), batch_size=BATCH)
 
 
-@each_kind
+@own_first
 def test_a_fit_after_a_test_goes_on_from_the_file_that_was_tested(kind, tmp_path):
     seen = {}
 
@@ -282,7 +287,7 @@ def test_averages_before_and_after(kind, average, tmp_path):
         saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
         both = [callback, other] if first else [other, callback]
         fitting = trainer(*both, saver, enable_checkpointing=True, max_epochs=3)
-        fitting.fit(module, loader(NormClassifier, rows=32), loader(NormClassifier))
+        fitting.fit(module, loader(NormClassifier, rows=32), loader(NormClassifier, rows=16))
         results.append((module, callback))
         masked = sum(int((~mask).sum()) for mask in callback.masks.values())
         assert zeros(module) == masked > 0
@@ -290,7 +295,7 @@ def test_averages_before_and_after(kind, average, tmp_path):
         assert sum(int((value == 0).sum()) for value in file["state_dict"].values() if value.ndim > 1) == masked
         plain = made(NormClassifier)
         plain.load_state_dict(file["state_dict"])
-        [metrics] = trainer().validate(plain, loader(NormClassifier), verbose=False)
+        [metrics] = trainer().validate(plain, loader(NormClassifier, rows=16), verbose=False)
         assert metrics["val_loss"] == float(fitting.callback_metrics["val_loss"])
         assert is_portable(module)
     assert difference(results[0][0], results[1][0]) == 0
@@ -327,7 +332,7 @@ class Copies(NormClassifier):
         self.copy("batch end")
 
 
-@each_kind
+@own_first
 def test_the_module_can_be_copied_within_and_after_a_fit(kind):
     module, callback = made(Copies), built(kind)
     with warnings.catch_warnings():

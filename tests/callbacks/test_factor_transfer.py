@@ -183,7 +183,7 @@ def test_there_is_nothing_to_save_before_a_training(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("resumed", [True, pytest.param(False, marks=pytest.mark.slow)])  # test_repeat.py has one more
 def test_a_second_fit_with_the_same_callback_equals_one_with_a_fresh_callback(resumed, tmp_path):
     callback, fresh, path = transfer(), transfer(), None
     if resumed:

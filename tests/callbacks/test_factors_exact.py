@@ -217,7 +217,11 @@ class TwoGroups(ConvClassifier):
         return torch.optim.Adam([{"params": list(head), "lr": 0.05}, {"params": rest, "lr": 0.01}])
 
 
-@pytest.mark.parametrize("kind", [ConvClassifier, ConvNormClassifier, Lambda, OneCycle, TwoGroups])
+@pytest.mark.parametrize(
+    "kind",
+    [ConvNormClassifier, OneCycle, TwoGroups]
+    + [pytest.param(kind, marks=pytest.mark.slow) for kind in (ConvClassifier, Lambda)],
+)
 def test_the_translator_follows_the_users_learning_rate(kind):
     rates = []
 
@@ -250,7 +254,7 @@ def test_a_learning_rate_of_its_own_is_kept():
     assert_equal(module, callback, hand)
 
 
-@pytest.mark.parametrize("kind", [ConvClassifier, ConvNormClassifier])
+@pytest.mark.parametrize("kind", [ConvNormClassifier, pytest.param(ConvClassifier, marks=pytest.mark.slow)])
 def test_accumulation(kind):
     callback = transfer()
     module = fitted(callback, kind, accumulate_grad_batches=4)
@@ -258,7 +262,7 @@ def test_accumulation(kind):
     assert callback._translator.steps == STEPS // 4
 
 
-@pytest.mark.parametrize("windows", [1, 4])
+@pytest.mark.parametrize("windows", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_bfloat16(windows):
     callback = transfer()
     module = fitted(callback, ConvNormClassifier, precision="bf16-mixed", accumulate_grad_batches=windows)
@@ -280,7 +284,7 @@ class Norms(L.Callback):
         self.clipped.append(norm(pl_module))
 
 
-@pytest.mark.parametrize(("windows", "first"), [(1, True), (4, False)])
+@pytest.mark.parametrize(("windows", "first"), [(4, False), pytest.param(1, True, marks=pytest.mark.slow)])
 def test_float16_with_a_scaler_and_clipping(windows, first):
     scaler, plugin, callback, norms = torch.amp.GradScaler("cpu", init_scale=SCALE), scaled(), transfer(), Norms()
     plugin.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
@@ -519,7 +523,7 @@ class Thaw(BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.model.stem, optimizer)
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_finetuning_that_adds_a_group_to_the_users_optimizer(first):
     callback, module = transfer(), made(HeadFirst)
     fitting = trainer(*([callback, Thaw()] if first else [Thaw(), callback]), max_epochs=2)
@@ -667,7 +671,7 @@ def run_from_seed(callback, form):
     return module, fitting.callback_metrics, random_states, None if generator is None else generator.get_state()
 
 
-@pytest.mark.parametrize("form", ["the global state", "its own generator"])
+@pytest.mark.parametrize("form", ["its own generator", pytest.param("the global state", marks=pytest.mark.slow)])
 def test_a_run_that_pretrained_equals_one_that_loaded_the_paraphraser(form, tmp_path):
     callback = transfer(pretrain_epochs=3)
     trained = run_from_seed(callback, form)

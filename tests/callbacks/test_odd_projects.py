@@ -133,7 +133,9 @@ def test_a_bare_except_ends_no_search():
 
 
 @pytest.mark.parametrize(
-    "make", [attention, factors, lambda: DistillationCallback(conv_teacher())], ids=["at", "ft", "kd"]
+    "make",
+    [pytest.param(attention, marks=pytest.mark.slow), factors, lambda: DistillationCallback(conv_teacher())],
+    ids=["at", "ft", "kd"],
 )
 def test_a_validation_step_may_call_the_training_step_and_the_other_way_round(make):
     class Shared(ConvClassifier):

@@ -54,7 +54,7 @@ def zeros(module):
 def fitted(pruning, kind=Classifier, *callbacks, validate=True, **settings):
     module = made(kind)
     fitting = trainer(pruning, *callbacks, **settings)
-    fitting.fit(module, loader(kind), loader(kind) if validate else None)
+    fitting.fit(module, loader(kind), loader(kind, rows=2 * BATCH) if validate else None)
     return module, fitting
 
 
@@ -367,8 +367,10 @@ class Worsening(Classifier):
         self.log("val_loss", torch.tensor(float(self.current_epoch)), batch_size=BATCH)
 
 
-@pytest.mark.parametrize("guard", [True, False])
-@pytest.mark.parametrize("save_top_k", [1, -1])
+@pytest.mark.parametrize(
+    ("guard", "save_top_k"),
+    [(True, 1), (False, -1), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((True, -1), (False, 1)))],
+)
 def test_the_best_checkpoint_has_the_final_sparsity(guard, save_top_k, tmp_path):
     saver = ModelCheckpoint(tmp_path, monitor="val_loss", filename="{epoch}", save_top_k=save_top_k, save_last=True)
     pruning = PruningCallback(0.8, end=0.75, guard_checkpoints=guard)
@@ -465,8 +467,14 @@ def test_the_same_trainer_goes_on_with_the_same_masks():
     assert sum(zeros(module).values()) == 106
 
 
-@pytest.mark.parametrize("average", ["EMA", "SWA"])
-@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize(
+    ("average", "ours_first"),
+    [
+        ("EMA", True),
+        ("SWA", False),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("EMA", False), ("SWA", True))),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
 def test_averages_are_compressed(average, ours_first, tmp_path):
     if average == "EMA":

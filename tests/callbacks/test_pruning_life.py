@@ -416,8 +416,14 @@ def test_a_gradient_counts_with_its_own_optimizer():
     assert late <= 4  # of 132: the last steps, after the masks were made, are in the sums too
 
 
-@pytest.mark.parametrize("interval", [1, 4])
-@pytest.mark.parametrize("score", ["taylor", "magnitude"])
+@pytest.mark.parametrize(
+    ("score", "interval"),
+    [
+        ("taylor", 1),
+        ("magnitude", 4),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("taylor", 4), ("magnitude", 1))),
+    ],
+)
 def test_a_resume_right_after_an_update_is_exact(score, interval, tmp_path):
     def fit(folder, **settings):
         pruning, module = PruningCallback(0.6, score=score, update_interval=interval), made(Classifier)

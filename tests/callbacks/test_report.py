@@ -72,7 +72,7 @@ def make_trainer(pl, folder, callbacks, **arguments):
     return pl.Trainer(callbacks=callbacks, **{**settings, **arguments})
 
 
-@pytest.fixture(scope="module", params=["lightning.pytorch", "pytorch_lightning"])
+@pytest.fixture(scope="module", params=["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.slow)])
 def pl(request):
     return importlib.import_module(request.param)
 

@@ -166,7 +166,7 @@ class ConvMixin(MixinClassifier):
 def seeded(make: Callable[[], nn.Module], seed: int = 3) -> nn.Module:
     """A network from fixed random numbers."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return make()
 
 
@@ -204,5 +204,5 @@ def in_a_row(children: Iterable[tuple[str, nn.Module]], x: Tensor) -> dict[str, 
 def feature_fit(module: Classifier, *callbacks: Any, **settings: Any) -> Classifier:
     """Train a module on the batches of its kind, with validation, and give it back."""
     loader = feature_loader(type(module))
-    trainer(*callbacks, **settings).fit(module, loader, feature_loader(type(module), batch_size=16))
+    trainer(*callbacks, **settings).fit(module, loader, feature_loader(type(module), rows=2 * BATCH))
     return module

@@ -13,14 +13,14 @@ def is_sample(case: Case, kind: type[Classifier]) -> bool:
     return case is CASES[0] or kind is case.modules[0]
 
 
-def each_case_and_some_modules() -> pytest.MarkDecorator:
-    """Parametrise a test over the rows and their modules; what is no sample, and heavy rows, are slow."""
+def each_case_and_some_modules(*, heavy_is_slow: bool = True) -> pytest.MarkDecorator:
+    """Parametrise a test over the rows and their modules; what is no sample is slow, and heavy rows if wanted."""
     rows = [
         pytest.param(
             case,
             kind,
             id=f"{case.name}-{kind.__name__}",
-            marks=[pytest.mark.slow] * (case.heavy or not is_sample(case, kind)),
+            marks=[pytest.mark.slow] * ((case.heavy and heavy_is_slow) or not is_sample(case, kind)),
         )
         for case in CASES
         for kind in case.modules

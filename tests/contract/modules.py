@@ -207,7 +207,7 @@ AUTOMATIC: tuple[type[Classifier], ...] = (Classifier, NormClassifier, NetworkIt
 def teacher_for(kind: type[Classifier], seed: int = 3) -> nn.Module:
     """A wider network for the same batches, with batch norm, from fixed random numbers."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         features = [Convolution(6), nn.BatchNorm2d(6), nn.Tanh()]
         wide = nn.Sequential(*features, nn.Flatten(), nn.Linear(6 * FEATURES, CLASSES))
         return KeywordTeacher(wide) if kind.as_dict else wide
@@ -227,7 +227,7 @@ class KeywordTeacher(nn.Module):
 def made(kind: type[Classifier], seed: int = 1) -> Classifier:
     """A module from fixed random numbers."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return kind()
 
 
@@ -256,7 +256,7 @@ def trainer(*callbacks: Any, **settings: Any) -> L.Trainer:
 def fit(kind: type[Classifier], *callbacks: Any, **settings: Any) -> Classifier:
     """Train a fresh module and give it back."""
     module = made(kind)
-    trainer(*callbacks, **settings).fit(module, loader(kind), loader(kind, batch_size=16))
+    trainer(*callbacks, **settings).fit(module, loader(kind), loader(kind, rows=2 * BATCH))
     return module
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_compress import DistillationCallback
 
-from .modules import Classifier, NormClassifier, difference, loader, made, teacher_for, trainer
+from .modules import BATCH, Classifier, NormClassifier, difference, loader, made, teacher_for, trainer
 from .traces import is_portable, traces
 
 
@@ -38,7 +38,7 @@ class UncopyableTeacher(nn.Linear):
 def trained(kind, callbacks):
     module = made(kind)
     fitting = trainer(*callbacks, max_epochs=3)
-    fitting.fit(module, loader(kind, rows=32), loader(kind))
+    fitting.fit(module, loader(kind, rows=32), loader(kind, rows=2 * BATCH))
     return module
 
 
@@ -48,13 +48,15 @@ def only(average):
     return trained(NormClassifier, [average()])
 
 
-# Each row with one average, and one row with both.
+# The first row with both averages, and others with one: of those that train layers of their own, that mask, and that
+# only look. Averages of masks that move are in test_dynamic_life.py.
+WITH_ONE_AVERAGE = ("FactorTransferCallback", "PruningCallback", "CompressionReport")
 ROWS_AND_AVERAGES = [
     pytest.param(
         case,
         average,
         id=f"{case.name}-{name}",
-        marks=[pytest.mark.slow] * (case.heavy or not (average is ema or case is CASES[0])),
+        marks=[pytest.mark.slow] * (case is not CASES[0] and (average is swa or case.name not in WITH_ONE_AVERAGE)),
     )
     for case in CASES
     for name, average in (("EMA", ema), ("SWA", swa))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import each_case
 
-from .modules import NormClassifier, difference, loader, made, scaled, trainer
+from .modules import BATCH, NormClassifier, difference, loader, made, scaled, trainer
 
 
 def trained(callbacks, precision, seen):
@@ -14,7 +14,7 @@ def trained(callbacks, precision, seen):
     module.model[0].register_forward_hook(lambda part, args, out: seen.append(out.dtype))
     plugins = scaled() if precision == "16-mixed" else None
     fitting = trainer(*callbacks, plugins=plugins, precision=None if plugins else precision)
-    fitting.fit(module, loader(), loader())
+    fitting.fit(module, loader(), loader(rows=2 * BATCH))
     return module, fitting
 
 

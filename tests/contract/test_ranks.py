@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -14,13 +15,14 @@ from cases import CASES
 from .modules import BATCH, STEPS, difference, made
 from .ranks import run
 
-FAST = [
+FIRST = ["DistillationCallback-NetworkItself"]
+FURTHER = [
     "DistillationCallback",
-    "DistillationCallback-NetworkItself",
     "DistillationCallback-Spare",
     "AttentionTransferCallback",
     "AttentionTransferCallback-NetworkItself",
 ]
+FIRST_AND_FURTHER = [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in FURTHER)]
 LOGGED = {
     "DistillationCallback": ("compress/kd/val_loss", "compress/kd/val_agreement"),
     "AttentionTransferCallback": ("compress/at/val_loss",),
@@ -48,7 +50,13 @@ def launched(folder, scenarios, start_method, seconds):
 
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory):
-    return launched(tmp_path_factory.mktemp("forked"), FAST, "fork", 120)
+    """What the ranks of a scenario leave; those of its group run with it, so that the imports are paid for once."""
+
+    @functools.cache
+    def group(first):
+        return launched(tmp_path_factory.mktemp("forked"), FIRST if first else FURTHER, "fork", 120)
+
+    return lambda name: group(name in FIRST)[name]
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +64,9 @@ def ignored(tmp_path_factory):
     return launched(tmp_path_factory.mktemp("ignored"), ["DistillationCallback-HalfIgnored"], "fork", 120)
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", FIRST_AND_FURTHER)
 def test_ranks_are_identical_and_equal_one_process(forked, name, tmp_path):
-    first, second = forked[name]
+    first, second = forked(name)
     alone = run(name, tmp_path, ranks=1)
     assert difference(first["state_dict"], second["state_dict"]) == 0
     assert difference(first["state_dict"], alone) <= TOLERANCE
@@ -90,6 +98,18 @@ def test_ranks_with_masks_are_identical_and_equal_one_process(masking, name, tmp
 
 
 @pytest.mark.slow
+def test_ranks_scale_the_reduced_gradients_and_validate_rounded_weights_together(tmp_path):
+    first, second = launched(tmp_path, ["PSGDCallback"], "fork", 120)["PSGDCallback"]
+    alone = run("PSGDCallback", tmp_path / "alone", ranks=1)
+    assert difference(first["state_dict"], second["state_dict"]) == 0
+    assert difference(first["state_dict"], alone) <= 1e-6
+    assert first["effects"] == second["effects"] == {"the scaled step": STEPS}
+    key = "compress/psgd/val_loss"
+    assert first["metrics"][key] == second["metrics"][key] > 0
+    assert "on_before_optimizer_step" not in first["attributes"]
+
+
+@pytest.mark.slow
 def test_a_rank_without_labels_takes_part_in_what_is_logged(ignored):
     first, second = ignored["DistillationCallback-HalfIgnored"]
     assert difference(first["state_dict"], second["state_dict"]) == 0
@@ -103,20 +123,21 @@ def test_a_failing_end_of_fit_ends_all_ranks(tmp_path):
     assert "no room" in caught.value.stderr
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", FIRST_AND_FURTHER)
 def test_each_rank_captures_its_half_of_the_batch_once_a_step(forked, name):
     """Also where the step calls the LightningModule itself, through which DDP routes the step with other arguments."""
-    for rank in forked[name]:
+    for rank in forked(name):
         assert rank["shapes"] == [[(BATCH // 2, 8)]] * STEPS
         assert rank["effects"] == {EFFECTS[name.partition("-")[0]]: STEPS}
         assert "training_step" not in rank["attributes"]
 
 
+@pytest.mark.slow
 def test_a_head_that_only_distillation_uses_is_trained(forked):
     from .ranks import Spare
 
     start = made(Spare).state_dict()
-    trained = forked["DistillationCallback-Spare"][0]["state_dict"]
+    trained = forked("DistillationCallback-Spare")[0]["state_dict"]
     assert float((trained["model.distilled.weight"] - start["model.distilled.weight"]).abs().max()) > 0.01
 
 

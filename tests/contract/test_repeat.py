@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
 from cases import each_case
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from lightning_compress.mechanisms.checkpoints import dense_of
 
 from .grid import each_case_and_some_modules
-from .modules import Classifier, NormClassifier, difference, loader, made, trainer
+from .modules import BATCH, Classifier, NormClassifier, difference, loader, made, trainer
 from .traces import traces
 
 
@@ -23,7 +24,7 @@ def trained(kind, callbacks, dense_in=None):
     module = made(kind)
     for callback in callbacks:
         fitting = trainer(*([] if callback is None else [callback]))
-        fitting.fit(module, loader(kind), loader(kind))
+        fitting.fit(module, loader(kind), loader(kind, rows=2 * BATCH))
         if dense_in is not None and callback is not callbacks[-1]:
             fitting.save_checkpoint(dense_in / "dense.ckpt")
             dense = dense_of(torch.load(dense_in / "dense.ckpt", weights_only=True), callback.name)
@@ -73,15 +74,15 @@ def test_the_same_callback_for_another_module(case, tmp_path):
     assert difference(second, alone) == 0
 
 
-@each_case()
+@each_case(heavy_is_slow=True)
 def test_validation_and_test_see_the_plain_module(case, tmp_path):
-    """After the fit the same Trainer measures what a Trainer without the callback measures."""
+    """After the fit the same Trainer measures what a Trainer without the callback measures, unless it quantises."""
     module = made(Classifier)
     fitting = trainer(case.build(tmp_path, Classifier))
     fitting.fit(module, loader(), loader())
     [validated], [tested] = fitting.validate(module, loader()), fitting.test(module, loader())
-    assert [validated] == trainer().validate(module, loader())
-    assert [tested] == trainer().test(module, loader())
+    assert ([validated] == trainer().validate(module, loader())) is not case.quantises
+    assert ([tested] == trainer().test(module, loader())) is not case.quantises
     assert list(validated) == ["val_loss"]
 
 
@@ -89,7 +90,12 @@ def test_validation_and_test_see_the_plain_module(case, tmp_path):
 def test_validation_without_a_fit_is_left_alone(case, tmp_path):
     module = made(Classifier)
     before = traces(module)
-    results = trainer(case.build(tmp_path, Classifier)).validate(module, loader())
+    validating = trainer(case.build(tmp_path, Classifier))
+    if case.quantises:
+        with pytest.raises(ValueError, match="has nothing to calibrate with"):
+            validating.validate(module, loader())
+        return
+    results = validating.validate(module, loader())
     assert results == trainer().validate(made(Classifier), loader())
     assert traces(module)["model"] == before["model"]
     assert not list(tmp_path.iterdir())

@@ -6,10 +6,11 @@ import functools
 
 import pytest
 import torch
-from cases import CASES, each_case, each_case_and_module, public_callbacks
+from cases import CASES, each_case, public_callbacks
 
 from lightning_compress import CompressionCallback
 
+from .grid import each_case_and_some_modules
 from .modules import Classifier, ManualClassifier, MixinClassifier, difference, fit, loader, made, trainer
 
 
@@ -28,7 +29,7 @@ def test_a_row_builds_the_class_it_names(case, tmp_path):
     assert type(case.build(tmp_path, Classifier)).__name__ == case.name
 
 
-@each_case_and_module()
+@each_case_and_some_modules()
 def test_the_weights_change_only_if_the_row_says_so(case, kind, tmp_path):
     plain, compressed = untouched(kind), fit(kind, case.build(tmp_path, kind))
     assert (difference(plain, compressed) > 0) == case.changes_loss
@@ -50,7 +51,7 @@ def test_accumulated_batches_equal_one_large_batch(case, tmp_path):
     assert difference(small, large) < (1e-3 if case.pretrains else 1e-6)
 
 
-@each_case()
+@each_case(heavy_is_slow=True)
 def test_manual_optimisation(case, tmp_path):
     """Without the mixin: refused by name, or harmless; with it: as in the automatic loop."""
     module, callback = made(ManualClassifier), case.build(tmp_path, Classifier)

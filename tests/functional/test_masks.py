@@ -156,7 +156,7 @@ def test_all_nan_are_equal():
     assert smallest_masks([bits.view(torch.float32)], 3)[0].tolist() == [False, False, True, True, False]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(arguments=selections(), piece=st.sampled_from([1, 3, 8, _selection._PIECE]))
 def test_equals_a_stable_sort(arguments, piece):
     scores, pruned, kept, limits = arguments
@@ -301,7 +301,7 @@ shapes_of_layers = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(shapes=shapes_of_layers, sparsity=st.floats(0, 1))
 def test_erk_equals_the_formula(shapes, sparsity):
     sizes = [math.prod(shape) for shape in shapes]
@@ -327,7 +327,7 @@ def test_erk_hand_worked():
     assert erk_sparsities([], 0.5) == []
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(data=st.data(), sizes=st.lists(st.integers(0, 500), min_size=1, max_size=8))
 def test_layer_zeros_sum_to_the_total_within_limits(data, sizes):
     sparsities = data.draw(st.lists(st.floats(0, 1), min_size=len(sizes), max_size=len(sizes)))
@@ -444,7 +444,7 @@ def test_n_m_hand_worked():
     assert n_m_mask(conv, 1, 2).flatten().tolist() == [False, True, True, False]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(
     weights=tensors(
         shapes=[(2, 4), (3, 8), (2, 4, 1, 2), (1, 8, 2), (0, 4), (2, 0), (2, 4, 0, 1), (1, 4, 2, 1, 2)], most=3
@@ -471,7 +471,7 @@ def test_n_m_of_many_pieces(pattern, layout):
     assert mask.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(
     data=st.data(),
     scores=tensors(
@@ -654,7 +654,7 @@ def test_live_filters_are_the_output_channels_that_are_not_zero(arguments):
     assert torch.equal(found.flatten(), answering(layer, mask))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(arguments=masked_layers(TRANSPOSED, [1, 2, 3]))
 def test_live_filters_of_transposed_convolutions_are_too(arguments):
     layer, mask = arguments
