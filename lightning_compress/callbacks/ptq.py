@@ -191,6 +191,7 @@ class PTQCallback(CompressionCallback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """As the base."""
         self._evaluation.close()
+        super().setup(trainer, pl_module, stage)
         for other in trainer.callbacks:
             if isinstance(other, PTQCallback) and other is not self and {self.network, other.network} & {None}:
                 raise ValueError(
@@ -199,7 +200,6 @@ class PTQCallback(CompressionCallback):
                 )
             if isinstance(other, PTQCallback) and other is not self and other.network == self.network:
                 raise ValueError(f"'{self.name}' and '{other.name}' both quantise '{self.network}'; keep one of them")
-        super().setup(trainer, pl_module, stage)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Show the quantised network."""

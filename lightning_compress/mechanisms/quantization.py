@@ -358,6 +358,8 @@ class QuantizationMode(TorchFunctionMode):
         result = func(*args, **rebuild(options, needed))
         if isinstance(result, Tensor):
             unmark(result)
+            if any(result is given for given in args):  # a buffer that is counted up, a weight of the right type
+                self._borrow(result)
             if met and result.is_floating_point():
                 setattr(result, KEY, site)
                 self.quantizers.left(site)

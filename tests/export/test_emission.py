@@ -334,6 +334,93 @@ def test_linear_layers_give_what_the_quantised_network_gives(written):
         assert (run(text.path, text.x, optimised=optimised)[0] - logits).abs().max() <= reach
 
 
+# What is easily folded, scaled or named wrongly
+
+
+class Net(nn.Module):
+    """Some layers, and what is done with them."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.call = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+def agree(path, network, x, most=0.03, **settings):
+    """Write a file, and hold each of its outputs to the quantised network's; the grids."""
+    grids = calibrated(network.eval(), x, **settings)
+    to_onnx(holding(network, quantization=grids), path, x, precision="int8")
+    expected = rounded(network, grids, x)
+    for found, wanted in zip(run(path, x), expected if isinstance(expected, tuple) else [expected], strict=True):
+        assert wanted.norm() > 0
+        assert (found - wanted).norm() <= most * wanted.norm()
+    return grids
+
+
+def test_a_layer_whose_output_is_returned_and_normed_is_not_folded(tmp_path):
+    def forward(net, x):
+        maps = net.layer(x)
+        return maps, net.norm(maps).relu()
+
+    network = varied_(Net(forward, layer=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4)))
+    assert agree(tmp_path / "n.onnx", network, torch.randn(4, 3, 8, 8)).folds == {}
+
+
+@pytest.mark.parametrize("length", [5, pytest.param(7, marks=pytest.mark.slow)])
+def test_batch_norm_over_other_channels_than_those_of_the_linear_layer_is_not_folded(tmp_path, length):
+    network = Net(lambda net, x: net.norm(net.layer(x)).relu(), layer=nn.Linear(6, length), norm=nn.BatchNorm1d(5))
+    assert agree(tmp_path / "n.onnx", varied_(network), torch.randn(4, 5, 6)).folds == {}
+
+
+def test_equalised_channels_that_are_also_returned_keep_their_size():
+    def forward(net, x):
+        features = net.first(x).relu()
+        return features, net.second(features)
+
+    network, x = Net(forward, first=nn.Linear(6, 8), second=nn.Linear(8, 3)).eval(), torch.randn(4, 6)
+    network.first.weight.data[0] *= 100
+    grids = calibrated(network, x, equalize=True)
+    features, plain = rounded(network, grids, x)[0], network(x)[0]
+    assert (features - plain).norm() < 0.02 * plain.norm()
+
+
+@pytest.mark.parametrize(
+    "kind", ["conv2d", pytest.param("linear", marks=pytest.mark.slow), pytest.param("row", marks=pytest.mark.slow)]
+)
+def test_a_bias_far_beyond_the_steps_of_its_channel(tmp_path, kind):
+    x = torch.randn(4, 3, 8, 8) if kind == "conv2d" else torch.randn(4, 6)
+    layer = nn.Conv2d(3, 4, 3) if kind == "conv2d" else nn.Linear(6, 4)
+    norm = nn.BatchNorm2d(4) if kind == "conv2d" else nn.BatchNorm1d(4)
+    network = layer if kind == "row" else nn.Sequential(layer, norm, nn.ReLU())
+    if kind == "row":
+        layer.weight.data[0] *= 1e-8
+        layer.bias.data[0] = 1.0
+    else:
+        norm.weight.data[0] = 1e-9
+        norm.bias.data.copy_(torch.tensor([0.5, 0.3, 0.2, 0.1]))
+    agree(tmp_path / "n.onnx", network, x)
+    assert kernels(tmp_path / "n.onnx") == 1
+    faint = (slice(None), 0)
+    value = network.eval()(x)[faint].detach()
+    assert (run(tmp_path / "n.onnx", x)[0][faint] - value).abs().max() < 0.02 * value.abs().max()
+
+
+def test_a_layer_on_a_parameter_and_one_on_a_buffer(tmp_path):
+    network = Net(
+        lambda net, x: net.layer(x) + net.query(net.queries).mean(0) + net.place(net.places).mean(0),
+        **{"layer": nn.Linear(6, 3), "query": nn.Linear(8, 3), "place": nn.Linear(2, 3)},
+    )
+    network.queries = nn.Parameter(torch.randn(2, 8))
+    network.register_buffer("places", torch.randn(5, 2))
+    grids = agree(tmp_path / "n.onnx", network, torch.randn(4, 6))
+    assert {"in:query:linear:0", "in:place:linear:0"} <= set(grids.activations)
+    assert vars(network.queries) == vars(network.places) == {}
+
+
 class Around(nn.Module):
     """An operation between two layers."""
 

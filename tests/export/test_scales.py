@@ -256,6 +256,18 @@ def test_a_checkpoint_of_psgd_that_gathers_weights_at_zero_has_no_grids(tmp_path
     refused(tmp_path / "out", module, "the checkpoint holds none", checkpoint=checkpoint)
 
 
+def test_a_checkpoint_of_two_psgd_callbacks():
+    network = nn.Sequential(nn.Linear(FEATURES, 3), nn.Linear(3, 2))
+
+    def state(name, bits):
+        return {"lambda": 1.0, "arguments": {"granularity": "channel", "target": "grid"}, "bits": {name: bits}}
+
+    contents = {"callbacks": {"a": state("0.weight", 4), "b": state("1.weight", 3), "c": state("0.bias", 4)}}
+    grids = Scales(network, contents, "int8").for_network("", network, lambda: network(X))
+    assert {name: grid.bits for name, grid in grids.weights.items()} == {"0.weight": 4, "1.weight": 3}
+    assert torch.equal(grids.weights["1.weight"].step, network[1].weight.detach().abs().amax(dim=1) / 3)
+
+
 def test_a_checkpoint_without_scales(tmp_path):
     module, checkpoint = fitted(tmp_path)
     refused_at = tmp_path / "out"

@@ -563,27 +563,28 @@ def test_dropout_in_training_keeps_the_names_of_evaluation():
 def test_paths_of_calls():
     paths = ModulePaths()
 
-    def sites(*calls):
-        """Sites of one operation in each of nested calls."""
-        for name in calls:
-            paths.enter(name)
-        site = paths.site("add")
+    def site(*calls):
+        """Of an operation in the innermost of nested calls of modules, each called by its owner or by another."""
+        for name, *owner in calls:
+            paths.enter(name, *owner)
+        found = paths.site("add")
         for _ in calls:
             paths.leave()
-        return site
+        return found
 
-    assert sites() == ":add:0"
-    assert sites() == ":add:1"
-    assert sites("a") == "a:add:0"
-    assert sites("a") == "a#1:add:0"
-    assert sites("a", "a.b") == "a#2.b:add:0"
-    assert sites("a", "other.b") == "a#3>other.b:add:0"
-    assert sites("list.0", "list.0.c.d") == "list.0.c.d:add:0"
-    assert sites("a.b") == "a.b:add:0"  # called by the root, past its own parent
+    assert site() == ":add:0"
+    assert site() == ":add:1"
+    assert site(["a", ""]) == "a:add:0"
+    assert site(["a", ""]) == "a#1:add:0"
+    assert site(["a", ""], ["a.b", "a"]) == "a#2.b:add:0"
+    assert site(["a", ""], ["other.b", "other"]) == "a#3>other.b:add:0"
+    assert site(["list.0", ""], ["list.0.c.d", "list.0"]) == "list.0.c.d:add:0"
+    assert site(["a.b", "a"]) == ">a.b:add:0"  # by the root, past its own parent
+    assert site(["c"], ["c.d"]) == "c.d:add:0"
     paths.leave()  # there is always the root
-    assert sites() == ":add:2"
+    assert site() == ":add:2"
     paths.restart()
-    assert [sites(), sites("a"), paths.module] == [":add:0", "a:add:0", ""]
+    assert [site(), site(["a", ""]), paths.module] == [":add:0", "a:add:0", ""]
 
 
 def test_different_calls_have_different_paths():
@@ -617,6 +618,7 @@ def test_different_calls_have_different_paths():
         ("a#1.b#12:conv2d:3", "a.b"),
         ("in:a#1>c.d:linear:0", "c.d"),
         (":add:0", ""),
+        (">a.b:add:0", "a.b"),
         ("in::linear:0", ""),
         ("a:silu:0:gate", "a"),
     ],

@@ -126,10 +126,10 @@ def test_choices_are_counted_sample_by_sample_and_position_by_position():
     ours({"logits": torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]), "extra": torch.ones(3, 4)})
     theirs({"logits": torch.tensor([[0.0, 1.0], [0.0, 1.0], [2.0, 0.0]]), "extra": torch.zeros(3, 4)})
     assert ours.agreement(theirs) == 2 / 3
-    maps = torch.zeros(1, 2, 3)
+    maps = torch.zeros(1, 2, 3, 1)
     maps[0, 1, 0] = 1.0
     ours(maps)
-    theirs(torch.zeros(1, 2, 3))
+    theirs(torch.zeros(1, 2, 3, 1))
     assert ours.agreement(theirs) == 4 / 6
 
 
