@@ -259,6 +259,8 @@ class Calibration:
                 for key, observer in self._watch.observers.items()
                 for own in [self._watch.activation_bits(key)]
             }
+        grids = self.grids  # a weight may be met on a later batch only
+        grids.left_in_float = tuple(name for name in grids.left_in_float if name not in grids.weights)
         if self._settings.correct_bias:
             correction = _Correction(self._network, self.grids)
             self._run(correction, steps, samples=samples)

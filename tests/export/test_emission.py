@@ -412,7 +412,9 @@ def test_a_bias_far_beyond_the_steps_of_its_channel(tmp_path, kind):
 def test_a_layer_on_a_parameter_and_one_on_a_buffer(tmp_path):
     network = Net(
         lambda net, x: net.layer(x) + net.query(net.queries).mean(0) + net.place(net.places).mean(0),
-        **{"layer": nn.Linear(6, 3), "query": nn.Linear(8, 3), "place": nn.Linear(2, 3)},
+        layer=nn.Linear(6, 3),
+        query=nn.Linear(8, 3),
+        place=nn.Linear(2, 3),
     )
     network.queries = nn.Parameter(torch.randn(2, 8))
     network.register_buffer("places", torch.randn(5, 2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -260,6 +262,58 @@ def test_a_batch_norm_is_a_part_of_the_layer_whose_output_nobody_else_takes(othe
     assert calibrated(net, MAPS[0]).folds == ({"conv:conv2d:0": "norm"} if folded else {})
 
 
+@pytest.mark.parametrize(
+    "compile_",
+    [
+        lambda net: torch.compile(net, backend="eager"),
+        pytest.param(lambda net: net.compile(backend="eager", fullgraph=True) or net, marks=pytest.mark.slow),
+        pytest.param(
+            lambda net: nn.Sequential(*[torch.compile(layer, backend="eager") for layer in net]), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["wrapped", "in place", "children"],
+)
+def test_of_a_compiled_network_the_same_is_found(fresh_compiler, compile_):
+    net = convolutional()
+    expected = calibrated(net, *MAPS)
+    compiled = compile_(copy.deepcopy(net))
+    compiled(MAPS[0])
+    grids = calibrated(compiled, *MAPS)
+    assert grids.folds == expected.folds == {"0:conv2d:0": "1"}
+    for part in ("activations", "sites", "fingerprints", "left_in_float"):
+        assert getattr(grids, part) == getattr(expected, part), part
+    assert all(torch.equal(grids.weights[name].step, grid.step) for name, grid in expected.weights.items())
+
+
+def test_activations_are_freed_after_each_batch():
+    net, references = convolutional(), []
+    for module in net:
+        module.register_forward_hook(lambda module, args, output: references.append(weakref.ref(output)))
+    gc.collect()
+    gc.disable()
+    try:
+        calibrated(net, *MAPS)
+        assert len(references) == 6 * (1 + 5)
+        assert sum(reference() is not None for reference in references) == 0
+    finally:
+        gc.enable()
+
+
+def test_a_parameter_as_input_is_observed_with_the_data():
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.linear = nn.Parameter(torch.randn(3, 2)), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return x + self.linear(self.query)
+
+    net = Learned()
+    grids = calibrated(net, torch.randn(3, 2), torch.randn(3, 2))
+    assert grids.activations == {"in:linear:linear:0": grid_of(8, net.query.detach())}
+    assert vars(net.query) == {}
+
+
 def test_the_network_is_left_as_it_was():
     net = convolutional()
     state, x, plain = copy.deepcopy(net.state_dict()), MAPS[0].clone(), net(MAPS[0])
@@ -445,6 +499,15 @@ def ranges(net, grids, first, second):
     return torch.stack(rows).detach(), torch.stack(columns).detach()
 
 
+def test_equalisation_makes_quantisation_better_where_channels_differ():
+    net, x = spread_out(EQUALISED["depthwise"][0]()), torch.randn(16, 2, 6, 6)
+    errors = []
+    for equalize in (False, True):
+        grids = calibrated(net, x, weight_bits=5, activation_bits=5, equalize=equalize)
+        errors.append(((run(net, grids, x) - net(x)).norm() / net(x).norm()).item())
+    assert errors[1] < 0.7 * errors[0]
+
+
 class Taken(nn.Module):
     """Two layers, and what else is done with what is between them."""
 
@@ -479,6 +542,15 @@ def test_channels_are_scaled_only_where_nobody_else_takes_them(forward, equalise
     assert set(grids.divisors) == ({"a:conv2d:0"} if equalised else set())
     outputs, plain = run(net, grids, MAPS[0], Unrounded), net(MAPS[0])
     torch.testing.assert_close(outputs, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "length"), [(8, 4), (4, 8), (4, 4)])
+def test_a_linear_layer_over_the_positions_of_maps_takes_other_channels(channels, length):
+    net, x = nn.Sequential(nn.Conv1d(1, channels, 1), nn.ReLU(), nn.Linear(length, 3)), torch.randn(5, 1, length)
+    spread_out(net)
+    grids = calibrated(net, x, equalize=True)
+    assert grids.divisors == {}
+    assert ((run(net, grids, x) - net(x)).norm() / net(x).norm()).item() < 0.02
 
 
 def test_a_weight_with_a_given_grid_is_not_scaled_away_from_it():
@@ -574,6 +646,18 @@ def test_tied_weights_have_one_grid():
 # --- kept in a file ---
 
 
+def test_a_network_runs_the_same_with_grids_from_a_file(tmp_path):
+    net = spread_out(EQUALISED["depthwise"][0]())
+    x = torch.randn(8, 2, 6, 6)
+    grids = calibrated(net, x, weight_bits=4, activation_bits=4, edge_bits=8, equalize=True, correct_bias=True)
+    grids.statistics["1"] = torch.zeros(6), torch.ones(6)
+    torch.save(grids.state(), tmp_path / "grids")
+    again = Grids.from_state(torch.load(tmp_path / "grids", weights_only=True))
+    assert torch.equal(run(net, again, x), run(net, grids, x))
+    assert not torch.equal(run(net, again, x), net(x))
+    assert again.fingerprints == fingerprints(net)
+
+
 # --- what is left in float ---
 
 
@@ -605,6 +689,17 @@ def test_what_is_left_in_float_is_listed():
     }
     operations = {"conv_transpose1d (1)", "embedding (1)", "gelu (1)", "layer_norm (1)", "linear (1)", "softmax (1)"}
     assert set(grids.left_in_float) - weights >= operations
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_what_a_quantised_weight_is_computed_from_is_not_listed(norm):
+    net = nn.Sequential(norm(nn.Linear(3, 2)), nn.ReLU(), norm(nn.Linear(2, 2)))
+    grids = calibrated(net, torch.randn(4, 3), selected=lambda name: name == "0.weight")
+    assert list(grids.weights) == ["0.weight"]
+    left = [name for name in grids.left_in_float if not name.endswith(")")]
+    assert left
+    assert all(name.startswith("2.") for name in left)
 
 
 # --- what is refused ---
@@ -643,6 +738,16 @@ def test_data_that_never_reaches_the_network_is_refused():
     for steps in (lambda: iter(()), lambda: iter([1, 2])):
         with pytest.raises(QuantizationError, match="no batch reached the network"):
             calibrate(net, steps, Settings())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda part: torch.jit.trace(part, torch.ones(1, 2))])
+def test_scripted_parts_are_refused_by_name(make):
+    part = make(nn.Linear(2, 2))
+    with pytest.raises(QuantizationError, match="'1' is scripted"):
+        calibrated(nn.Sequential(nn.Linear(2, 2), part), torch.ones(1, 2))
+    with pytest.raises(QuantizationError, match="is scripted"):
+        calibrated(part, torch.ones(1, 2))
 
 
 # --- auxiliary heads ---
