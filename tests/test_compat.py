@@ -691,3 +691,54 @@ def test_training_data_are_set_up_in_a_validation_and_gone_afterwards(namespace)
     trainer.fit(module, loaders)
     assert _compat.given_loaders(trainer) is loaders
     assert (trainer.global_step, _compat.has_training_data(trainer)) == (2, True)
+
+
+# --- how a network runs, and what a torch function mode sees of it ---
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_module_runs_through_its_entry_points(fresh_compiler, in_place):
+    """An attribute of the instance takes the place of each; a compiled call is asked for first."""
+    layer, seen = nn.Linear(2, 2), []
+    if in_place:
+        layer.compile(backend="eager")
+    names = _compat.entry_points(layer)
+    assert names == (["forward", "_compiled_call_impl"] if in_place else ["forward"])
+    for name in names:
+        original = getattr(layer, name)
+        vars(layer)[name] = lambda x, name=name, original=original: seen.append(name) or original(x)
+    _compat.reset_compiled_code()
+    layer(torch.ones(1, 2))
+    assert seen[0] == names[-1]
+    assert len(seen) == len(names)
+
+
+class Operations(torch.overrides.TorchFunctionMode):
+    """Notes the name of each operation, of attention also of those inside."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.names, self.inside = [], inside
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        if self.inside and func is torch.nn.functional.multi_head_attention_forward:
+            with self, _compat.attention_in_python():
+                return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_mode_sees_the_operations_of_attention(training):
+    attention, x = nn.MultiheadAttention(4, 2).train(training), torch.randn(3, 2, 4)
+    expected, _ = attention(x, x, x)
+    seen = {}
+    for inside in (False, True):
+        with Operations(inside) as mode:
+            output, _ = attention(x, x, x)
+        torch.testing.assert_close(output, expected)
+        seen[inside] = mode.names
+    assert seen[False].count("linear") == 0  # else nothing would have to be done
+    assert seen[True].count("linear") == 2
+    assert [names.count("multi_head_attention_forward") for names in seen.values()] == [1, 1]
+    assert torch.nn.functional.has_torch_function is torch.overrides.has_torch_function

@@ -53,6 +53,7 @@ class Returned(Generic[T]):
         return value
 
     def __set__(self, instance: ReturnsResults, value: T) -> None:
+        instance.recall()  # what was left before is older
         vars(instance)[self.entry] = value
 
 
@@ -61,7 +62,7 @@ class ReturnsResults:
 
     def __init__(self) -> None:
         super().__init__()
-        self._home = os.getpid()
+        self._home, self._looked = os.getpid(), False
         self._parcel = str(Path(tempfile.gettempdir()) / f"lightning_compress-{secrets.token_hex(16)}.pt")
         weakref.finalize(self, _remove, self._parcel, self._home)
 
@@ -84,11 +85,15 @@ class ReturnsResults:
         os.replace(draft, self._parcel)
 
     def recall(self) -> None:
-        """In the parent: take what a child has left, if it has."""
-        if not self.is_away and os.path.exists(self._parcel):
+        """In the parent: take what a child has left, if it has; in a later child, what the parent never looked at."""
+        if self.is_away and self._looked:
+            return
+        self._looked = self.is_away
+        if os.path.exists(self._parcel):
             # written by a child of this process; a parent that has never used the GPU can still fork
             results: dict[str, Any] = torch.load(self._parcel, map_location="cpu", weights_only=False)
-            os.remove(self._parcel)
+            if not self.is_away:
+                os.remove(self._parcel)
             vars(self).update(results)
 
 

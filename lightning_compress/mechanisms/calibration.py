@@ -16,7 +16,7 @@ from lightning_compress.functional.quantizers import MOST_BITS, mse_grid, quanti
 from lightning_compress.mechanisms.batchnorm import batch_norms
 from lightning_compress.mechanisms.grids import COMPUTED, ActivationGrid, Grids, WeightGrid, WeightSite
 from lightning_compress.mechanisms.observers import Observer, make_observer
-from lightning_compress.mechanisms.operations import CONVOLUTIONS
+from lightning_compress.mechanisms.operations import CONVOLUTIONS, KINDS
 from lightning_compress.mechanisms.quantization import KEY, QuantizationError, module_of, quantizing
 from lightning_compress.mechanisms.rounding import Rounding, multiplied, norm_arguments, spread
 from lightning_compress.mechanisms.selection import plain_name
@@ -78,8 +78,8 @@ class Observing(Rounding):
         self.consumers: dict[str, set[str]] = {}
         self.reached: dict[str, set[str]] = {}
         self.foldable = {plain_name(name) for name in batch_norms(network)}
-        self.gains: dict[str, Tensor] = {}
-        """What batch norm multiplies the output channels of a layer by."""
+        self.folded: dict[str, dict[str, Any]] = {}
+        """What the batch norm behind a layer was given."""
         self.floats: Counter[str] = Counter()
         self.edges: set[str] = set()
         """Weights that have other bits, because they come first or last."""
@@ -94,7 +94,8 @@ class Observing(Rounding):
                 self.observers[key].observe(x.detach())
             except ValueError as error:
                 raise QuantizationError(f"the activation '{key}' cannot be calibrated: {error}") from error
-        return x.view_as(x)  # not itself, so that it is looked at once, whoever consumes it
+        # not itself, so that it is looked at once, whoever consumes it; nor a view, which would hold what holds it
+        return x.view_as(x) if torch.is_grad_enabled() else x.detach()
 
     def layer(
         self,
@@ -132,8 +133,7 @@ class Observing(Rounding):
             return None
         if self.discovering and module in self.foldable and given.get("running_var") is not None:
             self.grids.folds.setdefault(layer, module)
-            gain = torch.rsqrt(given["running_var"] + given.get("eps", 1e-5))
-            self.gains[layer] = gain if given.get("weight") is None else gain * given["weight"].detach().abs()
+            self.folded[layer] = given  # computed with later: here it would count as an operation of the network
         return super().norm(module, layer, function, x, *rest, **options)
 
     def place(self, site: str, weight: Tensor) -> WeightSite | None:
@@ -161,8 +161,10 @@ class Observing(Rounding):
 
     def left(self, site: str) -> None:
         """An operation stays in float."""
-        if self.discovering:
-            self.floats[site.rsplit(":", 2)[-2]] += 1
+        name = site.rsplit(":", 2)[-2]
+        inner = torch.compiler.is_compiling() and name in KINDS  # a function within the one that was met, seen as well
+        if self.discovering and not inner:
+            self.floats[name] += 1
 
     def consumed(self, layer: str | None, channels: str | None, site: str) -> None:
         """Note who takes what a layer has made."""
@@ -234,7 +236,8 @@ class Calibration:
         grids.fingerprints = fingerprints(self._network)
         weights = [name for name, value in self._network.named_parameters() if value.ndim > 1]
         floats = [f"{name} ({count})" for name, count in sorted(watch.floats.items())]
-        grids.left_in_float = (*[name for name in map(plain_name, weights) if name not in grids.weights], *floats)
+        left = [name for name in map(plain_name, weights) if watch.names.stands_for(name) not in grids.weights]
+        grids.left_in_float = (*left, *floats)
 
     def weights_only(self) -> Rounding:
         """Quantisers of the weights alone, to estimate statistics of the network with."""
@@ -394,7 +397,9 @@ def _equalize(grids: Grids, watch: Observing) -> None:
         folded = norms == ([grids.folds[layer]] if layer in grids.folds else [])
         if alone and folded and takers[0] in grids.sites:
             after = takers[0]
-            if uses[place.name] == uses[grids.sites[after].name] == 1:
+            # the channels that a linear layer makes and takes come last, those of a convolution do not
+            alike = (":linear:" in layer) == (":linear:" in after)
+            if alike and uses[place.name] == uses[grids.sites[after].name] == 1:
                 pairs.append((layer, after))
     for layer, after in pairs * SWEEPS:
         _equalize_pair(grids, watch, layer, after)
@@ -405,8 +410,10 @@ def _equalize_pair(grids: Grids, watch: Observing, layer: str, after: str) -> No
     one = torch.ones(len(first), device=first.device)
     divisors, factors = grids.divisors.get(layer, one), grids.factors.get(after, one)
     rows = multiplied(grids, layer, first).flatten(start_dim=1).abs().amax(dim=1)
-    if layer in watch.gains:
-        rows = rows * watch.gains[layer]
+    if layer in watch.folded:
+        given = watch.folded[layer]
+        rows = rows * torch.rsqrt(given["running_var"] + given.get("eps", 1e-5))
+        rows = rows if given.get("weight") is None else rows * given["weight"].detach().abs()
     rows = rows / divisors
     columns = _columns(second * spread(factors, second), len(first))
     scale = torch.sqrt(rows / columns)

@@ -86,6 +86,7 @@ _BUILT_IN: dict[Any, str] = {
 }
 """Functions of torch to their names, for which compiled code cannot ask them."""
 _NAMES_OF = {function: _plain(name) for function, name in _BUILT_IN.items()}
+_NAMES_OF[torch.batch_norm] = "torch_batch_norm"  # takes its arguments in another order than the functional one
 _WRITERS = {function: _writes(name) for function, name in _BUILT_IN.items()}
 _OPERATORS = {function: name.startswith("__") for function, name in _BUILT_IN.items()}
 

@@ -243,7 +243,7 @@ class QuantizationMode(TorchFunctionMode):
         self, site: str, func: Callable[..., Any], x: Tensor, rest: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
         layer, state = getattr(x, LAYER, None), getattr(x, STATE, None)
-        if layer is None or func is not nn.functional.batch_norm:  # torch's own takes its arguments in another order
+        if layer is None:
             return None
         self._consume(x, site)
         result = self.quantizers.norm(self.paths.module, layer, func, x, *rest, **options)
@@ -427,7 +427,9 @@ def unmark(tensor: Tensor) -> None:
         False
     """
     for mark in MARKS:
-        if hasattr(tensor, mark):
+        if torch.compiler.is_compiling():  # which cannot trace that an attribute goes
+            setattr(tensor, mark, None)
+        elif hasattr(tensor, mark):
             delattr(tensor, mark)
 
 
@@ -515,7 +517,12 @@ def quantizing(network: nn.Module, quantizers: Quantizers) -> Iterator[GuardedCa
         if calls.depth:
             paths.leave()
 
+    def unmark_all() -> None:
+        for tensor in (*network.parameters(), *network.buffers()):
+            unmark(tensor)
+
     with ExitStack() as stack:
+        stack.callback(unmark_all)  # such as `weight.to(x.dtype)`, which gives back the weight, leaves
         for name, module in network.named_modules():
             if name and _compat.uncompiled(module) is module and not isinstance(module, torch.jit.ScriptModule):
                 entered = module.register_forward_pre_hook(marked(entering(plain_name(name))))

@@ -33,18 +33,25 @@ class WeightNames:
     def __init__(self, network: nn.Module, presented: Callable[[Tensor], str | None] | None = None) -> None:
         self._names: dict[int, str] = {}
         self._storages: dict[int, tuple[str, Tensor]] = {}
-        self._computed: dict[str, list[str]] = {}
+        self._computed: set[str] = set()  # modules whose weight is
         self._presented = presented
         for name, parameter in network.named_parameters():
             self._names[id(parameter)] = plain_name(name)
             self._storages[parameter.untyped_storage().data_ptr()] = plain_name(name), parameter
         for name, module in network.named_modules():
             if is_parametrized(module, "weight") or (hasattr(module, "weight_v") and hasattr(module, "weight_g")):
-                self._computed[plain_name(name)] = ["weight"]
+                self._computed.add(plain_name(name))
 
     def name_of(self, parameter: Tensor | None) -> str | None:
         """The dotted name of a parameter; None for what is none."""
         return None if parameter is None else self._names.get(id(parameter))
+
+    def stands_for(self, name: str) -> str:
+        """The weight that a parameter is, or that is computed from it, by weight norm or the like."""
+        module, _, attribute = name.rpartition(".")
+        module, _, inner = name.rpartition(".parametrizations.") if ".parametrizations." in name else (module, "", "")
+        made = inner.startswith("weight.") or attribute in ("weight_g", "weight_v")
+        return f"{module}.weight" if made and module in self._computed else name
 
     def whole(self, place: WeightSite, weight: Tensor) -> Tensor:
         """The weight that what an operation was given is, or is a part of."""

@@ -852,3 +852,41 @@ def test_the_help_is_short_and_complete(capsys):
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 80
     assert all(f".{name} " in text for name in ("weight_bits", "observer", "reestimate_batchnorm", "max_samples"))
+
+
+# Tensors that outlive a call
+
+
+class Queries(nn.Module):
+    """Learned queries go through a layer; its weight is taken in the type of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(2, 8))
+        self.register_buffer("offset", torch.randn(8))
+        self.register_buffer("seen", torch.zeros(8))
+        self.to_query, self.to_key, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(2, 3)
+
+    def forward(self, x):
+        self.seen.mul_(0.5).add_(x.detach().mean(0))
+        x = x + self.offset.to(x.dtype)
+        keys = F.linear(x, self.to_key.weight.to(x.dtype), self.to_key.bias)
+        return self.head(keys @ self.to_query(self.queries).T)
+
+
+class Asking(Classifier):
+    def build(self):
+        self.model = Queries()
+
+
+def test_parameters_and_buffers_bear_no_marks_and_are_rounded_each_time():
+    ptq, plain = PTQCallback(activation_bits=2), made(Asking)
+    module, fitting = fitted(ptq, Asking)
+    trainer().fit(plain, loader(), loader(rows=ROWS))
+    assert difference(module, plain) == 0
+    assert list(ptq.quantization.weights) == ["to_key.weight", "to_query.weight", "head.weight"]
+    assert "in:to_query:linear:0" in ptq.quantization.activations
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        assert [attribute for attribute in vars(tensor) if "compress" in attribute] == [], name
+    assert fitting.validate(module, loader(rows=ROWS), verbose=False) == [ptq.metrics]
+    assert ptq.metrics != measured(module)

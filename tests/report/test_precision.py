@@ -126,11 +126,16 @@ def test_choices_are_counted_sample_by_sample_and_position_by_position():
     ours({"logits": torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]), "extra": torch.ones(3, 4)})
     theirs({"logits": torch.tensor([[0.0, 1.0], [0.0, 1.0], [2.0, 0.0]]), "extra": torch.zeros(3, 4)})
     assert ours.agreement(theirs) == 2 / 3
-    maps = torch.zeros(1, 2, 3, 1)
+    maps = torch.zeros(1, 2, 3, 1)  # two classes at three positions
     maps[0, 1, 0] = 1.0
     ours(maps)
     theirs(torch.zeros(1, 2, 3, 1))
     assert ours.agreement(theirs) == 4 / 6
+    words = torch.zeros(1, 2, 3)  # three classes for two words
+    words[0, 1, 2] = 1.0
+    ours(words)
+    theirs(torch.zeros(1, 2, 3))
+    assert ours.agreement(theirs) == 5 / 8
 
 
 def test_choices_that_cannot_be_compared():
