@@ -331,6 +331,7 @@ class PTQCallback(CompressionCallback):
             self._on_batches(trainer, pl_module, calibration.discover)
             if self._reestimates(network):
                 with (
+                    torch.compiler.set_stance("force_eager"),
                     statistics_kept(pl_module),
                     _training_flags(trainer, pl_module),
                     quantizing(network, calibration.weights_only()),

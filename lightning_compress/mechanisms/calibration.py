@@ -16,7 +16,7 @@ from lightning_compress.functional.quantizers import MOST_BITS, mse_grid, quanti
 from lightning_compress.mechanisms.batchnorm import batch_norms
 from lightning_compress.mechanisms.grids import COMPUTED, ActivationGrid, Grids, WeightGrid, WeightSite
 from lightning_compress.mechanisms.observers import Observer, make_observer
-from lightning_compress.mechanisms.operations import CONVOLUTIONS, KINDS
+from lightning_compress.mechanisms.operations import CONVOLUTIONS
 from lightning_compress.mechanisms.quantization import KEY, QuantizationError, module_of, quantizing
 from lightning_compress.mechanisms.rounding import Rounding, multiplied, norm_arguments, spread
 from lightning_compress.mechanisms.selection import plain_name
@@ -161,10 +161,8 @@ class Observing(Rounding):
 
     def left(self, site: str) -> None:
         """An operation stays in float."""
-        name = site.rsplit(":", 2)[-2]
-        inner = torch.compiler.is_compiling() and name in KINDS  # a function within the one that was met, seen as well
-        if self.discovering and not inner:
-            self.floats[name] += 1
+        if self.discovering:
+            self.floats[site.rsplit(":", 2)[-2]] += 1
 
     def consumed(self, layer: str | None, channels: str | None, site: str) -> None:
         """Note who takes what a layer has made."""
@@ -270,7 +268,8 @@ class Calibration:
             self.grids.biases = correction.means()
 
     def _run(self, watch: Rounding, steps: Steps, samples: int) -> None:
-        with quantizing(self._network, watch) as calls, torch.no_grad():
+        # what is watched is Python's: nothing is compiled for it, nor taken from code that was compiled
+        with torch.compiler.set_stance("force_eager"), quantizing(self._network, watch) as calls, torch.no_grad():
             for _ in steps():
                 if calls.samples >= samples:
                     break
