@@ -66,6 +66,7 @@ class IntegerExport:
                 "sample= like the data that it was calibrated with"
             )
         self._held: dict[str, Tensor] = {}
+        self._layers = len(grids.sites)
 
     def convert(self, output_names: Sequence[str], *, opset: int, **options: Any) -> bytes:
         """The file.
@@ -90,6 +91,7 @@ class IntegerExport:
 
         model = onnx.load_from_string(graph)
         self._check_scales(model)
+        self._layers = _layers(model)
         if self._precision == "int4":
             _pack_(model)
         del model.graph.value_info[:]  # shapes in between, which every runtime infers
@@ -147,10 +149,9 @@ class IntegerExport:
 
         compared = 0
         for entry in model.graph.initializer:
-            if entry.name.startswith(f"{CHILD}."):
+            if (given := self._held.get(entry.name)) is not None:
                 value = torch.from_numpy(numpy_helper.to_array(entry).copy())
-                given = self._held.get(entry.name)
-                if given is None or given.dtype != value.dtype or not torch.equal(given, value):
+                if given.dtype != value.dtype or not torch.equal(given, value):
                     raise ExportError(
                         f"the exporter changed '{entry.name}', so the file would not have the given scales"
                     )
@@ -162,12 +163,22 @@ class IntegerExport:
         """Count the integer kernels that ONNX Runtime makes of the file."""
         counts, left = _optimised(file)
         kernels = sum(counts[kind] for kind in KERNELS)
-        if kernels < len(self._grids.sites):
+        if kernels < self._layers:
             raise ExportError(
-                f"ONNX Runtime runs {len(self._grids.sites) - kernels} of {len(self._grids.sites)} quantised layers in "
+                f"ONNX Runtime runs {self._layers - kernels} of {self._layers} quantised layers in "
                 f"float: {', '.join(left) or 'their operators were merged with others'}; leave them out of the "
                 "quantisation with exclude="
             )
+
+
+def _layers(model: Any) -> int:
+    """How many operators take a weight of integers."""
+    import onnx
+
+    weights = {entry.name for entry in model.graph.initializer if entry.data_type == onnx.TensorProto.INT8}
+    read = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in weights]
+    widened = {node.output[0] for node in read}
+    return sum(name in widened for node in model.graph.node for name in node.input)
 
 
 def _optimised(file: OnnxNetwork) -> tuple[Counter[str], list[str]]:

@@ -122,7 +122,9 @@ def _check_opset(model: Any, opset: int) -> None:
 def _tidy(model: Any, metadata: dict[str, str]) -> bytes:
     """Drop what only describes the export, name the weights as the network does, and serialise."""
     import onnx_ir
+    from onnx_ir.passes.common import DeduplicateInitializersPass
 
+    DeduplicateInitializersPass(size_limit=MAX_BYTES)(model)  # of a layer that is used twice
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         graph.doc_string = None
         graph.metadata_props.clear()

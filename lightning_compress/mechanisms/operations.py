@@ -162,6 +162,10 @@ def kind_of(name: str, args: Sequence[Any] = (), options: Mapping[str, Any] = Ma
         return Kind.CUT if mode != "constant" else Kind.FLOAT if value else Kind.MOVED
     if name == "interpolate":
         return Kind.CUT if _argument(args, options, 3, "mode", "nearest").startswith("nearest") else Kind.FLOAT
+    if name in ("hardtanh", "clamp", "clip", "clamp_min"):  # 0 is on every grid, other limits may not be
+        argument, default = ("min_val", -1.0) if name == "hardtanh" else ("min", 0)
+        lowest = _argument(args, options, 1, argument, default)
+        return Kind.FUSED if isinstance(lowest, (int, float)) and lowest == 0 else Kind.FLOAT
     return KINDS.get(name, Kind.FLOAT)
 
 

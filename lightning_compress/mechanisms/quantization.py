@@ -181,12 +181,12 @@ class QuantizationMode(TorchFunctionMode):
             if not isinstance(leaf, Tensor):
                 return leaf
             self._consume(leaf, OUTPUT)
-            rounded = self._needed(leaf)
-            for tensor in (leaf, rounded):
-                unmark(tensor)
-            return rounded
+            return self._needed(leaf)
 
-        return rebuild(output, finished)
+        result = rebuild(output, finished)
+        for _, tensor in [*named_tensors(output), *named_tensors(result)]:  # only now: one may be there twice
+            unmark(tensor)
+        return result
 
     def _quantised(
         self, kind: Kind, name: str, site: str, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
@@ -289,6 +289,8 @@ class QuantizationMode(TorchFunctionMode):
         whole = name in ("mean", "adaptive_avg_pool2d")
         if whole and not is_global_average(name, x, rest, options):
             return None
+        if len(rest) > 4 and rest[3] and rest[2] in (0, (0,), (0, 0)):  # ceil_mode: ONNX Runtime counts otherwise
+            rest = (*rest[:4], False, *rest[5:])  # nothing is padded, so nothing changes
         self._consume(x, site)
         rounded = self._on_grid(x, site)
         result = (

@@ -128,8 +128,8 @@ PLACEMENTS = {
     "relu": (lambda n, x: F.relu(n.a(x)), lambda h, x: r(F.relu(h.a(x))), [IN, ":relu:0"], []),
     "relu6": (lambda n, x: F.relu6(n.a(x)), lambda h, x: r(F.relu6(h.a(x))), [IN, ":relu6:0"], []),
     "clamp": (
-        lambda n, x: n.a(x).clamp(-0.3, 0.7),
-        lambda h, x: r(h.a(x).clamp(-0.3, 0.7)),
+        lambda n, x: n.a(x).clamp(0.0, 0.7),
+        lambda h, x: r(h.a(x).clamp(0.0, 0.7)),
         [IN, ":clamp:0"],
         [],
     ),

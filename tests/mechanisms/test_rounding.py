@@ -580,6 +580,25 @@ class Joined(nn.Module):
         return {"maps": maps, "mean": maps.sigmoid().mean((2, 3))}
 
 
+class Writing(nn.Module):
+    """What works in place, its result not used, and what torch.compile knows by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(2, 2, 1) for _ in range(4))
+
+    def forward(self, x):
+        y, z = self.a(x), self.b(x)
+        F.relu_(y)
+        z.sigmoid_()
+        y.mul_(z)
+        z = F.pad(self.c(F.hardswish(y)), (1, 1))
+        z.add_(0.1)
+        z[:, 0] = 0.0
+        first, second = self.d(F.gelu(z)).unbind(1)
+        return F.sigmoid(first) * F.hardsigmoid(second)
+
+
 class Attending(nn.Module):
     def __init__(self):
         super().__init__()
@@ -590,7 +609,12 @@ class Attending(nn.Module):
         return self.last(self.layer(x + self.project(self.query))[:, 0])
 
 
-COMPILED = {"residual": (Small, MAPS), "joined": (Joined, MAPS), "attention": (Attending, torch.randn(3, 4, 8))}
+COMPILED = {
+    "residual": (Small, MAPS),
+    "joined": (Joined, MAPS),
+    "writing": (Writing, MAPS),
+    "attention": (Attending, torch.randn(3, 4, 8)),
+}
 
 
 @pytest.mark.parametrize(
@@ -599,6 +623,7 @@ COMPILED = {"residual": (Small, MAPS), "joined": (Joined, MAPS), "attention": (A
         ("residual", True),
         pytest.param("residual", False, marks=pytest.mark.slow),
         pytest.param("joined", True, marks=pytest.mark.slow),
+        pytest.param("writing", True, marks=pytest.mark.slow),
         pytest.param("attention", False, marks=pytest.mark.slow),
     ],
 )

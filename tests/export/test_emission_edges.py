@@ -1,0 +1,96 @@
+"""Networks whose integer files need care: limits, outputs nobody takes or that are given twice, names, pooling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from export.test_emission import calibrated, holding, kernels, operators, rounded, run
+from lightning_compress.export import to_onnx
+
+ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+MAPS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self, forward, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.call = forward
+
+    def forward(self, *args):
+        return self.call(self, *args)
+
+
+def written(tmp_path, network, x, **settings):
+    torch.manual_seed(0)
+    grids = calibrated(network.eval(), x, **settings)
+    to_onnx(holding(network, quantization=grids), tmp_path / "n.onnx", x, precision="int8")
+    return grids
+
+
+def agree(tmp_path, network, grids, x, most=0.03):
+    expected = rounded(network, grids, x)
+    expected = list(expected) if isinstance(expected, tuple) else [expected]
+    for found, wanted in zip(run(tmp_path / "n.onnx", x), expected, strict=True):
+        assert (found - wanted).norm() <= most * wanted.norm()
+
+
+def test_a_tensor_that_is_returned_twice(tmp_path):
+    def forward(net, x):
+        y = net.c(x).relu()
+        return y, y
+
+    network = Net(forward, c=nn.Conv2d(3, 4, 3))
+    grids = written(tmp_path, network, MAPS)
+    first, second = rounded(network, grids, MAPS)
+    assert torch.equal(first, second)
+    assert kernels(tmp_path / "n.onnx") == 1
+
+
+def test_a_layer_whose_output_nobody_takes(tmp_path):
+    def forward(net, x):
+        net.aux(x)
+        return net.l(x)
+
+    network = Net(forward, aux=nn.Linear(6, 2), l=nn.Linear(6, 3))
+    grids = written(tmp_path, network, ROWS)
+    assert kernels(tmp_path / "n.onnx") == 1
+    agree(tmp_path, network, grids, ROWS)
+
+
+def test_a_child_called_quantized(tmp_path):
+    network = Net(lambda net, x: net.l(net.quantized(x)), l=nn.Linear(6, 3), quantized=nn.LayerNorm(6))
+    grids = written(tmp_path, network, ROWS)
+    agree(tmp_path, network, grids, ROWS)
+
+
+LIMITED = {
+    "hardtanh": F.hardtanh,
+    "clamp": lambda x: x.clamp(-0.5, 0.5),
+    "clamp_min": lambda x: x.clamp_min(0.1),
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_limits_between_two_grid_points(tmp_path, name):
+    network = Net(lambda net, x: net.d(LIMITED[name](net.c(x))), c=nn.Conv2d(3, 4, 3), d=nn.Conv2d(4, 6, 3, padding=1))
+    grids = written(tmp_path, network, MAPS)
+    assert operators(tmp_path / "n.onnx")["QLinearConv"] == 2
+    agree(tmp_path, network, grids, MAPS)
+
+
+def test_average_pooling_over_the_edge(tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(4, 4, ceil_mode=True), nn.Conv2d(4, 6, 1))
+    agree(tmp_path, network, written(tmp_path, network, MAPS), MAPS)
+
+
+def test_weights_that_are_used_twice_are_stored_once(tmp_path):
+    network = Net(
+        lambda net, x: net.e(net.e(net.c(x)).relu()), c=nn.Conv2d(3, 64, 3), e=nn.Conv2d(64, 64, 3, padding=1)
+    )
+    written(tmp_path, network, MAPS)
+    assert (tmp_path / "n.onnx").stat().st_size < 1.3 * sum(value.numel() for value in network.parameters())
