@@ -50,6 +50,15 @@ VALIDATING = f"{PACKAGE}/callbacks/validating.py"
 GRADIENTS = f"{PACKAGE}/functional/gradients.py"
 SCALED_STEPS = f"{PACKAGE}/mechanisms/scaled_steps.py"
 OPTIMIZERS = f"{PACKAGE}/mechanisms/optimizers.py"
+QUANTIZATION = f"{PACKAGE}/mechanisms/quantization.py"
+ROUNDING = f"{PACKAGE}/mechanisms/rounding.py"
+CALIBRATION = f"{PACKAGE}/mechanisms/calibration.py"
+OBSERVERS = f"{PACKAGE}/mechanisms/observers.py"
+QUANTIZERS = f"{PACKAGE}/functional/quantizers.py"
+EMISSION = f"{PACKAGE}/export/emission.py"
+INTEGER = f"{PACKAGE}/export/integer.py"
+SCALES = f"{PACKAGE}/export/scales.py"
+PTQ = f"{PACKAGE}/callbacks/ptq.py"
 
 EXACT = "tests/callbacks/test_distillation_exact.py"
 PRUNING_EXACT = "tests/callbacks/test_pruning_exact.py"
@@ -60,6 +69,14 @@ FURTHER_TEST = "tests/mechanisms/test_further.py"
 STANDINS_TEST = "tests/mechanisms/test_standins.py"
 PSGD_EXACT = "tests/callbacks/test_psgd_exact.py"
 PSGD_TEST = "tests/callbacks/test_psgd.py"
+QUANTIZATION_TEST = "tests/mechanisms/test_quantization.py"
+ROUNDING_TEST = "tests/mechanisms/test_rounding.py"
+CALIBRATION_TEST = "tests/mechanisms/test_calibration.py"
+EMISSION_TEST = "tests/export/test_emission.py"
+INTEGER_TEST = "tests/export/test_integer.py"
+SCALES_TEST = "tests/export/test_scales.py"
+PTQ_TEST = "tests/callbacks/test_ptq.py"
+PTQ_LIFE = "tests/callbacks/test_ptq_life.py"
 CONTRACT = "tests/contract"
 
 
@@ -711,6 +728,403 @@ MUTATIONS = (
         'return dict(state["bits"])',
         "return dict.fromkeys(weights, self.bits)",
         f"{PSGD_TEST}::test_a_resume_keeps_left_out_biases_out",
+    ),
+    # Quantisation: names of activations, and what they carry
+    Mutation(
+        "the calls of a module share a name",
+        QUANTIZATION,
+        'below}" + (f"#{earlier}" if earlier else "")',
+        'below}" + (f"#{earlier}" if earlier < 0 else "")',
+        f"{QUANTIZATION_TEST}::test_a_module_that_is_called_twice_has_a_name_for_each_call",
+    ),
+    Mutation(
+        "a call past the owner has the name of the owner's",
+        QUANTIZATION,
+        "        if owner is not None and owner != outer_name:",
+        "        if False:",
+        f"{QUANTIZATION_TEST}::test_different_calls_have_different_paths",
+    ),
+    Mutation(
+        "a list of modules counts as the owner of what is in it",
+        QUANTIZATION,
+        "    while above and isinstance(named[above], (nn.ModuleList, nn.ModuleDict)):",
+        "    while False:",
+        f"{QUANTIZATION_TEST}::test_the_owner_of_what_is_in_a_list_is_who_has_the_list",
+    ),
+    Mutation(
+        "marks stay on the inputs of a network",
+        QUANTIZATION,
+        "                mode.finish()\n                for tensor in tensors:\n                    unmark(tensor)\n",
+        "",
+        f"{QUANTIZATION_TEST}::test_inputs_by_name_within_structures_and_those_given_back",
+    ),
+    Mutation(
+        "marks stay on the outputs of a network",
+        QUANTIZATION,
+        "  # only now: one may be there twice\n            unmark(tensor)",
+        "  # only now: one may be there twice\n            pass",
+        f"{QUANTIZATION_TEST}::test_where_maps_are_rounded",
+    ),
+    Mutation(
+        "a parameter that a network takes as input keeps its marks",
+        QUANTIZATION,
+        "            if not isinstance(x, nn.Parameter):",
+        "            if True:",
+        f"{QUANTIZATION_TEST}::test_parameters_and_buffers_as_inputs_are_rounded_in_each_call",
+    ),
+    Mutation(
+        "each consumer rounds a tensor anew",
+        QUANTIZATION,
+        "        if rounded is not None:\n            return rounded\n",
+        "",
+        f"{QUANTIZATION_TEST}::test_where_maps_are_rounded",
+    ),
+    Mutation(
+        "what is fused behind a grid counts as on that grid",
+        QUANTIZATION,
+        "PENDING if state == GRID else state)\n        if name",
+        "state)\n        if name",
+        f"{QUANTIZATION_TEST}::test_where_maps_are_rounded",
+    ),
+    Mutation(
+        "what was cut out counts as on the grid for the kernel behind it",
+        QUANTIZATION,
+        "        state = PENDING if kind is Kind.CUT and state == GRID else state\n",
+        "",
+        f"{QUANTIZATION_TEST}::test_where_maps_are_rounded",
+    ),
+    Mutation(
+        "what was moved needs a quantiser again",
+        QUANTIZATION,
+        "        state = PENDING if kind is Kind.CUT and state == GRID else state\n",
+        "        state = PENDING if state == GRID else state\n",
+        f"{QUANTIZATION_TEST}::test_where_maps_are_rounded",
+    ),
+    Mutation(
+        "who works in place goes on with what was there before",
+        QUANTIZATION,
+        "    return x.copy_(result) if in_place and not torch.compiler.is_exporting() else result",
+        "    return result",
+        f"{QUANTIZATION_TEST}::test_where_maps_are_rounded",
+    ),
+    Mutation(
+        "a float operation in place writes into a copy",
+        QUANTIZATION,
+        "target = args[0] if rounded is args[0] else args[0].copy_(rounded)",
+        "target = rounded",
+        f"{QUANTIZATION_TEST}::test_where_maps_are_rounded",
+    ),
+    Mutation(
+        "numbers that are moved in place are moved in a copy",
+        QUANTIZATION,
+        "            rounded = x.copy_(rounded)\n",
+        "            pass\n",
+        f"{QUANTIZATION_TEST}::test_where_maps_are_rounded",
+    ),
+    Mutation(
+        "a network that calls itself begins anew",
+        QUANTIZATION,
+        "            if calls.depth:\n                return original(*args, **kwargs)\n",
+        "",
+        f"{QUANTIZATION_TEST}::test_a_network_that_calls_itself_is_one_call",
+    ),
+    Mutation(
+        "maps need a quantiser though activations have none",
+        QUANTIZATION,
+        "        if not self.quantizers.active or getattr(x, STATE, None) == GRID:",
+        "        if getattr(x, STATE, None) == GRID:",
+        f"{QUANTIZATION_TEST}::test_weights_only",
+    ),
+    Mutation(
+        "what activation checkpointing runs again is not refused",
+        QUANTIZATION,
+        "            elif _compat.runs_again():",
+        "            elif False:",
+        f"{QUANTIZATION_TEST}::test_activation_checkpointing_is_refused",
+    ),
+    Mutation(
+        "views of what a kernel made are taken before it has a quantiser",
+        QUANTIZATION,
+        "            pending = isinstance(result, Tensor) and getattr(args[0], STATE, None) == PENDING",
+        "            pending = False",
+        QUANTIZATION_TEST,
+    ),
+    # Quantisation: grids
+    Mutation(
+        "weights have one more integer below zero than above",
+        QUANTIZERS,
+        "    return (-highest if signed else 0), highest",
+        "    return (-highest - 1 if signed else 0), highest",
+        "tests/mechanisms/test_grids.py::test_limits",
+    ),
+    Mutation(
+        "the range that was seen need not contain zero",
+        OBSERVERS,
+        "    return min(extremes[0], 0.0), max(extremes[1], 0.0)",
+        "    return extremes",
+        "tests/mechanisms/test_observers.py::test_constants",
+    ),
+    Mutation(
+        "a grid need not contain zero",
+        QUANTIZERS,
+        "    low, high = limits[0].clamp(max=0.0), limits[1].clamp(min=0.0)",
+        "    low, high = limits[0], limits[1]",
+        "tests/functional/test_quantizers.py::test_range_grid_equals_the_formula",
+    ),
+    Mutation(
+        "each part of the projections of attention has the first rows",
+        ROUNDING,
+        "        start = int(weight.storage_offset() - whole[1].storage_offset()) // row",
+        "        start = 0",
+        f"{ROUNDING_TEST}::test_cross_attention",
+    ),
+    Mutation(
+        "statistics that were estimated are not used",
+        ROUNDING,
+        '        if module in self.grids.statistics and not arguments.get("training"):',
+        "        if False:",
+        f"{ROUNDING_TEST}::test_statistics_that_were_estimated_stand_in_in_evaluation_only",
+    ),
+    Mutation(
+        "statistics that were estimated are those of training too",
+        ROUNDING,
+        '        if module in self.grids.statistics and not arguments.get("training"):',
+        "        if module in self.grids.statistics:",
+        f"{ROUNDING_TEST}::test_statistics_that_were_estimated_stand_in_in_evaluation_only",
+    ),
+    Mutation(
+        "a correction takes the place of the bias",
+        ROUNDING,
+        "            bias = correction if bias is None else bias + correction",
+        "            bias = correction",
+        f"{ROUNDING_TEST}::test_a_correction_is_added_to_the_bias_or_in_its_place",
+    ),
+    Mutation(
+        "the gate of hardswish has no grid",
+        ROUNDING,
+        "        return fake_quantize(x + 3.0, GATE_STEP, 0, 0, 255) / 6.0",
+        "        return torch.clamp((x + 3.0) / 6.0, 0.0, 1.0)",
+        f"{ROUNDING_TEST}::test_curves",
+    ),
+    Mutation(
+        "a gate of its own grid is rounded to another",
+        QUANTIZATION,
+        'GRID if name == "hardsigmoid" else PENDING',
+        "PENDING",
+        f"{QUANTIZATION_TEST}::test_where_maps_are_rounded",
+    ),
+    # Calibration
+    Mutation(
+        "a batch norm is folded though others take what the layer has made",
+        CALIBRATION,
+        "    return len(consumers) == 1 and module_of(next(iter(consumers))) == norm",
+        "    return any(module_of(consumer) == norm for consumer in consumers)",
+        f"{CALIBRATION_TEST}::test_a_batch_norm_is_a_part_of_the_layer_whose_output_nobody_else_takes",
+    ),
+    Mutation(
+        "a batch norm over other channels than those of the linear layer is folded",
+        CALIBRATION,
+        '        if x.ndim != 2 and ":linear:" in layer:',
+        "        if False:",
+        f"{CALIBRATION_TEST}::test_a_batch_norm_over_tokens_is_no_part_of_the_linear_layer",
+    ),
+    Mutation(
+        "a shift that new statistics have taken back is taken back twice",
+        CALIBRATION,
+        "        if grid is not None and self.grids.folds.get(site) not in self.grids.statistics:",
+        "        if grid is not None:",
+        f"{CALIBRATION_TEST}::test_a_batch_norm_with_new_statistics_has_taken_the_shift_back_already",
+    ),
+    Mutation(
+        "channels are scaled that others take too",
+        CALIBRATION,
+        "        alone = len(watch.consumers.get(layer, ())) == 1 and len(takers) == 1",
+        "        alone = len(watch.consumers.get(layer, ())) == 1",
+        f"{CALIBRATION_TEST}::test_channels_are_scaled_only_where_nobody_else_takes_them",
+    ),
+    Mutation(
+        "channels of a weight that is used twice are scaled",
+        CALIBRATION,
+        "            if alike and uses[place.name] == uses[grids.sites[after].name] == 1:",
+        "            if alike:",
+        f"{CALIBRATION_TEST}::test_channels_are_scaled_only_where_nobody_else_takes_them",
+    ),
+    Mutation(
+        "channels are scaled between a convolution and a linear layer over positions",
+        CALIBRATION,
+        '            alike = (":linear:" in layer) == (":linear:" in after)',
+        "            alike = True",
+        f"{CALIBRATION_TEST}::test_a_linear_layer_over_the_positions_of_maps_takes_other_channels",
+    ),
+    Mutation(
+        "the input of a network has the bits of all activations",
+        CALIBRATION,
+        '        edge = self.settings.edge_bits if key.startswith("in:") else None',
+        "        edge = None",
+        f"{CALIBRATION_TEST}::test_edges_have_bits_of_their_own",
+    ),
+    Mutation(
+        "the last weight is no edge",
+        CALIBRATION,
+        "(next(iter(grids.sites.values())), next(reversed(grids.sites.values())))",
+        "(next(iter(grids.sites.values())),)",
+        f"{CALIBRATION_TEST}::test_edges_have_bits_of_their_own",
+    ),
+    Mutation(
+        "statistics of batch norm leave no fingerprint",
+        CALIBRATION,
+        "    for name, value in [*network.named_parameters(), *network.named_buffers()]:",
+        "    for name, value in network.named_parameters():",
+        f"{CALIBRATION_TEST}::test_any_change_is_noticed",
+    ),
+    Mutation(
+        "the same numbers elsewhere leave the same fingerprint",
+        CALIBRATION,
+        "wide.contiguous().view(-1).view(torch.uint8)",
+        "wide.contiguous().view(-1).sort().values.view(torch.uint8)",
+        f"{CALIBRATION_TEST}::test_any_change_is_noticed",
+    ),
+    Mutation(
+        "a scripted part is not refused",
+        CALIBRATION,
+        "    if scripted:",
+        "    if False:",
+        f"{CALIBRATION_TEST}::test_scripted_parts_are_refused_by_name",
+    ),
+    Mutation(
+        "calibration watches compiled code",
+        CALIBRATION,
+        'torch.compiler.set_stance("force_eager")',
+        'torch.compiler.set_stance("default")',
+        f"{CALIBRATION_TEST}::test_of_a_compiled_network_the_same_is_found",
+    ),
+    # Files of integers
+    Mutation(
+        "grids are taken though the weights have changed",
+        SCALES,
+        "            if matching[0].fingerprints != fingerprints(network):",
+        "            if False:",
+        f"{SCALES_TEST}::test_a_checkpoint_whose_weights_are_not_those_that_were_calibrated",
+    ),
+    Mutation(
+        "the steps of a checkpoint are those of whole weights",
+        SCALES,
+        "axis=0 if channel else None",
+        "axis=None",
+        f"{SCALES_TEST}::test_a_checkpoint_of_psgd[channel]",
+    ),
+    Mutation(
+        "a scale in the file may be nearly the given one",
+        INTEGER,
+        "not torch.equal(given, value)",
+        "not torch.allclose(given, value)",
+        f"{INTEGER_TEST}::test_a_scale_or_an_integer_that_the_exporter_changes_is_found",
+    ),
+    Mutation(
+        "one integer kernel is enough",
+        INTEGER,
+        "        if kernels < self._layers:",
+        "        if kernels < 1:",
+        f"{INTEGER_TEST}::test_a_layer_that_does_not_run_in_integers_is_named",
+    ),
+    Mutation(
+        "a file may be as far off as its output is large",
+        INTEGER,
+        "torch.maximum(noise, LEAST_NOISE * size)",
+        "torch.maximum(noise, size)",
+        f"{INTEGER_TEST}::test_how_far_off_a_file_may_be",
+    ),
+    Mutation(
+        "a file may be no further off where quantisation itself is",
+        INTEGER,
+        "torch.maximum(noise, LEAST_NOISE * size)",
+        "LEAST_NOISE * size",
+        f"{INTEGER_TEST}::test_how_far_off_a_file_may_be",
+    ),
+    Mutation(
+        "the upper half of a byte of a product comes first",
+        EMISSION,
+        "    packed = (halves[..., 0] | (halves[..., 1] << 4)).to(torch.uint8)",
+        "    packed = (halves[..., 1] | (halves[..., 0] << 4)).to(torch.uint8)",
+        f"{EMISSION_TEST}::test_products_of_four_bits_hold_two_integers_in_a_byte",
+    ),
+    Mutation(
+        "the upper half of a byte of a convolution comes first",
+        INTEGER,
+        "(halves[:, 0] | (halves[:, 1] << 4))",
+        "(halves[:, 1] | (halves[:, 0] << 4))",
+        f"{INTEGER_TEST}::test_int4_packs_convolutions_and_multiplies_linear_layers_in_blocks",
+    ),
+    Mutation(
+        "a channel that batch norm multiplies by a negative number keeps its sign",
+        EMISSION,
+        "integers * along(gain.sign().int(), integers, 0)",
+        "integers * along(gain.sign().abs().int(), integers, 0)",
+        f"{EMISSION_TEST}::test_folding_keeps_the_integers_up_to_their_sign",
+    ),
+    Mutation(
+        "batch norm is folded with its own statistics",
+        EMISSION,
+        "    mean, variance = grids.statistics.get(grids.folds[site], (norm.running_mean, norm.running_var))",
+        "    mean, variance = norm.running_mean, norm.running_var",
+        f"{EMISSION_TEST}::test_folding_without_affine_and_with_other_statistics",
+    ),
+    Mutation(
+        "the gate in the file ends below 1",
+        EMISSION,
+        "        raised = x + self._read(three, half, zero_point)",
+        "        raised = x + self._read(three, half, zero_point) - 0.1",
+        f"{EMISSION_TEST}::test_one_operation_between_two_layers",
+    ),
+    # The callback
+    Mutation(
+        "scales of other weights are shown",
+        PTQ,
+        "            if network is None or fingerprints(network) != grids.fingerprints:",
+        "            if network is None:",
+        f"{PTQ_LIFE}::test_changed_weights_are_noticed_and_calibrated_anew",
+    ),
+    Mutation(
+        "two quantise one network",
+        PTQ,
+        "and {self.network, other.network} & {None}:",
+        "and False:",
+        f"{PTQ_TEST}::test_two_parts_are_quantised_by_a_callback_each",
+    ),
+    Mutation(
+        "a part that two quantise is not refused",
+        PTQ,
+        "and other.network == self.network:",
+        "and False:",
+        PTQ_TEST,
+    ),
+    Mutation(
+        "what is measured may be the plain network",
+        PTQ,
+        "        if calls is not None and calls.count == 0:",
+        "        if False:",
+        f"{PTQ_TEST}::test_a_network_that_is_never_called_in_a_test_is_no_silent_float",
+    ),
+    Mutation(
+        "without a validation step there is nothing to replay",
+        PTQ,
+        '        self._method = "training_step"\n        if not defines(',
+        '        self._method = "validation_step"\n        if not defines(',
+        f"{PTQ_LIFE}::test_without_a_validation_step_the_training_step_is_replayed_in_evaluation_mode",
+    ),
+    Mutation(
+        "batches that the validation step does not take end the calibration",
+        PTQ,
+        'is replayed, because %s", self.name, error)\n            self._method = "training_step"',
+        'is replayed, because %s", self.name, error)',
+        f"{PTQ_LIFE}::test_training_batches_that_the_validation_step_does_not_take",
+    ),
+    Mutation(
+        "statistics are estimated with compiled code",
+        PTQ,
+        '                    torch.compiler.set_stance("force_eager"),\n',
+        "",
+        f"{PTQ_TEST}::test_a_compiled_fit",
     ),
 )
 

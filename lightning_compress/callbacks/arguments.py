@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from lightning_compress.functional.quantizers import check_bits
 from lightning_compress.mechanisms.selection import did_you_mean
 
 
@@ -35,6 +36,31 @@ def check_flag(argument: str, value: Any) -> None:
     """Refuse what is neither True nor False, such as "no"."""
     if not isinstance(value, bool):
         raise ValueError(f"{argument} must be True or False, got {value!r}")
+
+
+EDGE_BITS, FEW_BITS = 8, 4
+"""The first and the last layer have the former where the others have fewer than the latter."""
+
+
+def edge_bits_of(edge_bits: int | Literal["auto"] | None, bits: int) -> int | None:
+    """The bits of the first and the last layer.
+
+    Args:
+        edge_bits: What the user gave.
+        bits: Those of the other layers.
+
+    Returns:
+        2 to 8; None: as the others.
+    """
+    if edge_bits != "auto":
+        return edge_bits
+    return EDGE_BITS if bits < FEW_BITS else None
+
+
+def check_edge_bits(edge_bits: Any) -> None:
+    """Refuse what is neither bits of a grid, "auto", nor None."""
+    if edge_bits is not None and edge_bits != "auto":
+        check_bits(edge_bits, "edge_bits, if neither 'auto' nor None,")
 
 
 def takes(function: Callable[..., Any], count: int) -> bool:

@@ -26,6 +26,7 @@ from torch import nn
 from lightning_compress import _compat
 from lightning_compress.callbacks.returned import Returned, ReturnsResults
 from lightning_compress.mechanisms.capture import CaptureError
+from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
 from lightning_compress.mechanisms.step import StepController, step_controller
 from lightning_compress.mechanisms.student import StudentCapture
@@ -136,6 +137,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     @property
     def weight_bits_given(self) -> int | None:
         """Bits of the weights that it will have scales for, for an integer file; None for techniques without."""
+        return None
+
+    def trial_scales(self, trainer: Any, pl_module: Any) -> Grids | None:
+        """Scales that an integer file can be tried with after the first step; None for techniques without."""
         return None
 
     def remarks(self) -> list[str]:

@@ -21,7 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_choice, check_flag, check_positive
+from lightning_compress.callbacks.arguments import (
+    check_choice,
+    check_edge_bits,
+    check_flag,
+    check_positive,
+    edge_bits_of,
+)
 from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.callbacks.validating import SecondValidation
@@ -41,7 +47,6 @@ Granularity = Literal["tensor", "channel"]
 Target = Literal["grid", "zero"]
 ApplyTo = Literal["auto", "gradient", "update"]
 
-EDGE_BITS, FEW_BITS = 8, 4  # first and last layer have the former where the others have fewer than the latter
 SETTLING = (
     "bits",
     "gradient_scale",
@@ -83,7 +88,7 @@ class PSGDCallback(CompressionCallback):
         apply_to: Scale the "gradient" or the "update" of the optimizer; "auto": what its kind asks for.
         quantized_validation: Whether to validate once more, on the CPU, with quantised weights.
         layers: Selectors of layers, as for ``PruningCallback``. None: the weights of all convolutions and linear
-            layers, and the biases of linear layers.
+            layers, those in attention included, and the biases of linear layers.
         exclude: Selectors of what is left out.
         name: As in the base class; default "psgd".
 
@@ -137,8 +142,7 @@ class PSGDCallback(CompressionCallback):
     ) -> None:
         super().__init__(name=name)
         check_bits(bits)
-        if edge_bits is not None and edge_bits != "auto":
-            check_bits(edge_bits, "edge_bits, if neither 'auto' nor None,")
+        check_edge_bits(edge_bits)
         if gradient_scale != "auto":
             check_positive("gradient_scale", gradient_scale, "'auto' or a positive number")
         check_positive("mean_factor", mean_factor)
@@ -489,9 +493,7 @@ class PSGDCallback(CompressionCallback):
 
     def _edge_bits(self) -> int | None:
         """Of first and last layer, where they are others than those of the rest."""
-        if self.target == "zero" or self.edge_bits is None:
-            return None
-        bits = (EDGE_BITS if self.bits < FEW_BITS else self.bits) if self.edge_bits == "auto" else self.edge_bits
+        bits = None if self.target == "zero" else edge_bits_of(self.edge_bits, self.bits)
         return None if bits == self.bits else bits
 
     def _settle(self, steps: ScaledSteps) -> None:

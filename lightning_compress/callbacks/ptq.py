@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_choice, check_flag, check_whole
+from lightning_compress.callbacks.arguments import check_choice, check_edge_bits, check_flag, check_whole, edge_bits_of
 from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.evaluate import evaluate_quantized, has_validation
 from lightning_compress.export.sample import defines
 from lightning_compress.export.scales import given_steps
-from lightning_compress.functional.quantizers import check_bits
+from lightning_compress.functional.quantizers import MOST_BITS, check_bits
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_, statistics_kept
 from lightning_compress.mechanisms.calibration import Calibration, Settings, fingerprints, statistics_of
 from lightning_compress.mechanisms.controller import StepController
@@ -25,16 +27,18 @@ from lightning_compress.mechanisms.grids import Grids, WeightGrid
 from lightning_compress.mechanisms.isolation import device_of, evaluating, random_state_kept
 from lightning_compress.mechanisms.loaders import data_kept
 from lightning_compress.mechanisms.observers import OBSERVERS
-from lightning_compress.mechanisms.quantization import GuardedCalls, QuantizationError, quantizing
+from lightning_compress.mechanisms.quantization import GuardedCalls, QuantizationError, Quantizers, quantizing
 from lightning_compress.mechanisms.replay import replay, traceless
 from lightning_compress.mechanisms.rounding import Rounding
 from lightning_compress.mechanisms.selection import find_module, listing, plain_name, select_modules
 from lightning_compress.mechanisms.step import step_controller
 from lightning_compress.mechanisms.tree import leaves
 
-EDGE_BITS = 8
 FEW_BITS = 4
-"""At this many bits of a weight and below, clipping and new batch-norm statistics are worth their time."""
+"""At this many bits of a weight and below, new batch-norm statistics are worth their time."""
+
+SKIPPED = 8
+"""So many batches of the training data a validation step may do without the network."""
 
 
 class PTQCallback(CompressionCallback):
@@ -105,8 +109,7 @@ class PTQCallback(CompressionCallback):
         check_bits(weight_bits, "weight_bits")
         if activation_bits is not None:
             check_bits(activation_bits, "activation_bits")
-        if edge_bits is not None and edge_bits != "auto":
-            check_bits(edge_bits, "edge_bits")
+        check_edge_bits(edge_bits)
         check_choice("observer", observer, OBSERVERS)
         check_choice("weight_range", weight_range, ("auto", "max", "mse"))
         if reestimate_batchnorm != "auto":
@@ -146,16 +149,22 @@ class PTQCallback(CompressionCallback):
 
     def verify(self, trainer: Any, pl_module: Any) -> None:
         """After the first step, look at a copy of the network: what cannot be quantised is not trained for."""
-        self._choose_step(trainer, pl_module)
+        name = self._network_name(trainer, pl_module)
+        self._choose_step(trainer, pl_module, called=name)
+        self._reestimates(find_module(pl_module, name, argument="network"))
+        self._tell_idle(self.trial_scales(trainer, pl_module), name, pl_module)
+
+    def trial_scales(self, trainer: Any, pl_module: Any) -> Grids:
+        """The grids of what the first step gave the network."""
         name, seen = self._network_name(trainer, pl_module), self._last_sample()
         if seen is None:
             raise RuntimeError(f"{type(self).__name__} '{self.name}': the first step called no network")
         network = find_module(pl_module, name, argument="network")
-        self._reestimates(network)
         calibration = self._calibration(trainer, pl_module, name, network)
         with traceless(pl_module, parameters=False), evaluating(pl_module):
-            calibration.discover(lambda: (network(*seen.args, **seen.kwargs) for _ in range(1)))
-        self._tell_idle(calibration.grids, name, pl_module)
+            for find in (calibration.discover, calibration.observe):
+                find(lambda: (network(*seen.args, **seen.kwargs) for _ in range(1)))
+        return calibration.grids
 
     def calibrate(self, trainer: Any, pl_module: Any) -> None:
         """Find the grids of the trained network."""
@@ -289,21 +298,36 @@ class PTQCallback(CompressionCallback):
             self._choose_step(trainer, pl_module)
             return self._calibrated(trainer, pl_module, self._network_name(trainer, pl_module))
 
-    def _choose_step(self, trainer: Any, pl_module: Any) -> None:
-        """The validation step, if there is one and it takes batches of the training data; else the training step."""
+    def _choose_step(self, trainer: Any, pl_module: Any, called: str | None = None) -> None:
+        """The validation step, if there is one and it takes batches of the training data; else the training step.
+
+        Raises:
+            ValueError: If the validation step does not call what the training step has called.
+        """
         self._method = "training_step"
         if not defines(pl_module, "validation_step") or _compat.takes_iterator(trainer, pl_module):
             return
 
-        def try_one(steps: Callable[[], Iterator[None]]) -> None:
-            next(steps(), None)
+        def try_some(steps: Callable[[], Iterator[None]]) -> None:
+            for _ in islice(steps(), 1 if called is None else SKIPPED):
+                if calls.count > 0:
+                    break
 
         self._method = "validation_step"
+        network = pl_module if called is None else find_module(pl_module, called, argument="network")
         try:
-            self._on_batches(trainer, pl_module, try_one)
+            with quantizing(network, Quantizers()) as calls:
+                self._on_batches(trainer, pl_module, try_some)
         except QuantizationError as error:
             log.info("%s: the training step is replayed, because %s", self.name, error)
             self._method = "training_step"
+            return
+        if called is not None and calls.count == 0:
+            raise ValueError(
+                f"{type(pl_module).__name__}.training_step calls '{called or 'self'}', and validation_step does not, "
+                "so the quantised network could not be validated; it probably calls a part of it, or layers inside: "
+                "name the part that both call with network="
+            )
 
     def _network_name(self, trainer: Any, pl_module: Any) -> str:
         names = self.student_capture.names if self.student_capture is not None else None
@@ -347,8 +371,7 @@ class PTQCallback(CompressionCallback):
 
     def _calibration(self, trainer: Any, pl_module: Any, name: str, network: nn.Module) -> Calibration:
         given = self._given(trainer, name)
-        auto = "max" if self.weight_bits == EDGE_BITS else "mse"
-        edge = (EDGE_BITS if self.weight_bits < FEW_BITS else None) if self.edge_bits == "auto" else self.edge_bits
+        auto = "max" if self.weight_bits == MOST_BITS else "mse"
         selected = self._selected(pl_module)
         settings = Settings(
             weight_bits=self.weight_bits,
@@ -358,7 +381,7 @@ class PTQCallback(CompressionCallback):
             max_samples=self.max_samples,
             equalize=self.cross_layer_equalization,
             correct_bias=self.bias_correction,
-            edge_bits=edge,
+            edge_bits=edge_bits_of(self.edge_bits, self.weight_bits),
         )
         calibration = Calibration(
             network, settings, selected=lambda weight: selected(_joined(name, weight)), given=given
@@ -437,9 +460,19 @@ class PTQCallback(CompressionCallback):
         return replay(controller, trainer, context, method=self._method)
 
     def _summary(self, grids: Grids) -> str:
-        activations = f"{len(grids.activations)} activations" if grids.integer_activations else "no activations"
+        weights = _counted("weight", [grid.bits for grid in grids.weights.values()])
+        activations = _counted("activation", [grid.bits for grid in grids.activations.values()])
         left = f"; left in float: {listing(grids.left_in_float)}" if grids.left_in_float else ""
-        return f"{len(grids.weights)} weights and {activations} are quantised{left}"
+        return f"{weights} and {activations} are quantised{left}"
+
+
+def _counted(what: str, bits: Sequence[int]) -> str:
+    """Such as "20 weights (18 of 4 bits, 2 of 8)"."""
+    kinds = [f"{count} of {own}" for own, count in sorted(Counter(bits).items())]
+    if not kinds:
+        return f"no {what}s"
+    number = f"{len(bits)} {what}{'' if len(bits) == 1 else 's'}"
+    return f"{number} of {bits[0]} bits" if len(kinds) == 1 else f"{number} ({', '.join(kinds)} bits)"
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from lightning_compress.mechanisms.teacher import Teacher
 from lightning_compress.report.compare import compare, file_names
 from lightning_compress.report.measure import first_line
 from lightning_compress.report.render import to_console, to_markdown
-from lightning_compress.report.table import Report, Row
+from lightning_compress.report.table import ExportedFile, Report, Row
 from lightning_compress.report.write import ReportFiles, write_report
 
 FILE_STEM = "compression_report"
@@ -158,7 +159,7 @@ class CompressionReport(CompressionCallback):
         models = {name: find_module(module, network, argument="network") for name, module in befores}
         models["after"] = find_module(pl_module, network, argument="network")
         models.update(_teachers(trainer))
-        return compare(
+        report = compare(
             models,
             [callback.result for callback in _exports(trainer).values()],
             sample=sample,
@@ -169,6 +170,14 @@ class CompressionReport(CompressionCallback):
             notes=notes,
             recipe=self.recipe,
             bits=_bits(callbacks),
+        )
+        return replace(
+            report,
+            rows=_with_quantised(report.rows, callbacks),
+            files=tuple(
+                _beside_fp32(file, callback)
+                for file, callback in zip(report.files, _exports(trainer).values(), strict=True)
+            ),
         )
 
     def _network_and_sample(self, trainer: Any, pl_module: Any) -> tuple[str, Sample | None]:
@@ -195,12 +204,8 @@ class CompressionReport(CompressionCallback):
             return {}
         metrics: dict[str, dict[str, float]] = {}
         exports = _exports(trainer)
-        for callback in trainer.callbacks:
-            if isinstance(getattr(callback, "quantization", None), Grids) and callback.metrics:
-                metrics["after"] = dict(callback.metrics)
-                notes.append(f"The metrics of after are those of the network as {callback.name} has quantised it.")
         for name, callback in exports.items():
-            if callback.module_metrics and "after" not in metrics:
+            if callback.module_metrics and callback.result.quantization is None:
                 metrics["after"] = callback.module_metrics
             metrics[name] = callback.file_metrics or _attempt(
                 name, notes, evaluate, callback.result.path, pl_module, trainer
@@ -262,6 +267,23 @@ def _bits(callbacks: list[CompressionCallback]) -> dict[str, int]:
             for name, grid in grids.weights.items():
                 found[".".join(filter(None, (grids.network, name.rpartition(".")[0])))] = grid.bits
     return found
+
+
+def _with_quantised(rows: tuple[Row, ...], callbacks: list[CompressionCallback]) -> tuple[Row, ...]:
+    """The rows, and below "after" one for each callback that has quantised it: the same weights, other metrics."""
+    quantised = [
+        Row(f"after ({callback.name})", metrics=dict(metrics))
+        for callback in callbacks
+        if isinstance(getattr(callback, "quantization", None), Grids) and (metrics := getattr(callback, "metrics", {}))
+    ]
+    place = next(index for index, row in enumerate(rows) if row.name == "after") + 1
+    return (*rows[:place], *quantised, *rows[place:])
+
+
+def _beside_fp32(file: ExportedFile, callback: Any) -> ExportedFile:
+    """A file with its comparison with one in fp32, where that was made."""
+    found = getattr(callback, "against_fp32", None)
+    return file if found is None else replace(file, bytes_fp32=found.bytes_fp32, speed_fp32=found.speed)
 
 
 def _exports(trainer: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,13 +127,42 @@ def to_onnx(
         >>> result.input_names, result.output_names, result.checked_batch_sizes
         (('input',), ('output',), (4, 1, 5))
     """
+    return write_onnx(
+        module,
+        path,
+        sample,
+        precision,
+        checkpoint,
+        scales=None,
+        network=network,
+        dynamic_batch=dynamic_batch,
+        max_difference=max_difference,
+        opset=opset,
+    )
+
+
+def write_onnx(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    sample: Any,
+    precision: str,
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    scales: Scales | None,
+    network: str | None,
+    dynamic_batch: bool,
+    max_difference: float = 1e-3,
+    opset: int | None = None,
+) -> ExportResult:
+    """As :func:`to_onnx`, with scales that were found elsewhere; a file of provisional ones is not compared."""
     target = checked_path(path)
     opset = _checked_options(precision, opset, max_difference)
     require_onnx()
     with random_state_kept():
         module = _compat.uncompiled(module)
         contents = None if checkpoint is None else read_checkpoint(checkpoint)
-        scales = None if precision == "fp32" else Scales(module, contents, precision)
+        if scales is None and precision != "fp32":
+            scales = Scales.of(module, contents, precision)
         network = scales.network if network is None and scales is not None else network
         name, part, given = _network_and_sample(module, network, sample, contents, checkpoint)
         call = _bound_call(part, given)
@@ -149,7 +178,8 @@ def to_onnx(
         else:
             grids = for_precision(scales.for_network(name, part, lambda: run_once(part, call)), precision)
             integer = IntegerExport(part, call, grids, expected, precision=precision, max_difference=max_difference)
-            graph, check = integer.convert(output_names, **options), integer.check
+            graph = integer.convert(output_names, **options)
+            check = integer.check_kernels if scales.provisional else integer.check
         difference = _write_checked(graph, target, check)
     return ExportResult(
         path=target,
@@ -278,8 +308,21 @@ def _load_(module: nn.Module, checkpoint: dict[str, Any], path: str | os.PathLik
     try:
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise ExportError(f"checkpoint '{path}' does not fit {type(module).__name__}: {error}") from error
+        hint = _belongs_below(module, weights)
+        raise ExportError(f"checkpoint '{path}' does not fit {type(module).__name__}{hint}: {error}") from error
     return module
+
+
+def _belongs_below(module: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """A hint where a checkpoint has all weights of a module under the name of one of its parts."""
+    own = set(module.state_dict())
+    for name in weights:
+        first = next((key for key in own if name.endswith(f".{key}")), None)
+        prefix = name.removesuffix(first) if first is not None else ""
+        if prefix and all(prefix + key in weights for key in own):
+            part = prefix.removesuffix(".")
+            return f", but its part '{part}' does: pass the LightningModule that it is of, and network='{part}'"
+    return ""
 
 
 def _bound_call(network: nn.Module, sample: Sample) -> Call:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,34 +22,66 @@ class Scales:
     """The scales that were found, before it is known for which network.
 
     Args:
-        module: The LightningModule, or any other module.
-        checkpoint: Contents of a Lightning checkpoint; None: ask the callbacks of the module's Trainer.
-        precision: What for, for the error message.
-
-    Raises:
-        ValueError: If there are none.
+        found: Those of whole networks.
+        steps: Name of a weight in the module to the step and bits that it was trained for.
+        ranges: Name of a weight to the bits that it was trained for, and whether each channel has a grid; the steps
+            are those of its range.
+        provisional: Whether weights may have changed since: what is written is only tried.
     """
 
-    def __init__(self, module: nn.Module, checkpoint: Mapping[str, Any] | None, precision: str) -> None:
-        self._found: list[Grids] = []
-        self._steps: dict[str, tuple[Tensor, int]] = {}
-        self._ranges: dict[str, tuple[int, bool]] = {}
-        if checkpoint is None:
-            trainer = _compat.attached_trainer(module)
-            for callback in getattr(trainer, "callbacks", None) or []:
-                grids = getattr(callback, "quantization", None)
-                self._found += [grids] if isinstance(grids, Grids) else []
-                self._steps.update(given_steps(callback))
-        else:
-            for state in checkpoint.get("callbacks", {}).values():
-                if isinstance(state, Mapping) and state.get("quantization") is not None:
-                    self._found.append(Grids.from_state(state["quantization"]))
-                elif isinstance(state, Mapping) and state.get("arguments", {}).get("target") == "grid":
-                    channel = state["arguments"]["granularity"] == "channel"
-                    self._ranges.update({name: (bits, channel) for name, bits in state["bits"].items()})
-        if not self._found and not self._steps and not self._ranges:
+    def __init__(
+        self,
+        found: Sequence[Grids] = (),
+        steps: Mapping[str, tuple[Tensor, int]] = MappingProxyType({}),
+        ranges: Mapping[str, tuple[int, bool]] = MappingProxyType({}),
+        *,
+        provisional: bool = False,
+    ) -> None:
+        self._found, self._steps, self._ranges = list(found), dict(steps), dict(ranges)
+        self.provisional = provisional
+
+    @classmethod
+    def of(cls, module: nn.Module, checkpoint: Mapping[str, Any] | None, precision: str) -> Scales:
+        """Those that a module's callbacks hold, or a checkpoint.
+
+        Args:
+            module: The LightningModule, or any other module.
+            checkpoint: Contents of a Lightning checkpoint; None: ask the callbacks of the module's Trainer.
+            precision: What for, for the error message.
+
+        Returns:
+            The scales.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        scales = cls._of_callbacks(module) if checkpoint is None else cls._of_checkpoint(checkpoint)
+        if not scales._found and not scales._steps and not scales._ranges:
             where = "its Trainer's callbacks hold" if checkpoint is None else "the checkpoint holds"
             raise ValueError(f"precision '{precision}' needs scales, and {where} none; {HOW}")
+        return scales
+
+    @classmethod
+    def _of_callbacks(cls, module: nn.Module) -> Scales:
+        found: list[Grids] = []
+        steps: dict[str, tuple[Tensor, int]] = {}
+        for callback in getattr(_compat.attached_trainer(module), "callbacks", None) or []:
+            grids = getattr(callback, "quantization", None)
+            found += [grids] if isinstance(grids, Grids) else []
+            steps.update(given_steps(callback))
+        return cls(found, steps)
+
+    @classmethod
+    def _of_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Scales:
+        found: list[Grids] = []
+        ranges: dict[str, tuple[int, bool]] = {}
+        for state in checkpoint.get("callbacks", {}).values():
+            if isinstance(state, Mapping) and state.get("quantization") is not None:
+                found.append(Grids.from_state(state["quantization"]))
+            elif isinstance(state, Mapping) and state.get("arguments", {}).get("target") == "grid":
+                channel = state["arguments"]["granularity"] == "channel"
+                ranges.update({name: (bits, channel) for name, bits in state["bits"].items()})
+        return cls(found, ranges=ranges)
 
     @property
     def network(self) -> str | None:
@@ -76,7 +109,7 @@ class Scales:
                     f"the scales were calibrated for {listing([grids.network for grids in self._found])}, not for "
                     f"'{name}'; name that network with network="
                 )
-            if matching[0].fingerprints != fingerprints(network):
+            if not self.provisional and matching[0].fingerprints != fingerprints(network):
                 raise ValueError(
                     "the weights have changed since their scales were found; calibrate again, for instance with "
                     "trainer.validate, which does so"

@@ -18,13 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_compress.functional._pairs import at_least_float32
-from lightning_compress.functional.quantizers import (
-    _usable,
-    along,
-    integer_limits,
-    nearest_grid_point,
-    quantization_grid,
-)
+from lightning_compress.functional._steps import largest_magnitude, usable
+from lightning_compress.functional.quantizers import along, integer_limits, nearest_grid_point, quantization_grid
 
 CPU_ELEMENTS = 2**17  # few enough for the cache of a core, enough that calls take no time
 GPU_ELEMENTS = 2**24
@@ -276,28 +271,18 @@ def _steps(weights: Sequence[Tensor], bits: Sequence[int], axes: Sequence[int | 
     have to be waited for: the weights of a training that has diverged get the gradient NaN.
     """
     axes = [None] * len(weights) if axes is None else axes
-    magnitudes = [_magnitude(weight.detach(), axis) for weight, axis in zip(weights, axes, strict=True)]
+    magnitudes = [largest_magnitude(weight.detach(), axis) for weight, axis in zip(weights, axes, strict=True)]
     steps = [*magnitudes]
     kinds = [(own.device, own.dtype, entry) for own, entry in zip(magnitudes, bits, strict=True)]
     for kind in dict.fromkeys(kinds):
         chosen = [index for index, own in enumerate(kinds) if own == kind]
         _, highest = integer_limits(kind[2])
-        joined = _usable(torch.cat([magnitudes[index].reshape(-1) for index in chosen]) / highest)
+        joined = usable(torch.cat([magnitudes[index].reshape(-1) for index in chosen]) / highest)
         for index, step in zip(
             chosen, torch.split(joined, [magnitudes[index].numel() for index in chosen]), strict=True
         ):
             steps[index] = along(step.reshape(magnitudes[index].shape), weights[index], axes[index])
     return steps
-
-
-def _magnitude(weight: Tensor, axis: int | None) -> Tensor:
-    """The largest magnitude, of all or along a dimension."""
-    if axis is None:
-        lowest, highest = weight.aminmax()
-    else:
-        rows = weight.movedim(axis, 0).flatten(start_dim=1)
-        lowest, highest = rows.amin(dim=1), rows.amax(dim=1)  # ten times as fast as aminmax(dim=1)
-    return at_least_float32(torch.maximum(-lowest, highest))
 
 
 def _groups(rows: Sequence[tuple[Any, ...]], most: int) -> Iterator[list[tuple[Any, ...]]]:

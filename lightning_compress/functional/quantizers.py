@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compress.functional._pairs import at_least_float32
+from lightning_compress.functional._steps import largest_magnitude, rows, usable
+
 FEWEST_BITS, MOST_BITS = 2, 8
 SHRINKAGES = 100  # clipped ranges that are tried, down to a hundredth of the largest
 
@@ -83,7 +86,7 @@ def quantization_grid(weight: Tensor, bits: int, *, axis: int | None = None) -> 
         tensor(0.1000)
     """
     _, highest = integer_limits(bits)
-    return _usable(_magnitude(weight, axis) / highest)
+    return usable(_magnitude(weight, axis) / highest)
 
 
 def mse_grid(weight: Tensor, bits: int, *, axis: int | None = None) -> Tensor:
@@ -108,20 +111,20 @@ def mse_grid(weight: Tensor, bits: int, *, axis: int | None = None) -> Tensor:
     """
     lowest, highest = integer_limits(bits)
     largest = quantization_grid(weight, bits, axis=axis)
-    rows = weight.detach().to(largest.dtype) / along(largest, weight, axis)  # of the size of 1: squares are numbers
-    rows = rows.reshape(1, -1) if axis is None else _rows(rows, axis)
+    scaled = weight.detach().to(largest.dtype) / along(largest, weight, axis)  # of the size of 1: squares are numbers
+    matrix = scaled.reshape(1, -1) if axis is None else rows(scaled, axis)
     steps = torch.ones_like(largest).reshape(-1)
     best = steps.clone()
     least = torch.full_like(best, torch.inf)
-    rounded = torch.empty_like(rows)
+    rounded = torch.empty_like(matrix)
     for tried in range(SHRINKAGES, 0, -1):
         step = steps * (tried / SHRINKAGES)
-        torch.div(rows, step[:, None], out=rounded)
-        rounded.round_().clamp_(lowest, highest).mul_(step[:, None]).sub_(rows)
+        torch.div(matrix, step[:, None], out=rounded)
+        rounded.round_().clamp_(lowest, highest).mul_(step[:, None]).sub_(matrix)
         error = torch.linalg.vector_norm(rounded, dim=1)
         better = error < least
         best, least = torch.where(better, step, best), torch.where(better, error, least)
-    return _usable(best.reshape(largest.shape) * largest)
+    return usable(best.reshape(largest.shape) * largest)
 
 
 def nearest_grid_point(weight: Tensor, step: Tensor, bits: int, *, axis: int | None = None) -> Tensor:
@@ -173,7 +176,7 @@ def range_grid(minimum: float, maximum: float, bits: int) -> tuple[float, int]:
     if not limits.isfinite().all() or minimum > maximum:
         raise ValueError(f"a range must go from a finite number to one not below it, got {minimum!r} to {maximum!r}")
     low, high = limits[0].clamp(max=0.0), limits[1].clamp(min=0.0)
-    scale = _usable(((high - low) / highest).float())
+    scale = usable(((high - low) / highest).float())
     if not scale.isfinite():
         raise ValueError(f"a range from {minimum!r} to {maximum!r} has a step that float32 does not represent")
     zero_point = torch.round(-low / scale.double()).clamp(0, highest)
@@ -324,7 +327,7 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
-        ratio = torch.div(x.to(torch.promote_types(x.dtype, torch.float32)), step)
+        ratio = torch.div(at_least_float32(x), step)
         ctx.lowest, ctx.highest = lowest, highest
         ctx.save_for_backward(ratio)
         return ratio.clamp(lowest, highest).round_().mul_(step).to(x.dtype)
@@ -346,25 +349,12 @@ def _within(values: Tensor, where: Tensor, lowest: float, highest: float) -> Ten
 
 def _magnitude(weight: Tensor, axis: int | None) -> Tensor:
     """The largest magnitude, of all or along a dimension."""
-    weight = weight.detach()
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if weight.numel() == 0:
         raise ValueError(f"a grid needs at least one weight, got shape {tuple(weight.shape)}")
-    lowest, highest = wide.aminmax() if axis is None else _rows(wide, axis).aminmax(dim=1)
-    magnitude = torch.maximum(-lowest, highest)
+    magnitude = largest_magnitude(weight.detach(), axis)
     if not magnitude.isfinite().all():
         raise ValueError("a weight is NaN or infinite, and has no place on a grid")
     return magnitude
-
-
-def _rows(weight: Tensor, axis: int) -> Tensor:
-    """A weight as a matrix, a row for each entry of a dimension."""
-    return weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
-
-
-def _usable(step: Tensor) -> Tensor:
-    """A step by which a number can be divided: 1 where it is 0 or no normal number."""
-    return torch.where(step >= torch.finfo(step.dtype).tiny, step, torch.ones_like(step))
 
 
 def _step(scale: Tensor | float, x: Tensor, axis: int | None) -> Tensor:

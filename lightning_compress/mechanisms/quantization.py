@@ -36,6 +36,8 @@ KEY = "_lightning_compress_key"
 """Attribute of a tensor: the operation that made it."""
 ROUNDED = "_lightning_compress_rounded"
 """Attribute of a tensor: itself on its grid, for all that consume it."""
+VERSION = "_lightning_compress_version"
+"""Attribute of a tensor: how often it had been written to when that was made."""
 STATE = "_lightning_compress_state"
 """Attribute of a tensor: one of the following."""
 PENDING, GRID, FREE = "pending", "grid", "free"
@@ -46,7 +48,7 @@ CHANNELS = "_lightning_compress_channels"
 """Attribute of a tensor: the key of the layer whose channels these still are, but for batch norm and ReLU."""
 OUTPUT = ":output:0"
 """The key under which a network's return consumes tensors."""
-MARKS = (KEY, ROUNDED, STATE, LAYER, CHANNELS)
+MARKS = (KEY, ROUNDED, VERSION, STATE, LAYER, CHANNELS)
 
 
 class QuantizationError(RuntimeError):
@@ -377,6 +379,12 @@ class QuantizationMode(TorchFunctionMode):
             return x
         rounded: Tensor | None = getattr(x, ROUNDED, None)
         if rounded is not None:
+            if _version(x) != getattr(x, VERSION, None):
+                raise QuantizationError(
+                    f"the tensor that '{getattr(x, KEY, 'an operation')}' made was written to through a view of it "
+                    "after it was used, which a quantised network cannot follow; write to the tensor itself, or to a "
+                    "clone"
+                )
             return rounded
         key = getattr(x, KEY, None)
         if key is None:
@@ -389,6 +397,7 @@ class QuantizationMode(TorchFunctionMode):
             _mark(rounded, key, GRID)
             if hasattr(x, KEY):
                 setattr(x, ROUNDED, rounded)
+                setattr(x, VERSION, _version(x))
         return rounded
 
     def _borrow(self, x: Tensor) -> None:
@@ -413,6 +422,11 @@ def _kept(func: Callable[..., Any], options: dict[str, Any], x: Tensor, result: 
     """
     in_place = (writes(func) and not is_operator(func)) or options.get("inplace")
     return x.copy_(result) if in_place and not torch.compiler.is_exporting() else result
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was written to, itself or through views; None where torch does not count."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def unmark(tensor: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.functional.quantizers import along, fake_quantize
-from lightning_compress.mechanisms.grids import Grids, WeightGrid, WeightSite
+from lightning_compress.mechanisms.grids import ActivationGrid, Grids, WeightGrid, WeightSite
 from lightning_compress.mechanisms.quantization import QuantizationError, Quantizers, module_of
 from lightning_compress.mechanisms.selection import plain_name
 
@@ -102,6 +102,7 @@ class Rounding(Quantizers):
         """Names of the weights that were rounded; compiled code keeps no record."""
         self.names = WeightNames(network, presented)
         self._modules = {module_of(site) for site in grids.sites}
+        self._steps: dict[tuple[str, torch.device], Tensor] = {}
 
     def activation(self, key: str, x: Tensor) -> Tensor:
         """The tensor on the grid of its key."""
@@ -111,7 +112,7 @@ class Rounding(Quantizers):
                 f"the activation '{key}' was never calibrated: calibration did not come this way, or the network has "
                 "changed since; calibrate again, with data that takes every path"
             )
-        return fake_quantize(x, grid.scale, grid.zero_point, *grid.limits)
+        return fake_quantize(x, self._scale(key, grid, x.device), grid.zero_point, *grid.limits)
 
     def gate(self, key: str, x: Tensor) -> Tensor:
         """``hardsigmoid(x)`` in steps of 1/255."""
@@ -171,13 +172,29 @@ class Rounding(Quantizers):
         grid = self.grids.weights.get(place.name)
         if grid is not None and site not in self.grids.sites:
             raise QuantizationError(_NEVER.format(site=site))
-        return None if grid is None else grid.rows(place.start, place.stop)
+        return None if grid is None else self._there(place.name, grid, weight.device).rows(place.start, place.stop)
 
     def rounded(self, site: str, grid: WeightGrid, weight: Tensor) -> Tensor:
         """The weight on its grid."""
         wide = multiplied(self.grids, site, weight)
-        rounded = fake_quantize(wide, grid.step.to(weight.device), 0, *grid.limits, axis=grid.axis)
+        rounded = fake_quantize(wide, grid.step, 0, *grid.limits, axis=grid.axis)
         return rounded.to(weight.dtype)
+
+    def _there(self, name: str, grid: WeightGrid, device: torch.device) -> WeightGrid:
+        """A grid on the device of its weight, copied there once."""
+        if torch.compiler.is_compiling() or grid.step.device == device:
+            return WeightGrid(grid.step.to(device), grid.bits)
+        if (name, device) not in self._steps:
+            self._steps[name, device] = grid.step.to(device)
+        return WeightGrid(self._steps[name, device], grid.bits)
+
+    def _scale(self, key: str, grid: ActivationGrid, device: torch.device) -> Tensor | float:
+        """A scale on the device of its activation, copied there once."""
+        if torch.compiler.is_compiling() or device.type == "cpu":
+            return grid.scale
+        if (key, device) not in self._steps:
+            self._steps[key, device] = torch.tensor(grid.scale, device=device)
+        return self._steps[key, device]
 
     def divided(self, site: str, x: Tensor, function: Callable[..., Any]) -> Tensor:
         """The output of a layer with its channels equalised."""

@@ -28,7 +28,9 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
         "; did you mean 'layer1'?"
     """
     candidates = list(candidates)
-    close = get_close_matches(name, candidates, n=1)
+    close = get_close_matches(name, candidates, n=1) or [
+        candidate for candidate in candidates if candidate.lower() == name.lower()
+    ]
     close += [candidate for candidate in candidates if candidate.endswith(f".{name}")]
     return f"; did you mean '{close[0]}'?" if close else ""
 

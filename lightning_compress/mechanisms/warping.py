@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_compress.functional._pairs import at_least_float32
 from lightning_compress.functional.gradients import (
     grid_positions,
     mean_scale,
@@ -18,7 +19,7 @@ from lightning_compress.functional.gradients import (
 )
 from lightning_compress.functional.quantizers import nearest_grid_point, quantization_grid
 from lightning_compress.mechanisms.selection import listing, plain_name
-from lightning_compress.mechanisms.weights import named_weights, select_weights, sites_of
+from lightning_compress.mechanisms.weights import PLAIN_LAYERS, named_weights, select_weights, sites_of
 
 EDGES = (_ConvNd, nn.Linear)
 """What can be the first or the last layer of a network."""
@@ -118,7 +119,7 @@ class WarpedWeights:
         errors, norms, zeros = [], [], []
         with torch.no_grad():
             for name, weight in self.weights.items():
-                value = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+                value = at_least_float32(weight.detach())
                 quantised = self.quantised(name, value)
                 errors.append(torch.linalg.vector_norm(value - quantised).cpu())
                 norms.append(torch.linalg.vector_norm(value).cpu())
@@ -146,7 +147,7 @@ class WarpedWeights:
 def warpable_weights(
     root: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> tuple[dict[str, nn.Parameter], list[str]]:
-    """The weights of layers, each followed by its bias where the layer is linear.
+    """The weights of layers, each followed by its bias where the layer is linear; projections of attention are.
 
     Args:
         root: Where the names start.
@@ -164,15 +165,16 @@ def warpable_weights(
         >>> list(warpable_weights(net, None, None)[0])
         ['0.weight', '3.weight', '3.bias']
     """
-    selected = select_weights(root, layers, exclude)
+    selected = select_weights(root, layers, exclude, default=(*PLAIN_LAYERS, nn.MultiheadAttention))
     first = {id(parameter): name for name, parameter in reversed(named_weights(root).items())}
     sites = sites_of(root)
     found: dict[str, nn.Parameter] = {}
     for name, weight in selected.weights.items():
         found[name] = weight
         for module in (site.module for site in sites[id(weight)]):
-            if isinstance(module, nn.Linear) and isinstance(module.bias, nn.Parameter):
-                found[first[id(module.bias)]] = module.bias
+            bias = getattr(module, "in_proj_bias" if isinstance(module, nn.MultiheadAttention) else "bias", None)
+            if isinstance(module, (nn.Linear, nn.MultiheadAttention)) and isinstance(bias, nn.Parameter):
+                found[first[id(bias)]] = bias
     if broken := [name for name, weight in found.items() if not weight.detach().isfinite().all()]:
         raise ValueError(
             f"{listing(broken)} hold NaN or infinity, which have no place on a grid: start from weights that are "

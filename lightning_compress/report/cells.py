@@ -85,17 +85,28 @@ def compressed_row(report: Report) -> Row | None:
 
 def file_table(files: Sequence[ExportedFile]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the exported files, as text."""
-    header = ["Path", "Precision", "Size", "Largest difference to the module", "Left in float"]
+    header = ["Path", "Precision", "Size", "Against fp32", "Largest difference to the module", "Left in float"]
     return header, [
         [
             shown_path(file.path),
             file.precision,
             units.size(file.bytes),
+            _against_fp32(file) or units.MISSING,
             units.metric(file.max_logit_difference),
             ", ".join(file.left_in_float) or units.MISSING,
         ]
         for file in files
     ]
+
+
+def _against_fp32(file: ExportedFile) -> str:
+    size = units.times(file.bytes, file.bytes_fp32, "smaller", "larger")
+    return ", ".join(filter(None, (size, speed_over_fp32(file))))
+
+
+def speed_over_fp32(file: ExportedFile) -> str:
+    """How much faster a file runs than one of the same network in fp32, in words; empty where that is not known."""
+    return "" if file.speed_fp32 is None else units.times(1 / file.speed_fp32, 1.0, "faster", "slower")
 
 
 def shown_path(path: str | os.PathLike[str]) -> str:

@@ -23,7 +23,7 @@ from matplotlib.textpath import TextToPath
 
 from lightning_compress.report import units
 from lightning_compress.report.cells import metric_names
-from lightning_compress.report.table import Report
+from lightning_compress.report.table import Report, Row
 
 _WIDTH, _ROW, _BAR = 340, 46, 14  # pixels: a panel's width, one model's height, a bar's height
 _FONT, _GAP = 13, 10  # pixels: the text's size, and the least room between a name and its number
@@ -100,7 +100,7 @@ def _size_marks(report: Report) -> list[Mark]:
             row.bytes,
             inner=row.bytes_compressed,
         )
-        for row in report.rows
+        for row in _measured(report)
     ]
 
 
@@ -114,8 +114,13 @@ def _latency_marks(report: Report) -> list[Mark]:
             row.latency_ms.median,
             spread=row.latency_ms.spread,
         )
-        for row in report.rows
+        for row in _measured(report)
     ]
+
+
+def _measured(report: Report) -> list[Row]:
+    """The rows that have more than metrics."""
+    return [row for row in report.rows if row.bytes is not None or row.latency_ms is not None]
 
 
 def _latency_legend(report: Report) -> str:

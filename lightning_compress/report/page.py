@@ -16,6 +16,7 @@ from lightning_compress.report.cells import (
     layer_table,
     speed,
     speed_between,
+    speed_over_fp32,
     version_line,
 )
 from lightning_compress.report.figure import panels
@@ -152,6 +153,9 @@ def _latency_remark(report: Report, row: Row) -> str:
         return ""
     if first is None or first.runtime == mine.runtime:
         return speed(mine)
+    files = {id(own): file for own, file in file_rows(report)}
+    if id(row) in files and (remark := speed_over_fp32(files[id(row)])):
+        return f"{remark} than in fp32, by {mine.runtime}"
     for other, _ in file_rows(report):
         theirs = other.latency_ms
         if other is not row and theirs is not None and (theirs.runtime, theirs.batch) == (mine.runtime, mine.batch):

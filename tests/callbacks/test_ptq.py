@@ -302,7 +302,7 @@ def test_layers_and_exclude(settings, quantised, caplog):
     assert list(ptq.quantization.weights) == quantised
     left = [name for name in ("0.weight", "3.weight") if name not in quantised]
     assert [name for name in ptq.quantization.left_in_float if name.endswith("weight")] == left
-    assert f"ptq: {len(quantised)} weights and" in caplog.text
+    assert f"ptq: {len(quantised)} weight{'s' if len(quantised) > 1 else ''} of 8 bits and" in caplog.text
     assert all(f"'{name}'" in caplog.text for name in left)
 
 
@@ -396,7 +396,7 @@ def test_two_parts_are_quantised_by_a_callback_each():
         ({"weight_bits": 16}, "weight_bits must be a whole number from 2 to 8, got 16"),
         ({"weight_bits": None}, "weight_bits must be a whole number from 2 to 8, got None"),
         ({"activation_bits": 8.0}, "activation_bits must be a whole number from 2 to 8, got 8.0"),
-        ({"edge_bits": True}, "edge_bits must be a whole number from 2 to 8, got True"),
+        ({"edge_bits": True}, "edge_bits, if neither .auto. nor None, must be a whole number from 2 to 8, got True"),
         ({"observer": "min_max"}, "observer must be one of minmax, .*, got 'min_max'; did you mean 'minmax'?"),
         ({"weight_range": "mae"}, "weight_range must be one of auto, max, mse, got 'mae'"),
         ({"reestimate_batchnorm": "yes"}, "reestimate_batchnorm must be True or False, got 'yes'"),
@@ -475,7 +475,7 @@ def test_layers_without_an_integer_kernel_are_listed_as_left_in_float():
     left = ptq.quantization.left_in_float
     assert {"table.weight", "widen.weight", "recurrent.weight_ih_l0", "recurrent.weight_hh_l0"} <= set(left)
     assert any("embedding (1)" in entry for entry in left)
-    assert any("ptq: 2 weights and" in note and "'table.weight'" in note for note in report.result.notes)
+    assert any("ptq: 2 weights of 8 bits and" in note and "'table.weight'" in note for note in report.result.notes)
     assert difference(made(Mixed), module) > 0
 
 
@@ -567,7 +567,7 @@ def test_remarks():
     assert ptq.remarks() == []
     fitted(ptq, Classifier)
     [remark] = ptq.remarks()
-    assert remark.startswith("ptq: 1 weights and no activations are quantised; left in float: '3.weight'")
+    assert remark.startswith("ptq: 1 weight of 8 bits and no activations are quantised; left in float: '3.weight'")
 
 
 def test_a_validation_that_fails_on_the_copy_is_a_warning():

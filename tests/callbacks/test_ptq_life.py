@@ -760,14 +760,32 @@ def test_without_a_validation_step_the_training_step_is_replayed_in_evaluation_m
     module.model.register_forward_hook(lambda part, args, output: modes.append(part.training))
     trainer(ptq).fit(module, loader())
     assert module.modes == [(True, True)] * STEPS
-    # after the first step a copy is looked at, which has the hook too
-    assert modes == [True, False] + [True] * (STEPS - 1) + [False] * (1 + STEPS)
+    # after the first step it is looked at twice: what it is made of, and its activations
+    assert modes == [True, False, False] + [True] * (STEPS - 1) + [False] * (1 + STEPS)
     assert ptq.metrics == {}
     module.eval()
     with torch.no_grad():
         maps = torch.cat([module.model[:3](x) for x, _ in loader()])
     last = list(ptq.quantization.activations.values())[-1]
     assert last.scale == pytest.approx(float(maps.max()) / 255, rel=0.02)
+
+
+class Around(NormClassifier):
+    """Its validation goes around the network, through layers inside."""
+
+    def validation_step(self, batch, batch_idx):
+        x = batch[0]
+        for layer in self.model:
+            x = layer(x)
+        self.log("val_loss", nn.functional.cross_entropy(x, batch[1]))
+
+
+def test_a_validation_that_goes_around_the_network_is_told_after_the_first_step():
+    module, fitting = made(Around), trainer(PTQCallback())
+    message = r"Around.training_step calls 'model', and validation_step does not, so the quantised network could not be"
+    with pytest.raises(ValueError, match=message):
+        fitting.fit(module, loader(), loader(rows=ROWS))
+    assert fitting.global_step == 1
 
 
 def test_dict_batches():

@@ -185,6 +185,38 @@ def test_a_file_of_another_network_is_further_away_than_quantisation_moves_it(wr
         other_check(OnnxNetwork(written.path))
 
 
+class Off:
+    """A file whose output is off by so much of what is still accepted."""
+
+    def __init__(self, network, grids, share):
+        self.network, self.grids, self.share, self.most = network, grids, share, []
+
+    def run(self, tensors):
+        [x] = tensors
+        exact, expected = self.network(x).detach(), rounded(self.network, self.grids, x)
+        most = max((expected - exact).norm(), 0.02 * exact.norm())
+        self.most.append((most / exact.norm()).item())
+        direction = torch.randn_like(expected)
+        off = self.share * most * direction / direction.norm()
+        self.largest = off.abs().max().item()
+        return [expected + off]
+
+
+@pytest.mark.parametrize(("bits", "far"), [(8, False), (3, True)])
+def test_how_far_off_a_file_may_be(bits, far):
+    """By as much as quantisation moves the output, or by a fiftieth of its size, in the Euclidean norm."""
+    network = odd_network()
+    grids = calibrated(network, X, weight_bits=bits, activation_bits=None)
+    check = prepared(network, grids).check
+    near = Off(network, grids, 0.99)
+    assert check(near) >= near.largest * (1 - 1e-4)
+    assert len(near.most) == 3  # batch sizes
+    assert all(most > 0.05 if far else most == pytest.approx(0.02) for most in near.most)
+    for share in (1.01, float("nan")):
+        with pytest.raises(ExportError, match=r"and at most .* is accepted"):
+            check(Off(network, grids, share))
+
+
 def test_weights_that_the_sample_does_not_reach_are_named(written):
     grids = copy.deepcopy(written.grids)
     grids.weights["9.weight"] = grids.weights["4.weight"]

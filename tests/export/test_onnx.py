@@ -257,6 +257,14 @@ def test_checkpoint_that_does_not_fit(tmp_path):
         to_onnx(module, tmp_path / "n.onnx", torch.ones(2, FEATURES), checkpoint=tmp_path / "short.ckpt")
 
 
+def test_checkpoint_of_the_module_that_the_network_is_a_part_of(tmp_path):
+    module = networks.lightning_module("lightning.pytorch")
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "whole.ckpt")
+    hint = "but its part 'model' does: pass the LightningModule that it is of, and network='model'"
+    with pytest.raises(ExportError, match=rf"does not fit {type(module.model).__name__}, {hint}"):
+        to_onnx(module.model, tmp_path / "n.onnx", torch.ones(2, FEATURES), checkpoint=tmp_path / "whole.ckpt")
+
+
 def test_checkpoint_hook_of_the_user_is_called(tmp_path):
     class Renamed(nn.Module):
         def __init__(self):

@@ -55,7 +55,7 @@ def test_the_grids_of_a_callback_and_the_network_that_they_are_of(tmp_path):
     module = Holder()
     grids = grids_of(module)
     holding(module, SimpleNamespace(quantization=None), SimpleNamespace(), SimpleNamespace(quantization=grids))
-    scales = Scales(module, None, "int8")
+    scales = Scales.of(module, None, "int8")
     assert scales.network == "model"
     assert scales.for_network("model", module.model, None) is grids
     result = to_onnx(module, tmp_path / "n.onnx", X, precision="int8")
@@ -70,7 +70,7 @@ def test_steps_alone_quantise_the_weights_of_the_network_inside(tmp_path):
     steps = steps_of(module)
     assert sorted(steps) == ["model.0.bias", "model.0.weight", "model.4.bias", "model.4.weight"]
     holding(module, grids=steps)
-    assert Scales(module, None, "int8").network is None
+    assert Scales.of(module, None, "int8").network is None
     result = to_onnx(module, tmp_path / "n.onnx", X, precision="int4", network="model")
     grids = result.quantization
     assert (grids.network, grids.integer_activations, grids.activations) == ("model", False, {})
@@ -107,7 +107,7 @@ def test_calibrated_grids_come_before_steps_alone():
     module = Holder()
     grids = grids_of(module)
     holding(module, SimpleNamespace(grids=steps_of(module)), SimpleNamespace(quantization=grids))
-    assert Scales(module, None, "int8").for_network("model", module.model, None) is grids
+    assert Scales.of(module, None, "int8").for_network("model", module.model, None) is grids
 
 
 def test_of_two_calibrated_networks_the_one_that_is_exported():
@@ -116,7 +116,7 @@ def test_of_two_calibrated_networks_the_one_that_is_exported():
     others = calibrated(module.other, X)
     others.network = "other"
     holding(module, SimpleNamespace(quantization=grids), SimpleNamespace(quantization=others))
-    scales = Scales(module, None, "int8")
+    scales = Scales.of(module, None, "int8")
     assert scales.network is None
     assert scales.for_network("other", module.other, None) is others
     assert scales.for_network("model", module.model, None) is grids
@@ -127,7 +127,7 @@ def test_steps_of_two_callbacks_are_taken_together():
     steps = steps_of(module)
     first, second = ({name: steps[name] for name in steps if part in name} for part in ("model.0", "model.4"))
     holding(module, SimpleNamespace(grids=first), SimpleNamespace(grids=second))
-    grids = Scales(module, None, "int8").for_network("model", module.model, lambda: module.model(X))
+    grids = Scales.of(module, None, "int8").for_network("model", module.model, lambda: module.model(X))
     assert list(grids.weights) == ["0.weight", "4.weight"]
 
 
@@ -217,7 +217,7 @@ def calibrated_fit(tmp_path_factory):
 def test_a_checkpoint_with_calibrated_grids(calibrated_fit, tmp_path):
     module, checkpoint, grids = calibrated_fit
     fresh = networks.lightning_module(NAMESPACE)
-    scales = Scales(fresh, torch.load(checkpoint, weights_only=True), "int8")
+    scales = Scales.of(fresh, torch.load(checkpoint, weights_only=True), "int8")
     assert scales.network == "model"
     found = scales.for_network("model", module.model, None)
     assert found.state().keys() == grids.state().keys()
@@ -233,7 +233,7 @@ def test_a_checkpoint_with_calibrated_grids(calibrated_fit, tmp_path):
 def test_a_checkpoint_of_psgd(tmp_path, granularity):
     callback = PSGDCallback(bits=4, granularity=granularity, quantized_validation=False)
     module, checkpoint = fitted(tmp_path, callback)
-    scales = Scales(networks.lightning_module(NAMESPACE), torch.load(checkpoint, weights_only=True), "int8")
+    scales = Scales.of(networks.lightning_module(NAMESPACE), torch.load(checkpoint, weights_only=True), "int8")
     assert scales.network is None
     network = module.model.eval()
     grids = scales.for_network("model", network, lambda: network(X))
@@ -243,7 +243,7 @@ def test_a_checkpoint_of_psgd(tmp_path, granularity):
         assert (step.ndim, bits) == (0 if granularity == "tensor" else 1, 4)
         assert torch.equal(grid.step, step)
     assert grids.network == "model"
-    attached = Scales(module, None, "int8").for_network("model", network, lambda: network(X))
+    attached = Scales.of(module, None, "int8").for_network("model", network, lambda: network(X))
     assert attached.activations == grids.activations == {}
     assert all(torch.equal(attached.weights[name].step, grid.step) for name, grid in grids.weights.items())
 
@@ -263,7 +263,7 @@ def test_a_checkpoint_of_two_psgd_callbacks():
         return {"lambda": 1.0, "arguments": {"granularity": "channel", "target": "grid"}, "bits": {name: bits}}
 
     contents = {"callbacks": {"a": state("0.weight", 4), "b": state("1.weight", 3), "c": state("0.bias", 4)}}
-    grids = Scales(network, contents, "int8").for_network("", network, lambda: network(X))
+    grids = Scales.of(network, contents, "int8").for_network("", network, lambda: network(X))
     assert {name: grid.bits for name, grid in grids.weights.items()} == {"0.weight": 4, "1.weight": 3}
     assert torch.equal(grids.weights["1.weight"].step, network[1].weight.detach().abs().amax(dim=1) / 3)
 

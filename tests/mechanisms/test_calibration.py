@@ -262,6 +262,16 @@ def test_a_batch_norm_is_a_part_of_the_layer_whose_output_nobody_else_takes(othe
     assert calibrated(net, MAPS[0]).folds == ({"conv:conv2d:0": "norm"} if folded else {})
 
 
+@pytest.mark.parametrize("length", [3, 5])
+def test_a_batch_norm_over_tokens_is_no_part_of_the_linear_layer(length):
+    """Its channels are the positions, also where there are as many of them as the layer has channels."""
+    net = nn.Sequential(nn.Linear(4, length), nn.BatchNorm1d(5)).eval()
+    net[1].running_var.uniform_(0.5, 2)
+    x = torch.randn(6, 5, 4)
+    assert calibrated(net, x).folds == {}
+    assert calibrated(nn.Sequential(net[0], nn.BatchNorm1d(length)).eval(), x[0]).folds == {"0:linear:0": "1"}
+
+
 @pytest.mark.parametrize(
     "compile_",
     [
@@ -299,19 +309,39 @@ def test_activations_are_freed_after_each_batch():
         gc.enable()
 
 
-def test_a_parameter_as_input_is_observed_with_the_data():
-    class Learned(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.query, self.linear = nn.Parameter(torch.randn(3, 2)), nn.Linear(2, 2)
+class Learned(nn.Module):
+    """Queries that are learned go through two layers, made ready in some way."""
 
-        def forward(self, x):
-            return x + self.linear(self.query)
+    def __init__(self, ready):
+        super().__init__()
+        self.query, self.one, self.two = nn.Parameter(torch.randn(3, 2)), nn.Linear(2, 2), nn.Linear(2, 2)
+        self.ready = ready
 
-    net = Learned()
-    grids = calibrated(net, torch.randn(3, 2), torch.randn(3, 2))
-    assert grids.activations == {"in:linear:linear:0": grid_of(8, net.query.detach())}
+    def forward(self, x):
+        return x + self.one(self.ready(self.query)) + self.two(self.ready(self.query))
+
+
+@pytest.mark.parametrize(
+    "ready",
+    [
+        lambda query: query,
+        lambda query: query.detach(),
+        lambda query: query.unsqueeze(0).expand(2, -1, -1),
+        lambda query: query + 0,
+    ],
+    ids=["itself", "detached", "expanded", "computed"],
+)
+def test_a_parameter_as_input_is_observed_with_the_data(ready):
+    net, x = Learned(ready), torch.randn(2, 3, 2)
+    grids = calibrated(net, x, torch.randn(2, 3, 2), observer="moving_average")
+    grid = grid_of(8, net.query.detach())
+    assert list(grids.activations.values()) == [grid, grid]
+    assert [place.source for place in grids.sites.values()] == list(grids.activations)
     assert vars(net.query) == {}
+    query = fake_quantize(net.query.detach(), grid.scale, grid.zero_point, *grid.limits)
+    with torch.no_grad():
+        one, two = (F.linear(query, rounded(layer.weight), layer.bias) for layer in (net.one, net.two))
+    torch.testing.assert_close(run(net, grids, x), x + one + two, rtol=0, atol=1e-6)
 
 
 def test_the_network_is_left_as_it_was():
@@ -466,7 +496,7 @@ def test_equalisation_leaves_the_function_and_makes_ranges_equal(name):
     assert list(grids.divisors) == layers[:-1]
     assert list(grids.factors) == layers[1:]
     assert len(grids.divisors) == pairs
-    plain = net(x)
+    plain = net(x).detach()
     torch.testing.assert_close(run(net, grids, x, Unrounded), plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
     for first, second in pairwise(layers):
         assert torch.equal(grids.divisors[first], grids.factors[second])
@@ -562,23 +592,45 @@ def test_a_weight_with_a_given_grid_is_not_scaled_away_from_it():
 # --- fingerprints ---
 
 
+def noticed(net, value, index, change):
+    """The names under which the change of one element is seen; it is taken back."""
+    before, flat = fingerprints(net), value.detach().view(-1)
+    kept = flat[index].clone()
+    flat[index] = change(kept)
+    after = fingerprints(net)
+    flat[index] = kept
+    assert fingerprints(net) == before
+    assert after.keys() == before.keys()
+    return [name for name in before if after[name] != before[name]]
+
+
+CHANGES = (lambda value: value.nextafter(torch.tensor(9.0)), lambda value: -value - 1e-30, lambda value: value + 1)
+
+
 def test_any_change_is_noticed():
     net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    net.register_buffer("constant", torch.randn(2, 2), persistent=False)
+    net.frozen = nn.Parameter(torch.tensor(0.5), requires_grad=False)
     before = fingerprints(net)
-    assert set(before) == set(net.state_dict()) - {"1.num_batches_tracked"}
+    assert set(before) == {*net.state_dict(), "constant"} - {"1.num_batches_tracked"}
     assert fingerprints(copy.deepcopy(net)) == fingerprints(net) == before
-    changes = (lambda value: value.nextafter(torch.tensor(9.0)), lambda value: -value - 1e-30, lambda value: value + 1)
-    for name, value in net.state_dict().items():
-        for index in range(value.numel() if value.is_floating_point() else 0):
-            for change in changes:
-                kept = value.view(-1)[index].clone()
-                value.view(-1)[index] = change(kept)
-                after = fingerprints(net)
-                assert [other for other in before if after[other] != before[other]] == [name]
-                value.view(-1)[index] = kept
-    assert fingerprints(net) == before
+    for name, value in (*net.named_parameters(), *net.named_buffers()):
+        for index in range(value.numel() if name in before else 0):
+            assert [noticed(net, value, index, change) for change in CHANGES] == [[name]] * 3
     net[0].weight.data = net[0].weight.data[:, [2, 1, 0, 3]]  # the same numbers elsewhere
     assert fingerprints(net) != before
+
+
+def test_buffers_of_integers_do_not_count():
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    net.register_buffer("seen", torch.zeros(3, dtype=torch.int32))
+    net.register_buffer("mask", torch.tensor([True, False]))
+    before = fingerprints(net)
+    net.seen += 1
+    net.mask[0] = False
+    net[1].num_batches_tracked += 1
+    assert fingerprints(net) == before
+    assert set(before) == {"0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"}
 
 
 @pytest.mark.parametrize("value", [-1.0, -2.0, 0.0])
@@ -594,15 +646,27 @@ def test_fingerprints_depend_on_nothing_but_the_numbers():
     net = nn.Linear(700, 700)
     before, threads = fingerprints(net), torch.get_num_threads()
     try:
-        torch.set_num_threads(2)
-        assert fingerprints(net) == before
+        for number in (1, 2, 3, 7):
+            torch.set_num_threads(number)
+            assert fingerprints(net) == before
     finally:
         torch.set_num_threads(threads)
     net.weight.data = net.weight.data.t().contiguous().t()  # in another order in memory
     assert fingerprints(net) == before
-    net.bfloat16()
-    assert fingerprints(net) == fingerprints(copy.deepcopy(net).float()) != before
-    assert fingerprints(torch.compile(net, backend="eager")) == fingerprints(net)
+    assert fingerprints(torch.compile(net, backend="eager")) == before
+    assert fingerprints(net.requires_grad_(False)) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_counts_as_the_float32_that_it_equals(dtype):
+    net = nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20))
+    before = fingerprints(net)
+    half = copy.deepcopy(net).to(dtype)
+    assert fingerprints(half) == fingerprints(copy.deepcopy(half).float())
+    assert fingerprints(half)["0.weight"] != before["0.weight"]
+    assert fingerprints(half)["1.running_var"] == before["1.running_var"]  # ones, in either
+    half[0].weight.data[3, 4] += 1
+    assert fingerprints(half) != fingerprints(copy.deepcopy(net).to(dtype))
 
 
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, parametrizations.weight_norm])
@@ -610,10 +674,24 @@ def test_fingerprints_depend_on_nothing_but_the_numbers():
 def test_a_change_of_what_a_weight_is_computed_from_is_noticed(norm):
     net = nn.Sequential(norm(nn.Linear(3, 2)))
     before = calibrated(net, torch.randn(4, 3)).fingerprints
-    for value in net.parameters():
-        value.data[0] += 0.5
-        assert fingerprints(net) != before
-        before = fingerprints(net)
+    assert len(before) == 3  # magnitudes, directions and the bias, and not the weight that they make
+    net.train()(torch.randn(4, 3)).sum().backward()
+    assert fingerprints(net) == before
+    for name, value in net.named_parameters():
+        for index in range(value.numel()):
+            assert [noticed(net, value, index, change) for change in CHANGES] == [[name]] * 3
+
+
+def test_a_change_of_a_tied_weight_is_noticed_once():
+    net = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4), nn.Linear(3, 4))
+    net[1].weight = net[2].weight = net[0].weight
+    before = fingerprints(net)
+    assert set(before) == {"0.weight", "1.bias", "2.bias"}
+    for index in range(12):
+        assert noticed(net, net[2].weight, index, CHANGES[0]) == ["0.weight"]
+    assert fingerprints(copy.deepcopy(net)) == before
+    net[2].weight = nn.Parameter(net[2].weight.detach().clone())  # as large, and no longer tied
+    assert fingerprints(net) != before
 
 
 def test_weights_that_are_first_met_after_the_discovery():
@@ -643,16 +721,44 @@ def test_tied_weights_have_one_grid():
 # --- kept in a file ---
 
 
+def same_from_a_file(net, grids, x, path):
+    """The grids that were read again, which give bit-equal outputs."""
+    torch.save(grids.state(), path)
+    again = Grids.from_state(torch.load(path, weights_only=True))
+    assert torch.equal(run(net, again, x), run(net, grids, x))
+    assert not torch.equal(run(net, again, x), net(x))
+    assert again.fingerprints == fingerprints(net)
+    return again
+
+
 def test_a_network_runs_the_same_with_grids_from_a_file(tmp_path):
     net = spread_out(EQUALISED["depthwise"][0]())
     x = torch.randn(8, 2, 6, 6)
     grids = calibrated(net, x, weight_bits=4, activation_bits=4, edge_bits=8, equalize=True, correct_bias=True)
     grids.statistics["1"] = torch.zeros(6), torch.ones(6)
-    torch.save(grids.state(), tmp_path / "grids")
-    again = Grids.from_state(torch.load(tmp_path / "grids", weights_only=True))
-    assert torch.equal(run(net, again, x), run(net, grids, x))
-    assert not torch.equal(run(net, again, x), net(x))
-    assert again.fingerprints == fingerprints(net)
+    again = same_from_a_file(net, grids, x, tmp_path / "grids")
+    assert (len(again.divisors), len(again.factors), len(again.biases), len(again.statistics)) == (2, 2, 3, 1)
+    for part in (again.divisors, again.factors, again.biases, again.statistics):  # each of them counts
+        kept = dict(part)
+        part.clear()
+        assert not torch.equal(run(net, again, x), run(net, grids, x))
+        part.update(kept)
+
+
+@pytest.mark.parametrize("settings", [{"activation_bits": None}, {"weight_bits": 3}, {"observer": "entropy"}])
+def test_attention_runs_the_same_with_grids_from_a_file(tmp_path, settings):
+    """Rows of a weight, and names of calls."""
+    net, x = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval(), torch.randn(3, 5, 8)
+    grids = calibrated(net, x, torch.randn(3, 5, 8), **settings)
+    again = same_from_a_file(net, grids, x, tmp_path / "grids")
+    assert len(again.activations) == (0 if settings.get("activation_bits", 8) is None else 4)
+
+
+def test_steps_for_whole_weights_run_the_same_from_a_file(tmp_path):
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(8, 3)
+    grids = calibrated(net, x, given={"0.weight": WeightGrid(torch.tensor(0.07), 4)})
+    again = same_from_a_file(net, grids, x, tmp_path / "grids")
+    assert [grid.step.ndim for grid in again.weights.values()] == [0, 1]
 
 
 # --- what is left in float ---

@@ -287,6 +287,13 @@ PLACEMENTS = {
         [IN, A, B],
         [],
     ),
+    "moved in place": (
+        lambda n, x: (lambda y: (y.unsqueeze_(0), n.b(y.view(y.shape[1:])))[1])(n.a(x)),
+        lambda h, x: r(h.b(h.a(x))),
+        [IN, A, B],
+        [],
+    ),
+    "a view by an attribute": (lambda n, x: n.b(n.a(x).mT), lambda h, x: r(h.b(h.a(x).mT)), [IN, A, A, B], []),
     "zeros around": (lambda n, x: F.pad(n.a(x), (1, 1)), lambda h, x: F.pad(r(h.a(x)), (1, 1)), [IN, A], []),
     "cut and joined": (
         lambda n, x: torch.cat(n.a(x).chunk(2, 1)[::-1], 1),
@@ -644,6 +651,20 @@ def test_a_module_that_is_called_twice_has_a_name_for_each_call():
     _, noted = run(net, MAPS)
     blocks = [[f"{n}.relu:relu:0", f"{n}.two:conv2d:0", f"{n}.relu#1:relu:0"] for n in "12"]
     assert noted.keys == ["in:0:conv2d:0", "0:conv2d:0", *blocks[0], *blocks[1]]
+
+
+def test_the_owner_of_what_is_in_a_list_is_who_has_the_list():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Conv2d(2, 2, 1), nn.Sequential(nn.Conv2d(2, 2, 1))])
+            self.named = nn.ModuleDict({"deep": nn.ModuleList([nn.Conv2d(2, 2, 1)])})
+
+        def forward(self, x):
+            return self.named["deep"][0](self.blocks[1](self.blocks[0](x)))
+
+    _, noted = run(nn.Sequential(Listed()), MAPS)
+    assert noted.sites == ["0.blocks.0:conv2d:0", "0.blocks.1.0:conv2d:0", "0.named.deep.0:conv2d:0"]
 
 
 def test_children_of_a_module_that_is_called_twice_and_a_child_called_from_elsewhere():

@@ -697,3 +697,22 @@ def test_a_compiled_module_that_calls_the_network_runs_it_quantised(fresh_compil
             torch.testing.assert_close(outer(MAPS.clone()), expected)
     assert backend.graphs == 1
     assert calls.count >= 1
+
+
+class WritesThroughAView(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(2, 2, 1) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        half = x[:, :1]
+        used = self.second(x)
+        half.mul_(2.0)
+        return used + self.third(x)
+
+
+def test_a_tensor_that_is_written_to_through_a_view_after_its_use():
+    network, x = WritesThroughAView().eval(), torch.randn(2, 2, 3, 3)
+    with pytest.raises(QuantizationError, match=r"'first:conv2d:0' made was written to through a view"):
+        calibrate(network, lambda: (network(x) for _ in range(1)), Settings())

@@ -164,6 +164,19 @@ def test_weights_that_can_be_warped():
         warpable_weights(net, None, None)
 
 
+def test_projections_of_attention_are_linear_layers():
+    net = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "norm": nn.LayerNorm(4)})
+    names = [f"attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")]
+    assert list(warpable_weights(net, None, None)[0]) == names
+    apart = nn.MultiheadAttention(4, 2, kdim=3, bias=False)
+    assert list(warpable_weights(apart, None, None)[0]) == [
+        "q_proj_weight",
+        "k_proj_weight",
+        "v_proj_weight",
+        "out_proj.weight",
+    ]
+
+
 def test_weights_that_rest_are_all_on_the_grid():
     values = {"constant": [0.3, -0.3], "ternary": [0.3, 0.0, -0.3], "zero": [0.0, 0.0], "free": [0.3, 0.01]}
     weights = {name: nn.Parameter(torch.tensor(value)) for name, value in values.items()}

@@ -231,6 +231,7 @@ def test_find_module_names_argument_name_and_nearest_match():
         ("head", ["model.backbone", "model.net.head"], "; did you mean 'model.net.head'?"),
         ("zzz", ["layer1", "layer2"], ""),
         ("layer1", [], ""),
+        ("INT8", ["fp32", "int8"], "; did you mean 'int8'?"),
     ],
 )
 def test_did_you_mean(name, candidates, expected):

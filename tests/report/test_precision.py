@@ -12,10 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_compress import CompressionReport, ExportCallback, PTQCallback
-from lightning_compress.export import evaluate, to_onnx
+from lightning_compress.export import evaluate, integer, to_onnx
+from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import Choices, evaluate_forward, evaluate_quantized
 from lightning_compress.report import precision
+from lightning_compress.report.cells import file_table
+from lightning_compress.report.page import to_html
 from lightning_compress.report.precision import AgainstFp32, against_fp32
+from lightning_compress.report.table import ExportedFile, Latency, Report, Row
 
 ROWS = 24  # of the validation: no multiple of the batch
 
@@ -210,8 +214,72 @@ def test_what_the_report_says(run):
     agreement = f"for {run.exporting.agreement:.2%} of the validation data the file chooses the class"
     assert f"export: {agreement} that the quantised module chooses." in notes
     assert f"export: {run.exporting.against_fp32}." in notes
-    assert "ptq: 2 weights and" in notes
+    assert "ptq: 2 weights of 8 bits and 2 activations of 8 bits are quantised" in notes
     assert [(file.precision, file.bytes) for file in run.report.result.files] == [("int8", run.exporting.result.bytes)]
+
+
+def test_the_report_has_the_metrics_before_and_after_quantisation(run):
+    rows = {row.name: row for row in run.report.result.rows}
+    assert list(rows) == ["before", "after", "after (ptq)", "n.onnx"]
+    plain = evaluate_forward(run.module, loader(Measured, rows=ROWS))
+    assert rows["after"].metrics == pytest.approx(plain)
+    assert rows["after (ptq)"].metrics == run.calibrating.metrics != plain
+    assert rows["after (ptq)"].bytes is None  # the same weights as above
+    assert rows["n.onnx"].metrics == run.exporting.file_metrics
+    [file] = run.report.result.files
+    assert (file.bytes_fp32, file.speed_fp32) == (
+        run.exporting.against_fp32.bytes_fp32,
+        run.exporting.against_fp32.speed,
+    )
+
+
+@pytest.mark.parametrize(("speed", "words"), [(2.0, "2.0x faster"), (0.5, "2.0x slower"), (1.001, "-")])
+def test_the_table_of_files_says_how_it_compares_with_fp32(speed, words):
+    file = ExportedFile("n.onnx", "int8", 270, bytes_fp32=270, speed_fp32=speed)
+    assert file_table([file])[1][0][3] == words
+    row = Row("n.onnx", bytes=270, latency_ms=Latency("onnxruntime", 1, 2.0, 0.1))
+    page = to_html(Report(rows=(Row("before", latency_ms=Latency("torch", 1, 4.0, 0.1)), row), files=(file,)))
+    assert (f"{words} than in fp32, by onnxruntime" in page) == (words != "-")
+
+
+def test_a_low_agreement_is_said_to_be_low():
+    exporting = ExportCallback("n.onnx", precision="int8")
+    exporting.agreement = 0.9
+    [remark] = exporting.remarks()
+    assert remark.endswith("That is little: at 8 bits 99% and more are usual.")
+    exporting.agreement = 0.995
+    [remark] = exporting.remarks()
+    assert "little" not in remark
+
+
+@pytest.mark.parametrize("settings", [{"fp32_comparison": False}, {"fast_dev_run": 2}])
+def test_without_the_comparison(settings, tmp_path):
+    fast = settings.pop("fast_dev_run", False)
+    exporting = ExportCallback(tmp_path / "n.onnx", precision="int8", **settings)
+    fitted(PTQCallback(), exporting, fast_dev_run=fast)
+    assert exporting.against_fp32 is None
+    assert exporting.result.precision == "int8"
+
+
+# Before the training
+
+
+def refused(tmp_path, message, kind=Measured, **settings):
+    module = made(kind)
+    fitting = trainer(ExportCallback(tmp_path / "n.onnx", precision="int8"), PTQCallback(), **settings)
+    with pytest.raises(ExportError, match=message):
+        fitting.fit(module, loader(kind), loader(kind, rows=ROWS))
+    assert fitting.global_step == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_would_not_run_in_integers_is_told_after_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(integer, "KERNELS", ("QGemm",))
+    refused(tmp_path, r"ONNX Runtime runs 1 of 2 quantised layers in float: .* leave them out of the quantisation")
+
+
+def test_double_precision_is_refused_after_the_first_step(tmp_path):
+    refused(tmp_path, "go with float32, and 'model.0.weight'|go with float32, and '0.weight'", precision="64-true")
 
 
 def test_without_a_callback_that_gives_scales_the_fit_does_not_begin(tmp_path):

@@ -99,7 +99,7 @@ def test_files_are_shown_as_seen_from_here(tmp_path, monkeypatch):
 def test_markdown_has_every_part():
     text = to_markdown(full_report())
     assert "| int8.onnx | - | - | - | 1.10 kB (4.0x smaller) | 300 B (14x smaller) |" in text
-    assert "| runs/int8.onnx | int8 | 1.10 kB | 0.2 | softmax |" in text
+    assert "| runs/int8.onnx | int8 | 1.10 kB | - | 0.2 | softmax |" in text
     assert "| (the module itself) | GRU | 0% | 16 | - |" in text
     assert "- The teacher was not measured." in text
     assert '"class_path": "PruningCallback"' in text

@@ -1,0 +1,28 @@
+"""What quantisers and scaled gradients share about the steps of grids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_compress.functional._pairs import at_least_float32
+
+
+def largest_magnitude(weight: Tensor, axis: int | None) -> Tensor:
+    """The largest magnitude of all elements, or of each entry of a dimension; NaN where there is one."""
+    if axis is None:
+        lowest, highest = weight.aminmax()
+    else:
+        matrix = rows(weight, axis)
+        lowest, highest = matrix.amin(dim=1), matrix.amax(dim=1)  # ten times as fast as aminmax(dim=1)
+    return at_least_float32(torch.maximum(-lowest, highest))
+
+
+def rows(weight: Tensor, axis: int) -> Tensor:
+    """A weight as a matrix, a row for each entry of a dimension."""
+    return weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
+
+
+def usable(step: Tensor) -> Tensor:
+    """A step by which a number can be divided: 1 where it is 0 or no normal number."""
+    return torch.where(step >= torch.finfo(step.dtype).tiny, step, torch.ones_like(step))
