@@ -88,7 +88,7 @@ class PSGDCallback(CompressionCallback):
         apply_to: Scale the "gradient" or the "update" of the optimizer; "auto": what its kind asks for.
         quantized_validation: Whether to validate once more, on the CPU, with quantised weights.
         layers: Selectors of layers, as for ``PruningCallback``. None: the weights of all convolutions and linear
-            layers, those in attention included, and the biases of linear layers.
+            layers, and the biases of linear layers. Layers that are named may be others too, such as attention.
         exclude: Selectors of what is left out.
         name: As in the base class; default "psgd".
 
@@ -164,6 +164,7 @@ class PSGDCallback(CompressionCallback):
         self._order: list[nn.Module] = []  # in which layers are called, as far as it was watched
         self._watching = ExitStack()
         self._frozen: list[str] = []
+        self._left: list[str] = []  # weights that were not selected
         self._steps: ScaledSteps | None = None  # during a fit
         self._told = 0  # how many optimizers had stepped when it was told what these did not reach
         self._to_log: dict[str, float] = {}
@@ -196,6 +197,8 @@ class PSGDCallback(CompressionCallback):
         mean = warped.mean()
         factors = f"{self.lambda_s * self._first_mean:.3g} at the first step, {self.lambda_s * mean:.3g} at the end"
         remarks = [f"{self.name}: lambda = {self.lambda_s:.6g}; mean factor {factors}."]
+        if self._left:
+            remarks.append(f"{self.name}: left as they are: {listing(self._left)}.")
         if warped.bits is not None and math.isfinite(mean):
             summary = warped.summary()
             remarks.append(
@@ -408,7 +411,9 @@ class PSGDCallback(CompressionCallback):
                     f"{type(self).__name__} '{self.name}' cannot work with LBFGS, which builds its step from gradients "
                     "that belong together; use another optimizer"
                 )
-        weights, idle = warpable_weights(pl_module, self.layers, self.exclude)
+        weights, self._left, idle = warpable_weights(pl_module, self.layers, self.exclude)
+        if self._left:
+            log.info("%s leaves as they are: %s; layers= takes them in", self.name, listing(self._left, most=None))
         if idle:
             self._warn_once(f"exclude={idle} leaves out nothing that was selected")
         self._frozen = [name for name, weight in weights.items() if not weight.requires_grad]

@@ -19,7 +19,7 @@ from lightning_compress.functional.gradients import (
 )
 from lightning_compress.functional.quantizers import nearest_grid_point, quantization_grid
 from lightning_compress.mechanisms.selection import listing, plain_name
-from lightning_compress.mechanisms.weights import PLAIN_LAYERS, named_weights, select_weights, sites_of
+from lightning_compress.mechanisms.weights import named_weights, select_weights, sites_of
 
 EDGES = (_ConvNd, nn.Linear)
 """What can be the first or the last layer of a network."""
@@ -37,6 +37,20 @@ class Summary(NamedTuple):
     error: float
     zeros: int
     total: int
+
+
+class WarpableWeights(NamedTuple):
+    """What a selection took, and what it left.
+
+    Attributes:
+        weights: Name to parameter.
+        left: Names of the other weights, those of norms aside.
+        idle: Selectors of ``exclude`` that leave out nothing that was selected.
+    """
+
+    weights: dict[str, nn.Parameter]
+    left: list[str]
+    idle: list[str]
 
 
 class WarpedWeights:
@@ -144,10 +158,8 @@ class WarpedWeights:
         return {"bits": bits, "axes": [self.axes[name] for name in names], "eps": self.eps}
 
 
-def warpable_weights(
-    root: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] | None
-) -> tuple[dict[str, nn.Parameter], list[str]]:
-    """The weights of layers, each followed by its bias where the layer is linear; projections of attention are.
+def warpable_weights(root: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] | None) -> WarpableWeights:
+    """The weights of layers, each followed by its bias where the layer is linear, or projects for attention.
 
     Args:
         root: Where the names start.
@@ -155,17 +167,17 @@ def warpable_weights(
         exclude: Likewise.
 
     Returns:
-        Name to parameter, and the selectors of ``exclude`` that leave out nothing.
+        Those taken and those left.
 
     Raises:
         ValueError: As :func:`~lightning_compress.mechanisms.weights.select_weights`; if a weight is NaN or infinite.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 1))
-        >>> list(warpable_weights(net, None, None)[0])
+        >>> list(warpable_weights(net, None, None).weights)
         ['0.weight', '3.weight', '3.bias']
     """
-    selected = select_weights(root, layers, exclude, default=(*PLAIN_LAYERS, nn.MultiheadAttention))
+    selected = select_weights(root, layers, exclude)
     first = {id(parameter): name for name, parameter in reversed(named_weights(root).items())}
     sites = sites_of(root)
     found: dict[str, nn.Parameter] = {}
@@ -180,7 +192,7 @@ def warpable_weights(
             f"{listing(broken)} hold NaN or infinity, which have no place on a grid: start from weights that are "
             "finite, or leave the layers out with exclude="
         )
-    return found, selected.idle
+    return WarpableWeights(found, selected.left, selected.idle)
 
 
 def edge_layers(root: nn.Module, order: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:

@@ -690,6 +690,32 @@ def test_with_distillation_in_both_orders():
     assert difference(modules[0], plain) > 1e-3
 
 
+class Attends(Mlp):
+    """With a projection that is no linear layer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2)
+        for bias in (self.attention.in_proj_bias, self.attention.out_proj.bias):  # zeros would rest
+            nn.init.normal_(bias)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        return self.head(self.attention(x, x, x)[0])
+
+
+def test_what_is_left_is_told(caplog):
+    psgd = PSGDCallback(exclude=["second", "third"])
+    with caplog.at_level(logging.INFO, logger="lightning_compress"):
+        fitted(Attends(), psgd)
+    left = "'second.weight', 'third.weight', 'attention.in_proj_weight'"
+    assert f"psgd leaves as they are: {left}; layers= takes them in" in caplog.text
+    assert f"psgd: left as they are: {left}." in psgd.remarks()
+    assert "attention.in_proj_weight" not in psgd.grids
+    fitted(Attends(), psgd := PSGDCallback(layers=["attention"]))
+    assert "attention.in_proj_weight" in psgd.grids
+
+
 def test_remarks():
     psgd = PSGDCallback(2, edge_bits=None)
     fitted(Mlp(), psgd)

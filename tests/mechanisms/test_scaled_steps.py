@@ -155,26 +155,32 @@ def test_edges_of_a_network():
 def test_weights_that_can_be_warped():
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 4), nn.Linear(4, 4))
     net[4].weight = nn.Parameter(torch.randn(4, 4))
-    weights, idle = warpable_weights(net, None, ["1"])
+    weights, left, idle = warpable_weights(net, None, ["1"])
+    assert left == []
     assert list(weights) == ["0.weight", "3.weight", "3.bias", "4.weight", "4.bias"]
     assert idle == ["1"]
-    assert list(warpable_weights(net, ["4"], None)[0]) == ["4.weight", "4.bias"]
+    assert list(warpable_weights(net, ["4"], None).weights) == ["4.weight", "4.bias"]
     net[3].bias.data[0] = torch.inf
     with pytest.raises(ValueError, match=r"'3.bias' hold NaN or infinity"):
         warpable_weights(net, None, None)
 
 
-def test_projections_of_attention_are_linear_layers():
+def test_projections_of_attention_are_taken_where_they_are_named():
     net = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "norm": nn.LayerNorm(4)})
-    names = [f"attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")]
-    assert list(warpable_weights(net, None, None)[0]) == names
-    apart = nn.MultiheadAttention(4, 2, kdim=3, bias=False)
-    assert list(warpable_weights(apart, None, None)[0]) == [
-        "q_proj_weight",
-        "k_proj_weight",
-        "v_proj_weight",
-        "out_proj.weight",
+    weights, left, _ = warpable_weights(net, None, None)
+    assert list(weights) == ["attention.out_proj.weight", "attention.out_proj.bias"]
+    assert left == ["attention.in_proj_weight"]
+    weights, left, _ = warpable_weights(net, ["attention"], None)
+    assert list(weights) == [
+        f"attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
     ]
+    assert left == []
+    apart = nn.MultiheadAttention(4, 2, kdim=3, bias=False)
+    names = ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]
+    assert (
+        list(warpable_weights(apart, ["type:MultiheadAttention", "type:NonDynamicallyQuantizableLinear"], None).weights)
+        == names
+    )
 
 
 def test_weights_that_rest_are_all_on_the_grid():
