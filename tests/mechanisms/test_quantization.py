@@ -182,6 +182,12 @@ PLACEMENTS = {
         [IN, A],
         [":add:0"],
     ),
+    "a number in place, and a layer behind it": (
+        lambda n, x: (lambda y: (y.add_(0.3), n.b(y))[1])(n.a(x)),
+        lambda h, x: r(h.b(r(h.a(x)) + 0.3)),
+        [IN, A, ":add:0", B],
+        [":add:0"],
+    ),
     "a factor": (
         lambda n, x: torch.add(n.a(x), n.b(x), alpha=2),
         lambda h, x: r(h.a(x)) + 2 * r(h.b(x)),

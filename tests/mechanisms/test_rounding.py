@@ -179,9 +179,12 @@ def test_statistics_that_were_estimated_stand_in_in_evaluation_only(small):
     output = run(small, grids, MAPS)[0]
     torch.testing.assert_close(output, small_by_hand(other, grids, MAPS), rtol=0, atol=1e-6)
     assert not torch.equal(small.norm.running_mean, mean)
-    output, kept = run(small.train(), grids, MAPS)[0], small.norm.running_mean.clone()
-    torch.testing.assert_close(output, small_by_hand(other.train(), grids, MAPS), rtol=0, atol=1e-6)
-    assert not torch.equal(kept, mean)  # but its own, moved on
+    estimated, plain = (mean.clone(), variance.clone()), copy.deepcopy(small).train()
+    output = run(small.train(), grids, MAPS)[0]
+    torch.testing.assert_close(output, small_by_hand(plain, grids, MAPS), rtol=0, atol=1e-6)
+    for ours, own in zip(small.norm.buffers(), plain.norm.buffers(), strict=True):  # but its own, moved on
+        torch.testing.assert_close(ours, own)
+    assert all(torch.equal(*pair) for pair in zip(grids.statistics["norm"], estimated, strict=True))
 
 
 @pytest.mark.parametrize("bias", [True, False])
