@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_compress.callbacks.pruning import PruningCallback
     from lightning_compress.callbacks.psgd import PSGDCallback
     from lightning_compress.callbacks.ptq import PTQCallback
+    from lightning_compress.callbacks.qat import QATCallback
     from lightning_compress.callbacks.report import CompressionReport
     from lightning_compress.mechanisms.loading import teacher_from_checkpoint
     from lightning_compress.mixins import CompressionMixin
@@ -36,6 +37,7 @@ _HOMES = {
     "FactorTransferCallback": "lightning_compress.callbacks.factors",
     "PSGDCallback": "lightning_compress.callbacks.psgd",
     "PTQCallback": "lightning_compress.callbacks.ptq",
+    "QATCallback": "lightning_compress.callbacks.qat",
     "PruningCallback": "lightning_compress.callbacks.pruning",
     "teacher_from_checkpoint": "lightning_compress.mechanisms.loading",
     "export": "",
@@ -56,6 +58,7 @@ __all__ = [
     "PSGDCallback",
     "PTQCallback",
     "PruningCallback",
+    "QATCallback",
     "__version__",
     "export",
     "functional",

@@ -491,3 +491,8 @@ def lightning_logger_kept() -> Iterator[None]:
     finally:
         nobody = owner.name == rank_zero.__name__
         rank_zero.log = logging.getLogger("lightning.pytorch.utilities.rank_zero") if nobody else owner
+
+
+def function_modes() -> list[Any]:
+    """The torch function modes that are on, the innermost last."""
+    return list(torch.overrides._get_current_function_mode_stack())  # type: ignore[no-untyped-call]

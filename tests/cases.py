@@ -28,6 +28,7 @@ from lightning_compress import (
     PruningCallback,
     PSGDCallback,
     PTQCallback,
+    QATCallback,
 )
 
 
@@ -97,6 +98,10 @@ def _ptq(folder: Path, kind: type[Classifier]) -> CompressionCallback:
     return PTQCallback(weight_bits=4)
 
 
+def _qat(folder: Path, kind: type[Classifier]) -> CompressionCallback:
+    return QATCallback(weight_bits=4, step_size="observed")  # so that grids move
+
+
 def _export(folder: Path, kind: type[Classifier]) -> CompressionCallback:
     return ExportCallback(folder / "model.onnx", metric="val_loss", tolerance=1e-4)
 
@@ -111,6 +116,7 @@ CASES = (
     Case("FactorTransferCallback", _factors, changes_loss=True, pretrains=True, refuses={"manual": "CompressionMixin"}),
     Case("PSGDCallback", _psgd, changes_loss=True),
     Case("PTQCallback", _ptq, quantises=True),
+    Case("QATCallback", _qat, changes_loss=True, quantises=True, refuses={"manual": "CompressionMixin"}),
     Case("PruningCallback", _pruning, changes_loss=True, keeps_dense=True, refuses={"manual": "CompressionMixin"}),
     Case("DPFCallback", _dpf, changes_loss=True, keeps_dense=True, refuses={"manual": "CompressionMixin"}),
     Case(

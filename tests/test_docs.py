@@ -31,6 +31,7 @@ RUNS = {
     "docs/techniques/dcil.md": ("dcil.ckpt", "979 of the 1224 weights of convolutions are zero"),
     "docs/techniques/psgd.md": ("psgd.ckpt", "model.0.weight: a grid of 4 bits"),
     "docs/techniques/ptq.md": ("digits-int8.onnx", "same class for "),
+    "docs/techniques/qat.md": ("digits-qat.onnx", "in the file: "),
     "docs/export.md": ("network.onnx", "compared at batch sizes (2, 1, 5)"),
     "docs/report.md": ("report/compression_report.html", "Compression report"),
 }

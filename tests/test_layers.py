@@ -30,7 +30,10 @@ STOREYS = [
 HEIGHT = {part: height for height, parts in enumerate(STOREYS) for part in parts}
 
 # What callbacks share; the rest of them do not know one another.
-BASES = ("arguments", "base", "dynamic", "features", "masked", "masks", "returned", "teaching", "validating")
+BASES = (
+    *("arguments", "base", "calibrating", "dynamic", "features", "masked", "masks", "quantised", "returned"),
+    *("teaching", "validating"),
+)
 
 # When Lightning may be imported: never, or only inside a function or for type checkers. Others: at any time.
 NO_LIGHTNING = {"functional", "modules"}

@@ -73,15 +73,9 @@ class Scales:
 
     @classmethod
     def _of_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Scales:
-        found: list[Grids] = []
-        ranges: dict[str, tuple[int, bool]] = {}
-        for state in checkpoint.get("callbacks", {}).values():
-            if isinstance(state, Mapping) and state.get("quantization") is not None:
-                found.append(Grids.from_state(state["quantization"]))
-            elif isinstance(state, Mapping) and state.get("arguments", {}).get("target") == "grid":
-                channel = state["arguments"]["granularity"] == "channel"
-                ranges.update({name: (bits, channel) for name, bits in state["bits"].items()})
-        return cls(found, ranges=ranges)
+        states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, Mapping)]
+        kept = [state["quantization"] for state in states if state.get("quantization") is not None]
+        return cls([Grids.from_state(state) for state in kept], ranges=trained_ranges(checkpoint))
 
     @property
     def network(self) -> str | None:
@@ -133,6 +127,27 @@ class Scales:
         if not found:
             raise ValueError(f"none of the weights that have scales belongs to '{prefix.removesuffix('.')}'; {HOW}")
         return found
+
+
+def trained_ranges(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
+    """What ``PSGDCallback`` has trained the weights of a checkpoint for.
+
+    Args:
+        checkpoint: Its contents.
+
+    Returns:
+        Name of each weight to its bits, and whether each channel has a grid.
+
+    Example:
+        >>> trained_ranges({"state_dict": {}})
+        {}
+    """
+    found = {}
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, Mapping) and state.get("arguments", {}).get("target") == "grid":
+            channel = state["arguments"]["granularity"] == "channel"
+            found.update({name: (bits, channel) for name, bits in state["bits"].items()})
+    return found
 
 
 def given_steps(callback: Any) -> dict[str, tuple[Tensor, int]]:

@@ -246,30 +246,42 @@ def fake_quantize(
         ([-0.5, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0])
     """
     step = _step(scale, x, axis)
-    offset = along(zero_point, x, axis).to(step.dtype) if isinstance(zero_point, Tensor) else zero_point
+    offset: Any = along(zero_point, x, axis).to(step) if isinstance(zero_point, Tensor) else zero_point
+    lowest, highest = quant_min - offset, quant_max - offset  # of round(x / scale), which saves two passes over x
     if not (torch.is_grad_enabled() and x.requires_grad):  # nothing is kept: in place, half the time
-        integers = torch.div(x.to(step.dtype), step).round_().add_(offset).clamp_(quant_min, quant_max)
-        return integers.sub_(offset).mul_(step).to(x.dtype)
-    quantised: Tensor = _Rounded.apply(x, step, offset, quant_min, quant_max)
+        return torch.div(x.to(step.dtype), step).round_().clamp_(lowest, highest).mul_(step).to(x.dtype)
+    quantised: Tensor = _Rounded.apply(x, step, lowest, highest)
     return quantised
 
 
-def learned_step_quantize(x: Tensor, step: Tensor, bits: int, signed: bool = True) -> Tensor:
+def learned_step_quantize(
+    x: Tensor,
+    step: Tensor,
+    bits: int,
+    signed: bool = True,
+    *,
+    zero_point: int = 0,
+    narrow: bool = False,
+    axis: int | None = None,
+) -> Tensor:
     """Round to a grid whose step learns too (LSQ).
 
     Args:
         x: Any shape, floating.
-        step: Of 0 dimensions, positive.
+        step: Of 0 dimensions, or of shape ``(x.shape[axis],)``; positive.
         bits: 2 to 8.
         signed: From ``-2^(bits-1)`` to ``2^(bits-1) - 1``; otherwise from 0 to ``2^bits - 1``.
+        zero_point: Integer that stands for 0, where not ``signed``; from 0 to ``2^bits - 1``, and it does not learn.
+        narrow: Whether a signed grid has as many points below 0 as above, as weights in a file have.
+        axis: Dimension that ``step`` belongs to, where it has one.
 
     Returns:
-        ``round(clamp(x / step, lowest, highest)) * step``, shape of ``x``. The gradient is 1 for ``x`` where ``lowest <
-        x / step < highest`` and 0 elsewhere; for ``step`` it is ``round(x / step) - x / step`` there and ``lowest`` or
-        ``highest`` elsewhere, not scaled.
+        ``round(clamp(x / step, lowest, highest)) * step``, shape and type of ``x``, with the limits less
+        ``zero_point``. The gradient is 1 for ``x`` where ``lowest < x / step < highest`` and 0 elsewhere; for ``step``
+        it is ``round(x / step) - x / step`` there and ``lowest`` or ``highest`` elsewhere, not scaled.
 
     Raises:
-        ValueError: If ``bits`` is out of range or ``step`` is not positive.
+        ValueError: If ``bits`` or ``zero_point`` is out of range, ``step`` is not positive or of another shape.
 
     Example:
         >>> step = torch.tensor(0.5, requires_grad=True)
@@ -277,11 +289,57 @@ def learned_step_quantize(x: Tensor, step: Tensor, bits: int, signed: bool = Tru
         [1.0, -0.5, 0.0, -2.0]
     """
     check_bits(bits)
-    if not torch.compiler.is_compiling() and not (step.detach() > 0).all():
+    if step.ndim != (0 if axis is None else 1) or (axis is not None and len(step) != x.shape[axis]):
+        expected = "of 0 dimensions" if axis is None else f"of shape ({x.shape[axis]},)"
+        raise ValueError(f"step must be {expected}, got shape {tuple(step.shape)}")
+    if not torch.compiler.is_compiling() and step.device.type == "cpu" and not (step.detach() > 0).all():
         raise ValueError(f"step must be positive, got {step.detach().tolist()}")
-    lowest, highest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    quantised: Tensor = _LearnedStep.apply(x, step, lowest, highest)
+    highest = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+    lowest = (-highest if narrow else -highest - 1) if signed else 0
+    if not lowest <= zero_point <= highest or (signed and zero_point):
+        raise ValueError(f"zero_point must be {0 if signed else f'from 0 to {highest}'}, got {zero_point!r}")
+    return learned_rounding(x, step, lowest - zero_point, highest - zero_point, axis=axis)
+
+
+def learned_rounding(x: Tensor, step: Tensor, lowest: int, highest: int, *, axis: int | None = None) -> Tensor:
+    """As :func:`learned_step_quantize`, between any two integers, and without its look at the step.
+
+    Args:
+        x: As there.
+        step: As there.
+        lowest: Of ``round(x / step)``.
+        highest: Likewise.
+        axis: As there.
+
+    Returns:
+        ``round(clamp(x / step, lowest, highest)) * step``, with the gradients of there.
+
+    Example:
+        >>> learned_rounding(torch.tensor([0.9, -2.0]), torch.tensor(0.5), -3, 3)
+        tensor([ 1.0000, -1.5000])
+    """
+    quantised: Tensor = _LearnedStep.apply(x, along(step, x, axis), lowest, highest)
     return quantised
+
+
+def gradient_scaled(x: Tensor, factor: float) -> Tensor:
+    """The same tensor, whose gradient is multiplied.
+
+    Args:
+        x: Any shape.
+        factor: What by.
+
+    Returns:
+        The values of ``x``.
+
+    Example:
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> gradient_scaled(x, 0.5).sum().backward()
+        >>> x.grad
+        tensor([0.5000])
+    """
+    scaled: Tensor = _GradientScaled.apply(x, factor)
+    return scaled
 
 
 def along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
@@ -310,16 +368,21 @@ class _Rounded(torch.autograd.Function):
     """Rounding to a grid, straight through within its limits."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor | int, lowest: int, highest: int) -> Tensor:
-        integers = torch.div(x.to(step.dtype), step).round_().add_(offset)
-        ctx.lowest, ctx.highest = lowest, highest
-        ctx.save_for_backward(integers)
-        return integers.clamp(lowest, highest).sub_(offset).mul_(step).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, step: Tensor, lowest: Tensor | int, highest: Tensor | int) -> Tensor:
+        integers = torch.div(x.to(step.dtype), step).round_()
+        fixed = not isinstance(lowest, Tensor)
+        ctx.limits = (lowest, highest) if fixed else None
+        ctx.save_for_backward(integers, *(() if fixed else (lowest, highest)))
+        return integers.clamp(lowest, highest).mul_(step).to(x.dtype)  # type: ignore[arg-type]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (integers,) = ctx.saved_tensors
-        return _within(gradient, integers, ctx.lowest - 0.5, ctx.highest + 0.5), None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        integers, *limits = ctx.saved_tensors
+        if limits:
+            lowest, highest = limits
+            return torch.where((integers >= lowest) & (integers <= highest), gradient, 0), None, None, None
+        lowest, highest = ctx.limits
+        return _within(gradient, integers, lowest - 0.5, highest + 0.5), None, None, None
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -327,18 +390,40 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, lowest: int, highest: int) -> Tensor:
-        ratio = torch.div(at_least_float32(x), step)
-        ctx.lowest, ctx.highest = lowest, highest
-        ctx.save_for_backward(ratio)
-        return ratio.clamp(lowest, highest).round_().mul_(step).to(x.dtype)
+        ratio = torch.div(at_least_float32(x), step).clamp_(lowest, highest)
+        rounded = ratio.round().mul_(step)
+        ctx.limits = lowest, highest
+        ctx.save_for_backward(ratio, rounded, step)
+        return rounded.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (ratio,) = ctx.saved_tensors
-        lowest, highest = ctx.lowest, ctx.highest
-        # round(ratio) - ratio inside, where the second term is 0 the limit
-        slope = ratio.clamp(lowest, highest).round_().sub_(_within(ratio, ratio, lowest, highest))
-        return _within(gradient, ratio, lowest, highest), slope.mul_(gradient).sum(), None, None
+        ratio, rounded, step = ctx.saved_tensors
+        wide = gradient.to(ratio.dtype)
+        within = _within(wide, ratio, *ctx.limits)
+        # round(clamp(x / step)) - x / step, the latter only inside: two products and no tensor in between
+        slope = _products(wide, rounded, step) / step - _products(within, ratio, step)
+        return within.to(gradient.dtype), slope.to(step.dtype), None, None
+
+
+class _GradientScaled(torch.autograd.Function):
+    """Nothing, and a multiplied gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def _products(one: Tensor, other: Tensor, like: Tensor) -> Tensor:
+    """The sum of the products of two tensors, over all that broadcasts in a third."""
+    if like.ndim == 0:
+        return torch.dot(one.reshape(-1), other.reshape(-1))
+    return (one * other).sum_to_size(like.shape)
 
 
 def _within(values: Tensor, where: Tensor, lowest: float, highest: float) -> Tensor:

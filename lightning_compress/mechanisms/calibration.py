@@ -18,7 +18,7 @@ from lightning_compress.mechanisms.grids import COMPUTED, ActivationGrid, Grids,
 from lightning_compress.mechanisms.observers import Observer, make_observer
 from lightning_compress.mechanisms.operations import CONVOLUTIONS
 from lightning_compress.mechanisms.quantization import KEY, QuantizationError, module_of, quantizing
-from lightning_compress.mechanisms.rounding import Rounding, multiplied, norm_arguments, spread
+from lightning_compress.mechanisms.rounding import Presented, Rounding, multiplied, norm_arguments, spread
 from lightning_compress.mechanisms.selection import plain_name
 
 Steps = Callable[[], Iterator[object]]
@@ -60,6 +60,7 @@ class Observing(Rounding):
         settings: How to find it.
         selected: Whether a weight of this name is to be quantised.
         given: Grids of weights that are known already.
+        presented: As in :class:`~lightning_compress.mechanisms.rounding.WeightNames`.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class Observing(Rounding):
         settings: Settings,
         selected: Callable[[str], bool],
         given: Mapping[str, WeightGrid],
+        presented: Presented | None = None,
     ) -> None:
-        super().__init__(network, grids)
+        super().__init__(network, grids, presented)
         self.settings, self.selected, self.given = settings, selected, given
         self.observers: dict[str, Observer] = {}
         self.found: dict[str, Tensor] = {}
@@ -81,13 +83,18 @@ class Observing(Rounding):
         self.folded: dict[str, dict[str, Any]] = {}
         """What the batch norm behind a layer was given."""
         self.floats: Counter[str] = Counter()
+        self.met: set[str] = set()
+        """Keys of the activations that would have quantisers."""
+        self.only: set[str] | None = None
+        """Those to look at; None: all."""
         self.edges: set[str] = set()
         """Weights that have other bits, because they come first or last."""
         self.discovering = True
 
     def activation(self, key: str, x: Tensor) -> Tensor:
         """The tensor as it is, once it was looked at."""
-        if not self.discovering:
+        self.met.add(key)
+        if not self.discovering and (self.only is None or key in self.only):
             if key not in self.observers:
                 self.observers[key] = make_observer(self.settings.observer, self.activation_bits(key))
             try:
@@ -189,6 +196,7 @@ class Calibration:
         settings: How to calibrate.
         selected: Whether the weight of this dotted name is to be quantised.
         given: Grids of weights that are known.
+        presented: As in :class:`~lightning_compress.mechanisms.rounding.WeightNames`.
 
     Attributes:
         grids: What was found.
@@ -201,11 +209,12 @@ class Calibration:
         *,
         selected: Callable[[str], bool] = lambda name: True,
         given: Mapping[str, WeightGrid] = MappingProxyType({}),
+        presented: Presented | None = None,
     ) -> None:
         _refuse_scripted(network)
-        self._network, self._settings = network, settings
+        self._network, self._settings, self._presented = network, settings, presented
         self.grids = Grids(integer_activations=settings.activation_bits is not None)
-        self._watch = Observing(network, self.grids, settings, selected, given)
+        self._watch = Observing(network, self.grids, settings, selected, given, presented)
 
     def discover(self, steps: Steps) -> None:
         """Find out on one batch what the network is made of, and the grids of its weights.
@@ -217,10 +226,7 @@ class Calibration:
             QuantizationError: If no weight is quantised, or one is NaN or infinite.
         """
         grids, watch = self.grids, self._watch
-        self._run(watch, steps, samples=1)
-        watch.discovering = False
-        direct = watch.consumers
-        grids.folds = {layer: norm for layer, norm in grids.folds.items() if _only_norm(direct.get(layer, set()), norm)}
+        self._look(steps)
         if not grids.sites:
             raise QuantizationError(
                 "no weight would be quantised: the network runs no convolution and no linear layer that is selected"
@@ -229,9 +235,23 @@ class Calibration:
             _equalize(grids, watch)
         ends = {place.name for place in (next(iter(grids.sites.values())), next(reversed(grids.sites.values())))}
         watch.edges = ends if self._settings.edge_bits is not None else set()
+        self._find_weights()
+        grids.fingerprints = fingerprints(self._network)
+
+    def _look(self, steps: Steps) -> None:
+        """See one batch run, and what it is made of."""
+        grids, watch = self.grids, self._watch
+        watch.discovering = True
+        self._run(watch, steps, samples=1)
+        watch.discovering = False
+        direct = watch.consumers
+        grids.folds = {layer: norm for layer, norm in grids.folds.items() if _only_norm(direct.get(layer, set()), norm)}
+
+    def _find_weights(self) -> None:
+        """Find the grids of the weights that were seen, and list what is left."""
+        grids, watch = self.grids, self._watch
         for site, weight in watch.found.items():
             watch.grid(site, grids.sites[site], weight)
-        grids.fingerprints = fingerprints(self._network)
         weights = [name for name, value in self._network.named_parameters() if value.ndim > 1]
         floats = [f"{name} ({count})" for name, count in sorted(watch.floats.items())]
         left = [name for name in map(plain_name, weights) if watch.names.stands_for(name) not in grids.weights]
@@ -239,9 +259,26 @@ class Calibration:
 
     def weights_only(self) -> Rounding:
         """Quantisers of the weights alone, to estimate statistics of the network with."""
-        rounding = Rounding(self._network, self.grids)
+        rounding = Rounding(self._network, self.grids, self._presented)
         rounding.active = False
         return rounding
+
+    def extend(self, steps: Steps) -> None:
+        """Add what another way through the network has more, such as the heads that it has in training only.
+
+        Args:
+            steps: Runs the network that way.
+        """
+        watch, known = self._watch, len(self.grids.sites)
+        floats = watch.floats.copy()
+        self._look(steps)
+        watch.floats = floats
+        new = watch.met - set(self.grids.activations)
+        if len(self.grids.sites) > known:
+            self._find_weights()
+        if self._settings.activation_bits is not None and new:
+            watch.only = new
+            self.observe(steps)
 
     def observe(self, steps: Steps) -> None:
         """Find the grids of the activations.
@@ -263,7 +300,7 @@ class Calibration:
         grids = self.grids  # a weight may be met on a later batch only
         grids.left_in_float = tuple(name for name in grids.left_in_float if name not in grids.weights)
         if self._settings.correct_bias:
-            correction = _Correction(self._network, self.grids)
+            correction = _Correction(self._network, self.grids, self._presented)
             self._run(correction, steps, samples=samples)
             self.grids.biases = correction.means()
 
@@ -339,8 +376,8 @@ def fingerprints(network: nn.Module) -> dict[str, int]:
 class _Correction(Rounding):
     """Finds by how much rounding its weight shifts the mean of each output channel of a layer."""
 
-    def __init__(self, network: nn.Module, grids: Grids) -> None:
-        super().__init__(network, grids)
+    def __init__(self, network: nn.Module, grids: Grids, presented: Presented | None = None) -> None:
+        super().__init__(network, grids, presented)
         self._sums: dict[str, tuple[Tensor, int]] = {}
 
     def layer(

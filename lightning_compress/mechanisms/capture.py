@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.mechanisms.pausing import modes_paused
 from lightning_compress.mechanisms.tree import named_tensors, rebuild
 from lightning_compress.mechanisms.wrapping import marked, shadowed
 
@@ -122,7 +123,13 @@ class Capture(AbstractContextManager["Capture"]):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self._recording or not (self._when is None or self._when()):
             return None
-        watched = (args, kwargs)
+        with modes_paused():
+            return self._kept_input(args, kwargs)
+
+    def _kept_input(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        watched, module = (args, kwargs), self._module
         if self.differentiable and torch.is_grad_enabled():
             watched = rebuild(watched, differentiable)
             args, kwargs = rebuild(watched, _writable)
@@ -135,7 +142,8 @@ class Capture(AbstractContextManager["Capture"]):
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._recording and self._open and (self._when is None or self._when()):
             given = self._open.pop()
-            self._records.append((given, _Snapshot(output, copy=self._written.get(module.training, True))))
+            with modes_paused():
+                self._records.append((given, _Snapshot(output, copy=self._written.get(module.training, True))))
             if self.on_output is not None and not torch.compiler.is_compiling():
                 self.on_output()
 

@@ -45,6 +45,8 @@ class StepController:
         self.steps = 0
         self.replaying = False
         """Whether steps run as they are, and their losses too: for those who run them for another reason."""
+        self.deployed = True
+        """Whether what runs is the network that will be shipped, and not a further pass under other weights."""
         self._repeated = 0
         self._inside = False  # of a step
         self._captures: dict[Any, StudentCapture] = {}
@@ -244,6 +246,7 @@ class StepController:
             return self._run_views(original, args, kwargs)
         finally:
             self._inside = self._teachers_go_first = False
+            self.deployed = True
             self._forget_teachers_outputs()
 
     def run_validation(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -290,7 +293,7 @@ class StepController:
         further = self._further((args, kwargs)) if len(views) > 1 else None
         for view in views:
             with nullcontext() if further is None or view.deployed else further.traceless(view.name), view.enter():
-                self._teachers_go_first = view.deployed
+                self._teachers_go_first = self.deployed = view.deployed
                 again = self._again(original, args, kwargs)
                 output, calls, layers = self._recorded(original, args, kwargs)
                 if output is None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.operations import (
@@ -28,6 +27,7 @@ from lightning_compress.mechanisms.operations import (
     operation_name,
     writes,
 )
+from lightning_compress.mechanisms.pausing import PausableMode
 from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.mechanisms.tree import named_tensors, rebuild
 from lightning_compress.mechanisms.wrapping import marked, shadowed
@@ -144,7 +144,7 @@ class ModulePaths:
         return self._frames[-1][0]
 
 
-class QuantizationMode(TorchFunctionMode):
+class QuantizationMode(PausableMode):
     """Sees every operation while it is on, and hands its tensors to quantisers.
 
     Args:
@@ -162,6 +162,8 @@ class QuantizationMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         options = kwargs or {}
+        if self.paused:
+            return func(*args, **options)
         name = operation_name(func)
         kind = kind_of(name, args, options)
         if kind is Kind.ASKED:
@@ -467,12 +469,15 @@ class GuardedCalls:
 
 
 @contextmanager
-def quantizing(network: nn.Module, quantizers: Quantizers) -> Iterator[GuardedCalls]:
+def quantizing(
+    network: nn.Module, quantizers: Quantizers, *, when: Callable[[], bool] = lambda: True
+) -> Iterator[GuardedCalls]:
     """Let a network run with quantisers, whoever calls it.
 
     Args:
         network: The network; it may be compiled.
         quantizers: What is done to its tensors.
+        when: Whether it shall in the call that begins.
 
     Yields:
         A counter of its calls.
@@ -492,7 +497,7 @@ def quantizing(network: nn.Module, quantizers: Quantizers) -> Iterator[GuardedCa
 
     def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if calls.depth:
+            if calls.depth or not when():
                 return original(*args, **kwargs)
             tensors = [tensor for _, tensor in named_tensors((args, kwargs))]
             batch = [] if torch.compiler.is_compiling() else tensors  # where a length would be taken for a constant
@@ -521,7 +526,7 @@ def quantizing(network: nn.Module, quantizers: Quantizers) -> Iterator[GuardedCa
         def enter(module: nn.Module, args: Any) -> None:
             if calls.depth:
                 paths.enter(name, owner)
-            elif _compat.runs_again():
+            elif _compat.runs_again() and when():
                 raise QuantizationError(
                     f"activation checkpointing runs '{name}' again in the backward pass, where it would not be "
                     "quantised; turn checkpointing off"

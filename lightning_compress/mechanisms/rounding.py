@@ -13,6 +13,7 @@ from lightning_compress.functional.quantizers import along, fake_quantize
 from lightning_compress.mechanisms.grids import ActivationGrid, Grids, WeightGrid, WeightSite
 from lightning_compress.mechanisms.quantization import QuantizationError, Quantizers, module_of
 from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.views import Source
 
 _NEVER = (
     "the layer '{site}' was never calibrated: calibration did not come this way; calibrate again, with data that takes "
@@ -22,15 +23,18 @@ GATE_STEP = 6.0 / 255.0
 """Step of the grid that ``clamp(x + 3, 0, 6)`` has within hardswish and hardsigmoid."""
 
 
+Presented = Callable[[Tensor], Source | None]
+
+
 class WeightNames:
     """Which parameter of a network an operation was given, or which of its rows.
 
     Args:
         network: The network.
-        presented: The name of a weight that something else stands for at the moment, such as a masked one.
+        presented: Where a tensor comes from that stands for a weight at the moment, as a masked one does.
     """
 
-    def __init__(self, network: nn.Module, presented: Callable[[Tensor], str | None] | None = None) -> None:
+    def __init__(self, network: nn.Module, presented: Presented | None = None) -> None:
         self._names: dict[int, str] = {}
         self._storages: dict[int, tuple[str, Tensor]] = {}
         self._computed: set[str] = set()  # modules whose weight is
@@ -55,7 +59,7 @@ class WeightNames:
 
     def whole(self, place: WeightSite, weight: Tensor) -> Tensor:
         """The weight that what an operation was given is, or is a part of."""
-        entry = self._storages.get(weight.untyped_storage().data_ptr())
+        entry = self._whole_of(weight)
         return weight if entry is None or entry[0] != place.name else entry[1]
 
     def find(self, weight: Tensor, module: str) -> WeightSite | None:
@@ -69,18 +73,26 @@ class WeightNames:
             Its name and rows; None for what is no parameter, nor computed from some by weight norm or the like.
         """
         name = self._names.get(id(weight))
-        if name is None and self._presented is not None:
-            name = self._presented(weight)
+        whole = None if name is not None else self._whole_of(weight)
+        if whole is not None and whole[1] is weight:
+            name = whole[0]
         if name is None and module in self._computed:
             name = f"{module}.weight" if module else "weight"
         if name is not None:
             return WeightSite(name, 0, len(weight))
-        whole = self._storages.get(weight.untyped_storage().data_ptr())
         if whole is None or weight.shape[1:] != whole[1].shape[1:] or not weight.is_contiguous():
             return None
         row = max(1, whole[1][0].numel())
         start = int(weight.storage_offset() - whole[1].storage_offset()) // row
         return WeightSite(whole[0], start, start + len(weight))
+
+    def _whole_of(self, weight: Tensor) -> tuple[str, Tensor] | None:
+        """Name and whole of the weight, or of what stands for it, that a tensor shares its memory with."""
+        source = None if self._presented is None else self._presented(weight)
+        if source is None:
+            return self._storages.get(weight.untyped_storage().data_ptr())
+        name = self._names.get(id(source.weight))
+        return None if name is None else (name, source.shown)
 
 
 class Rounding(Quantizers):
@@ -93,9 +105,7 @@ class Rounding(Quantizers):
 
     """
 
-    def __init__(
-        self, network: nn.Module, grids: Grids, presented: Callable[[Tensor], str | None] | None = None
-    ) -> None:
+    def __init__(self, network: nn.Module, grids: Grids, presented: Presented | None = None) -> None:
         self.grids = grids
         self.active = grids.integer_activations
         self.used: set[str] = set()

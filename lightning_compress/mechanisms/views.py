@@ -55,6 +55,20 @@ class Usage(NamedTuple):
     partly: list[str]
 
 
+class Source(NamedTuple):
+    """Where a presented tensor comes from.
+
+    Attributes:
+        name: Name of the weight.
+        weight: The parameter.
+        shown: The whole of what is presented in its place.
+    """
+
+    name: str
+    weight: nn.Parameter
+    shown: Tensor
+
+
 @dataclass(eq=False)
 class _Presented:
     """One weight with a view."""
@@ -352,10 +366,15 @@ class WeightViews:
                     stack.callback(module.register_forward_pre_hook(hook).remove)
             yield another
 
-    def name_of(self, tensor: Tensor) -> str | None:
-        """The name of the weight that a tensor presents, for whoever meets it in an operation; None for others."""
-        shown = (*self._weights.values(), *self._others)
-        return next((weight.name for weight in shown if weight.shown is tensor), None)
+    def source_of(self, tensor: Tensor) -> Source | None:
+        """What a tensor presents, or is a part of, for whoever meets it in an operation; None for all others."""
+        sources = [weight for weight in (*self._weights.values(), *self._others) if weight.shown is not None]
+        found = next((weight for weight in sources if weight.shown is tensor), None)
+        if found is None and sources:
+            place = tensor.untyped_storage().data_ptr()
+            alike = (own for own in sources if own.shown.untyped_storage().data_ptr() == place)  # type: ignore[union-attr]
+            found = next(alike, None)
+        return None if found is None or found.shown is None else Source(found.name, found.weight, found.shown)
 
     @contextmanager
     def watched(self, owner: str) -> Iterator[Callable[[], Usage]]:

@@ -13,11 +13,13 @@ from .modules import BATCH, STEPS, Classifier, NormClassifier, difference, loade
 # Two techniques that mask the same weights are refused, so each of them is tried with the rows that do not.
 MASKING = [case for case in CASES if case.keeps_dense]
 OTHERS = [case for case in CASES if not case.keeps_dense]
+QUANTISING = [case for case in CASES if case.quantises]
 
 
-def rows_with(masking):
-    """All rows, in the order of the table, with one technique that masks weights."""
-    return tuple(case for case in CASES if case is masking or case in OTHERS)
+def rows_with(masking, quantising="QATCallback"):
+    """All rows, in the order of the table, with one technique that masks weights, and one that quantises."""
+    left = [case for case in QUANTISING if case.name != quantising]
+    return tuple(case for case in CASES if case not in left and (case is masking or case in OTHERS))
 
 
 def trained(kind, callbacks):
@@ -27,19 +29,23 @@ def trained(kind, callbacks):
     return module, fitting.callback_metrics
 
 
+@pytest.mark.filterwarnings("ignore:QATCallback 'qat'. 'psgd' has trained nothing yet")
 @pytest.mark.parametrize(
-    ("masking", "kind", "heavy"),
+    ("masking", "quantising", "kind", "heavy"),
     [
-        pytest.param(MASKING[-1], Classifier, False, id="light rows"),
         *(
-            pytest.param(masking, kind, True, id=f"{masking.name}-{kind.__name__}", marks=pytest.mark.slow)
-            for masking in MASKING
+            pytest.param(MASKING[-1], own.name, Classifier, False, id=f"light rows with {own.name}")
+            for own in QUANTISING
+        ),
+        *(
+            pytest.param(own, "QATCallback", kind, True, id=f"{own.name}-{kind.__name__}", marks=pytest.mark.slow)
+            for own in MASKING
             for kind in (Classifier, NormClassifier)
         ),
     ],
 )
-def test_the_order_of_all_rows_does_not_matter(masking, kind, heavy, tmp_path):
-    rows = tuple(case for case in rows_with(masking) if heavy or not case.heavy)
+def test_the_order_of_all_rows_does_not_matter(masking, quantising, kind, heavy, tmp_path):
+    rows = tuple(case for case in rows_with(masking, quantising) if heavy or not case.heavy)
     alone, _ = trained(kind, [case.build(tmp_path, kind) for case in rows if case.changes_loss])
     orders = [rows, rows[::-1]]
     modules, metrics = zip(
@@ -68,6 +74,15 @@ def test_two_techniques_that_mask_the_same_weights_are_refused(first, second, tm
     assert "training_step" not in vars(module)
 
 
+def test_two_techniques_that_quantise_are_refused(tmp_path):
+    for order in (QUANTISING, QUANTISING[::-1]):
+        module = made(Classifier)
+        with pytest.raises(ValueError, match="would both quantise: QATCallback finds its grids itself"):
+            trainer(*(case.build(tmp_path, Classifier) for case in order)).fit(module, loader(), loader())
+        assert difference(module, made(Classifier)) == 0
+
+
+@pytest.mark.filterwarnings("ignore:QATCallback 'qat'. 'psgd' has trained nothing yet")
 @pytest.mark.slow
 @pytest.mark.parametrize("masking", MASKING, ids=lambda case: case.name)
 def test_the_end_of_fit_runs_stage_by_stage_in_any_order(masking, tmp_path):
@@ -81,6 +96,7 @@ def test_the_end_of_fit_runs_stage_by_stage_in_any_order(masking, tmp_path):
         assert [row for row in shown if not row.startswith("teacher of")] == [
             "before",
             "after",
+            "after (qat)",
             "teacher",
             "model.onnx",
         ]

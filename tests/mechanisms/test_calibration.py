@@ -255,6 +255,14 @@ class Branching(nn.Module):
         (lambda normed, y: (normed, y), False),
         (lambda normed, y: normed + y, False),
         (lambda normed, y: normed * y.shape[0], True),
+        (lambda normed, y: normed.mean() + y.relu().mean(), False),
+        (lambda normed, y: normed.mean() + F.avg_pool2d(y, 2).mean(), False),
+        (lambda normed, y: normed.mean() + y.sigmoid().mean(), False),
+        (lambda normed, y: normed.mean() + y.flatten(1).mean(), False),
+        (lambda normed, y: normed.mean() + y.mT.mean(), False),
+        (lambda normed, y: normed.mean() + F.gelu(y).mean(), False),
+        (lambda normed, y: normed.mean() + torch.cat([y, y]).mean(), False),
+        (lambda normed, y: normed.mean() + torch.softmax(input=y, dim=1)[0, 0, 0, 0], False),
     ],
 )
 def test_a_batch_norm_is_a_part_of_the_layer_whose_output_nobody_else_takes(other, folded):

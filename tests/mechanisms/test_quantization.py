@@ -188,6 +188,42 @@ PLACEMENTS = {
         [IN, A, ":add:0", B],
         [":add:0"],
     ),
+    "an element is set": (
+        lambda n, x: (lambda y: (y.__setitem__((slice(None), 0), 0.0), n.b(y))[1])(n.a(x)),
+        lambda h, x: r(h.b(torch.cat([torch.zeros_like(x[:, :1]), r(h.a(x))[:, 1:]], 1))),
+        [IN, A, "in:b:conv2d:0", B],
+        [],
+    ),
+    "of the type that it has": (
+        lambda n, x: n.b(n.a(x).to(torch.float32)),
+        lambda h, x: r(h.b(h.a(x))),
+        [IN, A, ":to:0", B],
+        [":to:0"],
+    ),
+    "asked about": (
+        lambda n, x: (lambda y: n.b(y) if (y.ndim, y.dtype, y.dim()) == (4, torch.float32, 4) else y)(n.a(x)),
+        lambda h, x: r(h.b(h.a(x))),
+        [IN, A, B],
+        [],
+    ),
+    "by name": (
+        lambda n, x: torch.sigmoid(input=torch.mean(input=torch.permute(input=n.a(x), dims=(0, 1, 3, 2)), dim=(2, 3))),
+        lambda h, x: r(torch.sigmoid(r(r(h.a(x)).permute(0, 1, 3, 2).mean((2, 3))))),
+        [IN, A, ":mean:0", ":sigmoid:0"],
+        [],
+    ),
+    "gathered": (
+        lambda n, x: torch.gather(n.a(x), 1, torch.ones(2, 1, 4, 4, dtype=torch.long)),
+        lambda h, x: r(h.a(x))[:, 1:],
+        [IN, A],
+        [":gather:0"],
+    ),
+    "cat by name": (
+        lambda n, x: torch.cat(tensors=[n.a(x), n.b(x)], dim=1),
+        lambda h, x: torch.cat([r(h.a(x)), r(h.b(x))], 1),
+        [IN, A, B],
+        [":cat:0"],
+    ),
     "a factor": (
         lambda n, x: torch.add(n.a(x), n.b(x), alpha=2),
         lambda h, x: r(h.a(x)) + 2 * r(h.b(x)),
@@ -354,11 +390,31 @@ def test_where_maps_are_rounded(name):
     assert marks(output) == []
 
 
+def test_what_gives_integers_is_not_left_in_float():
+    net = Net(lambda n, x: n.a(x).argmax(1))
+    output, noted = run(net, MAPS)
+    assert torch.equal(output, r(Hand(net).a(MAPS)).argmax(1))
+    assert (noted.keys, noted.lefts) == ([IN, A], [])
+
+
 F_IN, F_OUT = "in:f:linear:0", "f:linear:0"
 VECTORS = {
     "an output": (lambda n, x: n.f(x), lambda h, x: h.f(x), [F_IN], []),
     "two layers": (lambda n, x: n.g(n.f(x)), lambda h, x: h.g(h.f(x)), [F_IN, F_OUT], []),
     "relu": (lambda n, x: n.g(F.relu(n.f(x))), lambda h, x: h.g(F.relu(h.f(x))), [F_IN, ":relu:0"], []),
+    "relu at the end": (lambda n, x: F.relu(n.f(x)), lambda h, x: F.relu(h.f(x)), [F_IN], []),
+    "a curve first": (
+        lambda n, x: n.f(x.sigmoid()),
+        lambda h, x: h.f(x.sigmoid()),
+        [":sigmoid:0"],
+        [":sigmoid:0"],
+    ),
+    "pooled": (
+        lambda n, x: F.avg_pool1d(n.f(x), 2),
+        lambda h, x: F.avg_pool1d(h.f(x), 2),
+        [F_IN],
+        [":avg_pool1d:0"],
+    ),
     "a residual": (lambda n, x: n.f(x) + n.g(x), lambda h, x: h.f(x) + h.g(x), [F_IN], [":add:0"]),
     "gelu": (lambda n, x: n.g(F.gelu(n.f(x))), lambda h, x: h.g(F.gelu(h.f(x))), [F_IN, ":gelu:0"], [":gelu:0"]),
     "normalised": (
@@ -764,6 +820,13 @@ def test_a_part_of_a_network_can_be_quantised_alone():
     assert (quarters.keys, calls.count) == (["in:0:conv2d:0", "1:relu:0"], 1)
 
 
+def test_a_part_that_is_called_past_the_network_runs_in_float():
+    net, quarters = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU()), Quarters()
+    with quantizing(net, quarters) as calls:
+        assert torch.equal(net[0](MAPS), F.conv2d(MAPS, net[0].weight, net[0].bias))
+    assert (quarters.keys, quarters.sites, calls.count) == ([], [], 0)
+
+
 def test_a_network_that_calls_itself_is_one_call():
     class Halving(nn.Module):
         def __init__(self):
@@ -885,32 +948,35 @@ def test_the_network_is_the_same_after_an_exception():
 
 
 class Learned(nn.Module):
-    """Takes a parameter and a buffer, which no operation makes, as inputs of its layers."""
+    """Takes a parameter and a buffer, which no operation makes, as inputs of its layers, and keeps a mean."""
 
     def __init__(self):
         super().__init__()
         self.query, self.linear = nn.Parameter(torch.randn(3, 2)), nn.Linear(2, 2)
         self.register_buffer("constant", torch.randn(3, 2))
+        self.register_buffer("seen", torch.zeros(2))
 
     def forward(self, x):
+        self.seen.mul_(0.5).add_(x.mean(0))
         return x + self.linear(self.query) + self.linear(self.constant)
 
 
 def test_parameters_and_buffers_as_inputs_are_rounded_in_each_call():
-    net, quarters = Learned(), Quarters()
+    net, quarters, seen = Learned(), Quarters(), torch.zeros(2)
     with quantizing(net, quarters):
         for _ in range(2):
             x = torch.randn(3, 2)
-            output = net(x)
+            output, seen = net(x), 0.5 * seen + x.mean(0)
             wanted = x + sum(
                 F.linear(r(value), r(net.linear.weight), net.linear.bias) for value in (net.query, net.constant)
             )
             torch.testing.assert_close(output, wanted)
+            torch.testing.assert_close(net.seen, seen)
             output.sum().backward()  # nothing of the graph of an earlier call is used again
             with torch.no_grad():
                 net.query += 1
                 net.constant += 1
-            assert marks(net.query, net.constant) == []
+            assert marks(net.query, net.constant, net.seen) == []
     assert noted_twice(quarters.keys) == ["in:linear:linear:0", "in:linear#1:linear:0"]
 
 
@@ -928,21 +994,33 @@ def test_tensors_in_objects_of_the_user_bear_no_marks():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_activations_are_freed_without_the_garbage_collector(training):
+@pytest.mark.parametrize("kind", [Quarters, Quantizers])
+def test_activations_are_freed_without_the_garbage_collector(kind, training):
     net, references = normed().requires_grad_(training), []
     for module in net:
         module.register_forward_hook(lambda module, args, output: references.append(weakref.ref(output)))
     gc.collect()
     gc.disable()
     try:
-        output = run(net, MAPS)[0]
-        if training:
-            output.sum().backward()
-        del output
-        assert len(references) == 4
-        assert [reference() for reference in references] == [None] * 4
+        with quantizing(net, kind()):
+            x = MAPS.clone()
+            references.append(weakref.ref(x))
+            output = net(x)
+            if training:
+                output.sum().backward()
+            del x, output
+            assert len(references) == 5
+            assert [reference() for reference in references] == [None] * 5
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(context):
+    net = Net(lambda n, x: (lambda y: (n.b(y) + y) * y)(F.relu(n.a(x))))
+    expected = run(net, MAPS)[0]
+    with context():
+        assert torch.equal(run(net, MAPS.clone())[0], expected)
 
 
 # --- activation checkpointing ---

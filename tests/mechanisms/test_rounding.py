@@ -16,6 +16,7 @@ from lightning_compress.mechanisms.calibration import Settings, calibrate
 from lightning_compress.mechanisms.grids import ActivationGrid, Grids, WeightSite
 from lightning_compress.mechanisms.quantization import QuantizationError, quantizing
 from lightning_compress.mechanisms.rounding import Rounding, WeightNames, multiplied, norm_arguments, spread
+from lightning_compress.mechanisms.views import Source
 
 
 def on_grid(x, scale, zero_point, lowest, highest):
@@ -130,6 +131,16 @@ def test_weights_only(small):
     assert grids.activations == {}
 
 
+@pytest.mark.parametrize("act", [F.hardswish, F.hardsigmoid, F.silu])
+def test_curves_of_weights_only_are_those_of_float(act):
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3)
+    net[0].register_forward_hook(lambda module, args, output: act(output))
+    grids = calibrated(net, (x,), activation_bits=None)
+    first, second = (weight_of(grids, f"{n}.weight", net[n].weight) for n in range(2))
+    expected = F.linear(act(F.linear(x, first, net[0].bias)), second, net[1].bias)
+    torch.testing.assert_close(run(net, grids, x)[0], expected, rtol=0, atol=1e-6)
+
+
 def test_the_plain_network_is_bit_for_bit_the_same_afterwards(small):
     before = small(MAPS)
     grids = calibrated(small, (MAPS,))
@@ -185,6 +196,25 @@ def test_statistics_that_were_estimated_stand_in_in_evaluation_only(small):
     for ours, own in zip(small.norm.buffers(), plain.norm.buffers(), strict=True):  # but its own, moved on
         torch.testing.assert_close(ours, own)
     assert all(torch.equal(*pair) for pair in zip(grids.statistics["norm"], estimated, strict=True))
+
+
+def test_a_batch_norm_that_is_no_part_of_the_layer_takes_what_is_rounded(small):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.norm = small.stem, small.norm
+
+        def forward(self, x):
+            maps = self.stem(x)
+            return maps, self.norm(maps)
+
+    net = Both().eval()
+    grids = calibrated(net, (MAPS,), activation_bits=3)
+    assert (grids.folds, list(grids.activations)) == ({}, ["in:stem:conv2d:0", "stem:conv2d:0"])
+    a = partial(activation_of, grids)
+    maps = a("stem:conv2d:0", F.conv2d(a("in:stem:conv2d:0", MAPS), weight_of(grids, "stem.weight", net.stem.weight)))
+    found = run(net, grids, MAPS)[0]
+    torch.testing.assert_close(found, (maps, net.norm(maps)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -256,15 +286,48 @@ def test_names_of_weights():
     assert names.name_of(None) is names.name_of(torch.ones(6)) is None
     place = names.find(weight[2:5], "x")
     assert names.whole(place, weight[2:5]) is weight
-    assert names.whole(WeightSite("other", 0, 3), weight) is weight
+    other = weight[2:5]
+    assert names.whole(WeightSite("other", 0, 3), other) is other
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_names_of_weights_that_are_computed(norm):
+    net = nn.ModuleDict({"a": norm(nn.Linear(2, 3)), "b": nn.Module()})
+    for name in ("weight_g", "weight_v"):
+        net["b"].register_parameter(name, nn.Parameter(torch.ones(3, 2)))
+    del net["b"].weight_g
+    names = WeightNames(net)
+    assert names.find(net["a"].weight, "a") == WeightSite("a.weight", 0, 3)
+    assert names.find(net["a"].weight, "b") is None
+    made = {
+        names.stands_for(name) for name, _ in net.named_parameters() if name.startswith("a.") and "bias" not in name
+    }
+    assert made == {"a.weight"}
+    assert [names.stands_for(name) for name in ("a.bias", "b.weight_v")] == ["a.bias", "b.weight_v"]
+    whole = norm(nn.Linear(2, 3))
+    assert WeightNames(whole).find(whole.weight, "") == WeightSite("weight", 0, 3)
+
+
+def standing_for(parameter, shown):
+    """What says that a tensor, and each part of it, stands for a parameter."""
+
+    def source(tensor):
+        same = tensor.untyped_storage().data_ptr() == shown.untyped_storage().data_ptr()
+        return Source("of.another.name", parameter, shown) if same else None
+
+    return source
 
 
 def test_names_of_weights_that_something_stands_for():
     net = nn.Linear(2, 3)
     masked = net.weight * 0.5
     assert WeightNames(net).find(masked, "") is None
-    names = WeightNames(net, lambda tensor: "weight" if tensor is masked else None)
+    names = WeightNames(net, standing_for(net.weight, masked))
     assert names.find(masked, "") == WeightSite("weight", 0, 3)
+    assert names.find(masked[1:], "") == WeightSite("weight", 1, 3)
+    assert names.whole(WeightSite("weight", 1, 3), masked[1:]) is masked
+    assert WeightNames(nn.Linear(2, 3), standing_for(net.weight, masked)).find(masked, "") is None  # of another network
     assert names.find(torch.ones(3, 2), "") is None
 
 
@@ -274,7 +337,7 @@ def test_a_weight_that_stands_for_another_is_rounded_and_its_gradient_arrives():
     parameter, mask = net[0].weight, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
     masked = parameter * mask
     vars(net[0])["weight"] = masked
-    with quantizing(net, Rounding(net, grids, lambda tensor: "0.weight" if tensor is masked else None)):
+    with quantizing(net, Rounding(net, grids, standing_for(parameter, masked))):
         output = net(x)
     expected = F.linear(
         activation_of(grids, "in:0:linear:0", x), weight_of(grids, "0.weight", parameter * mask), net[0].bias
@@ -510,7 +573,7 @@ def test_an_activation_that_was_not_calibrated_is_an_error(fresh_compiler, compi
 def test_weights_without_a_grid_stay_in_float(small):
     small.requires_grad_(False)
     grids = calibrated(small, (MAPS,))
-    del grids.weights["one.weight"]
+    del grids.weights["one.weight"], grids.sites["one:conv2d:0"]
     output, rounding = run(small, grids, MAPS)
     a, w = partial(activation_of, grids), partial(weight_of, grids)
     x = F.relu(small.norm(F.conv2d(a("in:stem:conv2d:0", MAPS), w("stem.weight", small.stem.weight))))

@@ -1,0 +1,319 @@
+"""What the techniques that quantise share: finding the grids of a network by replaying the user's step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_compress import _compat
+from lightning_compress.callbacks.arguments import check_edge_bits, check_whole
+from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.export.sample import defines
+from lightning_compress.export.scales import given_steps
+from lightning_compress.functional.quantizers import check_bits
+from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_, statistics_kept
+from lightning_compress.mechanisms.calibration import Calibration, Settings, statistics_of
+from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.grids import Grids, WeightGrid
+from lightning_compress.mechanisms.isolation import evaluating
+from lightning_compress.mechanisms.quantization import QuantizationError, Quantizers, quantizing
+from lightning_compress.mechanisms.replay import replay, traceless
+from lightning_compress.mechanisms.rounding import Presented
+from lightning_compress.mechanisms.selection import find_module, plain_name, select_modules
+from lightning_compress.mechanisms.step import step_controller
+
+SKIPPED = 8
+"""So many batches of the training data a validation step may do without the network."""
+
+
+class CalibratingCallback(CompressionCallback):
+    """Base of the techniques that find the grids of a network.
+
+    Args:
+        weight_bits: Bits of a weight, 2 to 8.
+        activation_bits: Bits of an activation, 2 to 8. None: weights only.
+        edge_bits: Bits of the first and the last weight, and of the network's input. "auto": 8 where ``weight_bits``
+            is below 4, else as the others; None: as the others.
+        max_samples: Samples of the training data to look at, at least 1.
+        network: Dotted name of the network inside the LightningModule; None: the one that the step calls.
+        layers: Selectors of layers. None: all that have integer kernels.
+        exclude: Selectors of layers that stay in float.
+        name: As in the base class.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight_bits: int,
+        activation_bits: int | None,
+        edge_bits: int | Literal["auto"] | None,
+        max_samples: int,
+        network: str | None,
+        layers: Sequence[str] | None,
+        exclude: Sequence[str] | None,
+        name: str | None,
+    ) -> None:
+        super().__init__(name=name)
+        check_bits(weight_bits, "weight_bits")
+        if activation_bits is not None:
+            check_bits(activation_bits, "activation_bits")
+        check_edge_bits(edge_bits)
+        check_whole("max_samples", max_samples, at_least=1)
+        self.weight_bits, self.activation_bits, self.edge_bits = weight_bits, activation_bits, edge_bits
+        self.max_samples, self.network, self.layers, self.exclude = max_samples, network, layers, exclude
+        self._method = "validation_step"  # what is replayed
+        self._fitted: int | None = None  # whose fit the captured sample is of
+
+    # For techniques
+
+    def settings(self) -> Settings:
+        """How to calibrate."""
+        raise NotImplementedError
+
+    def reestimates(self, network: nn.Module) -> bool:
+        """Whether the statistics of batch norm are estimated anew with quantised weights."""
+        return False
+
+    def given(self, trainer: Any, name: str, network: nn.Module) -> Mapping[str, WeightGrid]:
+        """Grids of weights of the network of this name that are known already."""
+        return MappingProxyType({})
+
+    def presented(self) -> Presented | None:
+        """What says where a tensor comes from that stands for a weight; None where nothing does."""
+        return None
+
+    # Life cycle
+
+    @property
+    def weight_bits_given(self) -> int | None:
+        """Those of the weights."""
+        return self.weight_bits
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse selectors that match nothing, and a network that is none."""
+        if self.network is not None:
+            find_module(pl_module, self.network, argument="network")
+        self._selected(pl_module)
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """Learn which network the step calls."""
+        self._fitted = id(pl_module)
+        self.student_capture = controller.capture(self.network, required=True, argument="network")
+
+    def verify(self, trainer: Any, pl_module: Any) -> None:
+        """After the first step, look at the network: what cannot be quantised is not trained for."""
+        name = self._network_name(trainer, pl_module)
+        self._choose_step(trainer, pl_module, called=name)
+        self.reestimates(find_module(pl_module, name, argument="network"))
+        self._tell_idle(self.trial_scales(trainer, pl_module), name, pl_module)
+
+    def trial_scales(self, trainer: Any, pl_module: Any) -> Grids:
+        """The grids of what the first step gave the network."""
+        name, seen = self._network_name(trainer, pl_module), self._last_sample()
+        if seen is None:
+            raise RuntimeError(f"{type(self).__name__} '{self.name}': the first step called no network")
+        network = find_module(pl_module, name, argument="network")
+        calibration = self._calibration(trainer, pl_module, name, network)
+        with traceless(pl_module, parameters=False), evaluating(pl_module):
+            for find in (calibration.discover, calibration.observe):
+                find(lambda: (network(*seen.args, **seen.kwargs) for _ in range(1)))
+        return calibration.grids
+
+    # Private
+
+    def _choose_step(self, trainer: Any, pl_module: Any, called: str | None = None) -> None:
+        """The validation step, if there is one and it takes batches of the training data; else the training step.
+
+        Raises:
+            ValueError: If the validation step does not call what the training step has called.
+        """
+        self._method = "training_step"
+        if not defines(pl_module, "validation_step") or _compat.takes_iterator(trainer, pl_module):
+            return
+
+        def try_some(steps: Callable[[], Iterator[None]]) -> None:
+            for _ in islice(steps(), 1 if called is None else SKIPPED):
+                if calls.count > 0:
+                    break
+
+        self._method = "validation_step"
+        network = pl_module if called is None else find_module(pl_module, called, argument="network")
+        try:
+            with quantizing(network, Quantizers()) as calls:
+                self._on_batches(trainer, pl_module, try_some)
+        except QuantizationError as error:
+            log.info("%s: the training step is replayed, because %s", self.name, error)
+            self._method = "training_step"
+            return
+        if called is not None and calls.count == 0:
+            raise ValueError(
+                f"{type(pl_module).__name__}.training_step calls '{called or 'self'}', and validation_step does not, "
+                "so the quantised network could not be validated; it probably calls a part of it, or layers inside: "
+                "name the part that both call with network="
+            )
+
+    def _network_name(self, trainer: Any, pl_module: Any) -> str:
+        names = self.student_capture.names if self.student_capture is not None else None
+        seen = self._last_sample() if self._fitted == id(pl_module) else None
+        if names is not None and len(names) > 1:
+            raise ValueError(
+                f"the student is the chain '{names[0]}' to '{names[1]}', and one network is quantised: name it with "
+                "network="
+            )
+        if self.network is not None:
+            return self.network
+        if seen is not None:
+            return plain_name(seen.network)
+        with step_controller(pl_module) as controller, self._replayed(controller, trainer) as again:
+            found: tuple[str, ...] = again.students(argument="network")
+        return found[0]
+
+    def _calibrated(self, trainer: Any, pl_module: Any, name: str, *, in_training: bool = False) -> Grids:
+        """Calibrate on rank 0's batches; all ranks get its grids.
+
+        Args:
+            trainer: The Trainer, with training data.
+            pl_module: The module.
+            name: Dotted name of the network.
+            in_training: Whether what the training step calls, in training mode, gets grids too.
+
+        Returns:
+            The grids.
+        """
+        device = next(pl_module.parameters()).device
+        pl_module.to(trainer.strategy.root_device)  # at the end of a fit Lightning has moved the module to the CPU
+        try:
+            network = find_module(pl_module, name, argument="network")
+            calibration = self._calibration(trainer, pl_module, name, network)
+            self._on_batches(trainer, pl_module, calibration.discover)
+            if self.reestimates(network):
+                with (
+                    torch.compiler.set_stance("force_eager"),
+                    statistics_kept(pl_module),
+                    _training_flags(trainer, pl_module),
+                    step_controller(pl_module) as controller,
+                    controller.weights.presented(),
+                    quantizing(network, calibration.weights_only()),
+                ):
+                    done = {plain_name(entry) for entry in reestimate_batchnorm_(trainer, pl_module)}
+                    names = [own for own in batch_norms(network) if joined(name, plain_name(own)) in done]
+                    found = statistics_of(names, network)
+                calibration.grids.statistics = {plain_name(own): value for own, value in found.items()}
+            self._on_batches(trainer, pl_module, calibration.observe)
+            if in_training:
+                self._on_batches(trainer, pl_module, calibration.extend, training=True)
+        finally:
+            pl_module.to(device)
+        return Grids.from_state(trainer.strategy.broadcast(calibration.grids.state()))
+
+    def _calibration(self, trainer: Any, pl_module: Any, name: str, network: nn.Module) -> Calibration:
+        selected = self._selected(pl_module)
+        calibration = Calibration(
+            network,
+            self.settings(),
+            selected=lambda weight: selected(joined(name, weight)),
+            given=self.given(trainer, name, network),
+            presented=self.presented(),
+        )
+        calibration.grids.network = name
+        return calibration
+
+    def _selected(self, pl_module: Any) -> Callable[[str], bool]:
+        """Whether a weight, by its name in the module, is to be quantised."""
+        if self.layers is None and self.exclude is None:
+            return lambda name: True
+        chosen = select_modules(pl_module, self.layers, self.exclude, types=(nn.Module,))
+        inside = {name for name in chosen if chosen[name] is not pl_module or self.layers is None}
+        return lambda name: name.rpartition(".")[0] in inside
+
+    def _tell_idle(self, grids: Grids, name: str, pl_module: Any) -> None:
+        """Complain about selectors none of whose layers is quantised."""
+        quantised = {joined(name, weight).rpartition(".")[0] for weight in grids.weights}
+        for selector in self.layers or []:
+            chosen = select_modules(pl_module, [selector], None, types=(nn.Module,))
+            if quantised.isdisjoint(chosen):
+                kinds = sorted({type(module).__name__ for module in chosen.values()})
+                raise ValueError(
+                    f"layers has '{selector}', and nothing of it ({', '.join(kinds[:3])}) runs as a convolution or a "
+                    "linear layer, for which ONNX Runtime has integer kernels"
+                )
+
+    def _trained_for(self, trainer: Any, name: str) -> dict[str, WeightGrid]:
+        """The grids that PSGD has trained the weights of a network for."""
+        prefix = f"{name}." if name else ""
+        found = {}
+        for callback in trainer.callbacks:
+            if not (steps := given_steps(callback)):
+                continue
+            if callback.bits != self.weight_bits:
+                self._warn_once(
+                    f"'{callback.name}' trains for {callback.bits} bits, and weight_bits={self.weight_bits}: on "
+                    f"another grid a part of what it gains is lost; give weight_bits={callback.bits}"
+                )
+                continue
+            for key, (step, bits) in steps.items():
+                found[key.removeprefix(prefix)] = WeightGrid(step.float().cpu(), bits)
+        return found
+
+    def _on_batches(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        work: Callable[[Callable[[], Iterator[None]]], None],
+        *,
+        training: bool = False,
+    ) -> None:
+        with ExitStack() as stack:
+            controller = stack.enter_context(step_controller(pl_module))
+            again = stack.enter_context(self._replayed(controller, trainer, training=training))
+            if not training:
+                stack.enter_context(evaluating(pl_module))
+            stack.enter_context(controller.weights.presented())
+
+            def steps() -> Iterator[None]:
+                for arguments in again.batches(trainer.current_epoch):
+                    try:
+                        again.run(arguments)
+                    except QuantizationError:
+                        raise
+                    except Exception as error:  # whatever the user's step raises
+                        raise QuantizationError(
+                            f"{type(self).__name__} '{self.name}' calibrates with batches of the training data, and "
+                            f"{type(pl_module).__name__}'s step failed on one: {type(error).__name__}: {error}"
+                        ) from error
+                    yield
+
+            work(steps)
+
+    def _replayed(self, controller: StepController, trainer: Any, *, training: bool = False) -> Any:
+        plugin, method = trainer.precision_plugin, "training_step" if training else self._method
+        context = plugin.val_step_context if method == "validation_step" else plugin.train_step_context
+        return replay(controller, trainer, context, method=method)
+
+
+@contextmanager
+def _training_flags(trainer: Any, pl_module: Any) -> Iterator[None]:
+    """Let the module train as it did before an evaluation; where nothing of it did, all of it."""
+    if any(module.training for module in pl_module.modules()):
+        yield
+        return
+    before = {module: module.training for module in pl_module.modules()}
+    flags = _compat.training_flags(trainer)
+    for name, module in pl_module.named_modules():
+        module.training = flags.get(name, True) or not any(flags.values())
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def joined(name: str, inner: str) -> str:
+    """The dotted name of a part of a part."""
+    return ".".join(part for part in (plain_name(name), inner) if part)

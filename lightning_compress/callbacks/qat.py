@@ -1,0 +1,531 @@
+"""Quantisation-aware training: the network learns while it computes on the grids that its file will have.
+
+Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018,
+arXiv:1712.05877. Learned steps: Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv:1902.08153.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress import _compat
+from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_positive, edge_bits_of
+from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.callbacks.quantised import QuantisedCallback
+from lightning_compress.callbacks.returned import Returned
+from lightning_compress.export.scales import given_steps, trained_ranges
+from lightning_compress.export.weights import read_checkpoint
+from lightning_compress.functional.quantizers import quantization_grid
+from lightning_compress.mechanisms.batchnorm import batch_norms
+from lightning_compress.mechanisms.calibration import Settings, fingerprints
+from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.grids import Grids, WeightGrid
+from lightning_compress.mechanisms.moving_grids import FollowingGrids, LearnedGrids, MovingGrids, clipped_share
+from lightning_compress.mechanisms.owned import OwnedParameters
+from lightning_compress.mechanisms.progress import Progress
+from lightning_compress.mechanisms.quantization import GuardedCalls, quantizing
+from lightning_compress.mechanisms.rounding import Presented, Rounding
+from lightning_compress.mechanisms.selection import find_module, listing, plain_name
+
+StepSize = Literal["mse", "observed", "learned"]
+WINDOW = 20  # steps over which the loss is averaged, to see whether learned steps diverge
+MUCH = 0.05
+"""A share of weights beyond their grids that is worth a warning."""
+
+
+class QATCallback(QuantisedCallback):
+    """Train the network on the grids of few bits, forward rounded, backward straight through.
+
+    When it acts: from ``start`` on, each call of the network, in training and validation, computes with rounded weights
+    and activations; where a layer is called from, and by whom, does not matter. At ``start`` it calibrates on training
+    data, as :class:`PTQCallback` does. Validation in the fit, checkpoints' scales and the file of
+    ``ExportCallback(precision="int8")`` are of one network. What it leaves alone: names and values in the
+    ``state_dict``, which holds the weights in full precision; the optimizer; the loss outside of the network.
+
+    Logged at the end of each epoch are ``compress/<name>/clipped``, the share of weights beyond the ends of their
+    grids, and ``compress/<name>/step_change``, how far learned steps are from where they began, on average.
+
+    Args:
+        weight_bits: Bits of a weight, 2 to 8; a symmetric grid for each output channel.
+        activation_bits: Bits of an activation, 2 to 8; an affine grid that contains 0. None: weights only.
+        step_size: "mse": grids of the least squared error, as calibration finds them, which stay. "observed": those of
+            weights follow the largest magnitude, those of activations a moving average of what they reach, until
+            ``freeze_observers_at``. "learned": LSQ, from the same start; zero points stay.
+        start: Fraction of the training, in optimizer steps, from which the network is quantised, in [0, 1].
+        freeze_batchnorm_at: Fraction from which batch norm uses its running statistics and leaves them as they are,
+            from ``start`` to 1; 1: never.
+        freeze_observers_at: Fraction from which grids that follow stay, from ``start`` to 1; "observed" only.
+        step_lr: Learning rate of learned steps, relative to where they began, positive; it falls with the user's.
+        max_loss_growth: With learned steps the training ends in an error when the loss, averaged over 20 steps, is so
+            many times what it was in the first 20 quantised ones, above 1. None: it goes on.
+        grids_from: Checkpoint of a run with a ``PSGDCallback`` of the same bits: weights have the grids that it has
+            trained them for. None: those of a ``PSGDCallback`` beside this one, else calibrated ones.
+        max_samples: Samples of the training data to calibrate with, at least 1.
+        edge_bits: Bits of the first and the last weight, and of the network's input. "auto": 8 where ``weight_bits``
+            is below 4, else as the others; None: as the others.
+        network: Dotted name of the network inside the LightningModule; None: the one that the step calls.
+        layers: Selectors of layers, as for ``PruningCallback``. None: all convolutions and linear layers, and the
+            projections of attention.
+        exclude: Selectors of layers that stay in float.
+        name: As in the base class; default "qat".
+
+    Attributes:
+        quantization: The grids as they were at the end of the last fit.
+        metrics: The metrics of the quantised network in the module's own validation, after a fit.
+
+    Raises:
+        ValueError: If an argument is out of its range, or two contradict each other.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> module, qat = BoringModel(), QATCallback(weight_bits=4)
+        >>> L.Trainer(max_steps=4, accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[qat],
+        ...           enable_model_summary=False, enable_checkpointing=False).fit(module)
+        >>> list(qat.quantization.weights), qat.quantization.weights["weight"].bits
+        (['weight'], 4)
+    """
+
+    default_name = "qat"
+    changes_step = True
+
+    _start_grids = Returned[Grids | None](None)
+    """Where the grids began."""
+    _kept = Returned[Mapping[str, Any]](MappingProxyType({}))
+    """What a later part of the training needs beside the grids, once a fit has ended."""
+
+    def __init__(
+        self,
+        *,
+        weight_bits: int = 8,
+        activation_bits: int | None = 8,
+        step_size: StepSize = "mse",
+        start: float = 0.0,
+        freeze_batchnorm_at: float = 0.5,
+        freeze_observers_at: float = 0.75,
+        step_lr: float = 1e-2,
+        max_loss_growth: float | None = 5.0,
+        grids_from: str | os.PathLike[str] | None = None,
+        max_samples: int = 512,
+        edge_bits: int | Literal["auto"] | None = "auto",
+        network: str | None = None,
+        layers: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            edge_bits=edge_bits,
+            max_samples=max_samples,
+            network=network,
+            layers=layers,
+            exclude=exclude,
+            name=name,
+        )
+        check_choice("step_size", step_size, get_args(StepSize))
+        check_fraction("start", start)
+        for argument, value in (
+            ("freeze_batchnorm_at", freeze_batchnorm_at),
+            ("freeze_observers_at", freeze_observers_at),
+        ):
+            check_fraction(argument, value)
+            if value < start:
+                raise ValueError(f"{argument} must be from start={start} to 1, got {value}")
+        check_positive("step_lr", step_lr)
+        if max_loss_growth is not None and not (isinstance(max_loss_growth, (int, float)) and max_loss_growth > 1):
+            raise ValueError(f"max_loss_growth must be a number above 1, or None, got {max_loss_growth!r}")
+        self.step_size, self.start = step_size, start
+        self.freeze_batchnorm_at, self.freeze_observers_at = freeze_batchnorm_at, freeze_observers_at
+        self.step_lr, self.max_loss_growth = step_lr, max_loss_growth
+        self.grids_from = None if grids_from is None else os.path.abspath(grids_from)
+        self._stage: str | None = None
+        self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
+        self._progress: Progress | None = None
+        self._moving: MovingGrids | None = None  # once the network is quantised, in a fit
+        self._factors: OwnedParameters | None = None  # of learned steps
+        self._used: GuardedCalls | None = None  # calls of the quantised network in a fit
+        self._checked = False  # whether its first step was looked at
+        self._steps = 0  # of an optimizer, so far
+        self._top_lr = 0.0  # the user's largest learning rate since the start
+        self._losses: list[Tensor] = []
+        self._first_loss: float | None = None
+
+    # What the base asks
+
+    def settings(self) -> Settings:
+        """The grids of least squared error."""
+        return Settings(
+            weight_bits=self.weight_bits,
+            activation_bits=self.activation_bits,
+            observer="minmax" if self.step_size == "observed" else "mse",
+            weight_range="max" if self.step_size == "observed" else "mse",
+            max_samples=self.max_samples,
+            edge_bits=edge_bits_of(self.edge_bits, self.weight_bits),
+        )
+
+    def reestimates(self, network: nn.Module) -> bool:
+        """Where there is batch norm: activations are to be seen as training with rounded weights will give them."""
+        return bool(batch_norms(network))
+
+    def given(self, trainer: Any, name: str, network: nn.Module) -> Mapping[str, WeightGrid]:
+        """The grids that PSGD has trained for."""
+        if self.grids_from is None:
+            self._warn_of_nothing_trained(trainer)
+            return self._trained_for(trainer, name)
+        ranges = trained_ranges(read_checkpoint(self.grids_from))
+        prefix = f"{name}." if name else ""
+        found = {}
+        for own, weight in network.named_parameters():
+            bits, channel = ranges.get(prefix + plain_name(own), (None, False))
+            if bits is not None and weight.ndim > 1:
+                step = quantization_grid(weight, bits, axis=0 if channel else None)
+                found[plain_name(own)] = WeightGrid(step.float().cpu(), bits)
+        if not found:
+            raise ValueError(f"grids_from='{self.grids_from}' has no grids of PSGDCallback for weights of '{name}'")
+        if self.weight_bits not in (have := {grid.bits for grid in found.values()}):
+            raise ValueError(
+                f"grids_from='{self.grids_from}' has grids of {', '.join(map(str, sorted(have)))} bits, and "
+                f"weight_bits={self.weight_bits}: give weight_bits={min(have)}"
+            )
+        return found
+
+    def presented(self) -> Presented | None:
+        """In a fit, what masks weights knows."""
+        return None if self._controller is None else self._controller.weights.source_of
+
+    def trial_scales(self, trainer: Any, pl_module: Any) -> Grids:
+        """Those that are trained, if they are by now."""
+        return super().trial_scales(trainer, pl_module) if self._moving is None else self._moving.current()
+
+    def shown(self, trainer: Any, pl_module: Any) -> Grids | None:
+        """Those of the last fit, or of the checkpoint that is tested; the plain network before any."""
+        grids = self.quantization
+        if grids is None:
+            self._warn_once("nothing was trained on grids so far, so the plain network is shown")
+        elif grids.fingerprints and not self._belongs_to(grids, pl_module):
+            self._warn_once(
+                "the weights have changed since the fit, and are shown with the scales that were trained with others"
+            )
+        return grids
+
+    def owned_lr(self, optimizer: torch.optim.Optimizer) -> float | None:
+        """That of the steps, as much smaller than ``step_lr`` as the user's is smaller than it was."""
+        now = float(optimizer.param_groups[0]["lr"])
+        self._top_lr = max(self._top_lr, now)
+        return self.step_lr * now / self._top_lr if self._top_lr > 0 else self.step_lr
+
+    def remarks(self) -> list[str]:
+        """As the base; and how far learned steps have come."""
+        remarks, start, end = super().remarks(), self._start_grids, self.quantization
+        if self.step_size == "learned" and start is not None and end is not None:
+            changes = _changes(start, end)
+            remarks.append(
+                f"{self.name}: learned steps are {changes.min():.3g} to {changes.max():.3g} times what they were, "
+                f"{float((changes - 1).abs().mean()):.1%} off on average."
+            )
+        return remarks
+
+    # Life cycle
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """As the base; and know what a checkpoint is loaded for."""
+        self._stage, self._loaded = stage, None
+        super().setup(trainer, pl_module, stage)
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """Go on with grids that were trained before, if this is the same training."""
+        self.captured_sample = None
+        super().attach(controller, stack, trainer, pl_module)
+        goes_on = trainer.global_step > 0 and self.quantization is not None and self._fitted == id(pl_module)
+        state = self._loaded or (self.state_dict() if goes_on else None)
+        self._loaded = None
+        self._progress, self._moving, self._factors, self._used = None, None, None, None
+        self._checked, self._losses, self._first_loss, self._top_lr = False, [], None, 0.0
+        self.quantization, self.metrics, self._start_grids, self._kept = None, {}, None, {}
+        if state is not None and state["quantization"] is not None:
+            self._refuse_other_bits(state)
+            self._go_on(state, trainer, pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find out how long the training is."""
+        self._progress = Progress(trainer, pl_module)
+        self._steps = self._progress.steps
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Begin to quantise when it is time, and freeze what is to be frozen."""
+        done = 0.0 if self._progress is None else self._progress.fraction
+        if self._moving is None and done >= self.start:
+            self._begin(trainer, pl_module)
+        if isinstance(self._moving, FollowingGrids) and not self._moving.frozen and done >= self.freeze_observers_at:
+            with self._seen_weights():
+                self._moving.freeze()
+            log.info("%s: the grids stay from here on", self.name)
+        if self._moving is not None and done >= self.freeze_batchnorm_at < 1:
+            self._freeze_batchnorm(self._moving.network)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """As the base, which lets steps learn; they stay positive."""
+        if isinstance(self._moving, LearnedGrids) and not self._checked:
+            self._refuse_idle(self._moving)
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if isinstance(self._moving, LearnedGrids):
+            self._moving.clamp_()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """As the base; after the first quantised step, complain about what it did not reach."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        moving = self._moving
+        if moving is None:
+            return
+        steps = 0 if self._progress is None else self._progress.steps
+        if isinstance(moving, FollowingGrids) and steps != self._steps:  # not before accumulated batches are complete
+            many = trainer.world_size > 1
+            moving.finish_step(partial(trainer.strategy.reduce, reduce_op="max") if many else None)
+        self._steps = steps
+        if not self._checked and outputs:
+            self._check_first(moving)
+        if isinstance(moving, LearnedGrids) and self.max_loss_growth is not None:
+            self._watch_loss(outputs)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """As the base; log how the grids fit."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._moving is None:
+            return
+        clipped = self._clipped()
+        if clipped > MUCH and not isinstance(self._moving, FollowingGrids):
+            self._warn_once(
+                f"{clipped:.1%} of the weights lie beyond the ends of their grids, which were found at the start and "
+                "stay: begin with a trained network, later (start=), or with a smaller learning rate",
+                "clipped",
+            )
+        if getattr(trainer, "barebones", False):
+            return
+        found = {"clipped": clipped}
+        if isinstance(self._moving, LearnedGrids):
+            found["step_change"] = self._moving.moved()
+        for quantity, value in found.items():  # the same on all ranks; Lightning wants to be told
+            many = trainer.world_size > 1
+            pl_module.log(f"compress/{self.name}/{quantity}", value, sync_dist=many, batch_size=1)
+
+    def bake(self, trainer: Any, pl_module: Any) -> None:
+        """Until the end, statistics of batch norm are those of the quantised network."""
+        if self.quantization is not None:
+            network = find_module(pl_module, self.quantization.network, argument="network")
+            self._evaluation.enter_context(quantizing(network, Rounding(network, self.quantization)))
+
+    def calibrate(self, trainer: Any, pl_module: Any) -> None:
+        """Keep the grids for the weights as they are now."""
+        self._evaluation.close()
+        grids = self.quantization
+        if grids is None:
+            self._warn_once("the training ended before start, so nothing is quantised")
+            return
+        network = find_module(pl_module, grids.network, argument="network")
+        if self._kept["follows"]:
+            grids = FollowingGrids(network, grids, watching=bool).current()  # of the masked weights, where some are
+        self.quantization = replace(grids, fingerprints=fingerprints(network))
+        log.info("%s: %s", self.name, self._summary(self.quantization))
+
+    def extra_state(self) -> dict[str, Any]:
+        """The grids as they are now, and what is needed to go on with them."""
+        grids = self.quantization if self._moving is None else self._grids_now(self._moving)
+        start = self._start_grids
+        return {
+            "quantization": None if grids is None else grids.state(),
+            "start_grids": None if start is None else start.state(),
+            **(self._kept if self._moving is None else self._to_keep(self._moving)),
+        }
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Keep it until the fit starts; the grids at once, where a checkpoint is tested."""
+        if self._stage == "fit":
+            self._loaded = state
+        else:
+            self.quantization = None if state["quantization"] is None else Grids.from_state(state["quantization"])
+
+    # Private
+
+    def _begin(self, trainer: Any, pl_module: Any) -> None:
+        """Calibrate, and quantise from here on."""
+        self._choose_step(trainer, pl_module)
+        name = self._network_name(trainer, pl_module)
+        grids = replace(self._calibrated(trainer, pl_module, name, in_training=True), statistics={}, fingerprints={})
+        self._quantise(grids, pl_module)
+        forgotten = [_compat.forget_best(own) for own in trainer.callbacks if _compat.keeps_best(own)]
+        if any(forgotten):
+            self._warn_once(
+                "the best checkpoints so far are of the network in full precision, so they are not compared with what "
+                "follows; their files stay"
+            )
+        log.info("%s begins: %s", self.name, self._summary(grids))
+
+    def _go_on(self, state: dict[str, Any], trainer: Any, pl_module: Any) -> None:
+        """Quantise as an earlier part of this training did."""
+        now, start = Grids.from_state(state["quantization"]), state["start_grids"]
+        learned = self.step_size == "learned" and bool(state.get("factors"))
+        begin = Grids.from_state(start) if learned else replace(now, fingerprints={})
+        self._top_lr, self._first_loss = state["top_lr"], state["first_loss"]
+        self._losses = [torch.tensor(loss) for loss in state["losses"]]
+        self._quantise(begin, pl_module, state["factors"] if learned else None)
+        self._start_grids = None if start is None else Grids.from_state(start)
+        if isinstance(self._moving, FollowingGrids):
+            self._moving.ranges.update(state["ranges"])
+            self._moving.frozen = not state["follows"]
+
+    def _quantise(self, grids: Grids, pl_module: Any, factors: dict[str, Any] | None = None) -> None:
+        """Let the network compute on grids from here on."""
+        if self._stack is None:
+            raise RuntimeError(f"{type(self).__name__} is only active during a fit")
+        controller = self._require_controller()
+        network = find_module(pl_module, grids.network, argument="network")
+        presented = controller.weights.source_of
+        self._start_grids = grids
+        if self.step_size == "learned":
+            self._factors = self.own(OwnedParameters(_Factors, partial(torch.optim.Adam, lr=self.step_lr)))
+            self._factors.load_state_dict(factors or {})
+            device = next(network.parameters()).device
+            module = self._factors.get(LearnedGrids.count(grids), device=device)
+            self._moving = LearnedGrids(network, grids, presented, factors=module.factors)  # type: ignore[arg-type]
+        elif self.step_size == "observed":
+            self._moving = FollowingGrids(
+                network, grids, presented, watching=lambda: network.training and not controller.replaying
+            )
+        else:
+            self._moving = MovingGrids(network, grids, presented)
+        self._used = self._stack.enter_context(quantizing(network, self._moving, when=lambda: controller.deployed))
+
+    def _close(self) -> None:
+        moving, self._moving = self._moving, None
+        if moving is not None:
+            self.quantization, self._kept = moving.current(), self._to_keep(moving)
+        super()._close()
+
+    def _to_keep(self, moving: MovingGrids) -> dict[str, Any]:
+        return {
+            "factors": {} if self._factors is None else copy.deepcopy(self._factors.state_dict()),
+            "ranges": dict(moving.ranges) if isinstance(moving, FollowingGrids) else {},
+            "follows": isinstance(moving, FollowingGrids) and not moving.frozen,
+            "top_lr": self._top_lr,
+            "first_loss": self._first_loss,
+            "losses": [float(loss) for loss in self._losses],
+        }
+
+    def _grids_now(self, moving: MovingGrids) -> Grids:
+        with self._seen_weights():
+            return moving.current()
+
+    def _seen_weights(self) -> Any:
+        """Within it the network reads the weights that a step would see."""
+        weights = self._require_controller().weights
+        return nullcontext() if weights.active or not weights.owners else weights.presented()
+
+    def _warn_of_nothing_trained(self, trainer: Any) -> None:
+        for other in trainer.callbacks:
+            trains = isinstance(other, CompressionCallback) and other.weight_bits_given is not None
+            if trains and not isinstance(other, QuantisedCallback) and not given_steps(other):
+                self._warn_once(
+                    f"'{other.name}' has trained nothing yet for a grid to be taken over; give start=, so that it "
+                    "comes first"
+                )
+
+    def _refuse_other_bits(self, state: dict[str, Any]) -> None:
+        before = state["arguments"]
+        for argument in ("weight_bits", "activation_bits", "edge_bits"):
+            if before.get(argument) != getattr(self, argument):
+                raise ValueError(
+                    f"the checkpoint was trained with {argument}={before.get(argument)}, and {argument}="
+                    f"{getattr(self, argument)} is given now; its weights have learned the other grid: resume with the "
+                    "same, or load the weights alone and begin another fit"
+                )
+
+    def _freeze_batchnorm(self, network: nn.Module) -> None:
+        """Let batch norm use its running statistics until the end of the fit."""
+        layers = [layer for layer in batch_norms(network).values() if layer.training]
+        for layer in layers:
+            layer.training = False
+        if layers and self._stack is not None:
+            self._stack.callback(_train, layers)
+
+    def _refuse_idle(self, moving: LearnedGrids) -> None:
+        idle = [name for name in moving.idle() if name in moving.grids.weights]
+        if idle:
+            raise RuntimeError(
+                f"the steps of {listing(idle)} cannot learn: the training step does not run these layers, or no "
+                "gradient comes to them; leave them out with exclude="
+            )
+
+    def _check_first(self, moving: MovingGrids) -> None:
+        """After the first quantised step: did it run what was calibrated?"""
+        self._checked = True
+        if self._used is None or self._used.count == 0:
+            raise RuntimeError(
+                f"{type(self).__name__} '{self.name}' had no effect: the training step never called "
+                f"'{moving.grids.network or 'self'}'; name the part that it calls with network="
+            )
+        idle = [name for name in moving.grids.weights if name not in moving.used]
+        if idle and not _compat.holds_compiled_code(moving.network):
+            self._warn_once(
+                f"the training step does not run {listing(idle)}, so these weights do not learn their grids"
+            )
+
+    def _watch_loss(self, outputs: Any) -> None:
+        """End a training whose learned steps have diverged."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            return
+        self._losses.append(loss.detach().float().reshape(()))
+        if len(self._losses) < WINDOW:
+            return
+        mean = float(torch.stack([own.to(loss.device) for own in self._losses]).mean())
+        self._losses.clear()
+        if self._first_loss is None and math.isfinite(mean):
+            self._first_loss = mean
+            return
+        first = math.inf if self._first_loss is None else self._first_loss
+        if not mean <= (self.max_loss_growth or math.inf) * abs(first):
+            raise RuntimeError(
+                f"'{self.name}': the loss went from {first:.4g} to {mean:.4g} since the steps began to learn, more "
+                f"than max_loss_growth={self.max_loss_growth}: give a smaller step_lr= or learning rate, more bits, or "
+                "step_size='mse', whose steps stay; max_loss_growth=None goes on"
+            )
+
+    def _clipped(self) -> float:
+        moving = self._moving
+        if moving is None:
+            return 0.0
+        grids = self._grids_now(moving)
+        own = {plain_name(name): weight for name, weight in moving.network.named_parameters()}
+        return clipped_share(grids, {name: own[name] for name in grids.weights if name in own})
+
+
+class _Factors(nn.Module):
+    """What learned steps are multiplied by."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.factors = nn.Parameter(torch.ones(count))
+
+
+def _changes(start: Grids, end: Grids) -> Tensor:
+    """The ratio of each step to where it began."""
+    scales = [end.activations[key].scale / grid.scale for key, grid in start.activations.items()]
+    steps = [(end.weights[name].step / grid.step).reshape(-1) for name, grid in start.weights.items()]
+    return torch.cat([torch.tensor(scales), *steps])
+
+
+def _train(layers: Sequence[nn.Module]) -> None:
+    for layer in layers:
+        layer.training = True

@@ -1,0 +1,283 @@
+"""Grids that move while a network trains: they follow what they quantise, or their steps learn.
+
+Learned steps: Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv:1902.08153. Here each step is learned
+as a factor of where it began, so that one learning rate suits steps of every size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.functional._steps import largest_magnitude, usable
+from lightning_compress.functional.quantizers import (
+    fake_quantize,
+    gradient_scaled,
+    integer_limits,
+    learned_rounding,
+    range_grid,
+)
+from lightning_compress.mechanisms.grids import ActivationGrid, Grids, WeightGrid, WeightSite
+from lightning_compress.mechanisms.rounding import Presented, Rounding, multiplied
+
+SMALLEST_FACTOR = 0.05
+"""Of a learned step to where it began: it stays positive."""
+MOMENTUM = 0.1
+"""Weight of a new step in the averages of what activations reach."""
+
+
+class MovingGrids(Rounding):
+    """Rounds to grids of which :meth:`current` tells what they are now; the base's do not move.
+
+    Args:
+        network: The network.
+        grids: Where they begin; not changed.
+        presented: As in :class:`~lightning_compress.mechanisms.rounding.WeightNames`.
+    """
+
+    def __init__(self, network: nn.Module, grids: Grids, presented: Presented | None = None) -> None:
+        own = replace(grids, weights=dict(grids.weights), activations=dict(grids.activations))
+        super().__init__(network, own, presented)
+        self.network = network
+        self.met: set[str] = set()
+        """Keys of the activations that were rounded; compiled code keeps no record."""
+
+    def activation(self, key: str, x: Tensor) -> Tensor:
+        """The tensor on the grid of its key."""
+        if not torch.compiler.is_compiling():
+            self.met.add(key)
+        return self.on_grid(key, x)
+
+    def on_grid(self, key: str, x: Tensor) -> Tensor:
+        """The tensor on the grid of its key."""
+        return super().activation(key, x)
+
+    def current(self) -> Grids:
+        """The grids as they are now, on the CPU."""
+        return self.grids
+
+
+class FollowingGrids(MovingGrids):
+    """Weights have the grid of their largest magnitude now, activations that of averages of what they reached.
+
+    Args:
+        network: The network.
+        grids: Where they begin.
+        presented: As in the base.
+        watching: Whether a call counts: in training, but not where a step is only replayed.
+    """
+
+    def __init__(
+        self, network: nn.Module, grids: Grids, presented: Presented | None = None, *, watching: Callable[[], bool]
+    ) -> None:
+        super().__init__(network, grids, presented)
+        self.frozen = False
+        self._watching = watching
+        self.ranges = {
+            key: (-grid.zero_point * grid.scale, (grid.limits[1] - grid.zero_point) * grid.scale)
+            for key, grid in grids.activations.items()
+        }
+        """Key to the averages of what an activation reached, 0 between them."""
+        self._seen: dict[str, Tensor] = {}
+
+    def on_grid(self, key: str, x: Tensor) -> Tensor:
+        """The tensor on the grid of its key, which sees what it reaches."""
+        if not self.frozen and self._watching() and x.numel() > 0:
+            low, high = x.detach().aminmax()
+            reached = torch.stack((-low, high)).float()
+            self._seen[key] = torch.maximum(self._seen[key], reached) if key in self._seen else reached
+        return super().on_grid(key, x)
+
+    def grid(self, site: str, place: WeightSite, weight: Tensor) -> WeightGrid | None:
+        """That of the weight as it is now."""
+        known = super().grid(site, place, weight)
+        if known is None or self.frozen:
+            return known
+        whole = weight if known.axis is not None else self.names.whole(place, weight)
+        return self._followed(known, multiplied(self.grids, site, whole))
+
+    def finish_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Let the averages take in what was seen since the last time.
+
+        Args:
+            reduce: Gives the largest of each number over processes.
+
+        Raises:
+            ValueError: If an activation was NaN or infinite.
+        """
+        if self.frozen or not self._seen:
+            return
+        keys = sorted(self._seen)
+        reached = torch.stack([self._seen[key] for key in keys])
+        self._seen.clear()
+        found = (reached if reduce is None else reduce(reached)).tolist()  # a GPU is waited for once a step
+        for key, (below, above) in zip(keys, found, strict=True):
+            if not (math.isfinite(below) and math.isfinite(above)):
+                raise ValueError(f"the activation '{key}' is NaN or infinite")
+            low, high = self.ranges[key]
+            self.ranges[key] = low + MOMENTUM * (min(-below, 0.0) - low), high + MOMENTUM * (max(above, 0.0) - high)
+            self.set_range(key)
+
+    def set_range(self, key: str) -> None:
+        """Make the grid of an activation from its averages."""
+        bits = self.grids.activations[key].bits
+        self.grids.activations[key] = ActivationGrid(*range_grid(*self.ranges[key], bits), bits)
+        for place in [place for place in self._steps if place[0] == key]:
+            del self._steps[place]
+
+    def freeze(self) -> None:
+        """Keep all grids as they are now."""
+        self.grids.weights.update(self.current().weights)
+        self._steps.clear()
+        self._seen.clear()
+        self.frozen = True
+
+    def current(self) -> Grids:
+        """The grids as they are now; those of weights from the weights."""
+        if self.frozen:
+            return self.grids
+        weights = {
+            name: WeightGrid(self._followed(grid, self._weight(name)).step.cpu(), grid.bits)
+            for name, grid in self.grids.weights.items()
+        }
+        return replace(self.grids, weights=weights, activations=dict(self.grids.activations))
+
+    def _weight(self, name: str) -> Tensor:
+        """A weight as the network sees it."""
+        module, _, attribute = name.rpartition(".")
+        value: Tensor = getattr(self.network.get_submodule(module), attribute)
+        return value.detach()
+
+    def _followed(self, grid: WeightGrid, weight: Tensor) -> WeightGrid:
+        _, highest = grid.limits
+        return WeightGrid(usable(largest_magnitude(weight.detach(), grid.axis) / highest), grid.bits)
+
+
+class LearnedGrids(MovingGrids):
+    """Each step is where it began times a factor that learns; zero points stay.
+
+    Args:
+        network: The network.
+        grids: Where they begin.
+        presented: As in the base.
+        factors: One for each activation, and for each step of each weight, in the order of ``grids``; see
+            :meth:`count`.
+    """
+
+    def __init__(
+        self, network: nn.Module, grids: Grids, presented: Presented | None = None, *, factors: nn.Parameter
+    ) -> None:
+        super().__init__(network, grids, presented)
+        self.factors = factors
+        self._places: dict[str, slice] = {}
+        begun = [*(torch.tensor([grid.scale]) for grid in grids.activations.values())]
+        begun += [grid.step.reshape(-1) for grid in grids.weights.values()]
+        start = 0
+        for name, part in zip([*grids.activations, *grids.weights], begun, strict=True):
+            self._places[name] = slice(start, start + len(part))
+            start += len(part)
+        self._begun = torch.cat(begun).to(factors) if begun else factors.detach()
+
+    @staticmethod
+    def count(grids: Grids) -> int:
+        """How many factors there are.
+
+        Args:
+            grids: Where the grids begin.
+
+        Returns:
+            The number of steps.
+        """
+        return len(grids.activations) + sum(grid.step.numel() for grid in grids.weights.values())
+
+    def on_grid(self, key: str, x: Tensor) -> Tensor:
+        """The tensor on the grid of its key, with the gradient of its step."""
+        grid = self.grids.activations.get(key)
+        if grid is None:
+            return super().on_grid(key, x)  # which says what is wrong
+        lowest, highest = grid.limits
+        step = self._step(key)[0]
+        if not torch.is_grad_enabled():
+            return fake_quantize(x, step, grid.zero_point, lowest, highest)
+        step = gradient_scaled(step, 1 / math.sqrt(max(1, x.numel()) * highest))
+        return learned_rounding(x, step, lowest - grid.zero_point, highest - grid.zero_point)
+
+    def grid(self, site: str, place: WeightSite, weight: Tensor) -> WeightGrid | None:
+        """The grid with its learned step."""
+        known = super().grid(site, place, weight)
+        if known is None:
+            return None
+        step = self._step(place.name).reshape(self.grids.weights[place.name].step.shape)
+        return WeightGrid(step, known.bits).rows(place.start, place.stop)
+
+    def rounded(self, site: str, grid: WeightGrid, weight: Tensor) -> Tensor:
+        """The weight on its grid, with the gradient of its step."""
+        if not torch.is_grad_enabled():
+            return super().rounded(site, WeightGrid(grid.step.detach(), grid.bits), weight)
+        lowest, highest = integer_limits(grid.bits)
+        wide = multiplied(self.grids, site, weight)
+        members = wide.numel() // max(1, grid.step.numel())
+        step = gradient_scaled(grid.step, 1 / math.sqrt(members * highest))
+        return learned_rounding(wide, step, lowest, highest, axis=grid.axis).to(weight.dtype)
+
+    def clamp_(self) -> None:
+        """Keep every step positive."""
+        with torch.no_grad():
+            self.factors.clamp_(min=SMALLEST_FACTOR)
+
+    def moved(self) -> float:
+        """The mean of how far a factor is from 1."""
+        return float((self.factors.detach() - 1).abs().mean()) if self.factors.numel() else 0.0
+
+    def idle(self) -> list[str]:
+        """The activations and weights whose steps got no gradient."""
+        gradient = self.factors.grad
+        return [name for name, place in self._places.items() if gradient is None or not gradient[place].any()]
+
+    def current(self) -> Grids:
+        """The grids with the steps as they are now."""
+        steps = (self._begun * self.factors.detach()).cpu()
+        return replace(
+            self.grids,
+            weights={
+                name: WeightGrid(steps[self._places[name]].reshape(grid.step.shape), grid.bits)
+                for name, grid in self.grids.weights.items()
+            },
+            activations={
+                key: ActivationGrid(steps[self._places[key]].item(), grid.zero_point, grid.bits)
+                for key, grid in self.grids.activations.items()
+            },
+        )
+
+    def _step(self, name: str) -> Tensor:
+        place = self._places[name]
+        return self._begun[place] * self.factors[place]
+
+
+def clipped_share(grids: Grids, weights: Mapping[str, Tensor]) -> float:
+    """The share of weights that lie beyond the ends of their grids.
+
+    Args:
+        grids: The grids.
+        weights: Name to weight, of those that have grids.
+
+    Returns:
+        From 0 to 1; 0 without weights.
+
+    Example:
+        >>> grids = Grids(weights={"w": WeightGrid(torch.tensor(0.1), 4)})
+        >>> clipped_share(grids, {"w": torch.tensor([0.2, 0.9, -0.7, -0.8])})
+        0.5
+    """
+    beyond, total = 0.0, 0
+    for name, weight in weights.items():
+        grid = grids.weights[name]
+        step = grid.step.to(weight.device)
+        step = step if grid.axis is None else step.reshape(-1, *[1] * (weight.ndim - 1))
+        beyond += float((weight.detach().abs() > (grid.limits[1] + 0.5) * step).sum())
+        total += weight.numel()
+    return beyond / total if total else 0.0
