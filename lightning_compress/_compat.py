@@ -402,6 +402,16 @@ def forget_best(callback: Any) -> bool:
     return True
 
 
+def forget_best_score(callback: Any) -> bool:
+    """Let an ``EarlyStopping`` begin to wait anew; whether it had seen a score."""
+    if not any(base.__name__ == "EarlyStopping" for base in type(callback).__mro__):
+        return False
+    worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+    seen = not torch.equal(callback.best_score.cpu(), worst)
+    callback.best_score, callback.wait_count = worst, 0
+    return seen
+
+
 def let_last_be_saved(callback: Any, trainer: Any) -> None:
     """Let a ``ModelCheckpoint`` write its last file, if it writes one, as it does where it has just kept another."""
     if callback.save_last:

@@ -75,16 +75,16 @@ def test_the_folder_holds_everything_and_a_deviating_file_fails(tmp_path, monkey
     captured, files = capsys.readouterr(), ["teacher.onnx", "student.onnx", "student_pruned.onnx", "student_int8.onnx"]
     assert "val_accuracy of teacher.onnx differs from the module's by" in captured.err
     assert "[3/5] student distilled: " in captured.out
-    assert "[4/5] distilled and pruned: " in captured.out
+    assert "[4/5] distilled, pruned and quantised in one fit: " in captured.out
     assert f"\nFiles:  {', '.join(f'{tmp_path.name}/{name}' for name in files)}\n" in captured.out
     assert f"\nReport: {tmp_path.name}/compression_report.html\n" in captured.out
     assert {path.name for path in tmp_path.iterdir()} == {
-        "teacher", "student_alone", "student_distilled", "student_pruned", *files,
+        "teacher", "student_alone", "student_distilled", "student_quantised", *files,
         "compression_report.json", "compression_report.md", "compression_report.html",
     }  # fmt: skip
     rows = json.loads((tmp_path / "compression_report.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [
-        "teacher", "student alone", "student distilled", "distilled and pruned", *files,
+        "teacher", "student alone", "student distilled", "distilled and pruned", "distilled, pruned, quantised", *files,
     ]  # fmt: skip
     assert rows[1]["parameters"] == rows[2]["parameters"] == rows[3]["parameters"] == 19810
     assert [row["nonzeros"] for row in rows[1:4]] == [19810, 19810, 19810 - 17230]  # 90% of 19144 in convolutions

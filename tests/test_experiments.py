@@ -207,7 +207,7 @@ def test_the_command_lists_and_writes_tables_without_training(tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["experiments", "dk"])
     with pytest.raises(SystemExit):
         command.main()
-    assert "claims must be of kd, at, ft, masks, psgd, got dk" in capsys.readouterr().err
+    assert "claims must be of kd, at, ft, masks, psgd, qat, got dk" in capsys.readouterr().err
 
 
 def images(count=80):

@@ -64,6 +64,8 @@ class CalibratingCallback(CompressionCallback):
         if activation_bits is not None:
             check_bits(activation_bits, "activation_bits")
         check_edge_bits(edge_bits)
+        if network is not None and not isinstance(network, str):
+            raise TypeError(f"network must be the dotted name of a module, or None, got {network!r}")
         check_whole("max_samples", max_samples, at_least=1)
         self.weight_bits, self.activation_bits, self.edge_bits = weight_bits, activation_bits, edge_bits
         self.max_samples, self.network, self.layers, self.exclude = max_samples, network, layers, exclude
@@ -131,32 +133,40 @@ class CalibratingCallback(CompressionCallback):
         """The validation step, if there is one and it takes batches of the training data; else the training step.
 
         Raises:
-            ValueError: If the validation step does not call what the training step has called.
+            ValueError: If neither batches nor the validation step reach what the training step has called.
         """
-        self._method = "training_step"
-        if not defines(pl_module, "validation_step") or _compat.takes_iterator(trainer, pl_module):
+        validates = defines(pl_module, "validation_step") and not _compat.takes_iterator(trainer, pl_module)
+        self._method = "validation_step" if validates else "training_step"
+        if called is None and not validates:
             return
+        network = pl_module if called is None else find_module(pl_module, called, argument="network")
 
         def try_some(steps: Callable[[], Iterator[None]]) -> None:
             for _ in islice(steps(), 1 if called is None else SKIPPED):
                 if calls.count > 0:
                     break
 
-        self._method = "validation_step"
-        network = pl_module if called is None else find_module(pl_module, called, argument="network")
         try:
             with quantizing(network, Quantizers()) as calls:
                 self._on_batches(trainer, pl_module, try_some)
         except QuantizationError as error:
+            if not validates:
+                raise
             log.info("%s: the training step is replayed, because %s", self.name, error)
             self._method = "training_step"
             return
-        if called is not None and calls.count == 0:
+        if called is None or calls.count > 0:
+            return
+        if not validates:
             raise ValueError(
-                f"{type(pl_module).__name__}.training_step calls '{called or 'self'}', and validation_step does not, "
-                "so the quantised network could not be validated; it probably calls a part of it, or layers inside: "
-                "name the part that both call with network="
+                f"{type(self).__name__} '{self.name}' has nothing to calibrate with: the training data give no batch "
+                "when they are read once more; let them begin anew each time they are iterated over"
             )
+        raise ValueError(
+            f"{type(pl_module).__name__}.training_step calls '{called or 'self'}', and validation_step does not, "
+            "so the quantised network could not be validated; it probably calls a part of it, or layers inside: "
+            "name the part that both call with network="
+        )
 
     def _network_name(self, trainer: Any, pl_module: Any) -> str:
         names = self.student_capture.names if self.student_capture is not None else None

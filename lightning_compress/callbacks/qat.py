@@ -7,7 +7,6 @@ arXiv:1712.05877. Learned steps: Esser et al., "Learned Step Size Quantization",
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -27,9 +26,10 @@ from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.scales import given_steps, trained_ranges
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.functional.quantizers import quantization_grid
-from lightning_compress.mechanisms.batchnorm import batch_norms
+from lightning_compress.mechanisms.batchnorm import batch_norms, freeze_batchnorm_
 from lightning_compress.mechanisms.calibration import Settings, fingerprints
 from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.divergence import LossWatch
 from lightning_compress.mechanisms.grids import Grids, WeightGrid
 from lightning_compress.mechanisms.moving_grids import FollowingGrids, LearnedGrids, MovingGrids, clipped_share
 from lightning_compress.mechanisms.owned import OwnedParameters
@@ -39,7 +39,6 @@ from lightning_compress.mechanisms.rounding import Presented, Rounding
 from lightning_compress.mechanisms.selection import find_module, listing, plain_name
 
 StepSize = Literal["mse", "observed", "learned"]
-WINDOW = 20  # steps over which the loss is averaged, to see whether learned steps diverge
 MUCH = 0.05
 """A share of weights beyond their grids that is worth a warning."""
 
@@ -159,8 +158,8 @@ class QATCallback(QuantisedCallback):
         self._checked = False  # whether its first step was looked at
         self._steps = 0  # of an optimizer, so far
         self._top_lr = 0.0  # the user's largest learning rate since the start
-        self._losses: list[Tensor] = []
-        self._first_loss: float | None = None
+        self._watch = LossWatch(max_loss_growth)
+        self._frozen: list[nn.Module] = []  # batch norm that was in training
 
     # What the base asks
 
@@ -252,7 +251,8 @@ class QATCallback(QuantisedCallback):
         state = self._loaded or (self.state_dict() if goes_on else None)
         self._loaded = None
         self._progress, self._moving, self._factors, self._used = None, None, None, None
-        self._checked, self._losses, self._first_loss, self._top_lr = False, [], None, 0.0
+        self._checked, self._watch, self._top_lr = False, LossWatch(self.max_loss_growth), 0.0
+        stack.callback(self._thaw)
         self.quantization, self.metrics, self._start_grids, self._kept = None, {}, None, {}
         if state is not None and state["quantization"] is not None:
             self._refuse_other_bits(state)
@@ -273,7 +273,7 @@ class QATCallback(QuantisedCallback):
                 self._moving.freeze()
             log.info("%s: the grids stay from here on", self.name)
         if self._moving is not None and done >= self.freeze_batchnorm_at < 1:
-            self._freeze_batchnorm(self._moving.network)
+            self._frozen += freeze_batchnorm_(self._moving.network)  # also where somebody has called train()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """As the base, which lets steps learn; they stay positive."""
@@ -296,8 +296,12 @@ class QATCallback(QuantisedCallback):
         self._steps = steps
         if not self._checked and outputs:
             self._check_first(moving)
-        if isinstance(moving, LearnedGrids) and self.max_loss_growth is not None:
-            self._watch_loss(outputs)
+        if isinstance(moving, LearnedGrids) and (grown := self._watch.see(outputs)) is not None:
+            raise RuntimeError(
+                f"'{self.name}': the loss went {grown} since the steps began to learn, more than max_loss_growth="
+                f"{self.max_loss_growth}: give a smaller step_lr= or learning rate, more bits, or step_size='mse', "
+                "whose steps stay; max_loss_growth=None goes on"
+            )
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """As the base; log how the grids fit."""
@@ -331,10 +335,17 @@ class QATCallback(QuantisedCallback):
         self._evaluation.close()
         grids = self.quantization
         if grids is None:
-            self._warn_once("the training ended before start, so nothing is quantised")
-            return
+            if not _compat.has_training_data(trainer):
+                self._warn_once("there is no training data, and no training step was run, so nothing is quantised")
+                return
+            self._warn_once(
+                f"the training ended before start={self.start}, so the network was calibrated, as PTQCallback does, "
+                "and not trained on its grids"
+            )
+            self._choose_step(trainer, pl_module)
+            grids = self._start_grids = self._calibrated(trainer, pl_module, self._network_name(trainer, pl_module))
         network = find_module(pl_module, grids.network, argument="network")
-        if self._kept["follows"]:
+        if self._kept.get("follows"):
             grids = FollowingGrids(network, grids, watching=bool).current()  # of the masked weights, where some are
         self.quantization = replace(grids, fingerprints=fingerprints(network))
         log.info("%s: %s", self.name, self._summary(self.quantization))
@@ -365,6 +376,9 @@ class QATCallback(QuantisedCallback):
         grids = replace(self._calibrated(trainer, pl_module, name, in_training=True), statistics={}, fingerprints={})
         self._quantise(grids, pl_module)
         forgotten = [_compat.forget_best(own) for own in trainer.callbacks if _compat.keeps_best(own)]
+        waiting = [_compat.forget_best_score(own) for own in trainer.callbacks]
+        if any(waiting):
+            log.info("%s: early stopping begins anew, with the quantised network", self.name)
         if any(forgotten):
             self._warn_once(
                 "the best checkpoints so far are of the network in full precision, so they are not compared with what "
@@ -377,8 +391,8 @@ class QATCallback(QuantisedCallback):
         now, start = Grids.from_state(state["quantization"]), state["start_grids"]
         learned = self.step_size == "learned" and bool(state.get("factors"))
         begin = Grids.from_state(start) if learned else replace(now, fingerprints={})
-        self._top_lr, self._first_loss = state["top_lr"], state["first_loss"]
-        self._losses = [torch.tensor(loss) for loss in state["losses"]]
+        self._top_lr = state["top_lr"]
+        self._watch.load(state["watch"])
         self._quantise(begin, pl_module, state["factors"] if learned else None)
         self._start_grids = None if start is None else Grids.from_state(start)
         if isinstance(self._moving, FollowingGrids):
@@ -419,9 +433,13 @@ class QATCallback(QuantisedCallback):
             "ranges": dict(moving.ranges) if isinstance(moving, FollowingGrids) else {},
             "follows": isinstance(moving, FollowingGrids) and not moving.frozen,
             "top_lr": self._top_lr,
-            "first_loss": self._first_loss,
-            "losses": [float(loss) for loss in self._losses],
+            "watch": self._watch.state(),
         }
+
+    def _thaw(self) -> None:
+        for layer in self._frozen:
+            layer.training = True
+        self._frozen = []
 
     def _grids_now(self, moving: MovingGrids) -> Grids:
         with self._seen_weights():
@@ -451,14 +469,6 @@ class QATCallback(QuantisedCallback):
                     "same, or load the weights alone and begin another fit"
                 )
 
-    def _freeze_batchnorm(self, network: nn.Module) -> None:
-        """Let batch norm use its running statistics until the end of the fit."""
-        layers = [layer for layer in batch_norms(network).values() if layer.training]
-        for layer in layers:
-            layer.training = False
-        if layers and self._stack is not None:
-            self._stack.callback(_train, layers)
-
     def _refuse_idle(self, moving: LearnedGrids) -> None:
         idle = [name for name in moving.idle() if name in moving.grids.weights]
         if idle:
@@ -479,27 +489,6 @@ class QATCallback(QuantisedCallback):
         if idle and not _compat.holds_compiled_code(moving.network):
             self._warn_once(
                 f"the training step does not run {listing(idle)}, so these weights do not learn their grids"
-            )
-
-    def _watch_loss(self, outputs: Any) -> None:
-        """End a training whose learned steps have diverged."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            return
-        self._losses.append(loss.detach().float().reshape(()))
-        if len(self._losses) < WINDOW:
-            return
-        mean = float(torch.stack([own.to(loss.device) for own in self._losses]).mean())
-        self._losses.clear()
-        if self._first_loss is None and math.isfinite(mean):
-            self._first_loss = mean
-            return
-        first = math.inf if self._first_loss is None else self._first_loss
-        if not mean <= (self.max_loss_growth or math.inf) * abs(first):
-            raise RuntimeError(
-                f"'{self.name}': the loss went from {first:.4g} to {mean:.4g} since the steps began to learn, more "
-                f"than max_loss_growth={self.max_loss_growth}: give a smaller step_lr= or learning rate, more bits, or "
-                "step_size='mse', whose steps stay; max_loss_growth=None goes on"
             )
 
     def _clipped(self) -> float:
@@ -524,8 +513,3 @@ def _changes(start: Grids, end: Grids) -> Tensor:
     scales = [end.activations[key].scale / grid.scale for key, grid in start.activations.items()]
     steps = [(end.weights[name].step / grid.step).reshape(-1) for name, grid in start.weights.items()]
     return torch.cat([torch.tensor(scales), *steps])
-
-
-def _train(layers: Sequence[nn.Module]) -> None:
-    for layer in layers:
-        layer.training = True

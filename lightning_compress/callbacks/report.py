@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_compress.callbacks.arguments import check_flag
 from lightning_compress.callbacks.base import CompressionCallback, announce, log
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.copying import independent_copy, widen_
@@ -75,6 +76,7 @@ class CompressionReport(CompressionCallback):
             raise ValueError(f"path must be a local directory, got '{os.fspath(path)}'")
         if path is not None and Path(path).is_file():
             raise ValueError(f"path must be a directory, and '{os.fspath(path)}' is a file")
+        check_flag("latency", latency)
         self.path = None if path is None else os.path.abspath(path)
         self.latency = latency
         self.recipe: dict[str, Any] | None = None

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.functional.quantizers import along, quantize
 from lightning_compress.mechanisms.grids import COMPUTED, Grids
-from lightning_compress.mechanisms.operations import CONVOLUTIONS
+from lightning_compress.mechanisms.operations import CONVOLUTIONS, keeps_dimensions
 from lightning_compress.mechanisms.rounding import GATE_STEP, Rounding, multiplied
 
 CHILD = "quantized"
@@ -152,7 +152,7 @@ class Emitting(Rounding):
         """``GlobalAveragePool``, which has an integer kernel."""
         shape = (*x.shape[:2], 1, 1)
         pooled = self._symbol("GlobalAveragePool", (x,), torch.float32, shape)
-        keeps = function.__name__ != "mean" or (args[1] if len(args) > 1 else options.get("keepdim", False))
+        keeps = function.__name__ != "mean" or (args[1] if len(args) > 1 else keeps_dimensions(options))
         return pooled if keeps else pooled.flatten(1)
 
     def layer(
@@ -175,7 +175,7 @@ class Emitting(Rounding):
         if site in self._multiplied:
             return self._product(site, x, weight.shape[0], weight.shape[1], offset)
         matrix = self._weight(site, axis=1)  # (in, out): no transposition is left between it and the product
-        if x.ndim == 2 and hasattr(self.held, _name(site, "bias")):
+        if x.ndim == 2 and hasattr(self.held, buffer_name(site, "bias")):
             parts = (self._tensor(site, "bias"), self._tensor(site, "bias_scale"))
             offset = self._symbol("DequantizeLinear", parts, torch.float32, parts[0].shape, axis=0)
             return torch.addmm(offset, x, matrix)
@@ -218,10 +218,10 @@ class Emitting(Rounding):
 
     def _hold(self, site: str, **tensors: Tensor) -> None:
         for part, tensor in tensors.items():
-            self.held.register_buffer(_name(site, part), tensor)
+            self.held.register_buffer(buffer_name(site, part), tensor)
 
     def _tensor(self, site: str, part: str) -> Tensor:
-        value: Tensor = getattr(self.held, _name(site, part))
+        value: Tensor = getattr(self.held, buffer_name(site, part))
         return value
 
     def _weight(self, site: str, *, axis: int) -> Tensor:
@@ -268,7 +268,7 @@ class Emitting(Rounding):
         return result
 
 
-def _name(site: str, part: str) -> str:
+def buffer_name(site: str, part: str) -> str:
     """Name of a buffer: of letters, digits and underscores, another for each key."""
 
     def spelled(sign: re.Match[str]) -> str:

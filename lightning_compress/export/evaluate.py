@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_compress import _compat
 from lightning_compress.export.copying import independent_copy, make_plain_, widen_
@@ -27,6 +27,7 @@ from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Call, Sample, bind, defines
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.isolation import attributes_kept, evaluating, module_kept, quiet, random_state_kept
+from lightning_compress.mechanisms.loaders import data_kept
 from lightning_compress.mechanisms.quantization import quantizing
 from lightning_compress.mechanisms.rounding import Rounding
 from lightning_compress.mechanisms.selection import find_module, plain_name
@@ -248,6 +249,7 @@ def _validated(
         duplicate = widen_(stack.enter_context(_working_copy(module)))
         if datamodule is not None:
             stack.enter_context(attributes_kept(datamodule))
+        stack.enter_context(data_kept(_sources(module, loaders, datamodule)))  # each validation sees the same
         if trainer is not None and _compat.is_running(trainer):  # data are set up, and may not be split a second time
             for owner in (duplicate, datamodule):
                 if owner is not None:
@@ -352,6 +354,12 @@ def _data(module: nn.Module, source: Any) -> tuple[Any, Any]:
                 stacklevel=4,
             )
     return loaders, datamodule
+
+
+def _sources(module: Any, loaders: Any, datamodule: Any) -> list[Any]:
+    """What the validation data may hang on, whose random generators are to be where they were."""
+    held = [value for value in vars(module).values() if isinstance(value, (Dataset, DataLoader))]
+    return [datamodule, *held, *(loader for _, loader in leaves(loaders))]
 
 
 def _fresh_trainer(lightning: Any, trainer: Any) -> Any:

@@ -6,7 +6,6 @@ quantised network computes, and if it runs in integers what should run so.
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections import Counter
@@ -16,21 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.export.emission import CHILD, Emitting
+from lightning_compress.export.emission import CHILD, Emitting, buffer_name
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.parity import Reference, check_parity, references
 from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Call
 from lightning_compress.export.tracing import convert
 from lightning_compress.mechanisms.grids import Grids
-from lightning_compress.mechanisms.quantization import quantizing
+from lightning_compress.mechanisms.quantization import module_of, quantizing
 from lightning_compress.mechanisms.rounding import Rounding
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.tree import named_tensors
 
 KERNELS = ("QLinearConv", "QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "ConvInteger", "MatMulInteger")
-LEAST_NOISE = 0.02  # of the output's size: what rounding in other places may cost even where the grids cost nothing
-MOST_NOISE = 0.5  # and what it may never cost, however much the grids do
+NOISE = 2.0
+"""A file may be off by so many times what quantisation has changed: it rounds as often, in other places."""
+LEAST_NOISE, MOST_NOISE = 0.02, 0.5
+"""Of the output's size, whatever quantisation has changed."""
+LARGE = 10.0
+"""Times what a quarter of the output stays below: what is larger, such as a masked score, counts as if it were so."""
 
 
 class IntegerExport:
@@ -118,13 +121,15 @@ class IntegerExport:
         """
         if self._precision == "int4" and all(grid.bits <= 4 for grid in self._grids.weights.values()):
             return check_parity(file, self._expected, self._max_difference)
-        self.check_kernels(file)
+        self._check_kernels(file)
         # without integer activations ONNX Runtime rounds those of linear layers with 8-bit weights itself
         return max(
             self._difference(plain, expected, file) for plain, expected in zip(self._plain, self._expected, strict=True)
         )
 
-    def _difference(self, plain: Reference, expected: Reference, file: OnnxNetwork) -> float:
+    def _difference(
+        self, plain: Reference, expected: Reference, file: OnnxNetwork, *, provisional: bool = False
+    ) -> float:
         largest = 0.0
         found = file.run(expected.tensors)
         wanted = [(name, tensor) for name, tensor in named_tensors(expected.output)]
@@ -136,14 +141,15 @@ class IntegerExport:
                 )
             if rounded.numel() == 0 or not rounded.is_floating_point():
                 continue
-            size, noise = torch.linalg.vector_norm(exact), torch.linalg.vector_norm(rounded - exact)
+            exact, rounded, got = _weighed(exact, rounded, got)
+            size, noise = torch.linalg.vector_norm(exact), NOISE * torch.linalg.vector_norm(rounded - exact)
             off = torch.linalg.vector_norm(got - rounded)
-            accepted = noise.clamp(LEAST_NOISE * size, MOST_NOISE * size)
+            accepted = MOST_NOISE * size if provisional else noise.clamp(LEAST_NOISE * size, MOST_NOISE * size)
             if not off <= accepted:  # NaN fails too
                 raise ExportError(
                     f"output '{name}' of the file differs from that of the quantised network by {off / size:.3g} of "
-                    f"its size, and at most {accepted / size:.3g} is accepted: what quantisation itself has changed, "
-                    f"{noise / size:.3g}, but from {LEAST_NOISE} to {MOST_NOISE}"
+                    f"its size, and at most {accepted / size:.3g} is accepted: twice what quantisation itself has "
+                    f"changed, {noise / size:.3g}, but from {LEAST_NOISE} to {MOST_NOISE}"
                 )
             largest = max(largest, (got - rounded).abs().max().item())
         return largest
@@ -164,21 +170,30 @@ class IntegerExport:
         if compared == 0:
             raise ExportError("the exporter left no scale in the file")
 
-    def check_kernels(self, file: OnnxNetwork) -> float:
-        """Count the integer kernels that ONNX Runtime makes of a file; where activations are float there are none.
+    def check_trial(self, file: OnnxNetwork) -> float:
+        """As :meth:`check`, for a file of provisional scales, which may be far off, but not like another network.
 
         Args:
             file: The file.
 
         Returns:
-            NaN: no output was compared.
+            The largest difference of an output.
 
         Raises:
-            ExportError: If a quantised layer does not run in integers.
+            ExportError: If they differ by half of their size, or a layer does not run in integers.
         """
+        self._check_kernels(file)
+        pairs = zip(self._plain, self._expected, strict=True)
+        return max(self._difference(plain, expected, file, provisional=True) for plain, expected in pairs)
+
+    def _check_kernels(self, file: OnnxNetwork) -> None:
+        """Count the integer kernels that ONNX Runtime makes of a file; where activations are float there are none."""
         if not self._grids.integer_activations:
-            return math.nan
-        counts, left = _optimised(file)
+            return
+        counts, widened = _optimised(file)
+        modules = {buffer_name(site, "weight"): module_of(site) for site in self._grids.sites}
+        prefix = f"{self._grids.network}." if self._grids.network else ""
+        left = sorted({f"'{prefix}{modules[name]}'" for name in widened if name in modules})
         kernels = sum(counts[kind] for kind in KERNELS)
         if kernels < self._layers:
             raise ExportError(
@@ -186,7 +201,16 @@ class IntegerExport:
                 f"float: {', '.join(left) or 'their operators were merged with others'}; leave them out of the "
                 "quantisation with exclude="
             )
-        return math.nan
+
+
+def _weighed(exact: Tensor, rounded: Tensor, got: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs without what is infinite in all of them, and with large elements made smaller, by the same factors."""
+    same = ~exact.isfinite() & (exact == rounded) & (exact == got)
+    exact, rounded, got = (torch.where(same, 0.0, own) for own in (exact, rounded, got))
+    magnitude = exact.abs()
+    limit = LARGE * magnitude.flatten().kthvalue(max(1, magnitude.numel() // 4)).values
+    weight = torch.where((magnitude > limit) & (limit > 0), limit / magnitude, 1.0)
+    return exact * weight, rounded * weight, got * weight
 
 
 def _refuse_float64(network: nn.Module, call: Call) -> None:
@@ -209,7 +233,7 @@ def _layers(model: Any) -> int:
 
 
 def _optimised(file: OnnxNetwork) -> tuple[Counter[str], list[str]]:
-    """The operators that ONNX Runtime runs, by type, and the layers whose weights it widens."""
+    """The operators that ONNX Runtime runs, by type, and the names of the weights that it widens."""
     import onnx
     import onnxruntime
 
@@ -219,9 +243,8 @@ def _optimised(file: OnnxNetwork) -> tuple[Counter[str], list[str]]:
         options.optimized_model_filepath = os.path.join(folder, "optimised.onnx")
         onnxruntime.InferenceSession(os.fspath(file.path), options, providers=["CPUExecutionProvider"])
         nodes = onnx.load(options.optimized_model_filepath).graph.node
-    widened = [node.input[0] for node in nodes if node.op_type == "DequantizeLinear"]
-    left = [name.removeprefix(f"{CHILD}.").removesuffix("_weight") for name in widened if name.endswith("_weight")]
-    return Counter(node.op_type for node in nodes), left
+    widened = [node.input[0].removeprefix(f"{CHILD}.") for node in nodes if node.op_type == "DequantizeLinear"]
+    return Counter(node.op_type for node in nodes), widened
 
 
 def _pack_(model: Any) -> None:

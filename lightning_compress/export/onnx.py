@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import os
 import stat
 import uuid
@@ -106,8 +107,8 @@ def to_onnx(
         dynamic_batch: Whether the file takes any batch size. Dimension 0 of each input tensor that is as long as that
             of the first is the batch.
         max_difference: Largest accepted difference between file and network, absolute, in units of
-            ``max(1, largest |output|)``. Where ONNX Runtime multiplies integers, and so rounds elsewhere, the file must
-            instead be nearer to the quantised network than quantisation has moved that from the plain one.
+            ``max(1, largest |output|)``. Where ONNX Runtime multiplies integers, and so rounds elsewhere, the file may
+            instead be off by twice what quantisation has changed.
         opset: ONNX operator set, at least 18. None: 20, or 21 for ``"int4"``, which needs it.
 
     Returns:
@@ -179,7 +180,7 @@ def write_onnx(
             grids = for_precision(scales.for_network(name, part, lambda: run_once(part, call)), precision)
             integer = IntegerExport(part, call, grids, expected, precision=precision, max_difference=max_difference)
             graph = integer.convert(output_names, **options)
-            check = integer.check_kernels if scales.provisional else integer.check
+            check = integer.check_trial if scales.provisional else integer.check
         difference = _write_checked(graph, target, check)
     return ExportResult(
         path=target,
@@ -252,8 +253,10 @@ def checked_precision(precision: str) -> str:
 
 def _checked_options(precision: str, opset: int | None, max_difference: float) -> int:
     lowest = INT4_OPSET if checked_precision(precision) == "int4" else LOWEST_OPSET
-    if not max_difference > 0:
-        raise ValueError(f"max_difference must be positive, got {max_difference}")
+    if not isinstance(max_difference, (int, float)) or not 0 < max_difference < math.inf:
+        raise ValueError(f"max_difference must be a positive number, got {max_difference!r}")
+    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int)):
+        raise TypeError(f"opset must be a whole number or None, got {opset!r}")
     if opset is not None and opset < lowest:
         raise ValueError(f"opset must be at least {lowest} for precision '{precision}', got {opset}")
     return max(DEFAULT_OPSET, lowest) if opset is None else opset

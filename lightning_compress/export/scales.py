@@ -15,7 +15,7 @@ from lightning_compress.mechanisms.calibration import Settings, calibrate, finge
 from lightning_compress.mechanisms.grids import Grids, WeightGrid
 from lightning_compress.mechanisms.selection import listing, plain_name
 
-HOW = "add PTQCallback() to the Trainer's callbacks, which calibrates after the fit, or name a checkpoint= with scales"
+HOW = "add PTQCallback() or QATCallback() to the Trainer's callbacks, or name a checkpoint= with scales"
 
 
 class Scales:

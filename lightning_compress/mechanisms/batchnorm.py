@@ -37,6 +37,26 @@ def batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
+def freeze_batchnorm_(module: nn.Module) -> list[nn.Module]:
+    """Let batch norm use its running statistics, and leave them as they are, until it is set to training again.
+
+    Args:
+        module: The root.
+
+    Returns:
+        The layers that were in training.
+
+    Example:
+        >>> layers = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval())
+        >>> len(freeze_batchnorm_(layers)), layers[0].training
+        (1, False)
+    """
+    layers: list[nn.Module] = [layer for layer in batch_norms(module).values() if layer.training]
+    for layer in layers:
+        layer.training = False
+    return layers
+
+
 @contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
     """Put the running statistics back at the end.

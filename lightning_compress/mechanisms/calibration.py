@@ -146,7 +146,9 @@ class Observing(Rounding):
     def place(self, site: str, weight: Tensor) -> WeightSite | None:
         """As the base; note it."""
         place = self.names.find(weight, module_of(site))
-        if place is None or not self.selected(place.name):
+        if place is None or not self.selected(place.name) or weight.ndim < 2:
+            return None
+        if site not in self.grids.sites and not self.names.is_whole(place, weight):
             return None
         self.grids.sites[site] = place
         self.found[site] = weight.detach()

@@ -173,6 +173,22 @@ def _argument(args: Sequence[Any], options: Mapping[str, Any], place: int, name:
     return options.get(name, args[place] if len(args) > place else default)
 
 
+def keeps_dimensions(options: Mapping[str, Any]) -> bool:
+    """Whether a reduction keeps the dimensions that it reduces, in torch's or in NumPy's spelling.
+
+    Args:
+        options: Its keyword arguments.
+
+    Returns:
+        False by default.
+
+    Example:
+        >>> keeps_dimensions({"keepdims": True}), keeps_dimensions({})
+        (True, False)
+    """
+    return bool(options.get("keepdim", options.get("keepdims", False)))
+
+
 def is_global_average(name: str, x: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether an operation takes the mean over all positions of maps ``(N, C, H, W)``.
 
@@ -193,7 +209,7 @@ def is_global_average(name: str, x: Tensor, args: Sequence[Any], kwargs: dict[st
     if x.ndim != 4:
         return False
     if name == "mean":
-        dims = args[0] if args else kwargs.get("dim")
+        dims = args[0] if args else kwargs.get("dim", kwargs.get("axis"))
         if not isinstance(dims, (list, tuple)) or kwargs.get("dtype") is not None or len(args) > 2:
             return False
         return sorted(dim % 4 for dim in dims) == [2, 3]

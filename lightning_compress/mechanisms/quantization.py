@@ -10,6 +10,7 @@ The names and what was made of a tensor are kept as attributes on the tensors, w
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -38,17 +39,26 @@ ROUNDED = "_lightning_compress_rounded"
 """Attribute of a tensor: itself on its grid, for all that consume it."""
 VERSION = "_lightning_compress_version"
 """Attribute of a tensor: how often it had been written to when that was made."""
+ORIGIN = "_lightning_compress_origin"
+"""Attribute of a view of a rounded tensor: the tensor that was rounded, and how often it had been written to then."""
 STATE = "_lightning_compress_state"
 """Attribute of a tensor: one of the following."""
-PENDING, GRID, FREE = "pending", "grid", "free"
-"""It needs a quantiser behind the kernel that made it; it is on a grid; it may be put on one."""
+PENDING, GRID, FREE, PRODUCT = "pending", "grid", "free", "product"
+"""It needs a quantiser behind the kernel that made it; it is on a grid; it may be put on one; it may, and must where a
+float operation follows, for ONNX Runtime would make one float kernel of a linear layer and what is fused into it."""
 LAYER = "_lightning_compress_layer"
 """Attribute of a tensor: the key of the convolution or linear layer that has just made it."""
 CHANNELS = "_lightning_compress_channels"
 """Attribute of a tensor: the key of the layer whose channels these still are, but for batch norm and ReLU."""
 OUTPUT = ":output:0"
 """The key under which a network's return consumes tensors."""
-MARKS = (KEY, ROUNDED, VERSION, STATE, LAYER, CHANNELS)
+MARKS = (KEY, ROUNDED, VERSION, ORIGIN, STATE, LAYER, CHANNELS)
+
+
+_WRITTEN = (
+    "of the tensor that '{key}' made and views of it, one was written to after the other was used, which a quantised "
+    "network cannot follow; write to a clone"
+)
 
 
 class QuantizationError(RuntimeError):
@@ -185,7 +195,7 @@ class QuantizationMode(PausableMode):
             if not isinstance(leaf, Tensor):
                 return leaf
             self._consume(leaf, OUTPUT)
-            return self._needed(leaf)
+            return leaf if getattr(leaf, STATE, None) == PRODUCT else self._needed(leaf)
 
         result = rebuild(output, finished)
         for _, tensor in [*named_tensors(output), *named_tensors(result)]:  # only now: one may be there twice
@@ -212,7 +222,7 @@ class QuantizationMode(PausableMode):
         state = getattr(x, STATE, None)
         if kind is Kind.FUSED:
             return None if state is None else self._fused(name, site, func, x, rest, options)
-        vector = kind is Kind.CURVED and state == FREE and x.ndim == 2  # between two linear layers
+        vector = kind is Kind.CURVED and state in (FREE, PRODUCT) and x.ndim == 2  # between two linear layers
         if not self.quantizers.active or not (vector or state in (PENDING, GRID)):
             return None
         if kind is Kind.POOLED:
@@ -263,7 +273,8 @@ class QuantizationMode(PausableMode):
         self._consume(x, site)
         state, channels = getattr(x, STATE), getattr(x, CHANNELS, None)
         result = func(x, *rest, **options)
-        _mark(result, site, PENDING if state == GRID else state)
+        product = PRODUCT if state == FREE and x.ndim == 2 else state
+        _mark(result, site, PENDING if state == GRID else product)
         if name == "relu":
             setattr(result, CHANNELS, channels)
         return result
@@ -275,7 +286,7 @@ class QuantizationMode(PausableMode):
         operands = list(args[0]) if many and args and isinstance(args[0], (list, tuple)) else list(args)
         states = [getattr(operand, STATE, None) for operand in operands if isinstance(operand, Tensor)]
         known = len(states) == len(operands) > 1 and None not in states
-        if not self.quantizers.active or not known or (options and not many) or {*states} == {FREE}:
+        if not self.quantizers.active or not known or (options and not many) or {*states} <= {FREE, PRODUCT}:
             return None
         for operand in operands:
             self._consume(operand, site)
@@ -340,19 +351,24 @@ class QuantizationMode(PausableMode):
         for tensor in [result] if isinstance(result, Tensor) else result:
             if isinstance(tensor, Tensor):
                 _mark(tensor, key, state)
+                _note_origin(tensor, x, rounded)
         return result
 
     def _in_float(self, site: str, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Run an operation without an integer kernel, on what the kernels before it can give."""
         met = False
+        replaced: list[tuple[Tensor, Tensor]] = []
 
         def needed(leaf: Any) -> Any:
             nonlocal met
             if not isinstance(leaf, Tensor):
                 return leaf
-            met = met or leaf.is_floating_point()
+            met = met or leaf.is_floating_point() or leaf.is_complex()
             self._consume(leaf, site)
-            return self._needed(leaf)
+            rounded = self._needed(leaf)
+            if rounded is not leaf:
+                replaced.append((leaf, rounded))
+            return rounded
 
         if writes(func) and args and isinstance(args[0], Tensor):  # to be found in that very tensor
             rounded = needed(args[0])
@@ -368,12 +384,16 @@ class QuantizationMode(PausableMode):
                 self._borrow(result)
             if met and result.is_floating_point():
                 setattr(result, KEY, site)
-                self.quantizers.left(site)
+            for leaf, rounded in replaced:
+                _note_origin(result, leaf, rounded)
+        made = [tensor for _, tensor in named_tensors(result)]
+        if met and any(tensor.is_floating_point() or tensor.is_complex() for tensor in made):
+            self.quantizers.left(site)
         return result
 
     def _needed(self, x: Tensor) -> Tensor:
         """A tensor for whoever takes it in float: on its grid, if the kernel that made it needs a quantiser."""
-        return self._on_grid(x, "") if getattr(x, STATE, None) == PENDING else x
+        return self._on_grid(x, "") if getattr(x, STATE, None) in (PENDING, PRODUCT) else x
 
     def _on_grid(self, x: Tensor, site: str) -> Tensor:
         """A tensor on its grid, the same for all that consume it."""
@@ -382,11 +402,7 @@ class QuantizationMode(PausableMode):
         rounded: Tensor | None = getattr(x, ROUNDED, None)
         if rounded is not None:
             if _version(x) != getattr(x, VERSION, None):
-                raise QuantizationError(
-                    f"the tensor that '{getattr(x, KEY, 'an operation')}' made was written to through a view of it "
-                    "after it was used, which a quantised network cannot follow; write to the tensor itself, or to a "
-                    "clone"
-                )
+                raise QuantizationError(_WRITTEN.format(key=getattr(x, KEY, "an operation")))
             return rounded
         key = getattr(x, KEY, None)
         if key is None:
@@ -414,6 +430,9 @@ class QuantizationMode(PausableMode):
         self._borrowed.clear()
 
     def _consume(self, x: Tensor, site: str) -> None:
+        origin = getattr(x, ORIGIN, None)
+        if origin is not None and (source := origin[0]()) is not None and _version(source) != origin[1]:
+            raise QuantizationError(_WRITTEN.format(key=getattr(x, KEY, "an operation")))
         self.quantizers.consumed(getattr(x, LAYER, None), getattr(x, CHANNELS, None), site)
 
 
@@ -424,6 +443,12 @@ def _kept(func: Callable[..., Any], options: dict[str, Any], x: Tensor, result: 
     """
     in_place = (writes(func) and not is_operator(func)) or options.get("inplace")
     return x.copy_(result) if in_place and not torch.compiler.is_exporting() else result
+
+
+def _note_origin(view: Tensor, x: Tensor, rounded: Tensor) -> None:
+    """Note of a view of a rounded tensor what it should be a view of."""
+    if not torch.compiler.is_compiling() and rounded is not x and view._is_view():
+        setattr(view, ORIGIN, (weakref.ref(x), _version(x)))
 
 
 def _version(x: Tensor) -> int | None:

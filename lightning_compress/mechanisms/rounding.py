@@ -43,8 +43,10 @@ class WeightNames:
             self._names[id(parameter)] = plain_name(name)
             self._storages[parameter.untyped_storage().data_ptr()] = plain_name(name), parameter
         for name, module in network.named_modules():
-            if is_parametrized(module, "weight") or (hasattr(module, "weight_v") and hasattr(module, "weight_g")):
+            made = "weight" not in module._parameters and isinstance(vars(module).get("weight"), Tensor)
+            if is_parametrized(module, "weight") or made:
                 self._computed.add(plain_name(name))
+        self._network = network
 
     def name_of(self, parameter: Tensor | None) -> str | None:
         """The dotted name of a parameter; None for what is none."""
@@ -54,13 +56,24 @@ class WeightNames:
         """The weight that a parameter is, or that is computed from it, by weight norm or the like."""
         module, _, attribute = name.rpartition(".")
         module, _, inner = name.rpartition(".parametrizations.") if ".parametrizations." in name else (module, "", "")
-        made = inner.startswith("weight.") or attribute in ("weight_g", "weight_v")
+        made = inner.startswith("weight.") or attribute in ("weight_g", "weight_v", "weight_orig")
         return f"{module}.weight" if made and module in self._computed else name
 
     def whole(self, place: WeightSite, weight: Tensor) -> Tensor:
         """The weight that what an operation was given is, or is a part of."""
         entry = self._whole_of(weight)
         return weight if entry is None or entry[0] != place.name else entry[1]
+
+    def is_whole(self, place: WeightSite, weight: Tensor) -> bool:
+        """Whether what an operation was given is the weight of this name, also where a module computes that.
+
+        A layer may go on with a weight that it computes, by a mask, say; the name alone would not tell.
+        """
+        module = place.name.rpartition(".")[0]
+        if module not in self._computed or not place.name.endswith("weight"):
+            return True
+        own: Tensor = self._network.get_submodule(module).weight  # type: ignore[assignment]
+        return own is weight or (own.shape == weight.shape and torch.equal(own, weight))
 
     def find(self, weight: Tensor, module: str) -> WeightSite | None:
         """Name a weight.

@@ -1,6 +1,6 @@
 """What a training step with a callback costs: over the plain step, or with a teacher over that plus its forward.
 
-    python -m tests.benchmarks.step_cost [kd at ft pruning dpf dcil psgd] [--profile]
+    python -m tests.benchmarks.step_cost [kd at ft pruning dpf dcil psgd qat] [--profile]
 
 Every arm is a whole ``Trainer.fit`` with its own module, in a thread of its own, and the threads take turns: one step
 of each arm a round, in random order, never two at once. So an arm's time is that of Lightning's real loop, from the
@@ -17,7 +17,8 @@ memory back to the system and takes it again in every step. In factor transfer, 
 paraphraser themselves cost; attention by gradients runs the teacher forward and backward, and the student backward
 twice. Pruning by hand multiplies weights by a fixed mask in each step; the callback is measured with fixed masks, and
 while its masks change, which they do for three quarters of a training unless other fractions are given. DCIL by hand is
-the step twice, the second time with ``(1 - M) * g``, and nothing else. PSGD by hand is the plain formula.
+the step twice, the second time with ``(1 - M) * g``, and nothing else. PSGD by hand is the plain formula. QAT by hand
+is the weights alone, rounded by torch's own operation.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from lightning_compress import (
     FactorTransferCallback,
     PruningCallback,
     PSGDCallback,
+    QATCallback,
 )
 from lightning_compress.demo import SmallResNet
 from lightning_compress.functional import (
@@ -73,6 +75,7 @@ TARGETS = {
     "pruning": "1.03 for the callback over the reference",
     "dpf": "1.05 for the callback over the reference",
     "psgd": "1.03 for the callback with a grid for each tensor over the reference",
+    "qat": "1.3 with steps that stay or follow, 1.6 with learned ones",
     "dcil": "2.05 with a shared dense path, 2.2 with an own one",
 }
 
@@ -191,6 +194,22 @@ class ScaledByHand(Plain):
                 weight.grad *= 50.0 * position_scale(weight, 4)
 
 
+class RoundedByHand(Plain):
+    """Rounded weights written into the step, with torch's operation, and no activation."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        rounded = {}
+        for name, weight in self.network.named_parameters():
+            if weight.ndim > 1:
+                steps = weight.detach().abs().flatten(1).amax(dim=1) / 127
+                zeros = torch.zeros(len(weight), dtype=torch.int32)
+                rounded[name] = torch.fake_quantize_per_channel_affine(weight, steps, zeros, 0, -127, 127)
+        loss = F.cross_entropy(torch.func.functional_call(self.network, rounded, (images,)), labels)
+        self.log("train_loss", loss)
+        return loss
+
+
 class TwoNetworksByHand(PrunedByHand):
     """DCIL written into the step, its dense path shared: two passes, of which each weight learns from one."""
 
@@ -274,7 +293,7 @@ def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], las
     """The arms of one technique; the first is the reference.
 
     Args:
-        technique: "kd", "at", "ft", "pruning", "dpf", "dcil" or "psgd".
+        technique: "kd", "at", "ft", "pruning", "dpf", "dcil", "psgd" or "qat".
         pair: Makes a student and a teacher, from the same weights each time.
         last: Name of the layer that ends the last stage of both.
     """
@@ -301,6 +320,17 @@ def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], las
             Arm("plain step", Plain(pair()[0])),
             Arm("by hand", ScaledByHand(pair()[0])),
             *(Arm(f"PSGDCallback{name}", Plain(pair()[0]), [PSGDCallback(**own)]) for name, own in ways.items()),
+        ]
+
+    if technique == "qat":
+        rest = {"freeze_batchnorm_at": 1.0, "freeze_observers_at": 1.0, "max_samples": 64}
+        return [
+            Arm("plain step", Plain(pair()[0])),
+            Arm("by hand, weights alone", RoundedByHand(pair()[0])),
+            *(
+                Arm(f"QATCallback, {kind}", Plain(pair()[0]), [QATCallback(step_size=kind, **rest)])  # type: ignore[arg-type]
+                for kind in ("mse", "observed", "learned")
+            ),
         ]
 
     if technique in ("dpf", "dcil"):

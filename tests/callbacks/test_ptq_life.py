@@ -760,8 +760,8 @@ def test_without_a_validation_step_the_training_step_is_replayed_in_evaluation_m
     module.model.register_forward_hook(lambda part, args, output: modes.append(part.training))
     trainer(ptq).fit(module, loader())
     assert module.modes == [(True, True)] * STEPS
-    # after the first step it is looked at twice: what it is made of, and its activations
-    assert modes == [True, False, False] + [True] * (STEPS - 1) + [False] * (1 + STEPS)
+    # after the first step a batch is tried, and it is looked at twice: what it is made of, and its activations
+    assert modes == [True, False, False, False] + [True] * (STEPS - 1) + [False] * (1 + STEPS)
     assert ptq.metrics == {}
     module.eval()
     with torch.no_grad():
@@ -785,6 +785,27 @@ def test_a_validation_that_goes_around_the_network_is_told_after_the_first_step(
     message = r"Around.training_step calls 'model', and validation_step does not, so the quantised network could not be"
     with pytest.raises(ValueError, match=message):
         fitting.fit(module, loader(), loader(rows=ROWS))
+    assert fitting.global_step == 1
+
+
+class ReadOnce(IterableDataset):
+    """Gives its rows once."""
+
+    def __init__(self):
+        self.left = list(loader().dataset)
+
+    def __iter__(self):
+        while self.left:
+            yield self.left.pop()
+
+
+def test_training_data_that_are_used_up_are_told_after_the_first_step():
+    class Untested(NormClassifier):
+        validation_step = L.LightningModule.validation_step
+
+    module, fitting = made(Untested), trainer(PTQCallback())
+    with pytest.raises(ValueError, match="the training data give no batch when they are read once more"):
+        fitting.fit(module, DataLoader(ReadOnce(), batch_size=32))
     assert fitting.global_step == 1
 
 

@@ -1,6 +1,6 @@
 """Measure what the techniques gain, and write the tables.
 
-    python -m tests.experiments [kd at ft masks psgd] [--out FOLDER] [--jobs 2] [--seeds 3]
+    python -m tests.experiments [kd at ft masks psgd qat] [--out FOLDER] [--jobs 2] [--seeds 3]
 
 Runs that are in the folder already are not made again, so the command can be stopped and started at any time.
 """

@@ -38,7 +38,8 @@ class Start:
 class Protocol:
     """How long is trained, on how many labels (`None`: all), how wide and how sparse a network, to be read how.
 
-    With `bits`, what is measured is the network with its weights rounded to so many; 32 leaves them as they are.
+    With `bits`, what is measured is the network with its weights rounded to so many; 32 leaves them as they are. With
+    `activation_bits` too, it is the network that is quantised, and its file.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Protocol:
     width: int = 8
     sparsity: float | None = None
     bits: int | None = None
+    activation_bits: int | None = None
     start: Start | None = None
 
     @property
@@ -61,6 +63,8 @@ class Protocol:
             return f"{self.sparsity:.0%} sparsity, {steps}"
         if self.bits is not None:
             begun = "" if self.start is None else f"{self.start.epochs} epochs of SGD, then "
+            if self.activation_bits is not None:
+                return f"Weights of {self.bits} bits, activations of {self.activation_bits}: {begun}{steps}"
             return f"{'Full precision' if self.bits == FULL else f'{self.bits} bits'}: {begun}{steps}"
         return f"{f'{self.labels} labels' if self.labels else 'All 18,000 labels'}, {steps}"
 
@@ -104,6 +108,7 @@ class Run:
             ("protocol", "width", 8),
             ("protocol", "sparsity", None),
             ("protocol", "bits", None),
+            ("protocol", "activation_bits", None),
             ("protocol", "start", None),
             ("arm", "distilled", False),
         ):
@@ -117,6 +122,7 @@ class Run:
         del whole["arm"]["name"]
         if self.arm.technique == "plain":
             whole["protocol"].pop("bits", None)
+            whole["protocol"].pop("activation_bits", None)
         return whole
 
     @property
@@ -260,6 +266,23 @@ GRIDS = tuple(
     for limits in ("max", "mse")
     for statistics, said in (("kept", ""), ("reestimated", ", new statistics"))
 )
+CALIBRATED = Arm("calibrated", "best PTQ of the network that all go on from", "start", longer=0.0, steps=1.0)
+FINE_TUNED = Arm("plain", "full precision, then best PTQ")
+AWARE = tuple(
+    Arm(f"qat-{kind}", f"QAT, {said}", "qat", {"step_size": kind}, candidate=True)
+    for kind, said in (("mse", "steps of least error stay"), ("observed", "grids follow"), ("learned", "learned steps"))
+)
+TRAINED_FOR = tuple(
+    Protocol(f"qat-{weights}-{activations}", epochs=2, bits=weights, activation_bits=activations, start=Start())
+    for weights, activations in ((4, 8), (3, 8), (4, 4), (3, 4))
+)
+IN_INTEGERS = (
+    Column("its weights at full precision", "test_accuracy_full"),
+    Column("lost by quantisation", "lost"),
+    Column("file less quantised module", "file_gap"),
+    Column("agreement of the file, %", "file_agreement"),
+    Column("weights' steps moved by, %", "moved", digits=1),
+)
 SETTINGS = ((8, 8), (4, 8), (4, 4), (3, 4))  # bits of weights and of activations
 USUAL = {"observer": "minmax", "weight_range": "max", "reestimate_batchnorm": False}
 OPTIONS = (
@@ -279,6 +302,15 @@ OPTIONS = (
     Option("equalized", "cross-layer equalisation", {**USUAL, "cross_layer_equalization": True}),
     Option("default", "as PTQCallback chooses"),
 )
+VARIANTS = tuple(
+    Option(f"{limits}-{observer}-{'new' if new else 'kept'}", "", {"weight_range": limits, "observer": observer} | more)
+    for limits, observer, new in (
+        *(("max", "minmax", False), ("mse", "minmax", False), ("max", "minmax", True), ("mse", "minmax", True)),
+        *(("mse", "mse", True), ("max", "mse", True)),
+    )
+    for more in [{"reestimate_batchnorm": new}]
+)
+"""Ways of calibration of which the best on the held-out images is taken."""
 CLAIMS = {
     "kd": Claim(
         "kd",
@@ -313,5 +345,14 @@ CLAIMS = {
         picture="quantisation.png",
         against=(("psgd-6", "plain"), ("psgd-6", "psgd-3-permuted"), ("psgd-6", "psgd-6-permuted")),
         options=OPTIONS,
+    ),
+    "qat": Claim(
+        "qat",
+        "training-on-few-bits.md",
+        "QAT",
+        tuple((protocol, (FINE_TUNED, CALIBRATED, *AWARE)) for protocol in TRAINED_FOR),
+        columns=IN_INTEGERS,
+        teacher=False,
+        against=(("qat-mse", "plain"), ("qat-learned", "qat-mse"), ("qat-observed", "qat-mse")),
     ),
 }

@@ -128,6 +128,8 @@ def prepare_start(run: Run, folder: Path) -> str:
 def make_run(run: Run, folder: Path) -> str:
     if run.protocol.bits is None:
         from .training import train as made
+    elif run.protocol.activation_bits is not None:
+        from .aware import measure as made
     else:
         from .rounded import measure as made
 

@@ -131,7 +131,8 @@ def claim_tables(claim: Claim, store: Store, seeds: int) -> str:
     """All tables of a claim, as Markdown."""
     parts = [part_table(claim, *part, store, seeds) for part in claim.parts]
     taught = [teacher_line(Teacher(), store)] if claim.teacher else []
-    rounded = [grid_table(claim, *part, store, seeds) for part in claim.parts if part[0].bits not in (None, FULL)]
+    parts_rounded = [part for part in claim.parts if claim.options and part[0].bits not in (None, FULL)]
+    rounded = [grid_table(claim, *part, store, seeds) for part in parts_rounded]
     options = [options_table(claim, store, seeds), whole_cost(claim, store, seeds)] if claim.options else []
     return "\n\n".join([*taught, *parts, *rounded, *options]) + "\n"
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_compress.export import to_onnx
+from lightning_compress.export import integer, to_onnx
 from lightning_compress.export.emission import Emitting, integer_layer
 from lightning_compress.export.integer import KERNELS
+from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.mechanisms.calibration import Settings, calibrate
 from lightning_compress.mechanisms.grids import ActivationGrid, Grids, WeightGrid, WeightSite
 from lightning_compress.mechanisms.quantization import quantizing
@@ -248,6 +249,24 @@ def test_rows_of_a_weight_and_the_factors_of_its_inputs():
     assert (result.gain.tolist(), result.offset.tolist()) == ([1.0, 1.0], [0.0, 0.0])
 
 
+def test_steps_grow_until_the_bias_fits_into_32_bits():
+    """And the integers become less in return; in channels where it fits anyway nothing changes."""
+    grids = Grids(
+        weights={"w": WeightGrid(torch.tensor([1e-9, 0.01]), 8)},
+        sites={"s": WeightSite("w", 0, 2, source="x")},
+        activations={"x": ActivationGrid(0.5, 3, 8)},
+        biases={"s": torch.tensor([0.4, 0.0])},
+    )
+    weight, bias = torch.tensor([[1.27e-7, -0.5e-7], [1.27, -0.5]]), torch.tensor([0.6, 0.3])
+    result = integer_layer(grids, "s", weight, bias=bias)
+    np.testing.assert_allclose(result.scale.numpy(), [2.0**-29, 0.01], rtol=1e-6)  # 1 is 2**30 steps of 0.5 times that
+    assert result.integers.tolist() == [[round(127e-9 * 2**29), round(-50e-9 * 2**29)], [127, -50]]
+    np.testing.assert_allclose(result.offset.numpy(), [0.4, 0.0])
+    for unchanged in (torch.tensor([-0.4, 0.3]), None):
+        assert integer_layer(grids, "s", weight, bias=unchanged).integers.tolist()[1] == [127, -50]
+    assert integer_layer(grids, "s", weight, bias=torch.tensor([-0.4, 0.3])).integers.tolist()[0] == [127, -50]
+
+
 def test_the_bias_of_a_linear_layer_is_written_in_steps_of_the_products():
     network = nn.Sequential(nn.Linear(2, 2))
     network[0].weight.data.copy_(torch.tensor([[1.27, 0.0], [0.0, -2.54]]))
@@ -268,10 +287,11 @@ def test_the_bias_of_a_linear_layer_is_written_in_steps_of_the_products():
 
 
 def test_products_of_four_bits_hold_two_integers_in_a_byte():
-    network = nn.Sequential(nn.Linear(150, 3, bias=False), nn.Linear(3, 2, bias=False))
+    network = nn.Sequential(*(nn.Linear(*sizes, bias=False) for sizes in ((150, 64), (64, 3), (3, 2))))
     grids = calibrated(network, torch.randn(2, 150), weight_bits=4, activation_bits=None)
     held = dict(Emitting(network, grids, opset=21, products=True).held.named_buffers())
-    for site, name, block, blocks in ("0:linear:0", "0.weight", 128, 2), ("1:linear:0", "1.weight", 16, 1):
+    for index, block, blocks in (0, 128, 2), (1, 64, 1), (2, 16, 1):
+        site, name = f"{index}:linear:0", f"{index}.weight"
         weight = network.get_parameter(name).detach()
         packed = held[f"{site.replace(':', '_')}_weight"]
         assert (packed.dtype, packed.shape) == (torch.uint8, (len(weight), blocks, block // 2))
@@ -512,3 +532,35 @@ def test_convolutions_of_other_dimensions(tmp_path, dimensions):
     expected = rounded(network, grids, x)
     assert (run(tmp_path / "n.onnx", x, optimised=False)[0] - expected).abs().max() <= 1.001 * step
     assert operators(tmp_path / "n.onnx")["QLinearConv"] == 2
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        (nn.ReLU(), nn.LayerNorm(16)),
+        (nn.BatchNorm1d(16), nn.ReLU6(), nn.Softmax(1)),
+        (nn.ReLU(), nn.Dropout(0.5), nn.Tanh()),
+    ],
+)
+def test_a_linear_layer_with_relu_before_a_float_operation_runs_in_integers(between, tmp_path):
+    network, x = nn.Sequential(nn.Linear(8, 16), *between, nn.Linear(16, 4)).eval(), torch.randn(32, 8)
+    grids = calibrated(network, x)
+    holding(network, quantization=grids)
+    to_onnx(network, tmp_path / "n.onnx", x, precision="int8")
+    assert integer._optimised(OnnxNetwork(tmp_path / "n.onnx"))[0]["QGemm"] == 2
+
+
+@pytest.mark.parametrize("options", [{"keepdim": True}, {"keepdims": True}, {"keepdims": False}, {}])
+def test_the_mean_of_maps_in_either_spelling(options, tmp_path):
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.body(x).mean((2, 3), **options).flatten(1))
+
+    network, x = Mean().eval(), torch.randn(8, 1, 5, 5)
+    holding(network, quantization=calibrated(network, x))
+    to_onnx(network, tmp_path / "n.onnx", x, precision="int8")
+    assert integer._optimised(OnnxNetwork(tmp_path / "n.onnx"))[0]["QLinearGlobalAveragePool"] == 1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from export.test_emission import calibrated, holding, kernels, operators, rounded, run
+from export.test_emission import calibrated, holding, initializers, kernels, operators, rounded, run
 from lightning_compress.export import to_onnx
+from lightning_compress.mechanisms.calibration import Settings, calibrate
 
 ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 MAPS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -94,3 +96,29 @@ def test_weights_that_are_used_twice_are_stored_once(tmp_path):
     )
     written(tmp_path, network, MAPS)
     assert (tmp_path / "n.onnx").stat().st_size < 1.3 * sum(value.numel() for value in network.parameters())
+
+
+def test_layers_that_are_left_in_float(tmp_path):
+    """A convolution with its batch norm, and a linear layer; their neighbours have integers in the file."""
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)),
+        *(nn.Flatten(), nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 3)),
+    ).eval()
+    network[3].running_var.uniform_(0.5, 2)
+    chosen = {"0.weight", "5.weight", "9.weight"}
+    with torch.no_grad():
+        grids = calibrate(
+            network, lambda: (network(MAPS) for _ in range(2)), Settings(), selected=lambda name: name in chosen
+        )
+    assert set(grids.weights) == chosen
+    result = to_onnx(holding(network, quantization=grids), tmp_path / "n.onnx", MAPS, precision="int8")
+    assert {"2.weight", "7.weight", "batch_norm (1)", "conv2d (1)", "linear (1)"} <= set(result.left_in_float)
+    stored = initializers(tmp_path / "n.onnx")
+    weights = {tuple(entry.dims): entry.data_type for entry in stored.values() if len(entry.dims) > 1}
+    assert {shape for shape, kind in weights.items() if kind == onnx.TensorProto.INT8} == {
+        *((4, 3, 3, 3), (2, 4, 1, 1), (8, 3)),  # a matrix is (in, out)
+    }
+    assert {shape for shape, kind in weights.items() if kind == onnx.TensorProto.FLOAT} >= {(4, 4, 3, 3), (8, 32)}
+    expected = rounded(network, grids, MAPS)
+    step = network[9].weight.abs().sum(dim=1).max() * grids.activations["8:relu:0"].scale
+    assert (run(tmp_path / "n.onnx", MAPS, optimised=False)[0] - expected).abs().max() <= step

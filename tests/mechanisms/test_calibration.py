@@ -21,7 +21,7 @@ from lightning_compress.mechanisms.calibration import (
     fingerprints,
     statistics_of,
 )
-from lightning_compress.mechanisms.grids import ActivationGrid, Grids, WeightGrid, WeightSite
+from lightning_compress.mechanisms.grids import COMPUTED, ActivationGrid, Grids, WeightGrid, WeightSite
 from lightning_compress.mechanisms.observers import OBSERVERS, make_observer
 from lightning_compress.mechanisms.quantization import MARKS, QuantizationError, module_of, quantizing
 from lightning_compress.mechanisms.rounding import Rounding, multiplied
@@ -189,6 +189,18 @@ def test_so_many_samples_are_looked_at(most, batches):
     assert grids.activations["in:0:conv2d:0"] == grid_of(8, *MAPS[:batches])
 
 
+def test_for_weights_alone_one_batch_is_looked_at():
+    net, seen = convolutional(), []
+
+    def steps():
+        for x in MAPS:
+            seen.append(len(x))
+            yield net(x)
+
+    calibrate(net, steps, Settings(activation_bits=None))
+    assert seen == [4]
+
+
 def test_each_call_of_the_network_counts_and_steps_without_one_do_not():
     net, seen = nn.Sequential(nn.Linear(2, 2)), []
 
@@ -268,6 +280,23 @@ class Branching(nn.Module):
 def test_a_batch_norm_is_a_part_of_the_layer_whose_output_nobody_else_takes(other, folded):
     net = Branching(other).eval()
     assert calibrated(net, MAPS[0]).folds == ({"conv:conv2d:0": "norm"} if folded else {})
+
+
+def test_a_batch_norm_of_a_module_of_the_user_is_not_folded():
+    """A file could not read its statistics."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3))
+            self.register_buffer("variance", torch.ones(3))
+
+        def forward(self, x):
+            return F.batch_norm(x, self.mean, self.variance)
+
+    grids = calibrated(nn.Sequential(nn.Conv2d(2, 3, 1), Own()).eval(), MAPS[0])
+    assert grids.folds == {}
+    assert grids.left_in_float == ("batch_norm (1)",)
 
 
 @pytest.mark.parametrize("length", [3, 5])
@@ -449,7 +478,8 @@ def spread_out(net):
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.running_var.uniform_(0.1, 4)
             module.running_mean.normal_()
-            module.weight.data.uniform_(-2, 2)
+            if module.affine:
+                module.weight.data.uniform_(-2, 2)
     return net.eval()
 
 
@@ -469,8 +499,13 @@ EQUALISED = {
     ),
     "batch norm": (
         lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 1)
+            nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4, eps=0.5), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 1)
         ),
+        (3, 2, 6, 6),
+        1,
+    ),
+    "batch norm without a weight": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU(), nn.Conv2d(4, 3, 1)),
         (3, 2, 6, 6),
         1,
     ),
@@ -525,7 +560,7 @@ def ranges(net, grids, first, second):
         gain = 1.0
         if first in grids.folds:
             norm = net.get_submodule(grids.folds[first])
-            gain = norm.weight[channel].abs() / (norm.running_var[channel] + norm.eps).sqrt()
+            gain = (norm.weight[channel].abs() if norm.affine else 1) / (norm.running_var[channel] + norm.eps).sqrt()
         rows.append((one.weight[channel] * own).abs().max() * gain / divisor)
         inside = two.weight.shape[1]
         size = len(two.weight) // getattr(two, "groups", 1)
@@ -567,6 +602,7 @@ class Taken(nn.Module):
         (lambda n, x: n.b(F.leaky_relu(n.a(x))), False),
         (lambda n, x: n.b(F.max_pool2d(n.a(x), 2)), False),
         (lambda n, x: n.b(n.a(x) + 1), False),
+        (lambda n, x: (lambda y: n.b(y) + F.batch_norm(y, torch.zeros(2), torch.ones(2)))(F.relu(n.a(x))), False),
         (lambda n, x: n.b(n.b(n.a(x))), False),
         (lambda n, x: n.b(n.a(n.a(x))), False),
     ],
@@ -577,6 +613,16 @@ def test_channels_are_scaled_only_where_nobody_else_takes_them(forward, equalise
     assert set(grids.divisors) == ({"a:conv2d:0"} if equalised else set())
     outputs, plain = run(net, grids, MAPS[0], Unrounded), net(MAPS[0])
     torch.testing.assert_close(outputs, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_that_are_dead_on_either_side_are_left_as_they_are():
+    net, x = spread_out(EQUALISED["tokens"][0]()), torch.randn(64, 3)
+    net[0].weight.data[2] = 0
+    net[2].weight.data[:, 5] = 0
+    grids = calibrated(net, x, equalize=True)
+    [divisors] = grids.divisors.values()
+    assert torch.equal(divisors == 1, torch.arange(8).eq(2) | torch.arange(8).eq(5))
+    assert ((run(net, grids, x) - net(x)).norm() / net(x).norm()).item() < 0.03
 
 
 @pytest.mark.parametrize(("channels", "length"), [(8, 4), (4, 8), (4, 4)])
@@ -594,6 +640,9 @@ def test_a_weight_with_a_given_grid_is_not_scaled_away_from_it():
         name: WeightGrid(quantization_grid(net.get_parameter(name), 8, axis=0), 8) for name in ("0.weight", "2.weight")
     }
     grids = calibrated(net, x, equalize=True, given=given)
+    assert grids.weights["0.weight"] is given["0.weight"]
+    scaled = net[2].weight.detach() * grids.factors["2:linear:0"]
+    assert torch.equal(grids.weights["2.weight"].step, quantization_grid(scaled, 8, axis=0))
     assert ((run(net, grids, x) - net(x)).norm() / net(x).norm()).item() < 0.03
 
 
@@ -772,6 +821,46 @@ def test_steps_for_whole_weights_run_the_same_from_a_file(tmp_path):
 # --- what is left in float ---
 
 
+class Computing(nn.Module):
+    """Computes a weight, and a bias, from parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3))
+        self.last = nn.Linear(3, 2, bias=False)
+
+    def forward(self, x):
+        x = F.linear(x, self.weight * 2, self.bias)
+        return self.last(F.linear(x, self.weight, self.bias * 2))
+
+
+def test_computed_weights_are_left_in_float_and_computed_biases_are_told():
+    net = Computing()
+    grids = calibrated(net, torch.randn(4, 3), correct_bias=True)
+    assert grids.sites == {
+        ":linear:1": WeightSite("weight", 0, 3, COMPUTED, ":linear:0"),
+        "last:linear:0": WeightSite("last.weight", 0, 2, None, ":linear:1"),
+    }
+    assert "linear (1)" in grids.left_in_float
+    assert list(grids.biases) == [":linear:1", "last:linear:0"]
+
+
+def test_the_discovery_rounds_nothing():
+    """A network that goes by the size of what it computes goes the same way."""
+
+    class Choosing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(2, 2, bias=False), nn.Linear(2, 2), nn.Linear(2, 2)
+            self.a.weight.data.fill_(0.1)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.b(x) if x.sum() > 0 else self.c(x)
+
+    assert list(calibrated(Choosing(), torch.ones(1, 2)).weights) == ["a.weight", "b.weight"]
+
+
 def test_what_is_left_in_float_is_listed():
     class Mixed(nn.Module):
         def __init__(self):
@@ -857,8 +946,11 @@ def test_scripted_parts_are_refused_by_name(make):
     part = make(nn.Linear(2, 2))
     with pytest.raises(QuantizationError, match="'1' is scripted"):
         calibrated(nn.Sequential(nn.Linear(2, 2), part), torch.ones(1, 2))
-    with pytest.raises(QuantizationError, match="is scripted"):
+    with pytest.raises(QuantizationError, match=f"'{type(part).__name__}' is scripted"):
         calibrated(part, torch.ones(1, 2))
+    deep = nn.ModuleDict({"body": nn.Sequential(nn.ReLU(), part)})
+    with pytest.raises(QuantizationError, match=r"'body\.1' is scripted"):
+        Calibration(deep, Settings())
 
 
 # --- auxiliary heads ---
@@ -908,3 +1000,95 @@ class Noting(Rounding):
         place = super().place(site, weight)
         self.names_by_site[site] = place.name
         return place
+
+
+class MaskedAgain(nn.Module):
+    """Goes on with the weight that its layer computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.mask = torch.ones(4, 4).tril()
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(F.linear(x, self.layer.weight * self.mask, self.layer.bias))
+
+
+class MaskedInside(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.mask = torch.ones(4, 4).tril()
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [MaskedAgain, lambda: nn.Sequential(torch.nn.utils.parametrizations.weight_norm(MaskedInside()), nn.Linear(4, 2))],
+)
+def test_a_computed_weight_that_is_changed_once_more_stays_in_float(make):
+    network, x = make().eval(), torch.randn(8, 4)
+    grids = calibrate(network, lambda: (network(x) for _ in range(1)), Settings())
+    assert list(grids.weights) == ["last.weight" if isinstance(network, MaskedAgain) else "1.weight"]
+    assert any("weight" in name for name in grids.left_in_float)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.utils.spectral_norm, torch.nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_weights_that_the_older_norms_compute(norm):
+    network, x = nn.Sequential(norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(8, 4)
+    network(x)
+    grids = calibrate(network, lambda: (network(x) for _ in range(1)), Settings())
+    assert list(grids.weights) == ["0.weight", "2.weight"]
+    assert not any("weight" in name and "norm" not in name for name in grids.left_in_float)
+
+
+def test_a_weight_of_one_dimension_stays_in_float():
+    class Vector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.row, self.last = nn.Parameter(torch.randn(4)), nn.Linear(1, 2)
+
+        def forward(self, x):
+            return self.last(F.linear(x, self.row).unsqueeze(1))
+
+    network, x = Vector().eval(), torch.randn(8, 4)
+    grids = calibrate(network, lambda: (network(x) for _ in range(1)), Settings())
+    assert list(grids.weights) == ["last.weight"]
+
+
+def test_what_another_way_has_more_is_added():
+    """A head that runs in training only."""
+
+    class WithHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.aux = nn.Conv2d(1, 2, 3), nn.Linear(2, 3), nn.Conv2d(2, 3, 1)
+
+        def forward(self, x):
+            x = F.relu(self.body(x))
+            scores = self.head(x.mean(dim=(2, 3)))
+            return (scores, self.aux(x)) if self.training else scores
+
+    network, x = WithHead(), torch.randn(4, 1, 5, 5)
+
+    def steps(samples=x):
+        return (network(samples) for _ in range(1))
+
+    network.eval()
+    calibration = Calibration(network, Settings())
+    calibration.discover(steps)
+    calibration.observe(steps)
+    before = copy.deepcopy(calibration.grids)
+    network.train()
+    calibration.extend(lambda: steps(100 * x))
+    assert set(calibration.grids.weights) - set(before.weights) == {"aux.weight"}
+    assert set(calibration.grids.activations) - set(before.activations) == {"aux:conv2d:0"}
+    assert {key: calibration.grids.activations[key] for key in before.activations} == before.activations
+    assert calibration.grids.left_in_float == ()
+    again = copy.deepcopy(calibration.grids)
+    network.eval()
+    calibration.extend(lambda: steps(1000 * x))
+    assert calibration.grids.activations == again.activations

@@ -583,7 +583,7 @@ def test_what_has_no_integer_kernel_stays_in_float():
     assert torch.equal(output, expected)
     assert noted.sites == ["linear:linear:0"]
     assert noted.keys == ["in:linear:linear:0"]  # nothing that has a name made what comes out of an LSTM
-    assert noted.lefts == ["embedding:embedding:0", "up:conv_transpose1d:0"]
+    assert noted.lefts == ["embedding:embedding:0", "lstm:lstm:0", "up:conv_transpose1d:0"]
 
 
 def test_quantisers_that_do_nothing_change_nothing():

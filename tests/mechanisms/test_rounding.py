@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from lightning_compress.mechanisms.calibration import Settings, calibrate
-from lightning_compress.mechanisms.grids import ActivationGrid, Grids, WeightSite
+from lightning_compress.mechanisms.grids import COMPUTED, ActivationGrid, Grids, WeightSite
 from lightning_compress.mechanisms.quantization import QuantizationError, quantizing
 from lightning_compress.mechanisms.rounding import Rounding, WeightNames, multiplied, norm_arguments, spread
 from lightning_compress.mechanisms.views import Source
@@ -467,6 +467,7 @@ def test_self_attention(need_weights):
     output, rounding = run(net, grids, x)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
     assert set(grids.activations) == {"in:attention:linear:0", key}
+    assert [place.bias for place in grids.sites.values()] == ["attention.in_proj_bias", "attention.out_proj.bias"]
     assert rounding.used == {"attention.in_proj_weight", "attention.out_proj.weight"}
     output.square().sum().backward()
     expected.square().sum().backward()
@@ -499,6 +500,7 @@ def test_cross_attention(dims):
         rows = [(place.start, place.stop) for place in grids.sites.values()]
         assert rows == [(0, 8), (8, 16), (16, 24), (0, 8)]
     keys = [f"in:attention:linear:{number}" for number in range(3)]
+    assert [place.bias for place in grids.sites.values()] == [*[COMPUTED] * 3, "attention.out_proj.bias"]
     parts = zip((q, k, v), keys, weights, own.in_proj_bias.chunk(3), strict=True)
     inside = attended(*[F.linear(a(key, x), weight, bias) for x, key, weight, bias in parts])
     last = grids.sites["attention:linear:3"].source
@@ -780,5 +782,41 @@ class WritesThroughAView(nn.Module):
 
 def test_a_tensor_that_is_written_to_through_a_view_after_its_use():
     network, x = WritesThroughAView().eval(), torch.randn(2, 2, 3, 3)
-    with pytest.raises(QuantizationError, match=r"'first:conv2d:0' made was written to through a view"):
+    with pytest.raises(QuantizationError, match=r"'first:conv2d:0' made and views of it, one was written"):
         calibrate(network, lambda: (network(x) for _ in range(1)), Settings())
+
+
+@pytest.mark.parametrize(
+    "write", [F.relu_, lambda y: y.mul_(2.0), lambda y: y.sub_(0.3).tanh_(), lambda y: y.add_(3.0)]
+)
+def test_a_tensor_that_is_written_to_after_a_view_of_it_was_taken(write):
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(2, 2, 1), nn.Linear(18, 2)
+
+        def forward(self, x):
+            y = self.first(x)
+            view = y.flatten(1)
+            write(y)
+            return self.second(view)
+
+    network, x = Writes().eval(), torch.randn(2, 2, 3, 3)
+    with pytest.raises(QuantizationError, match=r"'first:conv2d:0' made and views of it, one was written"):
+        calibrate(network, lambda: (network(x) for _ in range(1)), Settings())
+
+
+def test_a_view_that_is_not_used_after_the_write_does_no_harm():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+
+        def forward(self, x):
+            y = self.first(x)
+            assert y.flatten(1).shape[1] == 18
+            return self.second(F.relu_(y))
+
+    network, x = Writes().eval(), torch.randn(2, 2, 3, 3)
+    grids = calibrate(network, lambda: (network(x) for _ in range(1)), Settings())
+    assert list(grids.weights) == ["first.weight", "second.weight"]

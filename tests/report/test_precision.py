@@ -10,6 +10,7 @@ from contract.modules import Classifier, NormClassifier, loader, made, trainer
 from export.test_emission import calibrated, holding, kernels
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lightning_compress import CompressionReport, ExportCallback, PTQCallback
 from lightning_compress.export import evaluate, integer, to_onnx
@@ -259,6 +260,43 @@ def test_without_the_comparison(settings, tmp_path):
     fitted(PTQCallback(), exporting, fast_dev_run=fast)
     assert exporting.against_fp32 is None
     assert exporting.result.precision == "int8"
+
+
+def drawing_loader(seed):
+    plain = loader(Measured, rows=ROWS)
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(plain.dataset, batch_size=8, shuffle=True, generator=generator), generator
+
+
+def test_validations_that_are_compared_see_the_same_data_and_leave_them_as_they_were(tmp_path):
+    exporting, ptq = ExportCallback(tmp_path / "n.onnx", precision="int8", fp32_comparison=False), PTQCallback()
+    states = []
+    for callbacks in ([], [ptq, exporting, CompressionReport(latency=False, path=tmp_path)]):
+        module, (data, generator) = made(Measured), drawing_loader(5)
+        fitting = trainer(*callbacks, num_sanity_val_steps=0)
+        fitting.fit(module, loader(Measured), data)
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+    assert exporting.agreement >= 22 / 24
+    assert exporting.module_metrics == ptq.metrics
+
+
+def test_two_exports_to_one_path_are_refused(tmp_path):
+    exports = [ExportCallback(tmp_path / "n.onnx", name=name) for name in ("a", "b")]
+    with pytest.raises(ValueError, match=r"'a' and 'b' both write '.*n\.onnx'; give one another path"):
+        fitted(*exports)
+
+
+def test_a_comparison_that_fails_is_a_warning(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("lightning_compress.callbacks.export.against_fp32", full)
+    exporting = ExportCallback(tmp_path / "n.onnx", precision="int8")
+    with pytest.warns(UserWarning, match="was not compared with a file in fp32: no space left on device"):
+        fitted(PTQCallback(), exporting)
+    assert exporting.against_fp32 is None
+    assert exporting.file_metrics
 
 
 # Before the training

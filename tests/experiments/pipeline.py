@@ -1,0 +1,322 @@
+"""Distilled, pruned and quantised in one fit, against the teacher's file; each stage's share, each on its own file.
+
+python -m tests.experiments.pipeline [--out FOLDER] [--seeds 3] [--jobs 2] [--pages]
+
+Runs that are in the folder already are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from lightning_compress import DistillationCallback, ExportCallback, PruningCallback, PTQCallback, QATCallback
+from lightning_compress.demo import FASHION_FILES, ResidualBlock, _read_idx
+from lightning_compress.export import to_onnx
+from lightning_compress.export.runtime import OnnxNetwork
+from lightning_compress.report.latency import measure_latency
+from lightning_compress.report.measure import compressed_bytes
+
+from .data import HELD_OUT, Batches, Split
+from .plan import LEARNING_RATES
+from .schedule import start_worker
+from .store import write_atomically
+from .tables import splice, t_interval
+from .training import Classifier, fit, quiet
+from .watch import predictions, share
+
+PAGE = Path("docs/experiments/pipeline.md")
+VERSION = 1
+EPOCHS, TEACHER_WIDTH, TEACHER_RATE = 8, 16, 0.1
+SPARSITY, QUANTISED_FROM = 0.75, 0.7
+WIDTHS = (8, 4)
+LOOK = 500  # images at a time
+
+
+class ResNet20(nn.Module):
+    """The residual network of 20 layers, three stages of three blocks."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        channels = (width, width, width, width, 2 * width, 2 * width, 2 * width, 4 * width, 4 * width, 4 * width)
+        pairs = itertools.pairwise(channels)
+        self.stages = nn.Sequential(*(ResidualBlock(before, after) for before, after in pairs))
+        self.head = nn.Linear(4 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 1, H, W) to logits (N, 10)."""
+        logits: Tensor = self.head(self.stages(self.stem(x)).mean(dim=(2, 3)))
+        return logits
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One way to the student's file."""
+
+    name: str
+    title: str
+    distilled: bool = False
+    pruned: bool = False
+    quantised: str | None = None  # "ptq" or "qat"
+    rate_of: str | None = None  # whose learning rate is taken
+
+
+STAGES = (
+    Stage("alone", "student alone"),
+    Stage("alone-ptq", "student alone, calibrated (PTQ)", quantised="ptq", rate_of="alone"),
+    Stage("distilled", "distilled", distilled=True),
+    Stage("pruned", f"distilled, {SPARSITY:.0%} pruned", distilled=True, pruned=True, rate_of="distilled"),
+    Stage(
+        "quantised",
+        f"distilled, {SPARSITY:.0%} pruned, 8 bits (QAT), one fit",
+        distilled=True,
+        pruned=True,
+        quantised="qat",
+        rate_of="distilled",
+    ),
+)
+
+
+@functools.cache
+def images() -> Split:
+    """Fashion-MNIST at 28x28: 18,000 images to train on, 2,000 to choose learning rates by, 10,000 to test with."""
+    train_x, train_y, test_x, test_y = (_read_idx(name) for name in FASHION_FILES)
+
+    def prepared(own: Tensor) -> Tensor:
+        return (own[:, None].float() / 255 - 0.286) / 0.353
+
+    kept = 20000 - HELD_OUT
+    x, y = prepared(train_x[:20000]), train_y[:20000].long()
+    return Split((x[:kept], y[:kept]), (x[kept:], y[kept:]), (prepared(test_x), test_y.long()))
+
+
+class Student(Classifier):
+    """The network of 20 layers in the experiments' module."""
+
+    def __init__(self, width: int, rate: float) -> None:
+        super().__init__(1, rate)
+        self.network = ResNet20(width)  # type: ignore[assignment]
+
+
+def teacher_path(folder: Path) -> Path:
+    return folder / f"pipeline-teacher-v{VERSION}.pt"
+
+
+def make_teacher(folder: Path) -> str:
+    """Train the teacher, and write its file."""
+    path = teacher_path(folder)
+    if not path.is_file():
+        torch.manual_seed(0)
+        module, begin = Student(TEACHER_WIDTH, TEACHER_RATE), time.process_time()
+        fit(module, Batches(images().train, seed=0), EPOCHS, [])
+        kept = {"weights": module.network.state_dict(), "cpu_seconds": time.process_time() - begin}
+        write_atomically(path, lambda part: torch.save(kept, part))
+    to_onnx(teacher(folder), folder / "files" / "teacher.onnx", images().test[0][:4])
+    return f"teacher, {torch.load(path, weights_only=True)['cpu_seconds']:.0f} s"
+
+
+def teacher(folder: Path) -> ResNet20:
+    network = ResNet20(TEACHER_WIDTH)
+    network.load_state_dict(torch.load(teacher_path(folder), weights_only=True)["weights"])
+    return network
+
+
+def result_path(width: int, stage: Stage, rate: float, seed: int, folder: Path) -> Path:
+    return folder / "runs" / f"pipeline-v{VERSION}-w{width}-{stage.name}-lr{rate:g}-seed{seed}.json"
+
+
+def make(job: tuple[int, Stage, float, int], folder: Path) -> str:
+    """Train a student, write its file, and look at it."""
+    width, stage, rate, seed = job
+    begin, data = time.process_time(), images()
+    file = folder / "files" / f"w{width}-{stage.name}-lr{rate:g}-seed{seed}.onnx"
+    export = ExportCallback(file, precision="fp32" if stage.quantised is None else "int8", fp32_comparison=False)
+    callbacks: list[Callback] = [export]
+    if stage.distilled:
+        callbacks.append(DistillationCallback(teacher(folder), temperature=4.0, task_weight=0.1, kd_weight=0.9))
+    if stage.pruned:
+        callbacks.append(PruningCallback(SPARSITY, update_interval=16, end=QUANTISED_FROM))
+    if stage.quantised == "qat":
+        callbacks.append(QATCallback(start=QUANTISED_FROM, freeze_batchnorm_at=0.85, freeze_observers_at=0.85))
+    if stage.quantised == "ptq":
+        callbacks.append(PTQCallback())
+    torch.manual_seed(seed)
+    module = Student(width, rate)
+    fit(module, Batches(data.train, seed=seed), EPOCHS, callbacks)
+    result = {
+        "held_out_accuracy": share(classes(file, data.held_out[0]), data.held_out[1]),
+        "test_accuracy": share(classes(file, data.test[0]), data.test[1]),
+        "module_accuracy": share(predictions(module.network, data.test), data.test[1]),
+        "bytes": file.stat().st_size,
+        "deflated": compressed_bytes(file),
+        "cpu_seconds": time.process_time() - begin,
+    }
+    path = result_path(width, stage, rate, seed, folder)
+    write_atomically(path, lambda part: Path(part).write_text(json.dumps(result, indent=1)))
+    return f"{path.stem}: {result['test_accuracy']:.4f}, {result['cpu_seconds']:.0f} s"
+
+
+def classes(path: Path, inputs: Tensor) -> Tensor:
+    file = OnnxNetwork(path, threads=1)
+    return torch.cat([file.run([part])[0].argmax(dim=1) for part in inputs.split(LOOK)])
+
+
+def read(width: int, stage: Stage, rate: float, seed: int, folder: Path) -> dict[str, Any] | None:
+    path = result_path(width, stage, rate, seed, folder)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def chosen_rate(width: int, stage: Stage, folder: Path) -> float | None:
+    """By the held-out images with seed 0, of those that choose."""
+    stage = next(own for own in STAGES if own.name == (stage.rate_of or stage.name))
+    found = {rate: read(width, stage, rate, 0, folder) for rate in LEARNING_RATES}
+    if None in found.values():
+        return None
+    return max(found, key=lambda rate: (found[rate]["held_out_accuracy"], -rate))  # type: ignore[index]
+
+
+def jobs_left(folder: Path, seeds: int, *, choosing: bool) -> list[tuple[int, Stage, float, int]]:
+    if choosing:
+        jobs = [(w, stage, rate, 0) for w in WIDTHS for stage in STAGES if not stage.rate_of for rate in LEARNING_RATES]
+    else:
+        rates = {(w, stage.name): chosen_rate(w, stage, folder) for w in WIDTHS for stage in STAGES}
+        jobs = [
+            (w, stage, rate, seed)
+            for w in WIDTHS
+            for stage in STAGES
+            if (rate := rates[w, stage.name]) is not None
+            for seed in range(seeds)
+        ]
+    return [job for job in jobs if read(*job, folder) is None]
+
+
+def make_all(folder: Path, seeds: int, jobs: int) -> int:
+    """Make what is missing, in processes side by side; the number of failures."""
+    failures = 0
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker) as pool:
+        say(pool.submit(make_teacher, folder).result())
+        for choosing in (True, False):
+            futures = [pool.submit(make, job, folder) for job in jobs_left(folder, seeds, choosing=choosing)]
+            for future in futures:
+                error = future.exception()
+                failures += error is not None
+                say(f"failed: {type(error).__name__}: {error}" if error is not None else future.result())
+    return failures
+
+
+def speeds(folder: Path, files: Mapping[str, Path]) -> dict[str, float]:
+    """How many times as fast as the teacher's file each runs: batch 1, one thread, in turns."""
+    image = images().test[0][:1]
+
+    def call(path: Path) -> Any:
+        network = OnnxNetwork(path, threads=1)
+        return lambda: network.run([image])
+
+    every = {"teacher": folder / "files" / "teacher.onnx", **files}
+    times = measure_latency({name: call(path) for name, path in every.items()}, repeats=2000, seconds=30.0)
+    return {name: 1 / (found.ratio or 1.0) for name, found in times.items()}
+
+
+def table(folder: Path, seeds: int) -> str:
+    """The headline, and each stage's share."""
+    data, reference = images(), folder / "files" / "teacher.onnx"
+    best = share(classes(reference, data.test[0]), data.test[1])
+    size, deflated = reference.stat().st_size, compressed_bytes(reference)
+    minutes = torch.load(teacher_path(folder), weights_only=True)["cpu_seconds"] / 60
+    lines = [
+        f"Teacher: ResNet-20 of width {TEACHER_WIDTH}, {EPOCHS} epochs; its fp32 file has {size / 1e3:.0f} kB "
+        f"({deflated / 1e3:.0f} kB deflated) and is right for {100 * best:.2f}% of the 10,000 test images."
+    ]
+    for width in WIDTHS:
+        rates = {stage.name: chosen_rate(width, stage, folder) for stage in STAGES}
+        rows = {
+            stage.name: [read(width, stage, rates[stage.name] or 0.0, seed, folder) for seed in range(seeds)]
+            for stage in STAGES
+        }
+        if any(None in own for own in rows.values()):
+            lines += ["", f"### Students of width {width}", "", "Not measured yet."]
+            continue
+        paths = {
+            stage.name: folder / "files" / f"w{width}-{stage.name}-lr{rates[stage.name]:g}-seed0.onnx"
+            for stage in STAGES
+        }
+        fast = speeds(folder, paths)
+        lines += [
+            "",
+            f"### Students of width {width}",
+            "",
+            "| file | learning rate | test accuracy | less the teacher's file | over the stage before | kB | smaller | "
+            "deflated | times as fast | minutes |",
+            f"|{'---|' * 10}",
+        ]
+        before: Sequence[Mapping[str, Any]] | None = None
+        for stage in STAGES:
+            own: Any = rows[stage.name]
+            accuracy = [100 * row["test_accuracy"] for row in own]
+            cost = own + [
+                row for rate in LEARNING_RATES if (row := read(width, stage, rate, 0, folder)) and row not in own
+            ]
+            minutes += sum(row["cpu_seconds"] for row in cost) / 60
+            lines.append(
+                f"| {stage.title} | {rates[stage.name]:g} | {sum(accuracy) / len(accuracy):.2f} | "
+                f"{interval([own - 100 * best for own in accuracy])} | "
+                f"{'' if before is None else interval(gains(own, before))} | {own[0]['bytes'] / 1e3:.0f} | "
+                f"{size / own[0]['bytes']:.1f}x | {deflated / own[0]['deflated']:.1f}x | {fast[stage.name]:.2f} | "
+                f"{sum(row['cpu_seconds'] for row in cost) / 60:.1f} |"
+            )
+            before = own if stage.quantised != "ptq" else before
+    lines += ["", f"{seeds} seeds; {minutes:.0f} minutes of one thread, teacher and choice of learning rates included."]
+    return "\n".join(lines) + "\n"
+
+
+def gains(ones: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[float]:
+    pairs = zip(ones, others, strict=True)
+    return [100 * (one["test_accuracy"] - other["test_accuracy"]) for one, other in pairs]
+
+
+def interval(differences: Sequence[float]) -> str:
+    mean, low, high = t_interval(differences)
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{'' if low > 0 or high < 0 else ', not shown'}"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("experiments"), help="folder that keeps the runs")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds a stage")
+    parser.add_argument("--jobs", type=int, default=2, help="processes side by side, one thread each")
+    parser.add_argument("--pages", action="store_true", help=f"put the table into {PAGE} too")
+    options = parser.parse_args()
+    quiet()
+    options.out.mkdir(parents=True, exist_ok=True)
+    failures = make_all(options.out, options.seeds, options.jobs)
+    torch.set_num_threads(1)
+    text = table(options.out, options.seeds)
+    (options.out / PAGE.name).write_text(text)
+    if options.pages:
+        splice(PAGE, text)
+    say(text)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
