@@ -7,6 +7,7 @@ symmetric weights and a grid for each output channel the integers stay as they a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_compress.functional.quantizers import along, quantize
+from lightning_compress.functional.quantizers import MOST_BITS, along, integer_limits, quantize
 from lightning_compress.mechanisms.grids import COMPUTED, Grids
 from lightning_compress.mechanisms.operations import CONVOLUTIONS, keeps_dimensions
 from lightning_compress.mechanisms.rounding import GATE_STEP, Rounding, multiplied
@@ -81,8 +82,11 @@ def integer_layer(
         gain = gain if norm.weight is None else gain * norm.weight.detach().double()
         offset = offset * gain + (0.0 if norm.bias is None else norm.bias.detach().double())
     gain, offset = (value / grids.divisors.get(site, 1.0) for value in (gain, offset))
-    scale = (grid.step.double().expand(len(weight)) * gain.abs()).float()
     source = grids.activations.get(place.source or "")
+    shift = 1
+    if source is not None and source.bits < MOST_BITS:  # the same values, in integers that fill their byte
+        shift = 2 ** int(math.log2(integer_limits(MOST_BITS)[1] / grid.limits[1]))
+    integers, scale = integers * shift, (grid.step.double().expand(len(weight)) * gain.abs() / shift).float()
     if source is not None:
         total = offset if bias is None else offset + bias.detach().double() * gain
         least = total.abs() / (source.scale * LARGEST_BIAS)

@@ -564,3 +564,21 @@ def test_the_mean_of_maps_in_either_spelling(options, tmp_path):
     holding(network, quantization=calibrated(network, x))
     to_onnx(network, tmp_path / "n.onnx", x, precision="int8")
     assert integer._optimised(OnnxNetwork(tmp_path / "n.onnx"))[0]["QLinearGlobalAveragePool"] == 1
+
+
+@pytest.mark.parametrize(("bits", "shift"), [(2, 64), (3, 32), (4, 16), (5, 8), (7, 2), (8, 1)])
+def test_integers_fill_their_byte_where_activations_have_few_bits(bits, shift):
+    """Biases are added in steps of the product of the scales: with both coarse they would be rounded coarsely."""
+    weight, step = torch.randn(3, 4), torch.tensor([0.3, 0.21, 0.17])
+    made = {}
+    for own in (4, 8):
+        grids = Grids(
+            weights={"w": WeightGrid(step, bits)},
+            activations={"x": ActivationGrid(0.2, 0, own)},
+            sites={"s": WeightSite("w", 0, 3, source="x")},
+        )
+        made[own] = integer_layer(grids, "s", weight)
+    assert torch.equal(made[8].scale, step)
+    assert torch.equal(made[4].integers, made[8].integers * shift)
+    assert torch.equal(made[4].scale * shift, step)
+    assert made[4].integers.abs().max() <= 127
