@@ -14,10 +14,11 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch._guards import CompileId
 
@@ -506,3 +507,41 @@ def lightning_logger_kept() -> Iterator[None]:
 def function_modes() -> list[Any]:
     """The torch function modes that are on, the innermost last."""
     return list(torch.overrides._get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+
+
+def computed_anew(module: torch.nn.Module, attribute: str) -> torch.Tensor:
+    """An attribute of a module as it is now; the older weight norm computes it in a hook before each call."""
+    value: torch.Tensor = getattr(module, attribute)
+    if attribute in module._parameters:
+        return value
+    with torch.no_grad():
+        for hook in module._forward_pre_hooks.values():
+            if getattr(hook, "name", None) == attribute and hasattr(hook, "compute_weight"):
+                spectral = type(hook).__name__ == "SpectralNorm"
+                value = hook.compute_weight(module, *([False] if spectral else []))
+    return value
+
+
+@contextmanager
+def checkpointing_told(tell: Callable[[], None]) -> Iterator[None]:
+    """Call a function whenever activation checkpointing begins, of either kind."""
+    module: Any = torch.utils.checkpoint
+    # the first serves both kinds since torch 2.14; before it there was one for each
+    names = ("_checkpoint_impl", "_checkpoint_without_reentrant_generator", "CheckpointFunction")
+    before = {name: getattr(module, name) for name in names if hasattr(module, name)}
+
+    def telling(call: Callable[..., Any]) -> Callable[..., Any]:
+        def told(*args: Any, **kwargs: Any) -> Any:
+            tell()
+            return call(*args, **kwargs)
+
+        return told
+
+    for name, own in before.items():
+        put: Any = SimpleNamespace(apply=telling(own.apply)) if name == "CheckpointFunction" else telling(own)
+        setattr(module, name, put)
+    try:
+        yield
+    finally:
+        for name, own in before.items():
+            setattr(module, name, own)

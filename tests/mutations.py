@@ -783,8 +783,8 @@ MUTATIONS = (
     Mutation(
         "what is fused behind a grid counts as on that grid",
         QUANTIZATION,
-        "PENDING if state == GRID else state)\n        if name",
-        "state)\n        if name",
+        "PENDING if state == GRID else product)",
+        "product)",
         f"{QUANTIZATION_TEST}::test_where_maps_are_rounded",
     ),
     Mutation(
@@ -830,6 +830,20 @@ MUTATIONS = (
         f"{ROUNDING_TEST}::test_a_tensor_that_is_written_to_through_a_view_after_its_use",
     ),
     Mutation(
+        "a view of what was rounded is used after a write to the tensor",
+        QUANTIZATION,
+        "(source := origin[0]()) is not None and _version(source) != origin[1]:",
+        "(source := origin[0]()) is not None and _version(source) is None:",
+        f"{ROUNDING_TEST}::test_a_tensor_that_is_written_to_after_a_view_of_it_was_taken",
+    ),
+    Mutation(
+        "a linear layer and the ReLU behind it have no quantiser before a float operation",
+        QUANTIZATION,
+        "        product = PRODUCT if state == FREE and x.ndim == 2 else state",
+        "        product = state",
+        f"{EMISSION_TEST}::test_a_linear_layer_with_relu_before_a_float_operation_runs_in_integers",
+    ),
+    Mutation(
         "a network that calls itself begins anew",
         QUANTIZATION,
         "            if calls.depth or not when():\n",
@@ -844,10 +858,10 @@ MUTATIONS = (
         f"{QUANTIZATION_TEST}::test_weights_only",
     ),
     Mutation(
-        "what activation checkpointing runs again is not refused",
+        "activation checkpointing within the network is not refused",
         QUANTIZATION,
-        "            elif _compat.runs_again() and when():",
-        "            elif False:",
+        "        if calls.depth and torch.is_grad_enabled():",
+        "        if False:",
         f"{QUANTIZATION_TEST}::test_activation_checkpointing_is_refused",
     ),
     Mutation(
@@ -1010,8 +1024,8 @@ MUTATIONS = (
     Mutation(
         "grids are taken though the weights have changed",
         SCALES,
-        "            if not self.provisional and matching[0].fingerprints != fingerprints(network):",
-        "            if False:",
+        '                raise ValueError(\n                    "the weights have changed since',
+        '                _ = (\n                    "the weights have changed since',
         f"{SCALES_TEST}::test_a_checkpoint_whose_weights_are_not_those_that_were_calibrated",
     ),
     Mutation(
@@ -1027,6 +1041,20 @@ MUTATIONS = (
         "not torch.equal(given, value)",
         "not torch.allclose(given, value)",
         f"{INTEGER_TEST}::test_a_scale_or_an_integer_that_the_exporter_changes_is_found",
+    ),
+    Mutation(
+        "a network in float64 is not refused",
+        INTEGER,
+        "        _refuse_float64(network, call)\n",
+        "",
+        f"{INTEGER_TEST}::test_a_network_in_float64_is_refused_by_name",
+    ),
+    Mutation(
+        "a computed weight that is changed once more is rounded as what it was",
+        CALIBRATION,
+        "        if site not in self.grids.sites and not self.names.is_whole(place, weight):",
+        "        if False:",
+        f"{CALIBRATION_TEST}::test_a_computed_weight_that_is_changed_once_more_stays_in_float",
     ),
     Mutation(
         "one integer kernel is enough",
@@ -1116,8 +1144,8 @@ MUTATIONS = (
     Mutation(
         "without a validation step there is nothing to replay",
         CALIBRATING,
-        '        self._method = "training_step"\n        if not defines(',
-        '        self._method = "validation_step"\n        if not defines(',
+        '        self._method = "validation_step" if validates else "training_step"',
+        '        self._method = "validation_step"',
         f"{PTQ_LIFE}::test_without_a_validation_step_the_training_step_is_replayed_in_evaluation_mode",
     ),
     Mutation(
@@ -1130,8 +1158,8 @@ MUTATIONS = (
     Mutation(
         "a validation that goes around the network is not noticed",
         CALIBRATING,
-        "        if called is not None and calls.count == 0:",
-        "        if False:",
+        "        if called is None or calls.count > 0:",
+        "        if called is None or validates or calls.count > 0:",
         f"{PTQ_LIFE}::test_a_validation_that_goes_around_the_network_is_told_after_the_first_step",
     ),
 )

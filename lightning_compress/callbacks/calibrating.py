@@ -147,7 +147,8 @@ class CalibratingCallback(CompressionCallback):
                     break
 
         try:
-            with quantizing(network, Quantizers()) as calls:
+            # only calls are counted, and nothing is compiled for that
+            with torch.compiler.set_stance("force_eager"), quantizing(network, Quantizers()) as calls:
                 self._on_batches(trainer, pl_module, try_some)
         except QuantizationError as error:
             if not validates:

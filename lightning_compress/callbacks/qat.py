@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_positive, edge_bits_of
-from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.callbacks.base import CompressionCallback, averaging, log
 from lightning_compress.callbacks.quantised import QuantisedCallback
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.scales import given_steps, trained_ranges
@@ -39,8 +40,10 @@ from lightning_compress.mechanisms.rounding import Presented, Rounding
 from lightning_compress.mechanisms.selection import find_module, listing, plain_name
 
 StepSize = Literal["mse", "observed", "learned"]
-MUCH = 0.05
+MUCH_CLIPPED = 0.05
 """A share of weights beyond their grids that is worth a warning."""
+KEPT = ("factors", "ranges", "follows", "top_lr", "watch")
+"""What goes into the state beside the grids."""
 
 
 class QATCallback(QuantisedCallback):
@@ -135,12 +138,13 @@ class QATCallback(QuantisedCallback):
         )
         check_choice("step_size", step_size, get_args(StepSize))
         check_fraction("start", start)
-        for argument, value in (
-            ("freeze_batchnorm_at", freeze_batchnorm_at),
-            ("freeze_observers_at", freeze_observers_at),
+        follows = step_size == "observed"  # others have no observers
+        for argument, value, matters in (
+            ("freeze_batchnorm_at", freeze_batchnorm_at, True),
+            ("freeze_observers_at", freeze_observers_at, follows),
         ):
             check_fraction(argument, value)
-            if value < start:
+            if value < start and matters:
                 raise ValueError(f"{argument} must be from start={start} to 1, got {value}")
         check_positive("step_lr", step_lr)
         if max_loss_growth is not None and not (isinstance(max_loss_growth, (int, float)) and max_loss_growth > 1):
@@ -150,6 +154,7 @@ class QATCallback(QuantisedCallback):
         self.step_lr, self.max_loss_growth = step_lr, max_loss_growth
         self.grids_from = None if grids_from is None else os.path.abspath(grids_from)
         self._stage: str | None = None
+        self._module: weakref.ref[nn.Module] | None = None  # of the last fit
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
         self._progress: Progress | None = None
         self._moving: MovingGrids | None = None  # once the network is quantised, in a fit
@@ -157,7 +162,8 @@ class QATCallback(QuantisedCallback):
         self._used: GuardedCalls | None = None  # calls of the quantised network in a fit
         self._checked = False  # whether its first step was looked at
         self._steps = 0  # of an optimizer, so far
-        self._top_lr = 0.0  # the user's largest learning rate since the start
+        self._steps_run = 0  # training steps before the network was quantised
+        self._top_lr: dict[int, float] = {}  # of each optimizer, the user's largest learning rate since the start
         self._watch = LossWatch(max_loss_growth)
         self._frozen: list[nn.Module] = []  # batch norm that was in training
 
@@ -183,20 +189,23 @@ class QATCallback(QuantisedCallback):
         if self.grids_from is None:
             self._warn_of_nothing_trained(trainer)
             return self._trained_for(trainer, name)
-        ranges = trained_ranges(read_checkpoint(self.grids_from))
+        contents = read_checkpoint(self.grids_from)
+        ranges, weights = trained_ranges(contents), contents["state_dict"]
         prefix = f"{name}." if name else ""
-        found = {}
-        for own, weight in network.named_parameters():
-            bits, channel = ranges.get(prefix + plain_name(own), (None, False))
-            if bits is not None and weight.ndim > 1:
-                step = quantization_grid(weight, bits, axis=0 if channel else None)
-                found[plain_name(own)] = WeightGrid(step.float().cpu(), bits)
+        found: dict[str, WeightGrid] = {}
+        asked: set[int] = set()
+        for own, value in ((plain_name(key), value) for key, value in weights.items()):
+            if own in ranges and own.startswith(prefix) and value.ndim > 1:
+                bits, channel, given = ranges[own]
+                step = quantization_grid(value, bits, axis=0 if channel else None)
+                found[own.removeprefix(prefix)] = WeightGrid(step.float().cpu(), bits)
+                asked.add(given)
         if not found:
             raise ValueError(f"grids_from='{self.grids_from}' has no grids of PSGDCallback for weights of '{name}'")
-        if self.weight_bits not in (have := {grid.bits for grid in found.values()}):
+        if asked != {self.weight_bits}:
             raise ValueError(
-                f"grids_from='{self.grids_from}' has grids of {', '.join(map(str, sorted(have)))} bits, and "
-                f"weight_bits={self.weight_bits}: give weight_bits={min(have)}"
+                f"grids_from='{self.grids_from}' is of a training for {', '.join(map(str, sorted(asked)))} bits, and "
+                f"weight_bits={self.weight_bits}; give the same"
             )
         return found
 
@@ -221,9 +230,10 @@ class QATCallback(QuantisedCallback):
 
     def owned_lr(self, optimizer: torch.optim.Optimizer) -> float | None:
         """That of the steps, as much smaller than ``step_lr`` as the user's is smaller than it was."""
+        index = next((place for place, own in enumerate(self._trainer.optimizers) if own is optimizer), 0)
         now = float(optimizer.param_groups[0]["lr"])
-        self._top_lr = max(self._top_lr, now)
-        return self.step_lr * now / self._top_lr if self._top_lr > 0 else self.step_lr
+        top = self._top_lr[index] = max(self._top_lr.get(index, 0.0), now)
+        return self.step_lr * now / top if top > 0 else self.step_lr
 
     def remarks(self) -> list[str]:
         """As the base; and how far learned steps have come."""
@@ -246,12 +256,15 @@ class QATCallback(QuantisedCallback):
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Go on with grids that were trained before, if this is the same training."""
         self.captured_sample = None
+        same = self._module is not None and self._module() is pl_module
+        goes_on = trainer.global_step > 0 and self.quantization is not None and same
+        self._module = weakref.ref(pl_module)
         super().attach(controller, stack, trainer, pl_module)
-        goes_on = trainer.global_step > 0 and self.quantization is not None and self._fitted == id(pl_module)
         state = self._loaded or (self.state_dict() if goes_on else None)
         self._loaded = None
         self._progress, self._moving, self._factors, self._used = None, None, None, None
-        self._checked, self._watch, self._top_lr = False, LossWatch(self.max_loss_growth), 0.0
+        self._checked, self._watch, self._top_lr = False, LossWatch(self.max_loss_growth), {}
+        self._steps_run = 0
         stack.callback(self._thaw)
         self.quantization, self.metrics, self._start_grids, self._kept = None, {}, None, {}
         if state is not None and state["quantization"] is not None:
@@ -265,28 +278,30 @@ class QATCallback(QuantisedCallback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Begin to quantise when it is time, and freeze what is to be frozen."""
-        done = 0.0 if self._progress is None else self._progress.fraction
+        done = 0.0 if self._progress is None else self._progress.fraction_before
         if self._moving is None and done >= self.start:
             self._begin(trainer, pl_module)
         if isinstance(self._moving, FollowingGrids) and not self._moving.frozen and done >= self.freeze_observers_at:
             with self._seen_weights():
                 self._moving.freeze()
             log.info("%s: the grids stay from here on", self.name)
-        if self._moving is not None and done >= self.freeze_batchnorm_at < 1:
+        frozen = self.freeze_batchnorm_at < 1 and done >= self.freeze_batchnorm_at
+        if self._moving is not None and frozen:
             self._frozen += freeze_batchnorm_(self._moving.network)  # also where somebody has called train()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """As the base, which lets steps learn; they stay positive."""
-        if isinstance(self._moving, LearnedGrids) and not self._checked:
-            self._refuse_idle(self._moving)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if isinstance(self._moving, LearnedGrids):
             self._moving.clamp_()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """As the base; after the first quantised step, complain about what it did not reach."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         moving = self._moving
+        ran = self._require_controller().steps > self._steps_run  # a step that was skipped is no evidence
+        if moving is not None and not self._checked and ran:
+            self._check_first(moving)  # before anything else runs the network
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if moving is None:
             return
         steps = 0 if self._progress is None else self._progress.steps
@@ -294,9 +309,7 @@ class QATCallback(QuantisedCallback):
             many = trainer.world_size > 1
             moving.finish_step(partial(trainer.strategy.reduce, reduce_op="max") if many else None)
         self._steps = steps
-        if not self._checked and outputs:
-            self._check_first(moving)
-        if isinstance(moving, LearnedGrids) and (grown := self._watch.see(outputs)) is not None:
+        if isinstance(moving, LearnedGrids) and (grown := self._watch.see(outputs, averaging(trainer))):
             raise RuntimeError(
                 f"'{self.name}': the loss went {grown} since the steps began to learn, more than max_loss_growth="
                 f"{self.max_loss_growth}: give a smaller step_lr= or learning rate, more bits, or step_size='mse', "
@@ -309,7 +322,7 @@ class QATCallback(QuantisedCallback):
         if self._moving is None:
             return
         clipped = self._clipped()
-        if clipped > MUCH and not isinstance(self._moving, FollowingGrids):
+        if clipped > MUCH_CLIPPED and not isinstance(self._moving, FollowingGrids):
             self._warn_once(
                 f"{clipped:.1%} of the weights lie beyond the ends of their grids, which were found at the start and "
                 "stay: begin with a trained network, later (start=), or with a smaller learning rate",
@@ -364,8 +377,11 @@ class QATCallback(QuantisedCallback):
         """Keep it until the fit starts; the grids at once, where a checkpoint is tested."""
         if self._stage == "fit":
             self._loaded = state
-        else:
-            self.quantization = None if state["quantization"] is None else Grids.from_state(state["quantization"])
+            return
+        grids, start = (state[name] for name in ("quantization", "start_grids"))
+        self.quantization = None if grids is None else Grids.from_state(grids)
+        self._start_grids = None if start is None else Grids.from_state(start)
+        self._kept = {name: state[name] for name in KEPT if name in state}
 
     # Private
 
@@ -374,6 +390,8 @@ class QATCallback(QuantisedCallback):
         self._choose_step(trainer, pl_module)
         name = self._network_name(trainer, pl_module)
         grids = replace(self._calibrated(trainer, pl_module, name, in_training=True), statistics={}, fingerprints={})
+        self._steps = 0 if self._progress is None else self._progress.steps_before
+        self._steps_run = self._require_controller().steps
         self._quantise(grids, pl_module)
         forgotten = [_compat.forget_best(own) for own in trainer.callbacks if _compat.keeps_best(own)]
         waiting = [_compat.forget_best_score(own) for own in trainer.callbacks]
@@ -391,13 +409,13 @@ class QATCallback(QuantisedCallback):
         now, start = Grids.from_state(state["quantization"]), state["start_grids"]
         learned = self.step_size == "learned" and bool(state.get("factors"))
         begin = Grids.from_state(start) if learned else replace(now, fingerprints={})
-        self._top_lr = state["top_lr"]
+        self._top_lr = dict(state["top_lr"])
         self._watch.load(state["watch"])
         self._quantise(begin, pl_module, state["factors"] if learned else None)
         self._start_grids = None if start is None else Grids.from_state(start)
         if isinstance(self._moving, FollowingGrids):
             self._moving.ranges.update(state["ranges"])
-            self._moving.frozen = not state["follows"]
+            self._moving.frozen = bool(state["ranges"]) and not state["follows"]
 
     def _quantise(self, grids: Grids, pl_module: Any, factors: dict[str, Any] | None = None) -> None:
         """Let the network compute on grids from here on."""
@@ -422,17 +440,22 @@ class QATCallback(QuantisedCallback):
         self._used = self._stack.enter_context(quantizing(network, self._moving, when=lambda: controller.deployed))
 
     def _close(self) -> None:
-        moving, self._moving = self._moving, None
-        if moving is not None:
-            self.quantization, self._kept = moving.current(), self._to_keep(moving)
-        super()._close()
+        moving = self._moving
+        try:
+            if moving is not None:
+                self.quantization, self._kept = self._grids_now(moving), self._to_keep(moving)
+        except Exception:  # what ends the fit is the news, and nothing is to be left on the module
+            log.warning("%s: the grids as they are now could not be read", self.name, exc_info=True)
+        finally:
+            self._moving = None
+            super()._close()
 
     def _to_keep(self, moving: MovingGrids) -> dict[str, Any]:
         return {
             "factors": {} if self._factors is None else copy.deepcopy(self._factors.state_dict()),
             "ranges": dict(moving.ranges) if isinstance(moving, FollowingGrids) else {},
             "follows": isinstance(moving, FollowingGrids) and not moving.frozen,
-            "top_lr": self._top_lr,
+            "top_lr": dict(self._top_lr),
             "watch": self._watch.state(),
         }
 
@@ -469,14 +492,6 @@ class QATCallback(QuantisedCallback):
                     "same, or load the weights alone and begin another fit"
                 )
 
-    def _refuse_idle(self, moving: LearnedGrids) -> None:
-        idle = [name for name in moving.idle() if name in moving.grids.weights]
-        if idle:
-            raise RuntimeError(
-                f"the steps of {listing(idle)} cannot learn: the training step does not run these layers, or no "
-                "gradient comes to them; leave them out with exclude="
-            )
-
     def _check_first(self, moving: MovingGrids) -> None:
         """After the first quantised step: did it run what was calibrated?"""
         self._checked = True
@@ -486,18 +501,22 @@ class QATCallback(QuantisedCallback):
                 f"'{moving.grids.network or 'self'}'; name the part that it calls with network="
             )
         idle = [name for name in moving.grids.weights if name not in moving.used]
-        if idle and not _compat.holds_compiled_code(moving.network):
-            self._warn_once(
-                f"the training step does not run {listing(idle)}, so these weights do not learn their grids"
+        if not idle or _compat.holds_compiled_code(moving.network):
+            return
+        if isinstance(moving, LearnedGrids):
+            raise RuntimeError(
+                f"the steps of {listing(idle)} cannot learn: the training step does not run these layers; leave them "
+                "out with exclude="
             )
+        self._warn_once(f"the training step does not run {listing(idle)}, so these weights do not learn their grids")
 
     def _clipped(self) -> float:
         moving = self._moving
         if moving is None:
             return 0.0
-        grids = self._grids_now(moving)
-        own = {plain_name(name): weight for name, weight in moving.network.named_parameters()}
-        return clipped_share(grids, {name: own[name] for name in grids.weights if name in own})
+        with self._seen_weights():
+            grids = moving.current()
+            return clipped_share(grids, {name: moving.weight(name) for name in grids.weights})
 
 
 class _Factors(nn.Module):

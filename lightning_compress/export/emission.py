@@ -159,6 +159,10 @@ class Emitting(Rounding):
         keeps = function.__name__ != "mean" or (args[1] if len(args) > 1 else keeps_dimensions(options))
         return pooled if keeps else pooled.flatten(1)
 
+    def entered(self, x: Tensor) -> Tensor:
+        """The maximum of one tensor: ONNX Runtime would round the weights of a float layer between two quantisers."""
+        return self._symbol("Max", (x,), torch.float32, x.shape)
+
     def layer(
         self,
         site: str,

@@ -155,7 +155,7 @@ def write_onnx(
     max_difference: float = 1e-3,
     opset: int | None = None,
 ) -> ExportResult:
-    """As :func:`to_onnx`, with scales that were found elsewhere; a file of provisional ones is not compared."""
+    """As :func:`to_onnx`, with scales that were found elsewhere; a file of provisional ones may be further off."""
     target = checked_path(path)
     opset = _checked_options(precision, opset, max_difference)
     require_onnx()

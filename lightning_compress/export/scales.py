@@ -33,7 +33,7 @@ class Scales:
         self,
         found: Sequence[Grids] = (),
         steps: Mapping[str, tuple[Tensor, int]] = MappingProxyType({}),
-        ranges: Mapping[str, tuple[int, bool]] = MappingProxyType({}),
+        ranges: Mapping[str, tuple[int, bool, int]] = MappingProxyType({}),
         *,
         provisional: bool = False,
     ) -> None:
@@ -103,7 +103,8 @@ class Scales:
                     f"the scales were calibrated for {listing([grids.network for grids in self._found])}, not for "
                     f"'{name}'; name that network with network="
                 )
-            if not self.provisional and matching[0].fingerprints != fingerprints(network):
+            bound = matching[0].fingerprints  # none where a training goes on: scales and weights are of one checkpoint
+            if bound and not self.provisional and bound != fingerprints(network):
                 raise ValueError(
                     "the weights have changed since their scales were found; calibrate again, for instance with "
                     "trainer.validate, which does so"
@@ -119,7 +120,7 @@ class Scales:
     def _weight_grids(self, prefix: str, network: nn.Module) -> dict[str, WeightGrid]:
         found = {name: WeightGrid(step.float().cpu(), bits) for name, (step, bits) in self._steps.items()}
         parameters = {f"{prefix}{plain_name(name)}": value for name, value in network.named_parameters()}
-        for name, (bits, channel) in self._ranges.items():
+        for name, (bits, channel, _) in self._ranges.items():
             if name in parameters:
                 step = quantization_grid(parameters[name], bits, axis=0 if channel else None)
                 found[name] = WeightGrid(step.float().cpu(), bits)
@@ -129,14 +130,14 @@ class Scales:
         return found
 
 
-def trained_ranges(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
+def trained_ranges(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, bool, int]]:
     """What ``PSGDCallback`` has trained the weights of a checkpoint for.
 
     Args:
         checkpoint: Its contents.
 
     Returns:
-        Name of each weight to its bits, and whether each channel has a grid.
+        Name of each weight to its bits, whether each channel has a grid, and the bits that were asked for.
 
     Example:
         >>> trained_ranges({"state_dict": {}})
@@ -146,7 +147,8 @@ def trained_ranges(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, bool]]
     for state in checkpoint.get("callbacks", {}).values():
         if isinstance(state, Mapping) and state.get("arguments", {}).get("target") == "grid":
             channel = state["arguments"]["granularity"] == "channel"
-            found.update({name: (bits, channel) for name, bits in state["bits"].items()})
+            asked = state["arguments"].get("bits", min(state["bits"].values(), default=0))
+            found.update({name: (bits, channel, asked) for name, bits in state["bits"].items()})
     return found
 
 

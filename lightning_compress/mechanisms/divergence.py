@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 WINDOW = 20
-"""Steps over which the loss is averaged."""
+"""Batches over which the loss is averaged."""
+SMALL = 0.1
+"""A loss that was smaller counts as this: it may well be some times as large in another window."""
 
 
 class LossWatch:
@@ -32,11 +34,12 @@ class LossWatch:
         self._first: float | None = None
         self._seen: list[Tensor] = []
 
-    def see(self, outputs: Any) -> str | None:
+    def see(self, outputs: Any, reduce: Callable[[Tensor], Tensor] | None = None) -> str | None:
         """See a step's outputs; a GPU is waited for once a window.
 
         Args:
             outputs: The loss, or what holds it under "loss"; anything else is not looked at.
+            reduce: Averages a tensor over processes, so that all of them see the same.
 
         Returns:
             How it has grown, where that is too much.
@@ -47,13 +50,14 @@ class LossWatch:
         self._seen.append(loss.detach().float().reshape(()))
         if len(self._seen) < WINDOW:
             return None
-        mean = float(torch.stack([own.to(loss.device) for own in self._seen]).mean())
+        total = torch.stack([own.to(loss.device) for own in self._seen]).mean()
+        mean = float(total if reduce is None else reduce(total))
         self._seen.clear()
         if self._first is None and math.isfinite(mean):
             self._first = mean
             return None
         first = math.inf if self._first is None else self._first
-        if mean <= self._growth * abs(first):  # not, if it is NaN
+        if mean <= self._growth * max(abs(first), SMALL):  # not, if it is NaN
             return None
         return f"from {first:.4g} to {mean:.4g}"
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lightning_compress import _compat
 from lightning_compress.functional._steps import largest_magnitude, usable
 from lightning_compress.functional.quantizers import (
     fake_quantize,
@@ -59,6 +60,11 @@ class MovingGrids(Rounding):
     def current(self) -> Grids:
         """The grids as they are now, on the CPU."""
         return self.grids
+
+    def weight(self, name: str) -> Tensor:
+        """A weight as the network sees it."""
+        owner, _, attribute = name.rpartition(".")
+        return _compat.computed_anew(self.network.get_submodule(owner), attribute).detach()
 
 
 class FollowingGrids(MovingGrids):
@@ -109,13 +115,16 @@ class FollowingGrids(MovingGrids):
         Raises:
             ValueError: If an activation was NaN or infinite.
         """
-        if self.frozen or not self._seen:
+        if self.frozen or not self.ranges:
             return
-        keys = sorted(self._seen)
-        reached = torch.stack([self._seen[key] for key in keys])
+        device = next((own.device for own in self._seen.values()), next(self.network.parameters()).device)
+        nothing = torch.full((2,), -math.inf, device=device)  # processes may have taken different ways
+        reached = torch.stack([self._seen.get(key, nothing) for key in self.ranges])
         self._seen.clear()
-        found = (reached if reduce is None else reduce(reached)).tolist()  # a GPU is waited for once a step
-        for key, (below, above) in zip(keys, found, strict=True):
+        found = (reached if reduce is None else reduce(reached)).tolist()
+        for key, (below, above) in zip(list(self.ranges), found, strict=True):
+            if below == above == -math.inf:
+                continue
             if not (math.isfinite(below) and math.isfinite(above)):
                 raise ValueError(f"the activation '{key}' is NaN or infinite")
             low, high = self.ranges[key]
@@ -141,16 +150,10 @@ class FollowingGrids(MovingGrids):
         if self.frozen:
             return self.grids
         weights = {
-            name: WeightGrid(self._followed(grid, self._weight(name)).step.cpu(), grid.bits)
+            name: WeightGrid(self._followed(grid, self.weight(name)).step.cpu(), grid.bits)
             for name, grid in self.grids.weights.items()
         }
         return replace(self.grids, weights=weights, activations=dict(self.grids.activations))
-
-    def _weight(self, name: str) -> Tensor:
-        """A weight as the network sees it."""
-        module, _, attribute = name.rpartition(".")
-        value: Tensor = getattr(self.network.get_submodule(module), attribute)
-        return value.detach()
 
     def _followed(self, grid: WeightGrid, weight: Tensor) -> WeightGrid:
         _, highest = grid.limits
@@ -232,11 +235,6 @@ class LearnedGrids(MovingGrids):
     def moved(self) -> float:
         """The mean of how far a factor is from 1."""
         return float((self.factors.detach() - 1).abs().mean()) if self.factors.numel() else 0.0
-
-    def idle(self) -> list[str]:
-        """The activations and weights whose steps got no gradient."""
-        gradient = self.factors.grad
-        return [name for name, place in self._places.items() if gradient is None or not gradient[place].any()]
 
     def current(self) -> Grids:
         """The grids with the steps as they are now."""

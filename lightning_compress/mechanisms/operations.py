@@ -17,6 +17,8 @@ from torch.nn import functional
 
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 """Name to the number of spatial dimensions."""
+LAYERS = (*CONVOLUTIONS, *(f"conv_transpose{own}d" for own in (1, 2, 3)), "linear", "addmm", "baddbmm")
+"""Operations that multiply by weights, also those that have no integer kernel here."""
 
 
 class Kind(Enum):

@@ -48,7 +48,20 @@ class Progress:
         return self.steps + self._automatic  # a batch counts from its start
 
     @property
+    def steps_before(self) -> int:
+        """What :attr:`steps` was before the batch that has just begun."""
+        return self.steps - (not self._automatic)
+
+    @property
+    def fraction_before(self) -> float:
+        """The share of the training that is behind when a batch begins."""
+        done = [self.steps_before] if self._automatic else [self.steps_before, self._trainer.global_step]
+        return self._share(done)
+
+    @property
     def fraction(self) -> float:
         """The share of the training that is behind, in [0, 1]."""
-        done = [self.steps] if self._automatic else [self.steps, self._trainer.global_step]
+        return self._share([self.steps] if self._automatic else [self.steps, self._trainer.global_step])
+
+    def _share(self, done: list[int]) -> float:
         return min(max(part / length for part, length in zip(done, self._lengths, strict=True)), 1.0)

@@ -10,7 +10,6 @@ The names and what was made of a tensor are kept as attributes on the tensors, w
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from lightning_compress import _compat
 from lightning_compress.mechanisms.operations import (
     CONVOLUTIONS,
+    LAYERS,
     Kind,
     is_global_average,
     is_operator,
@@ -39,8 +39,10 @@ ROUNDED = "_lightning_compress_rounded"
 """Attribute of a tensor: itself on its grid, for all that consume it."""
 VERSION = "_lightning_compress_version"
 """Attribute of a tensor: how often it had been written to when that was made."""
+OWNS = "_lightning_compress_owns"
+"""Attribute of a tensor of whose rounded version there are views: a list, not empty once it was itself written to."""
 ORIGIN = "_lightning_compress_origin"
-"""Attribute of a view of a rounded tensor: the tensor that was rounded, and how often it had been written to then."""
+"""Attribute of such a view: the same list."""
 STATE = "_lightning_compress_state"
 """Attribute of a tensor: one of the following."""
 PENDING, GRID, FREE, PRODUCT = "pending", "grid", "free", "product"
@@ -52,12 +54,18 @@ CHANNELS = "_lightning_compress_channels"
 """Attribute of a tensor: the key of the layer whose channels these still are, but for batch norm and ReLU."""
 OUTPUT = ":output:0"
 """The key under which a network's return consumes tensors."""
-MARKS = (KEY, ROUNDED, VERSION, ORIGIN, STATE, LAYER, CHANNELS)
+MARKS = (KEY, ROUNDED, VERSION, OWNS, ORIGIN, STATE, LAYER, CHANNELS)
 
 
 _WRITTEN = (
     "of the tensor that '{key}' made and views of it, one was written to after the other was used, which a quantised "
     "network cannot follow; write to a clone"
+)
+
+
+_CHECKPOINTING = (
+    "activation checkpointing within the network runs parts of it again in the backward pass, where they would not be "
+    "quantised; turn it off, or put it around the whole network"
 )
 
 
@@ -105,6 +113,10 @@ class Quantizers:
         """The mean of maps over all positions."""
         result: Tensor = function(x, *args, **options)
         return result
+
+    def entered(self, x: Tensor) -> Tensor:
+        """A tensor on a grid that a convolution or linear layer takes that is left in float."""
+        return x
 
     def left(self, site: str) -> None:
         """An operation stays in float."""
@@ -174,6 +186,14 @@ class QuantizationMode(PausableMode):
         options = kwargs or {}
         if self.paused:
             return func(*args, **options)
+        target = args[0] if args and isinstance(args[0], Tensor) else None
+        views: list[bool] | None = None if target is None else getattr(target, OWNS, None)
+        result = self._dispatched(func, args, options)
+        if views is not None and (result is target or writes(func)):
+            views.append(True)
+        return result
+
+    def _dispatched(self, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         name = operation_name(func)
         kind = kind_of(name, args, options)
         if kind is Kind.ASKED:
@@ -348,6 +368,8 @@ class QuantizationMode(PausableMode):
             rounded = x.copy_(rounded)
         state = PENDING if kind is Kind.CUT and state == GRID else state
         result = func(rounded, *rest, **options)
+        if torch.compiler.is_compiling() and not isinstance(result, Tensor):  # what can bear a mark there
+            result = tuple(part.view_as(part) if isinstance(part, Tensor) else part for part in result)
         for tensor in [result] if isinstance(result, Tensor) else result:
             if isinstance(tensor, Tensor):
                 _mark(tensor, key, state)
@@ -356,7 +378,7 @@ class QuantizationMode(PausableMode):
 
     def _in_float(self, site: str, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Run an operation without an integer kernel, on what the kernels before it can give."""
-        met = False
+        met, layer = False, site.rsplit(":", 2)[-2] in LAYERS
         replaced: list[tuple[Tensor, Tensor]] = []
 
         def needed(leaf: Any) -> Any:
@@ -368,7 +390,7 @@ class QuantizationMode(PausableMode):
             rounded = self._needed(leaf)
             if rounded is not leaf:
                 replaced.append((leaf, rounded))
-            return rounded
+            return self.quantizers.entered(rounded) if layer and getattr(rounded, STATE, None) == GRID else rounded
 
         if writes(func) and args and isinstance(args[0], Tensor):  # to be found in that very tensor
             rounded = needed(args[0])
@@ -401,7 +423,8 @@ class QuantizationMode(PausableMode):
             return x
         rounded: Tensor | None = getattr(x, ROUNDED, None)
         if rounded is not None:
-            if _version(x) != getattr(x, VERSION, None):
+            known = getattr(x, VERSION, None)  # compiled code does not count
+            if known is not None and known != _version(x):
                 raise QuantizationError(_WRITTEN.format(key=getattr(x, KEY, "an operation")))
             return rounded
         key = getattr(x, KEY, None)
@@ -430,8 +453,7 @@ class QuantizationMode(PausableMode):
         self._borrowed.clear()
 
     def _consume(self, x: Tensor, site: str) -> None:
-        origin = getattr(x, ORIGIN, None)
-        if origin is not None and (source := origin[0]()) is not None and _version(source) != origin[1]:
+        if getattr(x, ORIGIN, None):
             raise QuantizationError(_WRITTEN.format(key=getattr(x, KEY, "an operation")))
         self.quantizers.consumed(getattr(x, LAYER, None), getattr(x, CHANNELS, None), site)
 
@@ -448,7 +470,10 @@ def _kept(func: Callable[..., Any], options: dict[str, Any], x: Tensor, result: 
 def _note_origin(view: Tensor, x: Tensor, rounded: Tensor) -> None:
     """Note of a view of a rounded tensor what it should be a view of."""
     if not torch.compiler.is_compiling() and rounded is not x and view._is_view():
-        setattr(view, ORIGIN, (weakref.ref(x), _version(x)))
+        views: list[bool] | None = getattr(x, OWNS, None)
+        views = [] if views is None else views  # also an empty one is theirs
+        setattr(x, OWNS, views)
+        setattr(view, ORIGIN, views)
 
 
 def _version(x: Tensor) -> int | None:
@@ -552,12 +577,13 @@ def quantizing(
             if calls.depth:
                 paths.enter(name, owner)
             elif _compat.runs_again() and when():
-                raise QuantizationError(
-                    f"activation checkpointing runs '{name}' again in the backward pass, where it would not be "
-                    "quantised; turn checkpointing off"
-                )
+                raise QuantizationError(f"'{name}': {_CHECKPOINTING}")
 
         return enter
+
+    def refuse_checkpointing() -> None:
+        if calls.depth and torch.is_grad_enabled():
+            raise QuantizationError(_CHECKPOINTING)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if calls.depth:
@@ -574,6 +600,7 @@ def quantizing(
                 entered = module.register_forward_pre_hook(marked(entering(plain_name(name))))
                 stack.callback(entered.remove)
                 stack.callback(module.register_forward_hook(marked(leave), always_call=True).remove)
+        stack.enter_context(_compat.checkpointing_told(refuse_checkpointing))
         for method in _compat.entry_points(network):
             stack.enter_context(shadowed(network, method, guarded))
         _compat.reset_compiled_code()

@@ -101,7 +101,7 @@ def rebuild(value: Any, leaf: Callable[[Any], Any]) -> Any:
         return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
     if isinstance(value, list):
         return type(value)(new)
-    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+    if type(value) is dict or (isinstance(value, Mapping) and not isinstance(value, MutableMapping)):
         return dict(zip(value, new, strict=True))
     result = copy.copy(value)
     if isinstance(result, MutableMapping):

@@ -190,14 +190,16 @@ def chosen_rate(width: int, stage: Stage, folder: Path) -> float | None:
     return max(found, key=lambda rate: (found[rate]["held_out_accuracy"], -rate))  # type: ignore[index]
 
 
-def jobs_left(folder: Path, seeds: int, *, choosing: bool) -> list[tuple[int, Stage, float, int]]:
+def jobs_left(
+    folder: Path, widths: Sequence[int], seeds: int, *, choosing: bool
+) -> list[tuple[int, Stage, float, int]]:
     if choosing:
-        jobs = [(w, stage, rate, 0) for w in WIDTHS for stage in STAGES if not stage.rate_of for rate in LEARNING_RATES]
+        jobs = [(w, stage, rate, 0) for w in widths for stage in STAGES if not stage.rate_of for rate in LEARNING_RATES]
     else:
-        rates = {(w, stage.name): chosen_rate(w, stage, folder) for w in WIDTHS for stage in STAGES}
+        rates = {(w, stage.name): chosen_rate(w, stage, folder) for w in widths for stage in STAGES}
         jobs = [
             (w, stage, rate, seed)
-            for w in WIDTHS
+            for w in widths
             for stage in STAGES
             if (rate := rates[w, stage.name]) is not None
             for seed in range(seeds)
@@ -205,14 +207,14 @@ def jobs_left(folder: Path, seeds: int, *, choosing: bool) -> list[tuple[int, St
     return [job for job in jobs if read(*job, folder) is None]
 
 
-def make_all(folder: Path, seeds: int, jobs: int) -> int:
+def make_all(folder: Path, widths: Sequence[int], seeds: int, jobs: int) -> int:
     """Make what is missing, in processes side by side; the number of failures."""
     failures = 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker) as pool:
         say(pool.submit(make_teacher, folder).result())
         for choosing in (True, False):
-            futures = [pool.submit(make, job, folder) for job in jobs_left(folder, seeds, choosing=choosing)]
+            futures = [pool.submit(make, job, folder) for job in jobs_left(folder, widths, seeds, choosing=choosing)]
             for future in futures:
                 error = future.exception()
                 failures += error is not None
@@ -233,7 +235,7 @@ def speeds(folder: Path, files: Mapping[str, Path]) -> dict[str, float]:
     return {name: 1 / (found.ratio or 1.0) for name, found in times.items()}
 
 
-def table(folder: Path, seeds: int) -> str:
+def table(folder: Path, widths: Sequence[int], seeds: int) -> str:
     """The headline, and each stage's share."""
     data, reference = images(), folder / "files" / "teacher.onnx"
     best = share(classes(reference, data.test[0]), data.test[1])
@@ -243,7 +245,7 @@ def table(folder: Path, seeds: int) -> str:
         f"Teacher: ResNet-20 of width {TEACHER_WIDTH}, {EPOCHS} epochs; its fp32 file has {size / 1e3:.0f} kB "
         f"({deflated / 1e3:.0f} kB deflated) and is right for {100 * best:.2f}% of the 10,000 test images."
     ]
-    for width in WIDTHS:
+    for width in widths:
         rates = {stage.name: chosen_rate(width, stage, folder) for stage in STAGES}
         rows = {
             stage.name: [read(width, stage, rates[stage.name] or 0.0, seed, folder) for seed in range(seeds)]
@@ -303,14 +305,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("experiments"), help="folder that keeps the runs")
     parser.add_argument("--seeds", type=int, default=3, help="seeds a stage")
+    parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS, help="channels of the students")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side, one thread each")
     parser.add_argument("--pages", action="store_true", help=f"put the table into {PAGE} too")
     options = parser.parse_args()
     quiet()
     options.out.mkdir(parents=True, exist_ok=True)
-    failures = make_all(options.out, options.seeds, options.jobs)
+    failures = make_all(options.out, options.widths, options.seeds, options.jobs)
     torch.set_num_threads(1)
-    text = table(options.out, options.seeds)
+    text = table(options.out, options.widths, options.seeds)
     (options.out / PAGE.name).write_text(text)
     if options.pages:
         splice(PAGE, text)

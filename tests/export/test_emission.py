@@ -582,3 +582,28 @@ def test_integers_fill_their_byte_where_activations_have_few_bits(bits, shift):
     assert torch.equal(made[4].integers, made[8].integers * shift)
     assert torch.equal(made[4].scale * shift, step)
     assert made[4].integers.abs().max() <= 127
+
+
+@pytest.mark.parametrize(
+    ("middle", "operator"),
+    [
+        (lambda: nn.Conv2d(4, 4, 3), "Conv"),
+        (lambda: nn.ConvTranspose2d(4, 4, 2, 2), "ConvTranspose"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(144, 144), nn.Unflatten(1, (4, 6, 6))), "Gemm"),
+    ],
+)
+def test_a_layer_left_in_float_between_quantised_ones_is_run_in_float(middle, operator, tmp_path):
+    """ONNX Runtime would round its weights to one grid for the whole tensor, in which small channels vanish."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), middle(), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    weight = next(value for name, value in network[2].named_parameters() if value.ndim > 1)
+    weight.data[:, :1] *= 100
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        steps, selected = lambda: (network(x) for _ in range(1)), lambda name: not name.startswith("2.")
+        grids = calibrate(network, steps, Settings(), selected=selected)
+    holding(network, quantization=grids)
+    to_onnx(network, tmp_path / "n.onnx", x, precision="int8")
+    counts = integer._optimised(OnnxNetwork(tmp_path / "n.onnx"))[0]
+    assert (counts["QLinearConv"], counts["QGemm"], counts[operator]) == (2, 0, 1)
+    expected = rounded(network, grids, x)
+    assert (run(tmp_path / "n.onnx", x)[0] - expected).norm() <= 1e-3 * expected.norm()

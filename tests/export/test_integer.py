@@ -181,6 +181,72 @@ def test_a_file_of_another_network_is_further_away_than_quantisation_moves_it(wr
         other_check(OnnxNetwork(written.path))
 
 
+def test_a_network_in_float64_is_refused_by_name(written):
+    network = copy.deepcopy(written.network).double()
+    call = bind(inspect.signature(network.forward), Sample((X.double(),)))
+    plain = references(network, call, dynamic=False)
+    with pytest.raises(ExportError, match=r"go with float32, and '0\.weight', .* are float64, as with precision='64-t"):
+        IntegerExport(network, call, written.grids, plain, precision="int8", max_difference=1e-3)
+    mixed = copy.deepcopy(written.network)
+    mixed.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    with pytest.raises(ExportError, match=r"go with float32, and 'scale' is float64"):
+        prepared(mixed, written.grids)
+
+
+def test_a_trial_needs_integer_kernels_too(written, monkeypatch):
+    trial = prepared(written.network, written.grids)
+    monkeypatch.setattr(trial, "_layers", 4)
+    for check in (trial.check, trial.check_trial):
+        with pytest.raises(ExportError, match="ONNX Runtime runs 1 of 4 quantised layers in float"):
+            check(OnnxNetwork(written.path))
+
+
+class Changed(OnnxNetwork):
+    """A file whose output is changed."""
+
+    def __init__(self, path, change):
+        super().__init__(path)
+        self.change = change
+
+    def run(self, tensors):
+        return [self.change(output) for output in super().run(tensors)]
+
+
+def test_a_file_of_four_bits_is_held_to_the_given_difference(tmp_path):
+    """There is nothing that ONNX Runtime would round."""
+    network = odd_network()
+    grids = calibrated(network, X, weight_bits=4, activation_bits=None)
+    export(tmp_path / "n.onnx", network, grids, "int4")
+    check = prepared(network, grids, "int4", max_difference=1e-4).check
+    assert check(Changed(tmp_path / "n.onnx", lambda output: output)) < 1e-4
+    with pytest.raises(ExportError, match=r"more than max_difference=0\.0001"):
+        check(Changed(tmp_path / "n.onnx", lambda output: output + 0.01 * output.abs().max()))
+
+
+def test_an_output_of_another_shape_is_found(written):
+    with pytest.raises(ExportError, match=r"has shape \(4, 5\), and \(4, 1, 5\) in the file"):
+        prepared(written.network, written.grids).check(Changed(written.path, lambda output: output[:, None]))
+
+
+def test_outputs_of_integers_and_without_elements(tmp_path):
+    class Choosing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = odd_network()
+
+        def forward(self, x):
+            logits = self.body(x)
+            return logits, logits.argmax(1), logits[:, :0]
+
+    network = Choosing().eval()
+    grids = calibrated(network, X)
+    result = export(tmp_path / "n.onnx", network, grids)
+    logits, choices, nothing = run(tmp_path / "n.onnx", X)
+    assert (choices.dtype, nothing.shape) == (torch.int64, (4, 0))
+    assert torch.equal(choices, logits.argmax(1))
+    assert 0 < result.max_logit_difference < 0.02 * logits.abs().max()
+
+
 class Off:
     """A file whose output is off by so much of what is still accepted."""
 
@@ -264,6 +330,8 @@ def test_int4_packs_convolutions_and_multiplies_linear_layers_in_blocks(tmp_path
     np.testing.assert_array_equal(integers, expected.detach().numpy())
     counts = operators(tmp_path / "n.onnx")
     assert (counts["DequantizeLinear"], counts["MatMulNBits"]) == (1, 2)
+    used = {name for node in onnx.load(tmp_path / "n.onnx").graph.node for name in node.input}
+    assert set(initializers(tmp_path / "n.onnx")) <= used
     assert counts["MatMul"] == counts["Gemm"] == counts["QuantizeLinear"] == 0
     for optimised in False, True:
         assert close(tmp_path / "n.onnx", network, grids, 1e-5, optimised=optimised)

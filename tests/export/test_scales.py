@@ -126,7 +126,8 @@ def test_steps_of_two_callbacks_are_taken_together():
     module = Holder()
     steps = steps_of(module)
     first, second = ({name: steps[name] for name in steps if part in name} for part in ("model.0", "model.4"))
-    holding(module, SimpleNamespace(grids=first), SimpleNamespace(grids=second))
+    strangers = [SimpleNamespace(grids=other) for other in ({"images": 3}, {"images": (3,)}, [8, 8])]
+    holding(module, SimpleNamespace(grids=first), *strangers, SimpleNamespace(grids=second))
     grids = Scales.of(module, None, "int8").for_network("model", module.model, lambda: module.model(X))
     assert list(grids.weights) == ["0.weight", "4.weight"]
 
@@ -167,6 +168,18 @@ def test_weights_that_have_changed_since(tmp_path):
     with torch.no_grad():
         module.model[4].weight[0, 0] += 1e-4
     refused(tmp_path, module, "the weights have changed since their scales were found; calibrate again")
+
+
+def test_provisional_scales_are_not_held_to_the_weights():
+    module = Holder()
+    grids = grids_of(module)
+    with torch.no_grad():
+        module.model[4].weight[0, 0] += 1e-4
+    assert Scales([grids], provisional=True).for_network("model", module.model, None) is grids
+    with pytest.raises(ValueError, match="the weights have changed"):
+        Scales([grids]).for_network("model", module.model, None)
+    with pytest.raises(ValueError, match="calibrated for 'model', not for 'other'"):
+        Scales([grids], provisional=True).for_network("other", module.other, None)
 
 
 def test_a_weight_whose_elements_have_changed_places_has_changed():
@@ -262,7 +275,9 @@ def test_a_checkpoint_of_two_psgd_callbacks():
     def state(name, bits):
         return {"lambda": 1.0, "arguments": {"granularity": "channel", "target": "grid"}, "bits": {name: bits}}
 
-    contents = {"callbacks": {"a": state("0.weight", 4), "b": state("1.weight", 3), "c": state("0.bias", 4)}}
+    states = [("0.weight", 4), ("1.weight", 3), ("0.bias", 4), ("elsewhere.weight", 4)]
+    others = {"counter": 3, "nothing": None, "history": [1.0], "stranger": {"arguments": {"target": "zero"}}}
+    contents = {"callbacks": {**{name: state(name, bits) for name, bits in states}, **others}}
     grids = Scales.of(network, contents, "int8").for_network("", network, lambda: network(X))
     assert {name: grid.bits for name, grid in grids.weights.items()} == {"0.weight": 4, "1.weight": 3}
     assert torch.equal(grids.weights["1.weight"].step, network[1].weight.detach().abs().amax(dim=1) / 3)

@@ -1037,11 +1037,13 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_is_refused(reentrant):
-    net = Checkpointed(use_reentrant=reentrant)
-    with quantizing(net, Quarters()):
-        output = net(MAPS.clone().requires_grad_())
-        with pytest.raises(QuantizationError, match=r"activation checkpointing runs 'body(\.0)?' again"):
-            output.sum().backward()
+    net, x = Checkpointed(use_reentrant=reentrant), MAPS.clone().requires_grad_()
+    with quantizing(net, Quarters()) as calls:
+        with pytest.raises(QuantizationError, match=r"activation checkpointing within the network .* turn it off"):
+            net(x)
+        assert (calls.count, calls.depth) == (0, 0)
+    net(x).sum().backward()  # outside of the mode as ever
+    assert x.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

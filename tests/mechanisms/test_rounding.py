@@ -820,3 +820,22 @@ def test_a_view_that_is_not_used_after_the_write_does_no_harm():
     network, x = Writes().eval(), torch.randn(2, 2, 3, 3)
     grids = calibrate(network, lambda: (network(x) for _ in range(1)), Settings())
     assert list(grids.weights) == ["first.weight", "second.weight"]
+
+
+def test_a_part_that_is_written_to_leaves_the_other_parts():
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+
+        def forward(self, x):
+            one, two = self.first(x).chunk(2, dim=1)
+            one.mul_(2.0)
+            return self.second(one) + self.third(two)
+
+    network, x = Parts().eval(), torch.randn(2, 2, 3, 3)
+    with torch.no_grad():
+        grids = calibrate(network, lambda: (network(x) for _ in range(1)), Settings())
+        with quantizing(network, Rounding(network, grids)):
+            near = network(x)
+        assert (near - network(x)).norm() <= 0.05 * network(x).norm()
