@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
@@ -161,6 +161,7 @@ class QATCallback(QuantisedCallback):
         self._factors: OwnedParameters | None = None  # of learned steps
         self._used: GuardedCalls | None = None  # calls of the quantised network in a fit
         self._checked = False  # whether its first step was looked at
+        self._step_runs = SimpleNamespace(on=False)  # whether a training step does
         self._steps = 0  # of an optimizer, so far
         self._steps_run = 0  # training steps before the network was quantised
         self._top_lr: dict[int, float] = {}  # of each optimizer, the user's largest learning rate since the start
@@ -264,7 +265,7 @@ class QATCallback(QuantisedCallback):
         self._loaded = None
         self._progress, self._moving, self._factors, self._used = None, None, None, None
         self._checked, self._watch, self._top_lr = False, LossWatch(self.max_loss_growth), {}
-        self._steps_run = 0
+        self._steps_run, self._step_runs.on = 0, False
         stack.callback(self._thaw)
         self.quantization, self.metrics, self._start_grids, self._kept = None, {}, None, {}
         if state is not None and state["quantization"] is not None:
@@ -288,6 +289,7 @@ class QATCallback(QuantisedCallback):
         frozen = self.freeze_batchnorm_at < 1 and done >= self.freeze_batchnorm_at
         if self._moving is not None and frozen:
             self._frozen += freeze_batchnorm_(self._moving.network)  # also where somebody has called train()
+        self._step_runs.on = True
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """As the base, which lets steps learn; they stay positive."""
@@ -297,7 +299,7 @@ class QATCallback(QuantisedCallback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """As the base; after the first quantised step, complain about what it did not reach."""
-        moving = self._moving
+        moving, self._step_runs.on = self._moving, False
         ran = self._require_controller().steps > self._steps_run  # a step that was skipped is no evidence
         if moving is not None and not self._checked and ran:
             self._check_first(moving)  # before anything else runs the network
@@ -423,7 +425,7 @@ class QATCallback(QuantisedCallback):
             raise RuntimeError(f"{type(self).__name__} is only active during a fit")
         controller = self._require_controller()
         network = find_module(pl_module, grids.network, argument="network")
-        presented = controller.weights.source_of
+        presented, stage = controller.weights.source_of, self._step_runs
         self._start_grids = grids
         if self.step_size == "learned":
             self._factors = self.own(OwnedParameters(_Factors, partial(torch.optim.Adam, lr=self.step_lr)))
@@ -433,7 +435,7 @@ class QATCallback(QuantisedCallback):
             self._moving = LearnedGrids(network, grids, presented, factors=module.factors)  # type: ignore[arg-type]
         elif self.step_size == "observed":
             self._moving = FollowingGrids(
-                network, grids, presented, watching=lambda: network.training and not controller.replaying
+                network, grids, presented, watching=lambda: stage.on and not controller.replaying
             )
         else:
             self._moving = MovingGrids(network, grids, presented)

@@ -61,6 +61,7 @@ class IntegerExport:
         precision: str,
         max_difference: float,
     ) -> None:
+        grids = grids.in_evaluation()
         self._network, self._call, self._grids, self._plain = network, call, grids, plain
         self._precision, self._max_difference = precision, max_difference
         _refuse_float64(network, call)

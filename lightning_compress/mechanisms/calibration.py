@@ -271,12 +271,13 @@ class Calibration:
         Args:
             steps: Runs the network that way.
         """
-        watch, known = self._watch, len(self.grids.sites)
+        watch, known = self._watch, set(self.grids.sites)
         floats = watch.floats.copy()
         self._look(steps)
         watch.floats = floats
         new = watch.met - set(self.grids.activations)
-        if len(self.grids.sites) > known:
+        self.grids.training_only = tuple(site for site in self.grids.sites if site not in known)
+        if self.grids.training_only:
             self._find_weights()
         if self._settings.activation_bits is not None and new:
             watch.only = new

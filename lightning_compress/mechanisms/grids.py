@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -97,6 +97,7 @@ class Grids:
         fingerprints: Checksums of all parameters and floating buffers of the network when it was calibrated.
         left_in_float: What has no integer kernel, or was not to be quantised.
         integer_activations: Whether activations are quantised, or weights only.
+        training_only: Keys of the layers that the network runs in training alone, such as auxiliary heads.
     """
 
     network: str = ""
@@ -111,6 +112,14 @@ class Grids:
     fingerprints: dict[str, int] = field(default_factory=dict)
     left_in_float: tuple[str, ...] = ()
     integer_activations: bool = True
+    training_only: tuple[str, ...] = ()
+
+    def in_evaluation(self) -> Grids:
+        """The same without the layers that the network runs in training alone."""
+        sites = {key: site for key, site in self.sites.items() if key not in self.training_only}
+        dropped = {self.sites[key].name for key in self.training_only} - {site.name for site in sites.values()}
+        weights = {name: grid for name, grid in self.weights.items() if name not in dropped}
+        return replace(self, sites=sites, weights=weights, training_only=())
 
     def state(self) -> dict[str, Any]:
         """The same as tensors and primitives."""
@@ -127,6 +136,7 @@ class Grids:
             "fingerprints": dict(self.fingerprints),
             "left_in_float": list(self.left_in_float),
             "integer_activations": self.integer_activations,
+            "training_only": list(self.training_only),
         }
 
     @classmethod
@@ -145,4 +155,5 @@ class Grids:
             fingerprints=dict(state["fingerprints"]),
             left_in_float=tuple(state["left_in_float"]),
             integer_activations=state["integer_activations"],
+            training_only=tuple(state.get("training_only", ())),
         )

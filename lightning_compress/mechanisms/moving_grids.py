@@ -82,12 +82,18 @@ class FollowingGrids(MovingGrids):
     ) -> None:
         super().__init__(network, grids, presented)
         self.frozen = False
+        self.bits = {key: grid.bits for key, grid in grids.activations.items()}
         self._watching = watching
         self.ranges = {
             key: (-grid.zero_point * grid.scale, (grid.limits[1] - grid.zero_point) * grid.scale)
             for key, grid in grids.activations.items()
         }
         """Key to the averages of what an activation reached, 0 between them."""
+        device = next(network.parameters()).device
+        self._scales = {key: torch.tensor(grid.scale, device=device) for key, grid in grids.activations.items()}
+        self._zeros = {
+            key: torch.tensor(float(grid.zero_point), device=device) for key, grid in grids.activations.items()
+        }
         self._seen: dict[str, Tensor] = {}
 
     def on_grid(self, key: str, x: Tensor) -> Tensor:
@@ -96,6 +102,9 @@ class FollowingGrids(MovingGrids):
             low, high = x.detach().aminmax()
             reached = torch.stack((-low, high)).float()
             self._seen[key] = torch.maximum(self._seen[key], reached) if key in self._seen else reached
+        if torch.compiler.is_compiling() and key in self._scales:  # numbers would be compiled for, each time they move
+            limits = (0, 2 ** self.bits[key] - 1)
+            return fake_quantize(x, self._scales[key], self._zeros[key], *limits)
         return super().on_grid(key, x)
 
     def grid(self, site: str, place: WeightSite, weight: Tensor) -> WeightGrid | None:
@@ -134,9 +143,13 @@ class FollowingGrids(MovingGrids):
     def set_range(self, key: str) -> None:
         """Make the grid of an activation from its averages."""
         bits = self.grids.activations[key].bits
-        self.grids.activations[key] = ActivationGrid(*range_grid(*self.ranges[key], bits), bits)
-        for place in [place for place in self._steps if place[0] == key]:
-            del self._steps[place]
+        grid = self.grids.activations[key] = ActivationGrid(*range_grid(*self.ranges[key], bits), bits)
+        self._scales[key].fill_(grid.scale)
+        self._zeros[key].fill_(grid.zero_point)
+
+    def _scale(self, key: str, grid: ActivationGrid, device: torch.device) -> Tensor | float:
+        """Where it is; a CPU takes the number."""
+        return grid.scale if device.type == "cpu" else self._scales[key]
 
     def freeze(self) -> None:
         """Keep all grids as they are now."""
@@ -157,7 +170,7 @@ class FollowingGrids(MovingGrids):
 
     def _followed(self, grid: WeightGrid, weight: Tensor) -> WeightGrid:
         _, highest = grid.limits
-        return WeightGrid(usable(largest_magnitude(weight.detach(), grid.axis) / highest), grid.bits)
+        return WeightGrid(usable(largest_magnitude(weight.detach(), grid.axis).float() / highest), grid.bits)
 
 
 class LearnedGrids(MovingGrids):

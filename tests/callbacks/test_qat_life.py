@@ -930,6 +930,19 @@ def test_dpf(step_size):
     assert difference(found[0][0], alone) > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*masked completely")
+def test_steps_that_others_replay_are_not_taken_in():
+    """To estimate batch norm anew, in training mode; what training reaches is what it reaches without that."""
+    found = []
+    for again in (False, True):
+        qat, dpf = qat_of("observed", freeze_observers_at=1.0), DPFCallback(0.5, reestimated_validation=again)
+        module, fitting = fitted(qat, NormClassifier, dpf, max_epochs=3)
+        assert ("compress/dpf/reestimated/val_loss" in fitting.logged) == again
+        found.append((module, qat.state_dict()))
+    assert difference(found[0][0], found[1][0]) == 0
+    assert equal(found[0][1], found[1][1])
+
+
 def rounded(value, grid):
     step, limit = grid.step.reshape(-1, *[1] * (value.ndim - 1)), 2 ** (grid.bits - 1) - 1
     return torch.clamp(torch.round(value / step), -limit, limit) * step

@@ -740,9 +740,9 @@ def test_compiled_code_that_writes_in_place_in_a_statement_of_its_own_is_told(fr
     net = kind().eval()
     grids = calibrated(net, (x,))
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    with torch.no_grad(), quantizing(compiled, Rounding(compiled, grids)):
-        with pytest.raises(Exception, match="the activation 'a:conv2d:0' was never calibrated"):
-            compiled(x.clone())
+    message = "the activation 'a:conv2d:0' was never calibrated"
+    with torch.no_grad(), quantizing(compiled, Rounding(compiled, grids)), pytest.raises(Exception, match=message):
+        compiled(x.clone())
 
 
 def step_of(grids):
