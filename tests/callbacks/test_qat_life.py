@@ -56,7 +56,14 @@ from lightning_compress.mechanisms.grids import Grids
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*beyond the ends of their grids")  # as these networks are not trained
 ROWS = 2 * BATCH  # of the validation
-STEP_SIZES = pytest.mark.parametrize("step_size", ["mse", "observed", "learned"])
+SIZES = ("mse", "observed", "learned")
+STEP_SIZES = pytest.mark.parametrize("step_size", SIZES)
+
+
+def fast(*sizes):
+    """All kinds of steps, of which the fast tests have these."""
+    marked = [pytest.param(own, marks=[pytest.mark.slow] * (own not in sizes)) for own in SIZES]
+    return pytest.mark.parametrize("step_size", marked)
 
 
 def qat_of(step_size, **settings):
@@ -175,7 +182,12 @@ def test_a_resume_where_nothing_is_left_to_be_done(step_size, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argument", "now"), [("weight_bits", 3), ("activation_bits", 8), ("activation_bits", None), ("edge_bits", 8)]
+    ("argument", "now"),
+    [
+        ("weight_bits", 3),
+        ("activation_bits", None),
+        *(pytest.param(own, 8, marks=pytest.mark.slow) for own in ("activation_bits", "edge_bits")),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*resumes with other arguments")
 def test_a_resume_with_other_bits_is_refused(argument, now, tmp_path):
@@ -445,7 +457,7 @@ def grids_in(path):
 
 
 @STEP_SIZES
-@pytest.mark.parametrize("name", ["epoch=0.ckpt", "epoch=2.ckpt", "after.ckpt"])
+@pytest.mark.parametrize("name", ["epoch=0.ckpt", "after.ckpt", pytest.param("epoch=2.ckpt", marks=pytest.mark.slow)])
 def test_a_checkpoint_shows_its_own_network(step_size, name, run_of):
     """With its weights and its scales, in another Trainer, without any training data."""
     folder, qat, module, _ = run_of(step_size)
@@ -613,7 +625,7 @@ def test_steps_that_have_learned_are_those_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("average", ["EMA", pytest.param("SWA", marks=pytest.mark.slow)])
-@STEP_SIZES
+@fast("observed", "learned")
 def test_averages_are_what_is_validated_and_kept(average, step_size):
     """Of the weights that were trained quantised, on the grids of the end; wherever it is in the list."""
 
@@ -844,9 +856,7 @@ def integers_in(path):
 
 
 @pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "step_size", ["observed", *(pytest.param(own, marks=pytest.mark.slow) for own in ("mse", "learned"))]
-)
+@fast("observed")
 def test_pruned_weights_are_zeros_in_the_file(step_size, first, tmp_path):
     qat, pruning = qat_of(step_size), PruningCallback(0.5)
     export = ExportCallback(tmp_path / "n.onnx", precision="int8", metric="val_loss", fp32_comparison=False)
@@ -866,9 +876,7 @@ def test_pruned_weights_are_zeros_in_the_file(step_size, first, tmp_path):
     assert measured(module, run=fitting) == qat.metrics
 
 
-@pytest.mark.parametrize(
-    "step_size", ["learned", *(pytest.param(own, marks=pytest.mark.slow) for own in ("mse", "observed"))]
-)
+@fast("learned")
 def test_masks_of_the_projections_of_attention(step_size, tmp_path):
     qat = qat_of(step_size, edge_bits=None)
     pruning = PruningCallback(0.5, layers=["model.attention"], scope="layer", end=0.5)
@@ -885,7 +893,7 @@ def test_masks_of_the_projections_of_attention(step_size, tmp_path):
     assert measured(module, run=fitting) == qat.metrics
 
 
-@STEP_SIZES
+@fast("observed", "learned")
 def test_masks_that_move_go_before_rounding(step_size, tmp_path):
     """The same wherever both are in the list. What is pruned at random may be the largest, which grids follow."""
     found = []
@@ -912,7 +920,7 @@ def test_masks_that_move_go_before_rounding(step_size, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*masked completely")
-@STEP_SIZES
+@fast("observed")
 def test_dpf(step_size):
     found = []
     for first in (True, False):
@@ -1001,9 +1009,7 @@ def test_the_dense_pass_of_dcil_is_in_float(step_size, path):
 
 
 @pytest.mark.filterwarnings("ignore:.*masked completely")
-@pytest.mark.parametrize(
-    "step_size", ["learned", *(pytest.param(own, marks=pytest.mark.slow) for own in ("mse", "observed"))]
-)
+@fast("learned")
 def test_distillation_dcil_and_quantisation_one_after_the_other(step_size, tmp_path):
     """In any order of the list; the file has the zeros, and the metric of the fit."""
     found = []
@@ -1073,7 +1079,7 @@ def test_psgd_first_and_then_its_grids(first, granularity):
     assert difference(module, plain) > 0
 
 
-@STEP_SIZES
+@fast("learned")
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_the_grids_of_a_training_with_psgd(step_size, granularity, tmp_path):
     """In a training of its own, from its checkpoint."""

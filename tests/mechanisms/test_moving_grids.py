@@ -134,6 +134,11 @@ def test_averages_take_in_what_was_reached_in_a_step():
     assert rounding.ranges[INPUT] == pytest.approx(
         (0.9 * expected[0], 0.9 * expected[1] + 0.1 * float(2 * X.abs().max() + 5))
     )
+    low, high = rounding.ranges[INPUT]
+    run(net, rounding, -2 * X.abs() - 5)  # nothing above it
+    rounding.finish_step()
+    expected = 0.9 * low - 0.1 * float(2 * X.abs().max() + 5), 0.9 * high
+    assert rounding.ranges[INPUT] == pytest.approx(expected)
     found = state(rounding.current())[0]
     rounding.finish_step()  # nothing was seen
     assert state(rounding.current())[0] == found
