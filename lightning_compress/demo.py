@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from lightning_compress.export.evaluate import evaluate_forward
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.report import compare, to_console, units, write_report
 from lightning_compress.report.cells import shown_path
-from lightning_compress.report.table import Row
+from lightning_compress.report.table import Row, with_quantised
 
 METRIC = "val_accuracy"
 TOLERANCE = 0.005
@@ -331,8 +331,7 @@ def _report(
         notes=notes,
         recipe={"demo": {"data": data}},
     )
-    place = len(modules)  # the same weights as in the row above, other metrics
-    report = replace(report, rows=(*report.rows[:place], quantised, *report.rows[place:]))
+    report = with_quantised(report, quantised, of="distilled and pruned", files=[str(files[-1].path)])
     written = write_report(report, folder)
     names = [os.path.basename(file.path) for file in files]
     _say_finished(begin, ", ".join(f"{METRIC} {units.metric(metrics[name][METRIC])} in {name}" for name in names))

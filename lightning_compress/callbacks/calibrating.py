@@ -15,7 +15,7 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_edge_bits, check_whole
 from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.export.sample import defines
-from lightning_compress.export.scales import given_steps
+from lightning_compress.export.scales import given_steps, grids_of_steps, inside
 from lightning_compress.functional.quantizers import check_bits
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_, statistics_kept
 from lightning_compress.mechanisms.calibration import Calibration, Settings, statistics_of
@@ -25,7 +25,7 @@ from lightning_compress.mechanisms.isolation import evaluating
 from lightning_compress.mechanisms.quantization import QuantizationError, Quantizers, quantizing
 from lightning_compress.mechanisms.replay import replay, traceless
 from lightning_compress.mechanisms.rounding import Presented
-from lightning_compress.mechanisms.selection import find_module, plain_name, select_modules
+from lightning_compress.mechanisms.selection import find_module, joined, plain_name, select_modules
 from lightning_compress.mechanisms.step import step_controller
 
 SKIPPED = 8
@@ -257,8 +257,7 @@ class CalibratingCallback(CompressionCallback):
 
     def _trained_for(self, trainer: Any, name: str) -> dict[str, WeightGrid]:
         """The grids that PSGD has trained the weights of a network for."""
-        prefix = f"{name}." if name else ""
-        found = {}
+        found: dict[str, WeightGrid] = {}
         for callback in trainer.callbacks:
             if not (steps := given_steps(callback)):
                 continue
@@ -268,8 +267,7 @@ class CalibratingCallback(CompressionCallback):
                     f"another grid a part of what it gains is lost; give weight_bits={callback.bits}"
                 )
                 continue
-            for key, (step, bits) in steps.items():
-                found[key.removeprefix(prefix)] = WeightGrid(step.float().cpu(), bits)
+            found |= grids_of_steps(inside(name, steps))
         return found
 
     def _on_batches(
@@ -323,8 +321,3 @@ def _training_flags(trainer: Any, pl_module: Any) -> Iterator[None]:
     finally:
         for module, training in before.items():
             module.training = training
-
-
-def joined(name: str, inner: str) -> str:
-    """The dotted name of a part of a part."""
-    return ".".join(part for part in (plain_name(name), inner) if part)

@@ -20,8 +20,11 @@ from lightning_compress.export.sample import Sample, check_sample
 from lightning_compress.export.scales import HOW, Scales
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.step import StepController
+from lightning_compress.report.measure import first_line
 from lightning_compress.report.precision import AgainstFp32, against_fp32
 
+WIDE = 8
+"""Bits of activations at which it hardly matters whether they are rounded."""
 FEW_AGREE = 0.95
 """A share of equal choices below which something is amiss, or the network undecided."""
 
@@ -115,9 +118,11 @@ class ExportCallback(CompressionCallback):
                 raise ValueError(f"precision '{self.precision}' needs scales, and no callback gives them; {HOW}")
             if self.precision == "int4" and min(bits) > 4:
                 raise ValueError(
-                    f"precision 'int4' needs weights of at most 4 bits, and the callbacks give {min(bits)}: "
-                    "calibrate with PTQCallback(weight_bits=4)"
+                    f"precision 'int4' needs weights of at most 4 bits, and the callbacks give {min(bits)}: give "
+                    "PTQCallback or QATCallback weight_bits=4"
                 )
+        if self.precision == "int4":
+            self._tell_of_activations(trainer)
         if self.sample is not None:
             check_sample(self.sample)
         if self.metric is not None and not self._validates(trainer, pl_module):
@@ -170,7 +175,11 @@ class ExportCallback(CompressionCallback):
             self._draft = tempfile.TemporaryDirectory()
             path = os.path.join(self._draft.name, os.path.basename(self.path))
             log.info("%s: fast_dev_run, so the file is checked and not kept", self.name)
-        self.result = self._written(pl_module, path, self.precision)
+        try:
+            self.result = self._written(pl_module, path, self.precision)
+        except Exception as error:
+            self.failure = f"{os.path.basename(path)} was not written: {first_line(error)}"
+            raise
         log.info("%s: wrote %s (%d bytes, %s)", self.name, self.result.path, self.result.bytes, self.precision)
         if self.precision != "fp32" and self.fp32_comparison and not trainer.fast_dev_run:
             self._compare(pl_module, self.result)
@@ -231,7 +240,7 @@ class ExportCallback(CompressionCallback):
 
     def remarks(self) -> list[str]:
         """How the file agrees with the quantised module, and how it compares with one in fp32."""
-        remarks = []
+        remarks = [] if self.result is not None or self.failure is None else [f"{self.name}: {self.failure}."]
         if self.agreement is not None:
             usual = " That is little: at 8 bits 99% and more are usual." if self.agreement < FEW_AGREE else ""
             remarks.append(
@@ -241,6 +250,17 @@ class ExportCallback(CompressionCallback):
         if self.against_fp32 is not None:
             remarks.append(f"{self.name}: {self.against_fp32}.")
         return remarks
+
+    def _tell_of_activations(self, trainer: Any) -> None:
+        """A file that is small, but computes in float, leaves out grids that a network may need."""
+        for callback in trainer.callbacks:
+            bits = getattr(callback, "activation_bits", None)
+            if isinstance(callback, CompressionCallback) and bits is not None and bits < WIDE:
+                self._warn_once(
+                    f"precision 'int4' stores weights alone, so the file does not round activations to {bits} bits as "
+                    f"'{callback.name}' does, and is another network than the validated one: give '{callback.name}' "
+                    "activation_bits=None, or write precision='int8', whose activations may have fewer bits"
+                )
 
     def _trial_scales(self, trainer: Any) -> Scales | None:
         """Those that can be had after the first step; None: what is found then is what counts."""

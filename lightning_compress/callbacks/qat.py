@@ -11,9 +11,9 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_positive, edge_bits_of
-from lightning_compress.callbacks.base import CompressionCallback, averaging, log
+from lightning_compress.callbacks.base import CompressionCallback, averaging, log, together
 from lightning_compress.callbacks.quantised import QuantisedCallback
 from lightning_compress.callbacks.returned import Returned
-from lightning_compress.export.scales import given_steps, trained_ranges
+from lightning_compress.export.scales import given_steps, grids_of_ranges, inside, trained_ranges
 from lightning_compress.export.weights import read_checkpoint
-from lightning_compress.functional.quantizers import quantization_grid
 from lightning_compress.mechanisms.batchnorm import batch_norms, freeze_batchnorm_
 from lightning_compress.mechanisms.calibration import Settings, fingerprints
 from lightning_compress.mechanisms.controller import StepController
@@ -42,8 +41,45 @@ from lightning_compress.mechanisms.selection import find_module, listing, plain_
 StepSize = Literal["mse", "observed", "learned"]
 MUCH_CLIPPED = 0.05
 """A share of weights beyond their grids that is worth a warning."""
-KEPT = ("factors", "ranges", "follows", "top_lr", "watch")
+MUCH_GROWN, SMALL_LOSS = 2.0, 0.02
+"""What is worth one: a loss of so many times what it was when batch norm was frozen, and what a smaller counts as."""
+_LATER = "later, once the learning rate has fallen, or never: freeze_batchnorm_at=1"
+KEPT = ("factors", "ranges", "follows", "top_lr", "watch", "froze")
 """What goes into the state beside the grids."""
+
+
+@dataclass
+class _Fit:
+    """What a fit has come to."""
+
+    watch: LossWatch = field(default_factory=LossWatch)
+    progress: Progress | None = None
+    moving: MovingGrids | None = None
+    """Once the network is quantised."""
+    factors: OwnedParameters | None = None
+    """Of learned steps."""
+    calls: GuardedCalls | None = None
+    """Of the quantised network."""
+    checked: bool = False
+    """Whether its first quantised step was looked at."""
+    in_step: bool = False
+    """Whether a training step runs."""
+    steps: int = 0
+    """Of an optimizer, so far."""
+    steps_run: int = 0
+    """Training steps before the network was quantised."""
+    top_lr: dict[int, float] = field(default_factory=dict)
+    """Of each optimizer, the user's largest learning rate since the start."""
+    froze: bool = False
+    """Whether there was batch norm in training when it was to be frozen, in an earlier part of the fit perhaps."""
+    frozen: list[nn.Module] = field(default_factory=list)
+    """Batch norm that was in training."""
+
+    def thaw(self) -> None:
+        """Let batch norm train again that did."""
+        for layer in self.frozen:
+            layer.training = True
+        self.frozen.clear()
 
 
 class QATCallback(QuantisedCallback):
@@ -69,8 +105,9 @@ class QATCallback(QuantisedCallback):
             from ``start`` to 1; 1: never.
         freeze_observers_at: Fraction from which grids that follow stay, from ``start`` to 1; "observed" only.
         step_lr: Learning rate of learned steps, relative to where they began, positive; it falls with the user's.
-        max_loss_growth: With learned steps the training ends in an error when the loss, averaged over 20 steps, is so
-            many times what it was in the first 20 quantised ones, above 1. None: it goes on.
+        max_loss_growth: With learned steps, or frozen batch norm, the training ends in an error when the loss, averaged
+            over 20 batches, is so many times what it was in the first 20 quantised ones, or before batch norm was
+            frozen, above 1. None: it goes on.
         grids_from: Checkpoint of a run with a ``PSGDCallback`` of the same bits: weights have the grids that it has
             trained them for. None: those of a ``PSGDCallback`` beside this one, else calibrated ones.
         max_samples: Samples of the training data to calibrate with, at least 1.
@@ -145,7 +182,10 @@ class QATCallback(QuantisedCallback):
         ):
             check_fraction(argument, value)
             if value < start and matters:
-                raise ValueError(f"{argument} must be from start={start} to 1, got {value}")
+                raise ValueError(
+                    f"{argument} must be from start={start} to 1, and is {value}; give, for example, {argument}="
+                    f"{(1 + start) / 2:.3g}"
+                )
         check_positive("step_lr", step_lr)
         if max_loss_growth is not None and not (isinstance(max_loss_growth, (int, float)) and max_loss_growth > 1):
             raise ValueError(f"max_loss_growth must be a number above 1, or None, got {max_loss_growth!r}")
@@ -156,17 +196,7 @@ class QATCallback(QuantisedCallback):
         self._stage: str | None = None
         self._module: weakref.ref[nn.Module] | None = None  # of the last fit
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
-        self._progress: Progress | None = None
-        self._moving: MovingGrids | None = None  # once the network is quantised, in a fit
-        self._factors: OwnedParameters | None = None  # of learned steps
-        self._used: GuardedCalls | None = None  # calls of the quantised network in a fit
-        self._checked = False  # whether its first step was looked at
-        self._step_runs = SimpleNamespace(on=False)  # whether a training step does
-        self._steps = 0  # of an optimizer, so far
-        self._steps_run = 0  # training steps before the network was quantised
-        self._top_lr: dict[int, float] = {}  # of each optimizer, the user's largest learning rate since the start
-        self._watch = LossWatch(max_loss_growth)
-        self._frozen: list[nn.Module] = []  # batch norm that was in training
+        self._fit = _Fit()
 
     # What the base asks
 
@@ -191,16 +221,10 @@ class QATCallback(QuantisedCallback):
             self._warn_of_nothing_trained(trainer)
             return self._trained_for(trainer, name)
         contents = read_checkpoint(self.grids_from)
-        ranges, weights = trained_ranges(contents), contents["state_dict"]
-        prefix = f"{name}." if name else ""
-        found: dict[str, WeightGrid] = {}
-        asked: set[int] = set()
-        for own, value in ((plain_name(key), value) for key, value in weights.items()):
-            if own in ranges and own.startswith(prefix) and value.ndim > 1:
-                bits, channel, given = ranges[own]
-                step = quantization_grid(value, bits, axis=0 if channel else None)
-                found[own.removeprefix(prefix)] = WeightGrid(step.float().cpu(), bits)
-                asked.add(given)
+        ranges = inside(name, trained_ranges(contents))
+        weights = inside(name, {plain_name(key): value for key, value in contents["state_dict"].items()})
+        found = grids_of_ranges(ranges, weights)
+        asked = {ranges[own][2] for own in found}
         if not found:
             raise ValueError(f"grids_from='{self.grids_from}' has no grids of PSGDCallback for weights of '{name}'")
         if asked != {self.weight_bits}:
@@ -216,7 +240,7 @@ class QATCallback(QuantisedCallback):
 
     def trial_scales(self, trainer: Any, pl_module: Any) -> Grids:
         """Those that are trained, if they are by now."""
-        return super().trial_scales(trainer, pl_module) if self._moving is None else self._moving.current()
+        return super().trial_scales(trainer, pl_module) if self._fit.moving is None else self._fit.moving.current()
 
     def shown(self, trainer: Any, pl_module: Any) -> Grids | None:
         """Those of the last fit, or of the checkpoint that is tested; the plain network before any."""
@@ -233,7 +257,7 @@ class QATCallback(QuantisedCallback):
         """That of the steps, as much smaller than ``step_lr`` as the user's is smaller than it was."""
         index = next((place for place, own in enumerate(self._trainer.optimizers) if own is optimizer), 0)
         now = float(optimizer.param_groups[0]["lr"])
-        top = self._top_lr[index] = max(self._top_lr.get(index, 0.0), now)
+        top = self._fit.top_lr[index] = max(self._fit.top_lr.get(index, 0.0), now)
         return self.step_lr * now / top if top > 0 else self.step_lr
 
     def remarks(self) -> list[str]:
@@ -263,78 +287,86 @@ class QATCallback(QuantisedCallback):
         super().attach(controller, stack, trainer, pl_module)
         state = self._loaded or (self.state_dict() if goes_on else None)
         self._loaded = None
-        self._progress, self._moving, self._factors, self._used = None, None, None, None
-        self._checked, self._watch, self._top_lr = False, LossWatch(self.max_loss_growth), {}
-        self._steps_run, self._step_runs.on = 0, False
-        stack.callback(self._thaw)
+        self._fit = _Fit()
+        stack.callback(self._fit.thaw)
         self.quantization, self.metrics, self._start_grids, self._kept = None, {}, None, {}
         if state is not None and state["quantization"] is not None:
             self._refuse_other_bits(state)
-            self._go_on(state, trainer, pl_module)
+            self._go_on(state, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how long the training is."""
-        self._progress = Progress(trainer, pl_module)
-        self._steps = self._progress.steps
+        self._fit.progress = Progress(trainer, pl_module)
+        self._fit.steps = self._fit.progress.steps
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Begin to quantise when it is time, and freeze what is to be frozen."""
-        done = 0.0 if self._progress is None else self._progress.fraction_before
-        if self._moving is None and done >= self.start:
-            self._begin(trainer, pl_module)
-        if isinstance(self._moving, FollowingGrids) and not self._moving.frozen and done >= self.freeze_observers_at:
+        fit = self._fit
+        done = 0.0 if fit.progress is None else fit.progress.fraction_before
+        if fit.moving is None and done >= self.start:
+            with _compat.patient_group(trainer.world_size) as tell:
+                together(tell, self._begin, trainer, pl_module)
+        moving = fit.moving
+        if isinstance(moving, FollowingGrids) and not moving.frozen and done >= self.freeze_observers_at:
             with self._seen_weights():
-                self._moving.freeze()
+                moving.freeze()
             log.info("%s: the grids stay from here on", self.name)
-        frozen = self.freeze_batchnorm_at < 1 and done >= self.freeze_batchnorm_at
-        if self._moving is not None and frozen:
-            self._frozen += freeze_batchnorm_(self._moving.network)  # also where somebody has called train()
-        self._step_runs.on = True
+        if moving is not None and self.freeze_batchnorm_at < 1 and done >= self.freeze_batchnorm_at:
+            fit.frozen += freeze_batchnorm_(moving.network)  # also where somebody has called train()
+            if fit.frozen and not fit.froze:
+                fit.froze = True
+                fit.watch.begin_again()
+        fit.in_step = True
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """As the base, which lets steps learn; they stay positive."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if isinstance(self._moving, LearnedGrids):
-            self._moving.clamp_()
+        if isinstance(self._fit.moving, LearnedGrids):
+            self._fit.moving.clamp_()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """As the base; after the first quantised step, complain about what it did not reach."""
-        moving, self._step_runs.on = self._moving, False
-        ran = self._require_controller().steps > self._steps_run  # a step that was skipped is no evidence
-        if moving is not None and not self._checked and ran:
+        fit, moving = self._fit, self._fit.moving
+        fit.in_step = False
+        ran = self._require_controller().steps > fit.steps_run  # a step that was skipped is no evidence
+        if moving is not None and not fit.checked and ran:
             self._check_first(moving)  # before anything else runs the network
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if moving is None:
             return
-        steps = 0 if self._progress is None else self._progress.steps
-        if isinstance(moving, FollowingGrids) and steps != self._steps:  # not before accumulated batches are complete
+        steps = 0 if fit.progress is None else fit.progress.steps
+        if isinstance(moving, FollowingGrids) and steps != fit.steps:  # not before accumulated batches are complete
             many = trainer.world_size > 1
-            moving.finish_step(partial(trainer.strategy.reduce, reduce_op="max") if many else None)
-        self._steps = steps
-        if isinstance(moving, LearnedGrids) and (grown := self._watch.see(outputs, averaging(trainer))):
-            raise RuntimeError(
-                f"'{self.name}': the loss went {grown} since the steps began to learn, more than max_loss_growth="
-                f"{self.max_loss_growth}: give a smaller step_lr= or learning rate, more bits, or step_size='mse', "
-                "whose steps stay; max_loss_growth=None goes on"
-            )
+            lost = moving.finish_step(partial(trainer.strategy.reduce, reduce_op="max") if many else None)
+            if lost:
+                self._warn_once(
+                    f"the activation {listing(lost)} was NaN or infinite in a training batch, which is left out of the "
+                    "ranges that its grid follows",
+                    "lost",
+                )
+        fit.steps = steps
+        if fit.watch.see(outputs, averaging(trainer), device=pl_module.device):
+            self._check_loss(moving)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """As the base; log how the grids fit."""
         super().on_train_epoch_end(trainer, pl_module)
-        if self._moving is None:
+        moving = self._fit.moving
+        if moving is None:
             return
-        clipped = self._clipped()
-        if clipped > MUCH_CLIPPED and not isinstance(self._moving, FollowingGrids):
+        clipped = self._clipped(moving)
+        if clipped > MUCH_CLIPPED and not isinstance(moving, FollowingGrids):
+            slow = "learn slowly" if isinstance(moving, LearnedGrids) else "stay"
             self._warn_once(
                 f"{clipped:.1%} of the weights lie beyond the ends of their grids, which were found at the start and "
-                "stay: begin with a trained network, later (start=), or with a smaller learning rate",
+                f"{slow}: begin with a trained network, later (start=), or with a smaller learning rate",
                 "clipped",
             )
         if getattr(trainer, "barebones", False):
             return
         found = {"clipped": clipped}
-        if isinstance(self._moving, LearnedGrids):
-            found["step_change"] = self._moving.moved()
+        if isinstance(moving, LearnedGrids):
+            found["step_change"] = moving.moved()
         for quantity, value in found.items():  # the same on all ranks; Lightning wants to be told
             many = trainer.world_size > 1
             pl_module.log(f"compress/{self.name}/{quantity}", value, sync_dist=many, batch_size=1)
@@ -367,12 +399,12 @@ class QATCallback(QuantisedCallback):
 
     def extra_state(self) -> dict[str, Any]:
         """The grids as they are now, and what is needed to go on with them."""
-        grids = self.quantization if self._moving is None else self._grids_now(self._moving)
+        grids = self.quantization if self._fit.moving is None else self._grids_now(self._fit.moving)
         start = self._start_grids
         return {
             "quantization": None if grids is None else grids.state(),
             "start_grids": None if start is None else start.state(),
-            **(self._kept if self._moving is None else self._to_keep(self._moving)),
+            **(self._kept if self._fit.moving is None else self._to_keep(self._fit.moving)),
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -392,8 +424,8 @@ class QATCallback(QuantisedCallback):
         self._choose_step(trainer, pl_module)
         name = self._network_name(trainer, pl_module)
         grids = replace(self._calibrated(trainer, pl_module, name, in_training=True), statistics={}, fingerprints={})
-        self._steps = 0 if self._progress is None else self._progress.steps_before
-        self._steps_run = self._require_controller().steps
+        self._fit.steps = 0 if self._fit.progress is None else self._fit.progress.steps_before
+        self._fit.steps_run = self._require_controller().steps
         self._quantise(grids, pl_module)
         forgotten = [_compat.forget_best(own) for own in trainer.callbacks if _compat.keeps_best(own)]
         waiting = [_compat.forget_best_score(own) for own in trainer.callbacks]
@@ -406,18 +438,19 @@ class QATCallback(QuantisedCallback):
             )
         log.info("%s begins: %s", self.name, self._summary(grids))
 
-    def _go_on(self, state: dict[str, Any], trainer: Any, pl_module: Any) -> None:
+    def _go_on(self, state: dict[str, Any], pl_module: Any) -> None:
         """Quantise as an earlier part of this training did."""
         now, start = Grids.from_state(state["quantization"]), state["start_grids"]
         learned = self.step_size == "learned" and bool(state.get("factors"))
         begin = Grids.from_state(start) if learned else replace(now, fingerprints={})
-        self._top_lr = dict(state["top_lr"])
-        self._watch.load(state["watch"])
+        self._fit.top_lr = dict(state["top_lr"])
+        self._fit.watch.load(state["watch"])
+        self._fit.froze = bool(state["froze"])
         self._quantise(begin, pl_module, state["factors"] if learned else None)
         self._start_grids = None if start is None else Grids.from_state(start)
-        if isinstance(self._moving, FollowingGrids):
-            self._moving.ranges.update(state["ranges"])
-            self._moving.frozen = bool(state["ranges"]) and not state["follows"]
+        if isinstance(self._fit.moving, FollowingGrids):
+            self._fit.moving.ranges.update(state["ranges"])
+            self._fit.moving.frozen = bool(state["ranges"]) and not state["follows"]
 
     def _quantise(self, grids: Grids, pl_module: Any, factors: dict[str, Any] | None = None) -> None:
         """Let the network compute on grids from here on."""
@@ -425,46 +458,44 @@ class QATCallback(QuantisedCallback):
             raise RuntimeError(f"{type(self).__name__} is only active during a fit")
         controller = self._require_controller()
         network = find_module(pl_module, grids.network, argument="network")
-        presented, stage = controller.weights.source_of, self._step_runs
+        presented, fit = controller.weights.source_of, self._fit
         self._start_grids = grids
         if self.step_size == "learned":
-            self._factors = self.own(OwnedParameters(_Factors, partial(torch.optim.Adam, lr=self.step_lr)))
-            self._factors.load_state_dict(factors or {})
+            self._fit.factors = self.own(OwnedParameters(_Factors, partial(torch.optim.Adam, lr=self.step_lr)))
+            self._fit.factors.load_state_dict(factors or {})
             device = next(network.parameters()).device
-            module = self._factors.get(LearnedGrids.count(grids), device=device)
-            self._moving = LearnedGrids(network, grids, presented, factors=module.factors)  # type: ignore[arg-type]
+            module = self._fit.factors.get(LearnedGrids.count(grids), device=device)
+            self._fit.moving = LearnedGrids(network, grids, presented, factors=module.factors)  # type: ignore[arg-type]
         elif self.step_size == "observed":
-            self._moving = FollowingGrids(
-                network, grids, presented, watching=lambda: stage.on and not controller.replaying
+            self._fit.moving = FollowingGrids(
+                network, grids, presented, watching=lambda: fit.in_step and not controller.replaying
             )
         else:
-            self._moving = MovingGrids(network, grids, presented)
-        self._used = self._stack.enter_context(quantizing(network, self._moving, when=lambda: controller.deployed))
+            self._fit.moving = MovingGrids(network, grids, presented)
+        self._fit.calls = self._stack.enter_context(
+            quantizing(network, self._fit.moving, when=lambda: controller.deployed)
+        )
 
     def _close(self) -> None:
-        moving = self._moving
+        moving = self._fit.moving
         try:
             if moving is not None:
                 self.quantization, self._kept = self._grids_now(moving), self._to_keep(moving)
         except Exception:  # what ends the fit is the news, and nothing is to be left on the module
             log.warning("%s: the grids as they are now could not be read", self.name, exc_info=True)
         finally:
-            self._moving = None
+            self._fit.moving = None
             super()._close()
 
     def _to_keep(self, moving: MovingGrids) -> dict[str, Any]:
         return {
-            "factors": {} if self._factors is None else copy.deepcopy(self._factors.state_dict()),
+            "factors": {} if self._fit.factors is None else copy.deepcopy(self._fit.factors.state_dict()),
             "ranges": dict(moving.ranges) if isinstance(moving, FollowingGrids) else {},
             "follows": isinstance(moving, FollowingGrids) and not moving.frozen,
-            "top_lr": dict(self._top_lr),
-            "watch": self._watch.state(),
+            "top_lr": dict(self._fit.top_lr),
+            "watch": self._fit.watch.state(),
+            "froze": self._fit.froze,
         }
-
-    def _thaw(self) -> None:
-        for layer in self._frozen:
-            layer.training = True
-        self._frozen = []
 
     def _grids_now(self, moving: MovingGrids) -> Grids:
         with self._seen_weights():
@@ -496,8 +527,8 @@ class QATCallback(QuantisedCallback):
 
     def _check_first(self, moving: MovingGrids) -> None:
         """After the first quantised step: did it run what was calibrated?"""
-        self._checked = True
-        if self._used is None or self._used.count == 0:
+        self._fit.checked = True
+        if self._fit.calls is None or self._fit.calls.count == 0:
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: the training step never called "
                 f"'{moving.grids.network or 'self'}'; name the part that it calls with network="
@@ -512,10 +543,26 @@ class QATCallback(QuantisedCallback):
             )
         self._warn_once(f"the training step does not run {listing(idle)}, so these weights do not learn their grids")
 
-    def _clipped(self) -> float:
-        moving = self._moving
-        if moving is None:
-            return 0.0
+    def _check_loss(self, moving: MovingGrids) -> None:
+        """Complain about a loss that has grown where this callback may be the reason."""
+        learned, limit, froze = isinstance(moving, LearnedGrids), self.max_loss_growth, self._fit.froze
+        if limit is not None and (learned or froze) and (grown := self._fit.watch.grown(limit)):
+            since = f"batch norm was frozen at {self.freeze_batchnorm_at}" if froze else "the steps began to learn"
+            advice = ["give a smaller learning rate"]
+            advice += ["or a smaller step_lr=, more bits, or step_size='mse', whose steps stay"] if learned else []
+            advice += [f"or freeze batch norm {_LATER}"] if froze else []
+            raise RuntimeError(
+                f"'{self.name}': the loss went {grown} since {since}, more than max_loss_growth={limit}: "
+                f"{', '.join(advice)}; max_loss_growth=None goes on"
+            )
+        if froze and (grown := self._fit.watch.grown(MUCH_GROWN, small=SMALL_LOSS)):
+            self._warn_once(
+                f"the loss went {grown} since batch norm was frozen at freeze_batchnorm_at={self.freeze_batchnorm_at}: "
+                f"the learning rate is probably too large for a network without it; freeze it {_LATER}",
+                "grown",
+            )
+
+    def _clipped(self, moving: MovingGrids) -> float:
         with self._seen_weights():
             grids = moving.current()
             return clipped_share(grids, {name: moving.weight(name) for name in grids.weights})

@@ -23,14 +23,14 @@ from lightning_compress.export.onnx import ExportResult
 from lightning_compress.export.sample import Sample
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.grids import Grids
-from lightning_compress.mechanisms.selection import find_module
+from lightning_compress.mechanisms.selection import find_module, joined
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.mechanisms.teacher import Teacher
 from lightning_compress.report.compare import compare, file_names
 from lightning_compress.report.measure import first_line
 from lightning_compress.report.render import to_console, to_markdown
-from lightning_compress.report.table import ExportedFile, Report, Row
+from lightning_compress.report.table import ExportedFile, Report, Row, with_quantised
 from lightning_compress.report.write import ReportFiles, write_report
 
 FILE_STEM = "compression_report"
@@ -173,14 +173,16 @@ class CompressionReport(CompressionCallback):
             recipe=self.recipe,
             bits=_bits(callbacks),
         )
-        return replace(
-            report,
-            rows=_with_quantised(report.rows, callbacks),
-            files=tuple(
-                _beside_fp32(file, callback)
-                for file, callback in zip(report.files, _exports(trainer).values(), strict=True)
-            ),
-        )
+        exports = list(_exports(trainer).values())
+        files = [_beside_fp32(file, callback) for file, callback in zip(report.files, exports, strict=True)]
+        report = replace(report, files=tuple(files))
+        for callback in reversed(callbacks):  # each row goes directly below "after"
+            grids, measured = getattr(callback, "quantization", None), getattr(callback, "metrics", {})
+            if isinstance(grids, Grids) and measured:
+                row = Row(f"after ({callback.name})", metrics=dict(measured))
+                paths = [str(export.result.path) for export in exports if _same(export.result.quantization, grids)]
+                report = with_quantised(report, row, of="after", files=paths)
+        return report
 
     def _network_and_sample(self, trainer: Any, pl_module: Any) -> tuple[str, Sample | None]:
         """The network that the other callbacks worked on, else the one found here, and what it received last."""
@@ -267,19 +269,13 @@ def _bits(callbacks: list[CompressionCallback]) -> dict[str, int]:
         grids = getattr(callback, "quantization", None)
         if isinstance(grids, Grids):
             for name, grid in grids.weights.items():
-                found[".".join(filter(None, (grids.network, name.rpartition(".")[0])))] = grid.bits
+                found[joined(grids.network, name.rpartition(".")[0])] = grid.bits
     return found
 
 
-def _with_quantised(rows: tuple[Row, ...], callbacks: list[CompressionCallback]) -> tuple[Row, ...]:
-    """The rows, and below "after" one for each callback that has quantised it: the same weights, other metrics."""
-    quantised = [
-        Row(f"after ({callback.name})", metrics=dict(metrics))
-        for callback in callbacks
-        if isinstance(getattr(callback, "quantization", None), Grids) and (metrics := getattr(callback, "metrics", {}))
-    ]
-    place = next(index for index, row in enumerate(rows) if row.name == "after") + 1
-    return (*rows[:place], *quantised, *rows[place:])
+def _same(written: Grids | None, grids: Grids) -> bool:
+    """Whether a file has the grids of a callback; without the activations it is another network."""
+    return written is not None and written.network == grids.network and written.activations == grids.activations
 
 
 def _beside_fp32(file: ExportedFile, callback: Any) -> ExportedFile:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,14 +24,14 @@ from lightning_compress.export.tracing import convert
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.quantization import module_of, quantizing
 from lightning_compress.mechanisms.rounding import Rounding
-from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.selection import joined, listing
 from lightning_compress.mechanisms.tree import named_tensors
 
 KERNELS = ("QLinearConv", "QGemm", "MatMulIntegerToFloat", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 NOISE = 2.0
 """A file may be off by so many times what quantisation has changed: it rounds as often, in other places."""
-LEAST_NOISE, MOST_NOISE = 0.02, 0.5
-"""Of the output's size, whatever quantisation has changed."""
+LEAST_NOISE, MOST_NOISE, MOST_OF_FEW_BITS = 0.02, 0.5, 0.9
+"""Of the output's size, whatever quantisation has changed; one step of few bits is many of 8."""
 LARGE = 10.0
 """Times what a quarter of the output stays below: what is larger, such as a masked score, counts as if it were so."""
 
@@ -45,7 +45,8 @@ class IntegerExport:
         grids: The grids to write.
         plain: What the network gives in float, at each batch size.
         precision: "int8" or "int4".
-        max_difference: As in :func:`~lightning_compress.export.parity.check_parity`, where activations are float.
+        max_difference: As in :func:`~lightning_compress.export.parity.check_parity`; None: by what quantisation has
+            changed, where the file multiplies integers.
 
     Raises:
         ExportError: If the network does not run quantised.
@@ -59,7 +60,7 @@ class IntegerExport:
         plain: Sequence[Reference],
         *,
         precision: str,
-        max_difference: float,
+        max_difference: float | None,
     ) -> None:
         grids = grids.in_evaluation()
         self._network, self._call, self._grids, self._plain = network, call, grids, plain
@@ -120,16 +121,43 @@ class IntegerExport:
         Raises:
             ExportError: If they differ by more than they may, or a layer does not run in integers.
         """
-        if self._precision == "int4" and all(grid.bits <= 4 for grid in self._grids.weights.values()):
-            return check_parity(file, self._expected, self._max_difference)
         self._check_kernels(file)
+        if self._max_difference is not None:
+            return check_parity(file, self._expected, self._max_difference)
+        if self._precision == "int4" and all(grid.bits <= 4 for grid in self._grids.weights.values()):
+            return check_parity(file, self._expected)
         # without integer activations ONNX Runtime rounds those of linear layers with 8-bit weights itself
-        return max(
-            self._difference(plain, expected, file) for plain, expected in zip(self._plain, self._expected, strict=True)
-        )
+        few = any(grid.bits < 8 for grid in self._grids.activations.values())
+        most = MOST_OF_FEW_BITS if few else MOST_NOISE
+        return self._largest_difference(file, lambda noise, size: noise.clamp(LEAST_NOISE * size, most * size))
+
+    def check_trial(self, file: OnnxNetwork) -> float:
+        """As :meth:`check`, for a file of provisional scales, which may be far off, but not like another network.
+
+        Args:
+            file: The file.
+
+        Returns:
+            The largest difference of an output.
+
+        Raises:
+            ExportError: If they differ by half of their size, and by more than twice what quantisation has changed, or
+                a layer does not run in integers.
+        """
+        self._check_kernels(file)  # the network has not learned yet, and may be far from itself
+        return self._largest_difference(file, lambda noise, size: noise.clamp(min=MOST_OF_FEW_BITS * size))
+
+    def _largest_difference(self, file: OnnxNetwork, accepted: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """Of an output; what is accepted is asked with the noise of quantisation and the output's size, as norms."""
+        pairs = zip(self._plain, self._expected, strict=True)
+        return max(self._difference(plain, expected, file, accepted) for plain, expected in pairs)
 
     def _difference(
-        self, plain: Reference, expected: Reference, file: OnnxNetwork, *, provisional: bool = False
+        self,
+        plain: Reference,
+        expected: Reference,
+        file: OnnxNetwork,
+        accepted: Callable[[Tensor, Tensor], Tensor],
     ) -> float:
         largest = 0.0
         found = file.run(expected.tensors)
@@ -145,14 +173,12 @@ class IntegerExport:
             exact, rounded, got = _weighed(exact, rounded, got)
             size, noise = torch.linalg.vector_norm(exact), NOISE * torch.linalg.vector_norm(rounded - exact)
             off = torch.linalg.vector_norm(got - rounded)
-            accepted = noise.clamp(LEAST_NOISE * size, MOST_NOISE * size)
-            if provisional:  # the network has not learned yet, and may be far from itself
-                accepted = noise.clamp(min=MOST_NOISE * size)
-            if not off <= accepted:  # NaN fails too
+            limit = accepted(noise, size)
+            if not off <= limit:  # NaN fails too
                 raise ExportError(
                     f"output '{name}' of the file differs from that of the quantised network by {off / size:.3g} of "
-                    f"its size, and at most {accepted / size:.3g} is accepted: twice what quantisation itself has "
-                    f"changed, {noise / size:.3g}, but from {LEAST_NOISE} to {MOST_NOISE}"
+                    f"its size, and at most {limit / size:.3g} is accepted here, where twice what quantisation itself "
+                    f"has changed is {noise / size:.3g}; to_onnx(max_difference=) sets another limit"
                 )
             largest = max(largest, (got - rounded).abs().max().item())
         return largest
@@ -173,31 +199,14 @@ class IntegerExport:
         if compared == 0:
             raise ExportError("the exporter left no scale in the file")
 
-    def check_trial(self, file: OnnxNetwork) -> float:
-        """As :meth:`check`, for a file of provisional scales, which may be far off, but not like another network.
-
-        Args:
-            file: The file.
-
-        Returns:
-            The largest difference of an output.
-
-        Raises:
-            ExportError: If they differ by half of their size, and by more than twice what quantisation has changed, or
-                a layer does not run in integers.
-        """
-        self._check_kernels(file)
-        pairs = zip(self._plain, self._expected, strict=True)
-        return max(self._difference(plain, expected, file, provisional=True) for plain, expected in pairs)
-
     def _check_kernels(self, file: OnnxNetwork) -> None:
         """Count the integer kernels that ONNX Runtime makes of a file; where activations are float there are none."""
         if not self._grids.integer_activations:
             return
         counts, widened = _optimised(file)
-        modules = {buffer_name(site, "weight"): module_of(site) for site in self._grids.sites}
-        prefix = f"{self._grids.network}." if self._grids.network else ""
-        left = sorted({f"'{prefix}{modules[name]}'" for name in widened if name in modules})
+        network = self._grids.network
+        modules = {buffer_name(site, "weight"): joined(network, module_of(site)) for site in self._grids.sites}
+        left = sorted({f"'{modules[name]}'" for name in widened if name in modules})
         kernels = sum(counts[kind] for kind in KERNELS)
         if kernels < self._layers:
             raise ExportError(

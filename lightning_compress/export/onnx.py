@@ -20,7 +20,7 @@ from lightning_compress import __version__, _compat
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.integer import IntegerExport
-from lightning_compress.export.parity import batch_sizes, check_parity, references, run_once
+from lightning_compress.export.parity import MAX_DIFFERENCE, batch_sizes, check_parity, references, run_once
 from lightning_compress.export.runtime import OnnxNetwork, require_onnx
 from lightning_compress.export.sample import Call, Sample, as_sample, bind, captured, defines, on_cpu
 from lightning_compress.export.scales import Scales, for_precision
@@ -81,7 +81,7 @@ def to_onnx(
     *,
     network: str | None = None,
     dynamic_batch: bool = True,
-    max_difference: float = 1e-3,
+    max_difference: float | None = None,
     opset: int | None = None,
 ) -> ExportResult:
     """Export a network to ONNX and compare the file with it in ONNX Runtime.
@@ -107,8 +107,9 @@ def to_onnx(
         dynamic_batch: Whether the file takes any batch size. Dimension 0 of each input tensor that is as long as that
             of the first is the batch.
         max_difference: Largest accepted difference between file and network, absolute, in units of
-            ``max(1, largest |output|)``. Where ONNX Runtime multiplies integers, and so rounds elsewhere, the file may
-            instead be off by twice what quantisation has changed.
+            ``max(1, largest |output|)``. None: 1e-3; or, where ONNX Runtime multiplies integers, and so rounds
+            elsewhere, twice what quantisation has changed, but from 2% to 50% of the output's size, and to 90% where
+            activations have fewer than 8 bits.
         opset: ONNX operator set, at least 18. None: 20, or 21 for ``"int4"``, which needs it.
 
     Returns:
@@ -152,7 +153,7 @@ def write_onnx(
     scales: Scales | None,
     network: str | None,
     dynamic_batch: bool,
-    max_difference: float = 1e-3,
+    max_difference: float | None = None,
     opset: int | None = None,
 ) -> ExportResult:
     """As :func:`to_onnx`, with scales that were found elsewhere; a file of provisional ones may be further off."""
@@ -175,7 +176,8 @@ def write_onnx(
         options: Any = {"dynamic_batch": dynamic_batch, "opset": opset, "metadata": metadata}
         if scales is None:
             graph = convert(part, call, output_names, **options)
-            check = functools.partial(check_parity, expected=expected, max_difference=max_difference)
+            allowed = MAX_DIFFERENCE if max_difference is None else max_difference
+            check = functools.partial(check_parity, expected=expected, max_difference=allowed)
         else:
             grids = for_precision(scales.for_network(name, part, lambda: run_once(part, call)), precision)
             integer = IntegerExport(part, call, grids, expected, precision=precision, max_difference=max_difference)
@@ -251,10 +253,11 @@ def checked_precision(precision: str) -> str:
     return precision
 
 
-def _checked_options(precision: str, opset: int | None, max_difference: float) -> int:
+def _checked_options(precision: str, opset: int | None, max_difference: float | None) -> int:
     lowest = INT4_OPSET if checked_precision(precision) == "int4" else LOWEST_OPSET
-    if not isinstance(max_difference, (int, float)) or not 0 < max_difference < math.inf:
-        raise ValueError(f"max_difference must be a positive number, got {max_difference!r}")
+    number = isinstance(max_difference, (int, float)) and not isinstance(max_difference, bool)
+    if max_difference is not None and not (number and 0 < max_difference < math.inf):
+        raise ValueError(f"max_difference must be a positive number, or None, got {max_difference!r}")
     if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int)):
         raise TypeError(f"opset must be a whole number or None, got {opset!r}")
     if opset is not None and opset < lowest:

@@ -16,6 +16,8 @@ from lightning_compress.mechanisms.isolation import evaluating
 from lightning_compress.mechanisms.tree import named_tensors
 
 OTHER_BATCH_SIZES = (1, 5, 3)
+MAX_DIFFERENCE = 1e-3
+"""Between a file and its network, where nobody says otherwise and both compute in float."""
 BRANCH_HINT = "the forward probably branches on the batch size, and the file holds the branch of the sample only"
 RANDOM_HINT = "the forward may draw random numbers in evaluation, or keep a state between calls"
 FIXED_HINT = "pass dynamic_batch=False if the network is only used at one batch size"
@@ -94,7 +96,7 @@ def run_once(network: nn.Module, call: Call) -> Any:
     return _output(network, call, call.tensors)
 
 
-def check_parity(file: OnnxNetwork, expected: Sequence[Reference], max_difference: float) -> float:
+def check_parity(file: OnnxNetwork, expected: Sequence[Reference], max_difference: float = MAX_DIFFERENCE) -> float:
     """Compare a file with the network's own outputs.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from lightning_compress.mechanisms.calibration import Settings, calibrate, finge
 from lightning_compress.mechanisms.grids import Grids, WeightGrid
 from lightning_compress.mechanisms.selection import listing, plain_name
 
+Entry = TypeVar("Entry")
 HOW = "add PTQCallback() or QATCallback() to the Trainer's callbacks, or name a checkpoint= with scales"
 
 
@@ -58,7 +59,14 @@ class Scales:
         scales = cls._of_callbacks(module) if checkpoint is None else cls._of_checkpoint(checkpoint)
         if not scales._found and not scales._steps and not scales._ranges:
             where = "its Trainer's callbacks hold" if checkpoint is None else "the checkpoint holds"
-            raise ValueError(f"precision '{precision}' needs scales, and {where} none; {HOW}")
+            how = HOW
+            if checkpoint is not None and any("quantization" in state for state in _states(checkpoint)):
+                how = (
+                    "it was saved before they were found; save one when the fit has ended, with "
+                    "trainer.save_checkpoint, or calibrate with trainer.validate(module, ckpt_path=...) and export "
+                    "without checkpoint="
+                )
+            raise ValueError(f"precision '{precision}' needs scales, and {where} none; {how}")
         return scales
 
     @classmethod
@@ -73,8 +81,7 @@ class Scales:
 
     @classmethod
     def _of_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Scales:
-        states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, Mapping)]
-        kept = [state["quantization"] for state in states if state.get("quantization") is not None]
+        kept = [own["quantization"] for own in _states(checkpoint) if own.get("quantization") is not None]
         return cls([Grids.from_state(state) for state in kept], ranges=trained_ranges(checkpoint))
 
     @property
@@ -110,24 +117,24 @@ class Scales:
                     "trainer.validate, which does so"
                 )
             return matching[0]
-        prefix = f"{plain_name(name)}." if name else ""
-        given = {key.removeprefix(prefix): grid for key, grid in self._weight_grids(prefix, network).items()}
+        given = self._weight_grids(name, network)
         settings = Settings(weight_bits=max(grid.bits for grid in given.values()), activation_bits=None)
         grids = calibrate(network, lambda: iter([run()]), settings, selected=given.__contains__, given=given)
         grids.network = name
         return grids
 
-    def _weight_grids(self, prefix: str, network: nn.Module) -> dict[str, WeightGrid]:
-        found = {name: WeightGrid(step.float().cpu(), bits) for name, (step, bits) in self._steps.items()}
-        parameters = {f"{prefix}{plain_name(name)}": value for name, value in network.named_parameters()}
-        for name, (bits, channel, _) in self._ranges.items():
-            if name in parameters:
-                step = quantization_grid(parameters[name], bits, axis=0 if channel else None)
-                found[name] = WeightGrid(step.float().cpu(), bits)
-        found = {name: grid for name, grid in found.items() if name in parameters and parameters[name].ndim > 1}
+    def _weight_grids(self, name: str, network: nn.Module) -> dict[str, WeightGrid]:
+        parameters = {plain_name(own): value for own, value in network.named_parameters() if value.ndim > 1}
+        found = grids_of_steps(inside(name, self._steps)) | grids_of_ranges(inside(name, self._ranges), parameters)
+        found = {own: grid for own, grid in found.items() if own in parameters}
         if not found:
-            raise ValueError(f"none of the weights that have scales belongs to '{prefix.removesuffix('.')}'; {HOW}")
+            raise ValueError(f"none of the weights that have scales belongs to '{name}'; {HOW}")
         return found
+
+
+def _states(checkpoint: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Those of the callbacks."""
+    return [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, Mapping)]
 
 
 def trained_ranges(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, bool, int]]:
@@ -144,12 +151,72 @@ def trained_ranges(checkpoint: Mapping[str, Any]) -> dict[str, tuple[int, bool, 
         {}
     """
     found = {}
-    for state in checkpoint.get("callbacks", {}).values():
-        if isinstance(state, Mapping) and state.get("arguments", {}).get("target") == "grid":
+    for state in _states(checkpoint):
+        if state.get("arguments", {}).get("target") == "grid":
             channel = state["arguments"]["granularity"] == "channel"
             asked = state["arguments"].get("bits", min(state["bits"].values(), default=0))
             found.update({name: (bits, channel, asked) for name, bits in state["bits"].items()})
     return found
+
+
+def inside(network: str, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """What belongs to a network, by the names inside it.
+
+    Args:
+        network: Its dotted name in the module; "" for the module.
+        entries: Name in the module to anything.
+
+    Returns:
+        Name in the network to the same.
+
+    Example:
+        >>> inside("net", {"net.0.weight": 1, "head.weight": 2})
+        {'0.weight': 1}
+    """
+    prefix = f"{plain_name(network)}." if plain_name(network) else ""
+    return {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+
+
+def grids_of_steps(steps: Mapping[str, tuple[Tensor, int]]) -> dict[str, WeightGrid]:
+    """The grids of steps that weights were trained for.
+
+    Args:
+        steps: Name to step and bits.
+
+    Returns:
+        Name to grid, on the CPU.
+
+    Example:
+        >>> import torch
+        >>> grids_of_steps({"weight": (torch.tensor(0.5), 4)})["weight"].bits
+        4
+    """
+    return {name: WeightGrid(step.float().cpu(), bits) for name, (step, bits) in steps.items()}
+
+
+def grids_of_ranges(
+    ranges: Mapping[str, tuple[int, bool, int]], weights: Mapping[str, Tensor]
+) -> dict[str, WeightGrid]:
+    """The grids over the ranges of weights that were trained for such.
+
+    Args:
+        ranges: As :func:`trained_ranges` gives them.
+        weights: Name to weight.
+
+    Returns:
+        Name to grid, of those that are in both and have two dimensions or more.
+
+    Example:
+        >>> import torch
+        >>> grids_of_ranges({"weight": (4, False, 4)}, {"weight": torch.tensor([[0.7, -0.1]])})["weight"].step
+        tensor(0.1000)
+    """
+    steps = {
+        name: (quantization_grid(weights[name], bits, axis=0 if channel else None), bits)
+        for name, (bits, channel, _) in ranges.items()
+        if name in weights and weights[name].ndim > 1
+    }
+    return grids_of_steps(steps)
 
 
 def given_steps(callback: Any) -> dict[str, tuple[Tensor, int]]:
@@ -190,6 +257,6 @@ def for_precision(grids: Grids, precision: str) -> Grids:
     if len(wide) == len(grids.weights):
         raise ValueError(
             f"precision 'int4' needs weights of at most 4 bits, and those of the network have "
-            f"{max(grid.bits for grid in grids.weights.values())}: calibrate with PTQCallback(weight_bits=4)"
+            f"{max(grid.bits for grid in grids.weights.values())}: give PTQCallback or QATCallback weight_bits=4"
         )
     return replace(grids, integer_activations=False, activations={})

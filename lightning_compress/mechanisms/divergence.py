@@ -1,4 +1,4 @@
-"""Divergence: the loss leaves its start by far, as it may where the steps of few bits learn."""
+"""Divergence: the loss leaves its start by far, as it may where steps of few bits learn, or batch norm is frozen."""
 
 from __future__ import annotations
 
@@ -16,56 +16,82 @@ SMALL = 0.1
 
 
 class LossWatch:
-    """Compares the loss of a training with what it was at the start of the watch.
-
-    Args:
-        growth: How many times as large is too large, above 1; None: whatever it is.
+    """Compares the loss of a training, averaged over some batches, with what it was at the start of the watch.
 
     Example:
-        >>> watch = LossWatch(growth=5.0)
+        >>> watch = LossWatch()
         >>> for step in range(2 * WINDOW):
-        ...     grown = watch.see(torch.tensor(0.1 if step < WINDOW else 0.6))
-        >>> "from 0.1 to 0.6" in grown
-        True
+        ...     complete = watch.see(torch.tensor(0.1 if step < WINDOW else 0.6))
+        >>> complete, watch.grown(5.0)
+        (True, 'from 0.1 to 0.6')
     """
 
-    def __init__(self, growth: float | None) -> None:
-        self._growth = growth
+    def __init__(self) -> None:
         self._first: float | None = None
+        self._last: float | None = None
+        self._batches = 0
         self._seen: list[Tensor] = []
 
-    def see(self, outputs: Any, reduce: Callable[[Tensor], Tensor] | None = None) -> str | None:
+    def see(self, outputs: Any, reduce: Callable[[Tensor], Tensor] | None = None, *, device: Any = "cpu") -> bool:
         """See a step's outputs; a GPU is waited for once a window.
 
         Args:
-            outputs: The loss, or what holds it under "loss"; anything else is not looked at.
+            outputs: The loss, or what holds it under "loss"; anything else counts as a batch without one.
             reduce: Averages a tensor over processes, so that all of them see the same.
+            device: Where that is done.
 
         Returns:
-            How it has grown, where that is too much.
+            Whether a window is complete, and its mean another one than before.
         """
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if self._growth is None or not isinstance(loss, Tensor) or loss.numel() != 1:
-            return None
-        self._seen.append(loss.detach().float().reshape(()))
-        if len(self._seen) < WINDOW:
-            return None
-        total = torch.stack([own.to(loss.device) for own in self._seen]).mean()
-        mean = float(total if reduce is None else reduce(total))
-        self._seen.clear()
-        if self._first is None and math.isfinite(mean):
-            self._first = mean
+        self._batches += 1  # the same in all processes, whatever their steps return
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._seen.append(loss.detach().float().reshape(()))
+        if self._batches < WINDOW:
+            return False
+        losses = torch.stack([own.to(device) for own in self._seen]) if self._seen else torch.zeros(0, device=device)
+        finite = losses.isfinite()  # a scaler leaves out single steps that are not
+        found = torch.stack((losses[finite].sum(), finite.sum(), torch.tensor(len(losses), device=device)))
+        total, count, seen = (found if reduce is None else reduce(found)).tolist()
+        self._batches, self._seen = 0, []
+        if seen == 0:
+            return False
+        self._last = total / count if count else math.nan
+        if self._first is None and math.isfinite(self._last):
+            self._first = self._last
+        return True
+
+    def begin_again(self) -> None:
+        """Compare with the last window from here on."""
+        self._first, self._batches, self._seen = self._last, 0, []
+
+    def grown(self, times: float, *, small: float = SMALL) -> str | None:
+        """Whether the last window is far above the first.
+
+        Args:
+            times: How many times as large is too large, above 1.
+            small: What a smaller loss counts as.
+
+        Returns:
+            How it has grown, where that is too much; a loss that is NaN has.
+        """
+        if self._last is None:
             return None
         first = math.inf if self._first is None else self._first
-        if mean <= self._growth * max(abs(first), SMALL):  # not, if it is NaN
+        if self._last <= times * max(abs(first), small):  # not, if it is NaN
             return None
-        return f"from {first:.4g} to {mean:.4g}"
+        return f"from {first:.4g} to {self._last:.4g}"
 
     def state(self) -> dict[str, Any]:
         """What it has seen, as plain numbers."""
-        return {"first": self._first, "seen": [float(loss) for loss in self._seen]}
+        return {
+            "first": self._first,
+            "last": self._last,
+            "batches": self._batches,
+            "seen": [float(loss) for loss in self._seen],
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
-        self._first = state["first"]
+        self._first, self._last, self._batches = state["first"], state["last"], state["batches"]
         self._seen = [torch.tensor(loss) for loss in state["seen"]]

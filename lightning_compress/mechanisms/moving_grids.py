@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from lightning_compress import _compat
 from lightning_compress.functional._steps import largest_magnitude, usable
 from lightning_compress.functional.quantizers import (
+    along,
     fake_quantize,
     gradient_scaled,
-    integer_limits,
     learned_rounding,
     range_grid,
 )
 from lightning_compress.mechanisms.grids import ActivationGrid, Grids, WeightGrid, WeightSite
-from lightning_compress.mechanisms.rounding import Presented, Rounding, multiplied
+from lightning_compress.mechanisms.rounding import Presented, Rounding
 
 SMALLEST_FACTOR = 0.05
 """Of a learned step to where it began: it stays positive."""
@@ -44,18 +44,6 @@ class MovingGrids(Rounding):
         own = replace(grids, weights=dict(grids.weights), activations=dict(grids.activations))
         super().__init__(network, own, presented)
         self.network = network
-        self.met: set[str] = set()
-        """Keys of the activations that were rounded; compiled code keeps no record."""
-
-    def activation(self, key: str, x: Tensor) -> Tensor:
-        """The tensor on the grid of its key."""
-        if not torch.compiler.is_compiling():
-            self.met.add(key)
-        return self.on_grid(key, x)
-
-    def on_grid(self, key: str, x: Tensor) -> Tensor:
-        """The tensor on the grid of its key."""
-        return super().activation(key, x)
 
     def current(self) -> Grids:
         """The grids as they are now, on the CPU."""
@@ -96,7 +84,7 @@ class FollowingGrids(MovingGrids):
         }
         self._seen: dict[str, Tensor] = {}
 
-    def on_grid(self, key: str, x: Tensor) -> Tensor:
+    def activation(self, key: str, x: Tensor) -> Tensor:
         """The tensor on the grid of its key, which sees what it reaches."""
         if not self.frozen and self._watching() and x.numel() > 0:
             low, high = x.detach().aminmax()
@@ -105,7 +93,7 @@ class FollowingGrids(MovingGrids):
         if torch.compiler.is_compiling() and key in self._scales:  # numbers would be compiled for, each time they move
             limits = (0, 2 ** self.bits[key] - 1)
             return fake_quantize(x, self._scales[key], self._zeros[key], *limits)
-        return super().on_grid(key, x)
+        return super().activation(key, x)
 
     def grid(self, site: str, place: WeightSite, weight: Tensor) -> WeightGrid | None:
         """That of the weight as it is now."""
@@ -113,19 +101,20 @@ class FollowingGrids(MovingGrids):
         if known is None or self.frozen:
             return known
         whole = weight if known.axis is not None else self.names.whole(place, weight)
-        return self._followed(known, multiplied(self.grids, site, whole))
+        return self._followed(known, whole)
 
-    def finish_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+    def finish_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> list[str]:
         """Let the averages take in what was seen since the last time.
 
         Args:
             reduce: Gives the largest of each number over processes.
 
-        Raises:
-            ValueError: If an activation was NaN or infinite.
+        Returns:
+            Keys of activations that were NaN or infinite, whose averages are as they were.
         """
+        lost: list[str] = []
         if self.frozen or not self.ranges:
-            return
+            return lost
         device = next((own.device for own in self._seen.values()), next(self.network.parameters()).device)
         nothing = torch.full((2,), -math.inf, device=device)  # processes may have taken different ways
         reached = torch.stack([self._seen.get(key, nothing) for key in self.ranges])
@@ -135,17 +124,15 @@ class FollowingGrids(MovingGrids):
             if below == above == -math.inf:
                 continue
             if not (math.isfinite(below) and math.isfinite(above)):
-                raise ValueError(f"the activation '{key}' is NaN or infinite")
+                lost.append(key)
+                continue
             low, high = self.ranges[key]
             self.ranges[key] = low + MOMENTUM * (min(-below, 0.0) - low), high + MOMENTUM * (max(above, 0.0) - high)
-            self.set_range(key)
-
-    def set_range(self, key: str) -> None:
-        """Make the grid of an activation from its averages."""
-        bits = self.grids.activations[key].bits
-        grid = self.grids.activations[key] = ActivationGrid(*range_grid(*self.ranges[key], bits), bits)
-        self._scales[key].fill_(grid.scale)
-        self._zeros[key].fill_(grid.zero_point)
+            grid = ActivationGrid(*range_grid(*self.ranges[key], self.bits[key]), self.bits[key])
+            self.grids.activations[key] = grid
+            self._scales[key].fill_(grid.scale)
+            self._zeros[key].fill_(grid.zero_point)
+        return lost
 
     def _scale(self, key: str, grid: ActivationGrid, device: torch.device) -> Tensor | float:
         """Where it is; a CPU takes the number."""
@@ -210,11 +197,11 @@ class LearnedGrids(MovingGrids):
         """
         return len(grids.activations) + sum(grid.step.numel() for grid in grids.weights.values())
 
-    def on_grid(self, key: str, x: Tensor) -> Tensor:
+    def activation(self, key: str, x: Tensor) -> Tensor:
         """The tensor on the grid of its key, with the gradient of its step."""
         grid = self.grids.activations.get(key)
         if grid is None:
-            return super().on_grid(key, x)  # which says what is wrong
+            return super().activation(key, x)  # which says what is wrong
         lowest, highest = grid.limits
         step = self._step(key)[0]
         if not torch.is_grad_enabled():
@@ -234,11 +221,10 @@ class LearnedGrids(MovingGrids):
         """The weight on its grid, with the gradient of its step."""
         if not torch.is_grad_enabled():
             return super().rounded(site, WeightGrid(grid.step.detach(), grid.bits), weight)
-        lowest, highest = integer_limits(grid.bits)
-        wide = multiplied(self.grids, site, weight)
-        members = wide.numel() // max(1, grid.step.numel())
+        lowest, highest = grid.limits
+        members = weight.numel() // max(1, grid.step.numel())
         step = gradient_scaled(grid.step, 1 / math.sqrt(members * highest))
-        return learned_rounding(wide, step, lowest, highest, axis=grid.axis).to(weight.dtype)
+        return learned_rounding(weight, step, lowest, highest, axis=grid.axis).to(weight.dtype)
 
     def clamp_(self) -> None:
         """Keep every step positive."""
@@ -287,8 +273,7 @@ def clipped_share(grids: Grids, weights: Mapping[str, Tensor]) -> float:
     beyond, total = 0.0, 0
     for name, weight in weights.items():
         grid = grids.weights[name]
-        step = grid.step.to(weight.device)
-        step = step if grid.axis is None else step.reshape(-1, *[1] * (weight.ndim - 1))
+        step = along(grid.step.to(weight.device), weight, grid.axis)
         beyond += float((weight.detach().abs() > (grid.limits[1] + 0.5) * step).sum())
         total += weight.numel()
     return beyond / total if total else 0.0

@@ -70,6 +70,23 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != COMPILED_CHILD)
 
 
+def joined(name: str, inner: str) -> str:
+    """The dotted name of a part of a part.
+
+    Args:
+        name: Dotted name of the outer part; "" for the whole.
+        inner: Dotted name within it; "" for itself.
+
+    Returns:
+        The plain name.
+
+    Example:
+        >>> joined("net", "0.conv1"), joined("", "0"), joined("net", "")
+        ('net.0.conv1', '0', 'net')
+    """
+    return ".".join(part for part in (plain_name(name), inner) if part)
+
+
 def find_module(root: nn.Module, name: str, *, argument: str) -> nn.Module:
     """Find one module by its dotted name.
 

@@ -32,7 +32,7 @@ def remarks(report: Report) -> list[str]:
     for row, file in files:
         module = compressed_row(report) if file.model is None else rows.get(file.model)
         if module is not None:
-            sentences += _against_module(row, module)
+            sentences += _against_module(row, module, rows.get(file.quantised or "", module))
         for other, other_file in files:
             if file.precision != "fp32" and other_file.precision == "fp32" and (pair := _slower(row, other)):
                 sentences.append(f"'{row.name}' ({file.precision}) is slower than '{other.name}' (fp32) here: {pair}.")
@@ -53,8 +53,8 @@ def _about_zeros(row: Row, others: Sequence[Row]) -> list[str]:
     ]
 
 
-def _against_module(row: Row, module: Row) -> list[str]:
-    """What an exported file does differently from the module it was made of."""
+def _against_module(row: Row, module: Row, quantised: Row) -> list[str]:
+    """What an exported file does differently from the module it was made of, and from that one as it is in the file."""
     sentences = []
     if row.bytes and module.bytes and row.bytes > 1.05 * module.bytes:
         sentences.append(
@@ -62,7 +62,7 @@ def _against_module(row: Row, module: Row) -> list[str]:
         )
     if pair := _slower(row, module):
         sentences.append(f"The exported file '{row.name}' is slower than torch here: {pair}.")
-    if difference := _metric_difference(row, module):
+    if difference := _metric_difference(row, quantised):
         sentences.append(difference)
     return sentences
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -98,6 +98,7 @@ class ExportedFile:
         max_logit_difference: Largest absolute difference to the module's own output in the parity check.
         left_in_float: Layers and operations that the precision did not reach.
         model: Name of the row that it was made of; ``None`` for the compressed module.
+        quantised: Name of the row with the metrics of that network, quantised as the file is; ``None`` without one.
         bytes_fp32: Size of a file of the same network in fp32; ``None`` where there was none to compare with.
         speed_fp32: How many times as fast it ran as that one, in turns, on one thread.
     """
@@ -108,6 +109,7 @@ class ExportedFile:
     max_logit_difference: float | None = None
     left_in_float: tuple[str, ...] = ()
     model: str | None = None
+    quantised: str | None = None
     bytes_fp32: int | None = None
     speed_fp32: float | None = None
 
@@ -133,6 +135,32 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
     schema: int = SCHEMA
+
+
+def with_quantised(report: Report, row: Row, *, of: str, files: Collection[str]) -> Report:
+    """Add a row for a network that is quantised: the same weights as in another row, other metrics.
+
+    Args:
+        report: What was measured.
+        row: Its name and its metrics.
+        of: Name of the row of the network in full precision; the new one is put below it.
+        files: Paths of the files that are quantised in the same way.
+
+    Returns:
+        The report with it.
+
+    Example:
+        >>> report = Report(rows=(Row("after"), Row("m.onnx")), files=(ExportedFile("m.onnx", "int8", 9),))
+        >>> report = with_quantised(report, Row("after (qat)"), of="after", files=["m.onnx"])
+        >>> [row.name for row in report.rows], report.files[0].quantised
+        (['after', 'after (qat)', 'm.onnx'], 'after (qat)')
+    """
+    place = next(index for index, entry in enumerate(report.rows) if entry.name == of) + 1
+    return replace(
+        report,
+        rows=(*report.rows[:place], row, *report.rows[place:]),
+        files=tuple(replace(file, quantised=row.name) if file.path in files else file for file in report.files),
+    )
 
 
 def to_json(report: Report) -> str:

@@ -207,6 +207,15 @@ def test_a_failing_stage_stops_the_sequence():
     assert untouched(module)
 
 
+def test_a_file_that_cannot_be_written_does_not_keep_the_report_from_being_made():
+    diary = []
+    run = SimpleNamespace(world_size=1, is_global_zero=True)
+    callbacks = [Staged(diary, name=name, fails_at="export") for name in ("a", "b")] + [Staged(diary, name="c")]
+    with pytest.warns(UserWarning, match="one more file was not"), pytest.raises(OSError, match="export failed"):
+        run_end_of_fit(callbacks, run, None)
+    assert [stage for stage, _ in diary] == [stage for stage in STAGES for _ in callbacks]
+
+
 def test_what_the_network_received_last_is_kept_for_the_end():
     callback = DistillationCallback(small_network())
     module = fit(Classifier, callback)

@@ -85,12 +85,12 @@ def plainly(kind, **settings):
         ({"step_size": None}, "step_size must be one of mse, observed, learned, got None"),
         ({"start": -0.1}, r"start must be a number in \[0, 1\], got -0.1"),
         ({"start": 70}, r"start must be a number in \[0, 1\], got 70"),
-        ({"start": 0.7}, r"freeze_batchnorm_at must be from start=0.7 to 1, got 0.5"),
+        ({"start": 0.7}, r"freeze_batchnorm_at must be from start=0.7 to 1, and is 0.5; .*freeze_batchnorm_at=0\.85"),
         ({"freeze_batchnorm_at": 1.5}, r"freeze_batchnorm_at must be a number in \[0, 1\], got 1.5"),
         ({"freeze_observers_at": -1}, r"freeze_observers_at must be a number in \[0, 1\], got -1"),
         (
             {"step_size": "observed", "start": 0.8, "freeze_batchnorm_at": 0.9},
-            r"freeze_observers_at must be from start=0.8 to 1, got 0.75",
+            r"freeze_observers_at must be from start=0.8 to 1, and is 0.75; .*=0\.9",
         ),
         ({"step_lr": 0.0}, "step_lr must be .*positive.*, got 0.0"),
         ({"step_lr": -1}, "step_lr must be .*positive.*, got -1"),
@@ -604,8 +604,9 @@ def test_weights_that_outgrow_their_grids(step_size, warned):
             return torch.optim.SGD(self.parameters(), lr=0.5)
 
     qat = QATCallback(weight_bits=8, step_size=step_size, freeze_observers_at=1.0)
+    slow = "learn slowly" if step_size == "learned" else "stay"
     message = (
-        "% of the weights lie beyond the ends of their grids, which were found at the start and stay: begin with a "
+        f"% of the weights lie beyond the ends of their grids, which were found at the start and {slow}: begin with a "
         "trained network, later (start=), or with a smaller learning rate"
     )
     (module, fitting), times = told(message, lambda: fitted(qat, Growing, max_epochs=3))
@@ -695,6 +696,43 @@ def test_a_loss_that_may_grow(settings, sizes):
     module, fitting = fitted(QATCallback(**{"step_size": "learned", **settings}), kind, max_epochs=-1, max_steps=60)
     assert fitting.global_step == 60
     assert difference(module, made(kind)) > 0
+
+
+class DivergingNorm(NormClassifier):
+    """With batch norm, which is frozen after 20 of 60 steps; its loss grows by itself."""
+
+    sizes = ()
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.sizes[self.trainer.global_step // 20]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+
+def frozen(monkeypatch, sizes, **settings):
+    monkeypatch.setattr(DivergingNorm, "sizes", sizes)
+    qat = QATCallback(freeze_batchnorm_at=1 / 3, freeze_observers_at=1.0, **settings)
+    return fitted(qat, DivergingNorm, max_epochs=-1, max_steps=60)
+
+
+@pytest.mark.parametrize("step_size", ["mse", "observed", "learned"])
+def test_a_loss_that_grows_with_frozen_batch_norm_ends_the_training(monkeypatch, step_size):
+    message = r"'qat': the loss went from .* since batch norm was frozen at 0\.333.*, more than max_loss_growth=5\.0: "
+    with pytest.raises(RuntimeError, match=message + r".*freeze batch norm later, .*freeze_batchnorm_at=1"):
+        frozen(monkeypatch, (1.0, 1.0, 9.0), step_size=step_size)
+    with pytest.warns(UserWarning, match=r"the loss went from .* since batch norm was frozen at freeze_batchnorm_at="):
+        _, fitting = frozen(monkeypatch, (1.0, 1.0, 9.0), step_size=step_size, max_loss_growth=None)
+    assert fitting.global_step == 60
+
+
+def test_a_loss_that_grows_a_little_with_frozen_batch_norm(monkeypatch):
+    """What it was before counts, not what it was at first."""
+    with pytest.warns(UserWarning, match="the learning rate is probably too large for a network without it"):
+        frozen(monkeypatch, (0.5, 0.5, 2.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        frozen(monkeypatch, (1.0, 1.5, 1.5))
 
 
 def test_a_loss_that_is_no_number_ends_the_training():

@@ -164,7 +164,7 @@ def test_a_layer_that_does_not_run_in_integers_is_named(written, monkeypatch, tm
     assert [entry.name for entry in tmp_path.iterdir()] == ["n.onnx"]
 
 
-def prepared(network, grids, precision="int8", max_difference=1e-3):
+def prepared(network, grids, precision="int8", max_difference=None):
     call = bind(inspect.signature(network.forward), Sample((X,)))
     return IntegerExport(
         network, call, grids, references(network, call, True), precision=precision, max_difference=max_difference
@@ -186,7 +186,7 @@ def test_a_network_in_float64_is_refused_by_name(written):
     call = bind(inspect.signature(network.forward), Sample((X.double(),)))
     plain = references(network, call, dynamic=False)
     with pytest.raises(ExportError, match=r"go with float32, and '0\.weight', .* are float64, as with precision='64-t"):
-        IntegerExport(network, call, written.grids, plain, precision="int8", max_difference=1e-3)
+        IntegerExport(network, call, written.grids, plain, precision="int8", max_difference=None)
     mixed = copy.deepcopy(written.network)
     mixed.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
     with pytest.raises(ExportError, match=r"go with float32, and 'scale' is float64"):
@@ -250,8 +250,8 @@ def test_outputs_of_integers_and_without_elements(tmp_path):
 class Off:
     """A file whose output is off by so much of what is still accepted."""
 
-    def __init__(self, network, grids, share):
-        self.network, self.grids, self.share, self.most = network, grids, share, []
+    def __init__(self, network, grids, share, most=0.5):
+        self.network, self.grids, self.share, self.limit, self.most = network, grids, share, most, []
 
     def run(self, tensors):
         [x] = tensors
@@ -259,7 +259,7 @@ class Off:
         quarter = exact.abs().flatten().sort().values[exact.numel() // 4 - 1]
         weight = (10 * quarter / exact.abs()).clamp(max=1.0)  # what is larger counts as if it were that
         size, noise = (exact * weight).norm(), 2 * ((expected - exact) * weight).norm()
-        most = noise.clamp(0.02 * size, 0.5 * size)
+        most = noise.clamp(0.02 * size, self.limit * size)
         self.most.append((most / size).item())
         direction = torch.randn_like(expected)
         off = self.share * most * direction / (direction * weight).norm()
@@ -280,6 +280,34 @@ def test_how_far_off_a_file_may_be(bits, least, largest):
     for share in (1.01, float("nan")):
         with pytest.raises(ExportError, match=r"and at most .* is accepted"):
             check(Off(network, grids, share))
+
+
+def test_activations_of_few_bits_may_be_further_off():
+    """Up to nine tenths of the output's size: one step of few bits is many of eight."""
+    network = odd_network()
+    grids = calibrated(network, X, weight_bits=2, activation_bits=2)
+    check = prepared(network, grids)
+    check._check_kernels = lambda file: None
+    near = Off(network, grids, 0.99, most=0.9)
+    assert check.check(near) >= near.largest * (1 - 1e-4)
+    assert max(near.most) > 0.5
+    with pytest.raises(
+        ExportError, match=r"and at most .* is accepted here.*; to_onnx\(max_difference=\) sets another"
+    ):
+        check.check(Off(network, grids, 1.01, most=0.9))
+
+
+def test_a_given_difference_holds_for_integer_files_too(written):
+    unchanged, most = OnnxNetwork(written.path), written.result.max_logit_difference
+    largest = max(1.0, rounded(written.network, written.grids, X).abs().max().item())
+    allowed = prepared(written.network, written.grids, max_difference=1.01 * most)
+    assert allowed.check(unchanged) == pytest.approx(most)
+    with pytest.raises(ExportError, match="more than max_difference="):
+        prepared(written.network, written.grids, max_difference=0.5 * most / (10 * largest)).check(unchanged)
+    far = Changed(written.path, lambda output: output + 3.0)
+    with pytest.raises(ExportError, match="is accepted here"):
+        prepared(written.network, written.grids).check(far)
+    assert prepared(written.network, written.grids, max_difference=4.0).check(far) == pytest.approx(3.0, abs=0.1)
 
 
 def test_weights_that_the_sample_does_not_reach_are_named(written):
@@ -515,7 +543,7 @@ def test_a_masked_score_hides_nothing_and_is_no_error(value):
     grids = calibrated(network, x)
     call = bind(inspect.signature(network.forward), Sample((x,)))
     plain = references(network, call, dynamic=True)
-    integer = IntegerExport(network, call, grids, plain, precision="int8", max_difference=1e-3)
+    integer = IntegerExport(network, call, grids, plain, precision="int8", max_difference=None)
     integer._check_kernels = lambda file: None
     assert integer.check(Scores(network, grids, lambda output: output)) == 0
     for change in (halved, finite):

@@ -296,7 +296,7 @@ def test_checkpoint_hook_of_the_user_is_called(tmp_path):
         ({"precision": "int4", "opset": 20}, ValueError, "opset must be at least 21 for precision 'int4', got 20"),
         ({"precision": "in8"}, ValueError, r"one of \['fp32', 'int8', 'int4'\], got 'in8'; did you mean 'int8'"),
         ({"opset": 17}, ValueError, "opset must be at least 18 for precision 'fp32', got 17"),
-        ({"max_difference": 0.0}, ValueError, "max_difference must be a positive number, got 0.0"),
+        ({"max_difference": 0.0}, ValueError, "max_difference must be a positive number, or None, got 0.0"),
         ({"network": "boddy"}, ValueError, "network names 'boddy', not .* of Net; did you mean 'body'"),
         ({"sample": 3}, TypeError, "sample must be a tensor, a tuple of arguments, a dict or a Sample.*got int"),
         ({"sample": ()}, ValueError, "sample holds no tensor"),

@@ -290,6 +290,16 @@ def test_a_checkpoint_without_scales(tmp_path):
     refused(refused_at, module, "precision 'int8' needs scales, and the checkpoint holds none", checkpoint=checkpoint)
 
 
+def test_a_checkpoint_of_before_the_calibration(tmp_path):
+    network = nn.Linear(2, 2)
+    contents = {"callbacks": {"PTQCallback[ptq]": {"schema": 1, "quantization": None}}}
+    message = (
+        r"the checkpoint holds none; it was saved before they were found; .*trainer\.save_checkpoint, or calibrate"
+    )
+    with pytest.raises(ValueError, match=message):
+        Scales.of(network, contents, "int8")
+
+
 def test_a_checkpoint_whose_weights_are_not_those_that_were_calibrated(calibrated_fit, tmp_path):
     module, checkpoint, _ = calibrated_fit
     contents = torch.load(checkpoint, weights_only=True)

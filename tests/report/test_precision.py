@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +17,12 @@ from lightning_compress import CompressionReport, ExportCallback, PTQCallback
 from lightning_compress.export import evaluate, integer, to_onnx
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import Choices, evaluate_forward, evaluate_quantized
-from lightning_compress.report import precision
+from lightning_compress.export.integer import IntegerExport
+from lightning_compress.report import precision, units
 from lightning_compress.report.cells import file_table
 from lightning_compress.report.page import to_html
 from lightning_compress.report.precision import AgainstFp32, against_fp32
+from lightning_compress.report.remarks import remarks
 from lightning_compress.report.table import ExportedFile, Latency, Report, Row
 
 ROWS = 24  # of the validation: no multiple of the batch
@@ -217,6 +220,50 @@ def test_what_the_report_says(run):
     assert f"export: {run.exporting.against_fp32}." in notes
     assert "ptq: 2 weights of 8 bits and 2 activations of 8 bits are quantised" in notes
     assert [(file.precision, file.bytes) for file in run.report.result.files] == [("int8", run.exporting.result.bytes)]
+
+
+def test_the_report_compares_an_integer_file_with_the_quantised_network(run):
+    assert [file.quantised for file in run.report.result.files] == ["after (ptq)"]
+    gap = abs(run.exporting.file_metrics["val_loss"] - run.calibrating.metrics["val_loss"])
+    said = [sentence for sentence in remarks(run.report.result) if "In the same validation" in sentence]
+    assert said == [
+        f"In the same validation the metrics of 'n.onnx' and 'after (ptq)' differ by at most {units.metric(gap)} "
+        "(val_loss)."
+    ]
+
+
+def test_weights_of_four_bits_with_activations_of_fewer_than_eight_are_another_network(tmp_path):
+    calibrating, report = PTQCallback(weight_bits=4, activation_bits=6), CompressionReport(path=tmp_path, latency=False)
+    exporting = ExportCallback(tmp_path / "n.onnx", precision="int4", fp32_comparison=False)
+    message = r"'int4' stores weights alone, so the file does not round activations to 6 bits as 'ptq' does, .*int8"
+    with pytest.warns(UserWarning, match=message):
+        fitted(calibrating, exporting, report)
+    assert exporting.result.quantization.activations == {}
+    assert [file.quantised for file in report.result.files] == [None]
+    for bits in (8, None):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*stores weights alone")
+            fitted(PTQCallback(weight_bits=4, activation_bits=bits), exporting)
+
+
+def test_a_file_that_is_not_written_ends_the_fit_after_its_report(tmp_path, monkeypatch):
+    """The other file is there, and the report says what is missing."""
+
+    def refused(self, file):
+        raise ExportError("too far off")
+
+    monkeypatch.setattr(IntegerExport, "check", refused)
+    good, bad = ExportCallback(tmp_path / "f.onnx"), ExportCallback(tmp_path / "n.onnx", precision="int8", name="int8")
+    report = CompressionReport(path=tmp_path / "report", latency=False)
+    with pytest.raises(ExportError, match="too far off"):
+        fitted(PTQCallback(), bad, report, good)
+    assert good.result is not None
+    assert good.file_metrics
+    assert bad.result is None
+    assert bad.failure == "n.onnx was not written: too far off"
+    assert "int8: n.onnx was not written: too far off." in report.result.notes
+    assert report.files.html.is_file()
+    assert [entry.name for entry in tmp_path.glob("*.onnx")] == ["f.onnx"]
 
 
 def test_the_report_has_the_metrics_before_and_after_quantisation(run):

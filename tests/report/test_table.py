@@ -29,7 +29,8 @@ def test_the_keys_that_others_rely_on():
     assert {"runtime", "batch", "median", "spread"} < set(document["rows"][0]["latency_ms"])
     assert {"name", "type", "sparsity", "bits", "filters"} == set(document["layers"][0])
     assert {"path", "precision", "bytes", "max_logit_difference", "left_in_float", "model", "bytes_fp32"} | {
-        "speed_fp32"
+        "quantised",
+        "speed_fp32",
     } == set(document["files"][0])
 
 
