@@ -24,7 +24,7 @@ from lightning_compress.mechanisms.loaders import data_kept
 from lightning_compress.mechanisms.observers import OBSERVERS
 from lightning_compress.mechanisms.tree import leaves
 
-FEW_BITS = 4
+REESTIMATED = 4
 """At this many bits of a weight and below, new batch-norm statistics are worth their time."""
 
 
@@ -128,7 +128,7 @@ class PTQCallback(QuantisedCallback):
 
     def reestimates(self, network: nn.Module) -> bool:
         """As asked for; "auto" with few bits."""
-        wanted = self.weight_bits <= FEW_BITS if self.reestimate_batchnorm == "auto" else self.reestimate_batchnorm
+        wanted = self.weight_bits <= REESTIMATED if self.reestimate_batchnorm == "auto" else self.reestimate_batchnorm
         if self.reestimate_batchnorm is True and not batch_norms(network):
             raise ValueError("reestimate_batchnorm has no effect: no layer of the network keeps batch-norm statistics")
         return bool(wanted) and bool(batch_norms(network))

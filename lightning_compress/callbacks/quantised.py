@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -35,7 +36,7 @@ class QuantisedCallback(CalibratingCallback):
     """
 
     quantization = Returned[Grids | None](None)
-    metrics = Returned[Mapping[str, float]]({})
+    metrics = Returned[Mapping[str, float]](MappingProxyType({}))
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)

@@ -129,11 +129,11 @@ class Capture(AbstractContextManager["Capture"]):
     def _kept_input(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        watched, module = (args, kwargs), self._module
+        watched: Any = (args, kwargs)
         if self.differentiable and torch.is_grad_enabled():
             watched = rebuild(watched, differentiable)
             args, kwargs = rebuild(watched, _writable)
-        given = _Snapshot(watched, copy=self._written.get(module.training, True), containers=True)
+        given = _Snapshot(watched, copy=self._written.get(self._module.training, True), containers=True)
         self._open.append(given)
         if self.on_input is not None and not torch.compiler.is_compiling():
             self.on_input(given, *given.tree)

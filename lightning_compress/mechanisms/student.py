@@ -241,11 +241,10 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
         if len(found) > 1:
             ends = [plain_name(name) for name in found]
             names = ", ".join(f"'{name}'" if name else "the LightningModule itself ('')" for name in ends)
-            self.problem = (
-                f"the step calls {len(ends)} modules with parameters: {names}; choose the network with "
-                f"{self._argument}=, or give the first and the last of a chain, "
-                f'{self._argument}=["{ends[0]}", "{ends[-1]}"]'
-            )
+            choose = f"choose the network with {self._argument}="
+            if self._argument == "student":  # others take one network
+                choose += f', or give the first and the last of a chain, student=["{ends[0]}", "{ends[-1]}"]'
+            self.problem = f"the step calls {len(ends)} modules with parameters: {names}; {choose}"
             if self.required:
                 raise CaptureError(self.problem)
             return []

@@ -40,10 +40,11 @@ from .training import Classifier, fit, quiet
 from .watch import predictions, share
 
 PAGE = Path("docs/experiments/pipeline.md")
-VERSION = 1
-EPOCHS, TEACHER_WIDTH, TEACHER_RATE = 8, 16, 0.1
-SPARSITY, QUANTISED_FROM = 0.75, 0.7
-WIDTHS = (8, 4)
+VERSION = 2
+EPOCHS, TEACHER_WIDTH, TEACHER_RATE = 16, 16, 0.1
+SPARSITY, QUANTISED_FROM = 0.5, 0.7
+KD_WEIGHTS = (0.3, 0.9)  # what is left of 1 is the weight of the labels
+WIDTHS = (12,)
 LOOK = 500  # images at a time
 
 
@@ -73,21 +74,26 @@ class Stage:
     distilled: bool = False
     pruned: bool = False
     quantised: str | None = None  # "ptq" or "qat"
-    rate_of: str | None = None  # whose learning rate is taken
+    chosen_with: str | None = None  # the stage whose choice is taken
+
+    @property
+    def choices(self) -> list[Choice]:
+        weights = KD_WEIGHTS if self.distilled else (None,)
+        return [Choice(rate, weight) for rate in LEARNING_RATES for weight in weights]
 
 
 STAGES = (
     Stage("alone", "student alone"),
-    Stage("alone-ptq", "student alone, calibrated (PTQ)", quantised="ptq", rate_of="alone"),
+    Stage("alone-ptq", "student alone, calibrated (PTQ)", quantised="ptq", chosen_with="alone"),
     Stage("distilled", "distilled", distilled=True),
-    Stage("pruned", f"distilled, {SPARSITY:.0%} pruned", distilled=True, pruned=True, rate_of="distilled"),
+    Stage("pruned", f"distilled, {SPARSITY:.0%} pruned", distilled=True, pruned=True, chosen_with="distilled"),
     Stage(
         "quantised",
         f"distilled, {SPARSITY:.0%} pruned, 8 bits (QAT), one fit",
         distilled=True,
         pruned=True,
         quantised="qat",
-        rate_of="distilled",
+        chosen_with="distilled",
     ),
 )
 
@@ -105,12 +111,23 @@ def images() -> Split:
     return Split((x[:kept], y[:kept]), (x[kept:], y[kept:]), (prepared(test_x), test_y.long()))
 
 
-class Student(Classifier):
-    """The network of 20 layers in the experiments' module."""
+class TeacherClassifier(Classifier):
+    """The network of 20 layers in the experiments' module, whose own has 8."""
 
     def __init__(self, width: int, rate: float) -> None:
         super().__init__(1, rate)
         self.network = ResNet20(width)  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen on held-out images."""
+
+    rate: float
+    kd_weight: float | None = None
+
+    def __str__(self) -> str:
+        return f"lr{self.rate:g}" + ("" if self.kd_weight is None else f"-kd{self.kd_weight:g}")
 
 
 def teacher_path(folder: Path) -> Path:
@@ -122,7 +139,7 @@ def make_teacher(folder: Path) -> str:
     path = teacher_path(folder)
     if not path.is_file():
         torch.manual_seed(0)
-        module, begin = Student(TEACHER_WIDTH, TEACHER_RATE), time.process_time()
+        module, begin = TeacherClassifier(TEACHER_WIDTH, TEACHER_RATE), time.process_time()
         fit(module, Batches(images().train, seed=0), EPOCHS, [])
         kept = {"weights": module.network.state_dict(), "cpu_seconds": time.process_time() - begin}
         write_atomically(path, lambda part: torch.save(kept, part))
@@ -136,19 +153,31 @@ def teacher(folder: Path) -> ResNet20:
     return network
 
 
-def result_path(width: int, stage: Stage, rate: float, seed: int, folder: Path) -> Path:
-    return folder / "runs" / f"pipeline-v{VERSION}-w{width}-{stage.name}-lr{rate:g}-seed{seed}.json"
+Job = tuple[int, Stage, Choice, int]
+"""Width, stage, what is chosen, and seed."""
 
 
-def make(job: tuple[int, Stage, float, int], folder: Path) -> str:
+def stem(width: int, stage: Stage, choice: Choice, seed: int) -> str:
+    return f"pipeline-v{VERSION}-w{width}-{stage.name}-{choice}-seed{seed}"
+
+
+def file_path(width: int, stage: Stage, choice: Choice, seed: int, folder: Path) -> Path:
+    return folder / "files" / f"{stem(width, stage, choice, seed)}.onnx"
+
+
+def result_path(width: int, stage: Stage, choice: Choice, seed: int, folder: Path) -> Path:
+    return folder / "runs" / f"{stem(width, stage, choice, seed)}.json"
+
+
+def make(job: Job, folder: Path) -> str:
     """Train a student, write its file, and look at it."""
-    width, stage, rate, seed = job
-    begin, data = time.process_time(), images()
-    file = folder / "files" / f"w{width}-{stage.name}-lr{rate:g}-seed{seed}.onnx"
+    width, stage, choice, seed = job
+    begin, data, file = time.process_time(), images(), file_path(*job, folder)
     export = ExportCallback(file, precision="fp32" if stage.quantised is None else "int8", fp32_comparison=False)
     callbacks: list[Callback] = [export]
-    if stage.distilled:
-        callbacks.append(DistillationCallback(teacher(folder), temperature=4.0, task_weight=0.1, kd_weight=0.9))
+    if choice.kd_weight is not None:
+        weights = {"task_weight": 1 - choice.kd_weight, "kd_weight": choice.kd_weight}
+        callbacks.append(DistillationCallback(teacher(folder), temperature=4.0, **weights))
     if stage.pruned:
         callbacks.append(PruningCallback(SPARSITY, update_interval=16, end=QUANTISED_FROM))
     if stage.quantised == "qat":
@@ -156,7 +185,7 @@ def make(job: tuple[int, Stage, float, int], folder: Path) -> str:
     if stage.quantised == "ptq":
         callbacks.append(PTQCallback())
     torch.manual_seed(seed)
-    module = Student(width, rate)
+    module = Classifier(width, choice.rate)
     fit(module, Batches(data.train, seed=seed), EPOCHS, callbacks)
     result = {
         "held_out_accuracy": share(classes(file, data.held_out[0]), data.held_out[1]),
@@ -166,7 +195,7 @@ def make(job: tuple[int, Stage, float, int], folder: Path) -> str:
         "deflated": compressed_bytes(file),
         "cpu_seconds": time.process_time() - begin,
     }
-    path = result_path(width, stage, rate, seed, folder)
+    path = result_path(*job, folder)
     write_atomically(path, lambda part: Path(part).write_text(json.dumps(result, indent=1)))
     return f"{path.stem}: {result['test_accuracy']:.4f}, {result['cpu_seconds']:.0f} s"
 
@@ -176,32 +205,36 @@ def classes(path: Path, inputs: Tensor) -> Tensor:
     return torch.cat([file.run([part])[0].argmax(dim=1) for part in inputs.split(LOOK)])
 
 
-def read(width: int, stage: Stage, rate: float, seed: int, folder: Path) -> dict[str, Any] | None:
-    path = result_path(width, stage, rate, seed, folder)
+def read(width: int, stage: Stage, choice: Choice, seed: int, folder: Path) -> dict[str, Any] | None:
+    path = result_path(width, stage, choice, seed, folder)
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def chosen_rate(width: int, stage: Stage, folder: Path) -> float | None:
+def chosen(width: int, stage: Stage, folder: Path) -> Choice | None:
     """By the held-out images with seed 0, of those that choose."""
-    stage = next(own for own in STAGES if own.name == (stage.rate_of or stage.name))
-    found = {rate: read(width, stage, rate, 0, folder) for rate in LEARNING_RATES}
+    stage = next(own for own in STAGES if own.name == (stage.chosen_with or stage.name))
+    found = {choice: read(width, stage, choice, 0, folder) for choice in stage.choices}
     if None in found.values():
         return None
-    return max(found, key=lambda rate: (found[rate]["held_out_accuracy"], -rate))  # type: ignore[index]
+    return max(found, key=lambda choice: (found[choice]["held_out_accuracy"], -choice.rate))  # type: ignore[index]
 
 
-def jobs_left(
-    folder: Path, widths: Sequence[int], seeds: int, *, choosing: bool
-) -> list[tuple[int, Stage, float, int]]:
+def jobs_left(folder: Path, widths: Sequence[int], seeds: int, *, choosing: bool) -> list[Job]:
+    jobs: list[Job]
     if choosing:
-        jobs = [(w, stage, rate, 0) for w in widths for stage in STAGES if not stage.rate_of for rate in LEARNING_RATES]
-    else:
-        rates = {(w, stage.name): chosen_rate(w, stage, folder) for w in widths for stage in STAGES}
         jobs = [
-            (w, stage, rate, seed)
+            (w, stage, choice, 0)
             for w in widths
             for stage in STAGES
-            if (rate := rates[w, stage.name]) is not None
+            if not stage.chosen_with
+            for choice in stage.choices
+        ]
+    else:
+        jobs = [
+            (w, stage, choice, seed)
+            for w in widths
+            for stage in STAGES
+            if (choice := chosen(w, stage, folder)) is not None
             for seed in range(seeds)
         ]
     return [job for job in jobs if read(*job, folder) is None]
@@ -246,37 +279,34 @@ def table(folder: Path, widths: Sequence[int], seeds: int) -> str:
         f"({deflated / 1e3:.0f} kB deflated) and is right for {100 * best:.2f}% of the 10,000 test images."
     ]
     for width in widths:
-        rates = {stage.name: chosen_rate(width, stage, folder) for stage in STAGES}
+        choices = {stage.name: chosen(width, stage, folder) or stage.choices[0] for stage in STAGES}
         rows = {
-            stage.name: [read(width, stage, rates[stage.name] or 0.0, seed, folder) for seed in range(seeds)]
+            stage.name: [read(width, stage, choices[stage.name], seed, folder) for seed in range(seeds)]
             for stage in STAGES
         }
         if any(None in own for own in rows.values()):
             lines += ["", f"### Students of width {width}", "", "Not measured yet."]
             continue
-        paths = {
-            stage.name: folder / "files" / f"w{width}-{stage.name}-lr{rates[stage.name]:g}-seed0.onnx"
-            for stage in STAGES
-        }
+        paths = {stage.name: file_path(width, stage, choices[stage.name], 0, folder) for stage in STAGES}
         fast = speeds(folder, paths)
         lines += [
             "",
             f"### Students of width {width}",
             "",
-            "| file | learning rate | test accuracy | less the teacher's file | over the stage before | kB | smaller | "
-            "deflated | times as fast | minutes |",
-            f"|{'---|' * 10}",
+            "| file | learning rate | KD's weight | test accuracy | less the teacher's file | over the stage before "
+            "| kB | smaller | deflated | times as fast | minutes |",
+            f"|{'---|' * 11}",
         ]
         before: Sequence[Mapping[str, Any]] | None = None
         for stage in STAGES:
             own: Any = rows[stage.name]
             accuracy = [100 * row["test_accuracy"] for row in own]
-            cost = own + [
-                row for rate in LEARNING_RATES if (row := read(width, stage, rate, 0, folder)) and row not in own
-            ]
+            others = (read(width, stage, choice, 0, folder) for choice in stage.choices)
+            cost = own + [row for row in others if row is not None and row not in own]
+            choice = choices[stage.name]
             minutes += sum(row["cpu_seconds"] for row in cost) / 60
             lines.append(
-                f"| {stage.title} | {rates[stage.name]:g} | {sum(accuracy) / len(accuracy):.2f} | "
+                f"| {stage.title} | {choice.rate:g} | {choice.kd_weight or ''} | {sum(accuracy) / len(accuracy):.2f} | "
                 f"{interval([own - 100 * best for own in accuracy])} | "
                 f"{'' if before is None else interval(gains(own, before))} | {own[0]['bytes'] / 1e3:.0f} | "
                 f"{size / own[0]['bytes']:.1f}x | {deflated / own[0]['deflated']:.1f}x | {fast[stage.name]:.2f} | "
