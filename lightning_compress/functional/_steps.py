@@ -10,11 +10,10 @@ from lightning_compress.functional._pairs import at_least_float32
 
 def largest_magnitude(weight: Tensor, axis: int | None) -> Tensor:
     """The largest magnitude of all elements, or of each entry of a dimension; NaN where there is one."""
+    matrix = weight.reshape(1, -1) if axis is None else rows(weight, axis)
+    lowest, highest = matrix.amin(dim=1), matrix.amax(dim=1)  # several times as fast as aminmax
     if axis is None:
-        lowest, highest = weight.aminmax()
-    else:
-        matrix = rows(weight, axis)
-        lowest, highest = matrix.amin(dim=1), matrix.amax(dim=1)  # ten times as fast as aminmax(dim=1)
+        lowest, highest = lowest[0], highest[0]
     return at_least_float32(torch.maximum(-lowest, highest))
 
 

@@ -10,6 +10,7 @@ arXiv:1712.05877. Learned steps: Esser et al., "Learned Step Size Quantization",
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -171,16 +172,39 @@ def range_grid(minimum: float, maximum: float, bits: int) -> tuple[float, int]:
         >>> range_grid(-1.0, 2.0, bits=2)
         (1.0, 1)
     """
-    _, highest = integer_limits(bits, signed=False)
-    limits = torch.tensor([minimum, maximum], dtype=torch.float64, device="cpu")
-    if not limits.isfinite().all() or minimum > maximum:
+    [grid] = range_grids([(minimum, maximum)], [bits])
+    return grid
+
+
+def range_grids(ranges: Sequence[tuple[float, float]], bits: Sequence[int]) -> list[tuple[float, int]]:
+    """As :func:`range_grid`, of many ranges at once.
+
+    Args:
+        ranges: The smallest and the largest value of each.
+        bits: Those of each.
+
+    Returns:
+        Scale and zero point of each.
+
+    Raises:
+        ValueError: As :func:`range_grid`, for the first that it is raised for.
+
+    Example:
+        >>> range_grids([(-1.0, 2.0), (0.0, 0.0)], [2, 8])
+        [(1.0, 1), (1.0, 0)]
+    """
+    limits = torch.tensor(ranges, dtype=torch.float64, device="cpu").reshape(-1, 2)
+    highest = torch.tensor([integer_limits(own, signed=False)[1] for own in bits], dtype=torch.float64, device="cpu")
+    for place in (~limits.isfinite().all(dim=1) | (limits[:, 0] > limits[:, 1])).nonzero():
+        minimum, maximum = ranges[int(place)]
         raise ValueError(f"a range must go from a finite number to one not below it, got {minimum!r} to {maximum!r}")
-    low, high = limits[0].clamp(max=0.0), limits[1].clamp(min=0.0)
-    scale = usable(((high - low) / highest).float())
-    if not scale.isfinite():
+    low, high = limits[:, 0].clamp(max=0.0), limits[:, 1].clamp(min=0.0)
+    scales = usable(((high - low) / highest).float())
+    for place in (~scales.isfinite()).nonzero():
+        minimum, maximum = ranges[int(place)]
         raise ValueError(f"a range from {minimum!r} to {maximum!r} has a step that float32 does not represent")
-    zero_point = torch.round(-low / scale.double()).clamp(0, highest)
-    return scale.item(), int(zero_point.item())
+    zero_points = torch.minimum(torch.round(-low / scales.double()).clamp(min=0), highest)
+    return list(zip(scales.tolist(), zero_points.int().tolist(), strict=True))
 
 
 def quantize(
