@@ -413,6 +413,15 @@ def forget_best_score(callback: Any) -> bool:
     return seen
 
 
+def forget_plateaus(trainer: Any) -> bool:
+    """Let each ``ReduceLROnPlateau`` begin to wait anew; whether one had seen a score."""
+    plateaus = [own.scheduler for own in trainer.lr_scheduler_configs if own.reduce_on_plateau]
+    seen = any(scheduler.best != scheduler.mode_worse for scheduler in plateaus)
+    for scheduler in plateaus:
+        scheduler.best, scheduler.num_bad_epochs = scheduler.mode_worse, 0
+    return seen
+
+
 def let_last_be_saved(callback: Any, trainer: Any) -> None:
     """Let a ``ModelCheckpoint`` write its last file, if it writes one, as it does where it has just kept another."""
     if callback.save_last:

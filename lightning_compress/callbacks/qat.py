@@ -431,6 +431,8 @@ class QATCallback(QuantisedCallback):
         waiting = [_compat.forget_best_score(own) for own in trainer.callbacks]
         if any(waiting):
             log.info("%s: early stopping begins anew, with the quantised network", self.name)
+        if _compat.forget_plateaus(trainer):
+            log.info("%s: ReduceLROnPlateau begins to wait anew, with the quantised network", self.name)
         if any(forgotten):
             self._warn_once(
                 "the best checkpoints so far are of the network in full precision, so they are not compared with what "

@@ -89,6 +89,11 @@ class QuantisedCallback(CalibratingCallback):
                 )
             if other.network == self.network:
                 raise ValueError(f"'{self.name}' and '{other.name}' both quantise '{self.network}'; keep one of them")
+            if f"{other.network}.".startswith(f"{self.network}." if self.network else ""):
+                raise ValueError(
+                    f"'{other.name}' quantises '{other.network}', which lies in '{self.network or 'self'}' of "
+                    f"'{self.name}', so it would be quantised twice; name parts that lie side by side"
+                )
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Show the quantised network."""

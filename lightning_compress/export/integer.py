@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_compress.export.emission import CHILD, Emitting, buffer_name
 from lightning_compress.export.errors import ExportError
-from lightning_compress.export.parity import Reference, check_parity, references
+from lightning_compress.export.parity import RANDOM_HINT, Reference, check_parity, references
 from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Call
 from lightning_compress.export.tracing import convert
@@ -142,8 +141,13 @@ class IntegerExport:
 
         Raises:
             ExportError: If they differ by half of their size, and by more than twice what quantisation has changed, or
-                a layer does not run in integers.
+                a layer does not run in integers, or the network does not give the same twice.
         """
+        with quantizing(self._network, Rounding(self._network, self._grids)):
+            again = references(self._network, self._call, dynamic=False)[0]
+        for (name, one), (_, other) in zip(_outputs(self._expected[0]), _outputs(again), strict=True):
+            if not torch.equal(one, other) and not torch.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True):
+                raise ExportError(f"output '{name}' of the quantised network is another one each time: {RANDOM_HINT}")
         self._check_kernels(file)  # the network has not learned yet, and may be far from itself
         return self._largest_difference(file, lambda noise, size: noise.clamp(min=MOST_OF_FEW_BITS * size))
 
@@ -161,9 +165,8 @@ class IntegerExport:
     ) -> float:
         largest = 0.0
         found = file.run(expected.tensors)
-        wanted = [(name, tensor) for name, tensor in named_tensors(expected.output)]
-        floats = [tensor for _, tensor in named_tensors(plain.output)]
-        for (name, rounded), exact, got in zip(wanted, floats, found, strict=True):
+        floats = [tensor for _, tensor in _outputs(plain)]
+        for (name, rounded), exact, got in zip(_outputs(expected), floats, found, strict=True):
             if rounded.shape != got.shape:
                 raise ExportError(
                     f"output '{name}' has shape {tuple(rounded.shape)}, and {tuple(got.shape)} in the file"
@@ -203,17 +206,21 @@ class IntegerExport:
         """Count the integer kernels that ONNX Runtime makes of a file; where activations are float there are none."""
         if not self._grids.integer_activations:
             return
-        counts, widened = _optimised(file)
-        network = self._grids.network
-        modules = {buffer_name(site, "weight"): joined(network, module_of(site)) for site in self._grids.sites}
-        left = sorted({f"'{modules[name]}'" for name in widened if name in modules})
-        kernels = sum(counts[kind] for kind in KERNELS)
-        if kernels < self._layers:
+        kernels = [node for node in optimised(file) if node.op_type in KERNELS]
+        if len(kernels) < self._layers:
+            read = {name for node in kernels for name in node.input}
+            floats = [site for site in self._grids.sites if f"{CHILD}.{buffer_name(site, 'weight')}" not in read]
+            left = sorted({joined(self._grids.network, module_of(site)) for site in floats})
             raise ExportError(
-                f"ONNX Runtime runs {self._layers - kernels} of {self._layers} quantised layers in "
-                f"float: {', '.join(left) or 'their operators were merged with others'}; leave them out of the "
-                "quantisation with exclude="
+                f"ONNX Runtime runs {self._layers - len(kernels)} of {self._layers} quantised layers in float: "
+                f"{listing(left) or 'their operators were merged with others'}; leave them out of the quantisation "
+                "with exclude="
             )
+
+
+def _outputs(reference: Reference) -> list[tuple[str, Tensor]]:
+    """Name and value of each tensor that a network gave."""
+    return [(name or "output", tensor) for name, tensor in named_tensors(reference.output)]
 
 
 def _weighed(exact: Tensor, rounded: Tensor, got: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,8 +252,8 @@ def _layers(model: Any) -> int:
     return sum(name in widened for node in model.graph.node for name in node.input)
 
 
-def _optimised(file: OnnxNetwork) -> tuple[Counter[str], list[str]]:
-    """The operators that ONNX Runtime runs, by type, and the names of the weights that it widens."""
+def optimised(file: OnnxNetwork) -> list[Any]:
+    """The operators that ONNX Runtime makes of a file."""
     import onnx
     import onnxruntime
 
@@ -255,9 +262,7 @@ def _optimised(file: OnnxNetwork) -> tuple[Counter[str], list[str]]:
         options.log_severity_level = 3
         options.optimized_model_filepath = os.path.join(folder, "optimised.onnx")
         onnxruntime.InferenceSession(os.fspath(file.path), options, providers=["CPUExecutionProvider"])
-        nodes = onnx.load(options.optimized_model_filepath).graph.node
-    widened = [node.input[0].removeprefix(f"{CHILD}.") for node in nodes if node.op_type == "DequantizeLinear"]
-    return Counter(node.op_type for node in nodes), widened
+        return list(onnx.load(options.optimized_model_filepath).graph.node)
 
 
 def _pack_(model: Any) -> None:

@@ -79,6 +79,8 @@ class Observing(Rounding):
         """What each layer was given as its weight."""
         self.consumers: dict[str, set[str]] = {}
         self.reached: dict[str, set[str]] = {}
+        self.fused: dict[str, set[str]] = {}
+        """Which operations would take an activation without a quantiser between."""
         self.foldable = {plain_name(name) for name in batch_norms(network)}
         self.folded: dict[str, dict[str, Any]] = {}
         """What the batch norm behind a layer was given."""
@@ -180,6 +182,12 @@ class Observing(Rounding):
         if channels is not None:
             self.reached.setdefault(channels, set()).add(site)
 
+    def shared(self, key: str, site: str) -> bool:
+        """As the base; at first, note who takes it."""
+        if self.discovering:
+            self.fused.setdefault(key, set()).add(site)
+        return super().shared(key, site)
+
     def _grid_of(self, site: str, name: str, weight: Tensor) -> WeightGrid:
         bits = self.settings.edge_bits if name in self.edges else None
         bits = bits or self.settings.weight_bits
@@ -229,6 +237,7 @@ class Calibration:
         """
         grids, watch = self.grids, self._watch
         self._look(steps)
+        grids.shared = frozenset(key for key, sites in watch.fused.items() if len(sites) > 1 or key in watch.met)
         if not grids.sites:
             raise QuantizationError(
                 "no weight would be quantised: the network runs no convolution and no linear layer that is selected"
@@ -359,7 +368,7 @@ def fingerprints(network: nn.Module) -> dict[str, int]:
         network: The network.
 
     Returns:
-        Name to checksum; half precision counts as the float32 that it equals.
+        Name to checksum; half precision counts as the float32 that it equals, a complex number as two.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -370,7 +379,8 @@ def fingerprints(network: nn.Module) -> dict[str, int]:
     """
     found = {}
     for name, value in [*network.named_parameters(), *network.named_buffers()]:
-        if value.is_floating_point():
+        if value.is_floating_point() or value.is_complex():
+            value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
             wide = value.detach().to("cpu", torch.promote_types(value.dtype, torch.float32))
             found[plain_name(name)] = zlib.crc32(wide.contiguous().view(-1).view(torch.uint8).numpy().data)
     return found

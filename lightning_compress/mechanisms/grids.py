@@ -98,6 +98,7 @@ class Grids:
         left_in_float: What has no integer kernel, or was not to be quantised.
         integer_activations: Whether activations are quantised, or weights only.
         training_only: Keys of the layers that the network runs in training alone, such as auxiliary heads.
+        shared: Keys of the activations that a ReLU or the like takes on their grid, because others take them too.
     """
 
     network: str = ""
@@ -113,6 +114,7 @@ class Grids:
     left_in_float: tuple[str, ...] = ()
     integer_activations: bool = True
     training_only: tuple[str, ...] = ()
+    shared: frozenset[str] = frozenset()
 
     def in_evaluation(self) -> Grids:
         """The same without the layers that the network runs in training alone."""
@@ -137,6 +139,7 @@ class Grids:
             "left_in_float": list(self.left_in_float),
             "integer_activations": self.integer_activations,
             "training_only": list(self.training_only),
+            "shared": sorted(self.shared),
         }
 
     @classmethod
@@ -156,4 +159,5 @@ class Grids:
             left_in_float=tuple(state["left_in_float"]),
             integer_activations=state["integer_activations"],
             training_only=tuple(state.get("training_only", ())),
+            shared=frozenset(state.get("shared", ())),
         )

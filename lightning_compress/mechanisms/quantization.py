@@ -124,6 +124,10 @@ class Quantizers:
     def consumed(self, layer: str | None, channels: str | None, site: str) -> None:
         """An operation takes a tensor, and which layer has just made it, or whose channels it has."""
 
+    def shared(self, key: str, site: str) -> bool:
+        """Whether what would run as a part of a kernel is not the only one that takes the kernel's output."""
+        return False
+
 
 class ModulePaths:
     """Where in a network an operation runs: the path of calls, and its number within the innermost one."""
@@ -297,6 +301,9 @@ class QuantizationMode(PausableMode):
     ) -> Any:
         self._consume(x, site)
         state, channels = getattr(x, STATE), getattr(x, CHANNELS, None)
+        in_place = writes(func) or options.get("inplace") or (bool(rest) and rest[-1] is True)
+        if state == PENDING and not in_place and self.quantizers.shared(getattr(x, KEY), site):
+            return _mark(func(self._on_grid(x, site), *rest, **options), site, PENDING)
         result = func(x, *rest, **options)
         product = PRODUCT if state == FREE and x.ndim == 2 else state
         _mark(result, site, PENDING if state == GRID else product)

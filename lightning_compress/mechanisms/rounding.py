@@ -36,12 +36,12 @@ class WeightNames:
 
     def __init__(self, network: nn.Module, presented: Presented | None = None) -> None:
         self._names: dict[int, str] = {}
-        self._storages: dict[int, tuple[str, Tensor]] = {}
+        self._storages: dict[int, list[tuple[str, Tensor]]] = {}  # several parameters may lie in one
         self._computed: set[str] = set()  # modules whose weight is
         self._presented = presented
         for name, parameter in network.named_parameters():
             self._names[id(parameter)] = plain_name(name)
-            self._storages[parameter.untyped_storage().data_ptr()] = plain_name(name), parameter
+            self._storages.setdefault(parameter.untyped_storage().data_ptr(), []).append((plain_name(name), parameter))
         for name, module in network.named_modules():
             made = "weight" not in module._parameters and isinstance(vars(module).get("weight"), Tensor)
             if is_parametrized(module, "weight") or made:
@@ -103,7 +103,9 @@ class WeightNames:
         """Name and whole of the weight, or of what stands for it, that a tensor shares its memory with."""
         source = None if self._presented is None else self._presented(weight)
         if source is None:
-            return self._storages.get(weight.untyped_storage().data_ptr())
+            there = self._storages.get(weight.untyped_storage().data_ptr(), [])
+            place = weight.storage_offset()
+            return next((own for own in there if 0 <= place - own[1].storage_offset() < max(1, own[1].numel())), None)
         name = self._names.get(id(source.weight))
         return None if name is None else (name, source.shown)
 
@@ -136,6 +138,10 @@ class Rounding(Quantizers):
                 "changed since; calibrate again, with data that takes every path"
             )
         return fake_quantize(x, self._scale(key, grid, x.device), grid.zero_point, *grid.limits)
+
+    def shared(self, key: str, site: str) -> bool:
+        """Whether others were seen to take that output too."""
+        return key in self.grids.shared
 
     def gate(self, key: str, x: Tensor) -> Tensor:
         """``hardsigmoid(x)`` in steps of 1/255."""

@@ -386,6 +386,18 @@ def test_two_parts_are_quantised_by_a_callback_each():
         fitted(PTQCallback(), Parts, PTQCallback(name="other"))
 
 
+@pytest.mark.parametrize(("inner", "outer"), [("model.0", "model"), ("model", "")])
+def test_a_part_and_what_it_lies_in_are_refused(inner, outer):
+    parts = [PTQCallback(network=inner, name="inner"), PTQCallback(network=outer, name="outer")]
+    message = (
+        f"'inner' quantises '{inner}', which lies in '{outer or 'self'}' of 'outer', so it would be quantised twice"
+    )
+    for order in (parts, parts[::-1]):
+        with pytest.raises(ValueError, match=message):
+            fitted(order[0], Classifier, order[1])
+    fitted(PTQCallback(network="body"), Parts, PTQCallback(network="head", name="body2"))
+
+
 # What is refused
 
 

@@ -1092,6 +1092,30 @@ def test_early_stopping_waits_anew():
     assert fitting.current_epoch == 3
 
 
+def test_a_scheduler_that_waits_for_a_plateau_waits_anew(caplog):
+    """Its best score is of another network: 2, and then 9, 8, 7 and 6 are no plateau."""
+    rates = {}
+
+    class Jumping(Classifier):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("score", [3.0, 2.0, 9.0, 8.0, 7.0, 6.0, 6.0][self.current_epoch])
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "score"}}
+
+    for kind in (QATCallback(start=0.34, freeze_batchnorm_at=1), PTQCallback()):
+        with caplog.at_level(logging.INFO, logger="lightning_compress"):
+            _, fitting = fitted(kind, Jumping, max_epochs=6)
+        rates[type(kind)] = fitting.optimizers[0].param_groups[0]["lr"]
+    assert rates == {QATCallback: 0.1, PTQCallback: pytest.approx(0.001)}
+    assert [entry.message for entry in caplog.records if "Plateau" in entry.message] == [
+        "qat: ReduceLROnPlateau begins to wait anew, with the quantised network"
+    ]
+
+
 # Both packages, and YAML
 
 

@@ -496,6 +496,37 @@ def test_one_operation_between_two_layers(tmp_path, name):
         assert set(counts) <= MOVES | INTEGER | {"Slice", "Gather"}
 
 
+SHARED = {
+    "sum": (lambda x: x + x.relu(), {"QLinearAdd": 1}),
+    "product": (lambda x: x.relu() * x, {"QLinearMul": 1}),
+}
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("name", SHARED)
+def test_a_relu_is_not_a_part_of_a_kernel_whose_output_others_take(tmp_path, name, normed):
+    """It takes that output on its grid, in the file as in the module."""
+    operation, kinds = SHARED[name]
+    network, x = Around(operation).eval(), torch.randn(4, 3, 9, 9)
+    if normed:
+        network.first = varied_(nn.Sequential(network.first, nn.BatchNorm2d(4))).eval()
+    grids = calibrated(network, x)
+    [key] = grids.shared
+    assert key == ("first.1:batch_norm:0" if normed else "first:conv2d:0")
+    path = tmp_path / "n.onnx"
+    to_onnx(holding(network, quantization=grids), path, x, precision="int8")
+    expected, step = rounded(network, grids, x), grids.activations["second:conv2d:0"].scale
+    assert (run(path, x, optimised=False)[0] - expected).abs().max() <= 1.001 * step
+    assert (run(path, x)[0] - expected).abs().max() <= 2.001 * step
+    counts = operators(path)
+    assert counts["QLinearConv"] == 2
+    assert {kind: counts[kind] for kind in kinds} == kinds
+
+
+def test_a_relu_alone_is_a_part_of_the_kernel():
+    assert calibrated(Around(F.relu).eval(), torch.randn(4, 3, 9, 9)).shared == frozenset()
+
+
 LINEAR = {
     "rows": (lambda bias: nn.Linear(6, 5, bias=bias), (4, 6)),
     "sequences": (lambda bias: nn.Linear(6, 5, bias=bias), (4, 3, 6)),
@@ -547,7 +578,7 @@ def test_a_linear_layer_with_relu_before_a_float_operation_runs_in_integers(betw
     grids = calibrated(network, x)
     holding(network, quantization=grids)
     to_onnx(network, tmp_path / "n.onnx", x, precision="int8")
-    assert integer._optimised(OnnxNetwork(tmp_path / "n.onnx"))[0]["QGemm"] == 2
+    assert Counter(node.op_type for node in integer.optimised(OnnxNetwork(tmp_path / "n.onnx")))["QGemm"] == 2
 
 
 @pytest.mark.parametrize("options", [{"keepdim": True}, {"keepdims": True}, {"keepdims": False}, {}])
@@ -563,7 +594,12 @@ def test_the_mean_of_maps_in_either_spelling(options, tmp_path):
     network, x = Mean().eval(), torch.randn(8, 1, 5, 5)
     holding(network, quantization=calibrated(network, x))
     to_onnx(network, tmp_path / "n.onnx", x, precision="int8")
-    assert integer._optimised(OnnxNetwork(tmp_path / "n.onnx"))[0]["QLinearGlobalAveragePool"] == 1
+    assert (
+        Counter(node.op_type for node in integer.optimised(OnnxNetwork(tmp_path / "n.onnx")))[
+            "QLinearGlobalAveragePool"
+        ]
+        == 1
+    )
 
 
 @pytest.mark.parametrize(("bits", "shift"), [(2, 64), (3, 32), (4, 16), (5, 8), (7, 2), (8, 1)])
@@ -603,7 +639,7 @@ def test_a_layer_left_in_float_between_quantised_ones_is_run_in_float(middle, op
         grids = calibrate(network, steps, Settings(), selected=selected)
     holding(network, quantization=grids)
     to_onnx(network, tmp_path / "n.onnx", x, precision="int8")
-    counts = integer._optimised(OnnxNetwork(tmp_path / "n.onnx"))[0]
+    counts = Counter(node.op_type for node in integer.optimised(OnnxNetwork(tmp_path / "n.onnx")))
     assert (counts["QLinearConv"], counts["QGemm"], counts[operator]) == (2, 0, 1)
     expected = rounded(network, grids, x)
     assert (run(tmp_path / "n.onnx", x)[0] - expected).norm() <= 1e-3 * expected.norm()

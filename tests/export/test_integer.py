@@ -201,6 +201,29 @@ def test_a_trial_needs_integer_kernels_too(written, monkeypatch):
             check(OnnxNetwork(written.path))
 
 
+def test_a_trial_finds_a_network_that_draws_random_numbers(tmp_path):
+    """Such as dropout that does not know of evaluation."""
+
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(27 * 27, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.second(nn.functional.dropout(self.first(x.flatten(1)[:, : 27 * 27]), 0.5))
+
+    network = Dropping().eval()
+    x = torch.randn(4, 27 * 27)
+    grids = calibrated(network, x)
+    call = bind(inspect.signature(network.forward), Sample((x,)))
+    plain = references(network, call, dynamic=True)
+    trial = IntegerExport(network, call, grids, plain, precision="int8", max_difference=None)
+    with pytest.raises(
+        ExportError, match=r"output 'output' of the quantised network is another one each time: .*random"
+    ):
+        trial.check_trial(None)
+
+
 class Changed(OnnxNetwork):
     """A file whose output is changed."""
 

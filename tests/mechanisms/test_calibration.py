@@ -678,6 +678,18 @@ def test_any_change_is_noticed():
     assert fingerprints(net) != before
 
 
+def test_complex_numbers_count():
+    net = nn.Linear(2, 2).to(torch.complex64)
+    before = fingerprints(net)
+    assert set(before) == {"weight", "bias"}
+    net.weight.data[1, 0] += 1e-3j
+    after = fingerprints(net)
+    assert after["bias"] == before["bias"]
+    assert after["weight"] != before["weight"]
+    net.weight.data = net.weight.data.conj()
+    assert fingerprints(net)["weight"] not in (before["weight"], after["weight"])
+
+
 def test_buffers_of_integers_do_not_count():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     net.register_buffer("seen", torch.zeros(3, dtype=torch.int32))

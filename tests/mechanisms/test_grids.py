@@ -40,6 +40,7 @@ def full():
         fingerprints={"a.weight": 12345, "b": 6},
         left_in_float=("lstm.weight_ih_l0", "gelu (2)"),
         integer_activations=False,
+        shared=frozenset({"b:conv2d:0", "a:conv2d:0"}),
     )
 
 
@@ -61,7 +62,17 @@ def test_what_comes_back_from_a_file_is_the_same(make, tmp_path):
     assert {name: type(value) for name, value in vars(again).items()} == {
         name: type(value) for name, value in vars(grids).items()
     }
-    for name in ("activations", "sites", "folds", "fingerprints", "left_in_float", "network", "integer_activations"):
+    same = (
+        "activations",
+        "sites",
+        "folds",
+        "fingerprints",
+        "left_in_float",
+        "network",
+        "integer_activations",
+        "shared",
+    )
+    for name in same:
         assert getattr(again, name) == getattr(grids, name)
     for name, grid in grids.weights.items():
         assert again.weights[name].bits == grid.bits

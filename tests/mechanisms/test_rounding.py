@@ -290,6 +290,23 @@ def test_names_of_weights():
     assert names.whole(WeightSite("other", 0, 3), other) is other
 
 
+def test_names_of_parameters_in_one_storage():
+    """As libraries lay them out that work on all of them at once."""
+    net = nn.Sequential(nn.Linear(2, 6), nn.Linear(2, 4), nn.Linear(2, 3))
+    flat = torch.randn(sum(value.numel() for value in net.parameters()))
+    place = 0
+    for value in net.parameters():
+        value.data = flat[place : place + value.numel()].view_as(value)
+        place += value.numel()
+    names = WeightNames(net)
+    for index, layer in enumerate(net):
+        own = WeightSite(f"{index}.weight", 0, len(layer.weight))
+        assert names.find(layer.weight, "") == own
+        assert names.find(layer.weight.detach(), "") == own
+        assert names.find(layer.weight[1:3], "") == WeightSite(f"{index}.weight", 1, 3)
+        assert names.whole(own, layer.weight.detach()) is layer.weight
+
+
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, parametrizations.weight_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 def test_names_of_weights_that_are_computed(norm):
