@@ -227,16 +227,16 @@ def batch_bounds(program: Any) -> tuple[int, int | None]:
 
 @contextmanager
 def patient_group(world_size: int) -> Iterator[Callable[[str | None], str | None]]:
-    """A way to tell all processes what rank 0 has to say, that waits for days; for one process, an echo."""
+    """A way to tell all processes what the first that has to say something says, that waits for days."""
     if world_size == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         yield lambda message: message
         return
     group: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def tell(message: str | None) -> str | None:
-        box = [message]
-        torch.distributed.broadcast_object_list(box, src=0, group=group)
-        return box[0]
+        said: list[str | None] = [None] * world_size
+        torch.distributed.all_gather_object(said, message, group=group)
+        return next((f"rank {rank} failed: {own}" for rank, own in enumerate(said) if own is not None), None)
 
     try:
         yield tell

@@ -37,8 +37,8 @@ DOCUMENTED = {
     "layers=None, exclude=None",
     "PTQCallback": "*, weight_bits=8, activation_bits=8, observer='minmax', weight_range='auto', "
     "reestimate_batchnorm='auto', max_samples=512, layers=None, exclude=None",
-    "QATCallback": "*, weight_bits=8, activation_bits=8, step_size='mse', start=0.0, freeze_batchnorm_at=0.5, "
-    "freeze_observers_at=0.75, layers=None, exclude=None",
+    "QATCallback": "*, weight_bits=8, activation_bits=8, step_size='mse', start=0.0, freeze_batchnorm_at='auto', "
+    "freeze_observers_at='auto', layers=None, exclude=None",
     "PruningCallback": "sparsity=None, *, schedule='cubic', start=0.0, end=0.75, update_interval=1, rounds=5, "
     "regrow=False, score='magnitude', scope='global', pattern='unstructured', rewind=None, "
     "reestimate_batchnorm=False, layers=None, exclude=None",

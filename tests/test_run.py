@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -180,7 +181,14 @@ def test_a_bad_recipe(project, capsys, recipe, message):
 
 def test_a_place_that_cannot_be_written(project, capsys, monkeypatch):
     Path("locked").mkdir()
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked")  # root may write anywhere
+    made = tempfile.TemporaryFile
+
+    def refused(*, dir):  # noqa: A002 - root may write anywhere
+        if Path(dir).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return made(dir=dir)
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
     assert started(project, "version: 1\nexport: {path: locked/a.onnx}") == (2, False)
     assert "is not writable" in capsys.readouterr().err
 

@@ -74,9 +74,10 @@ def takes(function: Callable[..., Any], count: int) -> bool:
     return True
 
 
-def check_fraction(argument: str, value: Any, *, below_one: bool = False) -> None:
-    """Refuse what is no number from 0 to 1; or, if wanted, 1 itself."""
+def check_fraction(argument: str, value: Any, *, below_one: bool = False, or_auto: bool = False) -> None:
+    """Refuse what is no number from 0 to 1; or, if wanted, 1 itself. What the message says of "auto" is not checked."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1 or (below_one and value == 1):
         meant = f"; did you mean {value / 100}?" if number and 1 < value < 100 else ""
-        raise ValueError(f"{argument} must be a number in [0, 1{')' if below_one else ']'}, got {value!r}{meant}")
+        accepted = f"a number in [0, 1{')' if below_one else ']'}{', or auto' if or_auto else ''}"
+        raise ValueError(f"{argument} must be {accepted}, got {value!r}{meant}")

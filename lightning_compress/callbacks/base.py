@@ -12,12 +12,14 @@ import inspect
 import logging
 import sys
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -98,6 +100,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     default_name: ClassVar[str] = "compression"
     changes_step: ClassVar[bool] = False
     expected_effects: ClassVar[tuple[str, ...]] = ()
+    quantises: ClassVar[bool] = False
+    """Whether its result is a network on grids."""
     failure = Returned[str | None](None)
     """What is wrong with the result of the last fit: ``lightning-compress run`` then ends with 1."""
 
@@ -117,6 +121,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self._verified = False
         self._warned: set[str] = set()
         self._versions: list[int] = []  # of the user's parameters, at the start
+        self._fitted: weakref.ref[nn.Module] | None = None  # the module of the last fit
 
     # For techniques
 
@@ -138,6 +143,11 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def weight_bits_given(self) -> int | None:
         """Bits of the weights that it will have scales for, for an integer file; None for techniques without."""
         return None
+
+    @property
+    def trained_steps(self) -> Mapping[str, tuple[torch.Tensor, int]]:
+        """Name of each weight that it trains for a grid, to the grid's step and bits; empty for other techniques."""
+        return MappingProxyType({})
 
     def trial_scales(self, trainer: Any, pl_module: Any) -> Grids | None:
         """Scales that an integer file can be tried with after the first step; None for techniques without."""
@@ -220,6 +230,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self._stack = ExitStack()
         self._controller = self._stack.enter_context(step_controller(pl_module))
         self.attach(self._controller, self._stack, trainer, pl_module)
+        self._fitted = weakref.ref(pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After the first whole step, complain about what had no effect."""
@@ -339,7 +350,15 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             )
         self.load_extra_state(state_dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy in another process has fitted no module there."""
+        return {**vars(self), "_fitted": None}
+
     # Private
+
+    def has_fitted(self, pl_module: Any) -> bool:
+        """Whether the last fit, or the one that goes on, is of this module."""
+        return self._fitted is not None and self._fitted() is pl_module
 
     def _check_optimisation(self, trainer: Any, pl_module: Any) -> None:
         manual = not getattr(pl_module, "automatic_optimization", True)
@@ -451,7 +470,7 @@ def together(
     """Do some work of which rank 0 may do the most, and go on, or fail, with all ranks at once.
 
     The others wait in a process group of our own, without Lightning's time limit: exporting and validating on one rank
-    may take longer. Without this, a failure on rank 0 would leave them in their next collective for ever.
+    may take longer. Without this, a failure on one rank would leave the others in their next collective for ever.
 
     Args:
         tell: From :func:`lightning_compress._compat.patient_group`.
@@ -460,16 +479,16 @@ def together(
         pl_module: The module.
 
     Raises:
-        RuntimeError: On the other ranks, if the work failed on rank 0, which raises its own error.
+        RuntimeError: On the other ranks, if the work failed on one, which raises its own error.
     """
     try:
         work(trainer, pl_module)
     except BaseException as error:
-        tell(f"{type(error).__name__}: {error}" if trainer.is_global_zero else None)
+        tell(f"{type(error).__name__}: {error}")
         raise
     problem = tell(None)
     if problem is not None:
-        raise RuntimeError(f"rank 0 failed: {problem}")
+        raise RuntimeError(problem)
 
 
 def found_by_rank_zero(trainer: Any, pl_module: Any, measure: Callable[[], dict[str, float]]) -> dict[str, float]:

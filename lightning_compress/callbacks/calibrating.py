@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_edge_bits, check_whole
-from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.callbacks.base import CompressionCallback, log, together
 from lightning_compress.export.sample import defines
 from lightning_compress.export.scales import given_steps, grids_of_steps, inside
 from lightning_compress.functional.quantizers import check_bits
@@ -62,7 +62,7 @@ class CalibratingCallback(CompressionCallback):
         super().__init__(name=name)
         check_bits(weight_bits, "weight_bits")
         if activation_bits is not None:
-            check_bits(activation_bits, "activation_bits")
+            check_bits(activation_bits, "activation_bits, if not None,")
         check_edge_bits(edge_bits)
         if network is not None and not isinstance(network, str):
             raise TypeError(f"network must be the dotted name of a module, or None, got {network!r}")
@@ -70,7 +70,7 @@ class CalibratingCallback(CompressionCallback):
         self.weight_bits, self.activation_bits, self.edge_bits = weight_bits, activation_bits, edge_bits
         self.max_samples, self.network, self.layers, self.exclude = max_samples, network, layers, exclude
         self._method = "validation_step"  # what is replayed
-        self._fitted: int | None = None  # whose fit the captured sample is of
+        self._nothing: list[str] = []  # activations that were 0 throughout
 
     # For techniques
 
@@ -101,17 +101,17 @@ class CalibratingCallback(CompressionCallback):
         """Refuse selectors that match nothing, and a network that is none."""
         if self.network is not None:
             find_module(pl_module, self.network, argument="network")
-        self._selected(pl_module)
+        selection(pl_module, self.layers, self.exclude)
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Learn which network the step calls."""
-        self._fitted = id(pl_module)
         self.student_capture = controller.capture(self.network, required=True, argument="network")
 
     def verify(self, trainer: Any, pl_module: Any) -> None:
         """After the first step, look at the network: what cannot be quantised is not trained for."""
         name = self._network_name(trainer, pl_module)
-        self._choose_step(trainer, pl_module, called=name)
+        self._choose_step(trainer, pl_module)
+        self._check_calls(trainer, pl_module, name)
         self.reestimates(find_module(pl_module, name, argument="network"))
         self._tell_idle(self.trial_scales(trainer, pl_module), name, pl_module)
 
@@ -129,49 +129,49 @@ class CalibratingCallback(CompressionCallback):
 
     # Private
 
-    def _choose_step(self, trainer: Any, pl_module: Any, called: str | None = None) -> None:
-        """The validation step, if there is one and it takes batches of the training data; else the training step.
-
-        Raises:
-            ValueError: If neither batches nor the validation step reach what the training step has called.
-        """
-        validates = defines(pl_module, "validation_step") and not _compat.takes_iterator(trainer, pl_module)
-        self._method = "validation_step" if validates else "training_step"
-        if called is None and not validates:
+    def _choose_step(self, trainer: Any, pl_module: Any) -> None:
+        """The validation step, if there is one and it takes batches of the training data; else the training step."""
+        self._method = "training_step"
+        if not defines(pl_module, "validation_step") or _compat.takes_iterator(trainer, pl_module):
             return
-        network = pl_module if called is None else find_module(pl_module, called, argument="network")
-
-        def try_some(steps: Callable[[], Iterator[None]]) -> None:
-            for _ in islice(steps(), 1 if called is None else SKIPPED):
-                if calls.count > 0:
-                    break
-
+        self._method = "validation_step"
         try:
-            # only calls are counted, and nothing is compiled for that
-            with torch.compiler.set_stance("force_eager"), quantizing(network, Quantizers()) as calls:
-                self._on_batches(trainer, pl_module, try_some)
+            self._count_calls(trainer, pl_module, pl_module, batches=1)
         except QuantizationError as error:
-            if not validates:
-                raise
             log.info("%s: the training step is replayed, because %s", self.name, error)
             self._method = "training_step"
+
+    def _check_calls(self, trainer: Any, pl_module: Any, name: str) -> None:
+        """Refuse a step that does not reach what the training step has called."""
+        if self._count_calls(trainer, pl_module, find_module(pl_module, name, argument="network"), batches=SKIPPED):
             return
-        if called is None or calls.count > 0:
-            return
-        if not validates:
+        if self._method == "training_step":
             raise ValueError(
                 f"{type(self).__name__} '{self.name}' has nothing to calibrate with: the training data give no batch "
                 "when they are read once more; let them begin anew each time they are iterated over"
             )
         raise ValueError(
-            f"{type(pl_module).__name__}.training_step calls '{called or 'self'}', and validation_step does not, "
+            f"{type(pl_module).__name__}.training_step calls '{name or 'self'}', and validation_step does not, "
             "so the quantised network could not be validated; it probably calls a part of it, or layers inside: "
             "name the part that both call with network="
         )
 
+    def _count_calls(self, trainer: Any, pl_module: Any, network: nn.Module, *, batches: int) -> int:
+        """How often the step calls a network on the first batches, until it does."""
+
+        def try_some(steps: Callable[[], Iterator[None]]) -> None:
+            for _ in islice(steps(), batches):
+                if calls.count > 0:
+                    break
+
+        # only calls are counted, and nothing is compiled for that
+        with torch.compiler.set_stance("force_eager"), quantizing(network, Quantizers()) as calls:
+            self._on_batches(trainer, pl_module, try_some)
+        return calls.count
+
     def _network_name(self, trainer: Any, pl_module: Any) -> str:
         names = self.student_capture.names if self.student_capture is not None else None
-        seen = self._last_sample() if self._fitted == id(pl_module) else None
+        seen = self._last_sample() if self.has_fitted(pl_module) or self._controller is not None else None
         if names is not None and len(names) > 1:
             raise ValueError(
                 f"the student is the chain '{names[0]}' to '{names[1]}', and one network is quantised: name it with "
@@ -181,7 +181,8 @@ class CalibratingCallback(CompressionCallback):
             return self.network
         if seen is not None:
             return plain_name(seen.network)
-        with step_controller(pl_module) as controller, self._replayed(controller, trainer) as again:
+        training = self._controller is not None  # the network is the one that trains
+        with step_controller(pl_module) as controller, self._replayed(controller, trainer, training=training) as again:
             found: tuple[str, ...] = again.students(argument="network")
         return found[0]
 
@@ -202,29 +203,40 @@ class CalibratingCallback(CompressionCallback):
         try:
             network = find_module(pl_module, name, argument="network")
             calibration = self._calibration(trainer, pl_module, name, network)
-            self._on_batches(trainer, pl_module, calibration.discover)
-            if self.reestimates(network):
-                with (
-                    torch.compiler.set_stance("force_eager"),
-                    statistics_kept(pl_module),
-                    _training_flags(trainer, pl_module),
-                    step_controller(pl_module) as controller,
-                    controller.weights.presented(),
-                    quantizing(network, calibration.weights_only()),
-                ):
-                    done = {plain_name(entry) for entry in reestimate_batchnorm_(trainer, pl_module)}
-                    names = [own for own in batch_norms(network) if joined(name, plain_name(own)) in done]
-                    found = statistics_of(names, network)
-                calibration.grids.statistics = {plain_name(own): value for own, value in found.items()}
-            self._on_batches(trainer, pl_module, calibration.observe)
-            if in_training:
-                self._on_batches(trainer, pl_module, calibration.extend, training=True)
+
+            def find(trainer: Any, pl_module: Any) -> None:
+                self._on_batches(trainer, pl_module, calibration.discover)
+                if self.reestimates(network):
+                    self._reestimate(trainer, pl_module, name, calibration)
+                self._on_batches(trainer, pl_module, calibration.observe)
+                if in_training:
+                    self._on_batches(trainer, pl_module, calibration.extend, training=True)
+
+            with _compat.patient_group(trainer.world_size) as tell:  # nobody waits for what a failing rank would send
+                together(tell, find, trainer, pl_module)
+            self._nothing = calibration.nothing
         finally:
             pl_module.to(device)
         return Grids.from_state(trainer.strategy.broadcast(calibration.grids.state()))
 
+    def _reestimate(self, trainer: Any, pl_module: Any, name: str, calibration: Calibration) -> None:
+        """Find the statistics of batch norm with rounded weights; the module keeps its own."""
+        network = find_module(pl_module, name, argument="network")
+        with (
+            torch.compiler.set_stance("force_eager"),
+            statistics_kept(pl_module),
+            _training_flags(trainer, pl_module),
+            step_controller(pl_module) as controller,
+            controller.weights.presented(),
+            quantizing(network, calibration.weights_only()),
+        ):
+            done = {plain_name(entry) for entry in reestimate_batchnorm_(trainer, pl_module)}
+            names = [own for own in batch_norms(network) if joined(name, plain_name(own)) in done]
+            found = statistics_of(names, network)
+        calibration.grids.statistics = {plain_name(own): value for own, value in found.items()}
+
     def _calibration(self, trainer: Any, pl_module: Any, name: str, network: nn.Module) -> Calibration:
-        selected = self._selected(pl_module)
+        selected = selection(pl_module, self.layers, self.exclude)
         calibration = Calibration(
             network,
             self.settings(),
@@ -234,14 +246,6 @@ class CalibratingCallback(CompressionCallback):
         )
         calibration.grids.network = name
         return calibration
-
-    def _selected(self, pl_module: Any) -> Callable[[str], bool]:
-        """Whether a weight, by its name in the module, is to be quantised."""
-        if self.layers is None and self.exclude is None:
-            return lambda name: True
-        chosen = select_modules(pl_module, self.layers, self.exclude, types=(nn.Module,))
-        inside = {name for name in chosen if chosen[name] is not pl_module or self.layers is None}
-        return lambda name: name.rpartition(".")[0] in inside
 
     def _tell_idle(self, grids: Grids, name: str, pl_module: Any) -> None:
         """Complain about selectors none of whose layers is quantised."""
@@ -304,6 +308,29 @@ class CalibratingCallback(CompressionCallback):
         plugin, method = trainer.precision_plugin, "training_step" if training else self._method
         context = plugin.val_step_context if method == "validation_step" else plugin.train_step_context
         return replay(controller, trainer, context, method=method)
+
+
+def selection(
+    pl_module: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] | None
+) -> Callable[[str], bool]:
+    """Whether a weight, by its name in the module, is to be quantised.
+
+    Args:
+        pl_module: The module.
+        layers: Selectors of layers; None: all.
+        exclude: Selectors of those that are not.
+
+    Returns:
+        What tells it.
+
+    Raises:
+        ValueError: If a selector matches nothing.
+    """
+    if layers is None and exclude is None:
+        return lambda name: True
+    chosen = select_modules(pl_module, layers, exclude, types=(nn.Module,))
+    inside = {plain_name(name) for name in chosen if chosen[name] is not pl_module or layers is None}
+    return lambda name: name.rpartition(".")[0] in inside
 
 
 @contextmanager

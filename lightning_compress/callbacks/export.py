@@ -38,7 +38,8 @@ class ExportCallback(CompressionCallback):
 
     Args:
         path: Where to write; relative paths are taken from the working directory when the callback is made.
-        precision: "fp32"; "int8" or "int4", with the scales of a ``PTQCallback`` or a ``PSGDCallback`` beside this one.
+        precision: "fp32"; "int8" or "int4", with the scales of a ``PTQCallback``, a ``QATCallback`` or a
+            ``PSGDCallback`` beside this one.
         metric: Name of a validation metric, as the module logs it, to be compared between module and file.
         tolerance: Largest accepted absolute difference of ``metric``; None: reported only. Beyond it a warning, and
             exit code 1 from ``lightning-compress run``.
@@ -123,6 +124,8 @@ class ExportCallback(CompressionCallback):
                 )
         if self.precision == "int4":
             self._tell_of_activations(trainer)
+        if self.precision == "fp32":
+            self._tell_of_grids(trainer)
         if self.sample is not None:
             check_sample(self.sample)
         if self.metric is not None and not self._validates(trainer, pl_module):
@@ -261,6 +264,16 @@ class ExportCallback(CompressionCallback):
                     f"'{callback.name}' does, and is another network than the validated one: give '{callback.name}' "
                     "activation_bits=None, or write precision='int8', whose activations may have fewer bits"
                 )
+
+    def _tell_of_grids(self, trainer: Any) -> None:
+        """A file in full precision is not of the network that a callback quantises."""
+        exports = [callback for callback in trainer.callbacks if isinstance(callback, ExportCallback)]
+        quantising = [own for own in trainer.callbacks if getattr(own, "quantises", False)]
+        if quantising and all(export.precision == "fp32" for export in exports):
+            self._warn_once(
+                f"precision 'fp32' leaves out the grids of '{quantising[0].name}', so the file is not of the network "
+                "that it quantises and validates: give precision='int8' or 'int4', or another ExportCallback with it"
+            )
 
     def _trial_scales(self, trainer: Any) -> Scales | None:
         """Those that can be had after the first step; None: what is found then is what counts."""

@@ -185,6 +185,11 @@ class PSGDCallback(CompressionCallback):
         return warped.grids()
 
     @property
+    def trained_steps(self) -> dict[str, tuple[Tensor, int]]:
+        """Those of the grids."""
+        return self.grids
+
+    @property
     def weight_bits_given(self) -> int | None:
         """Those of the grid; None where weights are drawn to zero."""
         return self.bits if self.target == "grid" else None

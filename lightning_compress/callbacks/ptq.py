@@ -175,7 +175,7 @@ class PTQCallback(QuantisedCallback):
     def _before_evaluation(self, trainer: Any, pl_module: Any) -> Grids:
         owner = pl_module if trainer.datamodule is None else trainer.datamodule
         makes = defines(owner, "train_dataloader")
-        given = self._loaders if self._fitted == id(pl_module) or not makes else None
+        given = self._loaders if self.has_fitted(pl_module) or not makes else None
         if trainer.limit_train_batches == 0 or (given is None and not makes):
             raise ValueError(
                 f"{type(self).__name__} '{self.name}' has nothing to calibrate with: give a datamodule, let "

@@ -7,8 +7,8 @@ arXiv:1712.05877. Learned steps: Esser et al., "Learned Step Size Quantization",
 from __future__ import annotations
 
 import copy
+import inspect
 import os
-import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,30 +22,44 @@ from torch import Tensor, nn
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_positive, edge_bits_of
 from lightning_compress.callbacks.base import CompressionCallback, averaging, log, together
+from lightning_compress.callbacks.calibrating import selection
 from lightning_compress.callbacks.quantised import QuantisedCallback
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.scales import given_steps, grids_of_ranges, inside, trained_ranges
 from lightning_compress.export.weights import read_checkpoint
-from lightning_compress.mechanisms.batchnorm import batch_norms, freeze_batchnorm_
+from lightning_compress.mechanisms.batchnorm import FrozenNorms, batch_norms
 from lightning_compress.mechanisms.calibration import Settings, fingerprints
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.divergence import LossWatch
 from lightning_compress.mechanisms.grids import Grids, WeightGrid
-from lightning_compress.mechanisms.moving_grids import FollowingGrids, LearnedGrids, MovingGrids, clipped_share
+from lightning_compress.mechanisms.moving_grids import (
+    FollowingGrids,
+    LearnedGrids,
+    MovingGrids,
+    as_they_are,
+    clipped_share,
+)
 from lightning_compress.mechanisms.owned import OwnedParameters
 from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.quantization import GuardedCalls, quantizing
 from lightning_compress.mechanisms.rounding import Presented, Rounding
+from lightning_compress.mechanisms.scores import forget_scores
 from lightning_compress.mechanisms.selection import find_module, listing, plain_name
 
 StepSize = Literal["mse", "observed", "learned"]
+SMALL_RATE = 0.25
+"""Of the largest learning rate: one at which a network does without the statistics of its batches."""
 MUCH_CLIPPED = 0.05
-"""A share of weights beyond their grids that is worth a warning."""
+"""A share of weights beyond their grids, more than at the start, that is worth a warning."""
 MUCH_GROWN, SMALL_LOSS = 2.0, 0.02
 """What is worth one: a loss of so many times what it was when batch norm was frozen, and what a smaller counts as."""
 _LATER = "later, once the learning rate has fallen, or never: freeze_batchnorm_at=1"
-KEPT = ("factors", "ranges", "follows", "top_lr", "watch", "froze")
-"""What goes into the state beside the grids."""
+KEPT = ("moving", "factors", "top_lr", "watch", "froze", "waits", "clipped")
+"""What goes into the state beside the grids, once the network is quantised."""
+GRID_ARGUMENTS = ("weight_bits", "activation_bits", "edge_bits", "network", "layers", "exclude")
+"""By which the grids of a checkpoint are those of another network, when they differ."""
+ADAM_EPS = 1e-12
+"""Gradients of steps, divided by the root of how many elements share one, are smaller than what Adam usually adds."""
 
 
 @dataclass
@@ -60,26 +74,37 @@ class _Fit:
     """Of learned steps."""
     calls: GuardedCalls | None = None
     """Of the quantised network."""
+    norms: FrozenNorms | None = None
+    """Its batch norm."""
+    froze: bool = False
+    """Whether some of that was frozen, in an earlier part of the fit perhaps."""
+    lr: float = 0.0
+    """The user's learning rate now."""
+    highest_lr: float = 0.0
+    """The largest so far."""
+    waits: bool = False
+    """Whether that keeps batch norm from being frozen."""
+    clipped: float = 0.0
+    """The share of weights that lay beyond the grids when these were found."""
+    modules: frozenset[int] = frozenset()
+    """Identities of the modules of the network when it was quantised."""
     checked: bool = False
-    """Whether its first quantised step was looked at."""
+    """Whether the first quantised step was looked at."""
     in_step: bool = False
     """Whether a training step runs."""
-    steps: int = 0
-    """Of an optimizer, so far."""
-    steps_run: int = 0
+    run: set[str] = field(default_factory=set)
+    """Names of the weights that one has rounded."""
+    steps_of_grids: int = 0
+    """Optimizer steps when grids moved last."""
+    steps_before_grids: int = 0
     """Training steps before the network was quantised."""
     top_lr: dict[int, float] = field(default_factory=dict)
     """Of each optimizer, the user's largest learning rate since the start."""
-    froze: bool = False
-    """Whether there was batch norm in training when it was to be frozen, in an earlier part of the fit perhaps."""
-    frozen: list[nn.Module] = field(default_factory=list)
-    """Batch norm that was in training."""
 
     def thaw(self) -> None:
         """Let batch norm train again that did."""
-        for layer in self.frozen:
-            layer.training = True
-        self.frozen.clear()
+        if self.norms is not None:
+            self.norms.thaw()
 
 
 class QATCallback(QuantisedCallback):
@@ -91,8 +116,8 @@ class QATCallback(QuantisedCallback):
     ``ExportCallback(precision="int8")`` are of one network. What it leaves alone: names and values in the
     ``state_dict``, which holds the weights in full precision; the optimizer; the loss outside of the network.
 
-    Logged at the end of each epoch are ``compress/<name>/clipped``, the share of weights beyond the ends of their
-    grids, and ``compress/<name>/step_change``, how far learned steps are from where they began, on average.
+    Logged each epoch are ``compress/<name>/clipped``, the share of weights beyond the ends of their grids, and
+    ``compress/<name>/step_change``, how far learned steps are from where they began, on average.
 
     Args:
         weight_bits: Bits of a weight, 2 to 8; a symmetric grid for each output channel.
@@ -102,12 +127,14 @@ class QATCallback(QuantisedCallback):
             ``freeze_observers_at``. "learned": LSQ, from the same start; zero points stay.
         start: Fraction of the training, in optimizer steps, from which the network is quantised, in [0, 1].
         freeze_batchnorm_at: Fraction from which batch norm uses its running statistics and leaves them as they are,
-            from ``start`` to 1; 1: never.
-        freeze_observers_at: Fraction from which grids that follow stay, from ``start`` to 1; "observed" only.
+            from ``start`` to 1; 1: never. "auto": halfway from ``start`` to the end, or later, once the learning rate
+            is a quarter of its largest.
+        freeze_observers_at: Fraction from which grids that follow stay, from ``start`` to 1; "observed" only. "auto":
+            three quarters of that way.
         step_lr: Learning rate of learned steps, relative to where they began, positive; it falls with the user's.
-        max_loss_growth: With learned steps, or frozen batch norm, the training ends in an error when the loss, averaged
-            over 20 batches, is so many times what it was in the first 20 quantised ones, or before batch norm was
-            frozen, above 1. None: it goes on.
+        max_loss_growth: With learned steps, or frozen batch norm, the training ends in an error when the loss of 20
+            batches is so many times, above 1, what it was in the first 20 quantised ones, or before batch norm was
+            frozen. None: it goes on.
         grids_from: Checkpoint of a run with a ``PSGDCallback`` of the same bits: weights have the grids that it has
             trained them for. None: those of a ``PSGDCallback`` beside this one, else calibrated ones.
         max_samples: Samples of the training data to calibrate with, at least 1.
@@ -141,6 +168,8 @@ class QATCallback(QuantisedCallback):
 
     _start_grids = Returned[Grids | None](None)
     """Where the grids began."""
+    _highest_lr = Returned[float](0.0)
+    """The user's largest learning rate."""
     _kept = Returned[Mapping[str, Any]](MappingProxyType({}))
     """What a later part of the training needs beside the grids, once a fit has ended."""
 
@@ -151,8 +180,8 @@ class QATCallback(QuantisedCallback):
         activation_bits: int | None = 8,
         step_size: StepSize = "mse",
         start: float = 0.0,
-        freeze_batchnorm_at: float = 0.5,
-        freeze_observers_at: float = 0.75,
+        freeze_batchnorm_at: float | Literal["auto"] = "auto",
+        freeze_observers_at: float | Literal["auto"] = "auto",
         step_lr: float = 1e-2,
         max_loss_growth: float | None = 5.0,
         grids_from: str | os.PathLike[str] | None = None,
@@ -175,17 +204,15 @@ class QATCallback(QuantisedCallback):
         )
         check_choice("step_size", step_size, get_args(StepSize))
         check_fraction("start", start)
-        follows = step_size == "observed"  # others have no observers
-        for argument, value, matters in (
-            ("freeze_batchnorm_at", freeze_batchnorm_at, True),
-            ("freeze_observers_at", freeze_observers_at, follows),
+        for argument, value in (
+            ("freeze_batchnorm_at", freeze_batchnorm_at),
+            ("freeze_observers_at", freeze_observers_at),
         ):
-            check_fraction(argument, value)
-            if value < start and matters:
-                raise ValueError(
-                    f"{argument} must be from start={start} to 1, and is {value}; give, for example, {argument}="
-                    f"{(1 + start) / 2:.3g}"
-                )
+            if value == "auto":
+                continue
+            check_fraction(argument, value, or_auto=True)
+            if value < start:
+                raise ValueError(f"{argument} must be from start={start} to 1, or 'auto', got {value}")
         check_positive("step_lr", step_lr)
         if max_loss_growth is not None and not (isinstance(max_loss_growth, (int, float)) and max_loss_growth > 1):
             raise ValueError(f"max_loss_growth must be a number above 1, or None, got {max_loss_growth!r}")
@@ -194,7 +221,6 @@ class QATCallback(QuantisedCallback):
         self.step_lr, self.max_loss_growth = step_lr, max_loss_growth
         self.grids_from = None if grids_from is None else os.path.abspath(grids_from)
         self._stage: str | None = None
-        self._module: weakref.ref[nn.Module] | None = None  # of the last fit
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
         self._fit = _Fit()
 
@@ -220,19 +246,25 @@ class QATCallback(QuantisedCallback):
         if self.grids_from is None:
             self._warn_of_nothing_trained(trainer)
             return self._trained_for(trainer, name)
-        contents = read_checkpoint(self.grids_from)
-        ranges = inside(name, trained_ranges(contents))
-        weights = inside(name, {plain_name(key): value for key, value in contents["state_dict"].items()})
-        found = grids_of_ranges(ranges, weights)
-        asked = {ranges[own][2] for own in found}
+        ranges, weights = self._ranges_from(self.grids_from)
+        found = grids_of_ranges(inside(name, ranges), inside(name, weights))
         if not found:
             raise ValueError(f"grids_from='{self.grids_from}' has no grids of PSGDCallback for weights of '{name}'")
+        return found
+
+    def _ranges_from(self, path: str) -> tuple[dict[str, tuple[int, bool, int]], dict[str, Tensor]]:
+        """What PSGD has trained the weights of a checkpoint for, and these weights, by their names in the module."""
+        contents = read_checkpoint(path)
+        ranges = trained_ranges(contents)
+        asked = {given for _, _, given in ranges.values()}
+        if not ranges:
+            raise ValueError(f"grids_from='{path}' has no grids of PSGDCallback")
         if asked != {self.weight_bits}:
             raise ValueError(
-                f"grids_from='{self.grids_from}' is of a training for {', '.join(map(str, sorted(asked)))} bits, and "
+                f"grids_from='{path}' is of a training for {', '.join(map(str, sorted(asked)))} bits, and "
                 f"weight_bits={self.weight_bits}; give the same"
             )
-        return found
+        return ranges, {plain_name(key): value for key, value in contents["state_dict"].items()}
 
     def presented(self) -> Presented | None:
         """In a fit, what masks weights knows."""
@@ -240,13 +272,24 @@ class QATCallback(QuantisedCallback):
 
     def trial_scales(self, trainer: Any, pl_module: Any) -> Grids:
         """Those that are trained, if they are by now."""
-        return super().trial_scales(trainer, pl_module) if self._fit.moving is None else self._fit.moving.current()
+        if self._fit.moving is None:
+            return super().trial_scales(trainer, pl_module)
+        grids = self._fit.moving.current()
+        if self.step_size == "mse":
+            return grids
+        activations = {  # that are alike now will not be, and where one kernel would do two would then be needed
+            key: replace(grid, scale=torch.tensor(grid.scale * (1 + 1e-3 * place)).item())
+            for place, (key, grid) in enumerate(grids.activations.items())
+        }
+        return replace(grids, activations=activations)
 
     def shown(self, trainer: Any, pl_module: Any) -> Grids | None:
         """Those of the last fit, or of the checkpoint that is tested; the plain network before any."""
         grids = self.quantization
         if grids is None:
             self._warn_once("nothing was trained on grids so far, so the plain network is shown")
+        elif grids.following:  # those of the checkpoint's weights, which may be an average
+            grids = as_they_are(grids, find_module(pl_module, grids.network, argument="network"))
         elif grids.fingerprints and not self._belongs_to(grids, pl_module):
             self._warn_once(
                 "the weights have changed since the fit, and are shown with the scales that were trained with others"
@@ -256,13 +299,17 @@ class QATCallback(QuantisedCallback):
     def owned_lr(self, optimizer: torch.optim.Optimizer) -> float | None:
         """That of the steps, as much smaller than ``step_lr`` as the user's is smaller than it was."""
         index = next((place for place, own in enumerate(self._trainer.optimizers) if own is optimizer), 0)
-        now = float(optimizer.param_groups[0]["lr"])
+        now = max(float(group["lr"]) for group in optimizer.param_groups)
         top = self._fit.top_lr[index] = max(self._fit.top_lr.get(index, 0.0), now)
-        return self.step_lr * now / top if top > 0 else self.step_lr
+        return self.step_lr * now / top if top > 0 else 0.0
 
     def remarks(self) -> list[str]:
         """As the base; and how far learned steps have come."""
         remarks, start, end = super().remarks(), self._start_grids, self.quantization
+        if self._kept.get("waits"):
+            remarks.append(
+                f"{self.name}: batch norm was not frozen: the learning rate never fell to a quarter of its largest."
+            )
         if self.step_size == "learned" and start is not None and end is not None:
             changes = _changes(start, end)
             remarks.append(
@@ -273,6 +320,21 @@ class QATCallback(QuantisedCallback):
 
     # Life cycle
 
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """As the base; refuse a checkpoint without grids, and tell of arguments without effect."""
+        super().check(trainer, pl_module)
+        if self.grids_from is not None:
+            self._ranges_from(self.grids_from)
+        for argument, size in (("freeze_observers_at", "observed"), ("step_lr", "learned")):
+            usual = inspect.signature(type(self)).parameters[argument].default
+            if getattr(self, argument) != usual and self.step_size != size:
+                self._warn_once(f"{argument}={getattr(self, argument)} has no effect with step_size='{self.step_size}'")
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """As the base, with the grids as they are at the end."""
+        self._keep()
+        super().on_fit_end(trainer, pl_module)
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """As the base; and know what a checkpoint is loaded for."""
         self._stage, self._loaded = stage, None
@@ -281,23 +343,23 @@ class QATCallback(QuantisedCallback):
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Go on with grids that were trained before, if this is the same training."""
         self.captured_sample = None
-        same = self._module is not None and self._module() is pl_module
-        goes_on = trainer.global_step > 0 and self.quantization is not None and same
-        self._module = weakref.ref(pl_module)
+        goes_on = trainer.global_step > 0 and self.quantization is not None and self.has_fitted(pl_module)
         super().attach(controller, stack, trainer, pl_module)
         state = self._loaded or (self.state_dict() if goes_on else None)
         self._loaded = None
         self._fit = _Fit()
         stack.callback(self._fit.thaw)
-        self.quantization, self.metrics, self._start_grids, self._kept = None, {}, None, {}
-        if state is not None and state["quantization"] is not None:
-            self._refuse_other_bits(state)
+        self.quantization, self.metrics, self._start_grids, self._kept, self._highest_lr = None, {}, None, {}, 0.0
+        if state is not None:
+            self._fit.highest_lr = state["highest_lr"]
+        if state is not None and "moving" in state:  # not, if the training ended before it began
+            self._refuse_other_grids(state, pl_module)
             self._go_on(state, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how long the training is."""
         self._fit.progress = Progress(trainer, pl_module)
-        self._fit.steps = self._fit.progress.steps
+        self._fit.steps_of_grids = self._fit.progress.steps
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Begin to quantise when it is time, and freeze what is to be frozen."""
@@ -307,15 +369,15 @@ class QATCallback(QuantisedCallback):
             with _compat.patient_group(trainer.world_size) as tell:
                 together(tell, self._begin, trainer, pl_module)
         moving = fit.moving
-        if isinstance(moving, FollowingGrids) and not moving.frozen and done >= self.freeze_observers_at:
+        if moving is not None and not moving.frozen and done >= self._when(self.freeze_observers_at, 0.75):
             with self._seen_weights():
                 moving.freeze()
             log.info("%s: the grids stay from here on", self.name)
-        if moving is not None and self.freeze_batchnorm_at < 1 and done >= self.freeze_batchnorm_at:
-            fit.frozen += freeze_batchnorm_(moving.network)  # also where somebody has called train()
-            if fit.frozen and not fit.froze:
-                fit.froze = True
-                fit.watch.begin_again()
+        fit.lr = max((float(group["lr"]) for own in trainer.optimizers for group in own.param_groups), default=0.0)
+        fit.highest_lr = max(fit.highest_lr, fit.lr)
+        if moving is not None:
+            self._freeze_norms(done)
+            moving.used.clear()
         fit.in_step = True
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -328,24 +390,25 @@ class QATCallback(QuantisedCallback):
         """As the base; after the first quantised step, complain about what it did not reach."""
         fit, moving = self._fit, self._fit.moving
         fit.in_step = False
-        ran = self._require_controller().steps > fit.steps_run  # a step that was skipped is no evidence
+        fit.run |= set() if moving is None else moving.used
+        ran = self._require_controller().steps > fit.steps_before_grids  # a step that was skipped is no evidence
         if moving is not None and not fit.checked and ran:
             self._check_first(moving)  # before anything else runs the network
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if moving is None:
             return
         steps = 0 if fit.progress is None else fit.progress.steps
-        if isinstance(moving, FollowingGrids) and steps != fit.steps:  # not before accumulated batches are complete
+        if steps != fit.steps_of_grids:  # not before accumulated batches are complete
             many = trainer.world_size > 1
-            lost = moving.finish_step(partial(trainer.strategy.reduce, reduce_op="max") if many else None)
-            if lost:
+            if lost := moving.finish_step(partial(trainer.strategy.reduce, reduce_op="max") if many else None):
                 self._warn_once(
                     f"the activation {listing(lost)} was NaN or infinite in a training batch, which is left out of the "
                     "ranges that its grid follows",
                     "lost",
                 )
-        fit.steps = steps
-        if fit.watch.see(outputs, averaging(trainer), device=pl_module.device):
+        fit.steps_of_grids = steps
+        parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1  # Lightning divides by it
+        if fit.watch.see(outputs, averaging(trainer), device=pl_module.device, times=parts):
             self._check_loss(moving)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -354,22 +417,32 @@ class QATCallback(QuantisedCallback):
         moving = self._fit.moving
         if moving is None:
             return
+        self._check_modules(moving.network)
+        if self._require_controller().steps > self._fit.steps_before_grids:
+            self._check_idle(moving)
         clipped = self._clipped(moving)
-        if clipped > MUCH_CLIPPED and not isinstance(moving, FollowingGrids):
-            slow = "learn slowly" if isinstance(moving, LearnedGrids) else "stay"
+        if clipped > self._fit.clipped + MUCH_CLIPPED and self.step_size != "observed":
+            slow = "learn slowly" if moving.learns else "stay"
             self._warn_once(
-                f"{clipped:.1%} of the weights lie beyond the ends of their grids, which were found at the start and "
-                f"{slow}: begin with a trained network, later (start=), or with a smaller learning rate",
+                f"{clipped:.1%} of the weights lie beyond the ends of their grids, which were found at the start, when "
+                f"{self._fit.clipped:.1%} did, and {slow}: begin with a trained network, later (start=), or with a "
+                "smaller learning rate",
                 "clipped",
             )
         if getattr(trainer, "barebones", False):
             return
-        found = {"clipped": clipped}
-        if isinstance(moving, LearnedGrids):
-            found["step_change"] = moving.moved()
-        for quantity, value in found.items():  # the same on all ranks; Lightning wants to be told
+        for quantity, value in {
+            "clipped": clipped,
+            **moving.quantities(),
+        }.items():  # the same on all ranks; Lightning wants to be told
             many = trainer.world_size > 1
             pl_module.log(f"compress/{self.name}/{quantity}", value, sync_dist=many, batch_size=1)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """As the base; in a fit, see that it shows what the file will be of."""
+        super().on_validation_start(trainer, pl_module)
+        if self._fit.moving is not None:
+            self._check_modules(self._fit.moving.network)
 
     def bake(self, trainer: Any, pl_module: Any) -> None:
         """Until the end, statistics of batch norm are those of the quantised network."""
@@ -380,8 +453,7 @@ class QATCallback(QuantisedCallback):
     def calibrate(self, trainer: Any, pl_module: Any) -> None:
         """Keep the grids for the weights as they are now."""
         self._evaluation.close()
-        grids = self.quantization
-        if grids is None:
+        if not self._kept:
             if not _compat.has_training_data(trainer):
                 self._warn_once("there is no training data, and no training step was run, so nothing is quantised")
                 return
@@ -390,11 +462,14 @@ class QATCallback(QuantisedCallback):
                 "and not trained on its grids"
             )
             self._choose_step(trainer, pl_module)
-            grids = self._start_grids = self._calibrated(trainer, pl_module, self._network_name(trainer, pl_module))
+            name = self._network_name(trainer, pl_module)
+            self.quantization = self._start_grids = self._calibrated(trainer, pl_module, name)
+        grids = self.quantization
+        if grids is None:
+            raise RuntimeError(f"'{self.name}' has lost its grids")
         network = find_module(pl_module, grids.network, argument="network")
-        if self._kept.get("follows"):
-            grids = FollowingGrids(network, grids, watching=bool).current()  # of the masked weights, where some are
-        self.quantization = replace(grids, fingerprints=fingerprints(network))
+        grids = as_they_are(grids, network)  # of the average, or the masked weights, where there are such
+        self.quantization = replace(grids, fingerprints=fingerprints(network), following=False)
         log.info("%s: %s", self.name, self._summary(self.quantization))
 
     def extra_state(self) -> dict[str, Any]:
@@ -404,6 +479,7 @@ class QATCallback(QuantisedCallback):
         return {
             "quantization": None if grids is None else grids.state(),
             "start_grids": None if start is None else start.state(),
+            "highest_lr": max(self._fit.highest_lr, self._highest_lr),
             **(self._kept if self._fit.moving is None else self._to_keep(self._fit.moving)),
         }
 
@@ -419,85 +495,101 @@ class QATCallback(QuantisedCallback):
 
     # Private
 
+    def _when(self, fraction: float | Literal["auto"], usual: float) -> float:
+        """A fraction of the training; "auto": so far on the way from the start to the end."""
+        return self.start + usual * (1 - self.start) if fraction == "auto" else fraction
+
+    def _freeze_norms(self, done: float) -> None:
+        """Freeze batch norm when it is time, also where somebody has called ``train()`` since."""
+        fit, norms, at = self._fit, self._fit.norms, self._when(self.freeze_batchnorm_at, 0.5)
+        if norms is None or at >= 1 or done < at:
+            return
+        high = self.freeze_batchnorm_at == "auto" and fit.lr > SMALL_RATE * fit.highest_lr
+        fit.waits = high and not fit.froze and norms.trains
+        if not fit.waits and norms.freeze() and not fit.froze:
+            fit.froze = True
+            fit.watch.begin_again()
+
     def _begin(self, trainer: Any, pl_module: Any) -> None:
         """Calibrate, and quantise from here on."""
         self._choose_step(trainer, pl_module)
         name = self._network_name(trainer, pl_module)
+        if not self._verified:  # else it was checked after the first step
+            self._check_calls(trainer, pl_module, name)
         grids = replace(self._calibrated(trainer, pl_module, name, in_training=True), statistics={}, fingerprints={})
-        self._fit.steps = 0 if self._fit.progress is None else self._fit.progress.steps_before
-        self._fit.steps_run = self._require_controller().steps
-        self._quantise(grids, pl_module)
-        forgotten = [_compat.forget_best(own) for own in trainer.callbacks if _compat.keeps_best(own)]
-        waiting = [_compat.forget_best_score(own) for own in trainer.callbacks]
-        if any(waiting):
-            log.info("%s: early stopping begins anew, with the quantised network", self.name)
-        if _compat.forget_plateaus(trainer):
-            log.info("%s: ReduceLROnPlateau begins to wait anew, with the quantised network", self.name)
-        if any(forgotten):
+        self._fit.steps_of_grids = 0 if self._fit.progress is None else self._fit.progress.steps_before
+        self._fit.steps_before_grids = self._require_controller().steps
+        self._fit.clipped = self._clipped(self._quantise(grids, pl_module, {}))
+        self._tell_of_nothing(trainer, pl_module, grids)
+        forgotten = forget_scores(trainer)
+        if "ModelCheckpoint" in forgotten:
             self._warn_once(
                 "the best checkpoints so far are of the network in full precision, so they are not compared with what "
                 "follows; their files stay"
             )
+        for kind in {"EarlyStopping", "ReduceLROnPlateau"}.intersection(forgotten):
+            log.info("%s: %s begins to wait anew, with the quantised network", self.name, kind)
         log.info("%s begins: %s", self.name, self._summary(grids))
 
     def _go_on(self, state: dict[str, Any], pl_module: Any) -> None:
-        """Quantise as an earlier part of this training did."""
-        now, start = Grids.from_state(state["quantization"]), state["start_grids"]
-        learned = self.step_size == "learned" and bool(state.get("factors"))
-        begin = Grids.from_state(start) if learned else replace(now, fingerprints={})
+        """Quantise as an earlier part of this training did; where steps moved otherwise then, from where they are."""
+        start, same = state["start_grids"], state["arguments"]["step_size"] == self.step_size
+        kept = state["moving"] if same else {}
+        begun = kept.get("begun") or state["quantization"]
         self._fit.top_lr = dict(state["top_lr"])
         self._fit.watch.load(state["watch"])
-        self._fit.froze = bool(state["froze"])
-        self._quantise(begin, pl_module, state["factors"] if learned else None)
+        self._fit.froze, self._fit.clipped = state["froze"], state["clipped"]
+        grids = replace(Grids.from_state(begun), fingerprints={}, following=False)
+        moving = self._quantise(grids, pl_module, state["factors"] if same else {})
+        if same:
+            moving.load(kept)
         self._start_grids = None if start is None else Grids.from_state(start)
-        if isinstance(self._fit.moving, FollowingGrids):
-            self._fit.moving.ranges.update(state["ranges"])
-            self._fit.moving.frozen = bool(state["ranges"]) and not state["follows"]
 
-    def _quantise(self, grids: Grids, pl_module: Any, factors: dict[str, Any] | None = None) -> None:
+    def _quantise(self, grids: Grids, pl_module: Any, factors: dict[str, Any]) -> MovingGrids:
         """Let the network compute on grids from here on."""
         if self._stack is None:
             raise RuntimeError(f"{type(self).__name__} is only active during a fit")
-        controller = self._require_controller()
+        controller, fit = self._require_controller(), self._fit
         network = find_module(pl_module, grids.network, argument="network")
-        presented, fit = controller.weights.source_of, self._fit
-        self._start_grids = grids
+        presented = controller.weights.source_of
         if self.step_size == "learned":
-            self._fit.factors = self.own(OwnedParameters(_Factors, partial(torch.optim.Adam, lr=self.step_lr)))
-            self._fit.factors.load_state_dict(factors or {})
-            device = next(network.parameters()).device
-            module = self._fit.factors.get(LearnedGrids.count(grids), device=device)
-            self._fit.moving = LearnedGrids(network, grids, presented, factors=module.factors)  # type: ignore[arg-type]
+            adam = partial(torch.optim.Adam, lr=self.step_lr, eps=ADAM_EPS)
+            fit.factors = self.own(OwnedParameters(_Factors, adam))
+            fit.factors.load_state_dict(factors)
+            module: Any = fit.factors.get(LearnedGrids.count(grids), device=next(network.parameters()).device)
+            moving: MovingGrids = LearnedGrids(network, grids, presented, factors=module.factors)
         elif self.step_size == "observed":
-            self._fit.moving = FollowingGrids(
-                network, grids, presented, watching=lambda: fit.in_step and not controller.replaying
-            )
+            watching = lambda: fit.in_step and not controller.replaying  # noqa: E731
+            moving = FollowingGrids(network, grids, presented, watching=watching)
         else:
-            self._fit.moving = MovingGrids(network, grids, presented)
-        self._fit.calls = self._stack.enter_context(
-            quantizing(network, self._fit.moving, when=lambda: controller.deployed)
-        )
+            moving = MovingGrids(network, grids, presented)
+        self._start_grids, fit.moving, fit.norms = grids, moving, FrozenNorms(network)
+        fit.modules = frozenset(map(id, network.modules()))
+        fit.calls = self._stack.enter_context(quantizing(network, moving, when=lambda: controller.deployed))
+        return moving
+
+    def _keep(self) -> None:
+        """Take the grids, and what it takes to go on with them, from the fit."""
+        if (moving := self._fit.moving) is not None:
+            self.quantization, self._kept = self._grids_now(moving), self._to_keep(moving)
+            self._fit.moving = None
+        self._highest_lr = max(self._fit.highest_lr, self._highest_lr)
 
     def _close(self) -> None:
-        moving = self._fit.moving
         try:
-            if moving is not None:
-                self.quantization, self._kept = self._grids_now(moving), self._to_keep(moving)
+            self._keep()
         except Exception:  # what ends the fit is the news, and nothing is to be left on the module
             log.warning("%s: the grids as they are now could not be read", self.name, exc_info=True)
         finally:
-            self._fit.moving = None
             super()._close()
+            self._fit = _Fit()
 
     def _to_keep(self, moving: MovingGrids) -> dict[str, Any]:
-        return {
-            "factors": {} if self._fit.factors is None else copy.deepcopy(self._fit.factors.state_dict()),
-            "ranges": dict(moving.ranges) if isinstance(moving, FollowingGrids) else {},
-            "follows": isinstance(moving, FollowingGrids) and not moving.frozen,
-            "top_lr": dict(self._fit.top_lr),
-            "watch": self._fit.watch.state(),
-            "froze": self._fit.froze,
-        }
+        factors = self._fit.factors
+        found = {} if factors is None else copy.deepcopy(factors.state_dict())
+        fit = self._fit
+        values = (moving.state(), found, dict(fit.top_lr), fit.watch.state(), fit.froze, fit.waits, fit.clipped)
+        return dict(zip(KEPT, values, strict=True))
 
     def _grids_now(self, moving: MovingGrids) -> Grids:
         with self._seen_weights():
@@ -508,6 +600,18 @@ class QATCallback(QuantisedCallback):
         weights = self._require_controller().weights
         return nullcontext() if weights.active or not weights.owners else weights.presented()
 
+    def _tell_of_nothing(self, trainer: Any, pl_module: Any, grids: Grids) -> None:
+        """Grids that stay say nothing about what was 0 when they were found, such as a branch that begins so."""
+        if self.step_size == "observed" or self._fit.moving is None:
+            return
+        with self._seen_weights():
+            zero = [name for name in grids.weights if not self._fit.moving.weight(name).any()]
+        if nothing := [*zero, *self._nothing]:
+            self._warn_once(
+                f"all of {listing(nothing)} was 0 when the grids were found, which then have steps of 1 and may round "
+                "to 0 what is learned: begin later (start=), with a trained network, or give step_size='observed'"
+            )
+
     def _warn_of_nothing_trained(self, trainer: Any) -> None:
         for other in trainer.callbacks:
             trains = isinstance(other, CompressionCallback) and other.weight_bits_given is not None
@@ -517,15 +621,24 @@ class QATCallback(QuantisedCallback):
                     "comes first"
                 )
 
-    def _refuse_other_bits(self, state: dict[str, Any]) -> None:
+    def _refuse_other_grids(self, state: dict[str, Any], pl_module: Any) -> None:
+        """Refuse arguments by which other weights would be rounded, or the same to other bits."""
         before = state["arguments"]
-        for argument in ("weight_bits", "activation_bits", "edge_bits"):
-            if before.get(argument) != getattr(self, argument):
-                raise ValueError(
-                    f"the checkpoint was trained with {argument}={before.get(argument)}, and {argument}="
-                    f"{getattr(self, argument)} is given now; its weights have learned the other grid: resume with the "
-                    "same, or load the weights alone and begin another fit"
-                )
+        now = {argument: getattr(self, argument) for argument in GRID_ARGUMENTS}
+        edges = [edge_bits_of(own["edge_bits"], own["weight_bits"]) for own in (before, now)]
+        changed = [own for own in ("weight_bits", "activation_bits") if before[own] != now[own]]
+        changed += ["edge_bits"] if edges[0] != edges[1] and not changed else []
+        if self.network is not None and self.network != state["quantization"]["network"]:
+            changed.append("network")
+        old, new = (selection(pl_module, own["layers"], own["exclude"]) for own in (before, now))
+        if any(old(plain_name(name)) != new(plain_name(name)) for name, _ in pl_module.named_parameters()):
+            changed += [own for own in ("layers", "exclude") if before[own] != now[own]]
+        for argument in changed:
+            raise ValueError(
+                f"the checkpoint was trained with {argument}={before[argument]}, and {argument}={now[argument]} is "
+                "given now; its weights have learned the other grids: resume with the same, or load the weights alone "
+                "and begin another fit"
+            )
 
     def _check_first(self, moving: MovingGrids) -> None:
         """After the first quantised step: did it run what was calibrated?"""
@@ -535,21 +648,33 @@ class QATCallback(QuantisedCallback):
                 f"{type(self).__name__} '{self.name}' had no effect: the training step never called "
                 f"'{moving.grids.network or 'self'}'; name the part that it calls with network="
             )
-        idle = [name for name in moving.grids.weights if name not in moving.used]
+
+    def _check_idle(self, moving: MovingGrids) -> None:
+        """After an epoch: complain about layers that no step has run."""
+        idle = [name for name in moving.grids.weights if name not in self._fit.run]
         if not idle or _compat.holds_compiled_code(moving.network):
             return
-        if isinstance(moving, LearnedGrids):
+        if moving.learns:
             raise RuntimeError(
-                f"the steps of {listing(idle)} cannot learn: the training step does not run these layers; leave them "
-                "out with exclude="
+                f"the steps of {listing(idle)} cannot learn: no training step so far runs these layers; leave them out "
+                "with exclude="
             )
-        self._warn_once(f"the training step does not run {listing(idle)}, so these weights do not learn their grids")
+        self._warn_once(f"no training step so far runs {listing(idle)}, so these weights do not learn their grids")
+
+    def _check_modules(self, network: nn.Module) -> None:
+        """Refuse modules that came since the network was quantised, which would run in float."""
+        new = [name for name, module in network.named_modules() if id(module) not in self._fit.modules]
+        if new:
+            raise RuntimeError(
+                f"'{self.name}': {listing(new)} was put into the network after it was quantised, and would run in full "
+                "precision: do it before, or give a later start="
+            )
 
     def _check_loss(self, moving: MovingGrids) -> None:
         """Complain about a loss that has grown where this callback may be the reason."""
-        learned, limit, froze = isinstance(moving, LearnedGrids), self.max_loss_growth, self._fit.froze
+        learned, limit, froze = moving.learns, self.max_loss_growth, self._fit.froze
         if limit is not None and (learned or froze) and (grown := self._fit.watch.grown(limit)):
-            since = f"batch norm was frozen at {self.freeze_batchnorm_at}" if froze else "the steps began to learn"
+            since = "batch norm was frozen" if froze else "the steps began to learn"
             advice = ["give a smaller learning rate"]
             advice += ["or a smaller step_lr=, more bits, or step_size='mse', whose steps stay"] if learned else []
             advice += [f"or freeze batch norm {_LATER}"] if froze else []
@@ -559,7 +684,7 @@ class QATCallback(QuantisedCallback):
             )
         if froze and (grown := self._fit.watch.grown(MUCH_GROWN, small=SMALL_LOSS)):
             self._warn_once(
-                f"the loss went {grown} since batch norm was frozen at freeze_batchnorm_at={self.freeze_batchnorm_at}: "
+                f"the loss went {grown} since batch norm was frozen (freeze_batchnorm_at={self.freeze_batchnorm_at}): "
                 f"the learning rate is probably too large for a network without it; freeze it {_LATER}",
                 "grown",
             )

@@ -35,6 +35,7 @@ class QuantisedCallback(CalibratingCallback):
         metrics: The metrics of the quantised network in the module's own validation, after a fit.
     """
 
+    quantises = True
     quantization = Returned[Grids | None](None)
     metrics = Returned[Mapping[str, float]](MappingProxyType({}))
 
@@ -55,15 +56,18 @@ class QuantisedCallback(CalibratingCallback):
         """Measure the quantised network in the module's own validation, on rank 0."""
         if not trainer.is_global_zero or self.quantization is None or not has_validation(pl_module, trainer):
             return
+        others = [own.quantization for own in trainer.callbacks if isinstance(own, QuantisedCallback)]
+        found = [grids for grids in others if grids is not None]
         try:
-            self.metrics = evaluate_quantized(pl_module, trainer, self.quantization)
+            self.metrics = evaluate_quantized(pl_module, trainer, *found)
         except Exception as error:  # the user's validation may need what only the fit has
             warnings.warn(
                 f"the validation of the quantised network failed: {type(error).__name__}: {error}", stacklevel=2
             )
             return
         for logger in trainer.loggers:
-            numbers = {f"compress/{self.name}/val_{metric}": value for metric, value in self.metrics.items()}
+            names = {metric: f"compress/{self.name}/val_{metric.removeprefix('val_')}" for metric in self.metrics}
+            numbers = {names[metric]: value for metric, value in self.metrics.items()}
             logger.log_metrics(numbers, step=trainer.global_step)
 
     def remarks(self) -> list[str]:
@@ -116,8 +120,11 @@ class QuantisedCallback(CalibratingCallback):
         self._hide(pl_module)
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Show the plain network again."""
-        self._hide(pl_module)
+        """Show the plain network again; what was predicted is not lost where that was never called."""
+        try:
+            self._hide(pl_module)
+        except QuantizationError as error:
+            warnings.warn(str(error), stacklevel=2)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing on the module."""

@@ -71,7 +71,7 @@ def evaluate(
     file = OnnxNetwork(path)
     name = file.metadata.get("lightning_compress.network", "") if network is None else network
 
-    def from_file(part: nn.Module, stack: contextlib.ExitStack) -> Forward:
+    def from_file(root: nn.Module, part: nn.Module, stack: contextlib.ExitStack) -> Forward:
         return _FileForward(part, file)
 
     return _validated(module, trainer_or_dataloaders, name, from_file, seen)
@@ -100,15 +100,15 @@ def evaluate_forward(
 
 
 def evaluate_quantized(
-    module: nn.Module, trainer_or_dataloaders: Any, grids: Grids, *, seen: Callable[[Any], None] | None = None
+    module: nn.Module, trainer_or_dataloaders: Any, *grids: Grids, seen: Callable[[Any], None] | None = None
 ) -> dict[str, float]:
-    """Run a module's own validation with its network quantised.
+    """Run a module's own validation with its network, or several parts of it, quantised.
 
     Args:
         module: A LightningModule.
         trainer_or_dataloaders: What to validate on, as in :func:`evaluate`.
-        grids: What the network is quantised by.
-        seen: Shown each output of the network.
+        grids: What the network is quantised by; of each part.
+        seen: Shown each output of the first.
 
     Returns:
         The metrics that ``trainer.validate`` would have returned, under the same names.
@@ -116,12 +116,16 @@ def evaluate_quantized(
     Raises:
         EvaluationError: If there is nothing to validate on, or the network was never called.
     """
+    first, *others = grids
 
-    def quantised(part: nn.Module, stack: contextlib.ExitStack) -> Forward:
-        stack.enter_context(quantizing(part, Rounding(part, grids)))
+    def quantised(root: nn.Module, part: nn.Module, stack: contextlib.ExitStack) -> Forward:
+        for own in others:
+            other = find_module(root, own.network, argument="network")
+            stack.enter_context(quantizing(other, Rounding(other, own)))
+        stack.enter_context(quantizing(part, Rounding(part, first)))
         return part.forward
 
-    return _validated(module, trainer_or_dataloaders, grids.network, quantised, seen)
+    return _validated(module, trainer_or_dataloaders, first.network, quantised, seen)
 
 
 def has_validation(module: nn.Module, trainer: Any) -> bool:
@@ -232,7 +236,7 @@ def _validated(
     module: nn.Module,
     source: Any,
     name: str,
-    replacement: Callable[[nn.Module, contextlib.ExitStack], Forward] | None,
+    replacement: Callable[[nn.Module, nn.Module, contextlib.ExitStack], Forward] | None,
     seen: Callable[[Any], None] | None = None,
 ) -> dict[str, float]:
     """Validate a copy of ``module``, its network's forward replaced, and return the metrics."""
@@ -257,7 +261,7 @@ def _validated(
         vars(duplicate)["configure_callbacks"] = list  # the user's callbacks act on the user's run only
         fresh = _fresh_trainer(lightning, trainer)
         part = find_module(duplicate, plain_name(name), argument="network")
-        counter = None if replacement is None else _replace(part, replacement(part, stack), seen)
+        counter = None if replacement is None else _replace(part, replacement(duplicate, part, stack), seen)
         results = fresh.validate(duplicate, dataloaders=loaders, datamodule=datamodule, verbose=False)
     if not results:
         raise EvaluationError("the validation ran no batch; are the validation data empty?")

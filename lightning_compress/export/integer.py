@@ -174,7 +174,8 @@ class IntegerExport:
             if rounded.numel() == 0 or not rounded.is_floating_point():
                 continue
             exact, rounded, got = _weighed(exact, rounded, got)
-            size, noise = torch.linalg.vector_norm(exact), NOISE * torch.linalg.vector_norm(rounded - exact)
+            sizes = torch.linalg.vector_norm(exact), torch.linalg.vector_norm(rounded)
+            size, noise = torch.minimum(*sizes), NOISE * torch.linalg.vector_norm(rounded - exact)
             off = torch.linalg.vector_norm(got - rounded)
             limit = accepted(noise, size)
             if not off <= limit:  # NaN fails too

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import stat
+import tempfile
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ def to_onnx(
             last training step, else ``module.example_input_array``.
         precision: ``"fp32"``; ``"int8"``: weights, and activations where they have scales, as integers, for integer
             kernels; ``"int4"``: weights of up to 4 bits take half a byte each and are widened when they are used,
-            which makes a file small, not fast. The scales are those of the PTQ or PSGD callback of the module's
+            which makes a file small, not fast. The scales are those of the PTQ, QAT or PSGD callback of the module's
             Trainer, or of ``checkpoint``; nothing is calibrated here.
         checkpoint: A Lightning checkpoint whose weights, and scales, are exported instead of the current ones.
         network: Dotted name of the part of ``module`` to export; "" is the module itself. None: the network that a
@@ -224,11 +225,20 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     existing = next(parent for parent in target.absolute().parents if parent.exists())
     if not existing.is_dir():
         raise ValueError(f"path '{target}' cannot be made because '{existing}' is not a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not _takes_files(existing):
         raise ValueError(f"path '{target}' cannot be written because '{existing}' is not writable")
     if target.exists() and not target.stat().st_mode & stat.S_IWUSR:
         raise ValueError(f"path '{target}' is a read-only file; remove it or choose another name")
     return target.resolve() if target.is_symlink() else target
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether files can be made there, whatever its mode says."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def checked_precision(precision: str) -> str:

@@ -13,6 +13,7 @@ from lightning_compress import _compat
 from lightning_compress.functional.quantizers import quantization_grid
 from lightning_compress.mechanisms.calibration import Settings, calibrate, fingerprints
 from lightning_compress.mechanisms.grids import Grids, WeightGrid
+from lightning_compress.mechanisms.moving_grids import as_they_are
 from lightning_compress.mechanisms.selection import listing, plain_name
 
 Entry = TypeVar("Entry")
@@ -116,7 +117,7 @@ class Scales:
                     "the weights have changed since their scales were found; calibrate again, for instance with "
                     "trainer.validate, which does so"
                 )
-            return matching[0]
+            return as_they_are(matching[0], network)
         given = self._weight_grids(name, network)
         settings = Settings(weight_bits=max(grid.bits for grid in given.values()), activation_bits=None)
         grids = calibrate(network, lambda: iter([run()]), settings, selected=given.__contains__, given=given)
@@ -232,10 +233,7 @@ def given_steps(callback: Any) -> dict[str, tuple[Tensor, int]]:
         >>> given_steps(object())
         {}
     """
-    found = getattr(callback, "grids", None)
-    if not isinstance(found, dict) or not all(isinstance(entry, tuple) and len(entry) == 2 for entry in found.values()):
-        return {}
-    return found
+    return dict(getattr(callback, "trained_steps", {}))
 
 
 def for_precision(grids: Grids, precision: str) -> Grids:
@@ -259,4 +257,5 @@ def for_precision(grids: Grids, precision: str) -> Grids:
             f"precision 'int4' needs weights of at most 4 bits, and those of the network have "
             f"{max(grid.bits for grid in grids.weights.values())}: give PTQCallback or QATCallback weight_bits=4"
         )
-    return replace(grids, integer_activations=False, activations={})
+    floats = (*grids.left_in_float, *(["all activations"] if grids.activations else []))
+    return replace(grids, integer_activations=False, activations={}, left_in_float=floats)

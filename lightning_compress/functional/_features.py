@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_compress.functional._pairs import at_least_float32
+from lightning_compress.functional._dtypes import at_least_float32
 
 
 def as_floats(name: str, feature: Tensor) -> Tensor:

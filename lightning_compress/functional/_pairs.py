@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_compress.functional._dtypes import at_least_float32
+
 
 def paired_rows(student: Tensor, teacher: Tensor, class_dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both logits, checked, as ``(P, K)``: one row per position that ``mask`` keeps."""
@@ -49,11 +51,6 @@ def label_column(labels: Tensor, logits: Tensor, class_dim: int, mask: Tensor | 
 def _rows(logits: Tensor, class_dim: int, mask: Tensor | None) -> Tensor:
     last = logits.movedim(class_dim, -1)  # (N, ..., K)
     return at_least_float32(last.reshape(-1, last.shape[-1]) if mask is None else last[mask])  # (P, K)
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """The values in float32, or as they are where that is more."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _without(shape: torch.Size, dimension: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_compress.functional._pairs import at_least_float32
+from lightning_compress.functional._dtypes import at_least_float32
 
 _PIECE = 1 << 17  # elements of a piece on the CPU
 _DEVICE_PIECE = 1 << 22  # and on an accelerator, which is busy only with many at once

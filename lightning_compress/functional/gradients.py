@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.functional._pairs import at_least_float32
+from lightning_compress.functional._dtypes import at_least_float32
 from lightning_compress.functional._steps import largest_magnitude, usable
 from lightning_compress.functional.quantizers import along, integer_limits, nearest_grid_point, quantization_grid
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_compress.functional._pairs import at_least_float32
+from lightning_compress.functional._dtypes import at_least_float32
 from lightning_compress.functional._selection import dropped, grouped, held, n_of_m, smallest, smallest_within
 
 Scope = Literal["global", "layer", "erk"]

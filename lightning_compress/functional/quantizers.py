@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.functional._pairs import at_least_float32
+from lightning_compress.functional._dtypes import at_least_float32
 from lightning_compress.functional._steps import largest_magnitude, rows, usable
 
 FEWEST_BITS, MOST_BITS = 2, 8

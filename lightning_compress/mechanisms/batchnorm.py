@@ -37,24 +37,52 @@ def batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def freeze_batchnorm_(module: nn.Module) -> list[nn.Module]:
-    """Let batch norm use its running statistics, and leave them as they are, until it is set to training again.
+class FrozenNorms:
+    """Batch norm that uses its running statistics in training too, and leaves them as they are.
 
     Args:
         module: The root.
 
-    Returns:
-        The layers that were in training.
-
     Example:
         >>> layers = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval())
-        >>> len(freeze_batchnorm_(layers)), layers[0].training
-        (1, False)
+        >>> norms = FrozenNorms(layers)
+        >>> norms.freeze(), layers[0].training
+        (True, False)
+        >>> norms.thaw()
+        >>> layers[0].training, layers[1].training
+        (True, False)
     """
-    layers: list[nn.Module] = [layer for layer in batch_norms(module).values() if layer.training]
-    for layer in layers:
-        layer.training = False
-    return layers
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._layers = list(batch_norms(module).values())
+        self._averages = [layer.momentum is not None for layer in self._layers]
+        self._trained: list[nn.Module] = []
+
+    def freeze(self) -> bool:
+        """Freeze what trains, also where somebody has called ``train()`` since the last time.
+
+        Returns:
+            Whether anything has trained so far.
+        """
+        for layer, averages in zip(self._layers, self._averages, strict=True):
+            if averages and layer.momentum is None:  # somebody estimates the statistics anew, as Lightning's SWA does
+                layer.training = layer.training or layer in self._trained
+            elif layer.training:
+                layer.training = False
+                self._trained.append(layer)
+        return bool(self._trained)
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is something to freeze."""
+        return any(layer.training for layer in self._layers)
+
+    def thaw(self) -> None:
+        """Let train again what did, unless all of it was set to evaluation since."""
+        for layer in self._trained:
+            layer.training = self._module.training
+        self._trained.clear()
 
 
 @contextmanager

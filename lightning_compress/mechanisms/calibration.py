@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +22,8 @@ from lightning_compress.mechanisms.quantization import KEY, QuantizationError, m
 from lightning_compress.mechanisms.rounding import Presented, Rounding, multiplied, norm_arguments, spread
 from lightning_compress.mechanisms.selection import plain_name
 
+LOOKS = 8
+"""Batches on which the layers of a network are looked for: it may not take every path with each."""
 Steps = Callable[[], Iterator[object]]
 """Runs the network on one batch after another, each time it is asked for the next."""
 SWEEPS = 3  # over all pairs of layers that are equalised
@@ -84,7 +87,7 @@ class Observing(Rounding):
         self.foldable = {plain_name(name) for name in batch_norms(network)}
         self.folded: dict[str, dict[str, Any]] = {}
         """What the batch norm behind a layer was given."""
-        self.floats: Counter[str] = Counter()
+        self.floats: set[str] = set()
         self.met: set[str] = set()
         """Keys of the activations that would have quantisers."""
         self.only: set[str] | None = None
@@ -173,7 +176,7 @@ class Observing(Rounding):
     def left(self, site: str) -> None:
         """An operation stays in float."""
         if self.discovering:
-            self.floats[site.rsplit(":", 2)[-2]] += 1
+            self.floats.add(site)
 
     def consumed(self, layer: str | None, channels: str | None, site: str) -> None:
         """Note who takes what a layer has made."""
@@ -210,6 +213,7 @@ class Calibration:
 
     Attributes:
         grids: What was found.
+        nothing: Keys of activations that were 0 throughout, whose grids say nothing.
     """
 
     def __init__(
@@ -225,9 +229,10 @@ class Calibration:
         self._network, self._settings, self._presented = network, settings, presented
         self.grids = Grids(integer_activations=settings.activation_bits is not None)
         self._watch = Observing(network, self.grids, settings, selected, given, presented)
+        self.nothing: list[str] = []
 
     def discover(self, steps: Steps) -> None:
-        """Find out on one batch what the network is made of, and the grids of its weights.
+        """Find out on a few batches what the network is made of, and the grids of its weights.
 
         Args:
             steps: Runs the network.
@@ -249,11 +254,11 @@ class Calibration:
         self._find_weights()
         grids.fingerprints = fingerprints(self._network)
 
-    def _look(self, steps: Steps) -> None:
-        """See one batch run, and what it is made of."""
+    def _look(self, steps: Steps, *, required: bool = True) -> None:
+        """See a few batches run, and what they run through."""
         grids, watch = self.grids, self._watch
         watch.discovering = True
-        self._run(watch, steps, samples=1)
+        self._run(watch, steps, samples=self._settings.max_samples, batches=LOOKS, required=required)
         watch.discovering = False
         direct = watch.consumers
         grids.folds = {layer: norm for layer, norm in grids.folds.items() if _only_norm(direct.get(layer, set()), norm)}
@@ -264,7 +269,8 @@ class Calibration:
         for site, weight in watch.found.items():
             watch.grid(site, grids.sites[site], weight)
         weights = [name for name, value in self._network.named_parameters() if value.ndim > 1]
-        floats = [f"{name} ({count})" for name, count in sorted(watch.floats.items())]
+        counts = Counter(site.rsplit(":", 2)[-2] for site in watch.floats)
+        floats = [f"{name} ({count})" for name, count in sorted(counts.items())]
         left = [name for name in map(plain_name, weights) if watch.names.stands_for(name) not in grids.weights]
         grids.left_in_float = (*left, *floats)
 
@@ -282,7 +288,7 @@ class Calibration:
         """
         watch, known = self._watch, set(self.grids.sites)
         floats = watch.floats.copy()
-        self._look(steps)
+        self._look(steps, required=False)  # manual optimisation is not replayed beyond its first backward pass
         watch.floats = floats
         new = watch.met - set(self.grids.activations)
         self.grids.training_only = tuple(site for site in self.grids.sites if site not in known)
@@ -309,6 +315,7 @@ class Calibration:
                 for key, observer in self._watch.observers.items()
                 for own in [self._watch.activation_bits(key)]
             }
+            self.nothing = [key for key, own in self._watch.observers.items() if own.range() == (0.0, 0.0)]
         grids = self.grids  # a weight may be met on a later batch only
         grids.left_in_float = tuple(name for name in grids.left_in_float if name not in grids.weights)
         if self._settings.correct_bias:
@@ -316,13 +323,15 @@ class Calibration:
             self._run(correction, steps, samples=samples)
             self.grids.biases = correction.means()
 
-    def _run(self, watch: Rounding, steps: Steps, samples: int) -> None:
+    def _run(
+        self, watch: Rounding, steps: Steps, samples: int, *, batches: int | None = None, required: bool = True
+    ) -> None:
         # what is watched is Python's: nothing is compiled for it, nor taken from code that was compiled
         with torch.compiler.set_stance("force_eager"), quantizing(self._network, watch) as calls, torch.no_grad():
-            for _ in steps():
+            for _ in islice(steps(), batches):
                 if calls.samples >= samples:
                     break
-        if calls.count == 0:
+        if calls.count == 0 and required:
             raise QuantizationError("no batch reached the network, so there is nothing to calibrate with")
 
 

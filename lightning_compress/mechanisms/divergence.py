@@ -32,13 +32,21 @@ class LossWatch:
         self._batches = 0
         self._seen: list[Tensor] = []
 
-    def see(self, outputs: Any, reduce: Callable[[Tensor], Tensor] | None = None, *, device: Any = "cpu") -> bool:
+    def see(
+        self,
+        outputs: Any,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        times: float = 1.0,
+    ) -> bool:
         """See a step's outputs; a GPU is waited for once a window.
 
         Args:
             outputs: The loss, or what holds it under "loss"; anything else counts as a batch without one.
             reduce: Averages a tensor over processes, so that all of them see the same.
             device: Where that is done.
+            times: What the loss is to be multiplied with, because the Trainer has divided it.
 
         Returns:
             Whether a window is complete, and its mean another one than before.
@@ -46,7 +54,7 @@ class LossWatch:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         self._batches += 1  # the same in all processes, whatever their steps return
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            self._seen.append(loss.detach().float().reshape(()))
+            self._seen.append(loss.detach().float().reshape(()) * times)
         if self._batches < WINDOW:
             return False
         losses = torch.stack([own.to(device) for own in self._seen]) if self._seen else torch.zeros(0, device=device)
@@ -63,7 +71,8 @@ class LossWatch:
 
     def begin_again(self) -> None:
         """Compare with the last window from here on."""
-        self._first, self._batches, self._seen = self._last, 0, []
+        finite = self._last is not None and math.isfinite(self._last)
+        self._first, self._batches, self._seen = self._last if finite else None, 0, []
 
     def grown(self, times: float, *, small: float = SMALL) -> str | None:
         """Whether the last window is far above the first.

@@ -99,6 +99,7 @@ class Grids:
         integer_activations: Whether activations are quantised, or weights only.
         training_only: Keys of the layers that the network runs in training alone, such as auxiliary heads.
         shared: Keys of the activations that a ReLU or the like takes on their grid, because others take them too.
+        following: Whether weights have the grids of their largest magnitudes, whatever these are by then.
     """
 
     network: str = ""
@@ -115,6 +116,7 @@ class Grids:
     integer_activations: bool = True
     training_only: tuple[str, ...] = ()
     shared: frozenset[str] = frozenset()
+    following: bool = False
 
     def in_evaluation(self) -> Grids:
         """The same without the layers that the network runs in training alone."""
@@ -140,6 +142,7 @@ class Grids:
             "integer_activations": self.integer_activations,
             "training_only": list(self.training_only),
             "shared": sorted(self.shared),
+            "following": self.following,
         }
 
     @classmethod
@@ -160,4 +163,5 @@ class Grids:
             integer_activations=state["integer_activations"],
             training_only=tuple(state.get("training_only", ())),
             shared=frozenset(state.get("shared", ())),
+            following=state.get("following", False),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,14 @@ class MovingGrids(Rounding):
         network: The network.
         grids: Where they begin; not changed.
         presented: As in :class:`~lightning_compress.mechanisms.rounding.WeightNames`.
+
+    Attributes:
+        frozen: Whether they stay from here on.
+        learns: Whether their steps have gradients.
     """
+
+    frozen = True
+    learns = False
 
     def __init__(self, network: nn.Module, grids: Grids, presented: Presented | None = None) -> None:
         own = replace(grids, weights=dict(grids.weights), activations=dict(grids.activations))
@@ -48,6 +56,31 @@ class MovingGrids(Rounding):
     def current(self) -> Grids:
         """The grids as they are now, on the CPU."""
         return self.grids
+
+    def finish_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> list[str]:
+        """Move, once an optimizer has stepped.
+
+        Args:
+            reduce: Gives the largest of each number over processes.
+
+        Returns:
+            Keys of activations that were NaN or infinite, and were left out.
+        """
+        return []
+
+    def freeze(self) -> None:
+        """Keep all grids as they are now."""
+
+    def quantities(self) -> dict[str, float]:
+        """What is worth logging, by name."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What it takes to go on, beside :meth:`current`: tensors and primitives."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
 
     def weight(self, name: str) -> Tensor:
         """A weight as the network sees it."""
@@ -100,7 +133,7 @@ class FollowingGrids(MovingGrids):
         if known is None or self.frozen:
             return known
         whole = weight if known.axis is not None else self.names.whole(place, weight)
-        return self._followed(known, whole)
+        return _followed(known, whole)
 
     def finish_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> list[str]:
         """Let the averages take in what was seen since the last time.
@@ -148,23 +181,26 @@ class FollowingGrids(MovingGrids):
     def freeze(self) -> None:
         """Keep all grids as they are now."""
         self.grids.weights.update(self.current().weights)
-        self._steps.clear()
+        self._copies.clear()
         self._seen.clear()
-        self.frozen = True
+        self.frozen, self.grids.following = True, False
 
     def current(self) -> Grids:
         """The grids as they are now; those of weights from the weights."""
         if self.frozen:
             return self.grids
-        weights = {
-            name: WeightGrid(self._followed(grid, self.weight(name)).step.cpu(), grid.bits)
-            for name, grid in self.grids.weights.items()
-        }
-        return replace(self.grids, weights=weights, activations=dict(self.grids.activations))
+        weights = {name: _followed(grid, self.weight(name), "cpu") for name, grid in self.grids.weights.items()}
+        return replace(self.grids, weights=weights, activations=dict(self.grids.activations), following=True)
 
-    def _followed(self, grid: WeightGrid, weight: Tensor) -> WeightGrid:
-        _, highest = grid.limits
-        return WeightGrid(usable(largest_magnitude(weight.detach(), grid.axis).float() / highest), grid.bits)
+    def state(self) -> dict[str, Any]:
+        """Averages, and whether they stay."""
+        return {"ranges": dict(self.ranges), "frozen": self.frozen}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.ranges.update(state["ranges"])
+        self.frozen = state["frozen"]
+        self.grids.following = not self.frozen
 
 
 class LearnedGrids(MovingGrids):
@@ -175,8 +211,10 @@ class LearnedGrids(MovingGrids):
         grids: Where they begin.
         presented: As in the base.
         factors: One for each activation, and for each step of each weight, in the order of ``grids``; see
-            :meth:`count`.
+            :meth:`count`. Whoever owns them trains them.
     """
+
+    learns = True
 
     def __init__(
         self, network: nn.Module, grids: Grids, presented: Presented | None = None, *, factors: nn.Parameter
@@ -238,9 +276,14 @@ class LearnedGrids(MovingGrids):
         with torch.no_grad():
             self.factors.clamp_(min=SMALLEST_FACTOR)
 
-    def moved(self) -> float:
-        """The mean of how far a factor is from 1."""
-        return float((self.factors.detach() - 1).abs().mean()) if self.factors.numel() else 0.0
+    def quantities(self) -> dict[str, float]:
+        """How far a factor is from 1, on average."""
+        far = float((self.factors.detach() - 1).abs().mean()) if self.factors.numel() else 0.0
+        return {"step_change": far}
+
+    def state(self) -> dict[str, Any]:
+        """Where they began."""
+        return {"begun": self.grids.state()}
 
     def current(self) -> Grids:
         """The grids with the steps as they are now."""
@@ -260,6 +303,33 @@ class LearnedGrids(MovingGrids):
     def _step(self, name: str) -> Tensor:
         place = self._places[name]
         return self._begun[place] * self.factors[place]
+
+
+def _followed(grid: WeightGrid, weight: Tensor, device: torch.device | str | None = None) -> WeightGrid:
+    """The grid of a weight's largest magnitude, where the weight is, or elsewhere."""
+    _, highest = grid.limits
+    step = usable(largest_magnitude(weight.detach(), grid.axis).float() / highest)
+    return WeightGrid(step.to(device or step.device), grid.bits)
+
+
+def as_they_are(grids: Grids, network: nn.Module) -> Grids:
+    """The grids of a network's weights as they are, which may not be those that they followed.
+
+    Args:
+        grids: Its grids.
+        network: The network.
+
+    Returns:
+        The same grids, unless they follow.
+
+    Example:
+        >>> grids = Grids(weights={"weight": WeightGrid(torch.tensor(9.0), 4)}, following=True)
+        >>> layer = nn.Linear(2, 1)
+        >>> _ = layer.weight.data.fill_(0.7)
+        >>> as_they_are(grids, layer).weights["weight"].step
+        tensor(0.1000)
+    """
+    return FollowingGrids(network, grids, watching=bool).current() if grids.following else grids
 
 
 def clipped_share(grids: Grids, weights: Mapping[str, Tensor]) -> float:

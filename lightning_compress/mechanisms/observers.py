@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_compress.functional._pairs import at_least_float32
+from lightning_compress.functional._dtypes import at_least_float32
 from lightning_compress.functional.quantizers import check_bits
 from lightning_compress.functional.ranges import entropy_range, mse_range, percentile_range
 from lightning_compress.mechanisms.selection import did_you_mean, listing

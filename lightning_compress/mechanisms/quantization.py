@@ -10,6 +10,7 @@ The names and what was made of a tensor are kept as attributes on the tensors, w
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -183,6 +184,7 @@ class QuantizationMode(PausableMode):
         self.quantizers = quantizers
         self.paths = paths
         self._borrowed: list[Tensor] = []
+        self._made: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -277,7 +279,7 @@ class QuantizationMode(PausableMode):
         if result is None:
             return None
         integer = name in CONVOLUTIONS and self.quantizers.active
-        _mark(result, site, PENDING if integer else FREE)
+        self._mark(result, site, PENDING if integer else FREE)
         setattr(result, LAYER, site)
         setattr(result, CHANNELS, site)
         return result
@@ -292,7 +294,7 @@ class QuantizationMode(PausableMode):
         result = self.quantizers.norm(self.paths.module, layer, func, x, *rest, **options)
         if result is None:
             return None
-        _mark(result, site, state)
+        self._mark(result, site, state)
         setattr(result, CHANNELS, layer)
         return result
 
@@ -303,10 +305,10 @@ class QuantizationMode(PausableMode):
         state, channels = getattr(x, STATE), getattr(x, CHANNELS, None)
         in_place = writes(func) or options.get("inplace") or (bool(rest) and rest[-1] is True)
         if state == PENDING and not in_place and self.quantizers.shared(getattr(x, KEY), site):
-            return _mark(func(self._on_grid(x, site), *rest, **options), site, PENDING)
+            return self._mark(func(self._on_grid(x, site), *rest, **options), site, PENDING)
         result = func(x, *rest, **options)
         product = PRODUCT if state == FREE and x.ndim == 2 else state
-        _mark(result, site, PENDING if state == GRID else product)
+        self._mark(result, site, PENDING if state == GRID else product)
         if name == "relu":
             setattr(result, CHANNELS, channels)
         return result
@@ -328,7 +330,7 @@ class QuantizationMode(PausableMode):
         else:
             result = torch.add(*rounded) if name == "add" else torch.mul(*rounded)
             result = _kept(func, options, operands[0], result)
-        return _mark(result, site, PENDING)
+        return self._mark(result, site, PENDING)
 
     def _pooled(
         self, name: str, site: str, func: Callable[..., Any], x: Tensor, rest: tuple[Any, ...], options: dict[str, Any]
@@ -343,7 +345,7 @@ class QuantizationMode(PausableMode):
         result = (
             self.quantizers.average(site, func, rounded, *rest, **options) if whole else func(rounded, *rest, **options)
         )
-        return _mark(result, site, PENDING)
+        return self._mark(result, site, PENDING)
 
     def _curved(
         self, name: str, site: str, func: Callable[..., Any], x: Tensor, rest: tuple[Any, ...], options: dict[str, Any]
@@ -354,7 +356,7 @@ class QuantizationMode(PausableMode):
             gate = self.quantizers.gate(site, rounded)
             result = gate if name == "hardsigmoid" else rounded * gate
         elif name == "silu":
-            gate = _mark(torch.sigmoid(rounded), f"{site}:gate", PENDING)
+            gate = self._mark(torch.sigmoid(rounded), f"{site}:gate", PENDING)
             result = rounded * self._on_grid(gate, site)
         elif name == "sigmoid":
             result = torch.sigmoid(rounded)
@@ -364,7 +366,7 @@ class QuantizationMode(PausableMode):
         if rest and rest[-1] is True:  # leaky_relu, silu, hardswish, hardsigmoid: the last that they take
             options = {**options, "inplace": True}
         result = _kept(func, options, x, result)
-        return _mark(result, site, GRID if name == "hardsigmoid" else PENDING)
+        return self._mark(result, site, GRID if name == "hardsigmoid" else PENDING)
 
     def _moved(
         self, kind: Kind, site: str, func: Callable[..., Any], x: Tensor, rest: tuple[Any, ...], options: dict[str, Any]
@@ -384,7 +386,7 @@ class QuantizationMode(PausableMode):
             result = tuple(part.view_as(part) if isinstance(part, Tensor) else part for part in result)
         for tensor in [result] if isinstance(result, Tensor) else result:
             if isinstance(tensor, Tensor):
-                _mark(tensor, key, state)
+                self._mark(tensor, key, state)
                 _note_origin(tensor, x, rounded)
         return result
 
@@ -417,7 +419,7 @@ class QuantizationMode(PausableMode):
             if any(result is given for given in args):  # a buffer that is counted up, a weight of the right type
                 self._borrow(result)
             if met and result.is_floating_point():
-                setattr(result, KEY, site)
+                self._mark(result, site, None)
             for leaf, rounded in replaced:
                 _note_origin(result, leaf, rounded)
         made = [tensor for _, tensor in named_tensors(result)]
@@ -447,11 +449,20 @@ class QuantizationMode(PausableMode):
                 self._borrow(x)
         rounded = self.quantizers.activation(key, x)
         if rounded is not x:  # never on itself: a cycle would hold it until the garbage collector runs
-            _mark(rounded, key, GRID)
+            self._mark(rounded, key, GRID)
             if hasattr(x, KEY):
                 setattr(x, ROUNDED, rounded)
                 setattr(x, VERSION, _version(x))
         return rounded
+
+    def _mark(self, tensor: Tensor, key: str, state: str | None) -> Tensor:
+        unmark(tensor)
+        setattr(tensor, KEY, key)
+        if state is not None:
+            setattr(tensor, STATE, state)
+        if not torch.compiler.is_compiling():
+            self._made.append(weakref.ref(tensor))
+        return tensor
 
     def _borrow(self, x: Tensor) -> None:
         """Nobody made it in this call: take the marks off it when the call ends."""
@@ -459,10 +470,14 @@ class QuantizationMode(PausableMode):
             self._borrowed.append(x)
 
     def finish(self) -> None:
-        """The network has returned, or failed."""
+        """The network has returned, or failed; what it keeps until the next call is then nobody's."""
         for tensor in self._borrowed:
             unmark(tensor)
         self._borrowed.clear()
+        for made in self._made:
+            if (kept := made()) is not None:
+                unmark(kept)
+        self._made.clear()
 
     def _consume(self, x: Tensor, site: str) -> None:
         if getattr(x, ORIGIN, None):
@@ -511,14 +526,6 @@ def unmark(tensor: Tensor) -> None:
             setattr(tensor, mark, None)
         elif hasattr(tensor, mark):
             delattr(tensor, mark)
-
-
-def _mark(tensor: Tensor, key: str, state: str | None) -> Tensor:
-    unmark(tensor)
-    setattr(tensor, KEY, key)
-    if state is not None:
-        setattr(tensor, STATE, state)
-    return tensor
 
 
 class GuardedCalls:

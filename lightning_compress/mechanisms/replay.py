@@ -191,7 +191,7 @@ class Replay:
         Args:
             arguments: The step's, as :attr:`batches` gives them.
         """
-        self._step(*arguments, gradients=False)
+        self._step(*arguments, gradients=self._method == "training_step")  # it may differentiate
 
     @property
     def _none_skips(self) -> bool:
@@ -244,10 +244,11 @@ def replay(
     module: Any = controller.module
 
     def fitting(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A batch, and the number 0 for each further argument without a default."""
+        """A batch, its number, and 0 for each further argument without a default."""
         parameters = list(inspect.signature(getattr(module, method)).parameters.values())[1:]
         needed = [entry for entry in parameters if entry.default is entry.empty and entry.kind in POSITIONAL]
-        return (arguments[0], *[0] * len(needed))
+        number = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], int) else 0
+        return (arguments[0], number, *[0] * len(needed))[: len(needed) + 1]
 
     def step(*arguments: Any, gradients: bool) -> Any:
         with context(), torch.set_grad_enabled(gradients), _no_learning(module):

@@ -39,14 +39,20 @@ class WeightNames:
         self._storages: dict[int, list[tuple[str, Tensor]]] = {}  # several parameters may lie in one
         self._computed: set[str] = set()  # modules whose weight is
         self._presented = presented
-        for name, parameter in network.named_parameters():
-            self._names[id(parameter)] = plain_name(name)
-            self._storages.setdefault(parameter.untyped_storage().data_ptr(), []).append((plain_name(name), parameter))
+        self._network = network
+        self.renew()
         for name, module in network.named_modules():
             made = "weight" not in module._parameters and isinstance(vars(module).get("weight"), Tensor)
             if is_parametrized(module, "weight") or made:
                 self._computed.add(plain_name(name))
-        self._network = network
+
+    def renew(self) -> None:
+        """Look for the parameters again: they, or what they hold, may have been replaced."""
+        self._names.clear()
+        self._storages.clear()
+        for name, parameter in self._network.named_parameters():
+            self._names[id(parameter)] = plain_name(name)
+            self._storages.setdefault(parameter.untyped_storage().data_ptr(), []).append((plain_name(name), parameter))
 
     def name_of(self, parameter: Tensor | None) -> str | None:
         """The dotted name of a parameter; None for what is none."""
@@ -103,8 +109,8 @@ class WeightNames:
         """Name and whole of the weight, or of what stands for it, that a tensor shares its memory with."""
         source = None if self._presented is None else self._presented(weight)
         if source is None:
-            there = self._storages.get(weight.untyped_storage().data_ptr(), [])
-            place = weight.storage_offset()
+            pointer, place = weight.untyped_storage().data_ptr(), weight.storage_offset()
+            there = [own for own in self._storages.get(pointer, []) if own[1].untyped_storage().data_ptr() == pointer]
             return next((own for own in there if 0 <= place - own[1].storage_offset() < max(1, own[1].numel())), None)
         name = self._names.get(id(source.weight))
         return None if name is None else (name, source.shown)
@@ -127,7 +133,7 @@ class Rounding(Quantizers):
         """Names of the weights that were rounded; compiled code keeps no record."""
         self.names = WeightNames(network, presented)
         self._modules = {module_of(site) for site in grids.sites}
-        self._steps: dict[tuple[str, torch.device], Tensor] = {}
+        self._copies: dict[tuple[str, torch.device], Tensor] = {}
 
     def activation(self, key: str, x: Tensor) -> Tensor:
         """The tensor on the grid of its key."""
@@ -135,7 +141,8 @@ class Rounding(Quantizers):
         if grid is None:
             raise QuantizationError(
                 f"the activation '{key}' was never calibrated: calibration did not come this way, or the network has "
-                "changed since; calibrate again, with data that takes every path"
+                "changed since; calibrate again, with data that takes every path (max_samples=), or leave out the "
+                "layers behind it with exclude="
             )
         return fake_quantize(x, self._scale(key, grid, x.device), grid.zero_point, *grid.limits)
 
@@ -145,7 +152,7 @@ class Rounding(Quantizers):
 
     def gate(self, key: str, x: Tensor) -> Tensor:
         """``hardsigmoid(x)`` in steps of 1/255."""
-        return fake_quantize(x + 3.0, GATE_STEP, 0, 0, 255) / 6.0
+        return fake_quantize(x + 3.0, self._number("gate", GATE_STEP, x.device), 0, 0, 255) / 6.0
 
     def layer(
         self,
@@ -166,7 +173,7 @@ class Rounding(Quantizers):
             self.used.add(place.name)
         rounded = self.rounded(site, grid, weight)
         if site in self.grids.biases:
-            correction = self.grids.biases[site].to(weight)
+            correction = self._copied(f"bias of {site}", self.grids.biases[site], weight.device).to(weight)
             bias = correction if bias is None else bias + correction
         result: Tensor = function(take(), rounded, bias, *rest, **options)
         return result if site in self.grids.folds else self.divided(site, result, function)
@@ -180,7 +187,8 @@ class Rounding(Quantizers):
         arguments = norm_arguments(*rest, **options)
         if module in self.grids.statistics and not arguments.get("training"):
             own = arguments["running_mean"]
-            mean, variance = (value.to(own) for value in self.grids.statistics[module])
+            found = zip(("mean", "variance"), self.grids.statistics[module], strict=True)
+            mean, variance = (self._copied(f"{kind} of {module}", value, own.device).to(own) for kind, value in found)
             arguments.update(running_mean=mean, running_var=variance)
         result: Tensor = torch.nn.functional.batch_norm(x, **arguments)
         return self.divided(layer, result, function)
@@ -194,14 +202,27 @@ class Rounding(Quantizers):
             if place is None and module_of(site) in self._modules:
                 raise QuantizationError(_NEVER.format(site=site))
             return place
-        return self.names.find(weight, module_of(site))
+        place = self.names.find(weight, module_of(site))
+        if place is None and site in self.grids.sites:
+            self.names.renew()
+            place = self.names.find(weight, module_of(site))
+            owner = weight if weight._base is None else weight._base
+            if place is None and isinstance(owner, nn.Parameter):  # what compiled code hands on is none
+                raise QuantizationError(
+                    f"the layer '{module_of(site)}' is given a parameter that the network does not have, in the place "
+                    f"of '{self.grids.sites[site].name}', which was calibrated"
+                )
+        return place
 
     def grid(self, site: str, place: WeightSite, weight: Tensor) -> WeightGrid | None:
         """Its grid; None where it is not to be quantised."""
         grid = self.grids.weights.get(place.name)
         if grid is not None and site not in self.grids.sites:
             raise QuantizationError(_NEVER.format(site=site))
-        return None if grid is None else self._there(place.name, grid, weight.device).rows(place.start, place.stop)
+        if grid is None:
+            return None
+        step = self._copied(f"step of {place.name}", grid.step, weight.device)
+        return WeightGrid(step, grid.bits).rows(place.start, place.stop)
 
     def rounded(self, site: str, grid: WeightGrid, weight: Tensor) -> Tensor:
         """The weight on its grid."""
@@ -209,27 +230,31 @@ class Rounding(Quantizers):
         rounded = fake_quantize(wide, grid.step, 0, *grid.limits, axis=grid.axis)
         return rounded.to(weight.dtype)
 
-    def _there(self, name: str, grid: WeightGrid, device: torch.device) -> WeightGrid:
-        """A grid on the device of its weight, copied there once."""
-        if torch.compiler.is_compiling() or grid.step.device == device:
-            return WeightGrid(grid.step.to(device), grid.bits)
-        if (name, device) not in self._steps:
-            self._steps[name, device] = grid.step.to(device)
-        return WeightGrid(self._steps[name, device], grid.bits)
-
     def _scale(self, key: str, grid: ActivationGrid, device: torch.device) -> Tensor | float:
-        """A scale on the device of its activation, copied there once."""
+        """The scale of an activation."""
+        return self._number(key, grid.scale, device)
+
+    def _number(self, name: str, value: float, device: torch.device) -> Tensor | float:
+        """A number, as a tensor where a GPU would else be sent it in each call."""
         if torch.compiler.is_compiling() or device.type == "cpu":
-            return grid.scale
-        if (key, device) not in self._steps:
-            self._steps[key, device] = torch.tensor(grid.scale, device=device)
-        return self._steps[key, device]
+            return value
+        return self._copied(name, torch.tensor(value), device)
+
+    def _copied(self, name: str, value: Tensor, device: torch.device) -> Tensor:
+        """A tensor on a device, copied there once; its name is no other's."""
+        if torch.compiler.is_compiling() or value.device == device:
+            return value.to(device)
+        if (name, device) not in self._copies:
+            self._copies[name, device] = value.to(device)
+        return self._copies[name, device]
 
     def divided(self, site: str, x: Tensor, function: Callable[..., Any]) -> Tensor:
         """The output of a layer with its channels equalised."""
         divisors = self.grids.divisors.get(site)
         axis = -1 if getattr(function, "__name__", "") == "linear" else 1
-        return x if divisors is None else x / along(divisors.to(x), x, axis)
+        if divisors is None:
+            return x
+        return x / along(self._copied(f"divisors of {site}", divisors, x.device).to(x), x, axis)
 
 
 def norm_arguments(*rest: Any, **options: Any) -> dict[str, Any]:

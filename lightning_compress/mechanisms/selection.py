@@ -171,7 +171,8 @@ def select_modules(
     for selector in _checked_list([] if exclude is None else exclude, "exclude"):
         chosen -= {id(part) for module in _matches(named, selector, "exclude") for part in module.modules()}
     if not chosen:
-        raise ValueError(f"{argument} {layers} without exclude {exclude} selects nothing: no {accepted} is left")
+        given = "all layers" if layers is None else f"{argument}={layers}"
+        raise ValueError(f"{given} without exclude={exclude} selects nothing: no {accepted} is left")
     selected: dict[str, nn.Module] = {}
     for name, module in root.named_modules():
         if id(module) in chosen:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_compress.functional._pairs import at_least_float32
+from lightning_compress.functional._dtypes import at_least_float32
 from lightning_compress.functional.gradients import (
     grid_positions,
     mean_scale,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from contract.modules import BATCH, Classifier, ManualClassifier, difference, fi
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import nn
 
-from lightning_compress import CompressionCallback, DistillationCallback
+from lightning_compress import CompressionCallback, DistillationCallback, PTQCallback
 from lightning_compress.callbacks.base import STAGES, run_end_of_fit, together
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.passes import Term
@@ -270,12 +271,23 @@ def test_outside_of_a_fit_nothing_can_be_logged():
         Adding().log_quantity("loss", 1.0, batch_size=1)
 
 
-def test_work_that_fails_on_rank_0_fails_everywhere():
+def test_a_callback_can_be_pickled_after_a_fit():
+    """As a spawned child needs it."""
+    callback = PTQCallback()
+    module = fit(Classifier, callback)
+    assert callback.has_fitted(module)
+    assert not callback.has_fitted(made(Classifier))
+    again = pickle.loads(pickle.dumps(callback))
+    assert again.name == callback.name
+    assert not again.has_fitted(module)
+
+
+def test_work_that_fails_on_one_rank_fails_everywhere():
     def works(trainer, pl_module):
         return None
 
-    with pytest.raises(RuntimeError, match="rank 0 failed: OSError: no room"):
-        together(lambda message: "OSError: no room", works, SimpleNamespace(is_global_zero=False), None)
+    with pytest.raises(RuntimeError, match="rank 1 failed: OSError: no room"):
+        together(lambda message: "rank 1 failed: OSError: no room", works, SimpleNamespace(is_global_zero=False), None)
     told = []
 
     def fails(trainer, pl_module):
@@ -284,7 +296,7 @@ def test_work_that_fails_on_rank_0_fails_everywhere():
     for rank_0 in (True, False):
         with pytest.raises(OSError, match="no room"):
             together(told.append, fails, SimpleNamespace(is_global_zero=rank_0), None)
-    assert told == ["OSError: no room", None]
+    assert told == ["OSError: no room"] * 2
 
 
 def test_a_strategy_derived_from_an_unsupported_one_is_refused():

@@ -761,7 +761,7 @@ def test_without_a_validation_step_the_training_step_is_replayed_in_evaluation_m
     trainer(ptq).fit(module, loader())
     assert module.modes == [(True, True)] * STEPS
     # after the first step a batch is tried, and it is looked at twice: what it is made of, and its activations
-    assert modes == [True, False, False, False] + [True] * (STEPS - 1) + [False] * (1 + STEPS)
+    assert modes == [True, False, False, False] + [True] * (STEPS - 1) + [False] * 2 * STEPS
     assert ptq.metrics == {}
     module.eval()
     with torch.no_grad():

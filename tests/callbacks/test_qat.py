@@ -28,7 +28,7 @@ from contract.modules import (
     trainer,
 )
 from contract.traces import traces
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
@@ -77,20 +77,23 @@ def plainly(kind, **settings):
         ({"weight_bits": 1}, "weight_bits must be a whole number from 2 to 8, got 1"),
         ({"weight_bits": 9}, "weight_bits must be a whole number from 2 to 8, got 9"),
         ({"weight_bits": None}, "weight_bits must be a whole number from 2 to 8, got None"),
-        ({"activation_bits": 4.0}, "activation_bits must be a whole number from 2 to 8, got 4.0"),
-        ({"activation_bits": 1}, "activation_bits must be a whole number from 2 to 8, got 1"),
+        ({"activation_bits": 4.0}, "activation_bits, if not None, must be a whole number from 2 to 8, got 4.0"),
+        ({"activation_bits": 1}, "activation_bits, if not None, must be a whole number from 2 to 8, got 1"),
         ({"edge_bits": True}, "edge_bits, if neither .auto. nor None, must be a whole number from 2 to 8, got True"),
         ({"step_size": "lsq"}, "step_size must be one of mse, observed, learned, got 'lsq'"),
         ({"step_size": "learnt"}, r"step_size must be one of .*got 'learnt'; did you mean 'learned'\?"),
         ({"step_size": None}, "step_size must be one of mse, observed, learned, got None"),
         ({"start": -0.1}, r"start must be a number in \[0, 1\], got -0.1"),
         ({"start": 70}, r"start must be a number in \[0, 1\], got 70"),
-        ({"start": 0.7}, r"freeze_batchnorm_at must be from start=0.7 to 1, and is 0.5; .*freeze_batchnorm_at=0\.85"),
-        ({"freeze_batchnorm_at": 1.5}, r"freeze_batchnorm_at must be a number in \[0, 1\], got 1.5"),
-        ({"freeze_observers_at": -1}, r"freeze_observers_at must be a number in \[0, 1\], got -1"),
         (
-            {"step_size": "observed", "start": 0.8, "freeze_batchnorm_at": 0.9},
-            r"freeze_observers_at must be from start=0.8 to 1, and is 0.75; .*=0\.9",
+            {"start": 0.7, "freeze_batchnorm_at": 0.5},
+            "freeze_batchnorm_at must be from start=0.7 to 1, or 'auto', got 0.5",
+        ),
+        ({"freeze_batchnorm_at": 1.5}, r"freeze_batchnorm_at must be a number in \[0, 1\], or auto, got 1.5"),
+        ({"freeze_observers_at": -1}, r"freeze_observers_at must be a number in \[0, 1\], or auto, got -1"),
+        (
+            {"step_size": "observed", "start": 0.8, "freeze_observers_at": 0.75},
+            "freeze_observers_at must be from start=0.8 to 1, or 'auto', got 0.75",
         ),
         ({"step_lr": 0.0}, "step_lr must be .*positive.*, got 0.0"),
         ({"step_lr": -1}, "step_lr must be .*positive.*, got -1"),
@@ -284,11 +287,7 @@ class Around(NormClassifier):
 
 @pytest.mark.parametrize(("start", "network"), [(0.0, None), (0.5, None), (0.0, "model")])
 def test_a_validation_that_goes_around_the_network_is_refused(start, network):
-    message = {
-        (0.0, None): "the step calls 3 modules with parameters: 'model.0', 'model.1', 'model.4'; choose the network",
-        (0.5, None): "Around.training_step calls 'model', and validation_step does not, so the quantised network could",
-        (0.0, "model"): "no batch reached the network, so there is nothing to calibrate with",
-    }[start, network]
+    message = "Around.training_step calls 'model', and validation_step does not, so the quantised network could"
     refused(QATCallback(start=start, network=network), Around, message, steps=1 if start else 0)
 
 
@@ -345,9 +344,9 @@ class Validating(nn.Module):
 
 @pytest.mark.parametrize("start", [0.0, 0.5])
 def test_steps_of_layers_that_training_does_not_run_cannot_learn(start):
-    message = "the steps of 'more.weight' cannot learn: the training step does not run these layers; .*exclude="
+    message = "the steps of 'more.weight' cannot learn: no training step so far runs these layers; .*exclude="
     qat = QATCallback(step_size="learned", start=start)
-    refused(qat, Idle, message, error=RuntimeError, steps=int(8 * start) + 1)
+    refused(qat, Idle, message, error=RuntimeError, steps=STEPS)  # it may come later in an epoch
     qat = QATCallback(step_size="learned", exclude=["model.more"])
     module, fitting = fitted(qat, Idle)
     assert list(qat.quantization.weights) == ["body.0.weight", "head.weight"]
@@ -358,11 +357,156 @@ def test_steps_of_layers_that_training_does_not_run_cannot_learn(start):
 @pytest.mark.parametrize("step_size", ["mse", "observed"])
 def test_layers_that_only_the_validation_runs_are_quantised_and_told(step_size, start):
     qat = QATCallback(weight_bits=4, step_size=step_size, start=start)
-    with pytest.warns(UserWarning, match="the training step does not run 'more.weight', so these weights do not learn"):
+    with pytest.warns(UserWarning, match="no training step so far runs 'more.weight', so these weights do not learn"):
         module, fitting = fitted(qat, Idle)
     assert list(qat.quantization.weights) == ["body.0.weight", "head.weight", "more.weight"]
     assert torch.equal(module.model.more.weight, made(Idle).model.more.weight)
     assert measured(module, run=fitting) == qat.metrics != measured(module)
+
+
+class Alternating(Classifier):
+    """One of two heads a batch; the first batches have only the first."""
+
+    def build(self):
+        self.model = nn.ModuleDict({"body": small_network()[:3], "one": nn.Linear(32, 3), "two": nn.Linear(32, 3)})
+        self.model.forward = lambda x, name: self.model[name](self.model["body"](x))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.model(batch[0], "two" if batch_idx >= 3 else "one"), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.model(batch[0], "two" if batch_idx else "one"), batch[1]))
+
+
+@STEP_SIZES
+def test_layers_that_only_some_batches_run(step_size):
+    qat = QATCallback(weight_bits=4, step_size=step_size)
+    module, fitting = fitted(qat, Alternating)
+    assert list(qat.quantization.weights) == ["body.0.weight", "one.weight", "two.weight"]
+    assert qat.quantization.left_in_float == ()
+    assert measured(module, run=fitting) == qat.metrics != measured(module)
+    assert fitting.logged["val_loss"] == qat.metrics["val_loss"]
+
+
+class Replacing(L.Callback):
+    """Puts something new into a network in its second epoch."""
+
+    def __init__(self, replace):
+        self.replace = replace
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self.replace(pl_module, trainer.optimizers[0])
+
+
+def new_data(module, optimizer):
+    for value in module.parameters():
+        value.data = value.data.clone()
+
+
+@STEP_SIZES
+def test_modules_that_come_later_are_refused(step_size):
+    module = made(Classifier)
+    name = [name for name, part in module.model.named_modules() if isinstance(part, nn.Linear)][-1]
+
+    def replace(module, optimizer):
+        setattr(module.model, name, nn.Linear(32, 3))
+
+    message = f"'qat': '{name}' was put into the network after it was quantised, and would run in full precision"
+    with pytest.raises(RuntimeError, match=message):
+        trainer(QATCallback(step_size=step_size), Replacing(replace), max_epochs=3).fit(
+            module, loader(), loader(rows=ROWS)
+        )
+
+
+def new_weight(module, optimizer):
+    layer = [part for part in module.model.modules() if isinstance(part, nn.Linear)][-1]
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+    optimizer.add_param_group({"params": [layer.weight]})
+
+
+@pytest.mark.parametrize("replace", [new_weight, new_data])
+@STEP_SIZES
+def test_parameters_that_are_replaced_are_rounded_all_the_same(step_size, replace):
+    qat = QATCallback(weight_bits=4, step_size=step_size)
+    module, fitting = fitted(qat, Classifier, Replacing(replace), max_epochs=3)
+    assert fitting.logged["val_loss"] == qat.metrics["val_loss"] != measured(module)["val_loss"]
+
+
+class Differentiating(NormClassifier):
+    """An adversarial step: the gradient of the input is asked for."""
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].clone().requires_grad_()
+        [gradient] = torch.autograd.grad(F.cross_entropy(self.model(x), batch[1]), x)
+        return F.cross_entropy(self.model((x + 0.1 * gradient.sign()).detach()), batch[1])
+
+
+@pytest.mark.parametrize("validates", [True, False])
+@STEP_SIZES
+def test_steps_that_differentiate(step_size, validates):
+    kind = Differentiating
+    if not validates:
+
+        class Untested(Differentiating):
+            validation_step = L.LightningModule.validation_step
+
+        kind = Untested
+    qat = QATCallback(weight_bits=4, step_size=step_size, start=0.5)
+    module, _ = fitted(qat, kind, validation=validates)
+    assert difference(module, plainly(kind) if validates else made(kind)) > 0
+    assert len(qat.quantization.weights) == 2
+
+
+def test_a_prediction_that_goes_around_the_network_is_not_lost():
+    class Featuring(Classifier):
+        def predict_step(self, batch, batch_idx):
+            return self.model[0](batch[0])
+
+    qat = QATCallback()
+    module, fitting = fitted(qat, Featuring)
+    with pytest.warns(UserWarning, match="'qat' had no effect: Featuring never called 'model'"):
+        found = fitting.predict(module, loader(rows=ROWS))
+    assert sum(len(part) for part in found) == ROWS
+
+
+def test_steps_learn_as_fast_as_the_fastest_group():
+    """Also where the first one is frozen, and not at all where all are."""
+    for rates, moves in (((0.0, 0.1), True), ((0.0, 0.0), False)):
+
+        class Groups(Classifier):
+            def configure_optimizers(self, rates=rates):
+                first, *rest = self.parameters()
+                return torch.optim.SGD([{"params": [first], "lr": rates[0]}, {"params": rest, "lr": rates[1]}])
+
+        _, fitting = fitted(QATCallback(step_size="learned"), Groups)
+        assert (fitting.logged["compress/qat/step_change"] > 0) == moves
+
+
+class Remembering(Classifier):
+    """Its network keeps what it has computed until the next call."""
+
+    def build(self):
+        super().build()
+
+        class Memory(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second, self.kept = nn.Linear(8, 8), nn.Linear(8, 3), None
+
+            def forward(self, x):
+                features = F.relu(self.first(x))
+                before = features if self.kept is None or len(self.kept) != len(features) else self.kept
+                self.kept = features.detach()
+                return self.second(features + before)
+
+        self.model = Memory()
+
+
+def test_what_a_network_keeps_between_calls_is_what_it_was_given():
+    qat = QATCallback(weight_bits=4, activation_bits=4, freeze_batchnorm_at=1)
+    module, _ = fitted(qat, Remembering)
+    assert [name for name in vars(module.model.kept) if name.startswith("_lc")] == []
 
 
 class Frozen(Classifier):
@@ -405,8 +549,8 @@ def saved(tmp_path_factory):
     ("name", "error", "message"),
     [
         ("two", ValueError, "grids_from='.*two' is of a training for 2 bits, and weight_bits=4; give the same"),
-        ("zero", ValueError, "grids_from='.*zero' has no grids of PSGDCallback for weights of 'model'"),
-        ("plain", ValueError, "grids_from='.*plain' has no grids of PSGDCallback for weights of 'model'"),
+        ("zero", ValueError, "grids_from='.*zero' has no grids of PSGDCallback"),
+        ("plain", ValueError, "grids_from='.*plain' has no grids of PSGDCallback"),
         ("nothing", FileNotFoundError, "nothing"),
     ],
 )
@@ -512,7 +656,7 @@ def test_before_start_validation_is_plain():
 
 def test_a_training_that_ends_before_start_is_calibrated_and_says_so():
     """As after PTQ."""
-    qat = QATCallback(weight_bits=4, start=1.0, freeze_batchnorm_at=1.0, freeze_observers_at=1.0)
+    qat = QATCallback(weight_bits=4, start=1.0, freeze_batchnorm_at=1.0)
     with pytest.warns(UserWarning, match=r"the training ended before start=1.0, so the network was calibrated"):
         module, fitting = fitted(qat)
     assert difference(module, plainly(NormClassifier)) == 0
@@ -521,6 +665,24 @@ def test_a_training_that_ends_before_start_is_calibrated_and_says_so():
     assert qat.quantization.activations == ptq.quantization.activations
     assert qat.metrics == ptq.metrics
     assert measured(module, run=fitting) == qat.metrics
+    fitting.fit_loop.max_epochs += 1  # it goes on, and has not begun yet
+    with pytest.warns(UserWarning, match=r"the training ended before start=1.0"):
+        fitting.fit(module, loader(NormClassifier), loader(NormClassifier, rows=ROWS))
+    assert fitting.global_step == 2 * STEPS
+    assert measured(module, run=fitting) == qat.metrics
+
+
+def test_a_checkpoint_of_a_training_that_ended_before_start(tmp_path):
+    qat = QATCallback(weight_bits=4, start=1.0, freeze_batchnorm_at=1.0)
+    with pytest.warns(UserWarning, match="the training ended before start"):
+        _, fitting = fitted(qat)
+    fitting.save_checkpoint(tmp_path / "end.ckpt")
+    later, module = QATCallback(weight_bits=4), made(NormClassifier)
+    again = trainer(later, max_epochs=2)
+    with pytest.warns(UserWarning, match="start was 1.0 and is 0.0"):
+        again.fit(module, loader(), loader(rows=ROWS), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert later.quantization.statistics == {}
+    assert measured(module, run=again) == later.metrics
 
 
 # What is logged, and said
@@ -562,8 +724,8 @@ def test_what_is_logged(step_size, tmp_path):
     with open(fitting.logger.experiment.metrics_file_path) as file:
         rows = list(csv.DictReader(file))
     assert len([row for row in rows if row.get("compress/few/clipped")]) == 2  # epochs
-    [row] = [row for row in rows if row.get("compress/few/val_val_loss")]
-    assert float(row["compress/few/val_val_loss"]) == pytest.approx(qat.metrics["val_loss"], rel=1e-6)
+    [row] = [row for row in rows if row.get("compress/few/val_loss")]
+    assert float(row["compress/few/val_loss"]) == pytest.approx(qat.metrics["val_loss"], rel=1e-6)
     assert int(row["step"]) == 2 * STEPS
 
 
@@ -603,11 +765,12 @@ def test_weights_that_outgrow_their_grids(step_size, warned):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.5)
 
-    qat = QATCallback(weight_bits=8, step_size=step_size, freeze_observers_at=1.0)
+    late = {"freeze_observers_at": 1.0} if step_size == "observed" else {}
+    qat = QATCallback(weight_bits=8, step_size=step_size, **late)
     slow = "learn slowly" if step_size == "learned" else "stay"
     message = (
-        f"% of the weights lie beyond the ends of their grids, which were found at the start and {slow}: begin with a "
-        "trained network, later (start=), or with a smaller learning rate"
+        "% of the weights lie beyond the ends of their grids, which were found at the start, when 0.0% did, and "
+        f"{slow}: begin with a trained network, later (start=), or with a smaller learning rate"
     )
     (module, fitting), times = told(message, lambda: fitted(qat, Growing, max_epochs=3))
     share = fitting.logged["compress/qat/clipped"]
@@ -628,7 +791,8 @@ def test_a_trained_network_does_not_outgrow_them():
 
 @STEP_SIZES
 def test_remarks(step_size):
-    qat, report = QATCallback(weight_bits=4, step_size=step_size), CompressionReport(latency=False, path="unused")
+    qat = QATCallback(weight_bits=4, step_size=step_size, freeze_batchnorm_at=1)
+    report = CompressionReport(latency=False, path="unused")
     assert qat.remarks() == []
     fitted(qat, NormClassifier, report, fast_dev_run=2)
     first, *more = qat.remarks()
@@ -712,16 +876,16 @@ class DivergingNorm(NormClassifier):
 
 def frozen(monkeypatch, sizes, **settings):
     monkeypatch.setattr(DivergingNorm, "sizes", sizes)
-    qat = QATCallback(freeze_batchnorm_at=1 / 3, freeze_observers_at=1.0, **settings)
+    qat = QATCallback(freeze_batchnorm_at=1 / 3, **settings)
     return fitted(qat, DivergingNorm, max_epochs=-1, max_steps=60)
 
 
 @pytest.mark.parametrize("step_size", ["mse", "observed", "learned"])
 def test_a_loss_that_grows_with_frozen_batch_norm_ends_the_training(monkeypatch, step_size):
-    message = r"'qat': the loss went from .* since batch norm was frozen at 0\.333.*, more than max_loss_growth=5\.0: "
+    message = r"'qat': the loss went from .* since batch norm was frozen, more than max_loss_growth=5\.0: "
     with pytest.raises(RuntimeError, match=message + r".*freeze batch norm later, .*freeze_batchnorm_at=1"):
         frozen(monkeypatch, (1.0, 1.0, 9.0), step_size=step_size)
-    with pytest.warns(UserWarning, match=r"the loss went from .* since batch norm was frozen at freeze_batchnorm_at="):
+    with pytest.warns(UserWarning, match=r"the loss went from .* since batch norm was frozen .freeze_batchnorm_at="):
         _, fitting = frozen(monkeypatch, (1.0, 1.0, 9.0), step_size=step_size, max_loss_growth=None)
     assert fitting.global_step == 60
 
@@ -733,6 +897,18 @@ def test_a_loss_that_grows_a_little_with_frozen_batch_norm(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         frozen(monkeypatch, (1.0, 1.5, 1.5))
+
+
+def test_batches_that_are_accumulated_do_not_make_the_loss_smaller():
+    """Lightning divides it by their number, which may change in a training."""
+
+    class Constant(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * 0.0 + 1.0
+
+    scheduler = GradientAccumulationScheduler({0: 8, 3: 1})
+    _, fitting = fitted(QATCallback(step_size="learned"), Constant, scheduler, max_epochs=9)
+    assert fitting.current_epoch == 9
 
 
 def test_a_loss_that_is_no_number_ends_the_training():
@@ -1196,7 +1372,7 @@ def test_the_help_is_short_and_complete(capsys):
         )
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) < 90
+    assert len(text.splitlines()) <= 90
     assert all(
         f".{name} " in text for name in ("weight_bits", "step_size", "start", "freeze_batchnorm_at", "grids_from")
     )
@@ -1250,8 +1426,48 @@ def test_layers_that_begin_at_zero_learn_their_steps():
             nn.init.zeros_(self.model[1].weight)
 
     qat = QATCallback(weight_bits=4, step_size="learned")
-    module, fitting = fitted(qat, Zero)
+    with pytest.warns(UserWarning, match="all of '2:relu:0' was 0 when the grids were found"):
+        module, fitting = fitted(qat, Zero)
     assert measured(module, run=fitting) == qat.metrics
+
+
+def test_an_error_in_reading_the_grids_at_the_end_is_one_of_the_fit(monkeypatch):
+    """They are not replaced by others without a word."""
+
+    class Ends(L.Callback):
+        def on_train_end(self, *arguments):
+            monkeypatch.setattr(MovingGrids, "current", lambda self: 1 / 0)
+
+    qat, module = QATCallback(), made(Classifier)
+    with pytest.raises(ZeroDivisionError):
+        trainer(Ends(), qat).fit(module, loader())
+    assert qat.quantization is None
+    assert "forward" not in vars(module.model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"freeze_observers_at": 0.9}, "freeze_observers_at=0.9 has no effect with step_size='mse'"),
+        (
+            {"freeze_observers_at": 0.9, "step_size": "learned"},
+            "freeze_observers_at=0.9 has no effect with step_size='l",
+        ),
+        ({"step_lr": 0.1}, "step_lr=0.1 has no effect with step_size='mse'"),
+        ({"step_lr": 0.1, "step_size": "observed"}, "step_lr=0.1 has no effect with step_size='observed'"),
+    ],
+)
+def test_arguments_without_effect_are_told(settings, said):
+    with pytest.warns(UserWarning, match=said):
+        fitted(QATCallback(**settings), Classifier)
+
+
+def test_attributes_of_other_callbacks_are_theirs():
+    class Pictures(L.Callback):
+        grids = {"images": (torch.zeros(3), 3)}
+        quantization = "none"
+
+    fitted(QATCallback(), Classifier, Pictures())
 
 
 def test_an_error_in_reading_the_grids_hides_nothing_and_leaves_nothing(monkeypatch):

@@ -182,13 +182,13 @@ class Observed(Fixed):
 class Learned(Fixed):
     """Each step is where it began times a factor, which Adam moves."""
 
-    step_lr = 1e-2
+    step_lr, eps = 1e-2, 1e-12
 
     def __init__(self, net, grids):
         super().__init__(net, grids)
         self.factors = {key: nn.Parameter(torch.ones(())) for key in self.activations}
         self.factors |= {name: nn.Parameter(torch.ones(len(step))) for name, step in self.steps.items()}
-        self.optimizer = torch.optim.Adam(self.factors.values(), lr=self.step_lr)
+        self.optimizer = torch.optim.Adam(self.factors.values(), lr=self.step_lr, eps=self.eps)
         self.top = 0.0
 
     def lsq(self, x, step, lowest, highest, positive):
@@ -312,8 +312,10 @@ def by_hand(
 
 def trained(kind, step_size, *, make=SGD, callback=None, lit=Lit, validation=None, **settings):
     module = lit(kind, make)
-    never = {"freeze_batchnorm_at": 1.0, "freeze_observers_at": 1.0}
-    qat = QATCallback(weight_bits=BITS, activation_bits=BITS, step_size=step_size, **{**never, **(callback or {})})
+    given = {"freeze_batchnorm_at": 1.0, "freeze_observers_at": 1.0, **(callback or {})}
+    if step_size != "observed":
+        del given["freeze_observers_at"]
+    qat = QATCallback(weight_bits=BITS, activation_bits=BITS, step_size=step_size, **given)
     trainer(qat, **settings).fit(module, images(), validation)
     return module.model, qat
 
@@ -460,9 +462,9 @@ def test_grids_that_follow_are_frozen(kind, at):
 @BOTH_KINDS
 @STEP_SIZES
 def test_everything_as_it_is_by_default(kind, step_size):
-    """Batch norm is frozen in the middle, and grids that follow after three quarters."""
-    hand = by_hand(kind, step_size, freeze_norm=4, freeze_grids=6)
-    defaults = {"freeze_batchnorm_at": 0.5, "freeze_observers_at": 0.75}
+    """Grids that follow are frozen after three quarters, and batch norm not at all, as the learning rate stays."""
+    hand = by_hand(kind, step_size, freeze_grids=6)
+    defaults = {"freeze_batchnorm_at": "auto", "freeze_observers_at": "auto"}
     assert_same(trained(kind, step_size, callback=defaults), hand, tolerance_of(step_size))
 
 

@@ -50,7 +50,7 @@ from lightning_compress import (
     PTQCallback,
     QATCallback,
 )
-from lightning_compress.export import to_onnx
+from lightning_compress.export import evaluate, to_onnx
 from lightning_compress.export.evaluate import evaluate_quantized
 from lightning_compress.mechanisms.grids import Grids
 
@@ -67,6 +67,10 @@ def fast(*sizes):
 
 
 def qat_of(step_size, **settings):
+    """With those settings that have an effect."""
+    for argument, size in (("freeze_observers_at", "observed"), ("step_lr", "learned")):
+        if step_size != size:
+            settings.pop(argument, None)
     return QATCallback(**{"weight_bits": 4, "activation_bits": 5, "step_size": step_size, **settings})
 
 
@@ -126,7 +130,7 @@ def assert_same_ends(first, second, qat):
 
 # A fit has eight steps. Observers move until the sixth, the network is quantised from the start or from the fourth on.
 RESUMES = [
-    pytest.param(*case, id="-".join(map(str, case)), marks=[pytest.mark.slow] * slow)
+    pytest.param(case, id="-".join(map(str, case)), marks=[pytest.mark.slow] * slow)
     for case, slow in (
         (("mse", 0.0, 4), True),
         (("mse", 0.5, 3), False),
@@ -137,6 +141,7 @@ RESUMES = [
         (("observed", 0.0, 7), True),
         (("observed", 0.5, 2), True),
         (("observed", 0.5, 5), True),
+        (("observed", 0.0, 7, None), False),
         (("learned", 0.0, 3), False),
         (("learned", 0.0, 4), True),
         (("learned", 0.5, 2), True),
@@ -146,10 +151,11 @@ RESUMES = [
 ]
 
 
-@pytest.mark.parametrize(("step_size", "start", "at"), RESUMES)
-def test_a_resume_equals_the_whole(step_size, start, at, tmp_path):
+@pytest.mark.parametrize("case", RESUMES)
+def test_a_resume_equals_the_whole(case, tmp_path):
     """In the middle of an epoch and at its end, before it begins, while grids move and when they stay."""
-    settings = {"start": start, "freeze_batchnorm_at": 0.625}
+    step_size, start, at, *bits = case
+    settings = {"start": start, "freeze_batchnorm_at": 0.625} | ({"activation_bits": None} if bits else {})
     resumable(qat_of(step_size, **settings), tmp_path / "whole", stateful=True)
     qat = qat_of(step_size, **settings)
     checkpoint = tmp_path / "whole" / f"step={at}.ckpt"
@@ -227,6 +233,58 @@ def test_a_resume_with_another_step_size_goes_on_from_the_grids(then, now, tmp_p
     assert begun[4]["activations"] == grids["activations"]
     assert (begun[7]["activations"] == grids["activations"]) == (now == "mse")
     assert measured(module, qat) == qat.metrics
+
+
+@pytest.mark.parametrize("sizes", [("observed", "learned", "learned"), ("learned", "mse", "learned")])
+@pytest.mark.filterwarnings("ignore:.*resumes with other arguments")
+def test_a_resume_after_a_resume_with_another_step_size(sizes, tmp_path):
+    """Steps that learn go on from where they were, not from where they once began."""
+    checkpoint = None
+    for turn, size in enumerate(sizes):
+        qat, folder, begun = qat_of(size), tmp_path / str(turn), []
+
+        class Look(L.Callback):
+            def __init__(self, qat, begun):
+                self.qat, self.begun = qat, begun
+
+            def on_train_batch_start(self, *arguments):
+                self.begun.append(self.qat.extra_state()["quantization"])
+
+        module, saver = made(NormClassifier), ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=2 + 2 * turn)
+        trainer(qat, saver, Look(qat, begun), max_epochs=2, enable_checkpointing=True).fit(
+            module, loader(rows=32), loader(rows=ROWS), ckpt_path=checkpoint, weights_only=True if checkpoint else None
+        )
+        if checkpoint is not None:
+            kept = torch.load(checkpoint, weights_only=True)["callbacks"][qat.state_key]["quantization"]
+            assert equal(begun[0]["weights"], kept["weights"])
+            assert begun[0]["activations"] == kept["activations"]
+        [checkpoint] = [path for path in folder.glob("*.ckpt") if f"step={2 + 2 * turn}.ckpt" in path.name]
+    assert measured(module, qat) == qat.metrics
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "argument"),
+    [
+        ({}, {"exclude": ["model.4"]}, "exclude"),
+        ({"exclude": ["model.4"]}, {}, "exclude"),
+        ({"layers": ["model.0"]}, {"layers": ["model.4"]}, "layers"),
+        ({"network": "model"}, {"network": "model.0"}, "network"),
+        ({}, {"network": "model"}, None),
+        ({}, {"layers": ["model"]}, None),
+        ({"edge_bits": "auto"}, {"edge_bits": None}, None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*resumes with other arguments")
+def test_a_resume_with_other_layers(then, now, argument, tmp_path):
+    resumable(qat_of("mse", **then), tmp_path / "whole", max_epochs=1)
+    qat, checkpoint = qat_of("mse", **now), tmp_path / "whole" / "step=4.ckpt"
+    if argument is None:
+        resumable(qat, tmp_path / "again", ckpt_path=checkpoint)
+        return
+    with pytest.raises(
+        ValueError, match=f"the checkpoint was trained with {argument}=.*, and {argument}=.* is given now"
+    ):
+        resumable(qat, tmp_path / "again", ckpt_path=checkpoint)
 
 
 class WithData(NormClassifier):
@@ -414,7 +472,7 @@ def test_batch_norm_that_the_user_froze_stays_so():
         def on_train_epoch_start(self):
             self.model[0][1].eval()
 
-    module, _ = fitted(qat_of("mse"), Frozen, validation=False)
+    module, _ = fitted(qat_of("mse", freeze_batchnorm_at=0.5), Frozen, validation=False)
     assert (module.model[0][1].training, module.model[2].training) == (False, True)
     assert int(module.model[0][1].num_batches_tracked) == 0
     assert int(module.model[2].num_batches_tracked) == 4
@@ -654,6 +712,51 @@ def test_averages_are_what_is_validated_and_kept(average, step_size):
             assert torch.equal(entry["step"], module.model.get_parameter(name).detach().flatten(1).abs().amax(1) / 7)
 
 
+@pytest.mark.parametrize("name", ["epoch=0.ckpt", "epoch=2.ckpt"])
+@STEP_SIZES
+def test_a_checkpoint_of_averages_is_tested_as_it_was_validated(step_size, name, tmp_path):
+    """Also while grids follow: those of the average, not of what was trained."""
+    qat, validated = qat_of(step_size, freeze_observers_at=1.0), []
+
+    class Look(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                validated.append(float(trainer.callback_metrics["val_loss"]))
+
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    average = EMAWeightAveraging(decay=0.5)
+    fitted(qat, NormClassifier, average, Look(), saver, max_epochs=3, enable_checkpointing=True)
+    fresh = qat_of(step_size, freeze_observers_at=1.0)
+    shown = measured(made(NormClassifier, seed=9), fresh, ckpt_path=tmp_path / name, weights_only=True)
+    assert shown["val_loss"] == pytest.approx(validated[int(name[6])], abs=1e-6)
+    module = made(NormClassifier, seed=9)
+    to_onnx(
+        module,
+        tmp_path / "n.onnx",
+        loader(rows=8).dataset[:8][0],
+        network="model",
+        precision="int8",
+        checkpoint=tmp_path / name,
+    )
+    module.load_state_dict(contents(tmp_path / name)["state_dict"])
+    found = evaluate(tmp_path / "n.onnx", module, loader(rows=ROWS), network="model")
+    assert found["val_loss"] == pytest.approx(shown["val_loss"], abs=0.01)
+
+
+def test_the_statistics_that_swa_estimates_are_kept():
+    """It resets them, and adds an epoch; batch norm that is frozen would leave them at 0 and 1."""
+    qat = qat_of("mse", freeze_batchnorm_at=0.25)
+    average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)
+    module, fitting = fitted(qat, NormClassifier, average, max_epochs=3)
+    mean = module.model[1].running_mean
+    assert float(mean.abs().max()) > 0.01
+    with torch.no_grad():
+        found = torch.cat([module.model[0](x) for x, _ in loader()])
+    torch.testing.assert_close(mean, found.transpose(0, 1).flatten(1).mean(1), rtol=0, atol=0.1)
+    assert module.model[1].training
+    assert measured(module, run=fitting) == qat.metrics
+
+
 def test_the_average_equals_one_kept_by_hand():
     weights = []
 
@@ -769,7 +872,7 @@ PROCESSES = """
             own.mkdir()
             branching = name == "branching"
             step_size = "observed" if branching else name
-            qat = QATCallback(weight_bits=4, step_size=step_size, freeze_observers_at=1.0)
+            qat = qat_of(step_size, activation_bits=8, freeze_observers_at=1.0)
             strategy = DDPStrategy(
                 start_method="fork", process_group_backend="gloo", find_unused_parameters=branching
             )
@@ -818,8 +921,8 @@ def test_two_processes_have_the_same_grids(step_size, ranks):
 def test_processes_that_take_other_ways_tell_activations_apart(ranks):
     """What one of them has not met in a step is seen by the other alone."""
     first, second = ranks("branching")
-    ranges = first["state"]["ranges"]
-    assert ranges == second["state"]["ranges"]
+    ranges = first["state"]["moving"].get("ranges", {})
+    assert ranges == second["state"]["moving"].get("ranges", {})
     outputs = {"stem.1:relu:0", "first.1:relu:0", "second.1:relu:0", ":relu:0"}
     assert set(ranges) == {"in:stem.0:linear:0", *outputs}
     assert ranges["in:stem.0:linear:0"][0] < -1.0

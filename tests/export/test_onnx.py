@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import warnings
 from types import SimpleNamespace
 
@@ -332,6 +333,9 @@ def test_bad_arguments(tmp_path, arguments, error, message):
 
 
 def test_bad_paths(tmp_path, monkeypatch):
+    def refused(**settings):
+        raise PermissionError(13, "Permission denied")
+
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder.onnx").mkdir()
     for path, message in [
@@ -342,7 +346,7 @@ def test_bad_paths(tmp_path, monkeypatch):
     ]:
         with pytest.raises(ValueError, match=message):
             to_onnx(mlp(), path, torch.ones(2, FEATURES))
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
     with pytest.raises(ValueError, match=r"cannot be written because '.*' is not writable"):
         to_onnx(mlp(), tmp_path / "n.onnx", torch.ones(2, FEATURES))
 

@@ -69,7 +69,7 @@ def test_steps_alone_quantise_the_weights_of_the_network_inside(tmp_path):
     module = Holder()
     steps = steps_of(module)
     assert sorted(steps) == ["model.0.bias", "model.0.weight", "model.4.bias", "model.4.weight"]
-    holding(module, grids=steps)
+    holding(module, trained_steps=steps)
     assert Scales.of(module, None, "int8").network is None
     result = to_onnx(module, tmp_path / "n.onnx", X, precision="int4", network="model")
     grids = result.quantization
@@ -93,7 +93,7 @@ def test_a_step_for_a_whole_weight_stays_one_until_batch_norm_is_folded(tmp_path
     norm.weight.data = torch.tensor([1.0, -2.0, 0.5, 1.0, 3.0, -1.0, 1.0, 0.25])
     norm.running_var.uniform_(0.5, 2.0)
     steps = steps_of(module, bits=8)
-    to_onnx(holding(module, grids=steps), tmp_path / "n.onnx", X, precision="int8", network="model")
+    to_onnx(holding(module, trained_steps=steps), tmp_path / "n.onnx", X, precision="int8", network="model")
     stored = {name: numpy_helper.to_array(entry) for name, entry in initializers(tmp_path / "n.onnx").items()}
     gain = (norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)).detach()
     expected = (steps["model.0.weight"][0].double() * gain.abs()).float()
@@ -106,7 +106,7 @@ def test_a_step_for_a_whole_weight_stays_one_until_batch_norm_is_folded(tmp_path
 def test_calibrated_grids_come_before_steps_alone():
     module = Holder()
     grids = grids_of(module)
-    holding(module, SimpleNamespace(grids=steps_of(module)), SimpleNamespace(quantization=grids))
+    holding(module, SimpleNamespace(trained_steps=steps_of(module)), SimpleNamespace(quantization=grids))
     assert Scales.of(module, None, "int8").for_network("model", module.model, None) is grids
 
 
@@ -127,7 +127,7 @@ def test_steps_of_two_callbacks_are_taken_together():
     steps = steps_of(module)
     first, second = ({name: steps[name] for name in steps if part in name} for part in ("model.0", "model.4"))
     strangers = [SimpleNamespace(grids=other) for other in ({"images": 3}, {"images": (3,)}, [8, 8])]
-    holding(module, SimpleNamespace(grids=first), *strangers, SimpleNamespace(grids=second))
+    holding(module, SimpleNamespace(trained_steps=first), *strangers, SimpleNamespace(trained_steps=second))
     grids = Scales.of(module, None, "int8").for_network("model", module.model, lambda: module.model(X))
     assert list(grids.weights) == ["0.weight", "4.weight"]
 
@@ -147,8 +147,8 @@ def test_no_scales(tmp_path):
     message = r"precision 'int8' needs scales, and its Trainer's callbacks hold none; add PTQCallback\(\)"
     refused(tmp_path, mlp(), message)
     refused(tmp_path, holding(mlp()), message)
-    refused(tmp_path, holding(mlp(), quantization=None, grids={}), message)
-    refused(tmp_path, holding(mlp(), grids={}), "precision 'int4' needs scales", precision="int4")
+    refused(tmp_path, holding(mlp(), quantization=None, trained_steps={}), message)
+    refused(tmp_path, holding(mlp(), trained_steps={}), "precision 'int4' needs scales", precision="int4")
 
 
 def test_scales_of_another_network(tmp_path):
@@ -158,7 +158,7 @@ def test_scales_of_another_network(tmp_path):
         tmp_path, module, "calibrated for 'model', not for 'other'; name that network with network=", network="other"
     )
     refused(tmp_path, module, "calibrated for 'model', not for ''", network="")
-    holding(module, grids=steps_of(module))
+    holding(module, trained_steps=steps_of(module))
     refused(tmp_path, module, "none of the weights that have scales belongs to 'other'", network="other")
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_compress.functional.quantizers import fake_quantize, mse_grid, quantization_grid, range_grid
 from lightning_compress.mechanisms.calibration import (
+    LOOKS,
     Calibration,
     Settings,
     calibrate,
@@ -185,20 +186,39 @@ def test_so_many_samples_are_looked_at(most, batches):
             yield net(x)
 
     grids = calibrate(net, steps, Settings(max_samples=most))
-    assert [len(run) for run in seen] == [1, batches]
+    assert [len(run) for run in seen] == [batches, batches]
     assert grids.activations["in:0:conv2d:0"] == grid_of(8, *MAPS[:batches])
 
 
-def test_for_weights_alone_one_batch_is_looked_at():
+def test_for_weights_alone_a_few_batches_are_looked_at():
     net, seen = convolutional(), []
 
     def steps():
-        for x in MAPS:
+        for x in [*MAPS, *MAPS]:
             seen.append(len(x))
             yield net(x)
 
     calibrate(net, steps, Settings(activation_bits=None))
-    assert seen == [4]
+    assert seen == [4] * LOOKS
+
+
+def test_layers_that_only_some_batches_reach_are_quantised():
+    """Listed once as left in float, however often they run."""
+    first, second = nn.Linear(3, 3), nn.Linear(3, 2)
+    net = nn.ModuleDict({"a": first, "b": second})
+    net.forward = lambda x, turn: F.gelu(first(x)) if turn % 2 else second(F.gelu(first(x)))
+    grids = calibrate(net, lambda: (net(torch.randn(4, 3), turn) for turn in range(1, 5)), Settings())
+    assert set(grids.weights) == {"a.weight", "b.weight"}
+    assert grids.left_in_float == ("gelu (1)",)
+
+
+def test_what_was_zero_throughout_is_known():
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    for x, expected in ((torch.randn(4, 3), []), (torch.zeros(4, 3), ["in:0:linear:0"])):
+        calibration = Calibration(net, Settings())
+        for find in (calibration.discover, calibration.observe):
+            find(lambda x=x: (net(own) for own in [x]))
+        assert calibration.nothing == expected
 
 
 def test_each_call_of_the_network_counts_and_steps_without_one_do_not():
@@ -213,7 +233,7 @@ def test_each_call_of_the_network_counts_and_steps_without_one_do_not():
             yield
 
     grids = calibrate(net, steps, Settings(max_samples=12))
-    assert seen == [0, 1, 0, 1, 2]
+    assert seen == [0, 1, 2, 0, 1, 2]
     assert grids.activations["in:0:linear:0"] == ActivationGrid(*range_grid(-2.0, 2.0, 8), 8)
 
 
@@ -340,7 +360,7 @@ def test_activations_are_freed_after_each_batch():
     gc.disable()
     try:
         calibrated(net, *MAPS)
-        assert len(references) == 6 * (1 + 5)
+        assert len(references) == 6 * (5 + 5)
         assert sum(reference() is not None for reference in references) == 0
     finally:
         gc.enable()

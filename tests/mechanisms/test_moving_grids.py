@@ -484,9 +484,9 @@ def test_steps_stay_positive():
 def test_how_far_they_have_moved():
     net = network()
     rounding, _ = learned(net, grids_of(net), FACTORS)
-    assert rounding.moved() == pytest.approx((0.5 + 1.0 + 0.2 + 0.0 + 0.25 + 0.1 + 0.1) / 7)
-    assert learned(net, Grids())[0].moved() == 0.0
-    assert learned(net, grids_of(net))[0].moved() == 0.0
+    assert rounding.quantities()["step_change"] == pytest.approx((0.5 + 1.0 + 0.2 + 0.0 + 0.25 + 0.1 + 0.1) / 7)
+    assert learned(net, Grids())[0].quantities() == {"step_change": 0.0}
+    assert learned(net, grids_of(net))[0].quantities() == {"step_change": 0.0}
 
 
 def test_the_share_of_what_is_clipped():

@@ -314,9 +314,9 @@ def test_nothing_left_is_an_error():
     with pytest.raises(ValueError) as caught:
         names(["net.head"], ["type:Linear"])
     assert str(caught.value) == (
-        "layers ['net.head'] without exclude ['type:Linear'] selects nothing: no Conv2d or Linear is left"
+        "layers=['net.head'] without exclude=['type:Linear'] selects nothing: no Conv2d or Linear is left"
     )
-    with pytest.raises(ValueError, match=r"layers \[\] without exclude None selects nothing"):
+    with pytest.raises(ValueError, match=r"layers=\[\] without exclude=None selects nothing"):
         names([])
 
 
