@@ -230,7 +230,7 @@ def _train_and_compare(source: DemoData, folder: Path, data: str, seed: int, sta
         f"8 bits from {QUANTISED_FROM:.0%} of the steps on"
     )
     pruning = DCILCallback(SPARSITY)
-    quantising = QATCallback(start=QUANTISED_FROM, freeze_batchnorm_at=0.85, freeze_observers_at=0.85)
+    quantising = QATCallback(start=QUANTISED_FROM)
     exporting_pruned = ExportCallback(folder / "student_pruned.onnx", metric=METRIC, tolerance=TOLERANCE)
     exporting_int8 = ExportCallback(
         folder / "student_int8.onnx", precision="int8", metric=METRIC, tolerance=TOLERANCE, name="export_int8"

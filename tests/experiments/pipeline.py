@@ -181,7 +181,7 @@ def make(job: Job, folder: Path) -> str:
     if stage.pruned:
         callbacks.append(PruningCallback(SPARSITY, update_interval=16, end=QUANTISED_FROM))
     if stage.quantised == "qat":
-        callbacks.append(QATCallback(start=QUANTISED_FROM, freeze_batchnorm_at=0.85, freeze_observers_at=0.85))
+        callbacks.append(QATCallback(start=QUANTISED_FROM))
     if stage.quantised == "ptq":
         callbacks.append(PTQCallback())
     torch.manual_seed(seed)
