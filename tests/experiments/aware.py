@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .calibrated import SAMPLES, Counting
 from .data import Batches, Images, fashion_mnist
 from .plan import VARIANTS, Option, Run, digest
 from .rounded import LATER_BATCHES, network_of, start_of
+from .rounded import trained as trained_plainly
 from .store import write_atomically
 from .training import Classifier, fit
 from .watch import predictions, share
@@ -126,7 +128,7 @@ def quantised_share(network: nn.Module, grids: Grids, images: Images) -> float:
 
 def through_file(network: nn.Module, grids: Grids, images: Tensor) -> Tensor:
     """The classes that the integer file gives in ONNX Runtime."""
-    grids.network, grids.fingerprints = "", fingerprints(network)
+    grids = replace(grids, network="", fingerprints=fingerprints(network))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
         write_onnx(
@@ -137,6 +139,4 @@ def through_file(network: nn.Module, grids: Grids, images: Tensor) -> Tensor:
 
 
 def batches_of(run: Run, folder: Path) -> str:
-    from .rounded import trained as trained_plainly
-
     return trained_plainly(run, folder)["batches"]
