@@ -60,6 +60,9 @@ INTEGER = f"{PACKAGE}/export/integer.py"
 SCALES = f"{PACKAGE}/export/scales.py"
 CALIBRATING = f"{PACKAGE}/callbacks/calibrating.py"
 QUANTISED = f"{PACKAGE}/callbacks/quantised.py"
+QAT = f"{PACKAGE}/callbacks/qat.py"
+MOVING = f"{PACKAGE}/mechanisms/moving_grids.py"
+DIVERGENCE = f"{PACKAGE}/mechanisms/divergence.py"
 
 EXACT = "tests/callbacks/test_distillation_exact.py"
 PRUNING_EXACT = "tests/callbacks/test_pruning_exact.py"
@@ -78,6 +81,11 @@ INTEGER_TEST = "tests/export/test_integer.py"
 SCALES_TEST = "tests/export/test_scales.py"
 PTQ_TEST = "tests/callbacks/test_ptq.py"
 PTQ_LIFE = "tests/callbacks/test_ptq_life.py"
+QAT_EXACT = "tests/callbacks/test_qat_exact.py"
+QAT_TEST = "tests/callbacks/test_qat.py"
+QAT_LIFE = "tests/callbacks/test_qat_life.py"
+MOVING_TEST = "tests/mechanisms/test_moving_grids.py"
+DIVERGENCE_TEST = "tests/mechanisms/test_divergence.py"
 CONTRACT = "tests/contract"
 
 
@@ -776,8 +784,8 @@ MUTATIONS = (
     Mutation(
         "each consumer rounds a tensor anew",
         QUANTIZATION,
-        "        if rounded is not None:\n            if _version(x)",
-        "        if False:\n            if _version(x)",
+        "        if rounded is not None:\n            known = getattr",
+        "        if False:\n            known = getattr",
         f"{QUANTIZATION_TEST}::test_where_maps_are_rounded",
     ),
     Mutation(
@@ -825,15 +833,15 @@ MUTATIONS = (
     Mutation(
         "what was written through a view is not noticed",
         QUANTIZATION,
-        "            if _version(x) != getattr(x, VERSION, None):",
+        "            if known is not None and known != _version(x):",
         "            if False:",
         f"{ROUNDING_TEST}::test_a_tensor_that_is_written_to_through_a_view_after_its_use",
     ),
     Mutation(
         "a view of what was rounded is used after a write to the tensor",
         QUANTIZATION,
-        "(source := origin[0]()) is not None and _version(source) != origin[1]:",
-        "(source := origin[0]()) is not None and _version(source) is None:",
+        "        if getattr(x, ORIGIN, None):",
+        "        if False:",
         f"{ROUNDING_TEST}::test_a_tensor_that_is_written_to_after_a_view_of_it_was_taken",
     ),
     Mutation(
@@ -889,8 +897,8 @@ MUTATIONS = (
     Mutation(
         "a grid need not contain zero",
         QUANTIZERS,
-        "    low, high = limits[0].clamp(max=0.0), limits[1].clamp(min=0.0)",
-        "    low, high = limits[0], limits[1]",
+        "    low, high = limits[:, 0].clamp(max=0.0), limits[:, 1].clamp(min=0.0)",
+        "    low, high = limits[:, 0], limits[:, 1]",
         "tests/functional/test_quantizers.py::test_range_grid_equals_the_formula",
     ),
     Mutation(
@@ -924,7 +932,7 @@ MUTATIONS = (
     Mutation(
         "the gate of hardswish has no grid",
         ROUNDING,
-        "        return fake_quantize(x + 3.0, GATE_STEP, 0, 0, 255) / 6.0",
+        '        return fake_quantize(x + 3.0, self._number("gate", GATE_STEP, x.device), 0, 0, 255) / 6.0',
         "        return torch.clamp((x + 3.0) / 6.0, 0.0, 1.0)",
         f"{ROUNDING_TEST}::test_curves",
     ),
@@ -1059,29 +1067,29 @@ MUTATIONS = (
     Mutation(
         "one integer kernel is enough",
         INTEGER,
-        "        if kernels < self._layers:",
-        "        if kernels < 1:",
+        "        if len(kernels) < self._layers:",
+        "        if len(kernels) < 1:",
         f"{INTEGER_TEST}::test_a_layer_that_does_not_run_in_integers_is_named",
     ),
     Mutation(
         "a file may be as far off as half of its output",
         INTEGER,
-        "            accepted = noise.clamp(LEAST_NOISE * size, MOST_NOISE * size)",
-        "            accepted = MOST_NOISE * size",
+        "lambda noise, size: noise.clamp(LEAST_NOISE * size, most * size)",
+        "lambda noise, size: most * size",
         f"{INTEGER_TEST}::test_how_far_off_a_file_may_be",
     ),
     Mutation(
         "a file may be no further off where quantisation itself is",
         INTEGER,
-        "            accepted = noise.clamp(LEAST_NOISE * size, MOST_NOISE * size)",
-        "            accepted = LEAST_NOISE * size",
+        "lambda noise, size: noise.clamp(LEAST_NOISE * size, most * size)",
+        "lambda noise, size: LEAST_NOISE * size",
         f"{INTEGER_TEST}::test_how_far_off_a_file_may_be",
     ),
     Mutation(
         "a file may be anything where quantisation leaves nothing",
         INTEGER,
-        "            accepted = noise.clamp(LEAST_NOISE * size, MOST_NOISE * size)",
-        "            accepted = torch.maximum(noise, LEAST_NOISE * size)",
+        "lambda noise, size: noise.clamp(LEAST_NOISE * size, most * size)",
+        "lambda noise, size: torch.maximum(noise, LEAST_NOISE * size)",
         f"{INTEGER_TEST}::test_how_far_off_a_file_may_be",
     ),
     Mutation(
@@ -1144,8 +1152,8 @@ MUTATIONS = (
     Mutation(
         "without a validation step there is nothing to replay",
         CALIBRATING,
-        '        self._method = "validation_step" if validates else "training_step"',
-        '        self._method = "validation_step"',
+        '        self._method = "training_step"\n        if not defines',
+        '        self._method = "validation_step"\n        if not defines',
         f"{PTQ_LIFE}::test_without_a_validation_step_the_training_step_is_replayed_in_evaluation_mode",
     ),
     Mutation(
@@ -1158,9 +1166,171 @@ MUTATIONS = (
     Mutation(
         "a validation that goes around the network is not noticed",
         CALIBRATING,
-        "        if called is None or calls.count > 0:",
-        "        if called is None or validates or calls.count > 0:",
+        '        if self._method == "training_step":\n            raise',
+        '        if self._method == "validation_step":\n            return\n        if True:\n            raise',
         f"{PTQ_LIFE}::test_a_validation_that_goes_around_the_network_is_told_after_the_first_step",
+    ),
+    # Quantisation-aware training
+    Mutation(
+        "a step of an activation learns as fast as its elements are many",
+        MOVING,
+        "        step = gradient_scaled(step, 1 / math.sqrt(max(1, x.numel()) * highest))",
+        "        step = gradient_scaled(step, 1.0)",
+        f"{MOVING_TEST}::test_gradients_of_steps",
+    ),
+    Mutation(
+        "ranges follow at once",
+        MOVING,
+        "MOMENTUM = 0.1",
+        "MOMENTUM = 1.0",
+        f"{QAT_EXACT}::test_the_plain_loop",
+    ),
+    Mutation(
+        "a range that was lost moves",
+        MOVING,
+        "                lost.append(key)\n                continue",
+        "                lost.append(key)",
+        f"{MOVING_TEST}::test_an_activation_without_a_range",
+    ),
+    Mutation(
+        "a call that is replayed counts for the ranges",
+        QAT,
+        "fit.in_step and not controller.replaying",
+        "fit.in_step",
+        f"{QAT_EXACT}::test_batches_that_are_replayed_do_not_count",
+    ),
+    Mutation(
+        "a weight of grids that follow keeps its first step",
+        MOVING,
+        "        if known is None or self.frozen:\n            return known",
+        "        if True:\n            return known",
+        f"{MOVING_TEST}::test_weights_have_the_grid_of_what_they_are_now",
+    ),
+    Mutation(
+        "frozen grids are not remembered by a checkpoint",
+        MOVING,
+        '        self.frozen = state["frozen"]',
+        "        self.frozen = False",
+        f"{QAT_LIFE}::test_a_resume_equals_the_whole",
+    ),
+    Mutation(
+        "learned steps go on from where they once began",
+        QAT,
+        '        begun = kept.get("begun") or state["quantization"]',
+        '        begun = state["start_grids"] or state["quantization"]',
+        f"{QAT_LIFE}::test_a_resume_after_a_resume_with_another_step_size",
+    ),
+    Mutation(
+        "batch norm is frozen at any rate",
+        QAT,
+        "fit.lr > SMALL_RATE * fit.highest_lr",
+        "fit.lr > 2 * fit.highest_lr",
+        f"{QAT_EXACT}::test_everything_as_it_is_by_default",
+    ),
+    Mutation(
+        "statistics that somebody estimates anew stay frozen",
+        BATCH_NORM,
+        "            if averages and layer.momentum is None:",
+        "            if False:",
+        f"{QAT_LIFE}::test_the_statistics_that_swa_estimates_are_kept",
+    ),
+    Mutation(
+        "batch norm stays frozen after the fit",
+        BATCH_NORM,
+        "            layer.training = self._module.training",
+        "            pass",
+        f"{QAT_LIFE}::test_batch_norm_that_the_user_froze_stays_so",
+    ),
+    Mutation(
+        "grids that follow are those of the weights that were trained",
+        MOVING,
+        "    return FollowingGrids(network, grids, watching=bool).current() if grids.following else grids",
+        "    return grids",
+        f"{QAT_LIFE}::test_a_checkpoint_of_averages_is_tested_as_it_was_validated",
+    ),
+    Mutation(
+        "a loss counts as small as accumulation makes it",
+        QAT,
+        "device=pl_module.device, times=parts)",
+        "device=pl_module.device)",
+        f"{QAT_TEST}::test_batches_that_are_accumulated_do_not_make_the_loss_smaller",
+    ),
+    Mutation(
+        "a window with one loss that is no number ends the training",
+        DIVERGENCE,
+        "        finite = losses.isfinite()",
+        "        finite = losses == losses",
+        f"{DIVERGENCE_TEST}::test_single_losses_that_are_no_numbers_are_left_out_and_a_window_of_them_is_not",
+    ),
+    Mutation(
+        "the loss before freezing does not count",
+        DIVERGENCE,
+        "        self._first, self._batches, self._seen = self._last if finite else None, 0, []",
+        "        pass",
+        f"{DIVERGENCE_TEST}::test_beginning_again_compares_with_what_was_last",
+    ),
+    Mutation(
+        "checkpoints are compared with those in full precision",
+        QAT,
+        "        forgotten = forget_scores(trainer)",
+        "        forgotten = []",
+        f"{QAT_TEST}::test_a_scheduler_that_waits_for_a_plateau_waits_anew",
+    ),
+    Mutation(
+        "a checkpoint of other layers is resumed",
+        QAT,
+        "        for argument in changed:\n            raise",
+        "        for argument in ():\n            raise",
+        f"{QAT_LIFE}::test_a_resume_with_other_layers",
+    ),
+    Mutation(
+        "a module that comes later runs in float",
+        QAT,
+        "        if new:\n            raise",
+        "        if False:\n            raise",
+        f"{QAT_TEST}::test_modules_that_come_later_are_refused",
+    ),
+    Mutation(
+        "a parameter that is replaced runs in float",
+        ROUNDING,
+        "            self.names.renew()",
+        "            return None",
+        f"{QAT_TEST}::test_parameters_that_are_replaced_are_rounded_all_the_same",
+    ),
+    Mutation(
+        "layers of later batches are not looked for",
+        CALIBRATION,
+        "LOOKS = 8",
+        "LOOKS = 1",
+        f"{QAT_TEST}::test_layers_that_only_some_batches_run",
+    ),
+    Mutation(
+        "what a network keeps bears marks",
+        QUANTIZATION,
+        "            if (kept := made()) is not None:",
+        "            if (kept := None) is not None:",
+        f"{QAT_TEST}::test_what_a_network_keeps_between_calls_is_what_it_was_given",
+    ),
+    Mutation(
+        "a step that differentiates is replayed without gradients",
+        REPLAY,
+        'gradients=self._method == "training_step")',
+        "gradients=False)",
+        f"{QAT_TEST}::test_steps_that_differentiate",
+    ),
+    Mutation(
+        "a ReLU takes what others take on their grid as it is",
+        ROUNDING,
+        "        return key in self.grids.shared",
+        "        return False",
+        f"{EMISSION_TEST}::test_a_relu_is_not_a_part_of_a_kernel_whose_output_others_take",
+    ),
+    Mutation(
+        "a failure on another rank is not told",
+        f"{PACKAGE}/_compat.py",
+        "        torch.distributed.all_gather_object(said, message, group=group)",
+        "        pass",
+        f"{QAT_LIFE}::test_a_calibration_that_fails_on_one_rank_ends_all",
     ),
 )
 

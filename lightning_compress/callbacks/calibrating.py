@@ -230,7 +230,8 @@ class CalibratingCallback(CompressionCallback):
             controller.weights.presented(),
             quantizing(network, calibration.weights_only()),
         ):
-            done = {plain_name(entry) for entry in reestimate_batchnorm_(trainer, pl_module)}
+            estimated = reestimate_batchnorm_(trainer, pl_module, shared=False)  # rank 0's grids count in the end
+            done = {plain_name(entry) for entry in estimated}
             names = [own for own in batch_norms(network) if joined(name, plain_name(own)) in done]
             found = statistics_of(names, network)
         calibration.grids.statistics = {plain_name(own): value for own, value in found.items()}

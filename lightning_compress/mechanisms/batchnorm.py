@@ -109,16 +109,16 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def reestimate_batchnorm_(trainer: Any, module: Any) -> list[str]:
+def reestimate_batchnorm_(trainer: Any, module: Any, *, shared: bool = True) -> list[str]:
     """Estimate the running statistics anew, as the mean over training batches, in place.
 
     The user's step is replayed on :data:`BATCHES` batches; nothing else in the module changes. Layers that are in
-    evaluation mode, because the user froze them, and those that these batches do not reach keep their statistics. With
-    several processes, those of rank 0 count.
+    evaluation mode, because the user froze them, and those that these batches do not reach keep their statistics.
 
     Args:
         trainer: The Trainer, whose training data is set up.
         module: The LightningModule.
+        shared: Whether all processes get what rank 0 has estimated; each keeps its own otherwise.
 
     Returns:
         The names of the layers that were estimated.
@@ -153,7 +153,7 @@ def reestimate_batchnorm_(trainer: Any, module: Any) -> list[str]:
             found = {name: _statistics(layer) for name, layer in layers.items() if layer.num_batches_tracked}
     finally:
         module.to(device)
-    found = trainer.strategy.broadcast(found)
+    found = trainer.strategy.broadcast(found) if shared else found
     with torch.no_grad():
         for name, (mean, variance) in found.items():
             for buffer, value in (("running_mean", mean), ("running_var", variance)):

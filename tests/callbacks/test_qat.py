@@ -506,7 +506,7 @@ class Remembering(Classifier):
 def test_what_a_network_keeps_between_calls_is_what_it_was_given():
     qat = QATCallback(weight_bits=4, activation_bits=4, freeze_batchnorm_at=1)
     module, _ = fitted(qat, Remembering)
-    assert [name for name in vars(module.model.kept) if name.startswith("_lc")] == []
+    assert [name for name in vars(module.model.kept) if name.startswith("_lightning")] == []
 
 
 class Frozen(Classifier):

@@ -873,7 +873,8 @@ PROCESSES = """
             own.mkdir()
             branching = name == "branching"
             step_size = "observed" if branching else name
-            qat = qat_of(step_size, activation_bits=8, freeze_observers_at=1.0)
+            late = {"freeze_observers_at": 1.0} if step_size == "observed" else {}
+            qat = QATCallback(weight_bits=4, step_size=step_size, **late)
             strategy = DDPStrategy(
                 start_method="fork", process_group_backend="gloo", find_unused_parameters=branching
             )
@@ -909,7 +910,7 @@ def test_two_processes_have_the_same_grids(step_size, ranks):
             assert torch.equal(value, second["weights"][key]), key
     for key in ("weights", "activations", "sites"):
         assert equal(first["state"]["quantization"][key], second["state"]["quantization"][key]), key
-    for key in ("start_grids", "factors", "ranges"):
+    for key in ("start_grids", "factors", "moving"):
         assert equal(first["state"][key], second["state"][key]), key
     now, then = (first["state"][key]["activations"] for key in ("quantization", "start_grids"))
     assert (now == then) == (step_size == "mse")
@@ -929,6 +930,45 @@ def test_processes_that_take_other_ways_tell_activations_apart(ranks):
     assert ranges["in:stem.0:linear:0"][0] < -1.0
     assert {key for key, (low, _) in ranges.items() if low == 0.0} == outputs
     assert all(high > 0 for _, high in ranges.values())
+
+
+FAILING = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    import torch
+    from contract.modules import NormClassifier, loader, made, trainer
+    from lightning.pytorch.strategies import DDPStrategy
+    from lightning_compress import QATCallback
+
+    class Failing(NormClassifier):
+        def validation_step(self, batch, batch_idx):
+            if self.training or (self.global_rank == 1 and batch_idx == 1 and self.trainer.training):
+                raise OSError("no such batch")
+            return super().validation_step(batch, batch_idx)
+
+    if __name__ == "__main__":
+        torch.set_num_threads(1)
+        strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+        run = trainer(QATCallback(max_samples=32), devices=2, strategy=strategy)
+        run.fit(made(Failing), loader(rows=64), loader(rows=32))
+"""
+
+
+@pytest.mark.slow
+def test_a_calibration_that_fails_on_one_rank_ends_all(tmp_path):
+    """At once, and not when the others have waited long enough."""
+    script = tmp_path / "failing.py"
+    script.write_text(textwrap.dedent(FAILING))
+    done = subprocess.run(
+        [sys.executable, str(script), str(Path(__file__).parents[1])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "no such batch" in done.stderr
 
 
 # With masks
