@@ -54,7 +54,7 @@ MUCH_CLIPPED = 0.05
 MUCH_GROWN, SMALL_LOSS = 2.0, 0.02
 """What is worth one: a loss of so many times what it was when batch norm was frozen, and what a smaller counts as."""
 _LATER = "later, once the learning rate has fallen, or never: freeze_batchnorm_at=1"
-KEPT = ("moving", "factors", "top_lr", "watch", "froze", "waits", "clipped")
+KEPT = ("moving", "factors", "top_lr", "watch", "froze", "waits", "clipped", "run")
 """What goes into the state beside the grids, once the network is quantised."""
 GRID_ARGUMENTS = ("weight_bits", "activation_bits", "edge_bits", "network", "layers", "exclude")
 """By which the grids of a checkpoint are those of another network, when they differ."""
@@ -252,20 +252,6 @@ class QATCallback(QuantisedCallback):
             raise ValueError(f"grids_from='{self.grids_from}' has no grids of PSGDCallback for weights of '{name}'")
         return found
 
-    def _ranges_from(self, path: str) -> tuple[dict[str, tuple[int, bool, int]], dict[str, Tensor]]:
-        """What PSGD has trained the weights of a checkpoint for, and these weights, by their names in the module."""
-        contents = read_checkpoint(path)
-        ranges = trained_ranges(contents)
-        asked = {given for _, _, given in ranges.values()}
-        if not ranges:
-            raise ValueError(f"grids_from='{path}' has no grids of PSGDCallback")
-        if asked != {self.weight_bits}:
-            raise ValueError(
-                f"grids_from='{path}' is of a training for {', '.join(map(str, sorted(asked)))} bits, and "
-                f"weight_bits={self.weight_bits}; give the same"
-            )
-        return ranges, {plain_name(key): value for key, value in contents["state_dict"].items()}
-
     def presented(self) -> Presented | None:
         """In a fit, what masks weights knows."""
         return None if self._controller is None else self._controller.weights.source_of
@@ -329,11 +315,6 @@ class QATCallback(QuantisedCallback):
             usual = inspect.signature(type(self)).parameters[argument].default
             if getattr(self, argument) != usual and self.step_size != size:
                 self._warn_once(f"{argument}={getattr(self, argument)} has no effect with step_size='{self.step_size}'")
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """As the base, with the grids as they are at the end."""
-        self._keep()
-        super().on_fit_end(trainer, pl_module)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """As the base; and know what a checkpoint is loaded for."""
@@ -431,11 +412,8 @@ class QATCallback(QuantisedCallback):
             )
         if getattr(trainer, "barebones", False):
             return
-        for quantity, value in {
-            "clipped": clipped,
-            **moving.quantities(),
-        }.items():  # the same on all ranks; Lightning wants to be told
-            many = trainer.world_size > 1
+        many = trainer.world_size > 1  # the same on all ranks; Lightning wants to be told
+        for quantity, value in {"clipped": clipped, **moving.quantities()}.items():
             pl_module.log(f"compress/{self.name}/{quantity}", value, sync_dist=many, batch_size=1)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
@@ -443,6 +421,11 @@ class QATCallback(QuantisedCallback):
         super().on_validation_start(trainer, pl_module)
         if self._fit.moving is not None:
             self._check_modules(self._fit.moving.network)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """As the base, with the grids as they are at the end."""
+        self._keep()
+        super().on_fit_end(trainer, pl_module)
 
     def bake(self, trainer: Any, pl_module: Any) -> None:
         """Until the end, statistics of batch norm are those of the quantised network."""
@@ -536,9 +519,10 @@ class QATCallback(QuantisedCallback):
         start, same = state["start_grids"], state["arguments"]["step_size"] == self.step_size
         kept = state["moving"] if same else {}
         begun = kept.get("begun") or state["quantization"]
-        self._fit.top_lr = dict(state["top_lr"])
-        self._fit.watch.load(state["watch"])
-        self._fit.froze, self._fit.clipped = state["froze"], state["clipped"]
+        fit = self._fit
+        fit.top_lr, fit.run = dict(state["top_lr"]), set(state["run"])
+        fit.froze, fit.clipped = state["froze"], state["clipped"]
+        fit.watch.load(state["watch"])
         grids = replace(Grids.from_state(begun), fingerprints={}, following=False)
         moving = self._quantise(grids, pl_module, state["factors"] if same else {})
         if same:
@@ -585,11 +569,18 @@ class QATCallback(QuantisedCallback):
             self._fit = _Fit()
 
     def _to_keep(self, moving: MovingGrids) -> dict[str, Any]:
-        factors = self._fit.factors
-        found = {} if factors is None else copy.deepcopy(factors.state_dict())
         fit = self._fit
-        values = (moving.state(), found, dict(fit.top_lr), fit.watch.state(), fit.froze, fit.waits, fit.clipped)
-        return dict(zip(KEPT, values, strict=True))
+        kept = {
+            "moving": moving.state(),
+            "factors": {} if fit.factors is None else copy.deepcopy(fit.factors.state_dict()),
+            "top_lr": dict(fit.top_lr),
+            "watch": fit.watch.state(),
+            "froze": fit.froze,
+            "waits": fit.waits,
+            "clipped": fit.clipped,
+            "run": sorted(fit.run),
+        }
+        return {name: kept[name] for name in KEPT}
 
     def _grids_now(self, moving: MovingGrids) -> Grids:
         with self._seen_weights():
@@ -611,6 +602,20 @@ class QATCallback(QuantisedCallback):
                 f"all of {listing(nothing)} was 0 when the grids were found, which then have steps of 1 and may round "
                 "to 0 what is learned: begin later (start=), with a trained network, or give step_size='observed'"
             )
+
+    def _ranges_from(self, path: str) -> tuple[dict[str, tuple[int, bool, int]], dict[str, Tensor]]:
+        """What PSGD has trained the weights of a checkpoint for, and these weights, by their names in the module."""
+        contents = read_checkpoint(path)
+        ranges = trained_ranges(contents)
+        asked = {given for _, _, given in ranges.values()}
+        if not ranges:
+            raise ValueError(f"grids_from='{path}' has no grids of PSGDCallback")
+        if asked != {self.weight_bits}:
+            raise ValueError(
+                f"grids_from='{path}' is of a training for {', '.join(map(str, sorted(asked)))} bits, and "
+                f"weight_bits={self.weight_bits}; give the same"
+            )
+        return ranges, {plain_name(key): value for key, value in contents["state_dict"].items()}
 
     def _warn_of_nothing_trained(self, trainer: Any) -> None:
         for other in trainer.callbacks:

@@ -388,6 +388,22 @@ def test_layers_that_only_some_batches_run(step_size):
     assert fitting.logged["val_loss"] == qat.metrics["val_loss"]
 
 
+def test_a_resume_late_in_an_epoch_knows_what_ran_before(tmp_path):
+    """Of two heads the last batches have only one."""
+
+    class First(Alternating):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.model(batch[0], "one" if batch_idx >= 5 else "two"), batch[1])
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=6)
+    fitted(QATCallback(step_size="learned"), First, saver, enable_checkpointing=True)
+    module, qat = made(First), QATCallback(step_size="learned")
+    run = trainer(qat)
+    run.fit(module, loader(), loader(rows=ROWS), ckpt_path=tmp_path / "step=6.ckpt", weights_only=True)
+    assert run.global_step == STEPS
+    assert len(qat.quantization.weights) == 3
+
+
 class Replacing(L.Callback):
     """Puts something new into a network in its second epoch."""
 
