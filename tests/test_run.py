@@ -337,7 +337,7 @@ def test_an_untouched_script(project, capfd, tmp_path):
 def test_a_child_that_is_killed_while_it_writes_the_file(project, capfd, tmp_path):
     body = (
         "import os, signal\nimport lightning_compress.export.onnx as target\n"
-        f"target.check_parity = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n{FIT}"
+        f"target.check_parity = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)\n{FIT}"
     )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.onnx").write_text("an older one")
