@@ -225,11 +225,17 @@ def batch_bounds(program: Any) -> tuple[int, int | None]:
     return max((int(found.lower) for found in ranges), default=0), min(upper, default=None)
 
 
+_open_groups: list[Callable[[str | None], str | None]] = []
+
+
 @contextmanager
 def patient_group(world_size: int) -> Iterator[Callable[[str | None], str | None]]:
     """A way to tell all processes what the first that has to say something says, that waits for days."""
     if world_size == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         yield lambda message: message
+        return
+    if _open_groups:  # within another: who fails on the way here has told it there
+        yield _open_groups[-1]
         return
     group: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
 
@@ -238,9 +244,11 @@ def patient_group(world_size: int) -> Iterator[Callable[[str | None], str | None
         torch.distributed.all_gather_object(said, message, group=group)
         return next((f"rank {rank} failed: {own}" for rank, own in enumerate(said) if own is not None), None)
 
+    _open_groups.append(tell)
     try:
         yield tell
     finally:
+        _open_groups.pop()
         torch.distributed.destroy_process_group(group)
 
 
@@ -415,10 +423,11 @@ def forget_best_score(callback: Any) -> bool:
 
 def forget_plateaus(trainer: Any) -> bool:
     """Let each ``ReduceLROnPlateau`` begin to wait anew; whether one had seen a score."""
-    plateaus = [own.scheduler for own in trainer.lr_scheduler_configs if own.reduce_on_plateau]
+    kind = torch.optim.lr_scheduler.ReduceLROnPlateau
+    plateaus = [own.scheduler for own in trainer.lr_scheduler_configs if isinstance(own.scheduler, kind)]
     seen = any(scheduler.best != scheduler.mode_worse for scheduler in plateaus)
     for scheduler in plateaus:
-        scheduler.best, scheduler.num_bad_epochs = scheduler.mode_worse, 0
+        scheduler.best, scheduler.num_bad_epochs, scheduler.cooldown_counter = scheduler.mode_worse, 0, 0
     return seen
 
 

@@ -36,6 +36,8 @@ from lightning_compress.mechanisms.student import StudentCapture
 log = logging.getLogger("lightning_compress")
 
 SCHEMA = 1
+_TOLD = "_lightning_compress_told"
+"""Attribute of an exception that all ranks know of."""
 STAGES = ("bake", "estimate_statistics", "calibrate", "export", "evaluate", "report")
 UNSUPPORTED_STRATEGIES = (
     "FSDPStrategy",
@@ -484,11 +486,15 @@ def together(
     try:
         work(trainer, pl_module)
     except BaseException as error:
-        tell(f"{type(error).__name__}: {error}")
+        if not getattr(error, _TOLD, False):  # by what was done together within
+            setattr(error, _TOLD, True)
+            tell(f"{type(error).__name__}: {error}")
         raise
     problem = tell(None)
     if problem is not None:
-        raise RuntimeError(problem)
+        told = RuntimeError(problem)
+        setattr(told, _TOLD, True)
+        raise told
 
 
 def found_by_rank_zero(trainer: Any, pl_module: Any, measure: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -94,6 +94,8 @@ class _Fit:
     """Whether a training step runs."""
     run: set[str] = field(default_factory=set)
     """Names of the weights that one has rounded."""
+    whole: bool = False
+    """Whether an epoch was quantised from its first batch on."""
     steps_of_grids: int = 0
     """Optimizer steps when grids moved last."""
     steps_before_grids: int = 0
@@ -312,7 +314,7 @@ class QATCallback(QuantisedCallback):
         if self.grids_from is not None:
             self._ranges_from(self.grids_from)
         for argument, size in (("freeze_observers_at", "observed"), ("step_lr", "learned")):
-            usual = inspect.signature(type(self)).parameters[argument].default
+            usual = inspect.signature(QATCallback).parameters[argument].default
             if getattr(self, argument) != usual and self.step_size != size:
                 self._warn_once(f"{argument}={getattr(self, argument)} has no effect with step_size='{self.step_size}'")
 
@@ -332,7 +334,7 @@ class QATCallback(QuantisedCallback):
         stack.callback(self._fit.thaw)
         self.quantization, self.metrics, self._start_grids, self._kept, self._highest_lr = None, {}, None, {}, 0.0
         if state is not None:
-            self._fit.highest_lr = state["highest_lr"]
+            self._fit.highest_lr = state.get("highest_lr", 0.0)
         if state is not None and "moving" in state:  # not, if the training ended before it began
             self._refuse_other_grids(state, pl_module)
             self._go_on(state, pl_module)
@@ -354,11 +356,13 @@ class QATCallback(QuantisedCallback):
             with self._seen_weights():
                 moving.freeze()
             log.info("%s: the grids stay from here on", self.name)
-        fit.lr = max((float(group["lr"]) for own in trainer.optimizers for group in own.param_groups), default=0.0)
-        fit.highest_lr = max(fit.highest_lr, fit.lr)
+        if self.freeze_batchnorm_at == "auto" and not fit.froze:
+            fit.lr = max((float(group["lr"]) for own in trainer.optimizers for group in own.param_groups), default=0.0)
+            fit.highest_lr = max(fit.highest_lr, fit.lr)
         if moving is not None:
-            self._freeze_norms(done)
+            self._freeze_norms(trainer, done)
             moving.used.clear()
+            fit.whole = fit.whole or batch_idx == 0
         fit.in_step = True
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -400,7 +404,7 @@ class QATCallback(QuantisedCallback):
             return
         self._check_modules(moving.network)
         if self._require_controller().steps > self._fit.steps_before_grids:
-            self._check_idle(moving)
+            self._check_idle(trainer, moving)
         clipped = self._clipped(moving)
         if clipped > self._fit.clipped + MUCH_CLIPPED and self.step_size != "observed":
             slow = "learn slowly" if moving.learns else "stay"
@@ -482,12 +486,14 @@ class QATCallback(QuantisedCallback):
         """A fraction of the training; "auto": so far on the way from the start to the end."""
         return self.start + usual * (1 - self.start) if fraction == "auto" else fraction
 
-    def _freeze_norms(self, done: float) -> None:
+    def _freeze_norms(self, trainer: Any, done: float) -> None:
         """Freeze batch norm when it is time, also where somebody has called ``train()`` since."""
         fit, norms, at = self._fit, self._fit.norms, self._when(self.freeze_batchnorm_at, 0.5)
         if norms is None or at >= 1 or done < at:
             return
-        high = self.freeze_batchnorm_at == "auto" and fit.lr > SMALL_RATE * fit.highest_lr
+        high = self.freeze_batchnorm_at == "auto" and not fit.froze and fit.lr > SMALL_RATE * fit.highest_lr
+        if self.freeze_batchnorm_at == "auto" and not fit.froze:  # rates that hang on a metric may differ
+            high = not trainer.strategy.reduce_boolean_decision(not high)
         fit.waits = high and not fit.froze and norms.trains
         if not fit.waits and norms.freeze() and not fit.froze:
             fit.froze = True
@@ -521,7 +527,7 @@ class QATCallback(QuantisedCallback):
         begun = kept.get("begun") or state["quantization"]
         fit = self._fit
         fit.top_lr, fit.run = dict(state["top_lr"]), set(state["run"])
-        fit.froze, fit.clipped = state["froze"], state["clipped"]
+        fit.froze, fit.waits, fit.clipped = state["froze"], state["waits"], state["clipped"]
         fit.watch.load(state["watch"])
         grids = replace(Grids.from_state(begun), fingerprints={}, following=False)
         moving = self._quantise(grids, pl_module, state["factors"] if same else {})
@@ -654,13 +660,18 @@ class QATCallback(QuantisedCallback):
                 f"'{moving.grids.network or 'self'}'; name the part that it calls with network="
             )
 
-    def _check_idle(self, moving: MovingGrids) -> None:
-        """After an epoch: complain about layers that no step has run."""
-        idle = [name for name in moving.grids.weights if name not in self._fit.run]
-        compiled = self._fit.calls is None or self._fit.calls.compiled or _compat.holds_compiled_code(moving.network)
-        if not idle or compiled:  # which keeps no record
+    def _check_idle(self, trainer: Any, moving: MovingGrids) -> None:
+        """After an epoch: complain about layers that no step has run, of any process."""
+        if self._fit.calls is None or self._fit.calls.compiled or _compat.holds_compiled_code(moving.network):
+            return  # compiled code keeps no record
+        names = list(moving.grids.weights)
+        ran = torch.tensor([float(name in self._fit.run) for name in names], device=trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            ran = trainer.strategy.reduce(ran, reduce_op="max")
+        idle = [name for name, own in zip(names, ran.tolist(), strict=True) if not own]
+        if not idle:
             return
-        if moving.learns:
+        if moving.learns and self._fit.whole:
             raise RuntimeError(
                 f"the steps of {listing(idle)} cannot learn: no training step so far runs these layers; leave them out "
                 "with exclude="
@@ -669,7 +680,11 @@ class QATCallback(QuantisedCallback):
 
     def _check_modules(self, network: nn.Module) -> None:
         """Refuse modules that came since the network was quantised, which would run in float."""
-        new = [name for name, module in network.named_modules() if id(module) not in self._fit.modules]
+        new = [
+            name
+            for name, module in network.named_modules()
+            if id(module) not in self._fit.modules and any(value.ndim > 1 for value in module.parameters(recurse=False))
+        ]
         if new:
             raise RuntimeError(
                 f"'{self.name}': {listing(new)} was put into the network after it was quantised, and would run in full "

@@ -57,7 +57,7 @@ class QuantisedCallback(CalibratingCallback):
         if not trainer.is_global_zero or self.quantization is None or not has_validation(pl_module, trainer):
             return
         others = [own.quantization for own in trainer.callbacks if isinstance(own, QuantisedCallback)]
-        found = [grids for grids in others if grids is not None]
+        found = [self.quantization, *(own for own in others if own is not None and own is not self.quantization)]
         try:
             self.metrics = evaluate_quantized(pl_module, trainer, *found)
         except Exception as error:  # the user's validation may need what only the fit has
@@ -66,8 +66,10 @@ class QuantisedCallback(CalibratingCallback):
             )
             return
         for logger in trainer.loggers:
-            names = {metric: f"compress/{self.name}/val_{metric.removeprefix('val_')}" for metric in self.metrics}
-            numbers = {names[metric]: value for metric, value in self.metrics.items()}
+            short = {metric.removeprefix("val_") for metric in self.metrics}
+            alone = len(short) == len(self.metrics)  # "loss" beside "val_loss" keep their names
+            names = {metric: metric.removeprefix("val_") if alone else metric for metric in self.metrics}
+            numbers = {f"compress/{self.name}/val_{names[metric]}": value for metric, value in self.metrics.items()}
             logger.log_metrics(numbers, step=trainer.global_step)
 
     def remarks(self) -> list[str]:

@@ -7,7 +7,6 @@ symmetric weights and a grid for each output channel the integers stay as they a
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_compress.functional.quantizers import MOST_BITS, along, integer_limits, quantize
+from lightning_compress.functional.quantizers import along, quantize
 from lightning_compress.mechanisms.grids import COMPUTED, Grids
+from lightning_compress.mechanisms.kernels import FoldedNorm, kernel_of
 from lightning_compress.mechanisms.operations import CONVOLUTIONS, keeps_dimensions
 from lightning_compress.mechanisms.rounding import GATE_STEP, Rounding, multiplied
 
@@ -26,7 +26,6 @@ CHILD = "quantized"
 """What the names of integers and scales in the file begin with."""
 BLOCK = 128  # input channels that share a scale in a 4-bit product; all blocks of a row have the same here
 SMALLEST_BLOCK = 16
-LARGEST_BIAS = 2.0**30  # in steps of the products: kernels add biases as integers of 32 bits
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -74,36 +73,19 @@ def integer_layer(
     grid = grids.weights[place.name].rows(place.start, place.stop)
     weight = multiplied(grids, site, weight.detach().float())
     integers = quantize(weight, grid.step, 0, *grid.limits, axis=grid.axis)
-    gain = torch.ones(len(weight), dtype=torch.float64)
-    offset = torch.zeros_like(gain) if norm is None else -_statistics(grids, site, norm)[0]
-    offset = offset + grids.biases.get(site, 0.0)
-    if norm is not None:
-        gain = torch.rsqrt(_statistics(grids, site, norm)[1] + norm.eps)
-        gain = gain if norm.weight is None else gain * norm.weight.detach().double()
-        offset = offset * gain + (0.0 if norm.bias is None else norm.bias.detach().double())
-    gain, offset = (value / grids.divisors.get(site, 1.0) for value in (gain, offset))
-    source = grids.activations.get(place.source or "")
-    shift = 1
-    if source is not None and source.bits < MOST_BITS:  # the same values, in integers that fill their byte
-        shift = 2 ** int(math.log2(integer_limits(MOST_BITS)[1] / grid.limits[1]))
-    integers, scale = integers * shift, (grid.step.double().expand(len(weight)) * gain.abs() / shift).float()
-    if source is not None:
-        total = offset if bias is None else offset + bias.detach().double() * gain
-        least = total.abs() / (source.scale * LARGEST_BIAS)
-        faint = scale < least
-        ratio = torch.where(faint, scale / least.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
-        integers = torch.where(
-            along(faint, integers, 0), (integers * along(ratio, integers, 0)).round().int(), integers
-        )
-        scale = torch.where(faint, least.float(), scale)
+    kernel = kernel_of(grids, site, len(weight), None if norm is None else _folded(grids, site, norm), bias)
+    integers, scale = integers * kernel.shift, kernel.scale
+    shrunk = (integers * along(kernel.ratio, integers, 0)).round().int()
+    integers = torch.where(along(kernel.ratio < 1.0, integers, 0), shrunk, integers)
     usable = scale >= TINY
-    integers = torch.where(along(usable, integers, 0), integers * along(gain.sign().int(), integers, 0), 0)
-    return IntegerLayer(integers.to(torch.int8), torch.where(usable, scale, 1.0), gain.float(), offset.float())
+    integers = torch.where(along(usable, integers, 0), integers * along(kernel.gain.sign().int(), integers, 0), 0)
+    scale = torch.where(usable, scale, 1.0)
+    return IntegerLayer(integers.to(torch.int8), scale, kernel.gain.float(), kernel.offset.float())
 
 
-def _statistics(grids: Grids, site: str, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def _folded(grids: Grids, site: str, norm: _BatchNorm) -> FoldedNorm:
     mean, variance = grids.statistics.get(grids.folds[site], (norm.running_mean, norm.running_var))
-    return mean.double(), variance.double()  # type: ignore[union-attr]
+    return FoldedNorm(mean, variance, norm.weight, norm.bias, norm.eps)  # type: ignore[arg-type]
 
 
 class Emitting(Rounding):

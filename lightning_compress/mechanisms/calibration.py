@@ -230,6 +230,7 @@ class Calibration:
         self.grids = Grids(integer_activations=settings.activation_bits is not None)
         self._watch = Observing(network, self.grids, settings, selected, given, presented)
         self.nothing: list[str] = []
+        self._first: list[str] = []  # the layers of the first batch, in their order
 
     def discover(self, steps: Steps) -> None:
         """Find out on a few batches what the network is made of, and the grids of its weights.
@@ -249,7 +250,8 @@ class Calibration:
             )
         if self._settings.equalize:
             _equalize(grids, watch)
-        ends = {place.name for place in (next(iter(grids.sites.values())), next(reversed(grids.sites.values())))}
+        sites = [grids.sites[site] for site in self._first]  # those of later batches lie anywhere
+        ends = {sites[0].name, sites[-1].name}
         watch.edges = ends if self._settings.edge_bits is not None else set()
         self._find_weights()
         grids.fingerprints = fingerprints(self._network)
@@ -257,8 +259,15 @@ class Calibration:
     def _look(self, steps: Steps, *, required: bool = True) -> None:
         """See a few batches run, and what they run through."""
         grids, watch = self.grids, self._watch
+
+        def noted() -> Iterator[object]:
+            for number, done in enumerate(steps()):
+                if number == 0 or not self._first:
+                    self._first = list(grids.sites)
+                yield done
+
         watch.discovering = True
-        self._run(watch, steps, samples=self._settings.max_samples, batches=LOOKS, required=required)
+        self._run(watch, noted, samples=self._settings.max_samples, batches=LOOKS, required=required)
         watch.discovering = False
         direct = watch.consumers
         grids.folds = {layer: norm for layer, norm in grids.folds.items() if _only_norm(direct.get(layer, set()), norm)}
@@ -420,7 +429,7 @@ class _Correction(Rounding):
             shift = function(take(), lost, None, *rest, **options)
             channels = shift.movedim(1 if function.__name__ in CONVOLUTIONS else -1, 0).flatten(start_dim=1)
             total, count = self._sums.get(site, (0.0, 0))
-            self._sums[site] = total + channels.double().sum(dim=1), count + channels.shape[1]
+            self._sums[site] = total + channels.detach().double().sum(dim=1), count + channels.shape[1]
         return super().layer(site, function, take, weight, bias, *rest, **options)
 
     def means(self) -> dict[str, Tensor]:

@@ -135,6 +135,12 @@ class FollowingGrids(MovingGrids):
         whole = weight if known.axis is not None else self.names.whole(place, weight)
         return _followed(known, whole)
 
+    def step_now(self, name: str, device: torch.device) -> Tensor:
+        """That of the weight as it is now."""
+        if self.frozen:
+            return super().step_now(name, device)
+        return _followed(self.grids.weights[name], self.weight(name)).step
+
     def finish_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> list[str]:
         """Let the averages take in what was seen since the last time.
 
@@ -261,6 +267,14 @@ class LearnedGrids(MovingGrids):
             return None
         step = self._step(place.name).reshape(self.grids.weights[place.name].step.shape)
         return WeightGrid(step, known.bits).rows(place.start, place.stop)
+
+    def step_now(self, name: str, device: torch.device) -> Tensor:
+        """The learned step."""
+        return self._step(name).detach().reshape(self.grids.weights[name].step.shape)
+
+    def scale_now(self, key: str) -> Tensor | float:
+        """The learned scale."""
+        return self._step(key)[0].detach().double()
 
     def rounded(self, site: str, grid: WeightGrid, weight: Tensor) -> Tensor:
         """The weight on its grid, with the gradient of its step."""

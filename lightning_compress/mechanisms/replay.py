@@ -87,6 +87,7 @@ class Replay:
         self._step = step
         self.batches = batches
         self._hooked: tuple[str, ...] = ()
+        self._differentiates = False  # whether the step asks for gradients itself
 
     def students(self, argument: str = "student") -> tuple[str, ...]:
         """Find the student: the network that the first step calls.
@@ -191,7 +192,16 @@ class Replay:
         Args:
             arguments: The step's, as :attr:`batches` gives them.
         """
-        self._step(*arguments, gradients=self._method == "training_step")  # it may differentiate
+        if not self._differentiates:
+            try:
+                self._step(*arguments, gradients=False)
+            except RuntimeError as error:  # with gradients a step whose loss is kept would hold all of them
+                if self._method != "training_step" or "require grad" not in str(error):
+                    raise
+                self._differentiates = True
+            else:
+                return
+        self._step(*arguments, gradients=True)
 
     @property
     def _none_skips(self) -> bool:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.functional.quantizers import along, fake_quantize
-from lightning_compress.mechanisms.grids import ActivationGrid, Grids, WeightGrid, WeightSite
+from lightning_compress.mechanisms.grids import COMPUTED, ActivationGrid, Grids, WeightGrid, WeightSite
+from lightning_compress.mechanisms.kernels import FoldedNorm, kernel_of
+from lightning_compress.mechanisms.operations import CONVOLUTIONS
 from lightning_compress.mechanisms.quantization import QuantizationError, Quantizers, module_of
 from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.mechanisms.views import Source
@@ -57,6 +59,15 @@ class WeightNames:
     def name_of(self, parameter: Tensor | None) -> str | None:
         """The dotted name of a parameter; None for what is none."""
         return None if parameter is None else self._names.get(id(parameter))
+
+    @property
+    def training(self) -> bool:
+        """Whether the network is in training mode."""
+        return self._network.training
+
+    def parameter(self, name: str | None) -> Tensor | None:
+        """The parameter of a dotted name; None where there is none of it."""
+        return None if name is None or name == COMPUTED else self._network.get_parameter(name)
 
     def stands_for(self, name: str) -> str:
         """The weight that a parameter is, or that is computed from it, by weight norm or the like."""
@@ -175,8 +186,12 @@ class Rounding(Quantizers):
         if site in self.grids.biases:
             correction = self._copied(f"bias of {site}", self.grids.biases[site], weight.device).to(weight)
             bias = correction if bias is None else bias + correction
-        result: Tensor = function(take(), rounded, bias, *rest, **options)
-        return result if site in self.grids.folds else self.divided(site, result, function)
+        x = take()
+        result: Tensor = function(x, rounded, bias, *rest, **options)
+        if site in self.grids.folds:
+            return result
+        result = self.divided(site, result, function)
+        return self._as_added(site, result, function) if _adds_integers(function, x) else result
 
     def norm(
         self, module: str, layer: str, function: Callable[..., Any], x: Tensor, *rest: Any, **options: Any
@@ -190,8 +205,12 @@ class Rounding(Quantizers):
             found = zip(("mean", "variance"), self.grids.statistics[module], strict=True)
             mean, variance = (self._copied(f"{kind} of {module}", value, own.device).to(own) for kind, value in found)
             arguments.update(running_mean=mean, running_var=variance)
-        result: Tensor = torch.nn.functional.batch_norm(x, **arguments)
-        return self.divided(layer, result, function)
+        result = self.divided(layer, torch.nn.functional.batch_norm(x, **arguments), function)
+        if arguments.get("training"):
+            return result
+        weight, bias, eps = arguments.get("weight"), arguments.get("bias"), arguments.get("eps", 1e-5)
+        norm = FoldedNorm(arguments["running_mean"], arguments["running_var"], weight, bias, eps)
+        return self._as_added(layer, result, function, norm)
 
     # For those that differ
 
@@ -224,11 +243,36 @@ class Rounding(Quantizers):
         step = self._copied(f"step of {place.name}", grid.step, weight.device)
         return WeightGrid(step, grid.bits).rows(place.start, place.stop)
 
+    def step_now(self, name: str, device: torch.device) -> Tensor:
+        """The step of a weight's grid, on a device."""
+        return self._copied(f"step of {name}", self.grids.weights[name].step, device)
+
+    def scale_now(self, key: str) -> Tensor | float:
+        """The scale of an activation's grid."""
+        return self.grids.activations[key].scale
+
     def rounded(self, site: str, grid: WeightGrid, weight: Tensor) -> Tensor:
         """The weight on its grid."""
         wide = multiplied(self.grids, site, weight)
         rounded = fake_quantize(wide, grid.step, 0, *grid.limits, axis=grid.axis)
         return rounded.to(weight.dtype)
+
+    def _as_added(
+        self, site: str, result: Tensor, function: Callable[..., Any], norm: FoldedNorm | None = None
+    ) -> Tensor:
+        """A layer's output with what integer kernels add, which matters where a network is compared with its file."""
+        place = self.grids.sites.get(site)
+        if place is None or place.bias == COMPUTED or self.names.training:
+            return result
+        bias = self.names.parameter(place.bias)
+        nothing = norm is None and bias is None and site not in self.grids.biases
+        if nothing or place.source not in self.grids.activations or place.name not in self.grids.weights:
+            return result
+        step, scale = self.step_now(place.name, result.device), self.scale_now(place.source)
+        kernel = kernel_of(self.grids, site, place.stop - place.start, norm, bias, step=step, scale=scale)
+        more = kernel.rounding(bias)
+        axis = -1 if getattr(function, "__name__", "") == "linear" else 1
+        return result if more is None else result + along(more.to(result), result, axis)
 
     def _scale(self, key: str, grid: ActivationGrid, device: torch.device) -> Tensor | float:
         """The scale of an activation."""
@@ -255,6 +299,11 @@ class Rounding(Quantizers):
         if divisors is None:
             return x
         return x / along(self._copied(f"divisors of {site}", divisors, x.device).to(x), x, axis)
+
+
+def _adds_integers(function: Callable[..., Any], x: Tensor) -> bool:
+    """Whether the kernel of a layer adds its bias as integers: a product of more than two dimensions does not."""
+    return getattr(function, "__name__", "") in CONVOLUTIONS or x.ndim == 2
 
 
 def norm_arguments(*rest: Any, **options: Any) -> dict[str, Any]:

@@ -299,6 +299,23 @@ def test_work_that_fails_on_one_rank_fails_everywhere():
     assert told == ["OSError: no room"] * 2
 
 
+def test_a_failure_within_another_is_told_once():
+    told = []
+
+    def tell(message):
+        told.append(message)
+
+    def fails(trainer, pl_module):
+        raise OSError("no room")
+
+    def outer(trainer, pl_module):
+        together(tell, fails, trainer, pl_module)
+
+    with pytest.raises(OSError, match="no room"):
+        together(tell, outer, SimpleNamespace(is_global_zero=True), None)
+    assert told == ["OSError: no room"]
+
+
 def test_a_strategy_derived_from_an_unsupported_one_is_refused():
     class FSDPStrategy:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import logging
 import math
@@ -26,11 +27,14 @@ from contract.modules import (
 )
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from mechanisms.test_rounding import added
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_compress import CompressionReport, DistillationCallback, PruningCallback, PSGDCallback, PTQCallback
+from lightning_compress.functional.quantizers import quantization_grid, range_grid
 from lightning_compress.mechanisms.calibration import Calibration, Settings
+from lightning_compress.mechanisms.grids import ActivationGrid, Grids, WeightGrid
 
 ROWS = 2 * BATCH  # of the validation
 
@@ -76,8 +80,16 @@ def by_hand(module, bits=(8, 8), activation_bits=8, statistics=None):
         on_weight_grid(layer.weight.detach(), own) for layer, own in ((convolution, bits[0]), (linear, bits[1]))
     )
 
+    grids = None  # whose steps say what integer kernels add
+
     def convolved(x):
-        maps = F.conv2d(x, first, convolution.bias, padding=1)
+        bias = convolution.bias
+        if grids is not None:
+            folded = None if norm is None else copy.copy(norm)
+            if statistics is not None and folded is not None:
+                folded._buffers = {**norm._buffers, "running_mean": statistics[0], "running_var": statistics[1]}
+            bias = added(grids, "x", "first", bias, folded)
+        maps = F.conv2d(x, first, bias, padding=1)
         if norm is not None:
             mean, variance = statistics or (norm.running_mean, norm.running_var)
             maps = F.batch_norm(maps, mean, variance, norm.weight, norm.bias)
@@ -90,12 +102,26 @@ def by_hand(module, bits=(8, 8), activation_bits=8, statistics=None):
     with torch.no_grad():
         seen = images()
         maps_seen = convolved(seen)
+        if activation_bits is not None:
+            grids = Grids(
+                weights={
+                    name: WeightGrid(quantization_grid(layer.weight, own, axis=0), own)
+                    for name, layer, own in (("first", convolution, bits[0]), ("second", linear, bits[1]))
+                },
+                activations={
+                    name: ActivationGrid(
+                        *range_grid(own.min().item(), own.max().item(), activation_bits), activation_bits
+                    )
+                    for name, own in (("x", seen), ("maps", maps_seen))
+                },
+            )
+        bias = linear.bias if grids is None else added(grids, "maps", "second", linear.bias)
         for x, y in loader(rows=ROWS):
             x = x.reshape(-1, 1, 2, 4)
             x = x if activation_bits is None else on_activation_grid(x, seen, activation_bits)
             maps = convolved(x)
             maps = maps if activation_bits is None else on_activation_grid(maps, maps_seen, activation_bits)
-            losses.append(F.cross_entropy(F.linear(maps.flatten(1), second, linear.bias), y))
+            losses.append(F.cross_entropy(F.linear(maps.flatten(1), second, bias), y))
     return float(torch.stack(losses).mean())
 
 

@@ -30,6 +30,7 @@ from contract.modules import (
 from contract.traces import traces
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from mechanisms.test_rounding import added
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -346,7 +347,8 @@ class Validating(nn.Module):
 def test_steps_of_layers_that_training_does_not_run_cannot_learn(start):
     message = "the steps of 'more.weight' cannot learn: no training step so far runs these layers; .*exclude="
     qat = QATCallback(step_size="learned", start=start)
-    refused(qat, Idle, message, error=RuntimeError, steps=STEPS)  # it may come later in an epoch
+    epochs = 1 if start == 0 else 2  # it may come later in an epoch, so one that was seen from its start says so
+    refused(qat, Idle, message, error=RuntimeError, steps=epochs * STEPS, max_epochs=epochs)
     qat = QATCallback(step_size="learned", exclude=["model.more"])
     module, fitting = fitted(qat, Idle)
     assert list(qat.quantization.weights) == ["body.0.weight", "head.weight"]
@@ -418,6 +420,17 @@ class Replacing(L.Callback):
 def new_data(module, optimizer):
     for value in module.parameters():
         value.data = value.data.clone()
+
+
+def test_modules_without_weights_may_come_later():
+    """Such as a loss that is made anew."""
+
+    def renew(module, optimizer):
+        module.model[0].loss = nn.CrossEntropyLoss()
+
+    qat = QATCallback()
+    module, _ = fitted(qat, Classifier, Replacing(renew), max_epochs=3)
+    assert isinstance(module.model[0].loss, nn.CrossEntropyLoss)
 
 
 @STEP_SIZES
@@ -623,10 +636,11 @@ def by_formula(module, qat, x):
         integers = torch.clamp(torch.round(value / torch.tensor(grid.scale)) + grid.zero_point, 0, 2**grid.bits - 1)
         return (integers - grid.zero_point) * grid.scale
 
+    first = added(grids, "in:0:conv2d:0", "0.weight", net[0].bias, net[1])
     x = activation("in:0:conv2d:0", x.reshape(-1, 1, 2, 4))
-    x = F.relu(net[1](F.conv2d(x, weight("0.weight", net[0].weight), net[0].bias, padding=1)))
+    x = F.relu(net[1](F.conv2d(x, weight("0.weight", net[0].weight), first, padding=1)))
     x = activation("2:relu:0", x).flatten(1)
-    return F.linear(x, weight("4.weight", net[4].weight), net[4].bias)
+    return F.linear(x, weight("4.weight", net[4].weight), added(grids, "2:relu:0", "4.weight", net[4].bias))
 
 
 @STEP_SIZES
@@ -1042,8 +1056,10 @@ def test_a_layer_that_is_used_twice_has_one_grid(step_size):
         for x, y in loader(rows=ROWS):
             for before, after in ((one, two), (None, three)):
                 x = placed(x, before) if before else x
-                x = placed(F.relu(F.linear(x, first, net.first.bias)), after)
-            losses.append(F.cross_entropy(F.linear(x, head, net.head.bias), y))
+                key = "in:first:linear:0" if before else ":relu:0"
+                x = placed(F.relu(F.linear(x, first, added(grids, key, "first.weight", net.first.bias))), after)
+            bias = added(grids, ":relu:1", "head.weight", net.head.bias)
+            losses.append(F.cross_entropy(F.linear(x, head, bias), y))
     assert float(torch.stack(losses).mean()) == pytest.approx(fitting.logged["val_loss"], abs=1e-5)
     assert difference(module, plainly(UsedTwice)) > 0
 

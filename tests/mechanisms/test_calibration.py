@@ -212,6 +212,20 @@ def test_layers_that_only_some_batches_reach_are_quantised():
     assert grids.left_in_float == ("gelu (1)",)
 
 
+def test_the_first_and_the_last_layer_are_those_of_the_first_batch():
+    """A branch of later batches is no end of the network."""
+    layers = nn.ModuleDict({name: nn.Linear(3, 3) for name in ("first", "mid", "last", "branch")})
+    net = nn.Module()
+    net.layers = layers
+    net.forward = lambda x, turn: layers["last"](
+        layers["mid"](layers["first"](x)) + (layers["branch"](x) if turn else 0.0)
+    )
+    steps = lambda: (net(torch.randn(4, 3), turn) for turn in range(3))  # noqa: E731
+    grids = calibrate(net, steps, Settings(weight_bits=3, edge_bits=8))
+    bits = {name.split(".")[1]: grid.bits for name, grid in grids.weights.items()}
+    assert bits == {"first": 8, "mid": 3, "last": 8, "branch": 3}
+
+
 def test_what_was_zero_throughout_is_known():
     net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
     for x, expected in ((torch.randn(4, 3), []), (torch.zeros(4, 3), ["in:0:linear:0"])):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -38,6 +39,24 @@ def weight_of(grids, name, weight, rows=slice(None)):
 def activation_of(grids, key, x):
     grid = grids.activations[key]
     return on_grid(x, torch.tensor(grid.scale), grid.zero_point, 0, 2**grid.bits - 1)
+
+
+def added(grids, source, name, bias, norm=None, rows=slice(None)):
+    """The bias that an integer kernel adds: whole steps of input times weight, with the batch norm behind it folded in.
+
+    Weights of few bits are multiplied by the power of two with which they fill their byte where activations have few.
+    """
+    source, grid = grids.activations[source], grids.weights[name]
+    step = grid.step[rows].double() * source.scale
+    if source.bits < 8:
+        step = step / 2 ** math.floor(math.log2(127 / (2 ** (grid.bits - 1) - 1)))
+    bias = torch.zeros_like(step) if bias is None else bias.double()
+    gain, shift = torch.ones_like(step), torch.zeros_like(step)
+    if norm is not None:
+        gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        shift = norm.bias.double() - norm.running_mean.double() * gain
+    total, step = (bias * gain + shift).detach(), (step * gain.abs()).detach()
+    return (bias + (torch.round(total / step) * step - total) / gain.detach()).float()
 
 
 def calibrated(net, *batches, **settings):
@@ -84,12 +103,23 @@ class Small(nn.Module):
 
 def small_by_hand(net, grids, x):
     a, w = partial(activation_of, grids), partial(weight_of, grids)
+
+    def b(source, name, bias):
+        return bias if net.training else added(grids, source, name, bias)
+
     x = net.norm(F.conv2d(a("in:stem:conv2d:0", x), w("stem.weight", net.stem.weight)))
+    if not net.training:
+        gain = net.norm.weight / (net.norm.running_var + net.norm.eps).sqrt()
+        more = gain * added(grids, "in:stem:conv2d:0", "stem.weight", None, net.norm)
+        x = x + more.detach().view(1, -1, 1, 1)
     x = F.max_pool2d(a("relu:relu:0", F.relu(x)), 2)
-    out = a("relu#1:relu:0", F.relu(F.conv2d(x, w("one.weight", net.one.weight), net.one.bias)))
-    out = a("two:conv2d:0", F.conv2d(out, w("two.weight", net.two.weight), net.two.bias, padding=1))
+    bias = b("relu:relu:0", "one.weight", net.one.bias)
+    out = a("relu#1:relu:0", F.relu(F.conv2d(x, w("one.weight", net.one.weight), bias)))
+    bias = b("relu#1:relu:0", "two.weight", net.two.bias)
+    out = a("two:conv2d:0", F.conv2d(out, w("two.weight", net.two.weight), bias, padding=1))
     out = a("relu#2:relu:0", F.relu(out + x)).mean((2, 3))
-    return F.linear(a(":mean:0", out), w("head.weight", net.head.weight), net.head.bias)
+    bias = b(":mean:0", "head.weight", net.head.bias)
+    return F.linear(a(":mean:0", out), w("head.weight", net.head.weight), bias)
 
 
 @pytest.fixture
@@ -435,8 +465,12 @@ def test_weights_that_are_computed(norm):
     grids = calibrated(net, (MAPS,), weight_bits=4)
     a = partial(activation_of, grids)
     other(MAPS)
-    x = F.conv2d(a("in:0:conv2d:0", MAPS), weight_of(grids, "0.weight", other[0].weight), other[0].bias)
-    x = F.conv2d(a("1:relu:0", F.relu(x)), weight_of(grids, "2.weight", other[2].weight), other[2].bias)
+    first, second = (
+        added(grids, source, name, layer.bias)
+        for source, name, layer in (("in:0:conv2d:0", "0.weight", other[0]), ("1:relu:0", "2.weight", other[2]))
+    )
+    x = F.conv2d(a("in:0:conv2d:0", MAPS), weight_of(grids, "0.weight", other[0].weight), first)
+    x = F.conv2d(a("1:relu:0", F.relu(x)), weight_of(grids, "2.weight", other[2].weight), second)
     expected = a("2:conv2d:0", x)
     output, rounding = run(net, grids, MAPS)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
@@ -594,13 +628,16 @@ def test_weights_without_a_grid_stay_in_float(small):
     grids = calibrated(small, (MAPS,))
     del grids.weights["one.weight"], grids.sites["one:conv2d:0"]
     output, rounding = run(small, grids, MAPS)
-    a, w = partial(activation_of, grids), partial(weight_of, grids)
-    x = F.relu(small.norm(F.conv2d(a("in:stem:conv2d:0", MAPS), w("stem.weight", small.stem.weight))))
+    a, w, b = (partial(own, grids) for own in (activation_of, weight_of, added))
+    bias = b("in:stem:conv2d:0", "stem.weight", None, small.norm)
+    x = F.relu(small.norm(F.conv2d(a("in:stem:conv2d:0", MAPS), w("stem.weight", small.stem.weight), bias)))
     x = F.max_pool2d(a("relu:relu:0", x), 2)
     out = a("relu#1:relu:0", F.relu(small.one(x)))
-    out = a("two:conv2d:0", F.conv2d(out, w("two.weight", small.two.weight), small.two.bias, padding=1))
+    bias = b("relu#1:relu:0", "two.weight", small.two.bias)
+    out = a("two:conv2d:0", F.conv2d(out, w("two.weight", small.two.weight), bias, padding=1))
     out = a("relu#2:relu:0", F.relu(out + x)).mean((2, 3))
-    expected = F.linear(a(":mean:0", out), w("head.weight", small.head.weight), small.head.bias)
+    bias = b(":mean:0", "head.weight", small.head.bias)
+    expected = F.linear(a(":mean:0", out), w("head.weight", small.head.weight), bias)
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
     assert "one.weight" not in rounding.used
 

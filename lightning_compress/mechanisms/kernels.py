@@ -1,0 +1,125 @@
+"""What an integer kernel multiplies and adds, for the file and for the module that computes as the file does.
+
+A kernel adds the bias of a layer in the steps of its products, those of the input times those of the weight, with the
+batch norm behind the layer folded into both. Jacob et al., CVPR 2018, arXiv:1712.05877, section 2.4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_compress.functional.quantizers import MOST_BITS, integer_limits
+from lightning_compress.mechanisms.grids import Grids, WeightGrid
+
+LARGEST_BIAS = 2.0**30
+"""In steps of the products: kernels add biases as integers of 32 bits."""
+
+
+class FoldedNorm(NamedTuple):
+    """A batch norm that is folded into the layer before it."""
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A layer of ``scale * integers * x + gain * bias + offset``, each of one value for each output channel.
+
+    Attributes:
+        scale: float32: what the integers of the weight stand for.
+        gain: float64: what the bias of the layer is multiplied by.
+        offset: float64: what is added beside it.
+        shift: Integers of few bits are multiplied by this power of two, and fill their byte.
+        ratio: float64: integers of a channel so faint that its bias would not fit into 32 bits are multiplied by it.
+        step: float64: what the bias is added in; None where activations are float.
+    """
+
+    scale: Tensor
+    gain: Tensor
+    offset: Tensor
+    shift: int
+    ratio: Tensor
+    step: Tensor | None
+
+    def added(self, bias: Tensor | None) -> Tensor:
+        """What is added to each output channel, float64."""
+        return self.offset if bias is None else self.offset + bias.detach().double() * self.gain
+
+    def rounding(self, bias: Tensor | None) -> Tensor | None:
+        """By how much an integer kernel adds more than that; None where it adds float numbers, or nothing."""
+        if self.step is None:
+            return None
+        added = self.added(bias)
+        return torch.round(added / self.step) * self.step - added
+
+
+def kernel_of(
+    grids: Grids,
+    site: str,
+    rows: int,
+    norm: FoldedNorm | None = None,
+    bias: Tensor | None = None,
+    *,
+    step: Tensor | None = None,
+    scale: Tensor | float | None = None,
+) -> Kernel:
+    """The kernel of a layer.
+
+    Args:
+        grids: The grids of the network.
+        site: Key of the layer.
+        rows: Its output channels.
+        norm: The batch norm that alone consumes its output; None: there is none to fold.
+        bias: Its bias.
+        step: That of its weight's grid, where it is another than in ``grids``, or elsewhere.
+        scale: That of its input's grid, likewise.
+
+    Returns:
+        What it multiplies and adds.
+
+    Example:
+        >>> from lightning_compress.mechanisms.grids import ActivationGrid, WeightGrid, WeightSite
+        >>> sites, activations = {"s": WeightSite("w", 0, 1, source="x")}, {"x": ActivationGrid(0.25, 0, 8)}
+        >>> grids = Grids(weights={"w": WeightGrid(torch.tensor(0.5), 8)}, sites=sites, activations=activations)
+        >>> bias = torch.tensor([0.3])
+        >>> kernel_of(grids, "s", 1, bias=bias).rounding(bias).item()  # the nearest multiple of .125 is .25
+        -0.05...
+    """
+    place = grids.sites[site]
+    grid = grids.weights[place.name]
+    grid = (grid if step is None else WeightGrid(step, grid.bits)).rows(place.start, place.stop)
+    step = grid.step.detach().double()
+    gain = torch.ones(rows, dtype=torch.float64, device=step.device)
+    offset = torch.zeros_like(gain) if norm is None else -norm.mean.detach().double()
+    if site in grids.biases:
+        offset = offset + grids.biases[site].to(offset)
+    if norm is not None:
+        gain = torch.rsqrt(norm.variance.detach().double() + norm.eps)
+        gain = gain if norm.weight is None else gain * norm.weight.detach().double()
+        offset = offset * gain + (0.0 if norm.bias is None else norm.bias.detach().double())
+    if site in grids.divisors:
+        gain, offset = (value / grids.divisors[site].to(value) for value in (gain, offset))
+    source = grids.activations.get(place.source or "")
+    few = source is not None and source.bits < MOST_BITS  # the same values, in integers that fill their byte
+    shift = 2 ** int(math.log2(integer_limits(MOST_BITS)[1] / grid.limits[1])) if few else 1
+    own = (step.to(gain).expand(rows) * gain.abs() / shift).float()
+    ratio = torch.ones_like(gain)
+    if source is None:
+        return Kernel(own, gain, offset, shift, ratio, None)
+    given = source.scale if scale is None else scale
+    total = offset if bias is None else offset + bias.detach().double() * gain
+    least = total.abs() / (given * LARGEST_BIAS)
+    faint = own < least
+    ratio = torch.where(faint, own / least.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
+    own = torch.where(faint, least.float(), own)
+    usable = own >= torch.finfo(torch.float32).tiny
+    return Kernel(own, gain, offset, shift, ratio, torch.where(usable, own, 1.0).double() * given)
