@@ -423,8 +423,15 @@ class QATCallback(QuantisedCallback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """As the base; in a fit, see that it shows what the file will be of."""
         super().on_validation_start(trainer, pl_module)
+        if (moving := self._fit.moving) is not None:
+            self._check_modules(moving.network)
+            moving.evaluating = True
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """As the base; training goes on with biases as they are."""
+        super().on_validation_end(trainer, pl_module)
         if self._fit.moving is not None:
-            self._check_modules(self._fit.moving.network)
+            self._fit.moving.evaluating = False
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """As the base, with the grids as they are at the end."""

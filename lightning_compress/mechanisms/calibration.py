@@ -76,6 +76,7 @@ class Observing(Rounding):
         presented: Presented | None = None,
     ) -> None:
         super().__init__(network, grids, presented)
+        self.evaluating = False
         self.settings, self.selected, self.given = settings, selected, given
         self.observers: dict[str, Observer] = {}
         self.found: dict[str, Tensor] = {}

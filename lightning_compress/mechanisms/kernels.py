@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.functional.quantizers import MOST_BITS, integer_limits
-from lightning_compress.mechanisms.grids import Grids, WeightGrid
+from lightning_compress.mechanisms.grids import Grids
 
 LARGEST_BIAS = 2.0**30
 """In steps of the products: kernels add biases as integers of 32 bits."""
@@ -80,7 +80,7 @@ def kernel_of(
         rows: Its output channels.
         norm: The batch norm that alone consumes its output; None: there is none to fold.
         bias: Its bias.
-        step: That of its weight's grid, where it is another than in ``grids``, or elsewhere.
+        step: That of the grid of its rows, where it is another than in ``grids``, or elsewhere.
         scale: That of its input's grid, likewise.
 
     Returns:
@@ -96,8 +96,7 @@ def kernel_of(
     """
     place = grids.sites[site]
     grid = grids.weights[place.name]
-    grid = (grid if step is None else WeightGrid(step, grid.bits)).rows(place.start, place.stop)
-    step = grid.step.detach().double()
+    step = (grid.rows(place.start, place.stop).step if step is None else step).detach().double()
     gain = torch.ones(rows, dtype=torch.float64, device=step.device)
     offset = torch.zeros_like(gain) if norm is None else -norm.mean.detach().double()
     if site in grids.biases:

@@ -51,7 +51,7 @@ class MovingGrids(Rounding):
     def __init__(self, network: nn.Module, grids: Grids, presented: Presented | None = None) -> None:
         own = replace(grids, weights=dict(grids.weights), activations=dict(grids.activations))
         super().__init__(network, own, presented)
-        self.network = network
+        self.network, self.evaluating = network, False
 
     def current(self) -> Grids:
         """The grids as they are now, on the CPU."""
@@ -134,12 +134,6 @@ class FollowingGrids(MovingGrids):
             return known
         whole = weight if known.axis is not None else self.names.whole(place, weight)
         return _followed(known, whole)
-
-    def step_now(self, name: str, device: torch.device) -> Tensor:
-        """That of the weight as it is now."""
-        if self.frozen:
-            return super().step_now(name, device)
-        return _followed(self.grids.weights[name], self.weight(name)).step
 
     def finish_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> list[str]:
         """Let the averages take in what was seen since the last time.
@@ -267,10 +261,6 @@ class LearnedGrids(MovingGrids):
             return None
         step = self._step(place.name).reshape(self.grids.weights[place.name].step.shape)
         return WeightGrid(step, known.bits).rows(place.start, place.stop)
-
-    def step_now(self, name: str, device: torch.device) -> Tensor:
-        """The learned step."""
-        return self._step(name).detach().reshape(self.grids.weights[name].step.shape)
 
     def scale_now(self, key: str) -> Tensor | float:
         """The learned scale."""

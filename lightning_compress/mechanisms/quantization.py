@@ -53,9 +53,13 @@ LAYER = "_lightning_compress_layer"
 """Attribute of a tensor: the key of the convolution or linear layer that has just made it."""
 CHANNELS = "_lightning_compress_channels"
 """Attribute of a tensor: the key of the layer whose channels these still are, but for batch norm and ReLU."""
+STEP = "_lightning_compress_step"
+"""Attribute of a layer's output that goes into a batch norm: the step of its weight's grid."""
+BIAS = "_lightning_compress_bias"
+"""Attribute of such an output: the bias in it."""
 OUTPUT = ":output:0"
 """The key under which a network's return consumes tensors."""
-MARKS = (KEY, ROUNDED, VERSION, OWNS, ORIGIN, STATE, LAYER, CHANNELS)
+MARKS = (KEY, ROUNDED, VERSION, OWNS, ORIGIN, STATE, LAYER, CHANNELS, STEP, BIAS)
 
 
 _WRITTEN = (
@@ -278,8 +282,11 @@ class QuantizationMode(PausableMode):
         result = self.quantizers.layer(site, func, take, weight, bias, *rest, **options)
         if result is None:
             return None
-        integer = name in CONVOLUTIONS and self.quantizers.active
+        integer, step, own = name in CONVOLUTIONS and self.quantizers.active, *_kernel_marks(result)
         self._mark(result, site, PENDING if integer else FREE)
+        if step is not None:
+            setattr(result, STEP, step)
+            setattr(result, BIAS, own)
         setattr(result, LAYER, site)
         setattr(result, CHANNELS, site)
         return result
@@ -483,6 +490,10 @@ class QuantizationMode(PausableMode):
         if getattr(x, ORIGIN, None):
             raise QuantizationError(_WRITTEN.format(key=getattr(x, KEY, "an operation")))
         self.quantizers.consumed(getattr(x, LAYER, None), getattr(x, CHANNELS, None), site)
+
+
+def _kernel_marks(result: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    return getattr(result, STEP, None), getattr(result, BIAS, None)
 
 
 def _kept(func: Callable[..., Any], options: dict[str, Any], x: Tensor, result: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from lightning_compress.functional.quantizers import along, fake_quantize
 from lightning_compress.mechanisms.grids import COMPUTED, ActivationGrid, Grids, WeightGrid, WeightSite
 from lightning_compress.mechanisms.kernels import FoldedNorm, kernel_of
 from lightning_compress.mechanisms.operations import CONVOLUTIONS
-from lightning_compress.mechanisms.quantization import QuantizationError, Quantizers, module_of
+from lightning_compress.mechanisms.quantization import BIAS, STEP, QuantizationError, Quantizers, module_of
 from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.mechanisms.views import Source
 
@@ -59,15 +59,6 @@ class WeightNames:
     def name_of(self, parameter: Tensor | None) -> str | None:
         """The dotted name of a parameter; None for what is none."""
         return None if parameter is None else self._names.get(id(parameter))
-
-    @property
-    def training(self) -> bool:
-        """Whether the network is in training mode."""
-        return self._network.training
-
-    def parameter(self, name: str | None) -> Tensor | None:
-        """The parameter of a dotted name; None where there is none of it."""
-        return None if name is None or name == COMPUTED else self._network.get_parameter(name)
 
     def stands_for(self, name: str) -> str:
         """The weight that a parameter is, or that is computed from it, by weight norm or the like."""
@@ -140,6 +131,8 @@ class Rounding(Quantizers):
     def __init__(self, network: nn.Module, grids: Grids, presented: Presented | None = None) -> None:
         self.grids = grids
         self.active = grids.integer_activations
+        self.evaluating = True
+        """Whether biases are added as integer kernels do."""
         self.used: set[str] = set()
         """Names of the weights that were rounded; compiled code keeps no record."""
         self.names = WeightNames(network, presented)
@@ -182,16 +175,18 @@ class Rounding(Quantizers):
             return None
         if not torch.compiler.is_compiling():  # it would be compiled again for each state of the record
             self.used.add(place.name)
-        rounded = self.rounded(site, grid, weight)
+        rounded, own = self.rounded(site, grid, weight), bias
         if site in self.grids.biases:
             correction = self._copied(f"bias of {site}", self.grids.biases[site], weight.device).to(weight)
             bias = correction if bias is None else bias + correction
         x = take()
         result: Tensor = function(x, rounded, bias, *rest, **options)
-        if site in self.grids.folds:
+        if site in self.grids.folds:  # whose kernel adds what the batch norm behind it does too
+            setattr(result, STEP, grid.step)
+            setattr(result, BIAS, own)
             return result
         result = self.divided(site, result, function)
-        return self._as_added(site, result, function) if _adds_integers(function, x) else result
+        return self._as_added(site, result, function, grid.step, own) if _adds_integers(function, x) else result
 
     def norm(
         self, module: str, layer: str, function: Callable[..., Any], x: Tensor, *rest: Any, **options: Any
@@ -206,11 +201,12 @@ class Rounding(Quantizers):
             mean, variance = (self._copied(f"{kind} of {module}", value, own.device).to(own) for kind, value in found)
             arguments.update(running_mean=mean, running_var=variance)
         result = self.divided(layer, torch.nn.functional.batch_norm(x, **arguments), function)
-        if arguments.get("training"):
+        step = getattr(x, STEP, None)
+        if step is None or arguments.get("training"):
             return result
         weight, bias, eps = arguments.get("weight"), arguments.get("bias"), arguments.get("eps", 1e-5)
         norm = FoldedNorm(arguments["running_mean"], arguments["running_var"], weight, bias, eps)
-        return self._as_added(layer, result, function, norm)
+        return self._as_added(layer, result, function, step, getattr(x, BIAS, None), norm)
 
     # For those that differ
 
@@ -243,10 +239,6 @@ class Rounding(Quantizers):
         step = self._copied(f"step of {place.name}", grid.step, weight.device)
         return WeightGrid(step, grid.bits).rows(place.start, place.stop)
 
-    def step_now(self, name: str, device: torch.device) -> Tensor:
-        """The step of a weight's grid, on a device."""
-        return self._copied(f"step of {name}", self.grids.weights[name].step, device)
-
     def scale_now(self, key: str) -> Tensor | float:
         """The scale of an activation's grid."""
         return self.grids.activations[key].scale
@@ -258,19 +250,24 @@ class Rounding(Quantizers):
         return rounded.to(weight.dtype)
 
     def _as_added(
-        self, site: str, result: Tensor, function: Callable[..., Any], norm: FoldedNorm | None = None
+        self,
+        site: str,
+        result: Tensor,
+        function: Callable[..., Any],
+        step: Tensor,
+        bias: Tensor | None,
+        norm: FoldedNorm | None = None,
     ) -> Tensor:
         """A layer's output with what integer kernels add, which matters where a network is compared with its file."""
         place = self.grids.sites.get(site)
-        if place is None or place.bias == COMPUTED or self.names.training:
+        if not self.evaluating or place is None or place.bias == COMPUTED:
             return result
-        bias = self.names.parameter(place.bias)
-        nothing = norm is None and bias is None and site not in self.grids.biases
-        if nothing or place.source not in self.grids.activations or place.name not in self.grids.weights:
+        if (norm is None and bias is None and site not in self.grids.biases) or place.source is None:
             return result
-        step, scale = self.step_now(place.name, result.device), self.scale_now(place.source)
-        kernel = kernel_of(self.grids, site, place.stop - place.start, norm, bias, step=step, scale=scale)
-        more = kernel.rounding(bias)
+        if place.source not in self.grids.activations:
+            return result
+        scale, rows = self.scale_now(place.source), place.stop - place.start
+        more = kernel_of(self.grids, site, rows, norm, bias, step=step, scale=scale).rounding(bias)
         axis = -1 if getattr(function, "__name__", "") == "linear" else 1
         return result if more is None else result + along(more.to(result), result, axis)
 

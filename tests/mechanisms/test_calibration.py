@@ -34,7 +34,9 @@ def calibrated(net, *batches, selected=lambda name: True, given=None, **settings
 
 
 def run(net, grids, x, kind=Rounding):
-    with quantizing(net, kind(net, grids)), torch.no_grad():
+    rounding = kind(net, grids)
+    rounding.evaluating = not net.training
+    with quantizing(net, rounding), torch.no_grad():
         return net(x)
 
 

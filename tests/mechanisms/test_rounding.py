@@ -69,6 +69,7 @@ def calibrated(net, *batches, **settings):
 
 def run(net, grids, *args, **options):
     rounding = Rounding(net, grids)
+    rounding.evaluating = not net.training
     with quantizing(net, rounding):
         return net(*args, **options), rounding
 
@@ -384,7 +385,9 @@ def test_a_weight_that_stands_for_another_is_rounded_and_its_gradient_arrives():
     parameter, mask = net[0].weight, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
     masked = parameter * mask
     vars(net[0])["weight"] = masked
-    with quantizing(net, Rounding(net, grids, standing_for(parameter, masked))):
+    rounding = Rounding(net, grids, standing_for(parameter, masked))
+    rounding.evaluating = False
+    with quantizing(net, rounding):
         output = net(x)
     expected = F.linear(
         activation_of(grids, "in:0:linear:0", x), weight_of(grids, "0.weight", parameter * mask), net[0].bias
@@ -761,6 +764,7 @@ def test_compiled_networks_compute_the_same_in_one_graph(fresh_compiler, name, i
     torch.testing.assert_close(compiled(x), plain(x), rtol=0, atol=1e-6)
     assert backend.graphs == 1
     rounding, expected = Rounding(compiled, grids), run(other, grids, x)[0]
+    rounding.evaluating = not other.training
     with quantizing(compiled, rounding) as calls:
         outputs = [compiled(x.clone()) for _ in range(3)]
         assert backend.graphs == 2  # one for all calls
