@@ -191,7 +191,7 @@ MUTATIONS = (
         BASE,
         "    if problem is not None:",
         "    if False:",
-        "tests/callbacks/test_base.py::test_work_that_fails_on_rank_0_fails_everywhere",
+        "tests/callbacks/test_base.py::test_work_that_fails_on_one_rank_fails_everywhere",
     ),
     Mutation(
         "the teacher runs after the student",
@@ -996,8 +996,8 @@ MUTATIONS = (
     Mutation(
         "the last weight is no edge",
         CALIBRATION,
-        "(next(iter(grids.sites.values())), next(reversed(grids.sites.values())))",
-        "(next(iter(grids.sites.values())),)",
+        "        ends = {sites[0].name, sites[-1].name}",
+        "        ends = {sites[0].name}",
         f"{CALIBRATION_TEST}::test_edges_have_bits_of_their_own",
     ),
     Mutation(
@@ -1109,8 +1109,8 @@ MUTATIONS = (
     Mutation(
         "a channel that batch norm multiplies by a negative number keeps its sign",
         EMISSION,
-        "integers * along(gain.sign().int(), integers, 0)",
-        "integers * along(gain.sign().abs().int(), integers, 0)",
+        "integers * along(kernel.gain.sign().int(), integers, 0)",
+        "integers * along(kernel.gain.sign().abs().int(), integers, 0)",
         f"{EMISSION_TEST}::test_folding_keeps_the_integers_up_to_their_sign",
     ),
     Mutation(
@@ -1176,7 +1176,7 @@ MUTATIONS = (
         MOVING,
         "        step = gradient_scaled(step, 1 / math.sqrt(max(1, x.numel()) * highest))",
         "        step = gradient_scaled(step, 1.0)",
-        f"{MOVING_TEST}::test_gradients_of_steps",
+        f"{MOVING_TEST}::test_the_gradient_of_learned_steps",
     ),
     Mutation(
         "ranges follow at once",
@@ -1197,7 +1197,7 @@ MUTATIONS = (
         QAT,
         "fit.in_step and not controller.replaying",
         "fit.in_step",
-        f"{QAT_EXACT}::test_batches_that_are_replayed_do_not_count",
+        f"{QAT_LIFE}::test_steps_that_others_replay_are_not_taken_in",
     ),
     Mutation(
         "a weight of grids that follow keeps its first step",
@@ -1314,8 +1314,8 @@ MUTATIONS = (
     Mutation(
         "a step that differentiates is replayed without gradients",
         REPLAY,
-        'gradients=self._method == "training_step")',
-        "gradients=False)",
+        "                self._differentiates = True\n",
+        "                return\n",
         f"{QAT_TEST}::test_steps_that_differentiate",
     ),
     Mutation(
@@ -1324,6 +1324,20 @@ MUTATIONS = (
         "        return key in self.grids.shared",
         "        return False",
         f"{EMISSION_TEST}::test_a_relu_is_not_a_part_of_a_kernel_whose_output_others_take",
+    ),
+    Mutation(
+        "biases are added as they are in validation",
+        ROUNDING,
+        "        if not self.evaluating or place is None",
+        "        if True or place is None",
+        "tests/mechanisms/test_kernels.py::test_a_module_gives_what_its_file_gives",
+    ),
+    Mutation(
+        "a branch of a later batch is an end of the network",
+        CALIBRATION,
+        "                if number == 0 or not self._first:",
+        "                if True:",
+        f"{CALIBRATION_TEST}::test_the_first_and_the_last_layer_are_those_of_the_first_batch",
     ),
     Mutation(
         "a failure on another rank is not told",
