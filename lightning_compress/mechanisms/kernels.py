@@ -52,7 +52,7 @@ class Kernel:
 
     def added(self, bias: Tensor | None) -> Tensor:
         """What is added to each output channel, float64."""
-        return self.offset if bias is None else self.offset + bias.detach().double() * self.gain
+        return self.offset if bias is None else self.offset + _wide(bias) * self.gain
 
     def rounding(self, bias: Tensor | None) -> Tensor | None:
         """By how much an integer kernel adds more than that; None where it adds float numbers, or nothing."""
@@ -60,6 +60,11 @@ class Kernel:
             return None
         added = self.added(bias)
         return torch.round(added / self.step) * self.step - added
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return values.detach().to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
 def kernel_of(
@@ -96,15 +101,15 @@ def kernel_of(
     """
     place = grids.sites[site]
     grid = grids.weights[place.name]
-    step = (grid.rows(place.start, place.stop).step if step is None else step).detach().double()
-    gain = torch.ones(rows, dtype=torch.float64, device=step.device)
-    offset = torch.zeros_like(gain) if norm is None else -norm.mean.detach().double()
+    step = _wide(grid.rows(place.start, place.stop).step if step is None else step)
+    gain = torch.ones(rows, dtype=step.dtype, device=step.device)
+    offset = torch.zeros_like(gain) if norm is None else -_wide(norm.mean)
     if site in grids.biases:
         offset = offset + grids.biases[site].to(offset)
     if norm is not None:
-        gain = torch.rsqrt(norm.variance.detach().double() + norm.eps)
-        gain = gain if norm.weight is None else gain * norm.weight.detach().double()
-        offset = offset * gain + (0.0 if norm.bias is None else norm.bias.detach().double())
+        gain = torch.rsqrt(_wide(norm.variance) + norm.eps)
+        gain = gain if norm.weight is None else gain * _wide(norm.weight)
+        offset = offset * gain + (0.0 if norm.bias is None else _wide(norm.bias))
     if site in grids.divisors:
         gain, offset = (value / grids.divisors[site].to(value) for value in (gain, offset))
     source = grids.activations.get(place.source or "")
@@ -115,10 +120,10 @@ def kernel_of(
     if source is None:
         return Kernel(own, gain, offset, shift, ratio, None)
     given = source.scale if scale is None else scale
-    total = offset if bias is None else offset + bias.detach().double() * gain
+    total = offset if bias is None else offset + _wide(bias) * gain
     least = total.abs() / (given * LARGEST_BIAS)
     faint = own < least
-    ratio = torch.where(faint, own / least.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
+    ratio = torch.where(faint, own / least.clamp(min=torch.finfo(gain.dtype).tiny), 1.0)
     own = torch.where(faint, least.float(), own)
     usable = own >= torch.finfo(torch.float32).tiny
-    return Kernel(own, gain, offset, shift, ratio, torch.where(usable, own, 1.0).double() * given)
+    return Kernel(own, gain, offset, shift, ratio, _wide(torch.where(usable, own, 1.0)) * given)

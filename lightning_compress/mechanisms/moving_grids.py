@@ -264,7 +264,7 @@ class LearnedGrids(MovingGrids):
 
     def scale_now(self, key: str) -> Tensor | float:
         """The learned scale."""
-        return self._step(key)[0].detach().double()
+        return self._step(key)[0].detach()
 
     def rounded(self, site: str, grid: WeightGrid, weight: Tensor) -> Tensor:
         """The weight on its grid, with the gradient of its step."""
