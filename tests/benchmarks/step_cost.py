@@ -323,7 +323,8 @@ def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], las
         ]
 
     if technique == "qat":
-        rest = {"freeze_batchnorm_at": 1.0, "freeze_observers_at": 1.0, "max_samples": 64}
+        rest = {"freeze_batchnorm_at": 1.0, "max_samples": 64}
+        late = {"freeze_observers_at": 1.0}
         return [
             Arm("plain step", Plain(pair()[0])),
             Arm("by hand, weights alone", RoundedByHand(pair()[0])),
