@@ -329,8 +329,8 @@ def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], las
             Arm("plain step", Plain(pair()[0])),
             Arm("by hand, weights alone", RoundedByHand(pair()[0])),
             *(
-                Arm(f"QATCallback, {kind}", Plain(pair()[0]), [QATCallback(step_size=kind, **rest)])  # type: ignore[arg-type]
-                for kind in ("mse", "observed", "learned")
+                Arm(f"QATCallback, {kind}", Plain(pair()[0]), [QATCallback(step_size=kind, **rest, **more)])  # type: ignore[arg-type]
+                for kind, more in (("mse", {}), ("observed", late), ("learned", {}))
             ),
         ]
 
