@@ -18,13 +18,12 @@ from lightning_compress.export.onnx import ExportResult, checked_path, checked_p
 from lightning_compress.export.runtime import require_onnx
 from lightning_compress.export.sample import Sample, check_sample
 from lightning_compress.export.scales import HOW, Scales
+from lightning_compress.functional.quantizers import MOST_BITS
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.report.measure import first_line
 from lightning_compress.report.precision import AgainstFp32, against_fp32
 
-WIDE = 8
-"""Bits of activations at which it hardly matters whether they are rounded."""
 FEW_AGREE = 0.95
 """A share of equal choices below which something is amiss, or the network undecided."""
 
@@ -258,7 +257,7 @@ class ExportCallback(CompressionCallback):
         """A file that is small, but computes in float, leaves out grids that a network may need."""
         for callback in trainer.callbacks:
             bits = getattr(callback, "activation_bits", None)
-            if isinstance(callback, CompressionCallback) and bits is not None and bits < WIDE:
+            if isinstance(callback, CompressionCallback) and bits is not None and bits < MOST_BITS:
                 self._warn_once(
                     f"precision 'int4' stores weights alone, so the file does not round activations to {bits} bits as "
                     f"'{callback.name}' does, and is another network than the validated one: give '{callback.name}' "

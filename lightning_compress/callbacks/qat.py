@@ -375,10 +375,11 @@ class QATCallback(QuantisedCallback):
         """As the base; after the first quantised step, complain about what it did not reach."""
         fit, moving = self._fit, self._fit.moving
         fit.in_step = False
-        fit.run |= set() if moving is None else moving.used
         ran = self._require_controller().steps > fit.steps_before_grids  # a step that was skipped is no evidence
-        if moving is not None and not fit.checked and ran:
-            self._check_first(moving)  # before anything else runs the network
+        if moving is not None:
+            fit.run |= moving.used
+            if not fit.checked and ran:
+                self._check_first(moving)  # before anything else runs the network
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if moving is None:
             return
@@ -498,10 +499,10 @@ class QATCallback(QuantisedCallback):
         fit, norms, at = self._fit, self._fit.norms, self._when(self.freeze_batchnorm_at, 0.5)
         if norms is None or at >= 1 or done < at:
             return
-        high = self.freeze_batchnorm_at == "auto" and not fit.froze and fit.lr > SMALL_RATE * fit.highest_lr
-        if self.freeze_batchnorm_at == "auto" and not fit.froze:  # rates that hang on a metric may differ
-            high = not trainer.strategy.reduce_boolean_decision(not high)
-        fit.waits = high and not fit.froze and norms.trains
+        high = False
+        if self.freeze_batchnorm_at == "auto" and not fit.froze:  # rates that hang on a metric may differ over ranks
+            high = not trainer.strategy.reduce_boolean_decision(fit.lr <= SMALL_RATE * fit.highest_lr)
+        fit.waits = high and norms.trains
         if not fit.waits and norms.freeze() and not fit.froze:
             fit.froze = True
             fit.watch.begin_again()
@@ -516,7 +517,7 @@ class QATCallback(QuantisedCallback):
         self._fit.steps_of_grids = 0 if self._fit.progress is None else self._fit.progress.steps_before
         self._fit.steps_before_grids = self._require_controller().steps
         self._fit.clipped = self._clipped(self._quantise(grids, pl_module, {}))
-        self._tell_of_nothing(trainer, pl_module, grids)
+        self._tell_of_nothing(grids)
         forgotten = forget_scores(trainer)
         if "ModelCheckpoint" in forgotten:
             self._warn_once(
@@ -583,7 +584,7 @@ class QATCallback(QuantisedCallback):
 
     def _to_keep(self, moving: MovingGrids) -> dict[str, Any]:
         fit = self._fit
-        kept = {
+        return {
             "moving": moving.state(),
             "factors": {} if fit.factors is None else copy.deepcopy(fit.factors.state_dict()),
             "top_lr": dict(fit.top_lr),
@@ -593,7 +594,6 @@ class QATCallback(QuantisedCallback):
             "clipped": fit.clipped,
             "run": sorted(fit.run),
         }
-        return {name: kept[name] for name in KEPT}
 
     def _grids_now(self, moving: MovingGrids) -> Grids:
         with self._seen_weights():
@@ -604,7 +604,7 @@ class QATCallback(QuantisedCallback):
         weights = self._require_controller().weights
         return nullcontext() if weights.active or not weights.owners else weights.presented()
 
-    def _tell_of_nothing(self, trainer: Any, pl_module: Any, grids: Grids) -> None:
+    def _tell_of_nothing(self, grids: Grids) -> None:
         """Grids that stay say nothing about what was 0 when they were found, such as a branch that begins so."""
         if self.step_size == "observed" or self._fit.moving is None:
             return

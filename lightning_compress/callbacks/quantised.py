@@ -65,11 +65,12 @@ class QuantisedCallback(CalibratingCallback):
                 f"the validation of the quantised network failed: {type(error).__name__}: {error}", stacklevel=2
             )
             return
+        short = [metric.removeprefix("val_") for metric in self.metrics]
+        names = short if len({*short}) == len(short) else self.metrics  # "loss" beside "val_loss" keep their names
+        numbers = {
+            f"compress/{self.name}/val_{name}": value for name, value in zip(names, self.metrics.values(), strict=True)
+        }
         for logger in trainer.loggers:
-            short = {metric.removeprefix("val_") for metric in self.metrics}
-            alone = len(short) == len(self.metrics)  # "loss" beside "val_loss" keep their names
-            names = {metric: metric.removeprefix("val_") if alone else metric for metric in self.metrics}
-            numbers = {f"compress/{self.name}/val_{names[metric]}": value for metric, value in self.metrics.items()}
             logger.log_metrics(numbers, step=trainer.global_step)
 
     def remarks(self) -> list[str]:

@@ -20,6 +20,7 @@ from lightning_compress.export.parity import RANDOM_HINT, Reference, check_parit
 from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Call
 from lightning_compress.export.tracing import convert
+from lightning_compress.functional.quantizers import MOST_BITS
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.quantization import module_of, quantizing
 from lightning_compress.mechanisms.rounding import Rounding
@@ -126,7 +127,7 @@ class IntegerExport:
         if self._precision == "int4" and all(grid.bits <= 4 for grid in self._grids.weights.values()):
             return check_parity(file, self._expected)
         # without integer activations ONNX Runtime rounds those of linear layers with 8-bit weights itself
-        few = any(grid.bits < 8 for grid in self._grids.activations.values())
+        few = any(grid.bits < MOST_BITS for grid in self._grids.activations.values())
         most = MOST_OF_FEW_BITS if few else MOST_NOISE
         return self._largest_difference(file, lambda noise, size: noise.clamp(LEAST_NOISE * size, most * size))
 

@@ -17,9 +17,15 @@ from lightning_compress.functional.quantizers import MOST_BITS, mse_grid, quanti
 from lightning_compress.mechanisms.batchnorm import batch_norms
 from lightning_compress.mechanisms.grids import COMPUTED, ActivationGrid, Grids, WeightGrid, WeightSite
 from lightning_compress.mechanisms.observers import Observer, make_observer
-from lightning_compress.mechanisms.operations import CONVOLUTIONS
 from lightning_compress.mechanisms.quantization import KEY, QuantizationError, module_of, quantizing
-from lightning_compress.mechanisms.rounding import Presented, Rounding, multiplied, norm_arguments, spread
+from lightning_compress.mechanisms.rounding import (
+    Presented,
+    Rounding,
+    channel_dimension,
+    multiplied,
+    norm_arguments,
+    spread,
+)
 from lightning_compress.mechanisms.selection import plain_name
 
 LOOKS = 8
@@ -262,9 +268,8 @@ class Calibration:
         grids, watch = self.grids, self._watch
 
         def noted() -> Iterator[object]:
-            for number, done in enumerate(steps()):
-                if number == 0 or not self._first:
-                    self._first = list(grids.sites)
+            for done in steps():
+                self._first = self._first or list(grids.sites)
                 yield done
 
         watch.discovering = True
@@ -428,7 +433,7 @@ class _Correction(Rounding):
         if grid is not None and self.grids.folds.get(site) not in self.grids.statistics:
             lost = multiplied(self.grids, site, weight) - self.rounded(site, grid, weight)
             shift = function(take(), lost, None, *rest, **options)
-            channels = shift.movedim(1 if function.__name__ in CONVOLUTIONS else -1, 0).flatten(start_dim=1)
+            channels = shift.movedim(channel_dimension(function), 0).flatten(start_dim=1)
             total, count = self._sums.get(site, (0.0, 0))
             self._sums[site] = total + channels.detach().double().sum(dim=1), count + channels.shape[1]
         return super().layer(site, function, take, weight, bias, *rest, **options)

@@ -38,6 +38,7 @@ class Kernel:
         scale: float32: what the integers of the weight stand for.
         gain: float64: what the bias of the layer is multiplied by.
         offset: float64: what is added beside it.
+        added: float64: both together.
         shift: Integers of few bits are multiplied by this power of two, and fill their byte.
         ratio: float64: integers of a channel so faint that its bias would not fit into 32 bits are multiplied by it.
         step: float64: what the bias is added in; None where activations are float.
@@ -46,20 +47,14 @@ class Kernel:
     scale: Tensor
     gain: Tensor
     offset: Tensor
+    added: Tensor
     shift: int
     ratio: Tensor
     step: Tensor | None
 
-    def added(self, bias: Tensor | None) -> Tensor:
-        """What is added to each output channel, float64."""
-        return self.offset if bias is None else self.offset + _wide(bias) * self.gain
-
-    def rounding(self, bias: Tensor | None) -> Tensor | None:
-        """By how much an integer kernel adds more than that; None where it adds float numbers, or nothing."""
-        if self.step is None:
-            return None
-        added = self.added(bias)
-        return torch.round(added / self.step) * self.step - added
+    def rounding(self) -> Tensor | None:
+        """By how much more than ``added`` an integer kernel adds; None where it adds float numbers."""
+        return None if self.step is None else torch.round(self.added / self.step) * self.step - self.added
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -95,8 +90,7 @@ def kernel_of(
         >>> from lightning_compress.mechanisms.grids import ActivationGrid, WeightGrid, WeightSite
         >>> sites, activations = {"s": WeightSite("w", 0, 1, source="x")}, {"x": ActivationGrid(0.25, 0, 8)}
         >>> grids = Grids(weights={"w": WeightGrid(torch.tensor(0.5), 8)}, sites=sites, activations=activations)
-        >>> bias = torch.tensor([0.3])
-        >>> kernel_of(grids, "s", 1, bias=bias).rounding(bias).item()  # the nearest multiple of .125 is .25
+        >>> kernel_of(grids, "s", 1, bias=torch.tensor([0.3])).rounding().item()  # the nearest multiple of .125 is .25
         -0.05...
     """
     place = grids.sites[site]
@@ -112,18 +106,18 @@ def kernel_of(
         offset = offset * gain + (0.0 if norm.bias is None else _wide(norm.bias))
     if site in grids.divisors:
         gain, offset = (value / grids.divisors[site].to(value) for value in (gain, offset))
+    added = offset if bias is None else offset + _wide(bias) * gain
     source = grids.activations.get(place.source or "")
     few = source is not None and source.bits < MOST_BITS  # the same values, in integers that fill their byte
     shift = 2 ** int(math.log2(integer_limits(MOST_BITS)[1] / grid.limits[1])) if few else 1
     own = (step.to(gain).expand(rows) * gain.abs() / shift).float()
     ratio = torch.ones_like(gain)
     if source is None:
-        return Kernel(own, gain, offset, shift, ratio, None)
+        return Kernel(own, gain, offset, added, shift, ratio, None)
     given = source.scale if scale is None else scale
-    total = offset if bias is None else offset + _wide(bias) * gain
-    least = total.abs() / (given * LARGEST_BIAS)
+    least = added.abs() / (given * LARGEST_BIAS)
     faint = own < least
     ratio = torch.where(faint, own / least.clamp(min=torch.finfo(gain.dtype).tiny), 1.0)
     own = torch.where(faint, least.float(), own)
     usable = own >= torch.finfo(torch.float32).tiny
-    return Kernel(own, gain, offset, shift, ratio, _wide(torch.where(usable, own, 1.0)) * given)
+    return Kernel(own, gain, offset, added, shift, ratio, _wide(torch.where(usable, own, 1.0)) * given)

@@ -183,7 +183,7 @@ class FollowingGrids(MovingGrids):
         self.grids.weights.update(self.current().weights)
         self._copies.clear()
         self._seen.clear()
-        self.frozen, self.grids.following = True, False
+        self.frozen = True
 
     def current(self) -> Grids:
         """The grids as they are now; those of weights from the weights."""
@@ -200,7 +200,6 @@ class FollowingGrids(MovingGrids):
         """Go on from what :meth:`state` gave."""
         self.ranges.update(state["ranges"])
         self.frozen = state["frozen"]
-        self.grids.following = not self.frozen
 
 
 class LearnedGrids(MovingGrids):

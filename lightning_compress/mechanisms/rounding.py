@@ -267,9 +267,8 @@ class Rounding(Quantizers):
         if place.source not in self.grids.activations:
             return result
         scale, rows = self.scale_now(place.source), place.stop - place.start
-        more = kernel_of(self.grids, site, rows, norm, bias, step=step, scale=scale).rounding(bias)
-        axis = -1 if getattr(function, "__name__", "") == "linear" else 1
-        return result if more is None else result + along(more.to(result), result, axis)
+        more = kernel_of(self.grids, site, rows, norm, bias, step=step, scale=scale).rounding()
+        return result if more is None else result + along(more.to(result), result, channel_dimension(function))
 
     def _scale(self, key: str, grid: ActivationGrid, device: torch.device) -> Tensor | float:
         """The scale of an activation."""
@@ -292,10 +291,22 @@ class Rounding(Quantizers):
     def divided(self, site: str, x: Tensor, function: Callable[..., Any]) -> Tensor:
         """The output of a layer with its channels equalised."""
         divisors = self.grids.divisors.get(site)
-        axis = -1 if getattr(function, "__name__", "") == "linear" else 1
         if divisors is None:
             return x
-        return x / along(self._copied(f"divisors of {site}", divisors, x.device).to(x), x, axis)
+        return x / along(self._copied(f"divisors of {site}", divisors, x.device).to(x), x, channel_dimension(function))
+
+
+def channel_dimension(function: Callable[..., Any]) -> int:
+    """The dimension of a layer's output that has its channels.
+
+    Args:
+        function: What computes the layer, of ``torch.nn.functional``.
+
+    Example:
+        >>> channel_dimension(torch.nn.functional.linear), channel_dimension(torch.nn.functional.conv2d)
+        (-1, 1)
+    """
+    return -1 if getattr(function, "__name__", "") == "linear" else 1
 
 
 def _adds_integers(function: Callable[..., Any], x: Tensor) -> bool:

@@ -26,9 +26,9 @@ def test_a_bias_by_hand():
     bias = torch.tensor([0.3, -0.07])
     kernel = kernel_of(grids_of(), "s", 2, bias=bias)
     assert kernel.step.tolist() == [0.125, 0.125]
-    assert kernel.added(bias).tolist() == pytest.approx([0.3, -0.07])
-    assert kernel.rounding(bias).tolist() == pytest.approx([-0.05, -0.055])
-    assert kernel_of(grids_of(), "s", 2).rounding(None).tolist() == [0.0, 0.0]
+    assert kernel.added.tolist() == pytest.approx([0.3, -0.07])
+    assert kernel.rounding().tolist() == pytest.approx([-0.05, -0.055])
+    assert kernel_of(grids_of(), "s", 2).rounding().tolist() == [0.0, 0.0]
 
 
 def test_few_bits_fill_their_byte():
@@ -45,14 +45,14 @@ def test_a_batch_norm_that_is_folded_in():
     norm = FoldedNorm(mean, torch.tensor([4.0, 4.0]), torch.tensor([3.0, -2.0]), torch.tensor([1.0, 1.0]), 0.0)
     kernel = kernel_of(grids_of(), "s", 2, norm, half)
     assert kernel.gain.tolist() == [1.5, -1.0]
-    assert kernel.added(half).tolist() == [-2 * 1.5 + 1 + 0.5 * 1.5, 2 + 1 - 0.5]
+    assert kernel.added.tolist() == [-2 * 1.5 + 1 + 0.5 * 1.5, 2 + 1 - 0.5]
     assert kernel.step.tolist() == [0.125 * 1.5, 0.125]
-    assert kernel.rounding(half).tolist() == pytest.approx([-7 * 0.1875 + 1.25, 0.0])  # 6.67 steps become 7
+    assert kernel.rounding().tolist() == pytest.approx([-7 * 0.1875 + 1.25, 0.0])  # 6.67 steps become 7
 
 
 def test_without_integer_activations_nothing_is_rounded():
     bias = torch.tensor([0.3, 0.3])
-    assert kernel_of(grids_of(scale=None), "s", 2, bias=bias).rounding(bias) is None
+    assert kernel_of(grids_of(scale=None), "s", 2, bias=bias).rounding() is None
 
 
 class Residual(nn.Module):
