@@ -302,6 +302,9 @@ def channel_dimension(function: Callable[..., Any]) -> int:
     Args:
         function: What computes the layer, of ``torch.nn.functional``.
 
+    Returns:
+        -1 for a product, 1 for a convolution.
+
     Example:
         >>> channel_dimension(torch.nn.functional.linear), channel_dimension(torch.nn.functional.conv2d)
         (-1, 1)
