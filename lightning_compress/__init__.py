@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_compress.callbacks.ptq import PTQCallback
     from lightning_compress.callbacks.qat import QATCallback
     from lightning_compress.callbacks.report import CompressionReport
+    from lightning_compress.callbacks.structured import StructuredPruningCallback
     from lightning_compress.mechanisms.loading import teacher_from_checkpoint
     from lightning_compress.mixins import CompressionMixin
 
@@ -39,6 +40,7 @@ _HOMES = {
     "PTQCallback": "lightning_compress.callbacks.ptq",
     "QATCallback": "lightning_compress.callbacks.qat",
     "PruningCallback": "lightning_compress.callbacks.pruning",
+    "StructuredPruningCallback": "lightning_compress.callbacks.structured",
     "teacher_from_checkpoint": "lightning_compress.mechanisms.loading",
     "export": "",
     "functional": "",
@@ -59,6 +61,7 @@ __all__ = [
     "PTQCallback",
     "PruningCallback",
     "QATCallback",
+    "StructuredPruningCallback",
     "__version__",
     "export",
     "functional",

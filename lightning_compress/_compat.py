@@ -6,6 +6,7 @@ Traced on lightning 2.6 and torch 2.13 and 2.14. When a canary falls after an up
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import itertools
 import logging
@@ -563,3 +564,40 @@ def checkpointing_told(tell: Callable[[], None]) -> Iterator[None]:
     finally:
         for name, own in before.items():
             setattr(module, name, own)
+
+
+def attach_trainer_(module: Any, trainer: Any) -> None:
+    """Let a copy of a LightningModule know a Trainer, or none."""
+    module._trainer = trainer
+
+
+def step_arguments(trainer: Any, module: Any, batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """What a Trainer passes to the training step with a batch that it has at hand."""
+    signature = import_module(f"{package_of(trainer)}.utilities.signature_utils").is_param_in_hook_signature
+    return (batch, batch_idx) if signature(module.training_step, "batch_idx", min_args=2) else (batch,)
+
+
+@contextmanager
+def unwrapped(trainer: Any) -> Iterator[None]:
+    """Take the module out of DDP, and wrap it anew at the end: DDP remembers the shapes of its parameters."""
+    strategy = trainer.strategy
+    if not isinstance(strategy.model, torch.nn.parallel.DistributedDataParallel):
+        yield
+        return
+    strategy.model = trainer.lightning_module
+    gc.collect()  # the hooks of the old wrapper go with it
+    try:
+        yield
+    finally:
+        strategy.configure_ddp()
+
+
+def averages_of(trainer: Any, module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Copies of a module that callbacks keep as averages of its weights."""
+    found = []
+    for callback in trainer.callbacks:
+        average = getattr(callback, "_average_model", None)
+        average = getattr(average, "module", average) if type(average) is not type(module) else average
+        if isinstance(average, torch.nn.Module):
+            found.append(average)
+    return found

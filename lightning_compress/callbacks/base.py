@@ -30,6 +30,7 @@ from lightning_compress.callbacks.returned import Returned, ReturnsResults
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
+from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.step import StepController, step_controller
 from lightning_compress.mechanisms.student import StudentCapture
 
@@ -158,6 +159,12 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def remarks(self) -> list[str]:
         """Sentences that the report shows below its tables."""
         return []
+
+    def check_shrinkage(self, shrinkage: Shrinkage, pl_module: Any) -> None:
+        """Refuse, with a ValueError, that channels go which this technique needs; nothing is touched yet."""
+
+    def follow_shrinkage(self, shrinkage: Shrinkage, pl_module: Any) -> None:
+        """The module's parameters, the same objects as before, hold less from here on."""
 
     def extra_state(self) -> dict[str, Any]:
         """Tensors and primitives to save beside the arguments."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.mechanisms.checkpoints import (
+    close_after_exception,
     compress_,
     dense_of,
     keep_dense_,
@@ -24,7 +25,6 @@ from lightning_compress.mechanisms.masking import MaskedWeight, Masks
 from lightning_compress.mechanisms.selection import listing, plain_name
 from lightning_compress.mechanisms.views import Usage
 from lightning_compress.mechanisms.weights import PLAIN_LAYERS, named_weights, select_weights
-from lightning_compress.mechanisms.wrapping import shadowed
 
 
 class MaskedWeightsCallback(CompressionCallback):
@@ -214,18 +214,7 @@ class MaskedWeightsCallback(CompressionCallback):
                 "hold the masked ones",
                 self.name,
             )
-        stack = ExitStack()
-
-        def closing(original: Callable[..., Any]) -> Callable[..., Any]:
-            def on_exception(*args: Any) -> None:
-                self._files.close()
-                stack.close()
-                original(*args)
-
-            return on_exception
-
-        # Checkpoint callbacks come after this hook, and the strategy's own hook after theirs.
-        stack.enter_context(shadowed(trainer.strategy, "on_exception", closing))
+        close_after_exception(trainer, self._files)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Outside of a fit, where the module's own hook is as it was: keep what a later fit needs."""

@@ -9,6 +9,7 @@ from lightning_compress.export.errors import EvaluationError, ExportError
 from lightning_compress.export.evaluate import evaluate
 from lightning_compress.export.onnx import ExportResult, to_onnx
 from lightning_compress.export.sample import Sample
+from lightning_compress.export.shrunk import load_shrunk
 from lightning_compress.export.weights import plain_state_dict
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ExportResult",
     "Sample",
     "evaluate",
+    "load_shrunk",
     "plain_state_dict",
     "to_onnx",
 ]

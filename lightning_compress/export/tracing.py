@@ -151,7 +151,7 @@ def _tidy(model: Any, metadata: dict[str, str]) -> bytes:
 def _explain(name: str, error: BaseException, dynamic_batch: bool) -> str:
     """One sentence about why the exporter failed, with the user's file and line where there is one."""
     chain = list(_chain(error))
-    frame = next((found for link in reversed(chain) if (found := _users_frame(link)) is not None), None)
+    frame = _frame_of(chain)
     place = f"{frame.filename}:{frame.lineno}" if frame else ""
     if any("DataDependent" in type(link).__name__ for link in chain):
         code = linecache.getline(frame.filename, frame.lineno or 0).strip() if frame else ""
@@ -164,6 +164,26 @@ def _explain(name: str, error: BaseException, dynamic_batch: bool) -> str:
     reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     hint = f"; {FIXED_HINT}" if dynamic_batch and "batch" in str(chain[-1]) else ""
     return f"{name} cannot be exported: {reason}{f' (at {place})' if place else ''}{hint}"
+
+
+def users_place(error: BaseException) -> str:
+    """Where in the user's code an error was raised.
+
+    Args:
+        error: Any.
+
+    Returns:
+        " at file:line: `code`"; empty where no code of the user's led to it.
+    """
+    frame = _frame_of(list(_chain(error)))
+    if frame is None:
+        return ""
+    code = linecache.getline(frame.filename, frame.lineno or 0).strip()
+    return f" at {frame.filename}:{frame.lineno}: `{code}`"
+
+
+def _frame_of(chain: Sequence[BaseException]) -> traceback.FrameSummary | None:
+    return next((found for link in reversed(chain) if (found := _users_frame(link)) is not None), None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -9,6 +9,7 @@ from lightning_compress.functional.attention import (
     gradient_transfer_loss,
 )
 from lightning_compress.functional.factors import factor_transfer_loss, reconstruction_loss
+from lightning_compress.functional.filters import filter_rows, filter_scores, kept_filters
 from lightning_compress.functional.gradients import position_scale, zero_scale
 from lightning_compress.functional.masks import (
     churn,
@@ -72,10 +73,13 @@ __all__ = [
     "factor_transfer_loss",
     "fake_quantize",
     "fewest_kept",
+    "filter_rows",
+    "filter_scores",
     "gradient_transfer_loss",
     "hard_distillation_loss",
     "integer_limits",
     "iterative_schedule",
+    "kept_filters",
     "l2_score",
     "layer_zeros",
     "learned_step_quantize",

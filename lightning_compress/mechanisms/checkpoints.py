@@ -7,12 +7,13 @@ weights only too, and after every callback that puts other weights there, such a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.shrinking import Structure, structure_of
 from lightning_compress.mechanisms.wrapping import shadowed
 
 SECTION = "lightning_compress"
@@ -149,3 +150,115 @@ def loading_dense(
 
     with shadowed(module, "on_load_checkpoint", loading):
         yield
+
+
+@contextmanager
+def saving_structure(module: nn.Module, owner: str) -> Iterator[None]:
+    """Let a LightningModule save beside its weights what its modules say of their sizes, with weights only too.
+
+    Args:
+        module: The LightningModule.
+        owner: Name of the callback.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> module, checkpoint = L.LightningModule(), {"state_dict": {}}
+        >>> module.layer = nn.Linear(2, 1)
+        >>> with saving_structure(module, "structured"):
+        ...     module.on_save_checkpoint(checkpoint)
+        >>> structure_in(checkpoint)
+        {'layer': {'in_features': 2, 'out_features': 1}}
+    """
+
+    def saving(original: Callable[..., Any]) -> Callable[..., Any]:
+        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+            original(checkpoint)
+            keep_structure_(checkpoint, owner, module)
+
+        return on_save_checkpoint
+
+    with shadowed(module, "on_save_checkpoint", saving):
+        yield
+
+
+def keep_structure_(checkpoint: dict[str, Any], owner: str, module: nn.Module) -> None:
+    """Put into a checkpoint, in place, what modules say of their sizes.
+
+    Args:
+        checkpoint: As Lightning saves it.
+        owner: Name of the callback.
+        module: The LightningModule.
+
+    Example:
+        >>> checkpoint = {}
+        >>> keep_structure_(checkpoint, "structured", nn.Linear(2, 1))
+        >>> checkpoint
+        {'lightning_compress': {'structured': {'structure': {'': {'in_features': 2, 'out_features': 1}}}}}
+    """
+    checkpoint.setdefault(SECTION, {})[owner] = {"structure": structure_of(module)}
+
+
+def structure_in(checkpoint: Mapping[str, Any]) -> Structure | None:
+    """What a checkpoint says of the sizes of its modules.
+
+    Args:
+        checkpoint: As Lightning loads it.
+
+    Returns:
+        As :func:`structure_of`; None where it says nothing.
+
+    Example:
+        >>> structure_in({"state_dict": {}}) is None
+        True
+    """
+    entries = [own["structure"] for own in checkpoint.get(SECTION, {}).values() if "structure" in own]
+    return entries[0] if entries else None
+
+
+@contextmanager
+def before_loading(module: nn.Module, prepare: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Call a function with each checkpoint that a LightningModule is about to load.
+
+    Args:
+        module: The LightningModule.
+        prepare: Called with the checkpoint as it is in the file, before the module's own hook and its weights.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> module = L.LightningModule()
+        >>> with before_loading(module, print):
+        ...     module.on_load_checkpoint({"state_dict": {}})
+        {'state_dict': {}}
+    """
+
+    def loading(original: Callable[..., Any]) -> Callable[..., Any]:
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            prepare(checkpoint)
+            original(checkpoint)
+
+        return on_load_checkpoint
+
+    with shadowed(module, "on_load_checkpoint", loading):
+        yield
+
+
+def close_after_exception(trainer: Any, files: ExitStack) -> None:
+    """Close what acts on a module's checkpoints once those of an exception are written.
+
+    Checkpoint callbacks come after all others in ``on_exception``, and the strategy's own hook after them.
+
+    Args:
+        trainer: The Trainer, within ``on_exception`` of a callback.
+        files: What to close.
+    """
+    stack = ExitStack()
+
+    def closing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def on_exception(*args: Any) -> None:
+            files.close()
+            stack.close()
+            original(*args)
+
+        return on_exception
+
+    stack.enter_context(shadowed(trainer.strategy, "on_exception", closing))

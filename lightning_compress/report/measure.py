@@ -10,8 +10,9 @@ import io
 import os
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -148,6 +149,44 @@ def count_macs(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     if flops == 0 and any(parameter.ndim > 1 for parameter in network.parameters()):
         return MacCount(None, "MACs were not counted: the counter saw no matrix product and no convolution")
     return MacCount(flops // 2)
+
+
+def macs_by_layer(root: nn.Module, run: Callable[[], object]) -> dict[str, int]:
+    """Count the multiply-accumulates of a run, apart for each layer without children.
+
+    Args:
+        root: What the names are relative to.
+        run: Calls networks within it, which are left as the calls leave them.
+
+    Returns:
+        Name of a layer to the count of all its calls; under "" what belongs to none. Layers that count nothing are
+        left out.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+        >>> macs_by_layer(network, lambda: network(torch.zeros(1, 3)))
+        {'0': 6}
+    """
+    counter = FlopCounterMode(display=False)
+    began: dict[nn.Module, int] = {}
+    counted: dict[str, int] = {}
+
+    def before(layer: nn.Module, _: object) -> None:
+        began[layer] = counter.get_total_flops()
+
+    def after(name: str, layer: nn.Module) -> None:
+        counted[name] = counted.get(name, 0) + counter.get_total_flops() - began[layer]
+
+    with ExitStack() as stack:
+        for name, layer in root.named_modules():
+            if not list(layer.children()):
+                stack.callback(layer.register_forward_pre_hook(before).remove)
+                done = partial(lambda name, layer, *_: after(name, layer), name)
+                stack.callback(layer.register_forward_hook(done).remove)
+        with torch.no_grad(), _plain_kernels(), counter:
+            run()
+    counted[""] = counter.get_total_flops() - sum(counted.values())
+    return {name: flops // 2 for name, flops in counted.items() if flops}
 
 
 def single_sample(inputs: Any) -> Any:

@@ -1,0 +1,384 @@
+"""Structured pruning: whole filters go while the network is trained, and it really gets smaller and faster.
+
+Filters by their norm: Li et al., "Pruning filters for efficient ConvNets", ICLR 2017, arXiv:1608.08710. Which of them
+can only go together: Fang et al., "DepGraph: Towards any structural pruning", CVPR 2023, arXiv:2301.12900.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_compress import _compat
+from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_positive, check_whole
+from lightning_compress.callbacks.base import CompressionCallback, announce, log, together
+from lightning_compress.callbacks.rehearsal import NAMES, Plan, Rehearsal, Wanted
+from lightning_compress.functional.schedules import iterative_schedule
+from lightning_compress.mechanisms.checkpoints import (
+    before_loading,
+    close_after_exception,
+    keep_structure_,
+    saving_structure,
+    structure_in,
+)
+from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.dependencies import require_torch_pruning
+from lightning_compress.mechanisms.progress import Progress
+from lightning_compress.mechanisms.scores import forget_scores
+from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.shrinking import Shrinkage, Structure, restructure_, shrink_, structure_of
+from lightning_compress.mechanisms.time_limit import time_limit
+
+SCORES = ("l1", "l2", "taylor", "bn_scale", "random")
+SCHEDULES = ("one_shot", "iterative")
+
+
+@dataclass(frozen=True)
+class _State:
+    """What has gone so far: whole numbers and names, for a checkpoint.
+
+    Attributes:
+        shrinkage: What stays of each tensor of the network that there was at first.
+        original: Counts before the first round, as in :class:`Wanted`.
+        structure: Sizes of the network that this belongs to.
+        reached: The share of the budget that is gone.
+        asked: The share that was asked for so far.
+        done: How many rounds there were.
+    """
+
+    shrinkage: Shrinkage = field(default_factory=Shrinkage)
+    original: dict[str, float] = field(default_factory=dict)
+    structure: Structure = field(default_factory=dict)
+    reached: float = 0.0
+    asked: float = 0.0
+    done: int = 0
+
+
+class StructuredPruningCallback(CompressionCallback):
+    """Take whole filters out of a network, with all that belongs to them, and train on with what is left.
+
+    When it acts: with the first batch, all is tried on copies, and what will go is printed; before the batch at which a
+    round is due, filters, their batch-norm entries and what reads them are taken out of the module, of the state of its
+    optimizers, and of averages of its weights. Parameters remain the objects that they are. What it leaves alone: the
+    shapes of what the network returns; layers that reach attention; names in the ``state_dict``. A smaller network is
+    loaded into the user's class with :func:`lightning_compress.export.load_shrunk`.
+
+    Filters that only go together, as those of layers that a residual connection adds up, have one score. Right after a
+    round the network is bad; what it learns afterwards counts. So begin with a trained network, and train on.
+
+    Args:
+        ratio: The share that is removed, in (0, 1): 0.3 leaves 70%.
+        schedule: "one_shot", all of it at ``start``; or "iterative", in ``rounds`` that each take the same share of
+            what remains, the last at ``end``.
+        start: Fraction of the training, in optimizer steps, at which pruning begins, in [0, 1).
+        end: Fraction of the last round of "iterative", from ``start`` to below 1.
+        rounds: Of "iterative", at least 2.
+        score: What goes first: filters of the smallest "l1" or "l2" norm; "taylor", those without which the loss of
+            one batch would change least, to first order; "bn_scale", those that batch norm scales down most; "random".
+        budget: What the share is of: "filters" of the selected layers, each of which loses as much; "params" or "macs"
+            of the whole network, met within 2 percentage points.
+        min_channels: Layers with no more than these are left alone, and others keep at least as many.
+        round_to: What numbers of channels are multiples of, for runtimes that are fast with multiples of 8, say.
+        seed: Of "random".
+        time_limit: Seconds that finding the structure and trying it may take.
+        network: Dotted name of the network inside the LightningModule; None: what the step calls.
+        layers: Selectors of layers: dotted names, patterns, ``"re:..."``, ``"type:Conv2d"``. None: all convolutions and
+            linear layers.
+        exclude: Selectors of layers that keep their filters.
+        name: As in the base class; default "structured".
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        ImportError: At the start of the fit, if the extra ``structured`` is not installed.
+
+    Example:
+        >>> StructuredPruningCallback(0.5, budget="macs", schedule="iterative").state_key
+        'StructuredPruningCallback[structured]'
+    """
+
+    default_name = "structured"
+
+    def __init__(
+        self,
+        ratio: float,
+        *,
+        schedule: Literal["one_shot", "iterative"] = "one_shot",
+        start: float = 0.0,
+        end: float = 0.5,
+        rounds: int = 3,
+        score: Literal["l1", "l2", "taylor", "bn_scale", "random"] = "l2",
+        budget: Literal["filters", "params", "macs"] = "filters",
+        min_channels: int = 8,
+        round_to: int = 1,
+        seed: int = 0,
+        time_limit: float = 60.0,
+        network: str | None = None,
+        layers: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        check_fraction("ratio", ratio, below_one=True)
+        if ratio == 0:
+            raise ValueError("ratio must be a number in (0, 1), got 0")
+        check_choice("schedule", schedule, SCHEDULES)
+        check_choice("score", score, SCORES)
+        check_choice("budget", budget, tuple(NAMES))
+        check_fraction("start", start, below_one=True)
+        check_fraction("end", end, below_one=True)
+        if schedule == "iterative" and start > end:
+            raise ValueError(f"start must be at most end, got start={start} and end={end}")
+        check_whole("rounds", rounds, at_least=2)
+        check_whole("min_channels", min_channels, at_least=1)
+        check_whole("round_to", round_to, at_least=1)
+        check_whole("seed", seed, at_least=0)
+        check_positive("time_limit", time_limit, "a positive number of seconds")
+        self.ratio, self.schedule, self.start, self.end, self.rounds = ratio, schedule, start, end, rounds
+        self.score, self.budget, self.min_channels, self.round_to = score, budget, min_channels, round_to
+        self.seed, self.time_limit, self.network = seed, time_limit, network
+        self.layers, self.exclude = layers, exclude
+        self.plan: Plan | None = None
+        """What the last round did, or what the first batch has shown that will be done."""
+        self._progress: Progress | None = None
+        self._begun = False  # whether the network was looked at in this fit
+        self._files, self._saving = ExitStack(), False
+        self._whole: Structure | None = None  # before the first round of the last fit
+        self._loaded = False
+        self._state = _State()
+
+    # What users read
+
+    @property
+    def reached(self) -> float:
+        """The share of the budget that is gone."""
+        return self._state.reached
+
+    @property
+    def shrinkage(self) -> Shrinkage:
+        """What stays of each tensor of the network that there was at first; empty before the first round."""
+        return self._state.shrinkage
+
+    def remarks(self) -> list[str]:
+        """What went, and what stayed."""
+        if self._state.done == 0:
+            return []
+        remarks = [f"{self.name}: {self.reached:.1%} of the {NAMES[self.budget]} are gone (asked {self.ratio:.1%})."]
+        if self.plan is not None and self.plan.left:
+            remarks.append(f"{self.name}: layers that stay as they are: {listing(list(self.plan.left), None)}.")
+        return remarks
+
+    # Life cycle
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what cannot be made smaller while it is trained."""
+        require_torch_pruning()
+        owner = f"{type(self).__name__} '{self.name}'"
+        if not getattr(pl_module, "automatic_optimization", True):
+            raise ValueError(f"{owner} replays training steps, and {type(pl_module).__name__} optimises manually")
+        if _compat.runs_in_children(trainer):
+            launcher = type(trainer.strategy.launcher).__name__
+            raise ValueError(
+                f"{owner} cannot bring a smaller network back from processes that {launcher} starts: use strategy='ddp'"
+            )
+        if _compat.compiled_state(pl_module) is not None:
+            raise ValueError(
+                f"{owner} cannot look into {type(pl_module).__name__}, which is compiled as a whole: compile a network "
+                "in it"
+            )
+        others = [own for own in trainer.callbacks if isinstance(own, StructuredPruningCallback) and own is not self]
+        if others:
+            raise ValueError(
+                f"'{self.name}' and '{others[0].name}' would both take filters away: give one of them only"
+            )
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let the module load, and in a fit save, networks of other sizes."""
+        self._files.close()
+        self._loaded = False
+        super().setup(trainer, pl_module, stage)
+        self._files.enter_context(
+            before_loading(pl_module, lambda checkpoint: self._resize(trainer, pl_module, checkpoint))
+        )
+        if stage == "fit":
+            self._files.enter_context(saving_structure(pl_module, self.name))
+            self._files.callback(setattr, self, "_saving", False)
+            self._saving = True
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """Find out whether this goes on with a network that was made smaller before."""
+        for optimizer in trainer.optimizers:
+            if any(base.__name__ == "LBFGS" for base in type(optimizer).__mro__):
+                raise ValueError(
+                    f"{type(self).__name__} '{self.name}' cannot take entries out of the state of "
+                    f"{type(optimizer).__name__}, which is of all parameters at once; use another optimizer"
+                )
+        structure = structure_of(pl_module)
+        goes_on = (self._loaded or self.has_fitted(pl_module)) and self._state.structure == structure
+        if not goes_on:
+            self._state = _State(structure=structure)
+        if self._whole is None or not self._state.done:
+            self._whole = structure
+        self._begun = False
+        stack.callback(setattr, self, "_progress", None)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find out how long the training is."""
+        self._progress = Progress(trainer, pl_module)
+        last = self.end if self.schedule == "iterative" else self.start
+        if math.ceil(last * self._progress.total - 1e-9) >= self._progress.total:
+            argument = "end" if self.schedule == "iterative" else "start"
+            raise ValueError(
+                f"{argument}={last} leaves no step after the last round: the training has {self._progress.total:.0f}"
+            )
+        if self._reached_all:
+            log.info(
+                "%s: the network was made smaller before, by %.1f%%; it stays as it is", self.name, 100 * self.reached
+            )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Try all of it with the first batch; make the network smaller where a round is due."""
+        if self._progress is None or self._reached_all or batch_idx % trainer.accumulate_grad_batches:
+            return
+        target = self._target(self._progress.fraction_before)
+        if not self._begun and target < self.ratio:
+            self.plan = self._rehearsed(trainer, pl_module, batch, batch_idx, self.ratio)
+            if trainer.is_global_zero:
+                share = f"{self.plan.share:.1%} of the {NAMES[self.budget]}"
+                announce(self.plan.text(f"{self.name} will take away {share}") + "\n")
+        if target > self._state.asked:
+            self._shrink(trainer, pl_module, batch, batch_idx, target)
+        self._begun = True
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say so where the training was too short."""
+        if self._progress is not None and not self._reached_all:
+            self.failure = (
+                f"training ended at {self._progress.fraction:.0%} of its length, before all rounds: {self.reached:.4f} "
+                f"of the {NAMES[self.budget]} are gone, not {self.ratio}"
+            )
+            self._warn_once(self.failure)
+
+    def bake(self, trainer: Any, pl_module: Any) -> None:
+        """The module is as small as it should be; its files are saved as those of any module."""
+        self._files.close()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave nothing on the module."""
+        super().teardown(trainer, pl_module, stage)
+        self._files.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave nothing on the module, once the checkpoints of the exception are written."""
+        super().on_exception(trainer, pl_module, exception)
+        close_after_exception(trainer, self._files)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Outside of a fit too, what is needed to load a smaller network."""
+        if not self._saving:
+            keep_structure_(checkpoint, self.name, pl_module)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What has gone so far: whole numbers, and names."""
+        return {**vars(self._state), "shrinkage": self._state.shrinkage.state()}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from there, if the module that is trained is the one of the checkpoint."""
+        kept = {entry.name: state[entry.name] for entry in fields(_State)}
+        self._state = _State(**{**kept, "shrinkage": Shrinkage.of(kept["shrinkage"])})
+        self._loaded = True
+        if self._state.asked > self.ratio + 1e-9:
+            raise ValueError(
+                f"ratio={self.ratio} is below the {self._state.asked:.4f} that was taken away before: filters do not come "
+                "back; ask for as much or more, or begin a new training"
+            )
+
+    # Private
+
+    @property
+    def _reached_all(self) -> bool:
+        return self._state.asked >= self.ratio - 1e-9
+
+    def _target(self, fraction: float) -> float:
+        """The share that should be gone at a fraction of the training."""
+        if fraction < self.start - 1e-9:
+            return 0.0
+        if self.schedule == "one_shot" or self.end == self.start:
+            return self.ratio
+        progress = min((fraction - self.start) / (self.end - self.start), 1.0)
+        return iterative_schedule(max(progress, 0.0), 0.0, self.ratio, rounds=self.rounds)
+
+    def _rehearsed(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, ratio: float) -> Plan:
+        """The plan of rank 0, which has been tried, on all ranks."""
+        wanted = Wanted(
+            ratio=ratio,
+            budget=self.budget,
+            score=self.score,
+            min_channels=self.min_channels,
+            round_to=self.round_to,
+            seed=self.seed + self._state.done,
+            last=ratio >= self.ratio - 1e-9,
+            layers=self.layers,
+            exclude=self.exclude,
+            network=self.network,
+            original=self._state.original,
+        )
+        found: list[Plan] = []
+
+        def work(trainer: Any, pl_module: Any) -> None:
+            message = (
+                f"{type(self).__name__} '{self.name}' was stopped after time_limit={self.time_limit} s of looking at "
+                f"the structure of {type(pl_module).__name__}: give it more, or name a part of the network with layers="
+            )
+            with time_limit(self.time_limit, message):
+                found.append(Rehearsal(trainer, pl_module, batch, batch_idx, wanted).plan())
+            for callback in trainer.callbacks:
+                if isinstance(callback, CompressionCallback):
+                    callback.check_shrinkage(found[0].shrinkage, pl_module)
+
+        with _compat.patient_group(trainer.world_size) as tell:
+            together(tell, work, trainer, pl_module)
+        plan: Plan = trainer.strategy.broadcast(found[0])
+        return plan
+
+    def _shrink(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, target: float) -> None:
+        plan = self._rehearsed(trainer, pl_module, batch, batch_idx, target)
+        with _compat.unwrapped(trainer):
+            shrink_(pl_module, plan.shrinkage, trainer.optimizers)
+            for average in _compat.averages_of(trainer, pl_module):
+                shrink_(average, plan.shrinkage)
+            for callback in trainer.callbacks:
+                if isinstance(callback, CompressionCallback):
+                    callback.follow_shrinkage(plan.shrinkage, pl_module)
+            _compat.reset_compiled_code()
+        self._state = _State(
+            shrinkage=plan.shrinkage.after(self._state.shrinkage),
+            original=plan.original,
+            structure=structure_of(pl_module),
+            reached=plan.share,
+            asked=target,
+            done=self._state.done + 1,
+        )
+        self.plan = plan
+        if trainer.is_global_zero:
+            told = plan.text if not self._begun else lambda title: "; ".join([title, *plan.totals()])
+            announce(told(f"{self.name} has taken away {plan.share:.1%} of the {NAMES[self.budget]}") + "\n")
+        if "ModelCheckpoint" in forget_scores(trainer):
+            self._warn_once(
+                "the best checkpoints so far are of a larger network, so they are not compared with what follows; "
+                "their files stay"
+            )
+        for quantity, value in (("share", plan.share), ("parameters", plan.parameters[1]), ("macs", plan.macs[1])):
+            self.log_quantity(quantity, float(value), batch_size=1)
+
+    def _resize(self, trainer: Any, pl_module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+        """Give the module, and averages of it, the sizes that a checkpoint has."""
+        structure = structure_in(checkpoint) or self._whole
+        if structure is None:
+            return
+        for module in (pl_module, *_compat.averages_of(trainer, pl_module)):
+            restructure_(module, structure, checkpoint["state_dict"])

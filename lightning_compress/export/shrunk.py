@@ -1,0 +1,64 @@
+"""Structurally pruned networks out of a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+from torch import nn
+
+from lightning_compress.export.weights import read_checkpoint
+from lightning_compress.mechanisms.checkpoints import structure_in
+from lightning_compress.mechanisms.shrinking import restructure_
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def load_shrunk(module: ModuleT, checkpoint_path: str | os.PathLike[str]) -> ModuleT:
+    """Load a network that ``StructuredPruningCallback`` has made smaller into its class.
+
+    Neither a Trainer nor Torch-Pruning is needed, and nothing of the file is unpickled but tensors and plain Python.
+
+    Args:
+        module: Of the class that was trained, built as for the training; it is changed in place.
+        checkpoint_path: A file written by ``ModelCheckpoint`` or ``trainer.save_checkpoint``, with weights only too.
+
+    Returns:
+        The module, with the sizes and the weights of the checkpoint, loaded strictly.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no Lightning checkpoint, says nothing of its sizes, or is of another class.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> from lightning_compress.mechanisms.checkpoints import keep_structure_
+        >>> smaller = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "last.ckpt")
+        ...     checkpoint = {"state_dict": smaller.state_dict()}
+        ...     keep_structure_(checkpoint, "structured", smaller)
+        ...     torch.save(checkpoint, path)
+        ...     load_shrunk(nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 1)), path)
+        Sequential(
+          (0): Linear(in_features=2, out_features=3, bias=True)
+          (1): Linear(in_features=3, out_features=1, bias=True)
+        )
+    """
+    checkpoint = read_checkpoint(checkpoint_path)
+    structure, state = structure_in(checkpoint), checkpoint["state_dict"]
+    names = set(module.state_dict())
+    if names != set(state):
+        different = sorted(names.symmetric_difference(state))[:5]
+        raise ValueError(
+            f"checkpoint_path '{os.fspath(checkpoint_path)}' was not saved from a {type(module).__name__}: only one of "
+            f"the two has {', '.join(map(repr, different))}"
+        )
+    if structure is None:
+        raise ValueError(
+            f"checkpoint_path '{os.fspath(checkpoint_path)}' says nothing of the sizes of its layers: it was not saved "
+            "in a fit with StructuredPruningCallback, so load it as any checkpoint"
+        )
+    restructure_(module, structure, state)
+    module.load_state_dict(state, strict=True)
+    return module

@@ -1,0 +1,308 @@
+"""Shrinking: take channels out of a network that is being trained, in place, with all that hangs on its parameters.
+
+A plan says which indices of each tensor stay, and which attributes of modules change with them. Parameters remain the
+objects that they are, so optimizers, schedulers and whoever else holds them go on with them. The same plan serves
+copies of the network, such as averages. What a checkpoint of a smaller network needs beside its tensors are a few whole
+numbers of its modules, from which :func:`restructure_` makes the shapes of the user's class what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress import _compat
+from lightning_compress.mechanisms.selection import listing, plain_name
+
+Structure = dict[str, dict[str, Any]]
+"""Name of a module to its attributes that go with shapes: whole numbers, and lists of them."""
+
+SIZES = (
+    *("in_channels", "out_channels", "groups", "num_features", "num_channels", "num_groups", "num_parameters"),
+    *("in_features", "out_features", "in1_features", "in2_features", "normalized_shape"),
+    *("embedding_dim", "num_embeddings", "input_size", "hidden_size", "proj_size"),
+    *("embed_dim", "kdim", "vdim", "num_heads", "head_dim"),
+)
+"""Attributes of torch's layers that say how large their tensors are."""
+
+Kept = dict[int, list[int]]
+"""Dimension of a tensor to the indices that stay, ascending; a dimension that is not there stays whole."""
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """What stays of each tensor of a module.
+
+    Attributes:
+        kept: Name of a parameter or buffer, as when nothing is compiled, to what stays of it.
+        attributes: What modules say of their sizes afterwards.
+        shapes: Name of each tensor in ``kept`` to its shape before.
+    """
+
+    kept: dict[str, Kept] = field(default_factory=dict)
+    attributes: Structure = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+
+    def take(self, name: str, value: Tensor) -> Tensor:
+        """What stays of a tensor.
+
+        Args:
+            name: Of the parameter or buffer.
+            value: It, or one of its shape; a dimension of length 1 where it has more stays, as of factored moments.
+
+        Returns:
+            A new tensor; the same one where nothing goes.
+
+        Raises:
+            ValueError: If it has another shape.
+
+        Example:
+            >>> Shrinkage({"w": {0: [0, 2]}}, shapes={"w": [3, 1]}).take("w", torch.tensor([[1.0], [2.0], [3.0]]))
+            tensor([[1.],
+                    [3.]])
+        """
+        if name not in self.kept:
+            return value
+        expected = self.shapes[name]
+        fits = value.ndim == len(expected) and all(
+            own in (1, wanted) for own, wanted in zip(value.shape, expected, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"'{name}' has shape {tuple(expected)}, and what goes with it {tuple(value.shape)}")
+        for dim, indices in self.kept[name].items():
+            if value.shape[dim] != 1 or expected[dim] == 1:
+                value = value.index_select(dim, torch.tensor(indices, device=value.device))
+        return value
+
+    def zeroed(self, name: str, value: Tensor) -> Tensor:
+        """A tensor of the shape before, with zeros where entries go.
+
+        Args:
+            name: Of the parameter or buffer.
+            value: Of its shape before.
+
+        Returns:
+            A new tensor.
+
+        Example:
+            >>> Shrinkage({"w": {0: [1]}}, shapes={"w": [2]}).zeroed("w", torch.tensor([3.0, 4.0]))
+            tensor([0., 4.])
+        """
+        result = value.clone()
+        for dim, indices in self.kept.get(name, {}).items():
+            goes = torch.ones(value.shape[dim], dtype=torch.bool, device=value.device)
+            goes[torch.tensor(indices, device=value.device)] = False
+            result.index_fill_(dim, goes.nonzero().flatten(), 0)
+        return result
+
+    def after(self, earlier: Shrinkage) -> Shrinkage:
+        """This and an earlier one, as one of the network that there was at first.
+
+        Args:
+            earlier: What was taken away before.
+
+        Returns:
+            The two together.
+
+        Example:
+            >>> first = Shrinkage({"w": {0: [1, 2, 3]}}, shapes={"w": [4]})
+            >>> Shrinkage({"w": {0: [0, 2]}}, shapes={"w": [3]}).after(first).kept
+            {'w': {0: [1, 3]}}
+        """
+        kept: dict[str, Kept] = {name: dict(dims) for name, dims in earlier.kept.items()}
+        for name, dims in self.kept.items():
+            own = kept.setdefault(name, {})
+            for dim, indices in dims.items():
+                own[dim] = [own[dim][index] for index in indices] if dim in own else list(indices)
+        attributes = {name: dict(values) for name, values in earlier.attributes.items()}
+        for name, values in self.attributes.items():
+            attributes.setdefault(name, {}).update(values)
+        return Shrinkage(kept, attributes, {**self.shapes, **earlier.shapes})
+
+    def state(self) -> dict[str, Any]:
+        """Whole numbers, strings, lists and dicts, for a checkpoint."""
+        return {"kept": self.kept, "attributes": self.attributes, "shapes": self.shapes}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Shrinkage:
+        """From what :meth:`state` gave."""
+        return cls(dict(state["kept"]), dict(state["attributes"]), dict(state["shapes"]))
+
+
+def shrink_(module: nn.Module, shrinkage: Shrinkage, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+    """Take away, in place, what a plan does not keep, of a module and of what optimizers know of its parameters.
+
+    Everything is looked at before anything is touched, so after a refusal all is as it was.
+
+    Args:
+        module: The network, or a copy of it; between two steps, when no graph of it will be differentiated any more.
+        shrinkage: The plan.
+        optimizers: Those that train it. Their entries for a parameter are sliced as it is.
+
+    Raises:
+        ValueError: If the module is not the one that was planned for, or an optimizer keeps for a parameter what cannot
+            be sliced with it.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> shrink_(layer, Shrinkage({"weight": {0: [0, 2]}, "bias": {0: [0, 2]}}, {"": {"out_features": 2}},
+        ...                          {"weight": [3, 2], "bias": [3]}))
+        >>> layer
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    tensors = _tensors(module)
+    missing = [name for name in shrinkage.kept if name not in tensors]
+    if missing:
+        raise ValueError(
+            f"the plan is of another module than {type(module).__name__}: {listing(missing)} are not in it"
+        )
+    with torch.no_grad():
+        smaller = {
+            id(tensors[name]): (tensors[name], shrinkage.take(name, tensors[name].data)) for name in shrinkage.kept
+        }
+        named = {id(tensors[name]): name for name in shrinkage.kept}
+        gradients = {
+            key: shrinkage.take(named[key], own.grad) for key, (own, _) in smaller.items() if own.grad is not None
+        }
+        entries = [_smaller_entries(optimizer, named, shrinkage) for optimizer in optimizers]
+        for key, (own, value) in smaller.items():
+            own.grad = None
+            _set_data(own, value)
+            if key in gradients:
+                own.grad = gradients[key]
+        for optimizer, changed in zip(optimizers, entries, strict=True):
+            for parameter, values in changed:
+                optimizer.state[parameter].update(values)
+    _set_attributes(module, shrinkage.attributes)
+
+
+def structure_of(module: nn.Module) -> Structure:
+    """What modules say of the sizes of their tensors.
+
+    Args:
+        module: Any.
+
+    Returns:
+        Name of a module, as when nothing is compiled, to attributes; plain Python.
+
+    Example:
+        >>> structure_of(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+        {'0': {'in_features': 2, 'out_features': 3}}
+    """
+    found: Structure = {}
+    for name, part in module.named_modules():
+        values = {key: _plain(vars(part)[key]) for key in SIZES if _is_size(vars(part).get(key))}
+        if values:
+            found[plain_name(name)] = values
+    return found
+
+
+def restructure_(module: nn.Module, structure: Mapping[str, Mapping[str, Any]], state: Mapping[str, Tensor]) -> None:
+    """Let a module have the sizes of a saved one, in place, so that its tensors can be loaded.
+
+    Args:
+        module: Of the class that was saved; its parameters stay the objects that they are, and what tensors of another
+            size hold is lost.
+        structure: From :func:`structure_of`.
+        state: The saved ``state_dict``.
+
+    Raises:
+        ValueError: If a tensor has another number of dimensions than the saved one: that is another network.
+
+    Example:
+        >>> smaller, module = nn.Linear(2, 1), nn.Linear(2, 3)
+        >>> restructure_(module, structure_of(smaller), smaller.state_dict())
+        >>> module.load_state_dict(smaller.state_dict())
+        <All keys matched successfully>
+    """
+    tensors = _tensors(module)
+    saved = {plain_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    others = {name: own for name, own in tensors.items() if name in saved and own.shape != saved[name].shape}
+    for name, own in others.items():
+        if own.ndim != saved[name].ndim:
+            raise ValueError(
+                f"'{name}' is of shape {tuple(own.shape)} in {type(module).__name__} and {tuple(saved[name].shape)} in "
+                "the checkpoint: it was saved from another network, not from a smaller one of this class"
+            )
+    with torch.no_grad():
+        for name, own in others.items():
+            own.grad = None
+            _set_data(own, own.data.new_zeros(saved[name].shape))
+    _set_attributes(module, structure)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each under all of its names."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {plain_name(name): value for name, value in named}
+
+
+def _set_data(own: Tensor, value: Tensor) -> None:
+    """Give a tensor that stays the same object other contents.
+
+    Autograd keeps with a parameter what it knows of its shape, for as long as any graph of it lives. Another type in
+    between lets it forget.
+    """
+    between = torch.float32 if value.dtype != torch.float32 else torch.float64
+    if own.is_floating_point():
+        own.data = value.to(between)
+    own.data = value.contiguous()
+
+
+def _smaller_entries(
+    optimizer: torch.optim.Optimizer, named: Mapping[int, str], shrinkage: Shrinkage
+) -> list[tuple[Tensor, dict[Any, Tensor]]]:
+    """What an optimizer's entries will be, for each parameter that it has some for."""
+    changed: list[tuple[Tensor, dict[Any, Tensor]]] = []
+    for parameter, state in optimizer.state.items():
+        name = named.get(id(parameter))
+        if name is None:
+            continue
+        values: dict[Any, Tensor] = {}
+        for key, value in state.items() if isinstance(state, Mapping) else [("state", [state])]:
+            if isinstance(value, Tensor) and value.ndim > 0:
+                try:
+                    values[key] = shrinkage.take(name, value)
+                except ValueError as error:
+                    raise ValueError(f"{_keeps(optimizer, key)} cannot be made smaller with it: {error}") from error
+            elif not isinstance(value, Tensor) and _holds_tensors(value):
+                raise ValueError(f"{_keeps(optimizer, key)} of '{name}' is a {type(value).__name__} of tensors")
+        changed.append((parameter, values))
+    return changed
+
+
+def _keeps(optimizer: torch.optim.Optimizer, key: object) -> str:
+    return f"what {type(optimizer).__name__} keeps as '{key}'"
+
+
+def _holds_tensors(value: Any) -> bool:
+    entries: Iterator[Any] = iter(())
+    if isinstance(value, Mapping):
+        entries = iter(value.values())
+    elif isinstance(value, (list, tuple)):
+        entries = iter(value)
+    return isinstance(value, Tensor) or any(_holds_tensors(entry) for entry in entries)
+
+
+def _set_attributes(module: nn.Module, structure: Mapping[str, Mapping[str, Any]]) -> None:
+    modules = {plain_name(name): part for name, part in module.named_modules(remove_duplicate=False)}
+    for name, part in module.named_modules(remove_duplicate=False):  # a compiled wrapper and its inside share a name
+        for key, value in structure.get(plain_name(name), {}).items():
+            if key in vars(part):
+                vars(part)[key] = tuple(value) if isinstance(value, list) else value
+    for name in structure:
+        if name in modules:
+            _compat.refresh_flat_weights(modules[name])
+
+
+def _is_size(value: Any) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (isinstance(value, (tuple, list)) and bool(value) and all(_is_size(entry) for entry in value))
+
+
+def _plain(value: Any) -> Any:
+    return [int(entry) for entry in value] if isinstance(value, (tuple, list)) else int(value)
