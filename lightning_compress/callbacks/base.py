@@ -152,6 +152,11 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Name of each weight that it trains for a grid, to the grid's step and bits; empty for other techniques."""
         return MappingProxyType({})
 
+    @property
+    def shrinks_until(self) -> float | None:
+        """The fraction of the training before which it has taken the last channels away; None if it takes none."""
+        return None
+
     def trial_scales(self, trainer: Any, pl_module: Any) -> Grids | None:
         """Scales that an integer file can be tried with after the first step; None for techniques without."""
         return None
@@ -159,9 +164,6 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def remarks(self) -> list[str]:
         """Sentences that the report shows below its tables."""
         return []
-
-    def check_shrinkage(self, shrinkage: Shrinkage, pl_module: Any) -> None:
-        """Refuse, with a ValueError, that channels go which this technique needs; nothing is touched yet."""
 
     def follow_shrinkage(self, shrinkage: Shrinkage, pl_module: Any) -> None:
         """The module's parameters, the same objects as before, hold less from here on."""
@@ -383,6 +385,13 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                     f"{type(self).__name__}",
                     stacklevel=2,
                 )
+
+    def _refuse_shrinking(self, trainer: Any, why: str, *, fine: Callable[[float], bool] = lambda until: False) -> None:
+        """Refuse channels that go, unless that is fine until the fraction of the training at which the last do."""
+        for other in trainer.callbacks:
+            until = other.shrinks_until if isinstance(other, CompressionCallback) else None
+            if until is not None and not fine(until):
+                raise ValueError(f"'{other.name}' takes channels away until {until:g} of the training, and {why}")
 
     def _warn_once(self, message: str, kind: str | None = None) -> None:
         """Warn, once in a fit; of messages of one kind the first only."""

@@ -34,6 +34,7 @@ from lightning_compress.mechanisms.outputs import Locator, find_logits
 from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
 from lightning_compress.mechanisms.standins import leaves_of, scratch, standing_in, unlearning
 
@@ -168,6 +169,13 @@ class DCILCallback(DynamicMaskCallback):
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what two passes cannot be had with."""
         super().check(trainer, pl_module)
+        if self.dense_path != "shared":
+            self._refuse_shrinking(
+                trainer,
+                f"the dense path of '{self.name}' has layers of its own, copied in the first step: let them go before "
+                "it, with start=0 and schedule='one_shot', or give dense_path='shared'",
+                fine=lambda until: until == 0,
+            )
         if _compat.takes_iterator(trainer, pl_module):
             raise ValueError(
                 f"{type(self).__name__} runs the step twice on each batch, and that of {type(pl_module).__name__} "
@@ -207,6 +215,12 @@ class DCILCallback(DynamicMaskCallback):
         """With what the dense path had for itself."""
         super().forget()
         self._own = self._own_state = None
+
+    def follow_shrinkage(self, shrinkage: Shrinkage, pl_module: Any) -> None:
+        """As the base; the statistics before the first step are smaller ones too."""
+        super().follow_shrinkage(shrinkage, pl_module)
+        if self._first_statistics:
+            self._first_statistics = scratch(pl_module.buffers())
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """In the first step, look for the layers that are the dense path's own."""

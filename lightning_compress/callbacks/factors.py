@@ -136,8 +136,14 @@ class FactorTransferCallback(FeatureCallback):
         torch.save({"schema": 1, "factor_ratio": self.factor_ratio, "weights": weights}, path)
 
     def check(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse layers that do not exist; forget an earlier fit."""
+        """Refuse layers that do not exist, and channels that go meanwhile; forget an earlier fit."""
         super().check(trainer, pl_module)
+        self._refuse_shrinking(
+            trainer,
+            f"the translator of '{self.name}' is made for those of the first step: let them go before it, with start=0 "
+            "and schedule='one_shot'",
+            fine=lambda until: until == 0,
+        )
         self._loaded, self._paraphraser, self._translator, self.reconstruction_errors = {}, None, None, []
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:

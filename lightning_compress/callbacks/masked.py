@@ -23,6 +23,7 @@ from lightning_compress.mechanisms.checkpoints import (
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.masking import MaskedWeight, Masks
 from lightning_compress.mechanisms.selection import listing, plain_name
+from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.views import Usage
 from lightning_compress.mechanisms.weights import PLAIN_LAYERS, named_weights, select_weights
 
@@ -127,6 +128,11 @@ class MaskedWeightsCallback(CompressionCallback):
     def forget(self) -> None:
         """The module holds other weights than those of the last fit."""
         self._masks = self._dense = self._tested = self._undo = None
+
+    def follow_shrinkage(self, shrinkage: Shrinkage, pl_module: Any) -> None:
+        """Masks of the weights that are left."""
+        self._undo = None  # what this was before belongs to the larger network
+        self._require_masks().follow(shrinkage)
 
     def verify(self, trainer: Any, pl_module: Any) -> None:
         """Complain about weights that the first step did not use, or not only through their layers."""

@@ -25,6 +25,7 @@ from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batc
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.wrapping import shadowed
 
 SCHEDULES: dict[str, Schedule] = {
@@ -170,6 +171,11 @@ class MaskCallback(MaskedWeightsCallback):
         """With the place in the schedule."""
         super().forget()
         self._begun = self._finished = False
+
+    def follow_shrinkage(self, shrinkage: Shrinkage, pl_module: Any) -> None:
+        """As the base; the final sparsity is met anew where it was met before."""
+        super().follow_shrinkage(shrinkage, pl_module)
+        self._finished = self._finished and self._has_target()
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """With the place in the schedule."""

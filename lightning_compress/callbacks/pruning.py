@@ -29,6 +29,7 @@ from lightning_compress.functional.schedules import Schedule, iterative_schedule
 from lightning_compress.mechanisms.importance import TaylorScores
 from lightning_compress.mechanisms.rewinding import TrainingStart
 from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.weights import sites_of
 
 SCORES = ("magnitude", "random", "taylor")
@@ -144,6 +145,22 @@ class PruningCallback(MaskCallback):
         self._saved_start: dict[str, Any] | None = None  # of the state that the fit began with
 
     # What the base asks
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """As the base; refuse channels that go meanwhile where they are counted, or would come back."""
+        super().check(trainer, pl_module)
+        if self._n_m is not None:
+            why = f"pattern='{self.pattern}' of '{self.name}' counts input channels: use one of the two"
+            self._refuse_shrinking(trainer, why)
+        if self.rewind is not None:
+            why = f"rewind='{self.rewind}' of '{self.name}' would go back to all of them: give rewind=None"
+            self._refuse_shrinking(trainer, why)
+
+    def follow_shrinkage(self, shrinkage: Shrinkage, pl_module: Any) -> None:
+        """As the base; with the scores since the last update."""
+        super().follow_shrinkage(shrinkage, pl_module)
+        if self._importance is not None:
+            self._importance.follow(shrinkage)
 
     def schedules(self) -> dict[str, Schedule]:
         """Those of the base, and rounds."""

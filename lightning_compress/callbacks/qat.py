@@ -309,8 +309,14 @@ class QATCallback(QuantisedCallback):
     # Life cycle
 
     def check(self, trainer: Any, pl_module: Any) -> None:
-        """As the base; refuse a checkpoint without grids, and tell of arguments without effect."""
+        """As the base; refuse a checkpoint without grids, channels that go later; tell of arguments without effect."""
         super().check(trainer, pl_module)
+        self._refuse_shrinking(
+            trainer,
+            f"the grids of '{self.name}' are of the network as it is at start={self.start}: let it begin after, with a "
+            "larger start=",
+            fine=lambda until: until < self.start,
+        )
         if self.grids_from is not None:
             self._ranges_from(self.grids_from)
         for argument, size in (("freeze_observers_at", "observed"), ("step_lr", "learned")):

@@ -163,6 +163,11 @@ class StructuredPruningCallback(CompressionCallback):
         """What stays of each tensor of the network that there was at first; empty before the first round."""
         return self._state.shrinkage
 
+    @property
+    def shrinks_until(self) -> float:
+        """When the last round is due."""
+        return self.end if self.schedule == "iterative" else self.start
+
     def remarks(self) -> list[str]:
         """What went, and what stayed."""
         if self._state.done == 0:
@@ -229,7 +234,7 @@ class StructuredPruningCallback(CompressionCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how long the training is."""
         self._progress = Progress(trainer, pl_module)
-        last = self.end if self.schedule == "iterative" else self.start
+        last = self.shrinks_until
         if math.ceil(last * self._progress.total - 1e-9) >= self._progress.total:
             argument = "end" if self.schedule == "iterative" else "start"
             raise ValueError(
@@ -293,9 +298,12 @@ class StructuredPruningCallback(CompressionCallback):
         self._loaded = True
         if self._state.asked > self.ratio + 1e-9:
             raise ValueError(
-                f"ratio={self.ratio} is below the {self._state.asked:.4f} that was taken away before: filters do not come "
-                "back; ask for as much or more, or begin a new training"
+                f"ratio={self.ratio} is below the {self._state.asked:.4f} that was taken away before: filters do not "
+                "come back; ask for as much or more, or begin a new training"
             )
+        budget = state["arguments"]["budget"]
+        if self._state.done and budget != self.budget:
+            raise ValueError(f"budget='{self.budget}' cannot go on from a checkpoint made with '{budget}'")
 
     # Private
 
@@ -336,9 +344,6 @@ class StructuredPruningCallback(CompressionCallback):
             )
             with time_limit(self.time_limit, message):
                 found.append(Rehearsal(trainer, pl_module, batch, batch_idx, wanted).plan())
-            for callback in trainer.callbacks:
-                if isinstance(callback, CompressionCallback):
-                    callback.check_shrinkage(found[0].shrinkage, pl_module)
 
         with _compat.patient_group(trainer.world_size) as tell:
             together(tell, work, trainer, pl_module)
@@ -354,6 +359,7 @@ class StructuredPruningCallback(CompressionCallback):
             for callback in trainer.callbacks:
                 if isinstance(callback, CompressionCallback):
                     callback.follow_shrinkage(plan.shrinkage, pl_module)
+            self._require_controller().weights.resized()
             _compat.reset_compiled_code()
         self._state = _State(
             shrinkage=plan.shrinkage.after(self._state.shrinkage),

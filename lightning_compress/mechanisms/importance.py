@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress.functional.masks import taylor_score
 from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.shrinking import Shrinkage
 
 
 class TaylorScores:
@@ -58,6 +59,14 @@ class TaylorScores:
             counts = finite.to(weight.device)  # type: ignore[union-attr]
             self._sums[name] += torch.where(counts, taylor_score(weight, gradient), 0.0)
             self._steps[name] += counts
+
+    def follow(self, shrinkage: Shrinkage) -> None:
+        """Go on with weights that hold less than before.
+
+        Args:
+            shrinkage: What stays of each.
+        """
+        self._sums = {name: shrinkage.take(name, total) for name, total in self._sums.items()}
 
     def take(self) -> list[Tensor] | None:
         """The means, one for each weight; they begin anew. None if no step has counted since.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_compress.functional._selection import dropped
 from lightning_compress.functional.masks import Filters, churn, fewest_kept, live_filters
+from lightning_compress.mechanisms.shrinking import Shrinkage
 
 
 class MaskedWeight:
@@ -245,6 +246,19 @@ class Masks:
             self.views[name].mask = mask
         self.counts = dropped(masks)
         return changed
+
+    def follow(self, shrinkage: Shrinkage) -> None:
+        """Go on with weights that hold less than before.
+
+        Args:
+            shrinkage: What stays of each.
+        """
+        self.total = sum(weight.numel() for weight in self.weights.values())
+        for name, view in self.views.items():
+            view.retire()
+            if view.mask is not None:
+                view.mask = shrinkage.take(name, view.mask).to(self.weights[name].device)
+        self.counts = dropped(self.current())
 
     def masked(self, name: str, value: Tensor) -> Tensor:
         """A dense tensor with zeros where this weight is masked.

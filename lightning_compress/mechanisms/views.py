@@ -220,6 +220,11 @@ class WeightViews:
             _compat.unwatch_compilations(self._tracing)
             _compat.reset_compiled_code()
 
+    def resized(self) -> None:
+        """Forget the memory of views: the weights have other shapes, between two steps."""
+        for weight in (*self._weights.values(), *self._others):
+            weight.buffer = None
+
     def show(self) -> None:
         """Present all weights, with their values as they are now; nothing if nobody owns any."""
         if not self._weights:
