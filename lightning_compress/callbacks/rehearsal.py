@@ -18,7 +18,7 @@ from lightning_compress import _compat
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.tracing import users_place
 from lightning_compress.functional.filters import kept_filters
-from lightning_compress.mechanisms.budgets import Budget, ChannelGroup, Costs, Sizes, kept_channels
+from lightning_compress.mechanisms.budgets import Budget, ChannelGroup, Costs, Sizes, fewest_channels, kept_channels
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.dependencies import ATTENTION, LAYERS, Dependencies, StructureError
 from lightning_compress.mechanisms.isolation import evaluating
@@ -386,7 +386,8 @@ class Rehearsal:
             multiple_of=wanted.round_to,
             uniform=wanted.budget == "filters",
         )
-        share = 1 - costs.of(wanted.budget, kept) / original
+        fewest = fewest_channels(groups, at_least=wanted.min_channels, multiple_of=wanted.round_to)
+        share = 1 - costs.of(wanted.budget, fewest) / original
         if wanted.last and share < wanted.ratio - POINTS:
             raise StructureError(
                 f"ratio={wanted.ratio} of the {NAMES[wanted.budget]} cannot go: with min_channels={wanted.min_channels}"

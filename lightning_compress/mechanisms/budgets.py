@@ -163,6 +163,24 @@ def kept_channels(
     return min(candidates, key=lambda kept: abs(gone(kept) - ratio))
 
 
+def fewest_channels(groups: Sequence[ChannelGroup], *, at_least: int, multiple_of: int = 1) -> list[int]:
+    """How many channels each group keeps at least.
+
+    Args:
+        groups: As in :func:`kept_channels`.
+        at_least: Likewise.
+        multiple_of: Likewise.
+
+    Returns:
+        One number for each group.
+
+    Example:
+        >>> fewest_channels([ChannelGroup("a", ("a",), 32, 4, {}, (), 32)], at_least=6)
+        [8]
+    """
+    return [_kept(group, 1.0, at_least, multiple_of) for group in groups]
+
+
 def _kept(group: ChannelGroup, share: float, at_least: int, multiple_of: int) -> int:
     """The channels that a group keeps if it loses a share of what it had originally; half a channel goes."""
     step = math.lcm(group.blocks, multiple_of)

@@ -288,19 +288,15 @@ class Dependencies:
             every = list(range(pruner.get_out_channels(module)))
             group = self._graph.get_pruning_group(module, pruner.prune_out_channels, every)
             items = [self._item(entry) for entry in group]
-            makers = [item.name for item in items if item.makes and isinstance(item.module, LAYERS)]
-            layers = tuple(dict.fromkeys(makers))
+            layers = tuple(dict.fromkeys(item.name for item in items if item.makes and isinstance(item.module, LAYERS)))
             blocks, problem = self._blocks(group, items)
             reason = self._reason(group, items, layers) or problem
             if reason is None:
                 self._take(name, group, items, layers, blocks)
-            else:
-                self.left.append(Left(layers, reason))
         except Exception as error:  # the library raises whatever its operations lead to
-            raise StructureError(
-                f"it cannot be told which channels belong to those of '{name}': {type(error).__name__}: {error}; leave "
-                f"them with exclude=['{name}'], or what they belong to as a whole"
-            ) from error
+            layers, reason = (name,), f"has channels that cannot be followed ({type(error).__name__}: {error})"
+        if reason is not None:
+            self.left.append(Left(layers, reason))
         return layers
 
     def _take(self, name: str, group: Any, items: list[_Item], layers: tuple[str, ...], blocks: int) -> None:
@@ -388,7 +384,8 @@ class Dependencies:
         owner = getattr(item.handler, "__self__", None)
         if owner is not None:
             owner.pruning_dim = item.dimension
-        after = _shapes(item.handler(empty, indices))
+        cut = item.handler(empty, indices)  # a parameter is made anew; a layer is changed, and need not be returned
+        after = _shapes(cut if isinstance(empty, nn.Parameter) else empty)
         found = {}
         for name, shape in before.items():
             for dim, (old, new) in enumerate(zip(shape, after[name], strict=True)):
@@ -403,7 +400,8 @@ def _is_output(node: Any) -> bool:
 
 def _is_attention(node: Any) -> bool:
     function = getattr(node.grad_fn, "name", str)()
-    return isinstance(node.module, nn.MultiheadAttention) or "ScaledDotProduct" in function
+    products = ("ScaledDotProduct", "Bmm", "Baddbmm")  # of activations with one another
+    return isinstance(node.module, nn.MultiheadAttention) or any(kind in function for kind in products)
 
 
 def _counts_channels(node: Any) -> bool:
