@@ -429,9 +429,11 @@ class Rehearsal:
     def _problem(self, shrinkage: Shrinkage, comparable: bool) -> tuple[str | None, float | None]:
         difference = 0.0
         with self._copy() as smaller:
+            _fill_zeros_(smaller)
             shrink_(smaller, shrinkage)
             widen_(smaller)
             with self._copy() as other:
+                _fill_zeros_(other)
                 widen_(other)
                 for name, value in _tensors(other):
                     value.data = shrinkage.zeroed(name, value.data)
@@ -522,6 +524,16 @@ def _difference(own: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     pairs = [(one.double(), two.double()) for one, two in zip(own, expected, strict=True) if one.numel()]
     largest = max((float(two.abs().max()) for _, two in pairs), default=0.0)
     return max((float((one - two).abs().max()) for one, two in pairs), default=0.0) / (largest or 1.0)
+
+
+def _fill_zeros_(module: nn.Module) -> None:
+    """Put numbers in the place of parameters that are zero, behind which no difference would be seen."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and parameter.ndim and not parameter.any():
+                generator = torch.Generator().manual_seed(parameter.numel())
+                numbers = torch.rand(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5
+                parameter.copy_(numbers)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

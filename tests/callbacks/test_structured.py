@@ -483,6 +483,13 @@ class Sums(nn.Module):
         return self.fc(F.relu(self.b(x + x.roll(1, dims=1))).mean(dim=(2, 3)))
 
 
+def test_behind_zeros_it_is_compared_too():
+    net = Sums()
+    torch.nn.init.zeros_(net.fc.weight)
+    with pytest.raises(StructureError, match="computes something else"):
+        shrunk(net)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
