@@ -29,6 +29,7 @@ from lightning_compress import (
     PSGDCallback,
     PTQCallback,
     QATCallback,
+    StructuredPruningCallback,
 )
 
 
@@ -41,11 +42,12 @@ class Case:
         build: From a folder and the kind of module to the callback, the same one each time.
         modules: Kinds of module it works on.
         changes_loss: Whether the trained weights differ from those without it.
-        refuses: What it does not support ("manual", "mixin", "compiled", "accumulation", "scaler", "ranks", "resume"),
-            each with a pattern of the error that says so.
+        refuses: What it does not support ("manual", "mixin", "compiled", "compiled module", "accumulation",
+            "scaler", "ranks", "resume"), each with a pattern of the error that says so.
         pretrains: Whether it learns from the batches before the training, so that their size matters.
         keeps_dense: Whether a second fit goes on from weights that the module does not hold, but the callback does.
         quantises: Whether validation outside of a fit shows a quantised network, which needs training data.
+        shrinks: Whether the network gets smaller, so that its weights load into its class with ``load_shrunk`` only.
         heavy: Whether the end of fit takes a second or more: then few of the fast tests try it.
     """
 
@@ -57,6 +59,7 @@ class Case:
     pretrains: bool = False
     keeps_dense: bool = False
     quantises: bool = False
+    shrinks: bool = False
     heavy: bool = False
 
     def expects(self, capability: str) -> AbstractContextManager[Any]:
@@ -102,6 +105,10 @@ def _qat(folder: Path, kind: type[Classifier]) -> CompressionCallback:
     return QATCallback(weight_bits=4, step_size="observed")  # so that grids move
 
 
+def _structured(folder: Path, kind: type[Classifier]) -> CompressionCallback:
+    return StructuredPruningCallback(0.5, schedule="iterative", rounds=2, min_channels=1)
+
+
 def _export(folder: Path, kind: type[Classifier]) -> CompressionCallback:
     return ExportCallback(folder / "model.onnx", metric="val_loss", tolerance=1e-4)
 
@@ -125,6 +132,18 @@ CASES = (
         changes_loss=True,
         keeps_dense=True,
         refuses={"manual": "CompressionMixin", "mixin": "runs the step twice"},
+    ),
+    Case(
+        "StructuredPruningCallback",
+        _structured,
+        changes_loss=True,
+        shrinks=True,
+        refuses={
+            "manual": "optimises manually",
+            "mixin": "optimises manually",
+            "ranks": "use strategy='ddp'",
+            "compiled module": "compiled as a whole",
+        },
     ),
     Case("ExportCallback", _export, heavy=True),
     Case("CompressionReport", _report),

@@ -109,7 +109,7 @@ class Plan:
         Returns:
             Several lines.
         """
-        width = max(len(name) for name in self.filters)
+        width = max(map(len, self.filters), default=0)
         lines = [title, *(f"  {line}" for line in self.totals()), "  filters:"]
         lines += [f"    {name:<{width}}  {before:,} -> {after:,}" for name, (before, after) in self.filters.items()]
         by_reason: dict[str, list[str]] = {}
@@ -394,7 +394,7 @@ class Rehearsal:
                 f"{'' if wanted.round_to == 1 else f', round_to={wanted.round_to}'} and what is left alone "
                 f"{share:.4f} is the most; ask for less, or lower min_channels"
             )
-        if wanted.last and kept == [group.channels for group in groups]:
+        if wanted.last and kept == [group.originally for group in groups]:
             raise StructureError(f"ratio={wanted.ratio} takes none of the channels away; ask for more")
         return kept
 

@@ -23,15 +23,20 @@ from lightning_compress.mechanisms.checkpoints import (
     before_loading,
     close_after_exception,
     keep_structure_,
+    resize_,
     saving_structure,
-    structure_in,
 )
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.dependencies import require_torch_pruning
 from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.scores import forget_scores
 from lightning_compress.mechanisms.selection import listing
-from lightning_compress.mechanisms.shrinking import Shrinkage, Structure, restructure_, shrink_, structure_of
+from lightning_compress.mechanisms.shrinking import (
+    Shrinkage,
+    Structure,
+    shrink_,
+    structure_of,
+)
 from lightning_compress.mechanisms.time_limit import time_limit
 
 SCORES = ("l1", "l2", "taylor", "bn_scale", "random")
@@ -46,6 +51,7 @@ class _State:
         shrinkage: What stays of each tensor of the network that there was at first.
         original: Counts before the first round, as in :class:`Wanted`.
         structure: Sizes of the network that this belongs to.
+        whole: Its sizes at first.
         reached: The share of the budget that is gone.
         asked: The share that was asked for so far.
         done: How many rounds there were.
@@ -54,6 +60,7 @@ class _State:
     shrinkage: Shrinkage = field(default_factory=Shrinkage)
     original: dict[str, float] = field(default_factory=dict)
     structure: Structure = field(default_factory=dict)
+    whole: Structure = field(default_factory=dict)
     reached: float = 0.0
     asked: float = 0.0
     done: int = 0
@@ -147,7 +154,6 @@ class StructuredPruningCallback(CompressionCallback):
         self._progress: Progress | None = None
         self._begun = False  # whether the network was looked at in this fit
         self._files, self._saving = ExitStack(), False
-        self._whole: Structure | None = None  # before the first round of the last fit
         self._loaded = False
         self._state = _State()
 
@@ -210,7 +216,7 @@ class StructuredPruningCallback(CompressionCallback):
             before_loading(pl_module, lambda checkpoint: self._resize(trainer, pl_module, checkpoint))
         )
         if stage == "fit":
-            self._files.enter_context(saving_structure(pl_module, self.name))
+            self._files.enter_context(saving_structure(pl_module, self.name, lambda: self._state.whole))
             self._files.callback(setattr, self, "_saving", False)
             self._saving = True
 
@@ -225,9 +231,7 @@ class StructuredPruningCallback(CompressionCallback):
         structure = structure_of(pl_module)
         goes_on = (self._loaded or self.has_fitted(pl_module)) and self._state.structure == structure
         if not goes_on:
-            self._state = _State(structure=structure)
-        if self._whole is None or not self._state.done:
-            self._whole = structure
+            self._state = _State(structure=structure, whole=structure)
         self._begun = False
         stack.callback(setattr, self, "_progress", None)
 
@@ -285,7 +289,7 @@ class StructuredPruningCallback(CompressionCallback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Outside of a fit too, what is needed to load a smaller network."""
         if not self._saving:
-            keep_structure_(checkpoint, self.name, pl_module)
+            keep_structure_(checkpoint, self.name, pl_module, self._state.whole)
 
     def extra_state(self) -> dict[str, Any]:
         """What has gone so far: whole numbers, and names."""
@@ -365,6 +369,7 @@ class StructuredPruningCallback(CompressionCallback):
             shrinkage=plan.shrinkage.after(self._state.shrinkage),
             original=plan.original,
             structure=structure_of(pl_module),
+            whole=self._state.whole,
             reached=plan.share,
             asked=target,
             done=self._state.done + 1,
@@ -383,8 +388,6 @@ class StructuredPruningCallback(CompressionCallback):
 
     def _resize(self, trainer: Any, pl_module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         """Give the module, and averages of it, the sizes that a checkpoint has."""
-        structure = structure_in(checkpoint) or self._whole
-        if structure is None:
-            return
+        known = self.has_fitted(pl_module)
         for module in (pl_module, *_compat.averages_of(trainer, pl_module)):
-            restructure_(module, structure, checkpoint["state_dict"])
+            resize_(module, checkpoint, known=known)

@@ -8,8 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from lightning_compress.export.weights import read_checkpoint
-from lightning_compress.mechanisms.checkpoints import structure_in
-from lightning_compress.mechanisms.shrinking import restructure_
+from lightning_compress.mechanisms.checkpoints import resize_, structures_in
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -28,25 +27,27 @@ def load_shrunk(module: ModuleT, checkpoint_path: str | os.PathLike[str]) -> Mod
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no Lightning checkpoint, says nothing of its sizes, or is of another class.
+        ValueError: If it is no Lightning checkpoint, or was saved from another class.
 
     Example:
         >>> import os, tempfile, torch
         >>> from lightning_compress.mechanisms.checkpoints import keep_structure_
+        >>> from lightning_compress.mechanisms.shrinking import structure_of
         >>> smaller = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = os.path.join(folder, "last.ckpt")
         ...     checkpoint = {"state_dict": smaller.state_dict()}
-        ...     keep_structure_(checkpoint, "structured", smaller)
+        ...     module = nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 1))
+        ...     keep_structure_(checkpoint, "structured", smaller, structure_of(module))
         ...     torch.save(checkpoint, path)
-        ...     load_shrunk(nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 1)), path)
+        ...     load_shrunk(module, path)
         Sequential(
           (0): Linear(in_features=2, out_features=3, bias=True)
           (1): Linear(in_features=3, out_features=1, bias=True)
         )
     """
     checkpoint = read_checkpoint(checkpoint_path)
-    structure, state = structure_in(checkpoint), checkpoint["state_dict"]
+    state = checkpoint["state_dict"]
     names = set(module.state_dict())
     if names != set(state):
         different = sorted(names.symmetric_difference(state))[:5]
@@ -54,11 +55,6 @@ def load_shrunk(module: ModuleT, checkpoint_path: str | os.PathLike[str]) -> Mod
             f"checkpoint_path '{os.fspath(checkpoint_path)}' was not saved from a {type(module).__name__}: only one of "
             f"the two has {', '.join(map(repr, different))}"
         )
-    if structure is None:
-        raise ValueError(
-            f"checkpoint_path '{os.fspath(checkpoint_path)}' says nothing of the sizes of its layers: it was not saved "
-            "in a fit with StructuredPruningCallback, so load it as any checkpoint"
-        )
-    restructure_(module, structure, state)
+    resize_(module, checkpoint, known=structures_in(checkpoint) is None)  # of weights saved alone after the fit
     module.load_state_dict(state, strict=True)
     return module

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_compress.mechanisms.selection import plain_name
-from lightning_compress.mechanisms.shrinking import Structure, structure_of
+from lightning_compress.mechanisms.shrinking import Structure, restructure_, structure_of, structure_told_by
 from lightning_compress.mechanisms.wrapping import shadowed
 
 SECTION = "lightning_compress"
@@ -153,27 +153,28 @@ def loading_dense(
 
 
 @contextmanager
-def saving_structure(module: nn.Module, owner: str) -> Iterator[None]:
+def saving_structure(module: nn.Module, owner: str, whole: Callable[[], Structure]) -> Iterator[None]:
     """Let a LightningModule save beside its weights what its modules say of their sizes, with weights only too.
 
     Args:
         module: The LightningModule.
         owner: Name of the callback.
+        whole: Gives the sizes that the modules had at first.
 
     Example:
         >>> import lightning.pytorch as L
         >>> module, checkpoint = L.LightningModule(), {"state_dict": {}}
         >>> module.layer = nn.Linear(2, 1)
-        >>> with saving_structure(module, "structured"):
+        >>> with saving_structure(module, "structured", lambda: {"layer": {"in_features": 2, "out_features": 8}}):
         ...     module.on_save_checkpoint(checkpoint)
-        >>> structure_in(checkpoint)
-        {'layer': {'in_features': 2, 'out_features': 1}}
+        >>> structures_in(checkpoint)
+        ({'layer': {'in_features': 2, 'out_features': 1}}, {'layer': {'in_features': 2, 'out_features': 8}})
     """
 
     def saving(original: Callable[..., Any]) -> Callable[..., Any]:
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
             original(checkpoint)
-            keep_structure_(checkpoint, owner, module)
+            keep_structure_(checkpoint, owner, module, whole())
 
         return on_save_checkpoint
 
@@ -181,38 +182,73 @@ def saving_structure(module: nn.Module, owner: str) -> Iterator[None]:
         yield
 
 
-def keep_structure_(checkpoint: dict[str, Any], owner: str, module: nn.Module) -> None:
+def keep_structure_(checkpoint: dict[str, Any], owner: str, module: nn.Module, whole: Structure) -> None:
     """Put into a checkpoint, in place, what modules say of their sizes.
 
     Args:
         checkpoint: As Lightning saves it.
         owner: Name of the callback.
         module: The LightningModule.
+        whole: The sizes that its modules had at first.
 
     Example:
         >>> checkpoint = {}
-        >>> keep_structure_(checkpoint, "structured", nn.Linear(2, 1))
+        >>> keep_structure_(checkpoint, "structured", nn.Linear(2, 1), {})
         >>> checkpoint
-        {'lightning_compress': {'structured': {'structure': {'': {'in_features': 2, 'out_features': 1}}}}}
+        {'lightning_compress': {'structured': {'structure': {'': {'in_features': 2, 'out_features': 1}}, 'whole': {}}}}
     """
-    checkpoint.setdefault(SECTION, {})[owner] = {"structure": structure_of(module)}
+    checkpoint.setdefault(SECTION, {})[owner] = {"structure": structure_of(module), "whole": whole}
 
 
-def structure_in(checkpoint: Mapping[str, Any]) -> Structure | None:
-    """What a checkpoint says of the sizes of its modules.
+def structures_in(checkpoint: Mapping[str, Any]) -> tuple[Structure, Structure] | None:
+    """What a checkpoint says of the sizes of its modules, now and at first.
 
     Args:
         checkpoint: As Lightning loads it.
 
     Returns:
-        As :func:`structure_of`; None where it says nothing.
+        Both as :func:`structure_of`; None where it says nothing.
 
     Example:
-        >>> structure_in({"state_dict": {}}) is None
+        >>> structures_in({"state_dict": {}}) is None
         True
     """
-    entries = [own["structure"] for own in checkpoint.get(SECTION, {}).values() if "structure" in own]
-    return entries[0] if entries else None
+    entries = [own for own in checkpoint.get(SECTION, {}).values() if "structure" in own]
+    return (entries[0]["structure"], entries[0]["whole"]) if entries else None
+
+
+def resize_(module: nn.Module, checkpoint: Mapping[str, Any], *, known: bool = False) -> None:
+    """Give a module, in place, the sizes that a checkpoint has.
+
+    Args:
+        module: Of the class that was saved.
+        checkpoint: As it is in the file.
+        known: Whether the module is one that has been made smaller, so that it may have any sizes now.
+
+    Raises:
+        ValueError: If the module never had the sizes that the saved one had at first.
+
+    Example:
+        >>> saved, checkpoint = nn.Linear(2, 1), {"state_dict": nn.Linear(2, 1).state_dict()}
+        >>> keep_structure_(checkpoint, "structured", saved, structure_of(nn.Linear(2, 8)))
+        >>> module = nn.Linear(2, 8)
+        >>> resize_(module, checkpoint)
+        >>> module
+        Linear(in_features=2, out_features=1, bias=True)
+    """
+    told, state, now = structures_in(checkpoint), checkpoint["state_dict"], structure_of(module)
+    if told is None:  # saved before, or elsewhere, or weights alone after a fit
+        if known:
+            restructure_(module, structure_told_by(module, state), state)
+        return
+    structure, whole = told
+    if not known and now not in (structure, whole):
+        name, own = next((name, own) for name, own in now.items() if own != whole.get(name))
+        raise ValueError(
+            f"the checkpoint was saved from another {type(module).__name__}: before any filters went, '{name}' had "
+            f"{whole.get(name)} there, and it has {own} here"
+        )
+    restructure_(module, structure, state)
 
 
 @contextmanager

@@ -366,7 +366,7 @@ class Dependencies:
             if channels % count or len(item.indices) != channels:
                 return 1, f"meets the groups of '{item.name}' in a way that is not regular"
             blocks = math.lcm(blocks, count)
-        if channels % blocks or blocks == channels:
+        if channels % blocks or blocks == channels > 1:
             return 1, f"has {channels} channels in {blocks} groups, which must all lose the same"
         uneven = next((item for item in items if item.makes and not _is_even(item, channels)), None)
         return (blocks, None) if uneven is None else (1, f"meets '{uneven.name}' in a way that is not regular")

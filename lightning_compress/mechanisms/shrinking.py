@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.selection import listing, plain_name
@@ -199,6 +201,56 @@ def structure_of(module: nn.Module) -> Structure:
         if values:
             found[plain_name(name)] = values
     return found
+
+
+def structure_told_by(module: nn.Module, state: Mapping[str, Tensor]) -> Structure:
+    """What the layers of a module would say of their sizes if they had the tensors of another: as far as tensors tell.
+
+    That of a norm without weights, say, they do not.
+
+    Args:
+        module: Of the class that was saved.
+        state: The saved ``state_dict``.
+
+    Returns:
+        As :func:`structure_of`.
+
+    Example:
+        >>> structure_told_by(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(4, 4, 3, groups=4).state_dict())
+        {'': {'in_channels': 4, 'out_channels': 4, 'groups': 4}}
+    """
+    shapes = {plain_name(name): list(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+    found: Structure = {}
+    for name, part in module.named_modules():
+        own = {key: shapes.get(f"{plain_name(name)}.{key}" if name else key) for key in TELLING}
+        values = _told_by(part, own)
+        if values:
+            found[plain_name(name)] = values
+    return found
+
+
+TELLING = ("weight", "running_mean", "weight_ih_l0", "weight_hh_l0")
+
+
+def _told_by(part: nn.Module, shapes: Mapping[str, list[int] | None]) -> dict[str, Any]:
+    shape = shapes["weight"] or shapes["running_mean"]
+    if isinstance(part, nn.RNNBase) and (ours := shapes["weight_ih_l0"]) and (own := shapes["weight_hh_l0"]):
+        return {"input_size": ours[1], "hidden_size": own[1]}
+    if shape is None:
+        return {}
+    if isinstance(part, _ConvNd):
+        if part.groups == part.in_channels == part.out_channels:
+            return {"in_channels": shape[0], "out_channels": shape[0], "groups": shape[0]}
+        sizes = [shape[0], shape[1] * part.groups]
+        return dict(zip(("in_channels", "out_channels"), sizes if part.transposed else sizes[::-1], strict=True))
+    if isinstance(part, nn.Linear):
+        return {"in_features": shape[1], "out_features": shape[0]}
+    if isinstance(part, nn.Embedding):
+        return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
+    if isinstance(part, (nn.LayerNorm, nn.RMSNorm)):
+        return {"normalized_shape": shape}
+    names = {_NormBase: "num_features", nn.GroupNorm: "num_channels", nn.PReLU: "num_parameters"}
+    return next(({attribute: shape[0]} for kind, attribute in names.items() if isinstance(part, kind)), {})
 
 
 def restructure_(module: nn.Module, structure: Mapping[str, Mapping[str, Any]], state: Mapping[str, Tensor]) -> None:

@@ -176,11 +176,26 @@ def test_older_larger_and_newer_smaller_files_are_validated_in_turn(tmp_path):
     assert all(torch.equal(module.state_dict()[name], value) for name, value in after.items())
 
 
-def test_saved_after_the_fit_it_has_its_sizes(tmp_path):
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_saved_after_the_fit_it_has_its_sizes(weights_only, tmp_path):
     module = Lit()
     trainer = fitted(module, structured(), steps=16)
-    trainer.save_checkpoint(tmp_path / "later.ckpt")
+    trainer.save_checkpoint(tmp_path / "later.ckpt", weights_only=weights_only)
     assert difference(load_shrunk(Lit(), tmp_path / "later.ckpt"), module) == 0
+
+
+def test_a_checkpoint_of_a_network_that_was_wider_at_first_is_refused(tmp_path):
+    trainer = fitted(Lit(), structured(), steps=8)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    wider = r"'net.conv1' had .*'out_channels': 16.* there, and it has .*'out_channels': 32.* here"
+    with pytest.raises(ValueError, match=wider):
+        load_shrunk(Lit(net=Net(32, 24)), tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=wider):
+        fitted(Lit(net=Net(32, 24)), structured(), steps=16, ckpt_path=tmp_path / "a.ckpt")
+    plain = fitted(Lit(), steps=8)
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fitted(Lit(net=Net(32, 24)), structured(), steps=16, ckpt_path=tmp_path / "plain.ckpt")
 
 
 def test_a_second_fit_leaves_it_as_small_as_it_is(caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_compress import CompressionMixin
+from lightning_compress.mechanisms.checkpoints import resize_
 
 FEATURES, CLASSES = 8, 3
 IMAGE, CHANNELS = (1, 2, 4), 4  # of the rows of features, seen as images
@@ -265,6 +267,14 @@ def scaled() -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
 
 
+def twin(kind: type[Classifier], checkpoint: dict[str, Any]) -> Classifier:
+    """A module with the weights of a checkpoint, loaded strictly; with its sizes, where it says that it has others."""
+    module = made(kind)
+    resize_(module, checkpoint, known=True)
+    module.load_state_dict(checkpoint["state_dict"], strict=True)
+    return module
+
+
 def own_layers(own: dict[str, Any]) -> dict[str, Tensor]:
     """What the dense path of DCIL has for itself, by the names that the user's module gives it."""
     keys = {key: key.split(".", 1) for key in own["layers"]["module"]}
@@ -275,4 +285,6 @@ def difference(first: Any, second: Any) -> float:
     """Largest absolute difference between the states of two modules, or between two state dicts."""
     ours, theirs = (entry.state_dict() if isinstance(entry, nn.Module) else entry for entry in (first, second))
     assert list(ours) == list(theirs)
+    if any(ours[key].shape != theirs[key].shape for key in ours):
+        return math.inf
     return max(float((ours[key].double() - theirs[key].double()).abs().max()) for key in ours)

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._pytree import tree_leaves
 
 from .grid import is_sample
-from .modules import Classifier, difference, loader, made, trainer
+from .modules import Classifier, difference, loader, made, trainer, twin
 
 PLAIN_PROCESS = """
 import sys
@@ -73,7 +73,7 @@ def test_checkpoints_are_plain_during_the_fit_and_after(case, kind, weights_only
     for path in paths:
         checkpoint = torch.load(path, weights_only=True)
         assert list(checkpoint["state_dict"]) == keys
-        made(kind).load_state_dict(checkpoint["state_dict"], strict=True)
+        twin(kind, checkpoint)
         assert ("callbacks" in checkpoint) != weights_only
         if not weights_only:
             assert checkpoint["callbacks"][callback.state_key]["schema"] == 1
@@ -97,7 +97,8 @@ def test_a_process_without_this_package_loads_the_checkpoints(tmp_path):
     (tmp_path / "plain_network.py").write_text(PLAIN_NETWORK)
     arguments: list[Path] = []
     inputs = torch.randn(4, 8)
-    for case in CASES:
+    cases = [case for case in CASES if not case.shrinks]
+    for case in cases:
         module, fitting = made(Classifier), trainer(case.build(tmp_path, Classifier))
         fitting.fit(module, loader(), loader())
         for weights_only in (False, True):
@@ -112,4 +113,4 @@ def test_a_process_without_this_package_loads_the_checkpoints(tmp_path):
         text=True,
         check=False,
     )
-    assert done.stdout.split() == ["True"] * 2 * len(CASES), done.stderr
+    assert done.stdout.split() == ["True"] * 2 * len(cases), done.stderr

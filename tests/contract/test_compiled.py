@@ -65,8 +65,11 @@ def fitted(kind, callbacks, form=None, fits=1):
 def test_compiled_equals_uncompiled(case, form, tmp_path):
     """With the sanity check on: it runs the network before the first step."""
     plain, _ = fitted(NormClassifier, [case.build(tmp_path / "plain", NormClassifier)])
-    with case.expects("compiled"):
+    capability = "compiled module" if form == "module" else "compiled"
+    with case.expects(capability):
         module, fitting = fitted(NormClassifier, [case.build(tmp_path / "compiled", NormClassifier)], form)
+    if capability in case.refuses:
+        return
     theirs = [value for _, value in sorted(plain.state_dict().items())]
     ours = {key.replace("_orig_mod.", ""): value for key, value in module.state_dict().items()}
     assert (
@@ -156,7 +159,7 @@ def test_a_compiled_network_that_is_the_module_itself(case, tmp_path):
 def test_nothing_stays_on_a_compiled_module(case, form, tmp_path):
     plain, _ = fitted(Classifier, [], form)
     torch._dynamo.reset()  # what is traced leaves marks on parameters, and code that is there already is not traced
-    with case.expects("compiled"):
+    with case.expects("compiled module" if form == "module" else "compiled"):
         module, _ = fitted(Classifier, [case.build(tmp_path, Classifier)], form)
         assert traces(module) == traces(plain)
         inputs = torch.randn(2, 8)

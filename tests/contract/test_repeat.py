@@ -44,6 +44,9 @@ def untouched(kind):
 def test_a_second_fit_with_the_same_callback_equals_one_with_a_fresh_callback(case, kind, tmp_path):
     callback = case.build(tmp_path, kind)
     reused = trained(kind, [callback, callback])
+    if case.shrinks:  # it stays as small as it is, while a fresh callback would make it smaller still
+        assert difference(reused, trained(kind, [case.build(tmp_path, kind), None])) == 0
+        return
     fresh = trained(
         kind, [case.build(tmp_path, kind), case.build(tmp_path, kind)], tmp_path if case.keeps_dense else None
     )
