@@ -261,7 +261,7 @@ class Dependencies:
         """The operation at which the library was, and the layer before it, where that can be told."""
         frame, node = error.__traceback__, None
         while frame is not None:
-            node = next((own for own in frame.tb_frame.f_locals.values() if hasattr(own, "grad_fn")), node)
+            node = next((own for own in frame.tb_frame.f_locals.values() if hasattr(own, "dependencies")), node)
             frame = frame.tb_next
         if node is None:
             return ""

@@ -1,0 +1,64 @@
+"""Smaller networks out of a checkpoint: what is refused, and that nothing is unpickled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_compress.export import load_shrunk
+from lightning_compress.mechanisms.checkpoints import keep_structure_
+from lightning_compress.mechanisms.shrinking import structure_of
+
+
+def network(width):
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(width, 2))
+
+
+def saved(folder, width=4, whole=8, **more):
+    own = network(width)
+    checkpoint = {"state_dict": own.state_dict(), **more}
+    keep_structure_(checkpoint, "structured", own, structure_of(network(whole)))
+    torch.save(checkpoint, folder / "a.ckpt")
+    return own, folder / "a.ckpt"
+
+
+def test_sizes_and_weights(tmp_path):
+    own, path = saved(tmp_path)
+    module = network(8)
+    ids = [id(parameter) for parameter in module.parameters()]
+    assert load_shrunk(module, path) is module
+    assert [id(parameter) for parameter in module.parameters()] == ids
+    assert repr(module) == repr(own)
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in module.state_dict().items())
+
+
+def test_a_module_that_is_as_small_already(tmp_path):
+    own, path = saved(tmp_path)
+    assert repr(load_shrunk(network(4), path)) == repr(own)
+
+
+def test_another_class_is_refused(tmp_path):
+    _, path = saved(tmp_path)
+    with pytest.raises(ValueError, match=r"was not saved from a Linear: only one of the two has '0.bias'"):
+        load_shrunk(nn.Linear(2, 2), path)
+    with pytest.raises(ValueError, match=r"before any filters went, '0' had .*8.* there, and it has .*16.* here"):
+        load_shrunk(network(16), path)
+
+
+def test_no_file_and_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_shrunk(network(8), tmp_path / "none.ckpt")
+    torch.save([1], tmp_path / "list.ckpt")
+    with pytest.raises(ValueError, match="holds a list, not a Lightning checkpoint"):
+        load_shrunk(network(8), tmp_path / "list.ckpt")
+
+
+class Foreign:
+    """Something that only unpickling could bring back."""
+
+
+def test_nothing_is_unpickled(tmp_path):
+    _, path = saved(tmp_path, foreign=Foreign())
+    with pytest.raises(ValueError, match="holds objects other than tensors, which are not unpickled"):
+        load_shrunk(network(8), path)
