@@ -37,7 +37,7 @@ from lightning_compress.mechanisms.shrinking import (
     shrink_,
     structure_of,
 )
-from lightning_compress.mechanisms.time_limit import time_limit
+from lightning_compress.mechanisms.time_limit import within
 
 SCORES = ("l1", "l2", "taylor", "bn_scale", "random")
 SCHEDULES = ("one_shot", "iterative")
@@ -346,8 +346,7 @@ class StructuredPruningCallback(CompressionCallback):
                 f"{type(self).__name__} '{self.name}' was stopped after time_limit={self.time_limit} s of looking at "
                 f"the structure of {type(pl_module).__name__}: give it more, or name a part of the network with layers="
             )
-            with time_limit(self.time_limit, message):
-                found.append(Rehearsal(trainer, pl_module, batch, batch_idx, wanted).plan())
+            found.append(within(self.time_limit, Rehearsal(trainer, pl_module, batch, batch_idx, wanted).plan, message))
 
         with _compat.patient_group(trainer.world_size) as tell:
             together(tell, work, trainer, pl_module)

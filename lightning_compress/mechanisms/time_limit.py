@@ -5,31 +5,36 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class _Late(BaseException):
     """Ends the work; no user's ``except Exception`` catches it."""
 
 
-@contextmanager
-def time_limit(seconds: float, message: str) -> Iterator[None]:
-    """End the work within when it has taken too long.
+def within(seconds: float, work: Callable[[], T], message: str) -> T:
+    """Do some work, and end it when it has taken too long.
 
-    The work ends between two lines of Python: one long call of C code is waited for.
+    It ends between two lines of Python: one long call of C code is waited for.
 
     Args:
         seconds: How long it may take.
+        work: Called once.
         message: What the error says.
+
+    Returns:
+        What the work returns.
 
     Raises:
         TimeoutError: If it has taken longer.
 
     Example:
-        >>> with time_limit(0.05, "too long"):
-        ...     while True:
-        ...         time.sleep(0.01)
+        >>> within(10.0, lambda: "done", "too long")
+        'done'
+        >>> within(0.05, lambda: [time.sleep(0.01) for _ in range(1000)], "too long")
         Traceback (most recent call last):
         TimeoutError: too long
     """
@@ -41,14 +46,14 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
         with lock:
             if not over:
                 late = True
-                _raise_in(thread, _Late)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Late))
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
-    timer.start()
     try:
         try:
-            yield
+            timer.start()  # which may be over before it returns
+            result = work()
         except _Late:
             arrived = True
             raise
@@ -62,7 +67,4 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
         raise TimeoutError(message) from None
     if late:
         raise TimeoutError(message)
-
-
-def _raise_in(thread: int, error: type[BaseException]) -> None:
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))
+    return result
