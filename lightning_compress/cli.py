@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(options.recipe, command)
     from lightning_compress.demo import run_demo
 
-    return run_demo(data=options.data, out=options.out)
+    return run_demo(data=options.data, out=options.out, structured=options.structured)
 
 
 def _check_name(parser: argparse.ArgumentParser, own: Sequence[str]) -> None:
@@ -89,13 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo = commands.add_parser(
         "demo",
-        help="distil, export and measure a small network on real data",
-        description="Train a teacher, a small student alone and a distilled one on real data without a download; "
-        "export the student, check the file, print the before/after table.",
+        help="distil, prune, quantise, export and measure a small network on real data",
+        description="Train a teacher, a small student alone, distilled, and distilled, pruned and quantised, on real "
+        "data without a download; export them, check the files, print the before/after table.",
         allow_abbrev=False,
     )
     demo.add_argument("--data", choices=("digits", "fashion-mnist"), default="digits", help="default: %(default)s")
     demo.add_argument("--out", default="compress-demo", help="directory for all files; default: %(default)s")
+    demo.add_argument("--structured", action="store_true", help="make the teacher smaller too, filter by filter")
     run = commands.add_parser(
         "run",
         help="attach a recipe to the fit of an untouched script",

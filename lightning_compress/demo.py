@@ -31,8 +31,10 @@ from lightning_compress.callbacks.dcil import DCILCallback
 from lightning_compress.callbacks.distillation import DistillationCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.qat import QATCallback
-from lightning_compress.export import ExportResult, Sample, evaluate, to_onnx
+from lightning_compress.callbacks.structured import StructuredPruningCallback
+from lightning_compress.export import Sample, evaluate, to_onnx
 from lightning_compress.export.evaluate import evaluate_forward
+from lightning_compress.mechanisms.dependencies import require_torch_pruning
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.report import compare, to_console, units, write_report
 from lightning_compress.report.cells import shown_path
@@ -42,6 +44,7 @@ METRIC = "val_accuracy"
 TOLERANCE = 0.005
 STUDENT_WIDTH = 8
 SPARSITY = 0.9
+REMOVED = 0.75  # of the multiply-accumulates of the teacher, with --structured
 QUANTISED_FROM = 0.7  # of the training, when the masks are all but final
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("FashionMNIST/raw"), Path("data/FashionMNIST/raw"))
@@ -163,12 +166,13 @@ class LitClassifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def run_demo(*, data: str = "digits", out: str = "compress-demo", seed: int = 0) -> int:
+def run_demo(*, data: str = "digits", out: str = "compress-demo", structured: bool = False, seed: int = 0) -> int:
     """Run the demo and leave everything in one folder.
 
     Args:
         data: "digits" (scikit-learn's, 8x8) or "fashion-mnist" (14x14, 20,000 training images).
         out: Folder for checkpoints, logs, files and the report; made if it does not exist.
+        structured: Whether the teacher is made smaller too, with whole filters.
         seed: Seed of the weights and of the order of the batches; teacher and students use the same.
 
     Returns:
@@ -177,6 +181,8 @@ def run_demo(*, data: str = "digits", out: str = "compress-demo", seed: int = 0)
     """
     start = time.perf_counter()
     try:
+        if structured:
+            require_torch_pruning()
         source = load_data(data)
     except (DemoDataError, ImportError) as error:
         sys.stderr.write(f"lightning-compress demo: {error}\n")
@@ -185,7 +191,7 @@ def run_demo(*, data: str = "digits", out: str = "compress-demo", seed: int = 0)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _quiet():
-            return _train_and_compare(source, folder, data, seed, start)
+            return _train_and_compare(source, folder, data, seed, start, structured)
     except (KeyboardInterrupt, SystemExit):  # Lightning ends the process on Ctrl-C
         sys.stderr.write("\nlightning-compress demo: interrupted\n")
         return INTERRUPTED
@@ -212,70 +218,100 @@ def load_data(name: str) -> DemoData:
     raise DemoDataError(f"--data must be one of {accepted}, got {name!r}{did_you_mean(name, accepted)}")
 
 
-def _train_and_compare(source: DemoData, folder: Path, data: str, seed: int, start: float) -> int:
+@dataclass
+class _Compared:
+    """What the report compares: networks, their files, and what is known of both.
+
+    Attributes:
+        modules: Row to trained module.
+        exports: Row that each file was made of, and the callback that wrote it.
+        quantised: Row of a quantised network, row of the same in full precision, and the callback with its file.
+        notes: Sentences below the tables.
+    """
+
+    modules: dict[str, LitClassifier]
+    exports: list[tuple[str, ExportCallback]]
+    quantised: list[tuple[str, str, ExportCallback]]
+    notes: list[str]
+
+
+def _train_and_compare(source: DemoData, folder: Path, data: str, seed: int, start: float, structured: bool) -> int:
     teacher_epochs, student_epochs = source.epochs
-    _say(f"[1/5] teacher: a residual network of width {source.teacher_width}, {teacher_epochs} epochs on {data}")
-    teacher = _fit(source, source.teacher_width, teacher_epochs, folder / "teacher", seed)
+    stages = 6 if structured else 5
+    _say(f"[1/{stages}] teacher: a residual network of width {source.teacher_width}, {teacher_epochs} epochs on {data}")
+    teacher = _fit(source, _made(source.teacher_width, seed), teacher_epochs, folder / "teacher", seed)
 
     def student(name: str, callbacks: Sequence[Callback] = ()) -> LitClassifier:
-        return _fit(source, STUDENT_WIDTH, student_epochs, folder / name, seed, callbacks)
+        return _fit(source, _made(STUDENT_WIDTH, seed), student_epochs, folder / name, seed, callbacks)
 
-    _say(f"[2/5] student alone: width {STUDENT_WIDTH}, {student_epochs} epochs")
+    _say(f"[2/{stages}] student alone: width {STUDENT_WIDTH}, {student_epochs} epochs")
     alone = student("student_alone")
-    _say("[3/5] student distilled: the same seed, batches and number of steps, and one callback more")
-    exporting = ExportCallback(folder / "student.onnx", metric=METRIC, tolerance=TOLERANCE)
+    _say(f"[3/{stages}] student distilled: the same seed, batches and number of steps, and one callback more")
+    exporting = _exporting(folder / "student.onnx")
     distilled = student("student_distilled", [DistillationCallback(teacher.network), exporting])
     _say(
-        f"[4/5] distilled, pruned and quantised in one fit: {SPARSITY:.0%} of the convolutions' weights are zero, "
-        f"8 bits from {QUANTISED_FROM:.0%} of the steps on"
+        f"[4/{stages}] distilled, pruned and quantised in one fit: {SPARSITY:.0%} of the convolutions' weights are "
+        f"zero, 8 bits from {QUANTISED_FROM:.0%} of the steps on"
     )
-    pruning = DCILCallback(SPARSITY)
-    quantising = QATCallback(start=QUANTISED_FROM)
-    exporting_pruned = ExportCallback(folder / "student_pruned.onnx", metric=METRIC, tolerance=TOLERANCE)
-    exporting_int8 = ExportCallback(
-        folder / "student_int8.onnx", precision="int8", metric=METRIC, tolerance=TOLERANCE, name="export_int8"
-    )
+    pruning, quantising = DCILCallback(SPARSITY), QATCallback(start=QUANTISED_FROM)
+    exporting_pruned = _exporting(folder / "student_pruned.onnx")
+    exporting_int8 = _exporting(folder / "student_int8.onnx", "int8")
     compressing = [DistillationCallback(teacher.network), pruning, quantising]
     pruned = student("student_quantised", [*compressing, exporting_pruned, exporting_int8])
-    _say("[5/5] files and table: export, check, validation through the files, times")
-    begin = time.perf_counter()
-    exports = [exporting, exporting_pruned, exporting_int8]
-    results = [export.result for export in exports if export.result is not None]
-    if len(results) < len(exports):
-        raise RuntimeError("the export at the end of the fit wrote no file")
-    sample = source.test[0][:8]
-    teacher_file = to_onnx(teacher.network, folder / "teacher.onnx", sample)
-    _, test = source.loaders(seed)
-    metrics = {
-        "teacher": _metrics(teacher, source, seed),
-        "student alone": _metrics(alone, source, seed),
-        "student distilled": exporting.module_metrics,
-        "distilled and pruned": exporting_pruned.module_metrics,
-        "teacher.onnx": evaluate(teacher_file.path, teacher, test, network="network"),
-        **{result.path.name: export.file_metrics for result, export in zip(results, exports, strict=True)},
-    }
-    failures = [export.failure for export in exports if export.failure]
-    gap = abs(metrics["teacher.onnx"][METRIC] - metrics["teacher"][METRIC])
-    if not gap <= TOLERANCE:
-        failures.append(f"{METRIC} of teacher.onnx differs from the module's by {gap:.3g}, beyond {TOLERANCE:g}")
-    files = [teacher_file, *results]
-    notes = [f"Data: {data}; {_about_the_students(metrics)}"]
-    notes += [*pruning.remarks(), *quantising.remarks(), *exporting_int8.remarks()]
-    quantised = Row("distilled, pruned, quantised", metrics=exporting_int8.module_metrics)
-    _report(folder, [teacher, alone, distilled, pruned], quantised, files, sample, metrics, notes, data, begin)
+    compared = _Compared(
+        {"teacher": teacher, "student alone": alone, "student distilled": distilled, "distilled and pruned": pruned},
+        [
+            ("student distilled", exporting),
+            ("distilled and pruned", exporting_pruned),
+            ("distilled and pruned", exporting_int8),
+        ],
+        [("distilled, pruned, quantised", "distilled and pruned", exporting_int8)],
+        [*pruning.remarks(), *quantising.remarks(), *exporting_int8.remarks()],
+    )
+    if structured:
+        _say(
+            f"[5/{stages}] the teacher made smaller: {REMOVED:.0%} of its multiply-accumulates go with whole filters, "
+            "then it learns from what it was, and is quantised, in one fit"
+        )
+        _make_smaller(source, teacher, student_epochs, folder, seed, compared)
+    _say(f"[{stages}/{stages}] files and table: export, check, validation through the files, times")
+    failures = _report(source, folder, seed, data, compared)
     _say(f"Took {time.perf_counter() - start:.0f} s.")
     for failure in failures:
         sys.stderr.write(f"lightning-compress demo: {failure}\n")
     return 1 if failures else 0
 
 
+def _make_smaller(
+    source: DemoData, teacher: LitClassifier, epochs: int, folder: Path, seed: int, compared: _Compared
+) -> None:
+    """Take filters out of a copy of the teacher, and add what becomes of it to what is compared."""
+    row, smaller = "teacher made smaller", _made(source.teacher_width, seed)
+    smaller.load_state_dict(teacher.state_dict())
+    pruning, quantising = StructuredPruningCallback(REMOVED, budget="macs"), QATCallback(start=QUANTISED_FROM)
+    exports = [_exporting(folder / "smaller.onnx"), _exporting(folder / "smaller_int8.onnx", "int8")]
+    compressing = [pruning, DistillationCallback(teacher.network), quantising]
+    compared.modules[row] = _fit(source, smaller, epochs, folder / "teacher_smaller", seed, [*compressing, *exports])
+    compared.exports += [(row, export) for export in exports]
+    compared.quantised.append((f"{row}, quantised", row, exports[1]))
+    compared.notes += [*pruning.remarks(), *quantising.remarks(), *exports[1].remarks()]
+
+
+def _exporting(path: Path, precision: str = "fp32") -> ExportCallback:
+    name = None if precision == "fp32" else f"export_{precision}"
+    return ExportCallback(path, precision=precision, metric=METRIC, tolerance=TOLERANCE, name=name)
+
+
+def _made(width: int, seed: int) -> LitClassifier:
+    torch.manual_seed(seed)
+    return LitClassifier(width)
+
+
 def _fit(
-    source: DemoData, width: int, epochs: int, folder: Path, seed: int, callbacks: Sequence[Callback] = ()
+    source: DemoData, module: LitClassifier, epochs: int, folder: Path, seed: int, callbacks: Sequence[Callback] = ()
 ) -> LitClassifier:
     start = time.perf_counter()
     bars = [TQDMProgressBar(refresh_rate=5)] if sys.stdout.isatty() else []
-    torch.manual_seed(seed)
-    module = LitClassifier(width)
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="auto",
@@ -311,33 +347,45 @@ def _about_the_students(metrics: dict[str, dict[str, float]]) -> str:
     )
 
 
-def _report(
-    folder: Path,
-    modules: list[LitClassifier],
-    quantised: Row,
-    files: list[ExportResult],
-    sample: Tensor,
-    metrics: dict[str, dict[str, float]],
-    notes: list[str],
-    data: str,
-    begin: float,
-) -> None:
+def _report(source: DemoData, folder: Path, seed: int, data: str, compared: _Compared) -> list[str]:
+    """Measure all of it, write and print the report; what is wrong with the files."""
+    begin, sample, (_, test) = time.perf_counter(), source.test[0][:8], source.loaders(seed)
+    exports = [export for _, export in compared.exports]
+    results = [export.result for export in exports if export.result is not None]
+    if len(results) < len(exports):
+        raise RuntimeError("the export at the end of the fit wrote no file")
+    teacher = compared.modules["teacher"]
+    files = [to_onnx(teacher.network, folder / "teacher.onnx", sample), *results]
+    in_float = {row: export for row, export in compared.exports if export.precision == "fp32"}
+    metrics = {
+        row: in_float[row].module_metrics if row in in_float else _metrics(module, source, seed)
+        for row, module in compared.modules.items()
+    }
+    metrics["teacher.onnx"] = evaluate(files[0].path, teacher, test, network="network")
+    metrics.update({result.path.name: export.file_metrics for result, export in zip(results, exports, strict=True)})
     report = compare(
-        dict(zip(metrics, (module.network for module in modules), strict=False)),  # the rows after them are files
+        {row: module.network for row, module in compared.modules.items()},
         files,
-        made_of=["teacher", "student distilled", "distilled and pruned", "distilled and pruned"],
+        made_of=["teacher", *(row for row, _ in compared.exports)],
         sample=Sample((sample,)),
         metrics=metrics,
-        notes=notes,
+        notes=[f"Data: {data}; {_about_the_students(metrics)}", *compared.notes],
         recipe={"demo": {"data": data}},
     )
-    report = with_quantised(report, quantised, of="distilled and pruned", files=[str(files[-1].path)])
+    for name, of, export in compared.quantised:
+        row = Row(name, metrics=export.module_metrics)
+        report = with_quantised(report, row, of=of, files=[str(export.path)])
     written = write_report(report, folder)
     names = [os.path.basename(file.path) for file in files]
     _say_finished(begin, ", ".join(f"{METRIC} {units.metric(metrics[name][METRIC])} in {name}" for name in names))
     _say("")
     sys.stdout.write(to_console(report) + "\n")
     _say(f"\nReport: {shown_path(written.html)}\nFiles:  {', '.join(shown_path(file.path) for file in files)}")
+    failures = [export.failure for export in exports if export.failure]
+    gap = abs(metrics["teacher.onnx"][METRIC] - metrics["teacher"][METRIC])
+    if not gap <= TOLERANCE:
+        failures.append(f"{METRIC} of teacher.onnx differs from the module's by {gap:.3g}, beyond {TOLERANCE:g}")
+    return failures
 
 
 def _digits() -> DemoData:

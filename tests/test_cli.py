@@ -72,7 +72,12 @@ def test_the_demo_gets_its_options_and_gives_the_exit_code(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_compress.demo", demo)
     assert main(["demo"]) == 1
     assert main(["demo", "--data", "fashion-mnist", "--out", "there"]) == 1
-    assert calls == [{"data": "digits", "out": "compress-demo"}, {"data": "fashion-mnist", "out": "there"}]
+    assert main(["demo", "--structured"]) == 1
+    assert calls == [
+        {"data": "digits", "out": "compress-demo", "structured": False},
+        {"data": "fashion-mnist", "out": "there", "structured": False},
+        {"data": "digits", "out": "compress-demo", "structured": True},
+    ]
 
 
 def test_the_process_arguments_are_the_default(monkeypatch, capsys):

@@ -94,7 +94,7 @@ def test_the_folder_holds_everything_and_a_deviating_file_fails(tmp_path, monkey
 def test_bars_are_for_terminals_and_every_stage_says_how_it_went(tmp_path, monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     with demo._quiet():
-        demo._fit(tiny(), 8, 1, tmp_path, 0)
+        demo._fit(tiny(), demo._made(8, 0), 1, tmp_path, 0)
     out = capsys.readouterr().out
     assert ("Epoch 0" in out) == terminal
     last = re.fullmatch(r" {6}\d+ s, val_accuracy (0\.\d+|0|1)", out.splitlines()[-1])
@@ -111,6 +111,30 @@ def test_an_interrupt_is_said(tmp_path, monkeypatch, capsys, stop):
     monkeypatch.setattr(demo, "_fit", interrupted)
     assert demo.run_demo(out=str(tmp_path)) == 130
     assert capsys.readouterr().err.strip() == "lightning-compress demo: interrupted"
+
+
+def test_with_structured_the_teacher_is_made_smaller_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "load_data", lambda name: tiny())
+    demo.run_demo(out=str(tmp_path), structured=True)
+    printed = capsys.readouterr().out
+    assert "[5/6] the teacher made smaller: 75% of its multiply-accumulates go with whole filters" in printed
+    assert "structured has taken away 7" in printed
+    rows = {row["name"]: row for row in json.loads((tmp_path / "compression_report.json").read_text())["rows"]}
+    assert list(rows)[4:7] == [
+        "distilled, pruned, quantised",
+        "teacher made smaller",
+        "teacher made smaller, quantised",
+    ]
+    before, after = rows["teacher"], rows["teacher made smaller"]
+    assert after["macs"] / before["macs"] == pytest.approx(0.25, abs=0.02)
+    assert rows["smaller_int8.onnx"]["bytes"] < rows["smaller.onnx"]["bytes"] < rows["teacher.onnx"]["bytes"]
+
+
+def test_structured_without_the_extra_says_so_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    assert demo.run_demo(out=str(tmp_path / "out"), structured=True) == 2
+    assert 'pip install "lightning-compress[structured]"' in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
