@@ -28,6 +28,7 @@ RUNS = {
     "docs/techniques/factor-transfer.md": ("paraphraser.pt", "ft: the losses of the first batch"),
     "docs/techniques/pruning.md": ("pruned.ckpt", "243 of 304 weights are zero"),
     "docs/techniques/dpf.md": ("dpf.ckpt", "1018 of 1272 weights are zero"),
+    "docs/techniques/structured-pruning.md": ("smaller.ckpt", "Conv2d(3, 16, kernel_size=(3, 3), stride=(1, 1))"),
     "docs/techniques/dcil.md": ("dcil.ckpt", "979 of the 1224 weights of convolutions are zero"),
     "docs/techniques/psgd.md": ("psgd.ckpt", "model.0.weight: a grid of 4 bits"),
     "docs/techniques/ptq.md": ("digits-int8.onnx", "same class for "),

@@ -286,6 +286,14 @@ def close_after_exception(trainer: Any, files: ExitStack) -> None:
     Args:
         trainer: The Trainer, within ``on_exception`` of a callback.
         files: What to close.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> trainer, files = L.Trainer(accelerator="cpu", logger=False), ExitStack()
+        >>> _ = files.callback(print, "closed")
+        >>> close_after_exception(trainer, files)
+        >>> trainer.strategy.on_exception(RuntimeError())
+        closed
     """
     stack = ExitStack()
 

@@ -34,7 +34,8 @@ def remarks(report: Report) -> list[str]:
         if module is not None:
             sentences += _against_module(row, module, rows.get(file.quantised or "", module))
         for other, other_file in files:
-            if file.precision != "fp32" and other_file.precision == "fp32" and (pair := _slower(row, other)):
+            comparable = file.precision != "fp32" and other_file.precision == "fp32" and file.model == other_file.model
+            if comparable and (pair := _slower(row, other)):
                 sentences.append(f"'{row.name}' ({file.precision}) is slower than '{other.name}' (fp32) here: {pair}.")
     return sentences
 
