@@ -21,7 +21,7 @@ from lightning_compress.callbacks.returned import Returned
 from lightning_compress.functional import schedules
 from lightning_compress.functional.masks import layer_zeros, smallest_masks
 from lightning_compress.functional.schedules import Schedule
-from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_
+from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_all_
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.selection import listing
@@ -257,15 +257,8 @@ class MaskCallback(MaskedWeightsCallback):
 
     def estimate_statistics(self, trainer: Any, pl_module: Any) -> None:
         """Batch-norm statistics of the masked network."""
-        if not self.reestimate_batchnorm:
-            return
-        estimated = reestimate_batchnorm_(trainer, pl_module)
-        if rest := [name for name in batch_norms(pl_module) if name not in estimated]:
-            what = "leaves some statistics as they were" if estimated else "has no effect"
-            self._warn_once(
-                f"reestimate_batchnorm {what}: {listing(rest)} are in evaluation mode, or the training batches do not "
-                "reach them"
-            )
+        if self.reestimate_batchnorm:
+            reestimate_all_(trainer, pl_module, self._warn_once)
 
     def extra_state(self) -> dict[str, Any]:
         """The masks, and the place in the schedule."""

@@ -218,7 +218,7 @@ class Rehearsal:
         """A copy that may run the user's step, without a trace elsewhere."""
         copied = independent_copy(self._module)
         _compat.attach_trainer_(copied, self._trainer)
-        with traceless(copied), ExitStack() as stack:
+        with traceless(copied, parameters=False), ExitStack() as stack:
             stack.callback(_compat.attach_trainer_, copied, None)
             yield copied
 

@@ -15,10 +15,11 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_positive, check_whole
+from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_positive, check_whole
 from lightning_compress.callbacks.base import CompressionCallback, announce, log, together
 from lightning_compress.callbacks.rehearsal import NAMES, Plan, Rehearsal, Wanted
 from lightning_compress.functional.schedules import iterative_schedule
+from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_all_
 from lightning_compress.mechanisms.checkpoints import (
     before_loading,
     close_after_exception,
@@ -91,6 +92,7 @@ class StructuredPruningCallback(CompressionCallback):
             of the whole network, met within 2 percentage points.
         min_channels: Layers with no more than these are left alone, and others keep at least as many.
         round_to: What numbers of channels are multiples of, for runtimes that are fast with multiples of 8, say.
+        reestimate_batchnorm: Whether to estimate batch-norm statistics anew at the end, on 16 training batches.
         seed: Of "random".
         time_limit: Seconds that finding the structure and trying it may take.
         network: Dotted name of the network inside the LightningModule; None: what the step calls.
@@ -122,6 +124,7 @@ class StructuredPruningCallback(CompressionCallback):
         budget: Literal["filters", "params", "macs"] = "filters",
         min_channels: int = 8,
         round_to: int = 1,
+        reestimate_batchnorm: bool = False,
         seed: int = 0,
         time_limit: float = 60.0,
         network: str | None = None,
@@ -144,11 +147,12 @@ class StructuredPruningCallback(CompressionCallback):
         check_whole("min_channels", min_channels, at_least=1)
         check_whole("round_to", round_to, at_least=1)
         check_whole("seed", seed, at_least=0)
+        check_flag("reestimate_batchnorm", reestimate_batchnorm)
         check_positive("time_limit", time_limit, "a positive number of seconds")
         self.ratio, self.schedule, self.start, self.end, self.rounds = ratio, schedule, start, end, rounds
         self.score, self.budget, self.min_channels, self.round_to = score, budget, min_channels, round_to
         self.seed, self.time_limit, self.network = seed, time_limit, network
-        self.layers, self.exclude = layers, exclude
+        self.layers, self.exclude, self.reestimate_batchnorm = layers, exclude, reestimate_batchnorm
         self.plan: Plan | None = None
         """What the last round did, or what the first batch has shown that will be done."""
         self._progress: Progress | None = None
@@ -228,6 +232,8 @@ class StructuredPruningCallback(CompressionCallback):
                     f"{type(self).__name__} '{self.name}' cannot take entries out of the state of "
                     f"{type(optimizer).__name__}, which is of all parameters at once; use another optimizer"
                 )
+        if self.reestimate_batchnorm and not batch_norms(pl_module):
+            raise ValueError("reestimate_batchnorm has no effect: no layer keeps batch-norm statistics")
         structure = structure_of(pl_module)
         goes_on = (self._loaded or self.has_fitted(pl_module)) and self._state.structure == structure
         if not goes_on:
@@ -275,6 +281,11 @@ class StructuredPruningCallback(CompressionCallback):
     def bake(self, trainer: Any, pl_module: Any) -> None:
         """The module is as small as it should be; its files are saved as those of any module."""
         self._files.close()
+
+    def estimate_statistics(self, trainer: Any, pl_module: Any) -> None:
+        """Batch-norm statistics of the smaller network."""
+        if self.reestimate_batchnorm:
+            reestimate_all_(trainer, pl_module, self._warn_once)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing on the module."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.mechanisms.replay import replay
+from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.step import step_controller
 
 BATCHES = 16
@@ -163,3 +164,20 @@ def reestimate_batchnorm_(trainer: Any, module: Any, *, shared: bool = True) -> 
 
 def _statistics(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return layer.running_mean.cpu().clone(), layer.running_var.cpu().clone()
+
+
+def reestimate_all_(trainer: Any, module: Any, warn: Callable[[str], None]) -> None:
+    """As :func:`reestimate_batchnorm_`; say so where some layers keep the statistics that they have.
+
+    Args:
+        trainer: Likewise.
+        module: Likewise.
+        warn: Called with what is to be said.
+    """
+    estimated = reestimate_batchnorm_(trainer, module)
+    if rest := [name for name in batch_norms(module) if name not in estimated]:
+        what = "leaves some statistics as they were" if estimated else "has no effect"
+        warn(
+            f"reestimate_batchnorm {what}: {listing(rest)} are in evaluation mode, or the training batches do not "
+            "reach them"
+        )

@@ -296,6 +296,18 @@ def test_random_scores_follow_the_seed():
     assert kept[0] == kept[1] != kept[2]
 
 
+def test_statistics_may_be_estimated_anew_at_the_end():
+    kept, anew = (Frozen() for _ in range(2))
+    fitted(kept, structured())
+    fitted(anew, structured(reestimate_batchnorm=True))
+    x = torch.cat([batch for batch, _ in anew.train_dataloader()])
+    expected = anew.net.conv1(x).mean(dim=(0, 2, 3))
+    assert torch.allclose(anew.net.bn1.running_mean, expected, atol=1e-5)
+    assert not torch.allclose(kept.net.bn1.running_mean, expected, atol=1e-3)
+    with pytest.raises(ValueError, match="reestimate_batchnorm has no effect: no layer keeps"):
+        fitted(Lit(norm=False), structured(reestimate_batchnorm=True))
+
+
 def test_the_plan_is_printed(capsys):
     shrunk(Net())
     printed = capsys.readouterr().out
