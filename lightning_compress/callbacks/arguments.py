@@ -74,10 +74,14 @@ def takes(function: Callable[..., Any], count: int) -> bool:
     return True
 
 
-def check_fraction(argument: str, value: Any, *, below_one: bool = False, or_auto: bool = False) -> None:
-    """Refuse what is no number from 0 to 1; or, if wanted, 1 itself. What the message says of "auto" is not checked."""
+def check_fraction(
+    argument: str, value: Any, *, below_one: bool = False, above_zero: bool = False, or_auto: bool = False
+) -> None:
+    """Refuse what is no number from 0 to 1; or, if wanted, the ends. What the message says of "auto" is not checked."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value <= 1 or (below_one and value == 1):
+    if not number or not 0 <= value <= 1 or (below_one and value == 1) or (above_zero and value == 0):
         meant = f"; did you mean {value / 100}?" if number and 1 < value < 100 else ""
-        accepted = f"a number in [0, 1{')' if below_one else ']'}{', or auto' if or_auto else ''}"
+        accepted = (
+            f"a number in {'(' if above_zero else '['}0, 1{')' if below_one else ']'}{', or auto' if or_auto else ''}"
+        )
         raise ValueError(f"{argument} must be {accepted}, got {value!r}{meant}")

@@ -175,6 +175,11 @@ class MaskCallback(MaskedWeightsCallback):
     def follow_shrinkage(self, shrinkage: Shrinkage, pl_module: Any) -> None:
         """As the base; the final sparsity is met anew where it was met before."""
         super().follow_shrinkage(shrinkage, pl_module)
+        masks = self._require_masks()
+        if masks.zeros > self.zeros_at(self.sparsity):  # what has gone was denser than what stays
+            last = masks.current()
+            masks.replace([torch.ones_like(mask) for mask in last])
+            masks.replace(self.new_masks(self.sparsity) or last)
         self._finished = self._finished and self._has_target()
 
     def go_on(self, state: dict[str, Any] | None) -> None:

@@ -347,7 +347,12 @@ class QATCallback(QuantisedCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how long the training is."""
-        self._fit.progress = Progress(trainer, pl_module)
+        progress = self._fit.progress = Progress(trainer, pl_module)
+        self._refuse_shrinking(
+            trainer,
+            f"'{self.name}' begins in the same step, or before: give it a larger start=",
+            fine=lambda until: progress.step_at(until) < progress.step_at(self.start),
+        )
         self._fit.steps_of_grids = self._fit.progress.steps
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -6,6 +6,7 @@ can only go together: Fang et al., "DepGraph: Towards any structural pruning", C
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,10 +18,13 @@ from torch import nn
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_positive, check_whole
 from lightning_compress.callbacks.base import CompressionCallback, announce, log, together
-from lightning_compress.callbacks.rehearsal import NAMES, Plan, Rehearsal, Wanted
+from lightning_compress.callbacks.copies import Copies, SkippedBatchError
+from lightning_compress.callbacks.planning import BUDGETS, Plan, Wanted
+from lightning_compress.callbacks.rehearsal import Rehearsal
 from lightning_compress.functional.schedules import iterative_schedule
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_all_
 from lightning_compress.mechanisms.checkpoints import (
+    SECTION,
     before_loading,
     close_after_exception,
     keep_structure_,
@@ -28,14 +32,14 @@ from lightning_compress.mechanisms.checkpoints import (
     saving_structure,
 )
 from lightning_compress.mechanisms.controller import StepController
-from lightning_compress.mechanisms.dependencies import require_torch_pruning
+from lightning_compress.mechanisms.dependencies import StructureError, require_torch_pruning
 from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.scores import forget_scores
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.shrinking import (
     Shrinkage,
     Structure,
-    shrink_,
+    prepared_shrinkage,
     structure_of,
 )
 from lightning_compress.mechanisms.time_limit import within
@@ -44,13 +48,17 @@ SCORES = ("l1", "l2", "taylor", "bn_scale", "random")
 SCHEDULES = ("one_shot", "iterative")
 
 
+TRIES = 32  # batches that the step may skip one after the other
+
+
 @dataclass(frozen=True)
 class _State:
     """What has gone so far: whole numbers and names, for a checkpoint.
 
     Attributes:
         shrinkage: What stays of each tensor of the network that there was at first.
-        original: Counts before the first round, as in :class:`Wanted`.
+        parameters: Before the first round and after the last.
+        macs: Likewise, for one sample of the first round's batch.
         structure: Sizes of the network that this belongs to.
         whole: Its sizes at first.
         reached: The share of the budget that is gone.
@@ -59,7 +67,8 @@ class _State:
     """
 
     shrinkage: Shrinkage = field(default_factory=Shrinkage)
-    original: dict[str, float] = field(default_factory=dict)
+    parameters: list[int] = field(default_factory=list)
+    macs: list[int] = field(default_factory=list)
     structure: Structure = field(default_factory=dict)
     whole: Structure = field(default_factory=dict)
     reached: float = 0.0
@@ -133,12 +142,10 @@ class StructuredPruningCallback(CompressionCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        check_fraction("ratio", ratio, below_one=True)
-        if ratio == 0:
-            raise ValueError("ratio must be a number in (0, 1), got 0")
+        check_fraction("ratio", ratio, below_one=True, above_zero=True)
         check_choice("schedule", schedule, SCHEDULES)
         check_choice("score", score, SCORES)
-        check_choice("budget", budget, tuple(NAMES))
+        check_choice("budget", budget, tuple(BUDGETS))
         check_fraction("start", start, below_one=True)
         check_fraction("end", end, below_one=True)
         if schedule == "iterative" and start > end:
@@ -158,7 +165,8 @@ class StructuredPruningCallback(CompressionCallback):
         self._progress: Progress | None = None
         self._begun = False  # whether the network was looked at in this fit
         self._files, self._saving = ExitStack(), False
-        self._loaded = False
+        self._loaded, self._budget = False, budget
+        self._skipped = 0  # batches with which the step did nothing
         self._state = _State()
 
     # What users read
@@ -181,8 +189,12 @@ class StructuredPruningCallback(CompressionCallback):
     def remarks(self) -> list[str]:
         """What went, and what stayed."""
         if self._state.done == 0:
-            return []
-        remarks = [f"{self.name}: {self.reached:.1%} of the {NAMES[self.budget]} are gone (asked {self.ratio:.1%})."]
+            return [] if self.failure is None else [f"{self.name}: {self.failure}."]
+        rounds = "" if self._state.done == 1 else f" in {self._state.done} rounds"
+        remarks = [
+            f"{self.name}: {self.reached:.1%} of the {BUDGETS[self.budget]} are gone{rounds} (asked {self.ratio:.1%}): "
+            f"{_numbers('parameters', self._state.parameters)}, {_numbers('MACs', self._state.macs)}."
+        ]
         if self.plan is not None and self.plan.left:
             remarks.append(f"{self.name}: layers that stay as they are: {listing(list(self.plan.left), None)}.")
         return remarks
@@ -193,6 +205,15 @@ class StructuredPruningCallback(CompressionCallback):
         """Refuse what cannot be made smaller while it is trained."""
         require_torch_pruning()
         owner = f"{type(self).__name__} '{self.name}'"
+        if self.schedule == "one_shot":
+            self._tell_idle("schedule='one_shot'", "end", "rounds")
+        if self.score != "random":
+            self._tell_idle(f"score='{self.score}'", "seed")
+        if _compat.takes_iterator(trainer, pl_module):
+            raise ValueError(
+                f"{owner} tries steps on the batch at hand, and that of {type(pl_module).__name__} draws its batches "
+                "itself, from dataloader_iter; let it take a batch"
+            )
         if not getattr(pl_module, "automatic_optimization", True):
             raise ValueError(f"{owner} replays training steps, and {type(pl_module).__name__} optimises manually")
         if _compat.runs_in_children(trainer):
@@ -236,7 +257,9 @@ class StructuredPruningCallback(CompressionCallback):
             raise ValueError("reestimate_batchnorm has no effect: no layer keeps batch-norm statistics")
         structure = structure_of(pl_module)
         goes_on = (self._loaded or self.has_fitted(pl_module)) and self._state.structure == structure
-        if not goes_on:
+        if goes_on:
+            self._check_state()
+        else:
             self._state = _State(structure=structure, whole=structure)
         self._begun = False
         stack.callback(setattr, self, "_progress", None)
@@ -245,28 +268,35 @@ class StructuredPruningCallback(CompressionCallback):
         """Find out how long the training is."""
         self._progress = Progress(trainer, pl_module)
         last = self.shrinks_until
-        if math.ceil(last * self._progress.total - 1e-9) >= self._progress.total:
+        if self._progress.step_at(last) >= self._progress.total:
             argument = "end" if self.schedule == "iterative" else "start"
             raise ValueError(
                 f"{argument}={last} leaves no step after the last round: the training has {self._progress.total:.0f}"
             )
+        due = (self.end - self.start) * self._progress.total
+        if self.schedule == "iterative" and self.rounds > max(math.ceil(due), 1):
+            self._warn_once(f"rounds={self.rounds} are more than the {max(due, 1):.0f} steps between start and end")
         if self._reached_all:
-            log.info(
-                "%s: the network was made smaller before, by %.1f%%; it stays as it is", self.name, 100 * self.reached
-            )
+            log.info("%s: the network was made smaller before; it stays as it is. %s", self.name, self.remarks()[0])
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Try all of it with the first batch; make the network smaller where a round is due."""
         if self._progress is None or self._reached_all or batch_idx % trainer.accumulate_grad_batches:
             return
         target = self._target(self._progress.fraction_before)
-        if not self._begun and target < self.ratio:
-            self.plan = self._rehearsed(trainer, pl_module, batch, batch_idx, self.ratio)
-            if trainer.is_global_zero:
-                share = f"{self.plan.share:.1%} of the {NAMES[self.budget]}"
-                announce(self.plan.text(f"{self.name} will take away {share}") + "\n")
-        if target > self._state.asked:
-            self._shrink(trainer, pl_module, batch, batch_idx, target)
+        due = target > self._state.asked
+        if self._begun and not due:
+            return
+        plan = self._rehearsed(trainer, pl_module, batch, batch_idx, target if due else self.ratio)
+        if plan is None:  # a batch that the step skips
+            return
+        self.plan = plan
+        if due:
+            self._shrink(trainer, pl_module, plan, target)
+        if trainer.is_global_zero:
+            title = f"{self.name} {'has taken' if due else 'will take'} away {plan.share:.1%} of the "
+            title += BUDGETS[self.budget]
+            announce(("; ".join([title, *plan.totals()]) if self._begun else plan.text(title)) + "\n")
         self._begun = True
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -274,7 +304,7 @@ class StructuredPruningCallback(CompressionCallback):
         if self._progress is not None and not self._reached_all:
             self.failure = (
                 f"training ended at {self._progress.fraction:.0%} of its length, before all rounds: {self.reached:.4f} "
-                f"of the {NAMES[self.budget]} are gone, not {self.ratio}"
+                f"of the {BUDGETS[self.budget]} are gone, not {self.ratio}"
             )
             self._warn_once(self.failure)
 
@@ -311,16 +341,26 @@ class StructuredPruningCallback(CompressionCallback):
         kept = {entry.name: state[entry.name] for entry in fields(_State)}
         self._state = _State(**{**kept, "shrinkage": Shrinkage.of(kept["shrinkage"])})
         self._loaded = True
+        self._budget = state["arguments"]["budget"]
+
+    # Private
+
+    def _check_state(self) -> None:
+        """Refuse to go on from what would have to be given back, or was counted otherwise."""
         if self._state.asked > self.ratio + 1e-9:
             raise ValueError(
                 f"ratio={self.ratio} is below the {self._state.asked:.4f} that was taken away before: filters do not "
                 "come back; ask for as much or more, or begin a new training"
             )
-        budget = state["arguments"]["budget"]
-        if self._state.done and budget != self.budget:
-            raise ValueError(f"budget='{self.budget}' cannot go on from a checkpoint made with '{budget}'")
+        if self._state.done and self._budget != self.budget:
+            raise ValueError(f"budget='{self.budget}' cannot go on from a checkpoint made with '{self._budget}'")
 
-    # Private
+    def _tell_idle(self, because: str, *arguments: str) -> None:
+        """Warn of arguments without effect."""
+        usual = inspect.signature(StructuredPruningCallback).parameters
+        for argument in arguments:
+            if getattr(self, argument) != usual[argument].default:
+                self._warn_once(f"{argument}={getattr(self, argument)} has no effect with {because}")
 
     @property
     def _reached_all(self) -> bool:
@@ -335,8 +375,8 @@ class StructuredPruningCallback(CompressionCallback):
         progress = min((fraction - self.start) / (self.end - self.start), 1.0)
         return iterative_schedule(max(progress, 0.0), 0.0, self.ratio, rounds=self.rounds)
 
-    def _rehearsed(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, ratio: float) -> Plan:
-        """The plan of rank 0, which has been tried, on all ranks."""
+    def _rehearsed(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, ratio: float) -> Plan | None:
+        """The plan of rank 0, which has been tried, on all ranks; None if a rank's step skips its batch."""
         wanted = Wanted(
             ratio=ratio,
             budget=self.budget,
@@ -348,7 +388,7 @@ class StructuredPruningCallback(CompressionCallback):
             layers=self.layers,
             exclude=self.exclude,
             network=self.network,
-            original=self._state.original,
+            earlier=self._state.shrinkage,
         )
         found: list[Plan] = []
 
@@ -357,47 +397,76 @@ class StructuredPruningCallback(CompressionCallback):
                 f"{type(self).__name__} '{self.name}' was stopped after time_limit={self.time_limit} s of looking at "
                 f"the structure of {type(pl_module).__name__}: give it more, or name a part of the network with layers="
             )
-            found.append(within(self.time_limit, Rehearsal(trainer, pl_module, batch, batch_idx, wanted).plan, message))
+            copies = Copies(trainer, pl_module, batch, batch_idx)
+            try:
+                found.append(within(self.time_limit, Rehearsal(copies, pl_module, wanted).plan, message))
+            except SkippedBatchError:
+                self._skipped += 1
+                if self._skipped == TRIES:
+                    raise StructureError(
+                        f"the training step of {type(pl_module).__name__} calls no network, in {TRIES} batches"
+                    ) from None
 
         with _compat.patient_group(trainer.world_size) as tell:
             together(tell, work, trainer, pl_module)
-        plan: Plan = trainer.strategy.broadcast(found[0])
+        if trainer.world_size > 1 and not trainer.strategy.reduce_boolean_decision(bool(found), all=True):
+            return None
+        plan: Plan | None = trainer.strategy.broadcast(found[0] if found else None)
         return plan
 
-    def _shrink(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, target: float) -> None:
-        plan = self._rehearsed(trainer, pl_module, batch, batch_idx, target)
+    def _shrink(self, trainer: Any, pl_module: Any, plan: Plan, target: float) -> None:
+        """Take away what the plan says, of the module and of all that hangs on it."""
+        shrinkage = plan.shrinkage
+        averages = _compat.averages_of(trainer, pl_module)
         with _compat.unwrapped(trainer):
-            shrink_(pl_module, plan.shrinkage, trainer.optimizers)
-            for average in _compat.averages_of(trainer, pl_module):
-                shrink_(average, plan.shrinkage)
+            shrinking = [prepared_shrinkage(pl_module, shrinkage, trainer.optimizers)]
+            shrinking += [prepared_shrinkage(average, shrinkage) for average in averages]
+            for shrink in shrinking:  # all of them have been looked at
+                shrink()
+            before = self._state
+            self._state = _State(
+                shrinkage=shrinkage.after(before.shrinkage),
+                parameters=[(before.parameters or plan.parameters)[0], plan.parameters[1]],
+                macs=[(before.macs or plan.macs)[0], plan.macs[1]],
+                structure=structure_of(pl_module),
+                whole=before.whole,
+                reached=plan.share,
+                asked=target,
+                done=before.done + 1,
+            )
             for callback in trainer.callbacks:
                 if isinstance(callback, CompressionCallback):
-                    callback.follow_shrinkage(plan.shrinkage, pl_module)
+                    callback.follow_shrinkage(shrinkage, pl_module)
             self._require_controller().weights.resized()
             _compat.reset_compiled_code()
-        self._state = _State(
-            shrinkage=plan.shrinkage.after(self._state.shrinkage),
-            original=plan.original,
-            structure=structure_of(pl_module),
-            whole=self._state.whole,
-            reached=plan.share,
-            asked=target,
-            done=self._state.done + 1,
-        )
-        self.plan = plan
-        if trainer.is_global_zero:
-            told = plan.text if not self._begun else lambda title: "; ".join([title, *plan.totals()])
-            announce(told(f"{self.name} has taken away {plan.share:.1%} of the {NAMES[self.budget]}") + "\n")
-        if "ModelCheckpoint" in forget_scores(trainer):
+        forgotten = forget_scores(trainer)
+        if "ModelCheckpoint" in forgotten:
             self._warn_once(
                 "the best checkpoints so far are of a larger network, so they are not compared with what follows; "
                 "their files stay"
             )
-        for quantity, value in (("share", plan.share), ("parameters", plan.parameters[1]), ("macs", plan.macs[1])):
-            self.log_quantity(quantity, float(value), batch_size=1)
+        for kind in {"EarlyStopping", "ReduceLROnPlateau"}.intersection(forgotten):
+            log.info("%s: %s begins to wait anew, with the smaller network", self.name, kind)
+        numbers = {"share": plan.share, "parameters": plan.parameters[1], "macs": plan.macs[1]}
+        for logger in trainer.loggers:  # past self.log, which keeps what falls between two steps that are logged
+            logged = {f"compress/{self.name}/{quantity}": float(value) for quantity, value in numbers.items()}
+            logger.log_metrics(logged, step=trainer.global_step)
 
     def _resize(self, trainer: Any, pl_module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         """Give the module, and averages of it, the sizes that a checkpoint has."""
-        known = self.has_fitted(pl_module)
+        owners = [name for name, own in checkpoint.get(SECTION, {}).items() if "structure" in own]
+        if self._saving and owners and self.name not in owners and checkpoint.get("callbacks"):
+            raise ValueError(
+                f"the checkpoint was saved with StructuredPruningCallback '{owners[0]}', whose rounds '{self.name}' "
+                f"does not know of: give this one name='{owners[0]}'"
+            )
+        if not owners and not self.has_fitted(pl_module):
+            return  # of a network that nobody has made smaller: if it does not fit, Lightning says so
         for module in (pl_module, *_compat.averages_of(trainer, pl_module)):
-            resize_(module, checkpoint, known=known)
+            told = resize_(module, checkpoint)
+            if told is not None and module is pl_module and self._saving and not self.has_fitted(pl_module):
+                self._warn_once(f"the checkpoint's network takes the place of this one: {told}")
+
+
+def _numbers(what: str, numbers: Sequence[int]) -> str:
+    return f"{what} {numbers[0]:,} -> {numbers[1]:,}"

@@ -27,6 +27,7 @@ from lightning_compress.export.sample import Call, Sample, as_sample, bind, capt
 from lightning_compress.export.scales import Scales, for_precision
 from lightning_compress.export.tracing import convert
 from lightning_compress.export.weights import read_checkpoint
+from lightning_compress.mechanisms.checkpoints import resize_, structures_in
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.isolation import random_state_kept
 from lightning_compress.mechanisms.selection import did_you_mean, find_module, plain_name
@@ -317,6 +318,8 @@ def _require_forward(module: nn.Module, part: nn.Module, name: str) -> None:
 
 def _load_(module: nn.Module, checkpoint: dict[str, Any], path: str | os.PathLike[str] | None) -> nn.Module:
     """Load a checkpoint as Lightning does, the module's own hook first, into an uncompiled copy."""
+    if structures_in(checkpoint) is not None:  # of a network that was made smaller
+        resize_(module, checkpoint)
     hook: Any = getattr(module, "on_load_checkpoint", None)
     if hook is not None:
         hook(checkpoint)

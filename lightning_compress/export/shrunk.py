@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from lightning_compress.export.weights import read_checkpoint
-from lightning_compress.mechanisms.checkpoints import resize_, structures_in
+from lightning_compress.mechanisms.checkpoints import resize_
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -20,12 +20,14 @@ def load_shrunk(module: ModuleT, checkpoint_path: str | os.PathLike[str]) -> Mod
 
     Args:
         module: Of the class that was trained, built as for the training; it is changed in place.
-        checkpoint_path: A file written by ``ModelCheckpoint`` or ``trainer.save_checkpoint``, with weights only too.
+        checkpoint_path: A file written by ``ModelCheckpoint`` or ``trainer.save_checkpoint``, with weights only too; or
+            a saved ``state_dict``.
 
     Returns:
         The module, with the sizes and the weights of the checkpoint, loaded strictly.
 
     Raises:
+        TypeError: If ``module`` is no module.
         FileNotFoundError: If there is no such file.
         ValueError: If it is no Lightning checkpoint, or was saved from another class.
 
@@ -46,7 +48,9 @@ def load_shrunk(module: ModuleT, checkpoint_path: str | os.PathLike[str]) -> Mod
           (1): Linear(in_features=3, out_features=1, bias=True)
         )
     """
-    checkpoint = read_checkpoint(checkpoint_path)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, built as for the training, got {module!r}")
+    checkpoint = read_checkpoint(checkpoint_path, or_weights=True)
     state = checkpoint["state_dict"]
     names = set(module.state_dict())
     if names != set(state):
@@ -55,6 +59,6 @@ def load_shrunk(module: ModuleT, checkpoint_path: str | os.PathLike[str]) -> Mod
             f"checkpoint_path '{os.fspath(checkpoint_path)}' was not saved from a {type(module).__name__}: only one of "
             f"the two has {', '.join(map(repr, different))}"
         )
-    resize_(module, checkpoint, known=structures_in(checkpoint) is None)  # of weights saved alone after the fit
+    resize_(module, checkpoint)
     module.load_state_dict(state, strict=True)
     return module

@@ -36,8 +36,11 @@ def plain_state_dict(checkpoint_path: str | os.PathLike[str]) -> dict[str, Tenso
     return weights
 
 
-def read_checkpoint(checkpoint_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The whole contents of a Lightning checkpoint, tensors on the CPU; arguments and errors as above."""
+def read_checkpoint(checkpoint_path: str | os.PathLike[str], *, or_weights: bool = False) -> dict[str, Any]:
+    """The whole contents of a Lightning checkpoint, tensors on the CPU; arguments and errors as above.
+
+    With ``or_weights``, plain weights are what a checkpoint with weights alone would be.
+    """
     path = Path(checkpoint_path)
     if path.is_dir():
         raise ValueError(
@@ -58,6 +61,8 @@ def read_checkpoint(checkpoint_path: str | os.PathLike[str]) -> dict[str, Any]:
     if isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values()):
         return checkpoint
     if checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
+        if or_weights:
+            return {"state_dict": checkpoint}
         raise ValueError(
             f"checkpoint_path '{path}' already holds plain weights, not a Lightning checkpoint; "
             "load it with torch.load(..., weights_only=True)"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Budget = Literal["filters", "params", "macs"]
@@ -52,11 +52,13 @@ class Sizes:
         shapes: Name of each parameter, a shared one once, to its shape.
         macs: Name of a weight to the multiply-accumulates of its layer for one sample.
         other_macs: Multiply-accumulates that belong to no weight.
+        originally: The shapes before the first of several rounds; of parameters that are not in it they are the same.
     """
 
     shapes: Mapping[str, Sequence[int]]
     macs: Mapping[str, float]
     other_macs: float = 0.0
+    originally: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 class Costs:
@@ -96,6 +98,23 @@ class Costs:
         def length(name: str, dim: int) -> int:
             removed = sum(entries * gone[index] for index, entries in self._touching.get((name, dim), ()))
             return self._sizes.shapes[name][dim] - removed
+
+        return self._cost(budget, length)
+
+    def original(self, budget: Budget) -> float:
+        """The cost before the first of several rounds.
+
+        Args:
+            budget: As in :meth:`of`.
+
+        Returns:
+            A number.
+        """
+        shapes = {**self._sizes.shapes, **self._sizes.originally}
+        return self._cost(budget, lambda name, dim: shapes[name][dim])
+
+    def _cost(self, budget: Budget, length: Callable[[str, int], int]) -> float:
+        """The cost of a network whose tensors are so long."""
 
         def numbers(name: str) -> int:
             return math.prod(length(name, dim) for dim in range(len(self._sizes.shapes[name])))

@@ -217,38 +217,34 @@ def structures_in(checkpoint: Mapping[str, Any]) -> tuple[Structure, Structure] 
     return (entries[0]["structure"], entries[0]["whole"]) if entries else None
 
 
-def resize_(module: nn.Module, checkpoint: Mapping[str, Any], *, known: bool = False) -> None:
+def resize_(module: nn.Module, checkpoint: Mapping[str, Any]) -> str | None:
     """Give a module, in place, the sizes that a checkpoint has.
 
     Args:
         module: Of the class that was saved.
-        checkpoint: As it is in the file.
-        known: Whether the module is one that has been made smaller, so that it may have any sizes now.
+        checkpoint: As it is in the file; what it does not say of sizes is told by its tensors.
+
+    Returns:
+        What is to be said where the module never had the sizes that the saved one had at first; else None.
 
     Raises:
-        ValueError: If the module never had the sizes that the saved one had at first.
+        ValueError: If tensors do not tell, or are of another network.
 
     Example:
-        >>> saved, checkpoint = nn.Linear(2, 1), {"state_dict": nn.Linear(2, 1).state_dict()}
-        >>> keep_structure_(checkpoint, "structured", saved, structure_of(nn.Linear(2, 8)))
-        >>> module = nn.Linear(2, 8)
+        >>> saved, module = nn.Linear(2, 1), nn.Linear(2, 8)
+        >>> checkpoint = {"state_dict": saved.state_dict()}
+        >>> keep_structure_(checkpoint, "structured", saved, structure_of(module))
         >>> resize_(module, checkpoint)
         >>> module
         Linear(in_features=2, out_features=1, bias=True)
     """
     told, state, now = structures_in(checkpoint), checkpoint["state_dict"], structure_of(module)
-    if told is None:  # saved before, or elsewhere, or weights alone after a fit
-        if known:
-            restructure_(module, structure_told_by(module, state), state)
-        return
-    structure, whole = told
-    if not known and now not in (structure, whole):
-        name, own = next((name, own) for name, own in now.items() if own != whole.get(name))
-        raise ValueError(
-            f"the checkpoint was saved from another {type(module).__name__}: before any filters went, '{name}' had "
-            f"{whole.get(name)} there, and it has {own} here"
-        )
+    structure, whole = told or (structure_told_by(module, state), now)
     restructure_(module, structure, state)
+    if now in (structure, whole):
+        return None
+    name = next((name for name in {**now, **whole} if now.get(name) != whole.get(name)), "")
+    return f"before any filters went, '{name}' had {whole.get(name)}, and it had {now.get(name)} here"
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_compress.functional.filters import FilterScore, filter_rows, filter_scores
 from lightning_compress.mechanisms.budgets import ChannelGroup, Place
 from lightning_compress.mechanisms.selection import listing, plain_name
-from lightning_compress.mechanisms.shrinking import Shrinkage, Structure
+from lightning_compress.mechanisms.shrinking import Shrinkage, Structure, tensors_of
 from lightning_compress.mechanisms.tree import named_tensors
 from lightning_compress.mechanisms.weights import Site, filters_of
 
@@ -97,6 +98,7 @@ class Dependencies:
         outputs: From what ``run`` returned to what must keep its shape; None: all of it.
         selected: Names of the layers whose filters may go.
         fixed: Names of modules that must not be touched, with the reason.
+        originally: Shapes of tensors before the first of several rounds, where they were others.
 
     Raises:
         ImportError: If Torch-Pruning is not installed.
@@ -117,13 +119,13 @@ class Dependencies:
         *,
         selected: Collection[str],
         outputs: Callable[[Any], Any] = lambda value: value,
-        fixed: Mapping[str, str] | None = None,
-        originally: Mapping[str, int] | None = None,
+        fixed: Mapping[str, str] = MappingProxyType({}),
+        originally: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> None:
         self._library = require_torch_pruning()
         self._root = root
         self._names = {part: plain_name(name) for name, part in reversed(list(root.named_modules()))}
-        self._selected, self._fixed, self._originally = set(selected), dict(fixed or {}), dict(originally or {})
+        self._selected, self._fixed, self._originally = set(selected), dict(fixed), dict(originally)
         self._graph = self._library.DependencyGraph()
         self._returned: set[Any] = set()  # what the outputs were computed by: functions of autograd, and modules
         self._before = _sizes_of(root)
@@ -198,7 +200,7 @@ class Dependencies:
         Raises:
             StructureError: If the library cannot cut a layer.
         """
-        shapes = {name: list(value.shape) for name, value in _named(self._root)}
+        shapes = {name: list(value.shape) for name, value in tensors_of(self._root).items()}
         _number_entries_(self._root)
         for name, channels in removed.items():
             module, handler = self._roots[name]
@@ -211,7 +213,7 @@ class Dependencies:
                     f"exclude=['{name}']"
                 ) from error
         kept = {}
-        for name, value in _named(self._root):
+        for name, value in tensors_of(self._root).items():
             if list(value.shape) != shapes[name]:
                 kept[name] = _kept(name, value, shapes[name])
         after = _sizes_of(self._root)
@@ -239,7 +241,13 @@ class Dependencies:
             returned = run(root)
             for _, tensor in named_tensors(outputs(returned)):
                 self._returned |= {tensor.grad_fn, *by.get(tensor.grad_fn, ())}
-            return [tensor for _, tensor in named_tensors(returned) if tensor.grad_fn is not None]
+            traced = [tensor for _, tensor in named_tensors(returned) if tensor.grad_fn is not None]
+            if not traced:
+                raise StructureError(
+                    f"the network returns no tensor that a gradient could come to, but {type(returned).__name__}, so "
+                    "its structure cannot be told"
+                )
+            return traced
 
         for parameter in self._root.parameters():
             if parameter.is_floating_point():
@@ -247,7 +255,15 @@ class Dependencies:
         hooks = [part.register_forward_hook(note) for part in self._root.modules() if not list(part.children())]
         try:
             with torch.enable_grad():
-                self._graph.build_dependency(self._root, None, forward_fn=forward, verbose=False)
+                self._graph.build_dependency(
+                    self._root,
+                    None,
+                    forward_fn=forward,
+                    unwrapped_parameters=_maps(self._root),
+                    verbose=False,
+                )
+        except StructureError:
+            raise
         except Exception as error:  # of the network, or of the library, which raises whatever it meets
             raise StructureError(
                 f"the structure of the network cannot be told: {type(error).__name__}: {error}{self._where(error)}; "
@@ -308,7 +324,9 @@ class Dependencies:
                 shrinks[place] = shrinks.get(place, 0) + entries
                 if item.makes and isinstance(item.module, LAYERS) and place[0] == f"{item.name}.weight":
                     filters.append(place)
-        originally = self._originally.get(name, channels)
+        weight, dim = filters[0]
+        shape = items[0].module.weight.shape
+        originally = channels * self._originally.get(weight, list(shape))[dim] // shape[dim]
         self.groups.append(ChannelGroup(name, layers, channels, blocks, shrinks, tuple(filters), originally))
         self._roots[name], self._items[name] = (items[0].module, group[0].dep.handler), items
         if any(_counts_channels(entry.dep.target) for entry in group):
@@ -394,6 +412,17 @@ class Dependencies:
         return found
 
 
+def _maps(root: nn.Module) -> list[tuple[nn.Parameter, int]]:
+    """Parameters of the user's own over channels and places, (1, C, ...): the library would take the last dimension."""
+    return [
+        (leaf, 1)
+        for part in root.modules()
+        if not type(part).__module__.startswith("torch.nn")
+        for leaf in part._parameters.values()
+        if leaf is not None and leaf.ndim >= 4 and leaf.shape[0] == 1 and leaf.shape[1] > 1
+    ]
+
+
 def _is_output(node: Any) -> bool:
     return type(node.module).__name__ == "_OutputOp"
 
@@ -468,14 +497,9 @@ def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(own.shape) for name, own in tensors.items() if own is not None}
 
 
-def _named(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, value in [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]:
-        yield plain_name(name), value
-
-
 def _number_entries_(root: nn.Module) -> None:
     """Let each tensor hold the numbers of its own entries, in main memory."""
-    for value in {id(own): own for _, own in _named(root)}.values():
+    for value in {id(own): own for own in tensors_of(root).values()}.values():
         exact = torch.float32 if value.numel() <= 1 << 24 else torch.float64
         value.data = torch.arange(value.numel(), dtype=exact).reshape(value.shape)
         value.grad = None

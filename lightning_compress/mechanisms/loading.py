@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_compress.mechanisms.checkpoints import resize_, structures_in
 from lightning_compress.mechanisms.selection import did_you_mean, find_module
+from lightning_compress.mechanisms.shrinking import restructure_, structure_told_by
 
 
 def build_module(source: Any, *, argument: str) -> nn.Module:
@@ -133,9 +135,11 @@ def teacher_from_checkpoint(
     checkpoint = _read_checkpoint(ckpt_path, weights_only)
     arguments = init_args or {}
     _refuse_unknown(make, arguments, path)
+    smaller = structures_in(checkpoint) is not None  # than what its class makes
     if _is_lightning_module(make) and "pytorch-lightning_version" in checkpoint:
+        kind = _resizing(make) if smaller else make
         module = _built(
-            lambda **given: make.load_from_checkpoint(  # type: ignore[union-attr]
+            lambda **given: kind.load_from_checkpoint(
                 ckpt_path, map_location="cpu", strict=True, weights_only=weights_only, **given
             ),
             arguments,
@@ -143,11 +147,14 @@ def teacher_from_checkpoint(
             argument="class_path",
             hint=f". What {os.fspath(ckpt_path)} does not hold goes into init_args",
         )
+        module.__class__ = make
         return find_module(module, submodule, argument="submodule").eval()
     module = _built(make, arguments, path=path, argument="class_path")
     weights = checkpoint.get("state_dict", checkpoint)
     if submodule and all(name != submodule for name, _ in module.named_modules()):
         weights, submodule = _below(weights, submodule, ckpt_path), ""  # of the LightningModule around the network
+    if smaller:
+        restructure_(module, structure_told_by(module, weights), weights)
     try:
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -155,6 +162,16 @@ def teacher_from_checkpoint(
             f"the weights in {os.fspath(ckpt_path)} do not fit {type(module).__name__}: {error}"
         ) from error
     return find_module(module, submodule, argument="submodule").eval()
+
+
+def _resizing(make: Any) -> Any:
+    """The same class, but that an instance takes the sizes of a checkpoint that is loaded into it."""
+
+    def on_load_checkpoint(self: nn.Module, checkpoint: dict[str, Any]) -> None:
+        resize_(self, checkpoint)
+        make.on_load_checkpoint(self, checkpoint)
+
+    return type(make.__name__, (make,), {"on_load_checkpoint": on_load_checkpoint, "__module__": make.__module__})
 
 
 def _built(

@@ -42,6 +42,10 @@ class Progress:
         """Optimizer steps so far; batches with manual optimisation."""
         return int(self._trainer.global_step) if self._automatic else _compat.batches_seen(self._trainer)
 
+    def step_at(self, fraction: float) -> int:
+        """Before which step, counted from 0, so much of the training is behind for the first time."""
+        return math.ceil(fraction * min(self._lengths) - 1e-9)
+
     @property
     def steps_after_this(self) -> int:
         """What :attr:`steps` will be after the optimizer step that is about to be taken."""

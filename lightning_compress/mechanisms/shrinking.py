@@ -8,7 +8,7 @@ numbers of its modules, from which :func:`restructure_` makes the shapes of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,12 @@ SIZES = (
     *("embed_dim", "kdim", "vdim", "num_heads", "head_dim"),
 )
 """Attributes of torch's layers that say how large their tensors are."""
+
+LAYERS_OF_TORCH = (
+    *(_ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.MultiheadAttention),
+    *(_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU),
+)
+"""What has these attributes, of torch's own and derived from it; a user's attribute of such a name is his own."""
 
 Kept = dict[int, list[int]]
 """Dimension of a tensor to the indices that stay, ascending; a dimension that is not there stays whole."""
@@ -138,16 +144,13 @@ class Shrinkage:
 def shrink_(module: nn.Module, shrinkage: Shrinkage, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
     """Take away, in place, what a plan does not keep, of a module and of what optimizers know of its parameters.
 
-    Everything is looked at before anything is touched, so after a refusal all is as it was.
-
     Args:
         module: The network, or a copy of it; between two steps, when no graph of it will be differentiated any more.
         shrinkage: The plan.
         optimizers: Those that train it. Their entries for a parameter are sliced as it is.
 
     Raises:
-        ValueError: If the module is not the one that was planned for, or an optimizer keeps for a parameter what cannot
-            be sliced with it.
+        ValueError: As :func:`prepared_shrinkage`; nothing has been touched then.
 
     Example:
         >>> layer = nn.Linear(2, 3)
@@ -156,30 +159,75 @@ def shrink_(module: nn.Module, shrinkage: Shrinkage, optimizers: Sequence[torch.
         >>> layer
         Linear(in_features=2, out_features=2, bias=True)
     """
-    tensors = _tensors(module)
-    missing = [name for name in shrinkage.kept if name not in tensors]
-    if missing:
+    prepared_shrinkage(module, shrinkage, optimizers)()
+
+
+def prepared_shrinkage(
+    module: nn.Module, shrinkage: Shrinkage, optimizers: Sequence[torch.optim.Optimizer] = ()
+) -> Callable[[], None]:
+    """What :func:`shrink_` does, all of it looked at, and nothing touched yet.
+
+    Args:
+        module: Likewise.
+        shrinkage: Likewise.
+        optimizers: Likewise.
+
+    Returns:
+        What does it, which cannot fail.
+
+    Raises:
+        ValueError: If the module is not the one that was planned for, or an optimizer keeps for a parameter what cannot
+            be sliced with it.
+
+    Example:
+        >>> layer = nn.Linear(2, 3, bias=False)
+        >>> shrink = prepared_shrinkage(layer, Shrinkage({"weight": {0: [0]}}, {}, {"weight": [3, 2]}))
+        >>> shrink()
+        >>> layer.weight.shape
+        torch.Size([1, 2])
+    """
+    tensors = tensors_of(module)
+    if missing := [name for name in shrinkage.kept if name not in tensors]:
         raise ValueError(
             f"the plan is of another module than {type(module).__name__}: {listing(missing)} are not in it"
         )
+    names = {id(tensors[name]): name for name in shrinkage.kept}
     with torch.no_grad():
-        smaller = {
-            id(tensors[name]): (tensors[name], shrinkage.take(name, tensors[name].data)) for name in shrinkage.kept
-        }
-        named = {id(tensors[name]): name for name in shrinkage.kept}
-        gradients = {
-            key: shrinkage.take(named[key], own.grad) for key, (own, _) in smaller.items() if own.grad is not None
-        }
-        entries = [_smaller_entries(optimizer, named, shrinkage) for optimizer in optimizers]
-        for key, (own, value) in smaller.items():
-            own.grad = None
-            _set_data(own, value)
-            if key in gradients:
-                own.grad = gradients[key]
-        for optimizer, changed in zip(optimizers, entries, strict=True):
-            for parameter, values in changed:
-                optimizer.state[parameter].update(values)
-    _set_attributes(module, shrinkage.attributes)
+        smaller = [(tensors[name], _taken(shrinkage, name, tensors[name].data)) for name in names.values()]
+        gradients = [
+            None if leaf.grad is None else _taken(shrinkage, names[id(leaf)], leaf.grad) for leaf, _ in smaller
+        ]
+        entries = [_smaller_entries(optimizer, names, shrinkage) for optimizer in optimizers]
+
+    def shrink() -> None:
+        with torch.no_grad():
+            for (leaf, value), gradient in zip(smaller, gradients, strict=True):
+                leaf.grad = None
+                _set_data(leaf, value)
+                leaf.grad = gradient
+            for optimizer, changed in zip(optimizers, entries, strict=True):
+                for parameter, values in changed:
+                    optimizer.state[parameter].update(values)
+        _set_attributes(module, shrinkage.attributes)
+
+    return shrink
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, as when nothing is compiled; each under all of its names.
+
+    Args:
+        module: Any.
+
+    Returns:
+        Name to tensor.
+
+    Example:
+        >>> list(tensors_of(nn.Linear(1, 1)))
+        ['weight', 'bias']
+    """
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {plain_name(name): value for name, value in named}
 
 
 def structure_of(module: nn.Module) -> Structure:
@@ -198,7 +246,7 @@ def structure_of(module: nn.Module) -> Structure:
     found: Structure = {}
     for name, part in module.named_modules():
         values = {key: _plain(vars(part)[key]) for key in SIZES if _is_size(vars(part).get(key))}
-        if values:
+        if values and isinstance(part, LAYERS_OF_TORCH):
             found[plain_name(name)] = values
     return found
 
@@ -206,7 +254,7 @@ def structure_of(module: nn.Module) -> Structure:
 def structure_told_by(module: nn.Module, state: Mapping[str, Tensor]) -> Structure:
     """What the layers of a module would say of their sizes if they had the tensors of another: as far as tensors tell.
 
-    That of a norm without weights, say, they do not.
+    They do not tell that of a layer norm without weights.
 
     Args:
         module: Of the class that was saved.
@@ -214,6 +262,9 @@ def structure_told_by(module: nn.Module, state: Mapping[str, Tensor]) -> Structu
 
     Returns:
         As :func:`structure_of`.
+
+    Raises:
+        ValueError: If layers have other sizes, and one that must fit them has no tensors.
 
     Example:
         >>> structure_told_by(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(4, 4, 3, groups=4).state_dict())
@@ -226,6 +277,13 @@ def structure_told_by(module: nn.Module, state: Mapping[str, Tensor]) -> Structu
         values = _told_by(part, own)
         if values:
             found[plain_name(name)] = values
+    silent = [name for name, part in module.named_modules() if isinstance(part, nn.LayerNorm) and part.weight is None]
+    now = structure_of(module)
+    if silent and any(now.get(name, {}) != {**now.get(name, {}), **values} for name, values in found.items()):
+        raise ValueError(
+            f"the sizes of {listing(silent)}, which has no weights, are not told by the tensors of the checkpoint; "
+            "save a whole one, not weights alone"
+        )
     return found
 
 
@@ -271,7 +329,7 @@ def restructure_(module: nn.Module, structure: Mapping[str, Mapping[str, Any]], 
         >>> module.load_state_dict(smaller.state_dict())
         <All keys matched successfully>
     """
-    tensors = _tensors(module)
+    tensors = tensors_of(module)
     saved = {plain_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
     others = {name: own for name, own in tensors.items() if name in saved and own.shape != saved[name].shape}
     for name, own in others.items():
@@ -287,22 +345,24 @@ def restructure_(module: nn.Module, structure: Mapping[str, Mapping[str, Any]], 
     _set_attributes(module, structure)
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each under all of its names."""
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {plain_name(name): value for name, value in named}
+def _taken(shrinkage: Shrinkage, name: str, value: Tensor) -> Tensor:
+    """What stays of a tensor, in the memory format that it has."""
+    taken = shrinkage.take(name, value)
+    for layout in (torch.channels_last, torch.channels_last_3d) if not value.is_contiguous() else ():
+        if value.ndim == (4 if layout is torch.channels_last else 5) and value.is_contiguous(memory_format=layout):
+            return taken.contiguous(memory_format=layout)
+    return taken.contiguous()
 
 
-def _set_data(own: Tensor, value: Tensor) -> None:
+def _set_data(leaf: Tensor, value: Tensor) -> None:
     """Give a tensor that stays the same object other contents.
 
     Autograd keeps with a parameter what it knows of its shape, for as long as any graph of it lives. Another type in
     between lets it forget.
     """
-    between = torch.float32 if value.dtype != torch.float32 else torch.float64
-    if own.is_floating_point():
-        own.data = value.to(between)
-    own.data = value.contiguous()
+    if leaf.is_floating_point():
+        leaf.data = value.to(torch.float32 if value.dtype == torch.float16 else torch.float16)
+    leaf.data = value
 
 
 def _smaller_entries(
@@ -318,7 +378,7 @@ def _smaller_entries(
         for key, value in state.items() if isinstance(state, Mapping) else [("state", [state])]:
             if isinstance(value, Tensor) and value.ndim > 0:
                 try:
-                    values[key] = shrinkage.take(name, value)
+                    values[key] = _taken(shrinkage, name, value)
                 except ValueError as error:
                     raise ValueError(f"{_keeps(optimizer, key)} cannot be made smaller with it: {error}") from error
             elif not isinstance(value, Tensor) and _holds_tensors(value):

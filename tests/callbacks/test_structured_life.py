@@ -29,14 +29,16 @@ from lightning_compress import (
     PTQCallback,
     QATCallback,
     StructuredPruningCallback,
+    teacher_from_checkpoint,
 )
 from lightning_compress.export import load_shrunk, plain_state_dict, to_onnx
+from lightning_compress.export.runtime import OnnxNetwork
 
 ROUNDS = {"schedule": "iterative", "start": 0.0, "end": 0.75, "rounds": 3}  # before steps 4, 8 and 12 of 16
 
 
-def structured(**arguments):
-    return StructuredPruningCallback(0.5, **{"start": 0.5, **arguments})
+def structured(ratio=0.5, **arguments):
+    return StructuredPruningCallback(ratio, **{"start": 0.5, **arguments})
 
 
 def sizes(module):
@@ -184,18 +186,62 @@ def test_saved_after_the_fit_it_has_its_sizes(weights_only, tmp_path):
     assert difference(load_shrunk(Lit(), tmp_path / "later.ckpt"), module) == 0
 
 
-def test_a_checkpoint_of_a_network_that_was_wider_at_first_is_refused(tmp_path):
+def test_a_checkpoint_of_a_network_that_was_another_one_at_first_is_told(tmp_path):
     trainer = fitted(Lit(), structured(), steps=8)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    wider = r"'net.conv1' had .*'out_channels': 16.* there, and it has .*'out_channels': 32.* here"
-    with pytest.raises(ValueError, match=wider):
-        load_shrunk(Lit(net=Net(32, 24)), tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=wider):
-        fitted(Lit(net=Net(32, 24)), structured(), steps=16, ckpt_path=tmp_path / "a.ckpt")
+    module = Lit(net=Net(32, 24))
+    with pytest.warns(UserWarning, match=r"'net.conv1' had .*'out_channels': 16.*, and it had .*'out_channels': 32"):
+        fitted(module, structured(), steps=16, ckpt_path=tmp_path / "a.ckpt")
+    assert sizes(module) == [8, 8, 12]
     plain = fitted(Lit(), steps=8)
     plain.save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.raises(RuntimeError, match="size mismatch"):
         fitted(Lit(net=Net(32, 24)), structured(), steps=16, ckpt_path=tmp_path / "plain.ckpt")
+
+
+def test_made_smaller_twice_it_still_loads_into_the_class(tmp_path):
+    module = Lit()
+    fitted(module, structured(start=0.0), steps=8)
+    trainer = fitted(module, structured(0.5, start=0.0, min_channels=2), steps=8)
+    assert sizes(module) == [4, 4, 6]
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    for fresh in (Lit(), load_shrunk(Lit(), tmp_path / "again.ckpt")):
+        assert difference(load_shrunk(fresh, tmp_path / "again.ckpt"), module) == 0
+
+
+def test_under_another_name_it_is_not_gone_on_with(tmp_path):
+    trainer = fitted(Lit(), structured(), steps=8)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(
+        ValueError, match="saved with StructuredPruningCallback 'structured'.*give this one name='struc"
+    ):
+        fitted(Lit(), structured(name="other"), steps=16, ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_with_other_arguments_a_file_can_be_validated(tmp_path):
+    module = Lit()
+    fitted(module, structured(), steps=8).save_checkpoint(tmp_path / "a.ckpt")
+    fresh = Lit()
+    tester = L.Trainer(callbacks=[structured(0.3)], logger=False, accelerator="cpu", enable_progress_bar=False)
+    with pytest.warns(UserWarning, match="other arguments"):
+        tester.validate(fresh, fresh.val_dataloader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert difference(fresh, module) == 0
+
+
+def test_export_and_teachers_take_checkpoints_of_smaller_networks(tmp_path):
+    module = Lit()
+    fitted(module, structured(), steps=8).save_checkpoint(tmp_path / "a.ckpt")
+    result = to_onnx(Lit(), tmp_path / "m.onnx", rows()[0][:2], network="net", checkpoint=tmp_path / "a.ckpt")
+    x = rows()[0][:4]
+    with torch.no_grad():
+        expected = module.eval().net(x)
+    assert torch.allclose(OnnxNetwork(result.path).run([x])[0], expected, atol=1e-5)
+    for arguments in ((Lit, "net"), ("structured_networks.Net", "net")):
+        teacher = teacher_from_checkpoint(arguments[0], tmp_path / "a.ckpt", submodule=arguments[1])
+        assert type(teacher) is Net
+        assert torch.equal(teacher(x), expected)
+    whole = teacher_from_checkpoint(Lit, tmp_path / "a.ckpt")
+    assert type(whole) is Lit
 
 
 def test_a_second_fit_leaves_it_as_small_as_it_is(caplog):

@@ -270,7 +270,7 @@ def scaled() -> MixedPrecision:
 def twin(kind: type[Classifier], checkpoint: dict[str, Any]) -> Classifier:
     """A module with the weights of a checkpoint, loaded strictly; with its sizes, where it says that it has others."""
     module = made(kind)
-    resize_(module, checkpoint, known=True)
+    resize_(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=True)
     return module
 

@@ -42,8 +42,29 @@ def test_another_class_is_refused(tmp_path):
     _, path = saved(tmp_path)
     with pytest.raises(ValueError, match=r"was not saved from a Linear: only one of the two has '0.bias'"):
         load_shrunk(nn.Linear(2, 2), path)
-    with pytest.raises(ValueError, match=r"before any filters went, '0' had .*8.* there, and it has .*16.* here"):
-        load_shrunk(network(16), path)
+    with pytest.raises(TypeError, match="module must be a torch.nn.Module"):
+        load_shrunk(nn.Linear, path)
+
+
+def test_any_width_of_the_class_will_do(tmp_path):
+    own, path = saved(tmp_path)
+    assert repr(load_shrunk(network(16), path)) == repr(load_shrunk(network(2), path)) == repr(own)
+
+
+def test_plain_weights_tell_their_sizes(tmp_path):
+    own = network(4)
+    torch.save(own.state_dict(), tmp_path / "w.pt")
+    assert repr(load_shrunk(network(8), tmp_path / "w.pt")) == repr(own)
+
+
+def test_what_tensors_do_not_tell_is_refused(tmp_path):
+    def normed(width):
+        return nn.Sequential(nn.Linear(3, width), nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, 2))
+
+    torch.save(normed(4).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="the sizes of '1', which has no weights, are not told by the tensors"):
+        load_shrunk(normed(8), tmp_path / "w.pt")
+    assert repr(load_shrunk(normed(4), tmp_path / "w.pt")) == repr(normed(4))
 
 
 def test_no_file_and_no_checkpoint(tmp_path):

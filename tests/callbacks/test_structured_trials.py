@@ -1,0 +1,338 @@
+"""What the rehearsal must see, and what it must leave alone: each was once wrong, or silent."""
+
+from __future__ import annotations
+
+import copy
+
+import lightning.pytorch as L
+import pytest
+import torch
+from contract.modules import difference
+from lightning.pytorch.loggers import CSVLogger
+from structured_networks import EPOCH, Lit, Net, fitted, rows
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+
+from lightning_compress import DPFCallback, PruningCallback, QATCallback, StructuredPruningCallback
+from lightning_compress.mechanisms.dependencies import StructureError
+
+
+def structured(ratio=0.5, **arguments):
+    return StructuredPruningCallback(ratio, **arguments)
+
+
+class Sizes(Lit):
+    """Batches of images of growing or shrinking size."""
+
+    def __init__(self, lengths, **settings):
+        super().__init__(net=nn.Sequential(
+            nn.Conv2d(2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3),
+        ), **settings)  # fmt: skip
+        self.lengths = lengths
+
+    def train_dataloader(self):
+        images, labels = rows()
+        sizes = [self.lengths[index * len(self.lengths) // EPOCH] for index in range(EPOCH)]
+        return DataLoader([(F.interpolate(images[:4], size=(own, own)), labels[:4]) for own in sizes], batch_size=None)
+
+
+def test_rounds_on_batches_of_other_sizes_take_as_much():
+    """The share of multiply-accumulates is of the network, not of the batch at hand."""
+    results = []
+    for lengths in ((8, 8), (8, 16), (16, 8)):
+        module = Sizes(lengths)
+        callback = structured(0.75, budget="macs", schedule="iterative", rounds=2, end=0.75, min_channels=2)
+        fitted(module, callback)
+        assert callback.reached == pytest.approx(0.75, abs=0.02)
+        results.append([module.net[0].out_channels, module.net[2].out_channels])
+    assert results[0] == results[1] == results[2]
+
+
+class Scrambled(nn.Module):
+    """Channels change places between two convolutions; elsewhere a norm sees channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.norm, self.fc = nn.GroupNorm(4, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.b(F.relu(self.a(x)).flip(1))))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+def test_a_norm_elsewhere_hides_nothing():
+    with pytest.raises(StructureError, match=r"computes something else .*exclude=\['net.a'\]"):
+        fitted(Lit(net=Scrambled()), structured(min_channels=4))
+
+
+class Head(nn.Module):
+    def __init__(self, scrambled):
+        super().__init__()
+        self.a, self.b, self.scrambled = nn.Linear(16, 16), nn.Linear(16, 3), scrambled
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        return self.b(x.flip(1) if self.scrambled else x)
+
+
+class TwoHeads(Lit):
+    def __init__(self, scrambled, optimizer="sgd"):
+        self.scrambled = scrambled
+        super().__init__(optimizer, net=nn.Identity())
+
+    def build(self, net):
+        self.body = nn.Sequential(nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.first, self.second = Head(self.scrambled), Head(False)
+
+    def logits(self, x):
+        features = self.body(x)
+        return self.first(features) + self.second(features)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_all_networks_of_a_step_are_compared(precision):
+    with pytest.raises(StructureError, match=r"computes something else .*exclude=\['first.a'\]"):
+        fitted(TwoHeads(scrambled=True), structured(min_channels=4), precision=precision)
+    module, callback = TwoHeads(scrambled=False), structured(min_channels=4)
+    fitted(module, callback, precision=precision)
+    assert module.body[0].out_channels == module.first.a.out_features == 8
+    assert callback.plan.difference < 1e-5
+
+
+@pytest.mark.parametrize("kind", [PruningCallback, DPFCallback])
+def test_masks_on_what_stays_have_the_sparsity_that_was_asked_for(kind, tmp_path):
+    """Filters go by another score than weights, so what stays may be masked more, or less, than the whole was."""
+    for score in ("bn_scale", "l2"):
+        masks, module = kind(0.5, end=0.1, update_interval=1), Lit()
+        trainer = fitted(module, masks, structured(score=score, start=0.5), steps=16)
+        assert masks.reached == pytest.approx(0.5, abs=1e-3)
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        resumed = Lit()
+        fitted(
+            resumed, kind(0.5, end=0.1, update_interval=1), structured(score=score, start=0.5), steps=24,
+            ckpt_path=tmp_path / "a.ckpt",
+        )  # fmt: skip
+
+
+class PartAverage(L.Callback):
+    """An average of a part of the module, as Lightning's own is not."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self._average_model = AveragedModel(pl_module.net)
+
+
+def test_an_average_that_cannot_follow_is_refused_before_anything_goes():
+    module, callback = Lit(), structured()
+    shapes = [tuple(leaf.shape) for leaf in module.parameters()]
+    with pytest.raises(ValueError, match="the plan is of another module than Net: 'net.conv1.weight'"):
+        fitted(module, PartAverage(), callback)
+    assert [tuple(leaf.shape) for leaf in module.parameters()] == shapes
+    assert callback.reached == 0
+
+
+def test_an_error_in_another_callback_leaves_a_state_that_fits_the_module():
+    class Broken(PruningCallback):
+        def follow_shrinkage(self, shrinkage, pl_module):
+            raise RuntimeError("broken")
+
+    module, callback = Lit(), structured()
+    with pytest.raises(RuntimeError, match="broken"):
+        fitted(module, callback, Broken(0.5))
+    assert module.net.conv1.out_channels == 8
+    assert callback.reached == 0.5
+
+
+class Writing(Lit):
+    """A step that takes things out of its batch, and writes into it."""
+
+    def train_dataloader(self):
+        images, labels = rows()
+        return DataLoader(
+            [{"x": x, "y": y} for x, y in zip(images.split(8), labels.split(8), strict=True)], batch_size=None
+        )
+
+    def training_step(self, batch, batch_idx):
+        y = batch.pop("y")
+        batch["x"].mul_(0.5)
+        return F.cross_entropy(self.net(batch["x"]), y)
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def test_a_step_may_write_into_its_batch():
+    class Halved(Lit):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0] * 0.5), batch[1])
+
+    writing, plain = Writing(), Halved()
+    fitted(writing, structured(start=0.5))
+    fitted(plain, structured(start=0.5))
+    assert difference(writing, plain) == 0
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_in_the_same_step_quantisation_cannot_begin(order):
+    """Of 8 steps, .51 and .6 both are the sixth."""
+    with pytest.raises(ValueError, match="'qat' begins in the same step, or before"):
+        fitted(Lit(), *[structured(start=0.51), QATCallback(start=0.6)][::order])
+
+
+def test_a_number_of_the_users_is_no_size(tmp_path):
+    class Counting(Lit):
+        num_heads = 0
+
+        def on_train_batch_end(self, *_):
+            self.num_heads = self.num_heads + 1
+
+    fitted(Counting(), structured(), steps=8).save_checkpoint(tmp_path / "a.ckpt")
+    module = Counting()
+    fitted(module, structured(), steps=16, ckpt_path=tmp_path / "a.ckpt")
+    assert module.net.conv1.out_channels == 8
+    assert module.num_heads == 8
+
+
+class Skipping(Lit):
+    def __init__(self, skipped, **settings):
+        super().__init__(**settings)
+        self.skipped = skipped
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx in self.skipped else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("score", ["l2", "taylor"])
+def test_a_batch_that_is_skipped_is_waited_out(score):
+    module = Skipping((0, 1, 4))
+    fitted(module, structured(start=0.5, score=score), steps=16)
+    assert module.net.conv1.out_channels == 8
+
+
+def test_a_step_that_never_does_anything_is_an_error():
+    with pytest.raises(StructureError, match="calls no network, in 32 batches"):
+        fitted(Skipping(range(100)), structured(), steps=40)
+
+
+class Iterating(Lit):
+    def training_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        return super().training_step(batch, 0)
+
+
+def test_a_step_that_draws_its_batches_is_refused():
+    with pytest.raises(ValueError, match="draws its batches itself, from dataloader_iter"):
+        fitted(Iterating(), structured())
+
+
+def test_memory_formats_stay():
+    module = Lit("adamw")
+    module.net.to(memory_format=torch.channels_last)
+    trainer = fitted(module, structured(start=0.5))
+    weight = module.net.conv2.weight
+    assert weight.shape == (12, 8, 3, 3)
+    for tensor in (weight, trainer.optimizers[0].state[weight]["exp_avg"]):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_copy_that_stays_large_is_told():
+    class Averaging(Lit):
+        def build(self, net):
+            self.net, self.average = net, copy.deepcopy(net).requires_grad_(False)
+
+    with pytest.warns(UserWarning, match="'average' is as large as 'net', and stays so while 'net' gets smaller"):
+        fitted(Averaging(), structured())
+
+
+def test_parameters_are_those_of_what_the_step_calls():
+    class Aside(Lit):
+        def build(self, net):
+            self.net, self.other = net, nn.Linear(200, 200)
+
+    callback = structured(budget="params")
+    fitted(Aside(), callback)
+    assert callback.reached == pytest.approx(0.5, abs=0.02)
+    assert callback.plan.parameters[0] == sum(leaf.numel() for leaf in Net().parameters())
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
+def test_recurrent_layers_count(ratio):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv1d(8, 64, 3, padding=1), nn.Conv1d(64, 64, 3, padding=1)
+            self.rnn, self.fc = nn.LSTM(64, 64, batch_first=True), nn.Linear(64, 3)
+
+        def forward(self, x):
+            x = F.relu(self.b(F.relu(self.a(x.flatten(1, 2)))))
+            return self.fc(self.rnn(x.transpose(1, 2))[0][:, -1])
+
+    module, callback = Lit(net=Recurrent()), structured(ratio, budget="macs")
+    fitted(module, callback)
+    assert callback.reached == pytest.approx(ratio, abs=0.02)
+    assert module.net.rnn.input_size == module.net.b.out_channels
+
+
+def test_a_round_is_logged_once_whatever_the_interval(tmp_path):
+    logger = CSVLogger(tmp_path)
+    callback = structured(schedule="iterative", rounds=2, end=0.5)
+    trainer = L.Trainer(max_epochs=2, callbacks=[callback], logger=logger, accelerator="cpu", log_every_n_steps=50,
+                        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(Lit())
+    logger.save()
+    lines = [line.split(",") for line in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()]
+    column = lines[0].index("compress/structured/share")
+    logged = [(line[lines[0].index("step")], line[column]) for line in lines[1:] if line[column]]
+    assert [step for step, _ in logged] == ["4", "8"]
+    assert float(logged[1][1]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rounds": 7}, "rounds=7 has no effect with schedule='one_shot'"),
+        ({"end": 0.7}, "end=0.7 has no effect with schedule='one_shot'"),
+        ({"seed": 3}, "seed=3 has no effect with score='l2'"),
+        ({"schedule": "iterative", "rounds": 50}, "rounds=50 are more than the 4 steps between start and end"),
+    ],
+)
+def test_arguments_without_effect_are_told(arguments, message):
+    with pytest.warns(UserWarning, match=message):
+        fitted(Lit(), structured(**arguments))
+
+
+class Positions(nn.Module):
+    """A bare parameter over channels and places."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(2, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Linear(16, 3)
+        self.places = nn.Parameter(torch.randn(1, 16, 4, 4))
+
+    def forward(self, x):
+        return self.fc(F.relu(self.b(F.relu(self.a(x) + self.places))).mean(dim=(2, 3)))
+
+
+def test_position_maps_lose_channels_not_places():
+    module = Lit(net=Positions())
+    fitted(module, structured(min_channels=4))
+    assert module.net.places.shape == (1, 8, 4, 4)
+
+
+def test_a_network_that_returns_no_tensor_says_so():
+    class Distribution(Net):
+        def forward(self, x):
+            return torch.distributions.Categorical(logits=super().forward(x))
+
+    class Likely(Lit):
+        def training_step(self, batch, batch_idx):
+            return -self.net(batch[0]).log_prob(batch[1]).mean()
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    with pytest.raises(StructureError, match="returns no tensor that a gradient could come to"):
+        fitted(Likely(net=Distribution()), structured())
