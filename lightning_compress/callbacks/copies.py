@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_compress import _compat
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.tracing import users_place
 from lightning_compress.mechanisms.capture import NetworkCall
-from lightning_compress.mechanisms.dependencies import StructureError
+from lightning_compress.mechanisms.dependencies import CHANNEL_NORMS, StructureError
 from lightning_compress.mechanisms.isolation import evaluating
 from lightning_compress.mechanisms.replay import traceless
 from lightning_compress.mechanisms.selection import find_module, listing
@@ -22,6 +25,9 @@ from lightning_compress.mechanisms.shrinking import Shrinkage, shrink_, tensors_
 from lightning_compress.mechanisms.student import Detector
 from lightning_compress.mechanisms.tree import detached, named_tensors, rebuild
 from lightning_compress.report.measure import first_line, macs_by_layer, single_sample
+
+FEW = 4  # samples that the smaller network is compared on
+LARGE = 1e4  # times the median, and the same in both: what stands for infinity
 
 
 class SkippedBatchError(Exception):
@@ -38,7 +44,8 @@ class Copies:
         batch_idx: Its number.
 
     Attributes:
-        names: Dotted names of the networks that the step calls, after :meth:`look`.
+        names: Dotted names of the networks that the step calls, after :meth:`look`; without those that are frozen, as
+            a teacher is, if others are not.
     """
 
     def __init__(self, trainer: Any, module: nn.Module, batch: Any, batch_idx: int) -> None:
@@ -61,7 +68,7 @@ class Copies:
 
         Args:
             copied: From :meth:`copy`.
-            network: Which of the called ones counts; None: all.
+            network: Which of the called ones counts, be it frozen; None: all.
             gradients: Whether to leave the gradients of the loss on all parameters, the frozen ones too.
 
         Raises:
@@ -81,9 +88,10 @@ class Copies:
             if network not in calls:
                 raise StructureError(f"network='{network}' is none of what the step calls: {listing(list(calls))}")
             calls = {network: calls[network]}
-        self.names = tuple(calls)
-        if len(calls) == 1:
-            [[call, *_]] = calls.values()
+        trained = [name for name in calls if self._is_trained(name)]
+        self.names = tuple(trained or calls)
+        if len(self.names) == 1 and len(calls[self.names[0]]) == 1:
+            [call] = calls[self.names[0]]
             args, kwargs = rebuild((call.args, dict(call.kwargs)), detached)
             self._call = NetworkCall(args, kwargs, None)
         if gradients:
@@ -92,26 +100,28 @@ class Copies:
             (loss if scaler is None else loss * scaler.get_scale()).backward()
 
     def run(self, copied: nn.Module, *, plainly: bool = False) -> tuple[Any, list[Any]]:
-        """Run the network in a copy; the whole step, where it calls several.
+        """Run the network in a copy; the whole step, where it calls several, or one more than once.
 
         Args:
             copied: From :meth:`copy`.
-            plainly: In float32 on the CPU, where the copy must be, for one sample if it can be cut to one.
+            plainly: On the CPU, where the copy must be, in its type, for a few samples if it can be cut to them.
 
         Returns:
-            What everything that is computed leads to: the output, or the loss; and the outputs of the networks.
+            What everything that is computed leads to: the output, or the loss; and the outputs of the last network, all
+            of which must keep their shapes.
         """
         if self._call is None:
             outputs: list[Any] = []
-            with ExitStack() as stack:
-                for name in self.names:
-                    part = find_module(copied, name, argument="network")
-                    stack.callback(part.register_forward_hook(lambda _, args, output: outputs.append(output)).remove)
+            last = find_module(copied, self.names[-1], argument="network")
+            hook = last.register_forward_hook(lambda _, args, output: outputs.append(output))
+            try:
                 return self._step(copied, plainly=plainly), outputs
+            finally:
+                hook.remove()
         args, kwargs = self._call.args, dict(self._call.kwargs)
         network = find_module(copied, self.names[0], argument="network")
         if plainly:
-            args, kwargs = rebuild(self._one_sample((args, kwargs)), _plain)
+            args, kwargs = rebuild(_few_samples((args, kwargs)), _plain(copied))
             output = network(*args, **kwargs)
         else:
             with self._trainer.precision_plugin.train_step_context():
@@ -142,24 +152,25 @@ class Copies:
             What is wrong; None if nothing is.
         """
         for training in (False, True):
-            shapes = []
-            for smaller in (False, True):
-                with self.copy() as copied:
-                    try:
-                        if smaller:
-                            shrink_(copied, shrinkage)
-                        shapes.append([tuple(own.shape) for own in self._last_outputs(copied, training)])
-                    except Exception as error:  # whatever a network raises whose shapes are other ones
-                        if not smaller:
-                            raise
-                        what = f"{type(error).__name__}: {first_line(error)}{users_place(error)}"
-                        return f"the smaller network does not run: {what}"
-            if shapes[0] != shapes[1]:
-                return f"the smaller network returns shapes {shapes[1]} instead of {shapes[0]}"
+            with self.copy() as copied:
+                before = self._last_shapes(copied, training)  # what the module keeps of it is of the larger network
+                shrink_(copied, shrinkage)
+                what = "the smaller network does not run"
+                try:
+                    after = self._last_shapes(copied, training)
+                    if before != after:
+                        return f"the smaller network returns shapes {after} instead of {before}"
+                    what = "the training step does not run with the smaller network"
+                    if training:
+                        self._step(copied)
+                except Exception as error:  # whatever is raised where shapes are other ones
+                    return f"{what}: {type(error).__name__}: {first_line(error)}{users_place(error)}"
         return None
 
     def difference(self, shrinkage: Shrinkage) -> float | None:
-        """How far a smaller copy is from one with zeros in the place of what goes: in evaluation, on the CPU.
+        """How far a smaller copy is from one with zeros in the place of what goes, on the CPU.
+
+        Norms over channels, for which zeros count, do no more than scale and shift meanwhile.
 
         Args:
             shrinkage: What stays.
@@ -167,52 +178,60 @@ class Copies:
         Returns:
             The largest difference of what both return, of the largest number; None if the network does not run there.
         """
-        values = []
-        for smaller in (False, True):
-            with self.copy() as copied:
-                widen_(copied).cpu()
-                _fill_zeros_(copied)
-                if smaller:
-                    shrink_(copied, shrinkage)
-                else:
-                    for name, own in tensors_of(copied).items():
-                        own.data = shrinkage.zeroed(name, own.data)
+        found = []
+        for training in (False, True):
+            for dtype in (torch.float64, torch.float32):  # what the user makes himself may be of the latter
                 try:
-                    with evaluating(copied):
-                        found = self.run(copied, plainly=True)
+                    whole = self._values(None, dtype, training)
                 except Exception:  # operations that the CPU has not; on the device this network ran
-                    if smaller:
-                        raise
-                    return None
-                values.append([own.detach().double() for _, own in named_tensors(found)])
-        pairs = [(own, other) for own, other in zip(*values, strict=True) if own.shape == other.shape and own.numel()]
-        largest = max((float(own.abs().max()) for own, _ in pairs), default=0.0)
-        return max((float((own - other).abs().max()) for own, other in pairs), default=0.0) / (largest or 1.0)
+                    continue
+                if training and (dtype == torch.float32 or not _same(whole, self._values(None, dtype, training))):
+                    break  # statistics of few samples in few digits, or what draws random numbers
+                zeroed, smaller = (self._values(shrinkage, dtype, training, cut=cut) for cut in (False, True))
+                found.append(_distance(zeroed, smaller))
+                break
+        return max(found, default=None)
 
     # Private
+
+    def _is_trained(self, name: str) -> bool:
+        network = find_module(self._module, name, argument="network")
+        return any(leaf.requires_grad for leaf in network.parameters())
 
     def _step(self, copied: Any, *, plainly: bool = False) -> Any:
         batch = _copied(self._batch)
         if plainly:
-            batch = rebuild(batch, _plain)
+            batch = rebuild(batch, _plain(copied))
             return copied.training_step(*_compat.step_arguments(self._trainer, copied, batch, self._batch_idx))
         with self._trainer.precision_plugin.train_step_context():
             return copied.training_step(*_compat.step_arguments(self._trainer, copied, batch, self._batch_idx))
 
-    def _last_outputs(self, copied: nn.Module, training: bool) -> list[Tensor]:
-        """Of the last network: what those before it return may have other shapes."""
-        with torch.no_grad():
-            if training:
-                return [own for _, own in named_tensors(self.run(copied)[1][-1])]
-            with evaluating(copied):
-                return [own for _, own in named_tensors(self.run(copied)[1][-1])]
+    def _last_shapes(self, copied: nn.Module, training: bool) -> list[tuple[int, ...]]:
+        """Of the outputs of the last network: what those before it return may have other shapes."""
+        with torch.no_grad() if training else evaluating(copied):
+            return [tuple(leaf.shape) for _, leaf in named_tensors(self.run(copied)[1])]
 
-    @staticmethod
-    def _one_sample(inputs: Any) -> Any:
-        try:
-            return single_sample(inputs)
-        except ValueError:  # no batch dimension, or none that is known
-            return inputs
+    def _values(
+        self, shrinkage: Shrinkage | None, dtype: torch.dtype, training: bool, *, cut: bool = False
+    ) -> list[Tensor]:
+        """What a copy returns: whole, with zeros, or smaller."""
+        with self.copy() as copied:
+            widen_(copied).cpu().to(dtype)
+            _fill_zeros_(copied)
+            if shrinkage is not None and cut:
+                shrink_(copied, shrinkage)
+            elif shrinkage is not None:
+                for name, leaf in tensors_of(copied).items():
+                    leaf.data = shrinkage.zeroed(name, leaf.data)
+            for part in copied.modules():
+                if isinstance(part, CHANNEL_NORMS):
+                    vars(part)["forward"] = partial(_scaled_and_shifted, part)
+                elif isinstance(part, _DropoutNd):
+                    part.p = 0.0
+            with torch.no_grad() if training else evaluating(copied):
+                returned = self.run(copied, plainly=True)
+        leaves = [leaf.detach() for _, leaf in named_tensors(returned)]
+        return [leaf.to(torch.float64) for leaf in leaves if leaf.is_floating_point()]
 
 
 def _copied(batch: Any) -> Any:
@@ -223,11 +242,56 @@ def _copied(batch: Any) -> Any:
         return rebuild(batch, lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)
 
 
-def _plain(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    half = leaf.dtype in (torch.float16, torch.bfloat16)
-    return leaf.detach().to("cpu", torch.float32 if half else leaf.dtype)
+def _plain(copied: nn.Module) -> Callable[[Any], Any]:
+    """What brings a leaf to where a copy is, in its type."""
+    dtype = next((leaf.dtype for leaf in copied.parameters() if leaf.is_floating_point()), torch.float32)
+
+    def plain(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().to("cpu", dtype if leaf.is_floating_point() else leaf.dtype)
+
+    return plain
+
+
+def _few_samples(inputs: Any) -> Any:
+    try:
+        return single_sample(inputs, samples=FEW)
+    except ValueError:  # no batch dimension, or none that is known
+        return inputs
+
+
+def _scaled_and_shifted(norm: Any, x: Tensor) -> Tensor:
+    """What a norm does beside dividing by what it sees."""
+    weight: Any = norm.weight
+    bias: Any = getattr(norm, "bias", None)
+    if isinstance(norm, nn.GroupNorm) and weight is not None:
+        shape = (-1, *[1] * (x.ndim - 2))
+        weight, bias = weight.reshape(shape), bias.reshape(shape)
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def _distance(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """The largest difference of what has the same shapes, each of the largest number of its tensor.
+
+    What both have alike does not count as large: numbers that stand for infinity would hide all others.
+    """
+    largest = 0.0
+    for one, other in zip(expected, found, strict=True):
+        if one.shape != other.shape or bool((different := one != other).logical_not().all()):
+            continue
+        sizes = one.abs()
+        usual = sizes[one.isfinite() & (sizes > 0)]
+        counts = one.isfinite() & (different | (sizes <= LARGE * (usual.median() if usual.numel() else 1.0)))
+        scale = float(sizes[counts].max()) if bool(counts.any()) else 0.0
+        gap = float((one - other)[different].abs().max())
+        largest = max(largest, gap / (scale or 1.0) if math.isfinite(gap) else math.inf)
+    return largest
 
 
 def _fill_zeros_(module: nn.Module) -> None:

@@ -75,7 +75,7 @@ class Plan:
         share: The share of the budget that is gone, of what there was before the first round.
         difference: Between the smaller network and the one with zeros, of the largest output; None where nothing could
             be compared.
-        unchecked: Layers without whose filters the two need not agree, as a norm over channels sees them.
+        unchecked: Layers without whose filters the two need not agree, as something over channels sees them.
     """
 
     shrinkage: Shrinkage = field(repr=False)
@@ -118,7 +118,7 @@ class Plan:
         lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += [f"  keep their filters: {line}" for line in by_reason(self.left)]
         if self.unchecked:
-            lines.append(f"  not compared with zeros, as a norm over channels sees them: {listing(self.unchecked)}")
+            lines.append(f"  not compared with zeros, as something over channels sees them: {listing(self.unchecked)}")
         return "\n".join(lines)
 
 

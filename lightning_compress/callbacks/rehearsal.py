@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.callbacks.copies import Copies
@@ -58,6 +59,7 @@ class Rehearsal:
             ValueError: If it cannot be done; the module is as it was.
         """
         wanted, chosen = self._wanted, self._selected()
+        self._refuse_scripted()
         with self._copies.copy() as copied:
             self._copies.look(copied, wanted.network, gradients=wanted.score == "taylor")
             found = self._dependencies(copied, chosen)
@@ -97,6 +99,11 @@ class Rehearsal:
 
     # What may go
 
+    def _refuse_scripted(self) -> None:
+        for name, part in self._module.named_modules():
+            if isinstance(part, torch.jit.ScriptModule):
+                raise StructureError(f"'{plain_name(name)}' is a scripted module, whose structure cannot be told")
+
     def _selected(self) -> list[str]:
         """The layers whose filters may go."""
         weights = select_weights(self._module, self._wanted.layers, self._wanted.exclude, default=LAYERS).weights
@@ -129,6 +136,8 @@ class Rehearsal:
                 fixed[plain_name(name)] = "whose weight is computed from other parameters"
             elif isinstance(part, nn.RNNBase) and not _is_plain_lstm(part):
                 fixed[plain_name(name)] = RECURRENT
+            elif isinstance(part, _ConvTransposeNd) and 1 < part.groups < part.in_channels:
+                fixed[plain_name(name)] = "a transposed convolution with groups"
             elif isinstance(part, nn.Bilinear):
                 fixed[plain_name(name)] = "a bilinear layer"
             elif shared:
@@ -136,12 +145,11 @@ class Rehearsal:
         return fixed
 
     def _dependencies(self, copied: nn.Module, chosen: Sequence[str]) -> Dependencies:
-        one = len(self._copies.names) == 1
         return Dependencies(
             copied,
             self._copies.run,
             selected=chosen,
-            outputs=lambda value: value if one else value[1][-1],
+            outputs=lambda value: value[1],
             fixed=self._fixed(),
             originally=self._wanted.earlier.shapes,
         )
@@ -210,7 +218,15 @@ class Rehearsal:
         """The selected layers whose filters stay, and recurrent ones, with the reasons."""
         recurrent = {name: cause for name, cause in self._fixed().items() if cause == RECURRENT}
         left = {name: entry.reason for entry in found.left for name in entry.layers if name in chosen}
-        return {**recurrent, **left, **self._small}
+        seen = {*left, *(name for group in found.groups for name in group.layers)}
+        frozen = [name for name in chosen if name not in seen and self._is_frozen(name)]
+        return {**recurrent, **left, **dict.fromkeys(frozen, "is of a frozen network"), **self._small}
+
+    def _is_frozen(self, name: str) -> bool:
+        """Whether a layer is no part of what is made smaller, and does not learn."""
+        outside = all(part and not name.startswith(f"{part}.") for part in self._copies.names)
+        layer = find_module(self._module, name, argument="layers")
+        return outside and not any(leaf.requires_grad for leaf in layer.parameters())
 
     def _kept(self, groups: Sequence[ChannelGroup], costs: Costs, left: Mapping[str, str]) -> list[int]:
         """How many channels each group keeps."""
@@ -330,8 +346,12 @@ class Rehearsal:
                 continue
             shapes = [tuple(leaf.shape) for leaf in network.parameters()]
             for other, part in modules.items():
-                alike = type(part) is type(network) and part is not network and other not in self._copies.names
-                if alike and [tuple(leaf.shape) for leaf in part.parameters()] == shapes:
+                alike = type(part) is type(network) and part is not network
+                if (
+                    alike
+                    and not any(leaf.startswith(f"{other}.") for leaf in shrinkage.kept)
+                    and [tuple(leaf.shape) for leaf in part.parameters()] == shapes
+                ):
                     warnings.warn(
                         f"'{other}' is as large as '{name}', and stays so while '{name}' gets smaller; if it is kept "
                         "as an average of it, its next update fails",

@@ -27,6 +27,8 @@ from lightning_compress.mechanisms.shrinking import Shrinkage, Structure, tensor
 from lightning_compress.mechanisms.tree import named_tensors
 from lightning_compress.mechanisms.weights import Site, filters_of
 
+CHANNEL_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+"""Norms over channels."""
 INSTALL = 'pip install "lightning-compress[structured]"'
 LAYERS = (_ConvNd, nn.Linear)
 """What has filters."""
@@ -260,6 +262,7 @@ class Dependencies:
                     None,
                     forward_fn=forward,
                     unwrapped_parameters=_maps(self._root),
+                    customized_pruners=_pruners(self._library),
                     verbose=False,
                 )
         except StructureError:
@@ -378,6 +381,8 @@ class Dependencies:
         if channels % blocks or together != list(range(0, channels, channels // blocks)):
             return 1, "has channels that only go together in a way that is not regular"
         for item in items:
+            if item.name and self._reaches_past(item):
+                return 1, f"meets '{item.name}' in a way that is not regular"
             count = _channel_groups(item)
             if count == 1:
                 continue
@@ -388,6 +393,13 @@ class Dependencies:
             return 1, f"has {channels} channels in {blocks} groups, which must all lose the same"
         uneven = next((item for item in items if item.makes and not _is_even(item, channels)), None)
         return (blocks, None) if uneven is None else (1, f"meets '{uneven.name}' in a way that is not regular")
+
+    def _reaches_past(self, item: _Item) -> bool:
+        """Whether the library means channels that a layer has not."""
+        pruner = self._graph.get_pruner_of_module(item.module)
+        pruner.pruning_dim = item.dimension
+        channels = pruner.get_out_channels(item.module) if item.makes else pruner.get_in_channels(item.module)
+        return channels is not None and len(item.indices) > 0 and int(item.indices.max()) >= int(channels)
 
     def _effects(self, item: _Item, channels: int, blocks: int) -> dict[Place, int]:
         """By how much each tensor is shorter if one position goes, along which dimension."""
@@ -410,6 +422,30 @@ class Dependencies:
                 if old != new:
                     found[f"{item.name}.{name}" if name and item.name else item.name or name, dim] = old - new
         return found
+
+
+def _pruners(library: Any) -> dict[type[nn.Module], Any]:
+    """How layers are cut that the library does not know, or not wholly."""
+    functions = library.pruner.function
+    base: Any = functions.BasePruningFunc
+
+    class RMSNormPruner(base):  # type: ignore[misc]
+        def prune_out_channels(self, layer: nn.RMSNorm, idxs: Sequence[int]) -> nn.RMSNorm:
+            kept = [index for index in range(layer.normalized_shape[-1]) if index not in set(idxs)]
+            if layer.weight is not None:
+                layer.weight = self._prune_parameter_and_grad(layer.weight, kept, layer.weight.ndim - 1)
+            layer.normalized_shape = (*layer.normalized_shape[:-1], len(kept))
+            return layer
+
+        prune_in_channels = prune_out_channels
+
+        def get_out_channels(self, layer: nn.RMSNorm) -> int:
+            return layer.normalized_shape[-1]
+
+        get_in_channels = get_out_channels
+
+    instance_norms = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)  # which may have statistics
+    return {nn.RMSNorm: RMSNormPruner(), **dict.fromkeys(instance_norms, functions.BatchnormPruner())}
 
 
 def _maps(root: nn.Module) -> list[tuple[nn.Parameter, int]]:
@@ -435,11 +471,13 @@ def _is_attention(node: Any) -> bool:
 
 def _counts_channels(node: Any) -> bool:
     """Whether an operation sees channels that are zero: a mean over them, say."""
-    if isinstance(node.module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
-        return True
+    if isinstance(node.module, CHANNEL_NORMS):  # in whose place something else is compared
+        return False
     function = getattr(node.grad_fn, "name", str)()
     if function.startswith(OVER_CHANNELS):
-        return True
+        rank = len(getattr(node.grad_fn, "_saved_result", torch.empty(0)).shape)
+        dim = getattr(node.grad_fn, "_saved_dim", None)
+        return rank < 4 or not isinstance(dim, int) or (dim - (1 << 64) if dim >= 1 << 63 else dim) % rank == 1
     if function.startswith("Mean"):  # over the positions of an image it does not
         dims = getattr(node.grad_fn, "_saved_dim", None)
         rank = len(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))

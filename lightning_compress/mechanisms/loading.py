@@ -130,7 +130,7 @@ def teacher_from_checkpoint(
         ...     )
         Linear(in_features=2, out_features=1, bias=True)
     """
-    make = import_path(class_path, argument="class_path") if isinstance(class_path, str) else class_path
+    make: Any = import_path(class_path, argument="class_path") if isinstance(class_path, str) else class_path
     path = class_path if isinstance(class_path, str) else f"{make.__module__}.{make.__qualname__}"
     checkpoint = _read_checkpoint(ckpt_path, weights_only)
     arguments = init_args or {}

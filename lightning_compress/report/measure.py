@@ -185,15 +185,16 @@ def macs_by_layer(root: nn.Module, run: Callable[[], object]) -> dict[str, int]:
                 stack.callback(layer.register_forward_hook(done).remove)
         with torch.no_grad(), _plain_kernels(), counter:
             run()
-    counted[""] = counter.get_total_flops() - sum(counted.values())
+    counted[""] = counted.get("", 0) + counter.get_total_flops() - sum(counted.values())
     return {name: flops // 2 for name, flops in counted.items() if flops}
 
 
-def single_sample(inputs: Any) -> Any:
+def single_sample(inputs: Any, *, samples: int = 1) -> Any:
     """Cut a nest of inputs to one sample.
 
     Args:
         inputs: Lists, tuples, dicts and dataclasses of tensors, numbers, strings and ``None``.
+        samples: How many at most, instead of one.
 
     Returns:
         The same nest; tensors whose dimension 0 has the size of the first tensor's are copies of their first entry
@@ -217,7 +218,7 @@ def single_sample(inputs: Any) -> Any:
     def cut(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return (leaf[:1] if leaf.ndim and leaf.size(0) == batch else leaf).detach().clone()
+        return (leaf[:samples] if leaf.ndim and leaf.size(0) == batch else leaf).detach().clone()
 
     return rebuild(inputs, cut)
 

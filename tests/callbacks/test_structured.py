@@ -345,7 +345,7 @@ def test_group_norm_loses_as_much_of_each_group():
     assert module.net.norm.num_channels == 16
     kept = callback.shrinkage.kept["net.a.weight"][0]
     assert [index % 8 for index in kept[:4]] == [index % 8 for index in kept[4:8]] == [index % 8 for index in kept[12:]]
-    assert callback.plan.unchecked == ("net.a",)  # the statistics of a group are others without the channels
+    assert callback.plan.unchecked == ()  # but for the statistics of a group, which are others without the channels
     assert callback.plan.difference < 1e-5
 
 
@@ -367,9 +367,10 @@ class Layered(nn.Module):
 def test_where_channels_are_counted_nothing_is_compared(functional, capsys):
     module, callback = shrunk(Layered(functional))
     assert module.net.a.out_features == 12
-    assert callback.plan.unchecked == ("net.a",)
+    assert callback.plan.unchecked == (("net.a",) if functional else ())
     assert callback.plan.difference < 1e-5
-    assert "not compared with zeros, as a norm over channels sees them: 'net.a'" in capsys.readouterr().out
+    said = "not compared with zeros, as something over channels sees them: 'net.a'" in capsys.readouterr().out
+    assert said is functional
 
 
 class Attention(nn.Module):
@@ -539,7 +540,7 @@ def normed(old):
 @pytest.mark.parametrize(
     ("net", "arguments", "message"),
     [
-        (Shuffled, {}, "the structure of the network cannot be told: ZeroDivisionError.*the operation 'View' after 'net.a'"),
+        (Shuffled, {}, r"computes something else .*differs by .*exclude=\['net.a'\]"),
         (Fixed, {}, r"does not run: RuntimeError: shape .*test_structured.py:\d+: `.*reshape.*exclude=\['net.a'\]"),
         (Sums, {}, r"computes something else .*differs by .*exclude=\['net.a'\]"),
         (Tied, {}, r"'net.b', 'net.c' share one weight.*exclude="),

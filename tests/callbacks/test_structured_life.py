@@ -213,7 +213,7 @@ def test_under_another_name_it_is_not_gone_on_with(tmp_path):
     trainer = fitted(Lit(), structured(), steps=8)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(
-        ValueError, match="saved with StructuredPruningCallback 'structured'.*give this one name='struc"
+        ValueError, match=r"saved with StructuredPruningCallback 'structured'.*give this one name='struc"
     ):
         fitted(Lit(), structured(name="other"), steps=16, ckpt_path=tmp_path / "a.ckpt")
 

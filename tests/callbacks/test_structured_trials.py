@@ -128,7 +128,7 @@ class PartAverage(L.Callback):
 def test_an_average_that_cannot_follow_is_refused_before_anything_goes():
     module, callback = Lit(), structured()
     shapes = [tuple(leaf.shape) for leaf in module.parameters()]
-    with pytest.raises(ValueError, match="the plan is of another module than Net: 'net.conv1.weight'"):
+    with pytest.raises(ValueError, match=r"the plan is of another module than Net: 'net\.conv1\.weight'"):
         fitted(module, PartAverage(), callback)
     assert [tuple(leaf.shape) for leaf in module.parameters()] == shapes
     assert callback.reached == 0
@@ -336,3 +336,205 @@ def test_a_network_that_returns_no_tensor_says_so():
 
     with pytest.raises(StructureError, match="returns no tensor that a gradient could come to"):
         fitted(Likely(net=Distribution()), structured())
+
+
+class Teaching(Lit):
+    """A frozen teacher in the module, called before the student or after it, with gradients or without."""
+
+    def __init__(self, first, graph):
+        self.first, self.graph = first, graph
+        super().__init__()
+
+    def build(self, net):
+        self.net, self.teacher = net, nn.Sequential(nn.Conv2d(2, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3))
+        self.teacher.requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        def taught():
+            with torch.set_grad_enabled(self.graph):
+                return self.teacher(batch[0])
+
+        target = taught() if self.first else None
+        output = self.net(batch[0])
+        return F.mse_loss(output, taught() if target is None else target)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_frozen_teacher_stays_as_it_is_and_counts_nowhere(first, graph):
+    module, callback = Teaching(first, graph), structured(budget="macs")
+    plain, alone = structured(budget="macs"), Lit()
+    fitted(module, callback)
+    fitted(alone, plain)
+    assert module.teacher[0].out_channels == 64
+    assert callback.plan.macs == plain.plan.macs
+    assert callback.plan.parameters == plain.plan.parameters
+
+
+class Masking(nn.Module):
+    """Numbers that stand for infinity beside logits that are wrong."""
+
+    def __init__(self, value, wrong):
+        super().__init__()
+        self.a, self.fc, self.value, self.wrong = nn.Conv2d(2, 16, 3), nn.Linear(16, 3), value, wrong
+
+    def forward(self, x):
+        x = F.relu(self.a(x)).mean(dim=(2, 3))
+        return F.pad(self.fc(x.flip(1) if self.wrong else x), (0, 1), value=self.value)
+
+
+@pytest.mark.parametrize("value", [-1e9, -torch.inf])
+def test_numbers_that_stand_for_infinity_hide_nothing(value):
+    with pytest.raises(StructureError, match="computes something else"):
+        fitted(Lit(net=Masking(value, wrong=True)), structured())
+    module = Lit(net=Masking(value, wrong=False))
+    fitted(module, structured())
+    assert module.net.a.out_channels == 8
+
+
+class Embedding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.embed, self.head = nn.Conv2d(2, 16, 3), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x, embed=False):
+        x = self.embed(F.relu(self.body(x)).mean(dim=(2, 3)))
+        return F.normalize(x, dim=1) if embed else self.head(F.relu(x))
+
+
+@pytest.mark.parametrize("embedded_first", [True, False])
+def test_all_calls_of_a_network_are_looked_at(embedded_first):
+    """What any of them returns keeps its shape."""
+
+    class Contrastive(Lit):
+        def training_step(self, batch, batch_idx):
+            outputs = {embed: self.net(batch[0], embed=embed) for embed in (embedded_first, not embedded_first)}
+            return F.cross_entropy(outputs[False], batch[1]) + (outputs[True] @ outputs[True].T).square().mean()
+
+    module = Contrastive(net=Embedding())
+    fitted(module, structured(min_channels=4))
+    assert module.net.body.out_channels == 8
+    assert module.net(torch.ones(1, 2, 4, 4), embed=True).shape == (1, 16)
+
+
+def test_what_only_training_computes_is_compared_too():
+    class Training(Net):
+        def forward(self, x):
+            x = F.relu(self.bn1(self.conv1(x)))
+            return self.fc(F.relu(self.bn2(self.conv2(x.flip(1) if self.training else x))).flatten(1))
+
+    with pytest.raises(StructureError, match="computes something else"):
+        fitted(Lit(net=Training()), structured())
+
+
+def test_dropout_is_no_difference():
+    for dropout in (0.5, 0.0):
+        callback = structured()
+        fitted(Lit(dropout=dropout), callback)
+        assert callback.plan.difference < 1e-10
+
+
+def test_the_step_runs_with_the_smaller_network_before_anything_goes():
+    class Regular(Lit):
+        def training_step(self, batch, batch_idx):
+            rows = self.net.conv1.weight.flatten(1)
+            return super().training_step(batch, batch_idx) + (rows @ rows.T - torch.eye(16)).square().mean()
+
+    module = Regular()
+    with pytest.raises(StructureError, match=r"the training step does not run with the smaller network: RuntimeError"):
+        fitted(module, structured(start=0.5))
+    assert module.net.conv1.out_channels == 16
+
+
+def test_what_a_network_keeps_of_the_larger_one_is_noticed_with_the_first_batch():
+    class Remembering(Net):
+        last = None
+
+        def forward(self, x):
+            x = F.relu(self.bn1(self.conv1(x)))
+            self.last = x.detach() if self.last is None else 0.9 * self.last + 0.1 * x.detach()
+            return self.fc(F.relu(self.bn2(self.conv2(x + self.last))).flatten(1))
+
+    steps = []
+
+    class Count(L.Callback):
+        def on_train_batch_end(self, *_):
+            steps.append(1)
+
+    with pytest.raises(StructureError, match="the smaller network does not run"):
+        fitted(Lit(net=Remembering()), structured(start=0.5), Count())
+    assert steps == []
+
+
+class Anchored(Net):
+    """With a parameter that holds nothing, as some keep to know the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.empty(0))
+
+    def forward(self, x):
+        return super().forward(x.to(self.anchor.device))
+
+
+class Padded(nn.Module):
+    """Channels are added as zeros, as in the shortcuts of the first residual networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(2, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1), nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        x = F.relu(self.b(x) + F.pad(x, (0, 0, 0, 0, 8, 8)))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+class Normed(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.a, self.norm, self.fc = nn.Conv2d(2, 16, 3, padding=1), norm, nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.a(x)
+        x = self.norm(x.movedim(1, -1)).movedim(-1, 1) if isinstance(self.norm, nn.RMSNorm) else self.norm(x)
+        return self.fc(F.relu(x).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        Anchored,
+        lambda: Normed(nn.RMSNorm(16)),
+        lambda: Normed(nn.InstanceNorm2d(16, affine=True, track_running_stats=True)),
+        lambda: Normed(nn.InstanceNorm2d(16)),
+    ],
+)
+def test_these_work_too(net):
+    module, callback = Lit(net=net()), structured(min_channels=4)
+    fitted(module, callback)
+    first = module.net.conv1 if isinstance(module.net, Net) else module.net.a
+    assert first.out_channels == 8
+    assert callback.plan.difference < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Padded, "no filters can go: .*'net.a'.* in a way that is not regular"),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(2, 16, 3, padding=1), nn.ConvTranspose2d(16, 16, 1, groups=4), nn.Flatten(), nn.Linear(256, 3)
+            ),
+            "reaches 'net.1', a transposed convolution with groups",
+        ),
+        (
+            lambda: nn.Sequential(nn.Conv2d(2, 16, 3), nn.Flatten(), torch.jit.script(nn.Linear(64, 3))),
+            "'net.2' is a scripted module, whose structure cannot be told",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_these_are_refused_by_name(net, message):
+    with pytest.raises(StructureError, match=message):
+        fitted(Lit(net=net()), structured(min_channels=4))

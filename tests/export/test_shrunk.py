@@ -42,7 +42,7 @@ def test_another_class_is_refused(tmp_path):
     _, path = saved(tmp_path)
     with pytest.raises(ValueError, match=r"was not saved from a Linear: only one of the two has '0.bias'"):
         load_shrunk(nn.Linear(2, 2), path)
-    with pytest.raises(TypeError, match="module must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module"):
         load_shrunk(nn.Linear, path)
 
 
