@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 
 from lightning_compress import _compat
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.tracing import users_place
 from lightning_compress.mechanisms.capture import NetworkCall
-from lightning_compress.mechanisms.dependencies import CHANNEL_NORMS, StructureError
+from lightning_compress.mechanisms.dependencies import StructureError
 from lightning_compress.mechanisms.isolation import evaluating
 from lightning_compress.mechanisms.replay import traceless
 from lightning_compress.mechanisms.selection import find_module, listing
@@ -224,11 +226,9 @@ class Copies:
                 for name, leaf in tensors_of(copied).items():
                     leaf.data = shrinkage.zeroed(name, leaf.data)
             for part in copied.modules():
-                if isinstance(part, CHANNEL_NORMS):
-                    vars(part)["forward"] = partial(_scaled_and_shifted, part)
-                elif isinstance(part, _DropoutNd):
+                if isinstance(part, _DropoutNd):
                     part.p = 0.0
-            with torch.no_grad() if training else evaluating(copied):
+            with torch.no_grad() if training else evaluating(copied), _PlainNorms():
                 returned = self.run(copied, plainly=True)
         leaves = [leaf.detach() for _, leaf in named_tensors(returned)]
         return [leaf.to(torch.float64) for leaf in leaves if leaf.is_floating_point()]
@@ -261,15 +261,22 @@ def _few_samples(inputs: Any) -> Any:
         return inputs
 
 
-def _scaled_and_shifted(norm: Any, x: Tensor) -> Tensor:
-    """What a norm does beside dividing by what it sees."""
-    weight: Any = norm.weight
-    bias: Any = getattr(norm, "bias", None)
-    if isinstance(norm, nn.GroupNorm) and weight is not None:
-        shape = (-1, *[1] * (x.ndim - 2))
-        weight, bias = weight.reshape(shape), bias.reshape(shape)
-    x = x if weight is None else x * weight
-    return x if bias is None else x + bias
+class _PlainNorms(TorchFunctionMode):
+    """Norms over channels do no more than scale and shift."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in (F.layer_norm, F.group_norm, F.rms_norm):
+            return func(*args, **kwargs)
+        given = inspect.signature(func).bind(*args, **kwargs).arguments
+        x, weight, bias = given["input"], given.get("weight"), given.get("bias")
+        if func is F.group_norm:
+            shape = (-1, *[1] * (x.ndim - 2))
+            weight, bias = (None if leaf is None else leaf.reshape(shape) for leaf in (weight, bias))
+        x = x if weight is None else x * weight
+        return x if bias is None else x + bias
 
 
 def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

@@ -27,18 +27,14 @@ from lightning_compress.mechanisms.shrinking import Shrinkage, Structure, tensor
 from lightning_compress.mechanisms.tree import named_tensors
 from lightning_compress.mechanisms.weights import Site, filters_of
 
-CHANNEL_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-"""Norms over channels."""
 INSTALL = 'pip install "lightning-compress[structured]"'
 LAYERS = (_ConvNd, nn.Linear)
 """What has filters."""
 
 ATTENTION, OUTPUT = "reaches attention", "is what the network returns"
-OVER_CHANNELS = (
-    *("NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm", "RmsNorm", "Softmax", "LogSoftmax", "SafeSoftmax"),
-    *("LinalgVectorNorm", "Norm", "Std", "Var"),
-)
-"""Operations over channels in which a channel that is zero counts, and one that is gone does not."""
+OVER_CHANNELS = ("Softmax", "LogSoftmax", "SafeSoftmax", "LinalgVectorNorm", "Norm", "Std", "Var")
+"""Operations over channels in which a channel that is zero counts, and one that is gone does not; but for norms with
+weights, in whose place something else can be compared."""
 
 
 class StructureError(ValueError):
@@ -471,8 +467,6 @@ def _is_attention(node: Any) -> bool:
 
 def _counts_channels(node: Any) -> bool:
     """Whether an operation sees channels that are zero: a mean over them, say."""
-    if isinstance(node.module, CHANNEL_NORMS):  # in whose place something else is compared
-        return False
     function = getattr(node.grad_fn, "name", str)()
     if function.startswith(OVER_CHANNELS):
         rank = len(getattr(node.grad_fn, "_saved_result", torch.empty(0)).shape)

@@ -28,7 +28,7 @@ REFUSED = {
     "shufflenet_v2_x0_5": "the structure of the network cannot be told.*at the operation 'View' after 'net.stage4",
 }
 NOT_EXACT = ("convnext_tiny",)
-"""Its norms are over channels."""
+"""Its norms are over channels, so zeros in the whole network count; without them the two are compared."""
 
 
 def made(name):
@@ -93,8 +93,8 @@ def test_these_work(name, arguments, ratio):
         outputs = [net.eval()(x) for net in (before, module.net)]
     shapes = [{key: out.shape for key, out in own.items()} if isinstance(own, dict) else own.shape for own in outputs]
     assert shapes[0] == shapes[1]
+    assert callback.plan.difference < 1e-10
     if name in NOT_EXACT:
-        assert callback.plan.difference is None
         return
     if name == "deeplabv3_resnet50":
         module.net, before = OnlyOut(module.net), OnlyOut(before)
