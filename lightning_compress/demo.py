@@ -298,8 +298,7 @@ def _make_smaller(
 
 
 def _exporting(path: Path, precision: str = "fp32") -> ExportCallback:
-    name = None if precision == "fp32" else f"export_{precision}"
-    return ExportCallback(path, precision=precision, metric=METRIC, tolerance=TOLERANCE, name=name)
+    return ExportCallback(path, precision=precision, metric=METRIC, tolerance=TOLERANCE, name=path.name)
 
 
 def _made(width: int, seed: int) -> LitClassifier:

@@ -63,6 +63,12 @@ QUANTISED = f"{PACKAGE}/callbacks/quantised.py"
 QAT = f"{PACKAGE}/callbacks/qat.py"
 MOVING = f"{PACKAGE}/mechanisms/moving_grids.py"
 DIVERGENCE = f"{PACKAGE}/mechanisms/divergence.py"
+SHRINKING = f"{PACKAGE}/mechanisms/shrinking.py"
+BUDGETS = f"{PACKAGE}/mechanisms/budgets.py"
+DEPENDENCIES = f"{PACKAGE}/mechanisms/dependencies.py"
+COPIES = f"{PACKAGE}/callbacks/copies.py"
+REHEARSAL = f"{PACKAGE}/callbacks/rehearsal.py"
+STRUCTURED = f"{PACKAGE}/callbacks/structured.py"
 
 EXACT = "tests/callbacks/test_distillation_exact.py"
 PRUNING_EXACT = "tests/callbacks/test_pruning_exact.py"
@@ -86,6 +92,11 @@ QAT_TEST = "tests/callbacks/test_qat.py"
 QAT_LIFE = "tests/callbacks/test_qat_life.py"
 MOVING_TEST = "tests/mechanisms/test_moving_grids.py"
 DIVERGENCE_TEST = "tests/mechanisms/test_divergence.py"
+SHRINKING_TEST = "tests/mechanisms/test_shrinking.py"
+STRUCTURED_EXACT = "tests/callbacks/test_structured_exact.py"
+STRUCTURED_TEST = "tests/callbacks/test_structured.py"
+STRUCTURED_LIFE = "tests/callbacks/test_structured_life.py"
+STRUCTURED_TRIALS = "tests/callbacks/test_structured_trials.py"
 CONTRACT = "tests/contract"
 
 
@@ -1345,6 +1356,210 @@ MUTATIONS = (
         "        torch.distributed.all_gather_object(said, message, group=group)",
         "        pass",
         f"{QAT_LIFE}::test_a_calibration_that_fails_on_one_rank_ends_all",
+    ),
+    # Filters that go
+    Mutation(
+        "filters: optimizers keep what they had",
+        SHRINKING,
+        "                    optimizer.state[parameter].update(values)",
+        "                    pass",
+        STRUCTURED_EXACT,
+    ),
+    Mutation(
+        "filters: a graph of before is remembered",
+        SHRINKING,
+        "        leaf.data = value.to(torch.float32 if value.dtype == torch.float16 else torch.float16)\n",
+        "        pass\n",
+        SHRINKING_TEST,
+    ),
+    Mutation(
+        "filters: gradients keep their shape",
+        SHRINKING,
+        "                leaf.grad = gradient\n",
+        "                leaf.grad = None\n",
+        SHRINKING_TEST,
+    ),
+    Mutation(
+        "filters: sizes of layers stay",
+        SHRINKING,
+        "        _set_attributes(module, shrinkage.attributes)\n",
+        "        pass\n",
+        SHRINKING_TEST,
+    ),
+    Mutation(
+        "filters: two rounds do not add up",
+        SHRINKING,
+        "[own[dim][index] for index in indices] if dim in own else list(indices)",
+        "list(indices)",
+        SHRINKING_TEST,
+    ),
+    Mutation(
+        "filters: a user's number is a size",
+        SHRINKING,
+        "        if values and isinstance(part, LAYERS_OF_TORCH):",
+        "        if values:",
+        f"{STRUCTURED_TRIALS}::test_a_number_of_the_users_is_no_size",
+    ),
+    Mutation(
+        "filters: memory formats are lost",
+        SHRINKING,
+        "            return taken.contiguous(memory_format=layout)",
+        "            return taken.contiguous()",
+        f"{STRUCTURED_TRIALS}::test_memory_formats_stay",
+    ),
+    Mutation(
+        "filters: groups step at one share together",
+        BUDGETS,
+        "    return min(candidates, key=lambda kept: abs(gone(kept) - ratio))",
+        "    return above",
+        "tests/mechanisms/test_budgets.py",
+    ),
+    Mutation(
+        "filters: the share is of what is left",
+        BUDGETS,
+        "(1.0 - share) * group.originally / step",
+        "(1.0 - share) * group.channels / step",
+        "tests/mechanisms/test_budgets.py",
+    ),
+    Mutation(
+        "filters: rounds count on the batch at hand",
+        BUDGETS,
+        "        shapes = {**self._sizes.shapes, **self._sizes.originally}",
+        "        shapes = {**self._sizes.shapes}",
+        f"{STRUCTURED_TRIALS}::test_rounds_on_batches_of_other_sizes_take_as_much",
+    ),
+    Mutation(
+        "filters: the output loses its channels",
+        DEPENDENCIES,
+        "node.grad_fn in self._returned or node.module in self._returned or _is_output(node)",
+        "False",
+        f"{STRUCTURED_TEST}::test_the_head_that_is_a_convolution_keeps_its_classes",
+    ),
+    Mutation(
+        "filters: attention is dealt out to other heads",
+        DEPENDENCIES,
+        "        if any(_is_attention(entry.dep.target) for entry in group):",
+        "        if False:",
+        f"{STRUCTURED_TEST}::test_what_reaches_attention_is_left_alone",
+    ),
+    Mutation(
+        "filters: frozen layers are not followed",
+        DEPENDENCIES,
+        "                parameter.requires_grad_(True)  # else what is frozen would not be seen",
+        "                pass",
+        "tests/mechanisms/test_dependencies.py",
+    ),
+    Mutation(
+        "filters: channels that go together count once",
+        DEPENDENCIES,
+        "                shrinks[place] = shrinks.get(place, 0) + entries",
+        "                shrinks[place] = entries",
+        "tests/mechanisms/test_dependencies.py",
+    ),
+    Mutation(
+        "filters: a step writes into the batch that is trained on",
+        COPIES,
+        "        batch = _copied(self._batch)\n",
+        "        batch = self._batch\n",
+        f"{STRUCTURED_TRIALS}::test_a_step_may_write_into_its_batch",
+    ),
+    Mutation(
+        "filters: only evaluation is compared",
+        COPIES,
+        "        found = []\n        for training in (False, True):",
+        "        found = []\n        for training in (False,):",
+        f"{STRUCTURED_TRIALS}::test_what_only_training_computes_is_compared_too",
+    ),
+    Mutation(
+        "filters: the step is not tried",
+        COPIES,
+        "                    if training:\n                        self._step(copied)",
+        "                    if False:\n                        self._step(copied)",
+        f"{STRUCTURED_TRIALS}::test_the_step_runs_with_the_smaller_network_before_anything_goes",
+    ),
+    Mutation(
+        "filters: behind zeros nothing is seen",
+        COPIES,
+        "            _fill_zeros_(copied)\n",
+        "",
+        f"{STRUCTURED_TEST}::test_behind_zeros_it_is_compared_too",
+    ),
+    Mutation(
+        "filters: infinity hides differences",
+        COPIES,
+        "LARGE * (usual",
+        "math.inf * (usual",
+        f"{STRUCTURED_TRIALS}::test_numbers_that_stand_for_infinity_hide_nothing",
+    ),
+    Mutation(
+        "filters: a frozen teacher is made smaller",
+        COPIES,
+        "        self.names = tuple(trained or calls)",
+        "        self.names = tuple(calls)",
+        f"{STRUCTURED_TRIALS}::test_a_frozen_teacher_stays_as_it_is_and_counts_nowhere",
+    ),
+    Mutation(
+        "filters: one call of a network stands for all",
+        COPIES,
+        "        if len(self.names) == 1 and len(calls[self.names[0]]) == 1:\n            [call]",
+        "        if len(self.names) == 1:\n            [call, *_]",
+        f"{STRUCTURED_TRIALS}::test_all_calls_of_a_network_are_looked_at",
+    ),
+    Mutation(
+        "filters: nothing is compared",
+        REHEARSAL,
+        "        if difference is not None and not difference <= TOLERANCE:\n            name",
+        "        if False:\n            name",
+        f"{STRUCTURED_TEST}::test_refusals_leave_the_module_as_it_was",
+    ),
+    Mutation(
+        "filters: random scores are those of every round",
+        REHEARSAL,
+        "(seed * 1_000_003 + sum(map(ord, group.name)) * 8191 + group.channels) % (1 << 63)",
+        "0",
+        f"{STRUCTURED_TEST}::test_random_scores_follow_the_seed",
+    ),
+    Mutation(
+        "filters: averages stay large",
+        STRUCTURED,
+        "            shrinking += [prepared_shrinkage(average, shrinkage) for average in averages]\n",
+        "",
+        STRUCTURED_EXACT,
+    ),
+    Mutation(
+        "filters: in the middle of an accumulation",
+        STRUCTURED,
+        " or batch_idx % trainer.accumulate_grad_batches:",
+        ":",
+        f"{STRUCTURED_LIFE}::test_it_waits_for_the_end_of_an_accumulation",
+    ),
+    Mutation(
+        "filters: a checkpoint's sizes are not taken",
+        STRUCTURED,
+        "            told = resize_(module, checkpoint)",
+        "            told = None",
+        f"{STRUCTURED_LIFE}::test_older_larger_and_newer_smaller_files_are_validated_in_turn",
+    ),
+    Mutation(
+        "filters: masks keep their shapes",
+        MASKED,
+        "        self._require_masks().follow(shrinkage)\n",
+        "",
+        f"{STRUCTURED_LIFE}::test_masks_follow",
+    ),
+    Mutation(
+        "filters: masks of what stays may be sparser",
+        MASKS,
+        "        if masks.zeros > self.zeros_at(self.sparsity):  # what",
+        "        if False:  # what",
+        f"{STRUCTURED_TRIALS}::test_masks_on_what_stays_have_the_sparsity_that_was_asked_for",
+    ),
+    Mutation(
+        "filters: quantisation may begin in the same step",
+        QAT,
+        "progress.step_at(until) < progress.step_at(self.start)",
+        "True",
+        f"{STRUCTURED_TRIALS}::test_in_the_same_step_quantisation_cannot_begin",
     ),
 )
 

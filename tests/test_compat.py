@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from importlib import import_module
@@ -742,3 +743,71 @@ def test_a_mode_sees_the_operations_of_attention(training):
     assert seen[True].count("linear") == 2
     assert [names.count("multi_head_attention_forward") for names in seen.values()] == [1, 1]
     assert torch.nn.functional.has_torch_function is torch.overrides.has_torch_function
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_averages_are_found_in_the_callbacks_that_keep_them(namespace):
+    package = import_module(namespace)
+    callbacks = import_module(f"{namespace}.callbacks")
+    module = import_module(f"{namespace}.demos.boring_classes").BoringModel()
+    found = []
+
+    class Look(package.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            found.append(_compat.averages_of(trainer, pl_module))
+
+    averaging = [callbacks.EMAWeightAveraging(), callbacks.StochasticWeightAveraging(swa_lrs=0.1)]
+    trainer = package.Trainer(max_epochs=1, limit_train_batches=1, callbacks=[*averaging, Look()], logger=False,
+                              accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
+                              enable_checkpointing=False)  # fmt: skip
+    trainer.fit(module)
+    assert [[type(own) for own in averages] for averages in found] == [[type(module)] * 2]
+    assert all(own is not module for own in found[0])
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_a_strategy_wraps_its_model_anew(namespace):
+    """What DDP remembers of shapes goes with the old wrapper; single devices have none."""
+    strategy = import_module(f"{namespace}.strategies").DDPStrategy
+    assert "self.model = self._setup_model(self.model)" in inspect.getsource(strategy.configure_ddp)
+    assert "self._register_ddp_hooks()" in inspect.getsource(strategy.configure_ddp)
+    wrapped = object.__new__(torch.nn.parallel.DistributedDataParallel)
+    calls = []
+    trainer = SimpleNamespace(
+        lightning_module="module",
+        strategy=SimpleNamespace(model=wrapped, configure_ddp=lambda: calls.append(trainer.strategy.model)),
+    )
+    with _compat.unwrapped(trainer):
+        assert trainer.strategy.model == "module"
+        assert calls == []
+    assert calls == ["module"]
+    alone = SimpleNamespace(strategy=SimpleNamespace(model="module"))
+    with _compat.unwrapped(alone):
+        assert alone.strategy.model == "module"
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_a_step_gets_what_the_trainer_would_pass(namespace):
+    package = import_module(namespace)
+
+    class WithIndex(package.LightningModule):
+        def training_step(self, batch, batch_idx):
+            return None
+
+    class Without(package.LightningModule):
+        def training_step(self, batch):
+            return None
+
+    trainer = package.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
+    assert _compat.step_arguments(trainer, WithIndex(), "batch", 3) == ("batch", 3)
+    assert _compat.step_arguments(trainer, Without(), "batch", 3) == ("batch",)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_a_copy_can_be_told_its_trainer(namespace):
+    module = import_module(namespace).LightningModule()
+    trainer = import_module(namespace).Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
+    _compat.attach_trainer_(module, trainer)
+    assert module.trainer is trainer
+    _compat.attach_trainer_(module, None)
+    assert _compat.attached_trainer(module) is None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +24,7 @@ from lightning_compress.functional.filters import FilterScore, filter_rows, filt
 from lightning_compress.mechanisms.budgets import ChannelGroup, Place
 from lightning_compress.mechanisms.selection import listing, plain_name
 from lightning_compress.mechanisms.shrinking import Shrinkage, Structure, tensors_of
+from lightning_compress.mechanisms.student import is_metric
 from lightning_compress.mechanisms.tree import named_tensors
 from lightning_compress.mechanisms.weights import Site, filters_of
 
@@ -233,10 +234,10 @@ class Dependencies:
             for _, tensor in named_tensors(returned):
                 by.setdefault(tensor.grad_fn, set()).add(module)
 
-        def forward(root: nn.Module, _: Any) -> Any:
+        def forward(*unused: Any) -> Any:
             for part, training in flags:
                 part.training = training  # the library calls eval(), which hides what is only there in training
-            returned = run(root)
+            returned = run(self._root)
             for _, tensor in named_tensors(outputs(returned)):
                 self._returned |= {tensor.grad_fn, *by.get(tensor.grad_fn, ())}
             traced = [tensor for _, tensor in named_tensors(returned) if tensor.grad_fn is not None]
@@ -254,7 +255,7 @@ class Dependencies:
         try:
             with torch.enable_grad():
                 self._graph.build_dependency(
-                    self._root,
+                    _WithoutMetrics(self._root),
                     None,
                     forward_fn=forward,
                     unwrapped_parameters=_maps(self._root),
@@ -418,6 +419,24 @@ class Dependencies:
                 if old != new:
                     found[f"{item.name}.{name}" if name and item.name else item.name or name, dim] = old - new
         return found
+
+
+class _WithoutMetrics:
+    """A module as the library reads it: metrics, whose comparisons are metrics again, would be taken for any layer."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._root, name)
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """All but metrics."""
+        return ((name, part) for name, part in self._root.named_modules() if not is_metric(part))
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All but metrics."""
+        return (part for _, part in self.named_modules())
 
 
 def _pruners(library: Any) -> dict[type[nn.Module], Any]:

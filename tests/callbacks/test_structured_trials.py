@@ -7,6 +7,7 @@ import copy
 import lightning.pytorch as L
 import pytest
 import torch
+import torchmetrics
 from contract.modules import difference
 from lightning.pytorch.loggers import CSVLogger
 from structured_networks import EPOCH, Lit, Net, fitted, rows
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress import DPFCallback, PruningCallback, QATCallback, StructuredPruningCallback
 from lightning_compress.mechanisms.dependencies import StructureError
@@ -538,3 +540,16 @@ def test_these_work_too(net):
 def test_these_are_refused_by_name(net, message):
     with pytest.raises(StructureError, match=message):
         fitted(Lit(net=net()), structured(min_channels=4))
+
+
+def test_metrics_are_no_layers():
+    class Measured(Lit):
+        def build(self, net):
+            self.net, self.accuracy = (
+                net,
+                torchmetrics.MetricCollection([MulticlassAccuracy(3), torchmetrics.MeanMetric()]),
+            )
+
+    module = Measured()
+    fitted(module, structured())
+    assert module.net.conv1.out_channels == 8
