@@ -173,6 +173,15 @@ def reestimate_all_(trainer: Any, module: Any, warn: Callable[[str], None]) -> N
         trainer: Likewise.
         module: Likewise.
         warn: Called with what is to be said.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> class Estimate(L.Callback):
+        ...     def on_fit_end(self, trainer, pl_module):
+        ...         reestimate_all_(trainer, pl_module, print)  # nothing to say: there is no such layer
+        >>> L.Trainer(fast_dev_run=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+        ...           enable_model_summary=False, callbacks=[Estimate()]).fit(BoringModel())
     """
     estimated = reestimate_batchnorm_(trainer, module)
     if rest := [name for name in batch_norms(module) if name not in estimated]:

@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_compress.functional.filters import FilterScore, filter_rows, filter_scores
 from lightning_compress.mechanisms.budgets import ChannelGroup, Place
 from lightning_compress.mechanisms.selection import listing, plain_name
-from lightning_compress.mechanisms.shrinking import Shrinkage, Structure, tensors_of
+from lightning_compress.mechanisms.shrinking import Shrinkage, Structure, structure_of, tensors_of
 from lightning_compress.mechanisms.student import is_metric
 from lightning_compress.mechanisms.tree import named_tensors
 from lightning_compress.mechanisms.weights import Site, filters_of
@@ -127,7 +127,7 @@ class Dependencies:
         self._selected, self._fixed, self._originally = set(selected), dict(fixed), dict(originally)
         self._graph = self._library.DependencyGraph()
         self._returned: set[Any] = set()  # what the outputs were computed by: functions of autograd, and modules
-        self._before = _sizes_of(root)
+        self._before = structure_of(root)
         self.groups: list[ChannelGroup] = []
         """Those whose channels may go."""
         self.left: list[Left] = []
@@ -215,7 +215,7 @@ class Dependencies:
         for name, value in tensors_of(self._root).items():
             if list(value.shape) != shapes[name]:
                 kept[name] = _kept(name, value, shapes[name])
-        after = _sizes_of(self._root)
+        after = structure_of(self._root)
         changed: Structure = {}
         for name, values in self._before.items():
             own = {key: value for key, value in after[name].items() if key in values and value != values[key]}
@@ -572,21 +572,3 @@ def _kept(name: str, value: Tensor, shape: Sequence[int]) -> dict[int, list[int]
     if not torch.equal(numbers, expected.expand_as(numbers)):
         raise StructureError(f"'{name}' would be cut in a way that is not whole channels")
     return dict(sorted(kept.items()))
-
-
-def _sizes_of(root: nn.Module) -> Structure:
-    """Whole numbers, and tuples of them, that modules hold."""
-
-    def is_size(value: Any) -> bool:
-        if isinstance(value, tuple):
-            return bool(value) and all(is_size(entry) for entry in value)
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    return {
-        plain_name(name): {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in vars(part).items()
-            if is_size(value) and not key.startswith("_")
-        }
-        for name, part in root.named_modules()
-    }

@@ -184,7 +184,9 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("score", ["l1", "l2", "taylor", "random"])
+@pytest.mark.parametrize(
+    "score", ["l2", *(pytest.param(own, marks=pytest.mark.slow) for own in ("l1", "taylor", "random"))]
+)
 @pytest.mark.parametrize("kind", EXACT)
 def test_the_smaller_network_equals_the_one_with_zeros(kind, score):
     torch.manual_seed(1)
@@ -216,7 +218,7 @@ UNMET = {
 
 
 @pytest.mark.parametrize("budget", ["params", "macs"])
-@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("ratio", [0.5, *(pytest.param(own, marks=pytest.mark.slow) for own in (0.3, 0.7))])
 @pytest.mark.parametrize("kind", EXACT)
 def test_budgets_are_met(kind, ratio, budget):
     """Parameters and multiply-accumulates, counted anew by torch, within two points."""

@@ -202,7 +202,7 @@ def assert_equal(module, trainer, net, optimizer):
 @pytest.mark.parametrize(
     ("name", "variant"),
     [
-        (name, variant)
+        pytest.param(name, variant, marks=[pytest.mark.slow] * (name not in ("sgd", "adamw") and variant != "plain"))
         for name in OPTIMIZERS
         for variant in ("plain", "one_cycle", "accumulated", "clipped")
         if (name, variant) != ("adagrad", "one_cycle")  # which has no momentum to cycle

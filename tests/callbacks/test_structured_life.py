@@ -49,7 +49,9 @@ def saving(folder):
     return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=2, save_weights_only=False)
 
 
-@pytest.mark.parametrize("score", ["l1", "l2", "taylor", "bn_scale", "random"])
+@pytest.mark.parametrize(
+    "score", ["taylor", *(pytest.param(own, marks=pytest.mark.slow) for own in ("l1", "l2", "bn_scale", "random"))]
+)
 @pytest.mark.parametrize(
     ("arguments", "at"),
     [({"start": 0.5}, (4, 8, 12)), ({**ROUNDS}, (2, 4, 6, 10, 14))],
@@ -135,6 +137,7 @@ def test_stochastic_weight_averaging_goes_on():
     assert sizes(module) == [8, 8, 12]
 
 
+@pytest.mark.slow
 def test_a_smaller_network_is_loaded_without_a_trainer_and_without_the_library(tmp_path):
     module = Lit()
     fitted(module, structured(), ModelCheckpoint(tmp_path, filename="w", save_weights_only=True), steps=16)
