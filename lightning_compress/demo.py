@@ -34,7 +34,7 @@ from lightning_compress.callbacks.qat import QATCallback
 from lightning_compress.callbacks.structured import StructuredPruningCallback
 from lightning_compress.export import Sample, evaluate, to_onnx
 from lightning_compress.export.evaluate import evaluate_forward
-from lightning_compress.mechanisms.dependencies import require_torch_pruning
+from lightning_compress.mechanisms.channel_graph import require_torch_pruning
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.report import compare, to_console, units, write_report
 from lightning_compress.report.cells import shown_path

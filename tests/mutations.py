@@ -66,6 +66,7 @@ DIVERGENCE = f"{PACKAGE}/mechanisms/divergence.py"
 SHRINKING = f"{PACKAGE}/mechanisms/shrinking.py"
 BUDGETS = f"{PACKAGE}/mechanisms/budgets.py"
 DEPENDENCIES = f"{PACKAGE}/mechanisms/dependencies.py"
+GRAPH = f"{PACKAGE}/mechanisms/channel_graph.py"
 COPIES = f"{PACKAGE}/callbacks/copies.py"
 REHEARSAL = f"{PACKAGE}/callbacks/rehearsal.py"
 STRUCTURED = f"{PACKAGE}/callbacks/structured.py"
@@ -1431,20 +1432,20 @@ MUTATIONS = (
     Mutation(
         "filters: the output loses its channels",
         DEPENDENCIES,
-        "node.grad_fn in self._returned or node.module in self._returned or _is_output(node)",
-        "False",
+        "        if any(item.returned for item in items):",
+        "        if False:",
         f"{STRUCTURED_TEST}::test_the_head_that_is_a_convolution_keeps_its_classes",
     ),
     Mutation(
         "filters: attention is dealt out to other heads",
         DEPENDENCIES,
-        "        if any(_is_attention(entry.dep.target) for entry in group):",
+        "        if any(item.attention for item in items):",
         "        if False:",
         f"{STRUCTURED_TEST}::test_what_reaches_attention_is_left_alone",
     ),
     Mutation(
         "filters: frozen layers are not followed",
-        DEPENDENCIES,
+        GRAPH,
         "                parameter.requires_grad_(True)  # else what is frozen would not be seen",
         "                pass",
         "tests/mechanisms/test_dependencies.py",

@@ -19,7 +19,7 @@ from lightning_compress import _compat
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.tracing import users_place
 from lightning_compress.mechanisms.capture import NetworkCall
-from lightning_compress.mechanisms.dependencies import StructureError
+from lightning_compress.mechanisms.channel_graph import StructureError
 from lightning_compress.mechanisms.isolation import evaluating
 from lightning_compress.mechanisms.replay import traceless
 from lightning_compress.mechanisms.selection import find_module, listing

@@ -20,7 +20,8 @@ from lightning_compress.callbacks.copies import Copies
 from lightning_compress.callbacks.planning import BUDGETS, LayerPlan, Plan, Wanted, by_reason
 from lightning_compress.functional.filters import kept_filters
 from lightning_compress.mechanisms.budgets import ChannelGroup, Costs, Sizes, fewest_channels, kept_channels
-from lightning_compress.mechanisms.dependencies import ATTENTION, LAYERS, Dependencies, StructureError
+from lightning_compress.mechanisms.channel_graph import LAYERS, StructureError
+from lightning_compress.mechanisms.dependencies import ATTENTION, Dependencies
 from lightning_compress.mechanisms.selection import find_module, joined, listing, plain_name, select_modules
 from lightning_compress.mechanisms.shrinking import Shrinkage, shrink_
 from lightning_compress.mechanisms.weights import select_weights, sites_of

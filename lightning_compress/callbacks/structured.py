@@ -23,6 +23,7 @@ from lightning_compress.callbacks.planning import BUDGETS, Plan, Wanted
 from lightning_compress.callbacks.rehearsal import Rehearsal
 from lightning_compress.functional.schedules import iterative_schedule
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_all_
+from lightning_compress.mechanisms.channel_graph import StructureError, require_torch_pruning
 from lightning_compress.mechanisms.checkpoints import (
     SECTION,
     before_loading,
@@ -32,7 +33,6 @@ from lightning_compress.mechanisms.checkpoints import (
     saving_structure,
 )
 from lightning_compress.mechanisms.controller import StepController
-from lightning_compress.mechanisms.dependencies import StructureError, require_torch_pruning
 from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.scores import forget_scores
 from lightning_compress.mechanisms.selection import listing

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress import StructuredPruningCallback
-from lightning_compress.mechanisms.dependencies import StructureError
+from lightning_compress.mechanisms.channel_graph import StructureError
 
 
 def structured(ratio=0.5, **arguments):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import StructuredPruningCallback
-from lightning_compress.mechanisms.dependencies import StructureError
+from lightning_compress.mechanisms.channel_graph import StructureError
 
 WORK = (
     *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "densenet121"),

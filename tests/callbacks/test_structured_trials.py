@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress import DPFCallback, PruningCallback, QATCallback, StructuredPruningCallback
-from lightning_compress.mechanisms.dependencies import StructureError
+from lightning_compress.mechanisms.channel_graph import StructureError
 
 
 def structured(ratio=0.5, **arguments):

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_compress.functional import filter_scores
-from lightning_compress.mechanisms.dependencies import Dependencies, Left, StructureError, require_torch_pruning
+from lightning_compress.mechanisms.channel_graph import StructureError, require_torch_pruning
+from lightning_compress.mechanisms.dependencies import Dependencies, Left
 from lightning_compress.mechanisms.shrinking import shrink_
 
 
