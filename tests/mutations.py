@@ -1283,7 +1283,7 @@ MUTATIONS = (
     ),
     Mutation(
         "checkpoints are compared with those in full precision",
-        QAT,
+        BASE,
         "        forgotten = forget_scores(trainer)",
         "        forgotten = []",
         f"{QAT_TEST}::test_a_scheduler_that_waits_for_a_plateau_waits_anew",

@@ -30,6 +30,7 @@ from lightning_compress.callbacks.returned import Returned, ReturnsResults
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
+from lightning_compress.mechanisms.scores import forget_scores
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.step import StepController, step_controller
 from lightning_compress.mechanisms.student import StudentCapture
@@ -392,6 +393,17 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             until = other.shrinks_until if isinstance(other, CompressionCallback) else None
             if until is not None and not fine(until):
                 raise ValueError(f"'{other.name}' takes channels away until {until:g} of the training, and {why}")
+
+    def _forget_scores(self, trainer: Any, earlier: str, now: str) -> None:
+        """Let what chooses by the best so far begin anew, and say so."""
+        forgotten = forget_scores(trainer)
+        if "ModelCheckpoint" in forgotten:
+            self._warn_once(
+                f"the best checkpoints so far are of {earlier}, so they are not compared with what follows; their "
+                "files stay"
+            )
+        for kind in {"EarlyStopping", "ReduceLROnPlateau"}.intersection(forgotten):
+            log.info("%s: %s begins to wait anew, with %s", self.name, kind, now)
 
     def _warn_once(self, message: str, kind: str | None = None) -> None:
         """Warn, once in a fit; of messages of one kind the first only."""

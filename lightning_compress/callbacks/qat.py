@@ -43,7 +43,6 @@ from lightning_compress.mechanisms.owned import OwnedParameters
 from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.quantization import GuardedCalls, quantizing
 from lightning_compress.mechanisms.rounding import Presented, Rounding
-from lightning_compress.mechanisms.scores import forget_scores
 from lightning_compress.mechanisms.selection import find_module, listing, plain_name
 
 StepSize = Literal["mse", "observed", "learned"]
@@ -529,14 +528,7 @@ class QATCallback(QuantisedCallback):
         self._fit.steps_before_grids = self._require_controller().steps
         self._fit.clipped = self._clipped(self._quantise(grids, pl_module, {}))
         self._tell_of_nothing(grids)
-        forgotten = forget_scores(trainer)
-        if "ModelCheckpoint" in forgotten:
-            self._warn_once(
-                "the best checkpoints so far are of the network in full precision, so they are not compared with what "
-                "follows; their files stay"
-            )
-        for kind in {"EarlyStopping", "ReduceLROnPlateau"}.intersection(forgotten):
-            log.info("%s: %s begins to wait anew, with the quantised network", self.name, kind)
+        self._forget_scores(trainer, "the network in full precision", "the quantised network")
         log.info("%s begins: %s", self.name, self._summary(grids))
 
     def _go_on(self, state: dict[str, Any], pl_module: Any) -> None:

@@ -34,7 +34,6 @@ from lightning_compress.mechanisms.checkpoints import (
 )
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.progress import Progress
-from lightning_compress.mechanisms.scores import forget_scores
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.shrinking import (
     Shrinkage,
@@ -439,14 +438,7 @@ class StructuredPruningCallback(CompressionCallback):
                     callback.follow_shrinkage(shrinkage, pl_module)
             self._require_controller().weights.resized()
             _compat.reset_compiled_code()
-        forgotten = forget_scores(trainer)
-        if "ModelCheckpoint" in forgotten:
-            self._warn_once(
-                "the best checkpoints so far are of a larger network, so they are not compared with what follows; "
-                "their files stay"
-            )
-        for kind in {"EarlyStopping", "ReduceLROnPlateau"}.intersection(forgotten):
-            log.info("%s: %s begins to wait anew, with the smaller network", self.name, kind)
+        self._forget_scores(trainer, "a larger network", "the smaller network")
         numbers = {"share": plan.share, "parameters": plan.parameters[1], "macs": plan.macs[1]}
         for logger in trainer.loggers:  # past self.log, which keeps what falls between two steps that are logged
             logged = {f"compress/{self.name}/{quantity}": float(value) for quantity, value in numbers.items()}

@@ -11,11 +11,9 @@ import argparse
 import functools
 import itertools
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from lightning_compress.report.measure import compressed_bytes
 
 from .data import HELD_OUT, Batches, Split
 from .plan import LEARNING_RATES
-from .schedule import start_worker
+from .schedule import make_in_turn
 from .store import write_atomically
 from .tables import splice, t_interval
 from .training import Classifier, fit, quiet
@@ -242,28 +240,21 @@ def jobs_left(folder: Path, widths: Sequence[int], seeds: int, *, choosing: bool
 
 def make_all(folder: Path, widths: Sequence[int], seeds: int, jobs: int) -> int:
     """Make what is missing, in processes side by side; the number of failures."""
-    failures = 0
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker) as pool:
-        say(pool.submit(make_teacher, folder).result())
-        for choosing in (True, False):
-            futures = [pool.submit(make, job, folder) for job in jobs_left(folder, widths, seeds, choosing=choosing)]
-            for future in futures:
-                error = future.exception()
-                failures += error is not None
-                say(f"failed: {type(error).__name__}: {error}" if error is not None else future.result())
-    return failures
+
+    def runs(choosing: bool) -> list[tuple[Any, ...]]:
+        return [(make, job, folder) for job in jobs_left(folder, widths, seeds, choosing=choosing)]
+
+    return make_in_turn(jobs, [lambda: [(make_teacher, folder)], lambda: runs(True), lambda: runs(False)], say)
 
 
-def speeds(folder: Path, files: Mapping[str, Path]) -> dict[str, float]:
-    """How many times as fast as the teacher's file each runs: batch 1, one thread, in turns."""
-    image = images().test[0][:1]
+def speeds(reference: Path, files: Mapping[str, Path], image: Tensor) -> dict[str, float]:
+    """How many times as fast as the first file each of the others runs: batch 1, one thread, in turns."""
 
     def call(path: Path) -> Any:
         network = OnnxNetwork(path, threads=1)
         return lambda: network.run([image])
 
-    every = {"teacher": folder / "files" / "teacher.onnx", **files}
+    every = {"reference": reference, **files}
     times = measure_latency({name: call(path) for name, path in every.items()}, repeats=2000, seconds=30.0)
     return {name: 1 / (found.ratio or 1.0) for name, found in times.items()}
 
@@ -288,7 +279,7 @@ def table(folder: Path, widths: Sequence[int], seeds: int) -> str:
             lines += ["", f"### Students of width {width}", "", "Not measured yet."]
             continue
         paths = {stage.name: file_path(width, stage, choices[stage.name], 0, folder) for stage in STAGES}
-        fast = speeds(folder, paths)
+        fast = speeds(reference, paths, data.test[0][:1])
         lines += [
             "",
             f"### Students of width {width}",

@@ -44,6 +44,21 @@ def make_all(claims: Sequence[Claim], store: Store, *, seeds: int, jobs: int, sa
         return failures + make(make_calibrated, missing(calibrated(claims, store, seeds), store))
 
 
+def make_in_turn(jobs: int, batches: Iterable[Callable[[], list[Any]]], say: Callable[[str], None]) -> int:
+    """Call what each batch holds, (function, *arguments), in processes side by side; gives the number of failures.
+
+    A batch is only asked what it holds once the one before it is done.
+    """
+    failures = 0
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker) as pool:
+        for batch in batches:
+            for future in [pool.submit(*call) for call in batch()]:
+                error = future.exception()
+                failures += error is not None
+                say(f"failed: {type(error).__name__}: {error}" if error is not None else future.result())
+    return failures
+
+
 def unique_parts(claims: Sequence[Claim]) -> list[tuple[Protocol, Arm]]:
     """Every arm of every protocol once, however many claims share it."""
     parts = [(protocol, arm) for claim in claims for protocol, arms in claim.parts for arm in arms]

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,13 @@ from torch import nn
 from lightning_compress import DistillationCallback, ExportCallback, PTQCallback, StructuredPruningCallback
 from lightning_compress.demo import SmallResNet
 from lightning_compress.export import to_onnx
-from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.mechanisms.shrinking import Structure, restructure_, structure_of
-from lightning_compress.report.latency import measure_latency
 from lightning_compress.report.measure import count_macs, count_parameters
 
 from .data import Batches, fashion_mnist
-from .pipeline import classes, gains, interval, say
+from .pipeline import classes, gains, interval, say, speeds
 from .plan import HINTON, LATER_RATES, LEARNING_RATES
-from .schedule import start_worker
+from .schedule import make_in_turn
 from .store import write_atomically
 from .tables import splice
 from .training import Classifier, fit, quiet
@@ -198,29 +194,12 @@ def jobs_left(folder: Path, seeds: int, *, choosing: bool) -> list[Job]:
 
 def make_all(folder: Path, seeds: int, jobs: int) -> int:
     """Make what is missing, in processes side by side; the number of failures."""
-    failures, context = 0, multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker) as pool:
-        for future in [pool.submit(make_base, seed, folder) for seed in range(seeds)]:
-            say(future.result())
-        for choosing in (True, False):
-            for future in [pool.submit(make, job, folder) for job in jobs_left(folder, seeds, choosing=choosing)]:
-                error = future.exception()
-                failures += error is not None
-                say(f"failed: {type(error).__name__}: {error}" if error is not None else future.result())
-    return failures
 
+    def runs(choosing: bool) -> list[tuple[Any, ...]]:
+        return [(make, job, folder) for job in jobs_left(folder, seeds, choosing=choosing)]
 
-def speeds(folder: Path, files: dict[str, Path]) -> dict[str, float]:
-    """How many times as fast as the base's fp32 file each runs: batch 1, one thread, in turns."""
-    image = fashion_mnist().test[0][:1]
-
-    def call(path: Path) -> Any:
-        network = OnnxNetwork(path, threads=1)
-        return lambda: network.run([image])
-
-    every = {"base": folder / "files" / "base.onnx", **files}
-    times = measure_latency({name: call(path) for name, path in every.items()}, repeats=2000, seconds=30.0)
-    return {name: 1 / (found.ratio or 1.0) for name, found in times.items()}
+    bases = [(make_base, seed, folder) for seed in range(seeds)]
+    return make_in_turn(jobs, [lambda: bases, lambda: runs(True), lambda: runs(False)], say)
 
 
 def table(folder: Path, seeds: int) -> str:
@@ -234,21 +213,22 @@ def table(folder: Path, seeds: int) -> str:
     if any(None in own for own in rows.values()):
         return "Not measured yet.\n"
     bases = [torch.load(base_path(seed, folder), weights_only=True) for seed in range(seeds)]
-    size = (folder / "files" / "base.onnx").stat().st_size
+    base = folder / "files" / "base.onnx"
     shown = [WHOLE, *ARMS[::2]]
     fast = speeds(
-        folder,
+        base,
         {
             f"{ratio:g}-{arm.name}-{precision}": Job(arm, ratio, rate or 0.0, 0).file(folder, precision)
             for (arm, ratio), rate in rates.items()
             if arm in shown
             for precision in ("fp32", "int8")
         },
+        fashion_mnist().test[0][:1],
     )
     accuracy = 100 * sum(own["test_accuracy"] for own in bases) / seeds
     lines = [
         f"The network that is made smaller: 8 layers, {WIDTH} channels, {BASE_EPOCHS} epochs; {accuracy:.2f}% of the "
-        f"test images, {size / 1e3:.0f} kB as an fp32 file.",
+        f"test images, {base.stat().st_size / 1e3:.0f} kB as an fp32 file.",
         "",
         "| MACs removed | arm | learning rate | test accuracy | over training on the whole network | over the same "
         "shape from the start | parameters | MACs | fp32: kB, times as fast | int8: accuracy, kB, times as fast | "
