@@ -183,10 +183,9 @@ class Dependencies:
         filters: list[Place] = []
         for item in items:
             gone = item.roots % (channels // blocks) == 0  # one position of each block
-            for place, entries in self._graph.effect(item, sorted(set(item.indices[gone].tolist()))).items():
-                shrinks[place] = shrinks.get(place, 0) + entries
-                if _has_filters(item) and place[0] == f"{item.name}.weight":
-                    filters.append(place)
+            effect = self._graph.effect(item, sorted(set(item.indices[gone].tolist())))
+            shrinks |= effect
+            filters += [place for place in effect if _has_filters(item) and place[0] == f"{item.name}.weight"]
         weight, dim = filters[0]
         shape = items[0].module.weight.shape
         originally = channels * self._originally.get(weight, list(shape))[dim] // shape[dim]

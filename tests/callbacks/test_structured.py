@@ -329,7 +329,7 @@ def test_before_its_turn_it_says_what_will_go(capsys):
 
 def test_the_head_that_is_a_convolution_keeps_its_classes():
     module = Segments(net=UNet())
-    _ = fitted(module, structured())
+    _ = fitted(module, structured(min_channels=1))
     assert module.net.head.out_channels == 3
     assert module.net.head.in_channels == 8
 

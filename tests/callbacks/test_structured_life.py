@@ -309,6 +309,21 @@ def test_it_waits_for_the_end_of_an_accumulation():
     assert seen[8] == (0, 2, 8)
 
 
+def test_after_a_skipped_batch_it_waits_for_the_end_of_an_accumulation_too():
+    class Skipping(Lit):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(pl_module.net.conv1.out_channels)
+
+    fitted(Skipping(), structured(start=0.4), Watch(), steps=16, accumulate_grad_batches=4)
+    assert seen[8:13] == [16, 16, 16, 16, 8]
+
+
 def test_features_of_the_last_step_may_be_kept():
     """Whoever keeps a loss, and with it the graph of the last step, does not break the next one."""
 

@@ -44,13 +44,13 @@ class Sizes(Lit):
 def test_rounds_on_batches_of_other_sizes_take_as_much():
     """The share of multiply-accumulates is of the network, not of the batch at hand."""
     results = []
-    for lengths in ((8, 8), (8, 16), (16, 8)):
-        module = Sizes(lengths)
-        callback = structured(0.75, budget="macs", schedule="iterative", rounds=2, end=0.75, min_channels=2)
+    rounds = {"schedule": "iterative", "rounds": 2, "end": 0.75}
+    for lengths, schedule in (((8, 8), {}), ((8, 8), rounds), ((8, 16), rounds), ((16, 8), rounds)):
+        module, callback = Sizes(lengths), structured(0.75, budget="macs", min_channels=2, **schedule)
         fitted(module, callback)
         assert callback.reached == pytest.approx(0.75, abs=0.02)
         results.append([module.net[0].out_channels, module.net[2].out_channels])
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1] == results[2] == results[3]
 
 
 class Scrambled(nn.Module):
@@ -110,6 +110,9 @@ def test_masks_on_what_stays_have_the_sparsity_that_was_asked_for(kind, tmp_path
     """Filters go by another score than weights, so what stays may be masked more, or less, than the whole was."""
     for score in ("bn_scale", "l2"):
         masks, module = kind(0.5, end=0.1, update_interval=1), Lit()
+        with torch.no_grad():
+            module.net.conv2.weight[:12] *= 1.5  # dense, and what goes by the scale of its norm
+            module.net.bn2.weight[:12] *= 0.1
         trainer = fitted(module, masks, structured(score=score, start=0.5), steps=16)
         assert masks.reached == pytest.approx(0.5, abs=1e-3)
         trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -186,7 +189,9 @@ def test_in_the_same_step_quantisation_cannot_begin(order):
 
 def test_a_number_of_the_users_is_no_size(tmp_path):
     class Counting(Lit):
-        num_heads = 0
+        def __init__(self):
+            super().__init__()
+            self.num_heads = 0
 
         def on_train_batch_end(self, *_):
             self.num_heads = self.num_heads + 1

@@ -35,6 +35,7 @@ def test_the_share_is_of_what_there_was_originally():
     later = [group(channels=12, originally=16)]
     assert kept_channels(later, sum, 0.5, 16, at_least=1) == [8]
     assert kept_channels(later, sum, 0.1, 16, at_least=1) == [12]  # what is gone is gone
+    assert kept_channels([*later, group("b")], sum, 0.5, 32, at_least=1) == [8, 8]
 
 
 def test_blocks_and_multiples_go_together():

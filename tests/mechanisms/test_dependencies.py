@@ -129,3 +129,17 @@ def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=r'structured pruning needs torch-pruning: pip install "lightning-compress'):
         require_torch_pruning()
+
+
+def test_channels_that_come_twice_take_twice_as_much():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.fc = nn.Linear(4, 8), nn.Linear(16, 3)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.fc(torch.cat([x, x.relu()], 1))
+
+    (group,) = Dependencies(Twice(), lambda net: net(torch.ones(2, 4)), selected=["a"]).groups
+    assert group.shrinks == {("a.weight", 0): 1, ("a.bias", 0): 1, ("fc.weight", 1): 2}
