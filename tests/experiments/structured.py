@@ -8,6 +8,9 @@ Runs that are in the folder already are not made again.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import itertools
 import json
 import sys
 import time
@@ -22,7 +25,8 @@ from torch import nn
 from lightning_compress import DistillationCallback, ExportCallback, PTQCallback, StructuredPruningCallback
 from lightning_compress.demo import SmallResNet
 from lightning_compress.export import to_onnx
-from lightning_compress.mechanisms.shrinking import Structure, restructure_, structure_of
+from lightning_compress.mechanisms.channel_graph import StructureError
+from lightning_compress.mechanisms.shrinking import restructure_, structure_of
 from lightning_compress.report.measure import count_macs, count_parameters
 
 from .data import Batches, fashion_mnist
@@ -38,6 +42,7 @@ PAGE = Path("docs/experiments/structured-pruning.md")
 VERSION = 1
 WIDTH, BASE_EPOCHS, BASE_RATE, LATER_EPOCHS = 16, 8, 0.1, 8
 RATIOS = (0.3, 0.5, 0.7)
+MULTIPLES = (1, 4, 8)
 LATER_BATCHES = 1000  # added to the seed: those of the base are others
 
 
@@ -115,24 +120,24 @@ def base(seed: int, folder: Path) -> SmallResNet:
     return network
 
 
-def pruning(arm: Arm, ratio: float, seed: int) -> StructuredPruningCallback:
-    return StructuredPruningCallback(ratio, budget="macs", score=arm.score or "l2", seed=seed)
+def pruning(arm: Arm, ratio: float, seed: int, round_to: int = 1) -> StructuredPruningCallback:
+    return StructuredPruningCallback(ratio, budget="macs", score=arm.score or "l2", seed=seed, round_to=round_to)
 
 
-def small_shape(ratio: float, folder: Path) -> tuple[Structure, dict[str, torch.Tensor]]:
-    """The sizes that a network has once so much is gone: the same for all seeds and scores."""
+def small_shape(ratio: float, folder: Path, round_to: int = 1) -> nn.Module:
+    """A network of which so much is gone: its sizes are the same for all seeds and scores."""
     module = Classifier(WIDTH, 0.0)
     module.network = base(0, folder)
-    fit(module, Batches(fashion_mnist().train, seed=0), 1, [pruning(ARMS[0], ratio, 0)], max_steps=1)
-    return structure_of(module.network), module.network.state_dict()
+    fit(module, Batches(fashion_mnist().train, seed=0), 1, [pruning(ARMS[0], ratio, 0, round_to)], max_steps=1)
+    return module.network.eval()
 
 
 def fresh(ratio: float, seed: int, folder: Path) -> SmallResNet:
     """The small shape, with weights that are drawn for it."""
-    structure, state = small_shape(ratio, folder)
+    small = small_shape(ratio, folder)
     torch.manual_seed(seed)
     network = SmallResNet(WIDTH)
-    restructure_(network, structure, state)
+    restructure_(network, structure_of(small), small.state_dict())
     for part in network.modules():
         if isinstance(part, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
             part.reset_parameters()
@@ -202,6 +207,32 @@ def make_all(folder: Path, seeds: int, jobs: int) -> int:
     return make_in_turn(jobs, [lambda: bases, lambda: runs(True), lambda: runs(False)], say)
 
 
+def shapes(folder: Path) -> str:
+    """How fast shapes are whose numbers of channels are multiples: nothing that training could change."""
+    image, files, rows = fashion_mnist().test[0][:1], {}, {}
+    for ratio, multiple in itertools.product(RATIOS, MULTIPLES):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                network = small_shape(ratio, folder, multiple)
+        except StructureError:
+            rows[ratio, multiple] = "cannot be met within 5 points | | | |"
+            continue
+        channels = "/".join(str(stage.conv1.out_channels) for stage in network.stages)
+        files[f"{ratio:g}-{multiple}"] = path = folder / "files" / f"shape-{ratio:g}-{multiple}.onnx"
+        to_onnx(network, path, image)
+        macs, size = count_macs(network, (image,)).value, path.stat().st_size
+        rows[ratio, multiple] = f"{channels} | {macs:,} | {size / 1e3:.0f}"
+    fast = speeds(folder / "files" / "base.onnx", files, image)
+    lines = [
+        "| MACs removed | round_to | channels of the three stages | MACs | kB | times as fast |",
+        f"|{'---|' * 6}",
+    ]
+    for (ratio, multiple), said in rows.items():
+        times = fast.get(f"{ratio:g}-{multiple}")
+        lines.append(f"| {ratio:.0%} | {multiple} | {said}{'' if times is None else f' | {times:.2f} |'}")
+    return "\n".join(lines) + "\n"
+
+
 def table(folder: Path, seeds: int) -> str:
     """Accuracy of each arm, and bytes and times of both files."""
     rates = {(arm, ratio): chosen_rate(arm, ratio, folder) for arm, ratio in parts()}
@@ -253,7 +284,7 @@ def table(folder: Path, seeds: int) -> str:
             f"{int8:.2f}, {own[0]['int8_bytes'] / 1e3:.0f}{said['int8']} | {cost:.1f} |"
         )
     lines += ["", f"{seeds} seeds; {minutes:.0f} minutes of one thread, the choice of learning rates included."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "### Numbers of channels", "", shapes(folder)])
 
 
 def main() -> int:
