@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from lightning_compress import _compat
@@ -28,6 +26,8 @@ from lightning_compress.mechanisms.student import Detector
 from lightning_compress.mechanisms.tree import detached, named_tensors, rebuild
 from lightning_compress.report.measure import first_line, macs_by_layer, single_sample
 
+TOLERANCE = 1e-5
+"""By how much the smaller network may differ from the one with zeros, of the largest output."""
 FEW = 4  # samples that the smaller network is compared on
 LARGE = 1e4  # times the median, and the same in both: what stands for infinity
 
@@ -101,6 +101,17 @@ class Copies:
             scaler = getattr(self._trainer.precision_plugin, "scaler", None)
             (loss if scaler is None else loss * scaler.get_scale()).backward()
 
+    def has(self, name: str) -> bool:
+        """Whether a module is a part of the networks that are made smaller.
+
+        Args:
+            name: Its dotted name.
+
+        Returns:
+            False for what is beside them.
+        """
+        return any(not part or f"{name}.".startswith(f"{part}.") for part in self.names)
+
     def run(self, copied: nn.Module, *, plainly: bool = False) -> tuple[Any, list[Any]]:
         """Run the network in a copy; the whole step, where it calls several, or one more than once.
 
@@ -141,8 +152,9 @@ class Copies:
                     with self._trainer.precision_plugin.train_step_context():
                         return macs_by_layer(copied, lambda: network(*args, **kwargs))
                 except Exception:  # some networks run at one size only
-                    return macs_by_layer(copied, lambda: self.run(copied))
-            return macs_by_layer(copied, lambda: self.run(copied))
+                    pass
+            with _NoGradients():
+                return macs_by_layer(copied, lambda: self.run(copied), within=self.names)
 
     def problem(self, shrinkage: Shrinkage) -> str | None:
         """Whether a smaller copy runs, in evaluation and in training, and returns what has the same shapes.
@@ -155,16 +167,18 @@ class Copies:
         """
         for training in (False, True):
             with self.copy() as copied:
-                before = self._last_shapes(copied, training)  # what the module keeps of it is of the larger network
-                shrink_(copied, shrinkage)
-                what = "the smaller network does not run"
+                what = "the network does not run"
                 try:
+                    before = self._last_shapes(copied, training)  # what the module keeps of it is of the larger network
+                    shrink_(copied, shrinkage)
+                    what = "the smaller network does not run"
                     after = self._last_shapes(copied, training)
                     if before != after:
                         return f"the smaller network returns shapes {after} instead of {before}"
                     what = "the training step does not run with the smaller network"
                     if training:
-                        self._step(copied)
+                        with torch.enable_grad():
+                            self._step(copied)
                 except Exception as error:  # whatever is raised where shapes are other ones
                     return f"{what}: {type(error).__name__}: {first_line(error)}{users_place(error)}"
         return None
@@ -172,13 +186,14 @@ class Copies:
     def difference(self, shrinkage: Shrinkage) -> float | None:
         """How far a smaller copy is from one with zeros in the place of what goes, on the CPU.
 
-        Norms over channels, for which zeros count, do no more than scale and shift meanwhile.
+        Norms over channels, for which zeros count, do no more than scale and shift meanwhile, and dropout does nothing.
 
         Args:
             shrinkage: What stays.
 
         Returns:
-            The largest difference of what both return, of the largest number; None if the network does not run there.
+            The largest difference of what both return, of the largest number; None if the network does not run there,
+            or draws random numbers that other sizes change.
         """
         found = []
         for training in (False, True):
@@ -187,10 +202,12 @@ class Copies:
                     whole = self._values(None, dtype, training)
                 except Exception:  # operations that the CPU has not; on the device this network ran
                     continue
-                if training and (dtype == torch.float32 or not _same(whole, self._values(None, dtype, training))):
-                    break  # statistics of few samples in few digits, or what draws random numbers
+                if training and dtype == torch.float32:
+                    break  # statistics of few samples in few digits
                 zeroed, smaller = (self._values(shrinkage, dtype, training, cut=cut) for cut in (False, True))
-                found.append(_distance(zeroed, smaller))
+                distance = _distance(zeroed, smaller)
+                if distance <= TOLERANCE or not _distance(whole, self._values(None, dtype, training, seed=1)):
+                    found.append(distance)  # else it draws random numbers, others for other sizes
                 break
         return max(found, default=None)
 
@@ -200,24 +217,28 @@ class Copies:
         network = find_module(self._module, name, argument="network")
         return any(leaf.requires_grad for leaf in network.parameters())
 
+    def _as_needed(self) -> AbstractContextManager[Any]:
+        """Gradients for a step, which may differentiate something itself; for a network alone, as it is."""
+        return torch.enable_grad() if self._call is None else nullcontext()
+
     def _step(self, copied: Any, *, plainly: bool = False) -> Any:
         batch = _copied(self._batch)
         if plainly:
             batch = rebuild(batch, _plain(copied))
-            return copied.training_step(*_compat.step_arguments(self._trainer, copied, batch, self._batch_idx))
-        with self._trainer.precision_plugin.train_step_context():
+        with nullcontext() if plainly else self._trainer.precision_plugin.train_step_context():
             return copied.training_step(*_compat.step_arguments(self._trainer, copied, batch, self._batch_idx))
 
     def _last_shapes(self, copied: nn.Module, training: bool) -> list[tuple[int, ...]]:
         """Of the outputs of the last network: what those before it return may have other shapes."""
-        with torch.no_grad() if training else evaluating(copied):
+        with torch.no_grad() if training else evaluating(copied), self._as_needed():
             return [tuple(leaf.shape) for _, leaf in named_tensors(self.run(copied)[1])]
 
     def _values(
-        self, shrinkage: Shrinkage | None, dtype: torch.dtype, training: bool, *, cut: bool = False
+        self, shrinkage: Shrinkage | None, dtype: torch.dtype, training: bool, *, cut: bool = False, seed: int = 0
     ) -> list[Tensor]:
         """What a copy returns: whole, with zeros, or smaller."""
         with self.copy() as copied:
+            torch.manual_seed(seed)
             widen_(copied).cpu().to(dtype)
             _fill_zeros_(copied)
             if shrinkage is not None and cut:
@@ -225,10 +246,7 @@ class Copies:
             elif shrinkage is not None:
                 for name, leaf in tensors_of(copied).items():
                     leaf.data = shrinkage.zeroed(name, leaf.data)
-            for part in copied.modules():
-                if isinstance(part, _DropoutNd):
-                    part.p = 0.0
-            with torch.no_grad() if training else evaluating(copied), _PlainNorms():
+            with torch.no_grad() if training else evaluating(copied), self._as_needed(), _Plainly():
                 returned = self.run(copied, plainly=True)
         leaves = [leaf.detach() for _, leaf in named_tensors(returned)]
         return [leaf.to(torch.float64) for leaf in leaves if leaf.is_floating_point()]
@@ -261,26 +279,49 @@ def _few_samples(inputs: Any) -> Any:
         return inputs
 
 
-class _PlainNorms(TorchFunctionMode):
-    """Norms over channels do no more than scale and shift."""
+class _NoGradients(TorchFunctionMode):
+    """Gradients are zero: what they are does not count, and that they are computed neither."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.autograd.grad:
+            inputs = args[1] if len(args) > 1 else (kwargs or {})["inputs"]
+            return tuple(map(torch.zeros_like, (inputs,) if isinstance(inputs, Tensor) else inputs))
+        return func(*args, **(kwargs or {}))
+
+
+NORMS = (F.layer_norm, F.group_norm, F.rms_norm, torch.layer_norm, torch.group_norm, torch.rms_norm)
+DROPOUTS = (
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout),
+)
+NOISE = (torch.rand_like, torch.randn_like)
+
+
+class _Plainly(TorchFunctionMode):
+    """Norms over channels do no more than scale and shift, dropout does nothing, and noise is the same everywhere."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in (F.layer_norm, F.group_norm, F.rms_norm):
+        if func in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func in NOISE:
+            given = {**dict(zip(("input",), args, strict=True)), **kwargs}
+            given.pop("generator", None)
+            return torch.full_like(given.pop("input"), 0.5, **given)
+        if func not in NORMS:
             return func(*args, **kwargs)
-        given = inspect.signature(func).bind(*args, **kwargs).arguments
+        takes_bias = func not in (F.rms_norm, torch.rms_norm)
+        given = {**dict(zip(("input", "", "weight", "bias" if takes_bias else ""), args, strict=False)), **kwargs}
         x, weight, bias = given["input"], given.get("weight"), given.get("bias")
-        if func is F.group_norm:
+        if func in (F.group_norm, torch.group_norm):
             shape = (-1, *[1] * (x.ndim - 2))
             weight, bias = (None if leaf is None else leaf.reshape(shape) for leaf in (weight, bias))
         x = x if weight is None else x * weight
         return x if bias is None else x + bias
-
-
-def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def _distance(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
@@ -290,7 +331,10 @@ def _distance(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """
     largest = 0.0
     for one, other in zip(expected, found, strict=True):
-        if one.shape != other.shape or bool((different := one != other).logical_not().all()):
+        if one.shape != other.shape:
+            continue
+        different = (one != other) & ~(one.isnan() & other.isnan())
+        if not bool(different.any()):
             continue
         sizes = one.abs()
         usual = sizes[one.isfinite() & (sizes > 0)]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_compress.callbacks.copies import Copies
+from lightning_compress.callbacks.copies import TOLERANCE, Copies
 from lightning_compress.callbacks.planning import BUDGETS, LayerPlan, Plan, Wanted, by_reason
 from lightning_compress.functional.filters import kept_filters
 from lightning_compress.mechanisms.budgets import ChannelGroup, Costs, Sizes, fewest_channels, kept_channels
@@ -26,12 +26,10 @@ from lightning_compress.mechanisms.selection import find_module, joined, listing
 from lightning_compress.mechanisms.shrinking import Shrinkage, shrink_
 from lightning_compress.mechanisms.weights import select_weights, sites_of
 
-TOLERANCE = 1e-5
-"""By how much the smaller network may differ from the one with zeros, of the largest output."""
 POINTS = 0.02
 """By how much a share of parameters or multiply-accumulates may differ from the one that was asked for."""
 
-RECURRENT = "a recurrent layer"
+RECURRENT, OTHER = "a recurrent layer", "which is of another network"
 Removed = Mapping[str, Sequence[int]]
 """Name of a group to its channels that go."""
 
@@ -48,6 +46,7 @@ class Rehearsal:
     def __init__(self, copies: Copies, module: nn.Module, wanted: Wanted) -> None:
         self._copies, self._module, self._wanted = copies, module, wanted
         self._small: dict[str, str] = {}  # layers that can lose no channels, with the reason
+        self._outside: dict[str, str] = {}  # layers of other networks
 
     def plan(self) -> Plan:
         """Find out what will go, and try it.
@@ -63,6 +62,8 @@ class Rehearsal:
         self._refuse_scripted()
         with self._copies.copy() as copied:
             self._copies.look(copied, wanted.network, gradients=wanted.score == "taylor")
+            self._outside = {name: self._why_outside(name) for name in chosen if not self._copies.has(name)}
+            chosen = [name for name in chosen if name not in self._outside]
             found = self._dependencies(copied, chosen)
             groups = self._groups(found)
             sizes = self._sizes()
@@ -128,6 +129,10 @@ class Rehearsal:
             every = select_modules(self._module, list(self._wanted.exclude), None, types=(nn.Module,))
             excluded.update(every.values())
         for name, part in self._module.named_modules():
+            if not self._copies.has(plain_name(name)):
+                own = [joined(plain_name(name), leaf) for leaf, _ in part.named_parameters(recurse=False)]
+                fixed.update(dict.fromkeys([plain_name(name), *own] if name and own else own, OTHER))
+                continue
             shared = any(
                 len({id(site.module) for site in sites[id(leaf)]}) > 1 for leaf in part.parameters(recurse=False)
             )
@@ -160,13 +165,16 @@ class Rehearsal:
         wanted, groups = self._wanted, []
         for group in found.groups:
             if group.originally <= wanted.min_channels:
-                reason = f"has no more than min_channels={wanted.min_channels}"
+                fewest = f"no more than min_channels={wanted.min_channels}"
+                reason = f"has {fewest}"
+                others = [name for name in group.layers if self._filters(name) > wanted.min_channels]
+                self._small.update(dict.fromkeys(others, f"goes together with '{group.name}', which has {fewest}"))
             elif wanted.score == "bn_scale" and found.norm_scales(group) is None:
                 reason = "has no batch norm, so score='bn_scale' says nothing of it"
             else:
                 groups.append(group)
                 continue
-            self._small.update(dict.fromkeys(group.layers, reason))
+            self._small.update({name: reason for name in group.layers if name not in self._small})
         heads = any(isinstance(part, nn.MultiheadAttention) for part in self._module.modules())
         modules = "exclude=['type:MultiheadAttention'], or with " if heads else ""
         attention = [name for entry in found.left if entry.reason == ATTENTION for name in entry.layers]
@@ -219,15 +227,19 @@ class Rehearsal:
         """The selected layers whose filters stay, and recurrent ones, with the reasons."""
         recurrent = {name: cause for name, cause in self._fixed().items() if cause == RECURRENT}
         left = {name: entry.reason for entry in found.left for name in entry.layers if name in chosen}
-        seen = {*left, *(name for group in found.groups for name in group.layers)}
-        frozen = [name for name in chosen if name not in seen and self._is_frozen(name)]
-        return {**recurrent, **left, **dict.fromkeys(frozen, "is of a frozen network"), **self._small}
+        outside = {name: reason for name, reason in self._outside.items() if reason}
+        return {**recurrent, **left, **outside, **self._small}
 
-    def _is_frozen(self, name: str) -> bool:
-        """Whether a layer is no part of what is made smaller, and does not learn."""
-        outside = all(part and not name.startswith(f"{part}.") for part in self._copies.names)
+    def _why_outside(self, name: str) -> str:
+        """Why a layer is none of what is made smaller; "" for one that is not called."""
         layer = find_module(self._module, name, argument="layers")
-        return outside and not any(leaf.requires_grad for leaf in layer.parameters())
+        if not any(leaf.requires_grad for leaf in layer.parameters()):
+            return "is of a frozen network"
+        return "is of another network" if self._wanted.network is not None else ""
+
+    def _filters(self, name: str) -> int:
+        layer = find_module(self._module, name, argument="layers")
+        return int(getattr(layer, _count(layer)))
 
     def _kept(self, groups: Sequence[ChannelGroup], costs: Costs, left: Mapping[str, str]) -> list[int]:
         """How many channels each group keeps."""
@@ -286,9 +298,8 @@ class Rehearsal:
             after = shrinkage.take(weight, torch.empty_like(part.weight, device="meta")).numel()
             share, bias = after / before, 0 if part.bias is None else part.bias.numel()
             kept = shrinkage.attributes.get(plain_name(name), {})
-            count = "out_features" if isinstance(part, nn.Linear) else "out_channels"
-            filters = int(getattr(part, count))
-            stays = int(kept.get(count, filters))
+            filters = int(getattr(part, _count(part)))
+            stays = int(kept.get(_count(part), filters))
             macs = sizes.macs.get(weight, 0.0)
             layers[plain_name(name)] = LayerPlan(
                 (filters, stays),
@@ -364,6 +375,11 @@ def _matrices(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, t
     """The weights of one layer that it multiplies with, by their own names."""
     found = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
     return {name: shape for name, shape in found.items() if "." not in name and len(shape) > 1}
+
+
+def _count(layer: nn.Module) -> str:
+    """The attribute that says how many filters a layer has."""
+    return "out_features" if isinstance(layer, nn.Linear) else "out_channels"
 
 
 def _leave(name: str) -> str:

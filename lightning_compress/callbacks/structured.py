@@ -260,7 +260,7 @@ class StructuredPruningCallback(CompressionCallback):
             self._check_state()
         else:
             self._state = _State(structure=structure, whole=structure)
-        self._begun = False
+        self._begun, self._skipped = False, 0
         stack.callback(setattr, self, "_progress", None)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -399,11 +399,12 @@ class StructuredPruningCallback(CompressionCallback):
             copies = Copies(trainer, pl_module, batch, batch_idx)
             try:
                 found.append(within(self.time_limit, Rehearsal(copies, pl_module, wanted).plan, message))
+                self._skipped = 0
             except SkippedBatchError:
                 self._skipped += 1
                 if self._skipped == TRIES:
                     raise StructureError(
-                        f"the training step of {type(pl_module).__name__} calls no network, in {TRIES} batches"
+                        f"the training step of {type(pl_module).__name__} calls no network, in {TRIES} batches in a row"
                     ) from None
 
         with _compat.patient_group(trainer.world_size) as tell:

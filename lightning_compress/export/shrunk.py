@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.checkpoints import resize_
+from lightning_compress.mechanisms.selection import plain_name
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -52,13 +53,14 @@ def load_shrunk(module: ModuleT, checkpoint_path: str | os.PathLike[str]) -> Mod
         raise TypeError(f"module must be a torch.nn.Module, built as for the training, got {module!r}")
     checkpoint = read_checkpoint(checkpoint_path, or_weights=True)
     state = checkpoint["state_dict"]
-    names = set(module.state_dict())
-    if names != set(state):
-        different = sorted(names.symmetric_difference(state))[:5]
+    names, saved = ({plain_name(name) for name in own} for own in (module.state_dict(), state))
+    if names != saved:
+        different = sorted(names.symmetric_difference(saved))[:5]
         raise ValueError(
             f"checkpoint_path '{os.fspath(checkpoint_path)}' was not saved from a {type(module).__name__}: only one of "
             f"the two has {', '.join(map(repr, different))}"
         )
     resize_(module, checkpoint)
-    module.load_state_dict(state, strict=True)
+    here = {plain_name(name): name for name in module.state_dict()}  # one of the two may be compiled
+    module.load_state_dict({here[plain_name(name)]: value for name, value in state.items()}, strict=True)
     return module

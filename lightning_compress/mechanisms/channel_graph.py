@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
 from lightning_compress.mechanisms.budgets import Place
 from lightning_compress.mechanisms.selection import plain_name
@@ -211,7 +212,8 @@ class ChannelGraph:
         def forward(*unused: Any) -> Any:
             for part, training in flags:
                 part.training = training  # the library calls eval(), which hides what is only there in training
-            returned = run(self._root)
+            with _Once():
+                returned = run(self._root)
             for _, tensor in named_tensors(outputs(returned)):
                 self._returned |= {tensor.grad_fn, *by.get(tensor.grad_fn, ())}
             traced = [tensor for _, tensor in named_tensors(returned) if tensor.grad_fn is not None]
@@ -284,6 +286,20 @@ class ChannelGraph:
             _is_attention(node),
             _counts_channels(node),
         )
+
+
+class _Once(TorchFunctionMode):
+    """Gradients that are differentiated again are refused: their graph is not that of the network."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.autograd.grad and (kwargs or {}).get("create_graph", len(args) > 4 and args[4]):
+            raise StructureError(
+                "what is computed is differentiated on the way (torch.autograd.grad with create_graph=True), so its "
+                "structure cannot be told; PruningCallback, which leaves shapes as they are, works for any network"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 class _WithoutMetrics:

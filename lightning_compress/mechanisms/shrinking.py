@@ -254,7 +254,7 @@ def structure_of(module: nn.Module) -> Structure:
 def structure_told_by(module: nn.Module, state: Mapping[str, Tensor]) -> Structure:
     """What the layers of a module would say of their sizes if they had the tensors of another: as far as tensors tell.
 
-    They do not tell that of a layer norm without weights.
+    They do not tell that of a layer or RMS norm without weights.
 
     Args:
         module: Of the class that was saved.
@@ -277,7 +277,8 @@ def structure_told_by(module: nn.Module, state: Mapping[str, Tensor]) -> Structu
         values = _told_by(part, own)
         if values:
             found[plain_name(name)] = values
-    silent = [name for name, part in module.named_modules() if isinstance(part, nn.LayerNorm) and part.weight is None]
+    norms = (nn.LayerNorm, nn.RMSNorm)
+    silent = [name for name, part in module.named_modules() if isinstance(part, norms) and part.weight is None]
     now = structure_of(module)
     if silent and any(now.get(name, {}) != {**now.get(name, {}), **values} for name, values in found.items()):
         raise ValueError(

@@ -10,7 +10,7 @@ import io
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -151,12 +151,15 @@ def count_macs(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     return MacCount(flops // 2)
 
 
-def macs_by_layer(root: nn.Module, run: Callable[[], object]) -> dict[str, int]:
+def macs_by_layer(
+    root: nn.Module, run: Callable[[], object], *, within: Collection[str] | None = None
+) -> dict[str, int]:
     """Count the multiply-accumulates of a run, apart for each layer without children.
 
     Args:
         root: What the names are relative to.
         run: Calls networks within it, which are left as the calls leave them.
+        within: Names of the networks whose calls count; None: all that is computed.
 
     Returns:
         Name of a layer to the count of all its calls; under "" what belongs to none. Layers that count nothing are
@@ -170,22 +173,26 @@ def macs_by_layer(root: nn.Module, run: Callable[[], object]) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     began: dict[nn.Module, int] = {}
     counted: dict[str, int] = {}
+    networks: dict[str, int] = {}
 
     def before(layer: nn.Module, _: object) -> None:
         began[layer] = counter.get_total_flops()
 
-    def after(name: str, layer: nn.Module) -> None:
-        counted[name] = counted.get(name, 0) + counter.get_total_flops() - began[layer]
+    def after(counts: dict[str, int], name: str, layer: nn.Module) -> None:
+        counts[name] = counts.get(name, 0) + counter.get_total_flops() - began[layer]
 
     with ExitStack() as stack:
         for name, layer in root.named_modules():
-            if not list(layer.children()):
+            leaf, whole = not list(layer.children()), within is not None and name in within
+            inside = within is None or any(not part or f"{name}.".startswith(f"{part}.") for part in within)
+            for counts in [counted] * (leaf and inside) + [networks] * whole:
                 stack.callback(layer.register_forward_pre_hook(before).remove)
-                done = partial(lambda name, layer, *_: after(name, layer), name)
+                done = partial(lambda counts, name, layer, *_: after(counts, name, layer), counts, name)
                 stack.callback(layer.register_forward_hook(done).remove)
         with torch.no_grad(), _plain_kernels(), counter:
             run()
-    counted[""] = counted.get("", 0) + counter.get_total_flops() - sum(counted.values())
+    total = counter.get_total_flops() if within is None else sum(networks.values())
+    counted[""] = counted.get("", 0) + total - sum(counted.values())
     return {name: flops // 2 for name, flops in counted.items() if flops}
 
 

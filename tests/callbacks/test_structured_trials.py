@@ -558,3 +558,169 @@ def test_metrics_are_no_layers():
     module = Measured()
     fitted(module, structured())
     assert module.net.conv1.out_channels == 8
+
+
+def tower(width=16):
+    """Two convolutions, of which the first can lose filters."""
+    return nn.Sequential(
+        nn.Conv2d(2, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+
+class Twice(Lit):
+    """Calls its network twice, and a frozen one beside it, before or after."""
+
+    def __init__(self, first=False):
+        super().__init__(net=tower())
+        self.teacher, self.first = tower(24).requires_grad_(False), first
+
+    def training_step(self, batch, batch_idx):
+        x, labels = batch
+        target = self.teacher(x) if self.first else None
+        one, other = self.net(x), self.net(x.flip(-1))
+        target = self.teacher(x) if target is None else target
+        return F.mse_loss(one, other) + F.cross_entropy(one, labels) + F.mse_loss(one, target)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("budget", ["filters", "params", "macs"])
+def test_a_frozen_network_beside_two_calls_stays_and_counts_nowhere(budget, first):
+    module, callback = Twice(first), structured(budget=budget, min_channels=2)
+    fitted(module, callback)
+    assert module.net[0].out_channels == 8
+    assert module.teacher[0].out_channels == 24
+    assert callback.plan.parameters == (576, sum(leaf.numel() for leaf in module.net.parameters()))
+    assert callback.plan.macs[0] == 2 * 8 * 16 * (16 * 2 * 9 + 16 * 16)  # two calls, 8 images of 4x4
+    assert callback.plan.left == {
+        "net.2": "is what the network returns", "teacher.0": "is of a frozen network",
+        "teacher.2": "is of a frozen network",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", ["filters", "macs"])
+def test_one_network_may_change_though_it_is_called_twice_beside_others(budget):
+    class Gan(Lit):
+        def __init__(self):
+            super().__init__(net=nn.Linear(4, 3))
+            self.g = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 48))
+            self.d = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 1))
+
+        def training_step(self, batch, batch_idx):
+            return self.d(torch.ones(8, 48)).mean() - self.d(self.g(torch.ones(8, 16))).mean()
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    module, callback = Gan(), structured(budget=budget, network="d")
+    fitted(module, callback)
+    assert [module.g[0].out_features, module.d[0].out_features, module.d[2].out_features] == [64, 32, 1]
+    assert callback.plan.left["g.0"] == "is of another network"
+
+
+NOISY = {
+    "dropout": lambda x, training: F.dropout(x, 0.3, training),
+    "dropout that always drops": lambda x, training: F.dropout(x, 0.3, True),
+    "channel dropout": lambda x, training: F.dropout2d(x, 0.3, training),
+    "noise": lambda x, training: x + 0.1 * torch.randn_like(x),
+    "noise that is drawn otherwise": lambda x, training: x + 0.1 * torch.randn(x.shape),
+    "a random slope": lambda x, training: F.rrelu(x, training=training),
+    "a norm, called directly": lambda x, training: torch.group_norm(x, 1),
+    "a layer norm, called directly": lambda x, training: torch.layer_norm(x.movedim(1, -1), (x.shape[1],)).movedim(
+        -1, 1
+    ),
+}
+
+
+class Noisy(nn.Module):
+    def __init__(self, kind, scrambled=False):
+        super().__init__()
+        self.kind, self.scrambled = kind, scrambled
+        self.a, self.b, self.fc = nn.Conv2d(2, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = NOISY[self.kind](self.a(x), self.training)
+        return self.fc(self.b(x.flip(1) if self.scrambled else x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", NOISY)
+def test_random_numbers_are_no_difference(kind):
+    module, callback = Lit(net=Noisy(kind)), structured()
+    fitted(module, callback)
+    assert module.net.a.out_channels == 8
+    assert callback.plan.difference is None if "otherwise" in kind else callback.plan.difference < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["dropout", "dropout that always drops", "noise", "a random slope"])
+def test_random_numbers_hide_no_difference(kind):
+    with pytest.raises(StructureError, match=r"computes something else"):
+        fitted(Lit(net=Noisy(kind, scrambled=True)), structured())
+
+
+def test_a_step_that_differentiates_itself_is_tried_with_gradients():
+    class Adversarial(Lit):
+        def training_step(self, batch, batch_idx):
+            x = batch[0].clone().requires_grad_()
+            (slope,) = torch.autograd.grad(F.cross_entropy(self.net(x), batch[1]), x)
+            return F.cross_entropy(self.net((x + 0.1 * slope.sign()).detach()), batch[1])
+
+    module, callback = Adversarial(net=Noisy("dropout")), structured()
+    fitted(module, callback)
+    assert module.net.a.out_channels == 8
+    assert callback.plan.difference < 1e-9
+
+
+def test_what_is_differentiated_twice_says_so():
+    class Penalised(Lit):
+        def training_step(self, batch, batch_idx):
+            x = batch[0].clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+            return F.cross_entropy(self.net(batch[0]), batch[1]) + slope.square().mean()
+
+    with pytest.raises(StructureError, match=r"differentiated on the way .*create_graph=True"):
+        fitted(Penalised(), structured())
+
+
+def test_skipped_batches_are_counted_in_a_row():
+    skipped = [index for index in range(80) if index % 7 != 6]
+    module = Skipping(skipped)
+    module.train_dataloader = lambda: DataLoader([tuple(own[:8] for own in rows())] * 80, batch_size=None)
+    fitted(module, structured(schedule="iterative", end=0.9, rounds=8))
+    assert module.net.conv1.out_channels == 8
+
+
+def test_what_goes_with_a_single_channel_says_so():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.gate, self.b = nn.Conv2d(2, 16, 3, padding=1), nn.Conv2d(2, 1, 3, padding=1), nn.Linear(16, 16)
+            self.fc = nn.Linear(16, 3)
+
+        def forward(self, x):
+            x = self.a(x).relu()
+            x = x * self.gate(torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)).sigmoid()
+            return self.fc(self.b(x.mean((2, 3))).relu())
+
+    callback = structured()
+    fitted(Lit(net=Gated()), callback)
+    assert callback.plan.left["net.gate"] == "has no more than min_channels=8"
+    assert callback.plan.left["net.a"] == "goes together with 'net.gate', which has no more than min_channels=8"
+
+
+def test_what_is_no_number_in_both_is_no_difference():
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x):
+            x = self.net(x)
+            return x, x[:, :1] * 0 + float("nan")
+
+    class First(Lit):
+        def logits(self, x):
+            return self.net(x)[0]
+
+    module, callback = First(net=Empty()), structured()
+    fitted(module, callback)
+    assert module.net.net.conv1.out_channels == 8
+    assert callback.plan.difference < 1e-9

@@ -215,7 +215,7 @@ def shapes(folder: Path) -> str:
             with contextlib.redirect_stdout(io.StringIO()):
                 network = small_shape(ratio, folder, multiple)
         except StructureError:
-            rows[ratio, multiple] = "cannot be met within 5 points | | | |"
+            rows[ratio, multiple] = "cannot be met within 2 points | | | |"
             continue
         channels = "/".join(str(stage.conv1.out_channels) for stage in network.stages)
         files[f"{ratio:g}-{multiple}"] = path = folder / "files" / f"shape-{ratio:g}-{multiple}.onnx"

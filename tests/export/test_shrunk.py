@@ -57,14 +57,23 @@ def test_plain_weights_tell_their_sizes(tmp_path):
     assert repr(load_shrunk(network(8), tmp_path / "w.pt")) == repr(own)
 
 
-def test_what_tensors_do_not_tell_is_refused(tmp_path):
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_what_tensors_do_not_tell_is_refused(norm, tmp_path):
     def normed(width):
-        return nn.Sequential(nn.Linear(3, width), nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, 2))
+        return nn.Sequential(nn.Linear(3, width), norm(width, elementwise_affine=False), nn.Linear(width, 2))
 
     torch.save(normed(4).state_dict(), tmp_path / "w.pt")
     with pytest.raises(ValueError, match="the sizes of '1', which has no weights, are not told by the tensors"):
         load_shrunk(normed(8), tmp_path / "w.pt")
     assert repr(load_shrunk(normed(4), tmp_path / "w.pt")) == repr(normed(4))
+
+
+def test_compiled_or_not_makes_no_difference(tmp_path):
+    own, path = saved(tmp_path)
+    torch.save({"state_dict": torch.compile(own).state_dict()}, tmp_path / "w.ckpt")
+    assert repr(load_shrunk(network(8), tmp_path / "w.ckpt")) == repr(own)
+    module = load_shrunk(torch.compile(network(8)), path)
+    assert torch.equal(module.state_dict()["_orig_mod.0.weight"], own[0].weight)
 
 
 def test_no_file_and_no_checkpoint(tmp_path):
