@@ -684,7 +684,7 @@ def test_skipped_batches_are_counted_in_a_row():
     skipped = [index for index in range(80) if index % 7 != 6]
     module = Skipping(skipped)
     module.train_dataloader = lambda: DataLoader([tuple(own[:8] for own in rows())] * 80, batch_size=None)
-    fitted(module, structured(schedule="iterative", end=0.9, rounds=8))
+    fitted(module, structured(schedule="iterative", end=0.9, rounds=40))
     assert module.net.conv1.out_channels == 8
 
 
