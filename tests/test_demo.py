@@ -113,6 +113,7 @@ def test_an_interrupt_is_said(tmp_path, monkeypatch, capsys, stop):
     assert capsys.readouterr().err.strip() == "lightning-compress demo: interrupted"
 
 
+@pytest.mark.slow
 def test_with_structured_the_teacher_is_made_smaller_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "load_data", lambda name: tiny())
     demo.run_demo(out=str(tmp_path), structured=True)

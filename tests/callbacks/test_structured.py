@@ -293,6 +293,7 @@ def test_taylor_scores_are_of_the_batch_at_hand():
     assert callback.shrinkage.kept["net.conv1.weight"][0] == expected
 
 
+@pytest.mark.slow
 def test_random_scores_follow_the_seed():
     kept = [shrunk(Net(), score="random", seed=seed)[1].shrinkage.kept["net.conv1.weight"] for seed in (0, 0, 1)]
     assert kept[0] == kept[1] != kept[2]
@@ -593,6 +594,7 @@ def test_tied_layers_may_be_left_out():
     assert module.net.a.out_features == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
 def test_other_recurrent_layers_keep_their_sizes(kind):
     class Deeper(Recurrent):

@@ -112,6 +112,7 @@ def test_rounds_come_when_they_are_due_and_add_up():
     assert callback.shrinkage.take("net.conv1.weight", first).shape == module.net.conv1.weight.shape
 
 
+@pytest.mark.slow
 def test_with_averages_before_and_after_us(tmp_path):
     results = []
     for order in (0, 1):
@@ -231,6 +232,7 @@ def test_with_other_arguments_a_file_can_be_validated(tmp_path):
     assert difference(fresh, module) == 0
 
 
+@pytest.mark.slow
 def test_export_and_teachers_take_checkpoints_of_smaller_networks(tmp_path):
     module = Lit()
     fitted(module, structured(), steps=8).save_checkpoint(tmp_path / "a.ckpt")
@@ -346,6 +348,7 @@ def test_features_of_the_last_step_may_be_kept():
         assert tuple(node._input_metadata[0].shape) == tuple(parameter.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [True, False])
 def test_distillation_and_export_go_on(first, tmp_path):
     teacher = Net(32, 32)
@@ -383,6 +386,7 @@ def test_masks_follow(order):
     assert sizes(results[0]) == sizes(results[1]) == [8, 8, 12]
 
 
+@pytest.mark.slow
 def test_quantisation_after_the_filters_are_gone(tmp_path):
     module, callback = Lit(), structured(start=0.25)
     qat = QATCallback(start=0.5)
@@ -399,6 +403,7 @@ def test_quantisation_before_the_filters_go_is_refused():
     assert sizes(module) == [16, 16, 24]
 
 
+@pytest.mark.slow
 def test_calibration_after_the_fit(tmp_path):
     module = Lit()
     export = ExportCallback(tmp_path / "m.onnx", precision="int8", metric="val_loss", tolerance=0.02)
@@ -413,6 +418,7 @@ def load_shrunk_like(module, folder):
     return load_shrunk(Lit(), folder / "m.ckpt")
 
 
+@pytest.mark.slow
 def test_a_compiled_network_goes_on():
     plain, compiled = Lit(), Lit()
     compiled.net.compile(backend="eager")
