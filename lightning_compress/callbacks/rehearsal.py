@@ -6,7 +6,6 @@ channels are chosen; another copy is made smaller, and what it returns is compar
 
 from __future__ import annotations
 
-import gc
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -80,8 +79,7 @@ class Rehearsal:
                 if stays == group.channels:
                     left.update(dict.fromkeys(group.layers, f"keeps its {stays} channels"))
             shrinkage = found.cut(removed)
-        del found
-        gc.collect()  # the graph refers to itself, and to the activations of a batch
+            found.release()
         difference = self._tried(chosen, removed, exact, shrinkage)
         self._tell_of_twins(shrinkage)
         after, whole = self._measured(shrinkage), [group.channels for group in groups]
@@ -331,7 +329,10 @@ class Rehearsal:
 
     def _cut(self, chosen: Sequence[str], removed: Removed) -> Shrinkage:
         with self._copies.copy() as copied:
-            return self._dependencies(copied, chosen).cut(removed)
+            found = self._dependencies(copied, chosen)
+            shrinkage = found.cut(removed)
+            found.release()
+            return shrinkage
 
     def _problem(self, chosen: Sequence[str], removed: Removed, names: Sequence[str]) -> bool:
         return self._copies.problem(self._cut(chosen, {name: removed[name] for name in names})) is not None

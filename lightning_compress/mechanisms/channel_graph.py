@@ -198,6 +198,15 @@ class ChannelGraph:
         kept = {name: _kept(name, own, shapes[name]) for name, own in tensors if list(own.shape) != shapes[name]}
         return kept, {name: shapes[name] for name in kept}
 
+    def release(self) -> None:
+        """Let go of the activations of the batch, which the entries of the graph hold, and each other."""
+        for node in self._graph.module2node.values():
+            for entries in (node.inputs, node.outputs, node.dependencies):
+                entries.clear()
+            node.grad_fn = None
+        self._graph.module2node.clear()
+        self._returned.clear()
+
     # Private
 
     def _trace(self, run: Callable[[nn.Module], Any], outputs: Callable[[Any], Any]) -> None:

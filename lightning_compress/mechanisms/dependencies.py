@@ -160,6 +160,11 @@ class Dependencies:
                 changed[name] = own
         return Shrinkage(kept, changed, shapes)
 
+    def release(self) -> None:
+        """Let go of the activations of the batch; nothing can be asked afterwards."""
+        self._graph.release()
+        self._items.clear()
+
     # Private
 
     def _sort(self, name: str, layer: nn.Module) -> tuple[str, ...]:

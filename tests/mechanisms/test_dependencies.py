@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
@@ -143,3 +145,22 @@ def test_channels_that_come_twice_take_twice_as_much():
 
     (group,) = Dependencies(Twice(), lambda net: net(torch.ones(2, 4)), selected=["a"]).groups
     assert group.shrinks == {("a.weight", 0): 1, ("a.bias", 0): 1, ("fc.weight", 1): 2}
+
+
+def test_activations_are_let_go_of():
+    kept = []
+
+    def run(net):
+        features = net[0](torch.ones(1, 3, 8, 8))
+        kept.append(weakref.ref(features))
+        return net[1:](features)
+
+    gc.disable()
+    try:
+        found = Dependencies(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), run, selected=["0"])
+        found.cut({"0": [1]})
+        found.release()
+        del found
+        assert [features() for features in kept] == [None]
+    finally:
+        gc.enable()
