@@ -7,7 +7,6 @@ arXiv:1712.05877. Learned steps: Esser et al., "Learned Step Size Quantization",
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -319,9 +318,8 @@ class QATCallback(QuantisedCallback):
         if self.grids_from is not None:
             self._ranges_from(self.grids_from)
         for argument, size in (("freeze_observers_at", "observed"), ("step_lr", "learned")):
-            usual = inspect.signature(QATCallback).parameters[argument].default
-            if getattr(self, argument) != usual and self.step_size != size:
-                self._warn_once(f"{argument}={getattr(self, argument)} has no effect with step_size='{self.step_size}'")
+            if self.step_size != size:
+                self._tell_without_effect(QATCallback, f"step_size='{self.step_size}'", argument)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """As the base; and know what a checkpoint is loaded for."""

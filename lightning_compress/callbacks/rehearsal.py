@@ -203,7 +203,7 @@ class Rehearsal:
             macs.update({name: count * size / sum(sizes.values()) for name, size in sizes.items()})
         other = float(sum(counted.values()) - sum(macs.values()))
         earlier = {name: tuple(shape) for name, shape in self._wanted.earlier.shapes.items() if name in shapes}
-        return Sizes(shapes, macs, other, {**shapes, **earlier})
+        return Sizes(shapes, macs, other, earlier)
 
     def _shapes(self, copied: nn.Module) -> dict[str, tuple[int, ...]]:
         """Of the parameters of the networks that the step calls."""

@@ -6,7 +6,6 @@ can only go together: Fang et al., "DepGraph: Towards any structural pruning", C
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -205,9 +204,9 @@ class StructuredPruningCallback(CompressionCallback):
         require_torch_pruning()
         owner = f"{type(self).__name__} '{self.name}'"
         if self.schedule == "one_shot":
-            self._tell_idle("schedule='one_shot'", "end", "rounds")
+            self._tell_without_effect(StructuredPruningCallback, "schedule='one_shot'", "end", "rounds")
         if self.score != "random":
-            self._tell_idle(f"score='{self.score}'", "seed")
+            self._tell_without_effect(StructuredPruningCallback, f"score='{self.score}'", "seed")
         if _compat.takes_iterator(trainer, pl_module):
             raise ValueError(
                 f"{owner} tries steps on the batch at hand, and that of {type(pl_module).__name__} draws its batches "
@@ -353,13 +352,6 @@ class StructuredPruningCallback(CompressionCallback):
             )
         if self._state.done and self._budget != self.budget:
             raise ValueError(f"budget='{self.budget}' cannot go on from a checkpoint made with '{self._budget}'")
-
-    def _tell_idle(self, because: str, *arguments: str) -> None:
-        """Warn of arguments without effect."""
-        usual = inspect.signature(StructuredPruningCallback).parameters
-        for argument in arguments:
-            if getattr(self, argument) != usual[argument].default:
-                self._warn_once(f"{argument}={getattr(self, argument)} has no effect with {because}")
 
     @property
     def _reached_all(self) -> bool:

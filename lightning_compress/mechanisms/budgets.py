@@ -38,11 +38,6 @@ class ChannelGroup:
     filters: tuple[Place, ...]
     originally: int
 
-    @property
-    def positions(self) -> int:
-        """How many can go one after the other."""
-        return self.channels // self.blocks
-
 
 @dataclass(frozen=True)
 class Sizes:
