@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from importlib import import_module
 
 from lightning_compress import __version__
 
-COMMANDS = ("demo", "run")
+CHILD_COMMANDS = ("run", "plan")
+"""These start a command of the user's, which comes behind ``--``."""
+LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
+"""These hand all their arguments to LightningCLI."""
+COMMANDS = ("demo", *CHILD_COMMANDS, *LIGHTNING_COMMANDS, "export", "report", "recipes", "sensitivity", "sweep")
 USAGE = 2
 
 
@@ -21,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None: those of the process.
 
     Returns:
-        0: done. 1: a check failed. 2: bad usage. 130: the demo was interrupted.
+        0: done. 1: a check failed. 2: bad usage. 130: interrupted. What a command of the user's ended with, if not 0.
 
     Example:
         >>> main(["--version"])
@@ -29,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in LIGHTNING_COMMANDS:
+        return _called("lightning_compress.project", "main", arguments[0], arguments[1:])
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     own, command = arguments[:cut], arguments[cut + 1 :]
     parser = _parser()
@@ -39,17 +46,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check_name(parser, own)
         options, unknown = parser.parse_known_args(own)
         _check_unknown(parser, options, own, command, unknown)
-        if command and options.command != "run":
+        if command and options.command not in (*CHILD_COMMANDS, "sweep"):
             parser.error(f"'{options.command}' takes no command behind --")
     except SystemExit as stop:  # argparse has written what it had to say
         return stop.code if isinstance(stop.code, int) else 0
-    if options.command == "run":
-        from lightning_compress.run import run
+    return _DISPATCH[options.command](options, command)
 
-        return run(options.recipe, command)
-    from lightning_compress.demo import run_demo
 
-    return run_demo(data=options.data, out=options.out, structured=options.structured)
+def _called(module: str, function: str, *arguments: object, **options: object) -> int:
+    return int(getattr(import_module(module), function)(*arguments, **options))
+
+
+_DISPATCH: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
+    "demo": lambda options, _: _called(
+        "lightning_compress.demo", "run_demo", data=options.data, out=options.out, structured=options.structured
+    ),
+    "run": lambda options, command: _called(
+        "lightning_compress.run", "run", options.recipe, command, settings=options.set
+    ),
+    "plan": lambda options, command: _called(
+        "lightning_compress.plan", "plan", options.recipe, command, settings=options.set
+    ),
+    "export": lambda options, _: _called("lightning_compress.exporting", "export", options),
+    "report": lambda options, _: _called("lightning_compress.reporting", "report", options),
+    "recipes": lambda options, _: _called("lightning_compress.recipes", "show", options.name),
+    "sensitivity": lambda options, _: _called("lightning_compress.sensitivity", "sensitivity", options),
+    "sweep": lambda options, command: _called("lightning_compress.sweep", "sweep", options, command),
+}
 
 
 def _check_name(parser: argparse.ArgumentParser, own: Sequence[str]) -> None:
@@ -70,7 +93,7 @@ def _check_unknown(
     """Refuse what no option took; the usual reason is a command without the ``--`` before it."""
     if not unknown:
         return
-    if options.command == "run" and not command:
+    if options.command in (*CHILD_COMMANDS, "sweep") and not command:
         cut = own.index(options.recipe) + 1
         if list(own[cut:]) == list(unknown) and not unknown[0].startswith("-"):
             corrected = shlex.join([parser.prog, *own[:cut], "--", *unknown])
@@ -87,6 +110,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_run(commands)
+    _add_plan(commands)
+    for name, what in zip(LIGHTNING_COMMANDS, ("train", "validate", "test", "predict with"), strict=True):
+        commands.add_parser(name, help=f"{what} a LightningCLI project, with our callbacks by their short names")
+    _add_export(commands)
+    _add_report(commands)
+    _add_recipes(commands)
+    _add_sensitivity(commands)
+    _add_sweep(commands)
+    return parser
+
+
+Commands = argparse._SubParsersAction  # type: ignore[type-arg]
+
+
+def _add_demo(commands: Commands) -> None:
     demo = commands.add_parser(
         "demo",
         help="distil, prune, quantise, export and measure a small network on real data",
@@ -97,13 +137,68 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", choices=("digits", "fashion-mnist"), default="digits", help="default: %(default)s")
     demo.add_argument("--out", default="compress-demo", help="directory for all files; default: %(default)s")
     demo.add_argument("--structured", action="store_true", help="make the teacher smaller too, filter by filter")
+
+
+def _add_run(commands: Commands) -> None:
     run = commands.add_parser(
         "run",
         help="attach a recipe to the fit of an untouched script",
-        usage="%(prog)s [-h] RECIPE.yaml -- COMMAND ...",
+        usage="%(prog)s [-h] RECIPE.yaml [--set KEY=VALUE ...] -- COMMAND ...",
         description="Run a training command with the recipe's callbacks attached to its fit, then export, check and "
         "report. The command's exit code is passed on if it is not 0.",
         allow_abbrev=False,
     )
-    run.add_argument("recipe", metavar="RECIPE.yaml", help="callbacks, export and apply_to")
-    return parser
+    _add_recipe(run)
+
+
+def _add_plan(commands: Commands) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say what a recipe would do to an untouched script; trains nothing",
+        usage="%(prog)s [-h] RECIPE.yaml [--set KEY=VALUE ...] -- COMMAND ...",
+        description="Start a training command up to its first batch, and say which layers each callback takes, what "
+        "the file and a step will cost, and what looks wrong. Trains nothing, and writes nothing.",
+        allow_abbrev=False,
+    )
+    _add_recipe(plan)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="callbacks, export and apply_to")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="change the recipe: DCILCallback.sparsity=0.8, callbacks[0].init_args.sparsity=0.8, export.path=a.onnx",
+    )
+
+
+def _add_export(commands: Commands) -> None:
+    export = commands.add_parser("export", help="write a checkpoint as an ONNX file, checked against it")
+    export.add_argument("checkpoint", metavar="CKPT")
+
+
+def _add_report(commands: Commands) -> None:
+    report = commands.add_parser("report", help="show reports again; several make one Pareto table")
+    report.add_argument("directories", metavar="DIR", nargs="+")
+
+
+def _add_recipes(commands: Commands) -> None:
+    recipes = commands.add_parser("recipes", help="list the recipes that come with the package, or print one")
+    recipes.add_argument("name", metavar="NAME", nargs="?")
+
+
+def _add_sensitivity(commands: Commands) -> None:
+    sensitivity = commands.add_parser("sensitivity", help="prune or quantise each layer alone, and suggest a recipe")
+    sensitivity.add_argument("checkpoint", metavar="CKPT")
+
+
+def _add_sweep(commands: Commands) -> None:
+    sweep = commands.add_parser("sweep", help="write a Weights & Biases sweep over the fields of a recipe")
+    sweep.add_argument("recipe", metavar="RECIPE.yaml")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
