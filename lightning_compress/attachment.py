@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from lightning_compress._factory import VARIABLE
 from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport
-from lightning_compress.recipe import Recipe, RecipeError, build_callbacks, load_recipe, naming_file
+from lightning_compress.recipe import Recipe, RecipeError, build_callbacks, load_recipe
+from lightning_compress.recipe_file import naming
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,13 @@ class Order:
         recipe: Absolute path of the recipe.
         cwd: Where the command was called; relative paths in the recipe start there.
         events: Path of the file of events.
+        settings: ``KEY=VALUE`` each, which change the recipe.
     """
 
     recipe: str
     cwd: str
     events: str
+    settings: Sequence[str] = ()
 
     def to_json(self) -> str:
         """The value of the environment variable."""
@@ -145,13 +148,13 @@ class RecipeAttachment(TrainerCallback):
         self._inserted = []
         self._active = True  # whatever is raised from here on is reported
         with script_under_its_name():
-            recipe = load_recipe(self.order.recipe)
-            with naming_file(recipe.path):
+            recipe = load_recipe(self.order.recipe, settings=self.order.settings)
+            with naming(recipe.path):
                 self._active = self._is_meant(recipe, trainer, pl_module)
             if self._active:
                 has_report = any(isinstance(callback, CompressionReport) for callback in trainer.callbacks)
                 built = build_callbacks(recipe, self.order.cwd, add_report=not has_report)
-                with naming_file(recipe.path):
+                with naming(recipe.path):
                     self._insert(built, trainer, pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -224,8 +227,8 @@ def class_names(module_class: type) -> tuple[str, ...]:
         Its dotted path, its name, and for a class of the script that runs the path under the script's own name.
 
     Example:
-        >>> class_names(RecipeError)
-        ('lightning_compress.recipe.RecipeError', 'RecipeError')
+        >>> class_names(Recipe)
+        ('lightning_compress.recipe.Recipe', 'Recipe')
     """
     name = module_class.__qualname__
     if module_class.__module__ != "__main__":

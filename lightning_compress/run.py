@@ -19,9 +19,8 @@ from typing import Any
 
 from lightning_compress._factory import VARIABLE
 from lightning_compress.attachment import Events, Order
-from lightning_compress.export.onnx import checked_path
 from lightning_compress.mechanisms.selection import did_you_mean
-from lightning_compress.recipe import Recipe, export_paths, load_recipe
+from lightning_compress.recipe import Recipe, check_outputs, export_paths, load_recipe
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size
@@ -31,12 +30,13 @@ PROGRAMS = ("python", "python3", "torchrun", "bash", "sh", "env")  # what a trai
 EXAMPLE = "lightning-compress run recipe.yaml -- python train.py"
 
 
-def run(recipe: str, command: Sequence[str]) -> int:
+def run(recipe: str, command: Sequence[str], *, settings: Sequence[str] = ()) -> int:
     """Run a command with a recipe attached to its fit.
 
     Args:
         recipe: The YAML file.
         command: The program and its arguments.
+        settings: ``KEY=VALUE`` each, which change the recipe.
 
     Returns:
         0: done, and every check passed. 1: a check failed, or no fit took the recipe. 2: nothing was started, or no
@@ -48,12 +48,12 @@ def run(recipe: str, command: Sequence[str]) -> int:
     """
     try:
         _check_command(command)
-        loaded = _checked_recipe(recipe, command)
+        loaded = checked_recipe(recipe, command, settings)
     except ValueError as error:  # RecipeError is one
         return _ended(USAGE, str(error))
     with tempfile.TemporaryDirectory(prefix="lightning-compress-") as folder:
         events = Events(os.path.join(folder, "events.jsonl"))
-        order = Order(os.path.abspath(recipe), os.getcwd(), events.path)
+        order = Order(os.path.abspath(recipe), os.getcwd(), events.path, settings=settings)
         try:
             with _no_new_drafts(loaded):
                 code = _exit_code(command, {**os.environ, VARIABLE: order.to_json()})
@@ -111,19 +111,30 @@ def _check_command(command: Sequence[str]) -> None:
         )
 
 
-def _checked_recipe(recipe: str, command: Sequence[str]) -> Recipe:
-    """The recipe, and the places of its files, checked with the modules that the command will find."""
+def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] = ()) -> Recipe:
+    """The recipe, and the places of its files, checked with the modules that the command will find.
+
+    Args:
+        recipe: The YAML file.
+        command: The program and its arguments; its script is not imported.
+        settings: ``KEY=VALUE`` each, which change the recipe.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: If it cannot be used, or its files cannot be written.
+    """
     scripts = [Path(argument) for argument in command if argument.endswith(".py") and os.path.isfile(argument)]
     roots = [str(script.parent.absolute()) for script in scripts] or [os.getcwd()]
     unseen = ["__main__", *(script.stem for script in scripts)]
     unseen += [after for option, after in pairwise(command) if option == "-m"]
     sys.path[:0] = roots
     try:
-        loaded = load_recipe(recipe, unseen=unseen)
+        loaded = load_recipe(recipe, settings=settings, unseen=unseen)
     finally:
         del sys.path[: len(roots)]
-    for path in export_paths(loaded):
-        checked_path(path)
+    check_outputs(loaded)
     return loaded
 
 

@@ -25,7 +25,18 @@ STOREYS = [
     {"export"},
     {"report"},
     {"callbacks", "mixins"},
-    {"recipe", "attachment", "run", "demo", "cli", "_factory"},
+    {
+        "recipe_file",
+        "recipe_classes",
+        "recipe_settings",
+        "recipe",
+        "recipes",
+        "attachment",
+        "run",
+        "demo",
+        "cli",
+        "_factory",
+    },
 ]
 HEIGHT = {part: height for height, parts in enumerate(STOREYS) for part in parts}
 

@@ -237,7 +237,7 @@ def test_the_child_has_the_streams_the_arguments_and_the_order(project, capfd, t
     assert project(EXPORT, f"{TELLS}\n{shows}", "--lr", "0.1") == 9
     captured = capfd.readouterr()
     assert captured.err.splitlines() == [
-        f"['--lr', '0.1'] ['cwd', 'events', 'recipe'] {tmp_path}",
+        f"['--lr', '0.1'] ['cwd', 'events', 'recipe', 'settings'] {tmp_path}",
         "lightning-compress run: the command ended with exit code 9",
     ]
     assert VARIABLE not in os.environ
