@@ -18,8 +18,8 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback
 
+from _lightning_compress_entry import VARIABLE
 from lightning_compress._compat import is_tuner_fit
-from lightning_compress._factory import VARIABLE
 from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport

@@ -17,10 +17,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lightning_compress._factory import VARIABLE
+from _lightning_compress_entry import VARIABLE
 from lightning_compress.attachment import Events, Order
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe import Recipe, check_outputs, export_paths, load_recipe
+from lightning_compress.recipes import shipped
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size
@@ -125,6 +126,11 @@ def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] 
     Raises:
         ValueError: If it cannot be used, or its files cannot be written.
     """
+    if recipe in shipped() and not os.path.exists(recipe):
+        raise ValueError(
+            f"'{recipe}' is no file here, but a recipe of this package; write it into one, and say there what it asks "
+            f"for: lightning-compress recipes {recipe} > {recipe}.yaml"
+        )
     scripts = [Path(argument) for argument in command if argument.endswith(".py") and os.path.isfile(argument)]
     roots = [str(script.parent.absolute()) for script in scripts] or [os.getcwd()]
     unseen = ["__main__", *(script.stem for script in scripts)]

@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 from scripts import script
 
-from lightning_compress._factory import VARIABLE
+from _lightning_compress_entry import VARIABLE
 from lightning_compress.cli import main
 from lightning_compress.run import outcome
 
@@ -197,6 +197,10 @@ def test_a_place_that_cannot_be_written(project, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["missing.yaml", "--", sys.executable, "-c", "1"], "missing.yaml: the recipe cannot be read: No such file"),
+        (
+            ["distil", "--", sys.executable, "-c", "1"],
+            "recipe of this package; write it into one, and say there what it",
+        ),
         (["recipe.yaml"], "the command to run is missing; it comes behind --, as in: lightning-compress run"),
         (["recipe.yaml", "--"], "the command to run is missing"),
         (["recipe.yaml", "--", "pyhton", "a.py"], "'pyhton' is not a program that can be run here; did you mean 'pyt"),
