@@ -1,0 +1,13 @@
+"""The untouched projects whose LightningModule comes from one of these packages."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.untouched.checks import check
+from tests.untouched.programs import PROGRAMS, STRANGERS
+
+
+@pytest.mark.parametrize("name", [name for name, program in PROGRAMS.items() if program.needs == STRANGERS])
+def test_an_untouched_project(name, tmp_path):
+    check(PROGRAMS[name], tmp_path)

@@ -1,0 +1,3 @@
+"""The projects train when they are imported, as scripts do."""
+
+collect_ignore = ["projects"]
