@@ -179,7 +179,15 @@ def test_a_bad_recipe(project, capsys, recipe, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_place_that_cannot_be_written(project, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "version: 1\nexport: {path: locked/a.onnx}",
+        "version: 1\ncallbacks: [{class_path: CompressionReport, init_args: {path: locked}}]",
+        "version: 1\ncallbacks: [{class_path: lightning_compress.CompressionReport, init_args: {path: locked/deep/er}}]",
+    ],
+)
+def test_a_place_that_cannot_be_written(project, capsys, monkeypatch, recipe):
     Path("locked").mkdir()
     made = tempfile.TemporaryFile
 
@@ -189,7 +197,7 @@ def test_a_place_that_cannot_be_written(project, capsys, monkeypatch):
         return made(dir=dir)
 
     monkeypatch.setattr("tempfile.TemporaryFile", refused)
-    assert started(project, "version: 1\nexport: {path: locked/a.onnx}") == (2, False)
+    assert started(project, recipe) == (2, False)
     assert "is not writable" in capsys.readouterr().err
 
 

@@ -276,12 +276,23 @@ def test_a_network_that_cannot_be_told_is_noted(lightning, tmp_path):
     assert report.result.rows[0].parameters == 43
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning(lightning, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_refused_before_training(lightning, tmp_path):
+    report = CompressionReport(path=tmp_path / "folder" / "deep", latency=False)
+    (tmp_path / "folder").write_text("a file")
+    module = make_module(lightning, validates=False)
+    trainer = make_trainer(lightning, tmp_path, [report])
+    with pytest.raises(ValueError, match=r"deep' cannot be made because '.*folder' is not a directory"):
+        trainer.fit(module)
+    assert trainer.global_step == 0
+
+
+def test_a_folder_that_cannot_be_written_any_more_is_a_warning(lightning, tmp_path, capsys):
     blocked = tmp_path / "folder"
     report = CompressionReport(path=blocked, latency=False)
-    blocked.write_text("a file")
+    module = make_module(lightning, validates=False)
+    module.on_train_end = lambda: blocked.write_text("a file")
     with pytest.warns(UserWarning, match="the report could not be written to"):
-        make_trainer(lightning, tmp_path, [report]).fit(make_module(lightning, validates=False))
+        make_trainer(lightning, tmp_path, [report]).fit(module)
     assert "Compression report" in capsys.readouterr().out
     assert report.files is None
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
-from tests.untouched.checks import check
-from tests.untouched.programs import PROGRAMS, STRANGERS
+from untouched.checks import check
+from untouched.programs import PROGRAMS, STRANGERS
 
 
 @pytest.mark.parametrize("name", [name for name, program in PROGRAMS.items() if program.needs == STRANGERS])
