@@ -40,7 +40,7 @@ class Events:
         """Add an event; the line is written in one piece, so that several processes may write.
 
         Args:
-            event: "factory", "fit", "done" or "failed".
+            event: "factory", "fit", "planned", "done" or "failed".
             **fields: What JSON can hold.
         """
         line = json.dumps({"event": event, **fields}) + "\n"
@@ -65,11 +65,13 @@ class Order:
         recipe: Absolute path of the recipe.
         cwd: Where the command was called; relative paths in the recipe start there.
         events: Path of the file of events.
+        mode: "run"; or "plan", which ends the fit, and the process, with the first batch.
     """
 
     recipe: str
     cwd: str
     events: str
+    mode: str = "run"
 
     def to_json(self) -> str:
         """The value of the environment variable."""
@@ -98,7 +100,7 @@ def attachments(value: str) -> list[Callback]:
         value: Of the environment variable that ``lightning-compress run`` sets.
 
     Returns:
-        One :class:`RecipeAttachment`.
+        One :class:`RecipeAttachment`; for a plan, one that ends the process.
 
     Raises:
         RuntimeError: If ``value`` was not written by ``lightning-compress run``.
@@ -114,6 +116,11 @@ def attachments(value: str) -> list[Callback]:
     order = Order.from_json(value)
     if getattr(rank_zero_only, "rank", 0) == 0:
         Events(order.events).append("factory")
+    if order.mode == "plan":
+        from lightning_compress.foresight import PlanAttachment, foreseeing_fits
+
+        foreseeing_fits()
+        return [PlanAttachment(order)]
     return [RecipeAttachment(order)]
 
 
@@ -186,13 +193,11 @@ class RecipeAttachment(TrainerCallback):
 
     def _decided(self, recipe: Recipe, module_class: type) -> tuple[bool, str]:
         """Whether the recipe means this fit, and what is wrong with it."""
-        apply_to = recipe.apply_to or {}
-        matches = apply_to.get("module") in (None, *class_names(module_class))
         earlier = sum(event["event"] == "fit" and event["matches"] for event in self._events.read())
-        meant = matches and apply_to.get("fit", earlier + 1) == earlier + 1
+        matches, meant = is_meant(recipe, module_class, earlier)
         name = class_names(module_class)[0]
         self._events.append("fit", module=name, matches=matches, attached=meant)
-        if meant and earlier and "fit" not in apply_to:
+        if meant and earlier and "fit" not in (recipe.apply_to or {}):
             return False, (
                 f"the script fits {name} now, and the recipe was attached to an earlier fit already; say which one is "
                 "meant with apply_to: {module: <class>}, or by its number with apply_to: {fit: 1}"
@@ -212,6 +217,26 @@ class RecipeAttachment(TrainerCallback):
         position = trainer.callbacks.index(self) + 1
         trainer.callbacks[position:position] = built
         self._inserted = built
+
+
+def is_meant(recipe: Recipe, module_class: type, earlier: int) -> tuple[bool, bool]:
+    """Whether a recipe means a fit.
+
+    Args:
+        recipe: With its ``apply_to``.
+        module_class: Of the module that is fitted.
+        earlier: How many fits of the script matched before.
+
+    Returns:
+        Whether the fit matches, and whether it is the one.
+
+    Example:
+        >>> is_meant(Recipe(1, apply_to={"module": "RecipeError", "fit": 2}), RecipeError, 0)
+        (True, False)
+    """
+    apply_to = recipe.apply_to or {}
+    matches = apply_to.get("module") in (None, *class_names(module_class))
+    return matches, matches and apply_to.get("fit", earlier + 1) == earlier + 1
 
 
 def class_names(module_class: type) -> tuple[str, ...]:
