@@ -1,27 +1,7 @@
-"""Entry point that every Trainer of both Lightning packages calls; returns nothing unless ``run`` asked for it.
-
-Lightning loads it in every program on the machine, so nothing is imported here that could fail or take time.
-"""
+"""Where the entry point was at first: editable installations go on with the entry points that they were made with."""
 
 from __future__ import annotations
 
-import os
+from _lightning_compress_entry import VARIABLE, callbacks
 
-VARIABLE = "LIGHTNING_COMPRESS_RUN"
-
-
-def callbacks() -> list[object]:
-    """The callbacks of the recipe named in the environment; an empty list for every other program.
-
-    Returns:
-        Callbacks for the Trainer under construction.
-
-    Example:
-        >>> callbacks()
-        []
-    """
-    if VARIABLE not in os.environ:
-        return []
-    from lightning_compress.attachment import attachments
-
-    return [*attachments(os.environ[VARIABLE])]
+__all__ = ["VARIABLE", "callbacks"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,13 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback
 
+from _lightning_compress_entry import VARIABLE
 from lightning_compress._compat import is_tuner_fit
-from lightning_compress._factory import VARIABLE
 from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport
-from lightning_compress.recipe import Recipe, RecipeError, build_callbacks, load_recipe, naming_file
+from lightning_compress.recipe import Recipe, RecipeError, build_callbacks, load_recipe
+from lightning_compress.recipe_file import naming
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,14 @@ class Order:
         recipe: Absolute path of the recipe.
         cwd: Where the command was called; relative paths in the recipe start there.
         events: Path of the file of events.
+        settings: ``KEY=VALUE`` each, which change the recipe.
         mode: "run"; or "plan", which ends the fit, and the process, with the first batch.
     """
 
     recipe: str
     cwd: str
     events: str
+    settings: Sequence[str] = ()
     mode: str = "run"
 
     def to_json(self) -> str:
@@ -152,13 +155,13 @@ class RecipeAttachment(TrainerCallback):
         self._inserted = []
         self._active = True  # whatever is raised from here on is reported
         with script_under_its_name():
-            recipe = load_recipe(self.order.recipe)
-            with naming_file(recipe.path):
+            recipe = load_recipe(self.order.recipe, settings=self.order.settings)
+            with naming(recipe.path):
                 self._active = self._is_meant(recipe, trainer, pl_module)
             if self._active:
                 has_report = any(isinstance(callback, CompressionReport) for callback in trainer.callbacks)
                 built = build_callbacks(recipe, self.order.cwd, add_report=not has_report)
-                with naming_file(recipe.path):
+                with naming(recipe.path):
                     self._insert(built, trainer, pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -249,8 +252,8 @@ def class_names(module_class: type) -> tuple[str, ...]:
         Its dotted path, its name, and for a class of the script that runs the path under the script's own name.
 
     Example:
-        >>> class_names(RecipeError)
-        ('lightning_compress.recipe.RecipeError', 'RecipeError')
+        >>> class_names(Recipe)
+        ('lightning_compress.recipe.Recipe', 'Recipe')
     """
     name = module_class.__qualname__
     if module_class.__module__ != "__main__":

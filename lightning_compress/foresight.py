@@ -89,7 +89,7 @@ class PlanAttachment(RecipeAttachment):
         """
         module_class = type(_compat.uncompiled(model))
         with script_under_its_name():
-            recipe = load_recipe(self.order.recipe)
+            recipe = load_recipe(self.order.recipe, settings=self.order.settings)
         matches, self._meant = is_meant(recipe, module_class, len(earlier))
         name = class_names(module_class)[0]
         earlier += [name] if matches else []

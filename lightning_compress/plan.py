@@ -13,12 +13,13 @@ from lightning_compress.run import DONE, FAILED, Event, attached, ended_with, fa
 LABEL = 10  # characters
 
 
-def plan(recipe: str, command: Sequence[str]) -> int:
+def plan(recipe: str, command: Sequence[str], *, settings: Sequence[str] = ()) -> int:
     """Say what a recipe would do to the fit of a command; nothing is trained, and nothing written.
 
     Args:
         recipe: The YAML file.
         command: The program and its arguments.
+        settings: ``KEY=VALUE`` each, which change the recipe.
 
     Returns:
         0: the plan was made and shown. 1: the recipe cannot work, or no fit took it. 2: nothing was started, or no
@@ -28,7 +29,7 @@ def plan(recipe: str, command: Sequence[str]) -> int:
         >>> plan("missing.yaml", ["python", "train.py"])
         2
     """
-    return attached("plan", recipe, command, outcome)
+    return attached("plan", recipe, command, settings, outcome)
 
 
 def outcome(events: Sequence[Event], code: int) -> tuple[int, str]:

@@ -18,11 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lightning_compress._factory import VARIABLE
+from _lightning_compress_entry import VARIABLE
 from lightning_compress.attachment import Events, Order
-from lightning_compress.export.onnx import checked_path
 from lightning_compress.mechanisms.selection import did_you_mean
-from lightning_compress.recipe import Recipe, export_paths, load_recipe
+from lightning_compress.recipe import Recipe, check_outputs, export_paths, load_recipe
+from lightning_compress.recipes import shipped
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size
@@ -32,12 +32,13 @@ PROGRAMS = ("python", "python3", "torchrun", "bash", "sh", "env")  # what a trai
 Event = dict[str, Any]
 
 
-def run(recipe: str, command: Sequence[str]) -> int:
+def run(recipe: str, command: Sequence[str], *, settings: Sequence[str] = ()) -> int:
     """Run a command with a recipe attached to its fit.
 
     Args:
         recipe: The YAML file.
         command: The program and its arguments.
+        settings: ``KEY=VALUE`` each, which change the recipe.
 
     Returns:
         0: done, and every check passed. 1: a check failed, or no fit took the recipe. 2: nothing was started, or no
@@ -47,11 +48,15 @@ def run(recipe: str, command: Sequence[str]) -> int:
         >>> run("missing.yaml", ["python", "train.py"])
         2
     """
-    return attached("run", recipe, command, outcome)
+    return attached("run", recipe, command, settings, outcome)
 
 
 def attached(
-    mode: str, recipe: str, command: Sequence[str], comes_to: Callable[[Sequence[Event], int], tuple[int, str]]
+    mode: str,
+    recipe: str,
+    command: Sequence[str],
+    settings: Sequence[str],
+    comes_to: Callable[[Sequence[Event], int], tuple[int, str]],
 ) -> int:
     """Start a command with a recipe attached to it, wait for its end, and say how it went.
 
@@ -59,23 +64,24 @@ def attached(
         mode: "run" or "plan".
         recipe: The YAML file.
         command: The program and its arguments.
+        settings: ``KEY=VALUE`` each, which change the recipe.
         comes_to: From the events in the child and its exit code to ours, and what people are told.
 
     Returns:
         The exit code.
 
     Example:
-        >>> attached("plan", "missing.yaml", ["python", "train.py"], outcome)
+        >>> attached("plan", "missing.yaml", ["python", "train.py"], [], outcome)
         2
     """
     try:
         _check_command(command, mode)
-        loaded = _checked_recipe(recipe, command)
+        loaded = checked_recipe(recipe, command, settings)
     except ValueError as error:  # RecipeError is one
         return _ended(mode, USAGE, str(error))
     with tempfile.TemporaryDirectory(prefix="lightning-compress-", ignore_cleanup_errors=True) as folder:
         events = Events(os.path.join(folder, "events.jsonl"))
-        order = Order(os.path.abspath(recipe), os.getcwd(), events.path, mode)
+        order = Order(os.path.abspath(recipe), os.getcwd(), events.path, settings, mode)
         try:
             with _no_new_drafts(loaded):
                 code, interrupted = _exit_code(command, {**os.environ, VARIABLE: order.to_json()})
@@ -184,19 +190,35 @@ def _check_command(command: Sequence[str], mode: str) -> None:
         )
 
 
-def _checked_recipe(recipe: str, command: Sequence[str]) -> Recipe:
-    """The recipe, and the places of its files, checked with the modules that the command will find."""
+def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] = ()) -> Recipe:
+    """The recipe, and the places of its files, checked with the modules that the command will find.
+
+    Args:
+        recipe: The YAML file.
+        command: The program and its arguments; its script is not imported.
+        settings: ``KEY=VALUE`` each, which change the recipe.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: If it cannot be used, or its files cannot be written.
+    """
+    if recipe in shipped() and not os.path.exists(recipe):
+        raise ValueError(
+            f"'{recipe}' is no file here, but a recipe of this package; write it into one, and say there what it asks "
+            f"for: lightning-compress recipes {recipe} > {recipe}.yaml"
+        )
     scripts = [Path(argument) for argument in command if argument.endswith(".py") and os.path.isfile(argument)]
     roots = [str(script.parent.absolute()) for script in scripts] or [os.getcwd()]
     unseen = ["__main__", *(script.stem for script in scripts)]
     unseen += [after for option, after in pairwise(command) if option == "-m"]
     sys.path[:0] = roots
     try:
-        loaded = load_recipe(recipe, unseen=unseen)
+        loaded = load_recipe(recipe, settings=settings, unseen=unseen)
     finally:
         del sys.path[: len(roots)]
-    for path in export_paths(loaded):
-        checked_path(path)
+    check_outputs(loaded)
     return loaded
 
 

@@ -441,7 +441,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the entry point is always on",
-        f"{PACKAGE}/_factory.py",
+        "_lightning_compress_entry.py",
         "if VARIABLE not in os.environ:",
         "if False:",
         f"{CONTRACT}/test_cli_yaml.py::test_the_entry_point_is_off_by_default_and_imports_nothing_heavy",

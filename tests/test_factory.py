@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import ROOT
 from scripts import definitions, script
 
 import lightning_compress
+from _lightning_compress_entry import VARIABLE, callbacks
 from lightning_compress import CompressionReport, DistillationCallback
-from lightning_compress._factory import VARIABLE, callbacks
 from lightning_compress.attachment import Events, Order, RecipeAttachment, attachments, class_names
 from lightning_compress.export.evaluate import RUN_VARIABLE
 from lightning_compress.recipe import RecipeError
@@ -75,22 +77,37 @@ def test_without_the_variable_there_is_nothing(monkeypatch, project):
     assert ours(project.trainer()) == []
 
 
+BROKEN = {
+    "__init__.py": "raise ImportError('broken on purpose')",
+    "attachment.py": "import torch.a_part_that_is_not_there",
+}
+
+
+@pytest.fixture(params=BROKEN)
+def broken_package(request, tmp_path):
+    """This package as it is installed, in front of all others on the path, but broken beyond its entry point."""
+    path = tmp_path / "path"
+    metadata = path / f"lightning_compress-{lightning_compress.__version__}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Name: lightning-compress\nVersion: {lightning_compress.__version__}\n")
+    project = (ROOT / "pyproject.toml").read_text()
+    groups = re.findall(r'^\[project\.entry-points\."(.+)"\]\n(\w+) = "(.+)"$', project, flags=re.MULTILINE)
+    assert len(groups) == 2
+    (metadata / "entry_points.txt").write_text("".join(f"[{group}]\n{name} = {at}\n" for group, name, at in groups))
+    (path / "_lightning_compress_entry.py").write_text((ROOT / "_lightning_compress_entry.py").read_text())
+    (path / "lightning_compress").mkdir()
+    (path / "lightning_compress" / "__init__.py").touch()
+    (path / "lightning_compress" / request.param).write_text(BROKEN[request.param])
+    return path
+
+
 @pytest.mark.slow
-def test_without_the_variable_nothing_of_ours_is_imported_and_nothing_of_ours_can_fail(tmp_path):
-    """The package of the entry point is here, but all of it beyond the entry point is broken."""
-    package = tmp_path / "path" / "lightning_compress"
-    package.mkdir(parents=True)
-    source = Path(lightning_compress.__file__).parent
-    for name in ("__init__.py", "_factory.py"):
-        (package / name).write_text((source / name).read_text())
-    (package / "attachment.py").write_text("raise ImportError('broken on purpose')")
+def test_a_broken_package_hurts_no_other_training(broken_package, tmp_path):
     body = textwrap.dedent("""
-        import sys
+        import os, sys
         fresh = trainer()
         fresh.fit(Lit(), loader())
-        print([name for name in sorted(sys.modules) if name.startswith("lightning_compress")])
-        print(sys.modules["lightning_compress"].__file__)
-        import os
+        print(fresh.global_step, [name for name in sorted(sys.modules) if "lightning_compress" in name])
         os.environ["LIGHTNING_COMPRESS_RUN"] = "{}"
         try:
             trainer()
@@ -98,17 +115,15 @@ def test_without_the_variable_nothing_of_ours_is_imported_and_nothing_of_ours_ca
             print(error)
     """)
     (tmp_path / "train.py").write_text(script(body))
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "path")}
+    environment = {**os.environ, "PYTHONPATH": str(broken_package)}
     environment.pop(VARIABLE, None)
     child = subprocess.run(
         [sys.executable, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert child.returncode == 0, child.stderr
-    assert child.stdout.splitlines()[-3:] == [
-        "['lightning_compress', 'lightning_compress._factory']",
-        str(package / "__init__.py"),
-        "broken on purpose",
-    ]
+    steps, error = child.stdout.splitlines()[-2:]
+    assert steps == "4 ['_lightning_compress_entry']"
+    assert error in ("broken on purpose", "No module named 'torch.a_part_that_is_not_there'")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 from scripts import script
 
-from lightning_compress._factory import VARIABLE
+from _lightning_compress_entry import VARIABLE
 from lightning_compress.cli import main
 from lightning_compress.run import outcome
 
@@ -197,6 +197,10 @@ def test_a_place_that_cannot_be_written(project, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["missing.yaml", "--", sys.executable, "-c", "1"], "missing.yaml: the recipe cannot be read: No such file"),
+        (
+            ["distil", "--", sys.executable, "-c", "1"],
+            "recipe of this package; write it into one, and say there what it",
+        ),
         (["recipe.yaml"], "the command to run is missing; it comes behind --, as in: lightning-compress run"),
         (["recipe.yaml", "--"], "the command to run is missing"),
         (["recipe.yaml", "--", "pyhton", "a.py"], "'pyhton' is not a program that can be run here; did you mean 'pyt"),
@@ -237,7 +241,7 @@ def test_the_child_has_the_streams_the_arguments_and_the_order(project, capfd, t
     assert project(EXPORT, f"{TELLS}\n{shows}", "--lr", "0.1") == 9
     captured = capfd.readouterr()
     assert captured.err.splitlines() == [
-        f"['--lr', '0.1'] ['cwd', 'events', 'recipe'] {tmp_path}",
+        f"['--lr', '0.1'] ['cwd', 'events', 'recipe', 'settings'] {tmp_path}",
         "lightning-compress run: the command ended with exit code 9",
     ]
     assert VARIABLE not in os.environ

@@ -20,7 +20,7 @@ from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
-from lightning_compress.export.onnx import ExportResult
+from lightning_compress.export.onnx import ExportResult, checked_folder
 from lightning_compress.export.sample import Sample
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.grids import Grids
@@ -89,6 +89,11 @@ class CompressionReport(CompressionCallback):
         """What it will measure."""
         timed = "sizes, metrics and times" if self.latency else "sizes and metrics"
         return Intent(type(self).__name__, notes=(f"{timed} are measured after the fit",))
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse before training a directory that cannot be written."""
+        if self.path is not None:
+            checked_folder(self.path)
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Keep the module as it is now, and record what its network receives."""

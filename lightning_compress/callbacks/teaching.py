@@ -42,6 +42,9 @@ class TeacherCallback(CompressionCallback):
         super().__init_subclass__(**kwargs)
         cls.expected_effects = (cls.effect,)
 
+    networks_in_arguments = ("teacher", "teacher_transform")
+    """Arguments that may describe a network to be built."""
+
     teacher_goes_first = True
     """Whether the teacher runs just before the student: not where its output for the step alone is of no use."""
 

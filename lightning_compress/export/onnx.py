@@ -10,7 +10,7 @@ import os
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -223,14 +223,40 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"path must end in '.onnx', got '{target}'")
     if target.is_dir():
         raise ValueError(f"path '{target}' is a directory; a file name ending in '.onnx' is accepted")
-    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    _check_writable(target, target.absolute().parents)
+    if target.exists() and not target.stat().st_mode & stat.S_IWUSR:
+        raise ValueError(f"path '{target}' is a read-only file; remove it or choose another name")
+    return target.resolve() if target.is_symlink() else target
+
+
+def checked_folder(path: str | os.PathLike[str]) -> Path:
+    """Check that files can be written into a folder; nothing is created yet.
+
+    Args:
+        path: The folder; it need not exist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If it cannot be made, or not be written into.
+
+    Example:
+        >>> checked_folder("reports/first").name
+        'first'
+    """
+    target = Path(path)
+    _check_writable(target, (target.absolute(), *target.absolute().parents))
+    return target
+
+
+def _check_writable(target: Path, folders: Iterable[Path]) -> None:
+    """Check the first of the folders that exists."""
+    existing = next(folder for folder in folders if folder.exists())
     if not existing.is_dir():
         raise ValueError(f"path '{target}' cannot be made because '{existing}' is not a directory")
     if not _takes_files(existing):
         raise ValueError(f"path '{target}' cannot be written because '{existing}' is not writable")
-    if target.exists() and not target.stat().st_mode & stat.S_IWUSR:
-        raise ValueError(f"path '{target}' is a read-only file; remove it or choose another name")
-    return target.resolve() if target.is_symlink() else target
 
 
 def _takes_files(folder: Path) -> bool:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -39,6 +39,41 @@ def build_module(source: Any, *, argument: str) -> nn.Module:
     """
     if isinstance(source, nn.Module):
         return source
+    spec = _checked_spec(source, argument=argument)
+    make = import_path(spec["class_path"], argument=argument)
+    return _built(make, _arguments(spec), path=spec["class_path"], argument=argument)
+
+
+def check_source(source: Any, *, argument: str) -> None:
+    """Check what YAML gave for a module without building it, and without importing another package.
+
+    Args:
+        source: As :func:`build_module` takes it.
+        argument: The user's argument, for error messages.
+
+    Raises:
+        TypeError: If ``source`` is none of these.
+        ValueError: If it has unknown keys, or a function of this package does not take its arguments.
+
+    Example:
+        >>> check_source({"class_path": "my_project.Net", "init_arg": {}}, argument="teacher")
+        Traceback (most recent call last):
+        ValueError: teacher has the key 'init_arg'; accepted are ...; did you mean 'init_args'?
+    """
+    spec = _checked_spec(source, argument=argument)
+    path = spec["class_path"]
+    if not path.startswith(f"{__package__.partition('.')[0]}."):
+        return
+    make = import_path(path, argument=argument)
+    _refuse_unknown(make, _arguments(spec), path)
+    try:
+        inspect.signature(make).bind(**_arguments(spec))
+    except TypeError as error:
+        raise ValueError(f"{argument}: {path} is {error}") from error
+
+
+def _checked_spec(source: Any, *, argument: str) -> Mapping[str, Any]:
+    """The class path and the arguments that YAML gave."""
     if isinstance(source, type) and issubclass(source, nn.Module):
         raise TypeError(
             f"{argument} must be a module, got the class {source.__name__}; call it: {source.__name__}(...)"
@@ -55,9 +90,14 @@ def build_module(source: Any, *, argument: str) -> nn.Module:
                 f"{argument} has the key '{key}'; accepted are class_path, init_args and dict_kwargs"
                 f"{did_you_mean(str(key), ['class_path', 'init_args', 'dict_kwargs'])}"
             )
-    make = import_path(spec["class_path"], argument=argument)
-    arguments = {**(spec.get("init_args") or {}), **(spec.get("dict_kwargs") or {})}
-    return _built(make, arguments, path=spec["class_path"], argument=argument)
+    for key in ("init_args", "dict_kwargs"):
+        if not isinstance(spec.get(key) or {}, Mapping):
+            raise TypeError(f"{argument}: {key} must be a mapping from names to values, got {spec[key]!r}")
+    return cast("Mapping[str, Any]", spec)
+
+
+def _arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {**(spec.get("init_args") or {}), **(spec.get("dict_kwargs") or {})}
 
 
 def import_path(path: str, *, argument: str) -> Any:

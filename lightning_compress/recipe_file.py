@@ -1,0 +1,244 @@
+"""The file of a recipe: its YAML, and its keys; classes and their arguments are looked at in ``recipe_classes``."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+
+import lightning_compress
+from lightning_compress.mechanisms.selection import did_you_mean
+
+VERSION = 1
+KEYS = ("version", "callbacks", "export", "apply_to")
+ENTRY_KEYS = ("class_path", "init_args")
+APPLY_TO_KEYS = ("module", "fit")
+MOST_VALUES = 100_000
+"""Of what aliases unfold to, too: an alias within what it names never ends."""
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the file, the key and the value."""
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Put a place, such as the recipe's path, before the message of a :class:`RecipeError`.
+
+    Args:
+        place: The file, or a setting.
+
+    Raises:
+        RecipeError: The same with the place.
+
+    Example:
+        >>> with naming("recipe.yaml"):
+        ...     raise RecipeError("version must be 1, got 7")
+        Traceback (most recent call last):
+        lightning_compress.recipe_file.RecipeError: recipe.yaml: version must be 1, got 7
+    """
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{place}: {error}") from error.__cause__
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: ``1e-3`` is a number, and a key that appears twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key.value, str):  # a list or a mapping as a key: the base class refuses it
+                continue
+            if key.value in seen:
+                problem = f"the key {shown(key.value)} appears twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_file(file: str) -> Any:
+    """Read a YAML file.
+
+    Args:
+        file: Its path.
+
+    Returns:
+        What it holds, unchecked.
+
+    Raises:
+        RecipeError: If it cannot be read or is not YAML.
+    """
+    try:
+        with open(file, encoding="utf-8") as stream:
+            text = stream.read()
+    except OSError as error:
+        raise RecipeError(f"the recipe cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"not YAML: {error}") from error
+    return parse(text)
+
+
+def parse(text: str) -> Any:
+    """Read YAML.
+
+    Args:
+        text: A document.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        RecipeError: If it is not YAML, or too large.
+
+    Example:
+        >>> parse("1e-3")
+        0.001
+    """
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise RecipeError(f"{place}not YAML: {error.problem}") from error
+    except (RecursionError, MemoryError) as error:
+        raise RecipeError("the recipe is too large or nested too deeply to be read") from error
+    except Exception as error:  # PyYAML lets through what its constructors raise for numbers, dates and tags
+        raise RecipeError(f"not YAML: {' '.join(str(error).split())}") from error
+    _check_size(value)
+    return value
+
+
+def _check_size(value: Any) -> None:
+    left, count = [value], 0
+    while left:
+        node = left.pop()
+        count += 1
+        if count > MOST_VALUES:
+            raise RecipeError("the recipe is too large: its aliases unfold to too many values, or without end")
+        if isinstance(node, Mapping):
+            left.extend(node.values())
+        elif isinstance(node, (list, tuple, set)):
+            left.extend(node)
+
+
+def check_content(content: Any) -> None:
+    """Check the keys of a recipe, and the kinds of their values.
+
+    Args:
+        content: What the file holds.
+
+    Raises:
+        RecipeError: If it is not a recipe.
+
+    Example:
+        >>> check_content({"version": 1, "export": {"path": "model.onnx"}})
+    """
+    if not isinstance(content, dict):
+        raise RecipeError(f"a recipe is a mapping with the keys {', '.join(KEYS)}, got {shown(content)}")
+    check_keys(content, KEYS, "recipe")
+    _check_version(content.get("version"))
+    callbacks, export = content.get("callbacks"), content.get("export")
+    if callbacks is not None and not isinstance(callbacks, list):
+        raise RecipeError(f"callbacks must be a list of class_path and init_args, got {shown(callbacks)}")
+    for index, entry in enumerate(callbacks or []):
+        _check_entry(entry, f"callbacks[{index}]")
+    if export is not None:
+        _check_mapping(export, "export")
+    if not callbacks and export is None:
+        raise RecipeError("the recipe asks for nothing: it needs callbacks, export, or both")
+    if content.get("apply_to") is not None:
+        _check_apply_to(content["apply_to"])
+
+
+def _check_version(version: Any) -> None:
+    if isinstance(version, int) and version > VERSION:
+        raise RecipeError(
+            f"version {shown(version)} is newer than {VERSION}, the newest that lightning_compress "
+            f"{lightning_compress.__version__} reads; upgrade the package"
+        )
+    if isinstance(version, bool) or version != VERSION:
+        raise RecipeError(f"version must be {VERSION}, got {shown(version)}")
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("class_path"), str):
+        raise RecipeError(f"{where} must be a mapping with a class_path and init_args, got {shown(entry)}")
+    check_keys(entry, ENTRY_KEYS, where)
+    if entry.get("init_args") is not None:
+        _check_mapping(entry["init_args"], f"{where}.init_args")
+
+
+def _check_apply_to(apply_to: Any) -> None:
+    _check_mapping(apply_to, "apply_to")
+    check_keys(apply_to, APPLY_TO_KEYS, "apply_to")
+    module, fit = apply_to.get("module"), apply_to.get("fit")
+    if module is None and fit is None:
+        raise RecipeError("apply_to says nothing: it needs module (a class), fit (a number from 1 on), or both")
+    if module is not None and not isinstance(module, str):
+        raise RecipeError(f"apply_to.module must be the path or the name of a class, got {shown(module)}")
+    if fit is not None and (isinstance(fit, bool) or not isinstance(fit, int) or fit < 1):
+        raise RecipeError(f"apply_to.fit must be a whole number from 1 on, got {shown(fit)}")
+
+
+def _check_mapping(value: Any, where: str) -> None:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise RecipeError(f"{where} must be a mapping from names to values, got {shown(value)}")
+
+
+def check_keys(mapping: Mapping[Any, Any], accepted: Collection[str], where: str) -> None:
+    """Refuse keys that mean nothing.
+
+    Args:
+        mapping: What was given.
+        accepted: The keys that mean something.
+        where: The place, for the message.
+
+    Raises:
+        RecipeError: With the nearest key.
+
+    Example:
+        >>> check_keys({"modul": "Net"}, ["module", "fit"], "apply_to")
+        Traceback (most recent call last):
+        lightning_compress.recipe_file.RecipeError: apply_to: unknown key 'modul' with the value 'Net'; accepted are \
+module, fit; did you mean 'module'?
+    """
+    for key, value in mapping.items():
+        if key not in accepted:
+            name = shown(key).strip("'")
+            raise RecipeError(
+                f"{where}: unknown key '{name}' with the value {shown(value)}; accepted are {', '.join(accepted)}"
+                f"{did_you_mean(name, accepted)}"
+            )
+
+
+def shown(value: Any) -> str:
+    """At most 80 characters of a value, which may be as large as a file can make it.
+
+    Args:
+        value: What YAML gave.
+
+    Returns:
+        One line.
+
+    Example:
+        >>> shown(None), shown([1, 2])
+        ('nothing', '[1, 2]')
+    """
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, 80, 80, 80
+    try:
+        text = "nothing" if value is None else short.repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"a very large {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
