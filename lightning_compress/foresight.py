@@ -93,7 +93,7 @@ class PlanAttachment(RecipeAttachment):
         matches, self._meant = is_meant(recipe, module_class, len(earlier))
         name = class_names(module_class)[0]
         earlier += [name] if matches else []
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if _is_first():
             self._events.append("fit", module=name, matches=matches, attached=self._meant)
         if self._meant:
             _compat.quieten_(trainer, str(Path(self.order.events).parent / "quiet"))
@@ -106,7 +106,7 @@ class PlanAttachment(RecipeAttachment):
         try:
             yield
         except Exception as error:
-            if self._meant and not any(event["event"] == "failed" for event in self._events.read()):
+            if self._meant and _is_first() and not any(event["event"] == "failed" for event in self._events.read()):
                 said = [line for line in str(error).splitlines() if line.strip()]
                 self._events.append("failed", message=said[-1] if said else type(error).__name__)
             raise
@@ -172,6 +172,11 @@ class PlanAttachment(RecipeAttachment):
         with _compat.patient_group(trainer.world_size) as said:
             together(said, tell, trainer, pl_module)
         _end(trainer)
+
+
+def _is_first() -> bool:
+    """Whether this is the process, of those that run the script, that speaks for them."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def _ours(trainer: Any) -> list[CompressionCallback]:

@@ -73,7 +73,8 @@ def lines_of(found: Mapping[str, Any]) -> list[str]:
         *_section("each step", [_step(found["step"])]),
         *_section("losses of the first batch, with their weights", _losses(found["losses"])),
         *_section("warnings", found["warnings"]),
-        "Nothing was trained or written.",
+        "",
+        "nothing was trained, and nothing written",
     ]
 
 
@@ -129,11 +130,12 @@ def _file(file: Mapping[str, Any]) -> str:
 
 
 def _step(step: Mapping[str, Any]) -> str:
-    passes = "the step runs once" if step["passes"] == 1 else f"the step runs {step['passes']} times"
-    teachers = {0: "no teacher", 1: "one forward of a teacher"}.get(step["teachers"])
-    text = f"{passes}, with {teachers or str(step['teachers']) + ' forwards of teachers'}"
-    cost = "" if step["times"] is None else f": about {step['times']:.3g} times the multiply-accumulates of a plain one"
-    return text + cost
+    passes, teachers = step["passes"], step["teachers"]
+    runs = {1: "once", 2: "twice"}.get(passes, f"{passes} times")
+    more = "" if not teachers else f", with {teachers} forward{'' if teachers == 1 else 's'} of a teacher"
+    if step["times"] is None or (passes, teachers) == (1, 0):
+        return f"the step runs {runs}{more or ', as it is'}"
+    return f"the step runs {runs}{more}: about {step['times']:.3g} times the multiply-accumulates of a plain one"
 
 
 def _losses(losses: Mapping[str, Any]) -> list[str]:

@@ -22,9 +22,11 @@ from lightning_compress.export.scales import HOW, Scales
 from lightning_compress.functional.quantizers import MOST_BITS
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.step import StepController
-from lightning_compress.report.measure import compressed_bytes, first_line
+from lightning_compress.report.measure import compressed_bytes, count_nonzeros, count_parameters, first_line
 from lightning_compress.report.precision import AgainstFp32, against_fp32
 
+SPARSE = 0.9
+"""A share of weights that are not zero, below which it matters how small a file is once it is compressed."""
 FEW_AGREE = 0.95
 """A share of equal choices below which something is amiss, or the network undecided."""
 
@@ -107,7 +109,7 @@ class ExportCallback(CompressionCallback):
         self.trial_bytes: int | None = None
         """Of the file that was tried in the first step."""
         self.trial_compressed: int | None = None
-        """The same after deflate, where the fit is only planned."""
+        """The same after deflate, about, where the fit is only planned and the network will be sparse."""
         self._draft: tempfile.TemporaryDirectory[str] | None = None
 
     def check(self, trainer: Any, pl_module: Any) -> None:
@@ -156,8 +158,8 @@ class ExportCallback(CompressionCallback):
             with tempfile.TemporaryDirectory() as folder:
                 path, scales = os.path.join(folder, "trial.onnx"), self._trial_scales(trainer)
                 self.trial_bytes = self._written(pl_module, path, self.precision, scales).bytes
-                if self.planning:  # it is as sparse as the file will be
-                    self.trial_compressed = compressed_bytes(path)
+                if self.planning and count_nonzeros(pl_module) < SPARSE * count_parameters(pl_module):
+                    self.trial_compressed = compressed_bytes(path, level=6)
 
     def intent(self, trainer: Any, pl_module: Any) -> Intent:
         """What it will write."""
