@@ -11,6 +11,7 @@ import gc
 import inspect
 import itertools
 import logging
+import os
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -325,6 +326,7 @@ def quieten_(trainer: Any, folder: str) -> None:
     before it calls a hook. Loggers are not asked anything, as some begin a run to tell their version. Callbacks stay,
     as others look at them.
     """
+    os.makedirs(folder, exist_ok=True)  # as loggers do
     package = package_of(trainer)
     said = {"name": "plan", "version": "", "save_dir": folder, "log_dir": folder, "root_dir": folder}
     trainer.loggers = [_silent(package, type(logger).__name__, said) for logger in trainer.loggers]

@@ -143,6 +143,7 @@ class RecipeAttachment(TrainerCallback):
         super().__init__()
         self.order = order
         self._events = Events(order.events)
+        self._script = os.getpid()  # of the process that runs the script, also in a process that this one spawns
         self._inserted: list[Callback] = []
         self._active = False
 
@@ -195,12 +196,18 @@ class RecipeAttachment(TrainerCallback):
         return bool(meant)
 
     def _decided(self, recipe: Recipe, module_class: type) -> tuple[bool, str]:
-        """Whether the recipe means this fit, and what is wrong with it."""
-        earlier = sum(event["event"] == "fit" and event["matches"] for event in self._events.read())
-        matches, meant = is_meant(recipe, module_class, earlier)
+        """Whether the recipe means this fit, and what is wrong with it.
+
+        Each process that runs the script counts for itself: those of one training repeat what comes before it.
+        """
+        apply_to = recipe.apply_to or {}
+        matches = apply_to.get("module") in (None, *class_names(module_class))
+        fits = [event for event in self._events.read() if event["event"] == "fit" and event["script"] == self._script]
+        earlier = sum(event["matches"] for event in fits)
+        meant = matches and apply_to.get("fit", earlier + 1) == earlier + 1
         name = class_names(module_class)[0]
-        self._events.append("fit", module=name, matches=matches, attached=meant)
-        if meant and earlier and "fit" not in (recipe.apply_to or {}):
+        self._events.append("fit", module=name, matches=matches, attached=meant, script=self._script)
+        if meant and earlier and "fit" not in apply_to:
             return False, (
                 f"the script fits {name} now, and the recipe was attached to an earlier fit already; say which one is "
                 "meant with apply_to: {module: <class>}, or by its number with apply_to: {fit: 1}"
@@ -220,26 +227,6 @@ class RecipeAttachment(TrainerCallback):
         position = trainer.callbacks.index(self) + 1
         trainer.callbacks[position:position] = built
         self._inserted = built
-
-
-def is_meant(recipe: Recipe, module_class: type, earlier: int) -> tuple[bool, bool]:
-    """Whether a recipe means a fit.
-
-    Args:
-        recipe: With its ``apply_to``.
-        module_class: Of the module that is fitted.
-        earlier: How many fits of the script matched before.
-
-    Returns:
-        Whether the fit matches, and whether it is the one.
-
-    Example:
-        >>> is_meant(Recipe(1, apply_to={"module": "RecipeError", "fit": 2}), RecipeError, 0)
-        (True, False)
-    """
-    apply_to = recipe.apply_to or {}
-    matches = apply_to.get("module") in (None, *class_names(module_class))
-    return matches, matches and apply_to.get("fit", earlier + 1) == earlier + 1
 
 
 def class_names(module_class: type) -> tuple[str, ...]:

@@ -21,14 +21,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_compress import _compat
-from lightning_compress.attachment import (
-    Events,
-    Order,
-    RecipeAttachment,
-    class_names,
-    is_meant,
-    script_under_its_name,
-)
+from lightning_compress.attachment import Events, Order, RecipeAttachment, script_under_its_name
 from lightning_compress.callbacks.base import CompressionCallback, together
 from lightning_compress.forecast import forecast
 from lightning_compress.mechanisms.controller import StepController
@@ -45,7 +38,6 @@ class _Enough(BaseException):
 
 def foreseeing_fits() -> None:
     """Let each fit of this process tell its :class:`PlanAttachment` before Lightning begins."""
-    earlier: list[str] = []  # fits that matched
 
     def wrap(fit: Callable[..., Any]) -> Callable[..., Any]:
         def foreseen(trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +45,7 @@ def foreseeing_fits() -> None:
             if attachment is None or _compat.is_tuner_fit(trainer):
                 return fit(trainer, model, *args, **kwargs)
             with attachment.telling():
-                attachment.begin(trainer, model, earlier)
+                attachment.begin(trainer, model)
                 return fit(trainer, model, *args, **kwargs)
 
         return foreseen
@@ -76,25 +68,19 @@ class PlanAttachment(RecipeAttachment):
         self._meant = self._enough = False
         self._heard: list[str] = []  # what this package has warned of
 
-    def begin(self, trainer: Any, model: Any, earlier: list[str]) -> None:
+    def begin(self, trainer: Any, model: Any) -> None:
         """Decide whether the recipe means the fit that is about to begin, and quieten it.
 
         Args:
             trainer: Whose fit begins.
             model: As the script gave it.
-            earlier: Names of the modules of the fits of this process that matched; this one is added if it does.
 
         Raises:
             RecipeError: If the recipe cannot be read here.
         """
-        module_class = type(_compat.uncompiled(model))
         with script_under_its_name():
             recipe = load_recipe(self.order.recipe, settings=self.order.settings)
-        matches, self._meant = is_meant(recipe, module_class, len(earlier))
-        name = class_names(module_class)[0]
-        earlier += [name] if matches else []
-        if _is_first():
-            self._events.append("fit", module=name, matches=matches, attached=self._meant)
+        self._meant, _ = self._decided(recipe, type(_compat.uncompiled(model)))  # there is no second one
         if self._meant:
             _compat.quieten_(trainer, str(Path(self.order.events).parent / "quiet"))
             if _compat.runs_in_children(trainer):

@@ -153,6 +153,7 @@ def nothing_done(events: Sequence[Event]) -> tuple[int, str]:
             "it ran in another Python, where lightning-compress is not installed"
         )
     fitted = [event for event in events if event["event"] == "fit"]
+    fitted = [event for event in fitted if event["script"] == fitted[0]["script"]]  # others repeat it
     if any(event["attached"] for event in fitted):
         return FAILED, "the command ended well, but the fit with the recipe never came to its end"
     fits = ", ".join(event["module"] for event in fitted)
