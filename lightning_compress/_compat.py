@@ -6,10 +6,13 @@ Traced on lightning 2.6 and torch 2.13 and 2.14. When a canary falls after an up
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import inspect
 import itertools
 import logging
+import os
+import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -284,8 +287,8 @@ def silenced_loggers(module: nn.Module) -> Iterator[None]:
     if not loggers:
         yield
         return
-    dummy = import_module(f"{package_of(trainer)}.loggers.logger").DummyLogger
-    trainer.loggers = [_silent(dummy, logger) for logger in loggers]
+    package = package_of(trainer)
+    trainer.loggers = [_silent(package, type(logger).__name__, _says(logger)) for logger in loggers]
     try:
         yield
     finally:
@@ -316,11 +319,69 @@ def stop_if_terminated(trainer: Any) -> None:
         raise import_module(f"{package_of(trainer)}.utilities.exceptions").SIGTERMException
 
 
-def _silent(dummy: type, logger: Any) -> Any:
-    """A logger that writes nothing and says of itself what the other says, for steps that make paths of it."""
+def quieten_(trainer: Any, folder: str) -> None:
+    """Let the next fit of a Trainer write nothing, or to a folder of ours, and find no learning rate or batch size.
+
+    For good, and before the fit begins: Lightning asks loggers for their experiments, which makes folders and runs,
+    before it calls a hook. Loggers are not asked anything, as some begin a run to tell their version. Callbacks stay,
+    as others look at them.
+    """
+    os.makedirs(folder, exist_ok=True)  # as loggers do
+    package = package_of(trainer)
+    said = {"name": "plan", "version": "", "save_dir": folder, "log_dir": folder, "root_dir": folder}
+    trainer.loggers = [_silent(package, type(logger).__name__, said) for logger in trainer.loggers]
+    trainer._default_root_dir = folder
+    trainer.profiler = import_module(f"{package}.profilers").PassThroughProfiler()
+    trainer.save_checkpoint = _do_nothing  # callbacks that save on an exception call it too
+    for callback in trainer.callbacks:
+        for method in ("lr_find", "scale_batch_size"):
+            if hasattr(callback, method):
+                vars(callback)[method] = _do_nothing
+
+
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """In the place of a method."""
+
+
+def wrap_fits(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put a function around ``Trainer.fit`` of each Lightning package that is imported, once, for the whole process."""
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        module: Any = sys.modules.get(f"{package}.trainer.trainer")
+        if module is not None and not hasattr(module.Trainer.fit, "__wrapped__"):
+            module.Trainer.fit = functools.wraps(module.Trainer.fit)(wrap(module.Trainer.fit))
+
+
+def before_children_fail(trainer: Any, act: Callable[[], None]) -> None:
+    """Call a function when a process that a Trainer has started for its fit fails, before any hook is told.
+
+    Args:
+        trainer: One that runs its fits in children.
+        act: Can be pickled, with the Trainer.
+    """
+    launcher = trainer.strategy.launcher
+    launcher.launch = functools.partial(_launched, type(launcher).launch, launcher, act)
+
+
+def _launched(launch: Callable[..., Any], launcher: Any, act: Callable[[], None], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return launch(launcher, *args, **kwargs)
+    except BaseException:
+        act()
+        raise
+
+
+def _says(logger: Any) -> dict[str, Any]:
+    """What a logger says of itself, for steps that make paths of it."""
     said = {name: getattr(logger, name, None) for name in ("name", "version", "save_dir", "log_dir", "root_dir")}
     said["save_dir"] = said["log_dir"] or said["save_dir"]  # what the Trainer gives as its log_dir
-    return type(f"Silent{type(logger).__name__}", (dummy,), said)()
+    return said
+
+
+def _silent(package: str, kind: str, said: dict[str, Any]) -> Any:
+    """A logger that writes nothing, in the place of one of a kind, and says so much of itself; it can be pickled."""
+    dummy = import_module(f"{package}.loggers.logger").DummyLogger
+    again = {"__reduce__": lambda self: (_silent, (package, kind, said))}
+    return type(f"Silent{kind}", (dummy,), {**said, **again})()
 
 
 def training_loaders(trainer: Any) -> list[Any]:

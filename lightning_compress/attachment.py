@@ -41,7 +41,7 @@ class Events:
         """Add an event; the line is written in one piece, so that several processes may write.
 
         Args:
-            event: "factory", "fit", "done" or "failed".
+            event: "factory", "fit", "planned", "done" or "failed".
             **fields: What JSON can hold.
         """
         line = json.dumps({"event": event, **fields}) + "\n"
@@ -67,12 +67,14 @@ class Order:
         cwd: Where the command was called; relative paths in the recipe start there.
         events: Path of the file of events.
         settings: ``KEY=VALUE`` each, which change the recipe.
+        mode: "run"; or "plan", which ends the fit, and the process, with the first batch.
     """
 
     recipe: str
     cwd: str
     events: str
     settings: Sequence[str] = ()
+    mode: str = "run"
 
     def to_json(self) -> str:
         """The value of the environment variable."""
@@ -101,7 +103,7 @@ def attachments(value: str) -> list[Callback]:
         value: Of the environment variable that ``lightning-compress run`` sets.
 
     Returns:
-        One :class:`RecipeAttachment`.
+        One :class:`RecipeAttachment`; for a plan, one that ends the process.
 
     Raises:
         RuntimeError: If ``value`` was not written by ``lightning-compress run``.
@@ -117,6 +119,11 @@ def attachments(value: str) -> list[Callback]:
     order = Order.from_json(value)
     if getattr(rank_zero_only, "rank", 0) == 0:
         Events(order.events).append("factory")
+    if order.mode == "plan":
+        from lightning_compress.foresight import PlanAttachment, foreseeing_fits
+
+        foreseeing_fits()
+        return [PlanAttachment(order)]
     return [RecipeAttachment(order)]
 
 
@@ -136,6 +143,7 @@ class RecipeAttachment(TrainerCallback):
         super().__init__()
         self.order = order
         self._events = Events(order.events)
+        self._script = os.getpid()  # of the process that runs the script, also in a process that this one spawns
         self._inserted: list[Callback] = []
         self._active = False
 
@@ -188,13 +196,17 @@ class RecipeAttachment(TrainerCallback):
         return bool(meant)
 
     def _decided(self, recipe: Recipe, module_class: type) -> tuple[bool, str]:
-        """Whether the recipe means this fit, and what is wrong with it."""
+        """Whether the recipe means this fit, and what is wrong with it.
+
+        Each process that runs the script counts for itself: those of one training repeat what comes before it.
+        """
         apply_to = recipe.apply_to or {}
         matches = apply_to.get("module") in (None, *class_names(module_class))
-        earlier = sum(event["event"] == "fit" and event["matches"] for event in self._events.read())
+        fits = [event for event in self._events.read() if event["event"] == "fit" and event["script"] == self._script]
+        earlier = sum(event["matches"] for event in fits)
         meant = matches and apply_to.get("fit", earlier + 1) == earlier + 1
         name = class_names(module_class)[0]
-        self._events.append("fit", module=name, matches=matches, attached=meant)
+        self._events.append("fit", module=name, matches=matches, attached=meant, script=self._script)
         if meant and earlier and "fit" not in apply_to:
             return False, (
                 f"the script fits {name} now, and the recipe was attached to an earlier fit already; say which one is "

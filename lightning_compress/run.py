@@ -1,6 +1,7 @@
 """The parent's side of ``lightning-compress run``: check the recipe, start the command, say how it went.
 
-The parent never sees a module: export, evaluation and report happen in the child, which leaves a file of events.
+The parent never sees a module: export, evaluation and report happen in the child, which leaves a file of events. What
+``lightning-compress plan`` does alike is here too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ from lightning_compress.report.units import size
 
 DONE, FAILED, USAGE = 0, 1, 2
 PROGRAMS = ("python", "python3", "torchrun", "bash", "sh", "env")  # what a training is started with
-EXAMPLE = "lightning-compress run recipe.yaml -- python train.py"
+Event = dict[str, Any]
 
 
 def run(recipe: str, command: Sequence[str], *, settings: Sequence[str] = ()) -> int:
@@ -47,23 +48,50 @@ def run(recipe: str, command: Sequence[str], *, settings: Sequence[str] = ()) ->
         >>> run("missing.yaml", ["python", "train.py"])
         2
     """
+    return attached("run", recipe, command, settings, outcome)
+
+
+def attached(
+    mode: str,
+    recipe: str,
+    command: Sequence[str],
+    settings: Sequence[str],
+    comes_to: Callable[[Sequence[Event], int], tuple[int, str]],
+) -> int:
+    """Start a command with a recipe attached to it, wait for its end, and say how it went.
+
+    Args:
+        mode: "run" or "plan".
+        recipe: The YAML file.
+        command: The program and its arguments.
+        settings: ``KEY=VALUE`` each, which change the recipe.
+        comes_to: From the events in the child and its exit code to ours, and what people are told.
+
+    Returns:
+        The exit code.
+
+    Example:
+        >>> attached("plan", "missing.yaml", ["python", "train.py"], [], outcome)
+        2
+    """
     try:
-        _check_command(command)
+        _check_command(command, mode)
         loaded = checked_recipe(recipe, command, settings)
     except ValueError as error:  # RecipeError is one
-        return _ended(USAGE, str(error))
-    with tempfile.TemporaryDirectory(prefix="lightning-compress-") as folder:
+        return _ended(mode, USAGE, str(error))
+    with tempfile.TemporaryDirectory(prefix="lightning-compress-", ignore_cleanup_errors=True) as folder:
         events = Events(os.path.join(folder, "events.jsonl"))
-        order = Order(os.path.abspath(recipe), os.getcwd(), events.path, settings=settings)
+        order = Order(os.path.abspath(recipe), os.getcwd(), events.path, settings, mode)
         try:
             with _no_new_drafts(loaded):
-                code = _exit_code(command, {**os.environ, VARIABLE: order.to_json()})
+                code, interrupted = _exit_code(command, {**os.environ, VARIABLE: order.to_json()})
         except OSError as error:
-            return _ended(USAGE, f"'{command[0]}' cannot be started: {error.strerror}")
-        return _ended(*outcome(events.read(), code))
+            return _ended(mode, USAGE, f"'{command[0]}' cannot be started: {error.strerror}")
+        code, message = comes_to(events.read(), code)
+        return _ended(mode, code, f"interrupted; {message}" if interrupted else message)
 
 
-def outcome(events: Sequence[dict[str, Any]], code: int) -> tuple[int, str]:
+def outcome(events: Sequence[Event], code: int) -> tuple[int, str]:
     """What the events in the child and its exit code come to.
 
     Args:
@@ -77,34 +105,85 @@ def outcome(events: Sequence[dict[str, Any]], code: int) -> tuple[int, str]:
         >>> outcome([], 3)
         (3, 'the command ended with exit code 3')
     """
-    of = {kind: [event for event in events if event["event"] == kind] for kind in ("factory", "fit", "done", "failed")}
-    failures = [f"the fit failed: {' '.join(event['message'].split())}" for event in of["failed"]]
-    exports = [export for event in of["done"] for export in event["exports"]]
+    done, failures = [event for event in events if event["event"] == "done"], failures_of(events)
+    exports = [export for event in done for export in event["exports"]]
     failures += [f"{shown_path(export['path'])}: {export['failure']}" for export in exports if export["failure"]]
-    failures += [check for event in of["done"] for check in event.get("checks", [])]
-    written = _written(exports, [report for event in of["done"] for report in event["reports"]])
+    failures += [check for event in done for check in event.get("checks", [])]
+    written = _written(exports, [report for event in done for report in event["reports"]])
     if code != 0:
-        before = [f"before that, {written}"] if of["done"] else []
-        return code, "; ".join([f"the command ended with exit code {code}", *failures, *before])
-    if not of["factory"]:
+        before = [f"before that, {written}"] if done else []
+        return code, "; ".join([ended_with(code), *failures, *before])
+    if failures:
+        return FAILED, "; ".join(failures)
+    return (DONE, written) if done else nothing_done(events)
+
+
+def failures_of(events: Sequence[Event]) -> list[str]:
+    """What went wrong in fits, a line each.
+
+    Args:
+        events: As the child wrote them.
+
+    Returns:
+        The messages.
+
+    Example:
+        >>> failures_of([{"event": "failed", "message": "OSError: the disk is full"}])
+        ['the fit failed: OSError: the disk is full']
+    """
+    return [f"the fit failed: {' '.join(event['message'].split())}" for event in events if event["event"] == "failed"]
+
+
+def nothing_done(events: Sequence[Event]) -> tuple[int, str]:
+    """Why a command that ended well did not do what it was started for.
+
+    Args:
+        events: As the child wrote them.
+
+    Returns:
+        The exit code, and one line for people.
+
+    Example:
+        >>> nothing_done([{"event": "factory"}])
+        (1, 'the command ended well, but no fit took the recipe: its Trainer never fitted')
+    """
+    if not any(event["event"] == "factory" for event in events):
         return USAGE, (
             "the command ended well, but no Trainer in it asked for the recipe: either it made no Trainer at all, or "
             "it ran in another Python, where lightning-compress is not installed"
         )
-    if failures:
-        return FAILED, "; ".join(failures)
-    if of["done"]:
-        return DONE, written
-    if any(event["attached"] for event in of["fit"]):
+    fitted = [event for event in events if event["event"] == "fit"]
+    fitted = [event for event in fitted if event["script"] == fitted[0]["script"]]  # others repeat it
+    if any(event["attached"] for event in fitted):
         return FAILED, "the command ended well, but the fit with the recipe never came to its end"
-    fits = ", ".join(event["module"] for event in of["fit"])
+    fits = ", ".join(event["module"] for event in fitted)
     seen = f"the fits were, in order: {fits}; see apply_to in the recipe" if fits else "its Trainer never fitted"
     return FAILED, f"the command ended well, but no fit took the recipe: {seen}"
 
 
-def _check_command(command: Sequence[str]) -> None:
+def ended_with(code: int) -> str:
+    """An exit code in words.
+
+    Args:
+        code: Of the command, not 0.
+
+    Returns:
+        With the name of the signal, if it was one.
+
+    Example:
+        >>> ended_with(3), ended_with(137)
+        ('the command ended with exit code 3', 'the command ended with exit code 137 (SIGKILL)')
+    """
+    names = {128 + number: number.name for number in signal.Signals}
+    return f"the command ended with exit code {code}" + (f" ({names[code]})" if code in names else "")
+
+
+def _check_command(command: Sequence[str], mode: str) -> None:
     if not command:
-        raise ValueError(f"the command to run is missing; it comes behind --, as in: {EXAMPLE}")
+        raise ValueError(
+            f"the command to run is missing; it comes behind --, as in: lightning-compress {mode} recipe.yaml -- "
+            "python train.py"
+        )
     if shutil.which(command[0]) is None:
         hint = f"; to run a script: python {command[0]}" if command[0].endswith(".py") else ""
         raise ValueError(
@@ -144,11 +223,15 @@ def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] 
     return loaded
 
 
-def _exit_code(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run the command to its end, whatever signals come; a child that a signal ended has 128 and its number."""
-    child = subprocess.Popen(command, env=environment)
+def _exit_code(command: Sequence[str], environment: dict[str, str]) -> tuple[int, bool]:
+    """Run the command to its end, whatever signals come; a child that a signal ended has 128 and its number.
+
+    Whether a signal came is said too.
+    """
+    child, came = subprocess.Popen(command, env=environment), []
 
     def forward(number: int, frame: object) -> None:
+        came.append(number)
         if number == signal.SIGTERM or not _in_foreground():
             child.send_signal(number)
 
@@ -158,7 +241,7 @@ def _exit_code(command: Sequence[str], environment: dict[str, str]) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return code if code >= 0 else 128 - code
+    return code if code >= 0 else 128 - code, bool(came)
 
 
 def _in_foreground() -> bool:
@@ -200,8 +283,8 @@ def _written(exports: Sequence[dict[str, Any]], reports: Sequence[str]) -> str:
     return ", ".join(parts) or "the recipe was attached to the fit; it writes no file"
 
 
-def _ended(code: int, message: str) -> int:
+def _ended(mode: str, code: int, message: str) -> int:
     stream = sys.stdout if code == DONE else sys.stderr
-    stream.write(f"lightning-compress run: {message}\n")
+    stream.write(f"lightning-compress {mode}: {message}\n")
     stream.flush()
     return code

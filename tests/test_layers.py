@@ -33,7 +33,10 @@ STOREYS = [
         "recipe",
         "recipes",
         "attachment",
+        "forecast",
+        "foresight",
         "run",
+        "plan",
         "demo",
         "cli",
         "_factory",
@@ -43,8 +46,8 @@ HEIGHT = {part: height for height, parts in enumerate(STOREYS) for part in parts
 
 # What callbacks share; the rest of them do not know one another.
 BASES = (
-    *("arguments", "base", "calibrating", "copies", "dynamic", "features", "masked", "masks", "planning", "quantised"),
-    *("rehearsal", "returned", "teaching", "validating"),
+    *("arguments", "base", "calibrating", "copies", "dynamic", "features", "intents", "masked", "masks", "planning"),
+    *("quantised", "rehearsal", "returned", "teaching", "validating"),
 )
 
 # When Lightning may be imported: never, or only inside a function or for type checkers. Others: at any time.

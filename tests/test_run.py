@@ -46,11 +46,11 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(VARIABLE, raising=False)
 
-    def run(recipe, text, *arguments, name="train.py"):
+    def run(recipe, text, *arguments, name="train.py", mode="run"):
         Path("recipe.yaml").write_text(recipe)
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
-        return main(["run", "recipe.yaml", "--", sys.executable, name, *arguments])
+        return main([mode, "recipe.yaml", "--", sys.executable, name, *arguments])
 
     return run
 
@@ -63,7 +63,7 @@ def files(folder):
 
 
 def fit_event(module="train.Lit", attached=True):
-    return {"event": "fit", "module": module, "matches": attached, "attached": attached}
+    return {"event": "fit", "module": module, "matches": attached, "attached": attached, "script": 1}
 
 
 def done_event(failure=None, **changes):
@@ -76,6 +76,12 @@ FAILED = {"event": "failed", "message": "OSError: the disk\n  is full"}
 WRITTEN = "wrote /a/net.onnx (1.50 kB; acc 0.5 in the file, 0.75 in the module), report in /a/logs"
 OUTCOMES = {
     "well": ([FACTORY, fit_event(), done_event()], 0, 0, WRITTEN),
+    "several processes": (
+        [FACTORY, fit_event("A", False), {**fit_event("A", False), "script": 2}],
+        0,
+        1,
+        "the command ended well, but no fit took the recipe: the fits were, in order: A; see apply_to in the recipe",
+    ),
     "several fits": ([FACTORY, fit_event("A", False), FACTORY, fit_event(), done_event()], 0, 0, WRITTEN),
     "without a metric": (
         [FACTORY, fit_event(), done_event(metric=None, in_file=None, in_module=None)],
@@ -136,7 +142,7 @@ OUTCOMES = {
         [FACTORY, fit_event(), done_event()],
         137,
         137,
-        f"the command ended with exit code 137; before that, {WRITTEN}",
+        f"the command ended with exit code 137 (SIGKILL); before that, {WRITTEN}",
     ),
     "a crash before a trainer": ([], 3, 3, "the command ended with exit code 3"),
 }
@@ -249,7 +255,7 @@ def test_the_child_has_the_streams_the_arguments_and_the_order(project, capfd, t
     assert project(EXPORT, f"{TELLS}\n{shows}", "--lr", "0.1") == 9
     captured = capfd.readouterr()
     assert captured.err.splitlines() == [
-        f"['--lr', '0.1'] ['cwd', 'events', 'recipe', 'settings'] {tmp_path}",
+        f"['--lr', '0.1'] ['cwd', 'events', 'mode', 'recipe', 'settings'] {tmp_path}",
         "lightning-compress run: the command ended with exit code 9",
     ]
     assert VARIABLE not in os.environ
@@ -287,8 +293,9 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.parametrize("mode", ["run", "plan"])
 @pytest.mark.parametrize(("number", "code", "cleaned"), [(signal.SIGINT, 4, True), (signal.SIGTERM, 143, False)])
-def test_signals_reach_the_child_and_the_parent_waits(project, capfd, monkeypatch, number, code, cleaned):
+def test_signals_reach_the_child_and_the_parent_waits(project, capfd, monkeypatch, number, code, cleaned, mode):
     monkeypatch.setattr("lightning_compress.run._in_foreground", lambda: False)
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 
@@ -299,11 +306,13 @@ def test_signals_reach_the_child_and_the_parent_waits(project, capfd, monkeypatc
 
     thread = threading.Thread(target=send)
     thread.start()
-    assert project(EXPORT, SLEEPS) == code
+    assert project(EXPORT, SLEEPS, mode=mode) == code
     thread.join()
     assert Path("cleaned").exists() == cleaned
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert f"the command ended with exit code {code}" in capfd.readouterr().err
+    signalled = "" if cleaned else " (SIGTERM)"
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last == f"lightning-compress {mode}: interrupted; the command ended with exit code {code}{signalled}"
 
 
 def test_a_terminal_sends_ctrl_c_to_the_child_itself(project, monkeypatch):
@@ -359,6 +368,32 @@ def test_a_child_that_is_killed_while_it_writes_the_file(project, capfd, tmp_pat
     assert files(tmp_path / "out") == [draft_of_another, "model.onnx"]
     assert (tmp_path / "out" / "model.onnx").read_text() == "an older one"
     assert "the command ended with exit code 137" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_training(project, capfd, monkeypatch, tmp_path):
+    """Lightning ends the fit and the process with 1; nothing is exported or reported."""
+    monkeypatch.setattr("lightning_compress.run._in_foreground", lambda: False)
+    body = (
+        "import os, signal\n"
+        "Lit.on_train_epoch_end = lambda module: os.kill(os.getppid(), signal.SIGINT) or __import__('time').sleep(30)\n"
+        "trainer(max_epochs=99).fit(Lit(), loader())"
+    )
+    assert project(EXPORT, script(body)) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.endswith("run: interrupted; the command ended with exit code 1; the fit failed: KeyboardInterrupt")
+    assert files(tmp_path) == ["recipe.yaml", "train.py"]
+
+
+@pytest.mark.slow
+def test_a_teacher_that_each_process_of_a_distributed_training_trains_first(project, capfd, tmp_path):
+    """The second process repeats the fit of the teacher, which is the first there too."""
+    body = f"{FIT}\nfresh = trainer(strategy='ddp', devices=2)\nfresh.fit(Other(), loader(), loader())"
+    recipe = "version: 1\ncallbacks: [{class_path: CompressionReport, init_args: {latency: false, path: report}}]\n"
+    assert project(f"{recipe}apply_to: {{fit: 2}}", script(body, guarded=True)) == 0
+    out = capfd.readouterr().out
+    assert len([line for line in out.splitlines() if line.startswith("Compression report")]) == 1
+    assert out.splitlines()[-1].endswith("run: report in report")
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,7 @@ from lightning_compress import _compat
 from lightning_compress import functional as F
 from lightning_compress.callbacks.arguments import check_choice, check_positive, check_whole
 from lightning_compress.callbacks.features import FeatureCallback, Pair
+from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.teaching import samples_of
 from lightning_compress.functional import attention
 from lightning_compress.mechanisms.capture import NetworkCall
@@ -128,6 +130,13 @@ class AttentionTransferCallback(FeatureCallback):
         if self.map_kind == "gradient":
             return ()
         return None if self.pairs == "auto" else tuple(Pair(*names) for names in self.pairs.items())
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """As the base; and the strength of the term."""
+        intent = super().intent(trainer, pl_module)
+        aims = {"weight": self.weight, "map_kind": self.map_kind, "mode": self.mode}
+        again = ("the loss is differentiated twice",) if self.map_kind == "gradient" else ()
+        return replace(intent, aims=aims, notes=(*intent.notes, *again))
 
     def choose(self, proposals: Sequence[tuple[Stage, Stage]]) -> Sequence[tuple[Stage, Stage]]:
         """All of them."""

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from lightning_compress import _compat
+from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned, ReturnsResults
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.grids import Grids
@@ -106,6 +107,9 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     expected_effects: ClassVar[tuple[str, ...]] = ()
     quantises: ClassVar[bool] = False
     """Whether its result is a network on grids."""
+    planning = False
+    """Whether the fit ends with its first batch, to say what it would do: what takes long, and shows nothing then, is
+    left out."""
     failure = Returned[str | None](None)
     """What is wrong with the result of the last fit: ``lightning-compress run`` then ends with 1."""
 
@@ -157,6 +161,18 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def shrinks_until(self) -> float | None:
         """The fraction of the training before which it has taken the last channels away; None if it takes none."""
         return None
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """What it is going to do in the fit that has begun."""
+        return Intent(type(self).__name__)
+
+    def foresee(self, trainer: Any, pl_module: Any) -> None:
+        """Where the fit ends with its first backward pass: leave the module as it will be, as far as that is known."""
+
+    @property
+    def foreseen_share(self) -> float:
+        """The share of the parameters there are now that there will be at the end."""
+        return 1.0
 
     def trial_scales(self, trainer: Any, pl_module: Any) -> Grids | None:
         """Scales that an integer file can be tried with after the first step; None for techniques without."""
@@ -255,6 +271,14 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                     f"{type(pl_module).__name__}.training_step after the start of the fit"
                 )
             return
+        self.check_first_step(trainer, pl_module)
+
+    def check_first_step(self, trainer: Any, pl_module: Any) -> None:
+        """Complain about what the first whole step has shown; on all ranks.
+
+        Raises:
+            RuntimeError: If something had no effect.
+        """
         for effect in self.expected_effects:
             if self.effects[effect] == 0:
                 raise RuntimeError(f"{type(self).__name__} '{self.name}': {effect} had no effect in the first step")
@@ -428,11 +452,11 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self._owned, self._owned_step = [], None
         if stack is None:
             return
-        self.captured_sample = self._last_sample()
+        self.captured_sample = self.last_sample()
         self.student_capture = None
         stack.close()
 
-    def _last_sample(self) -> CapturedSample | None:
+    def last_sample(self) -> CapturedSample | None:
         """What the network received last: in the fit that goes on, else in the last one."""
         capture = self.student_capture
         if capture is None or capture.network is None or capture.last_call is None:

@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_edge_bits, check_whole
+from lightning_compress.callbacks.arguments import check_edge_bits, check_whole, edge_bits_of
 from lightning_compress.callbacks.base import CompressionCallback, log, together
+from lightning_compress.callbacks.intents import Aim, Intent, layers_of, left_out
 from lightning_compress.export.sample import defines
 from lightning_compress.export.scales import given_steps, grids_of_steps, inside
 from lightning_compress.functional.quantizers import check_bits
@@ -27,7 +29,10 @@ from lightning_compress.mechanisms.replay import replay, traceless
 from lightning_compress.mechanisms.rounding import Presented
 from lightning_compress.mechanisms.selection import find_module, joined, plain_name, select_modules
 from lightning_compress.mechanisms.step import step_controller
+from lightning_compress.mechanisms.weights import named_weights
 
+HAVE_KERNELS = (_ConvNd, nn.Linear, nn.MultiheadAttention)
+"""Layers that run in integers."""
 SKIPPED = 8
 """So many batches of the training data a validation step may do without the network."""
 
@@ -71,6 +76,12 @@ class CalibratingCallback(CompressionCallback):
         self.max_samples, self.network, self.layers, self.exclude = max_samples, network, layers, exclude
         self._method = "validation_step"  # what is replayed
         self._nothing: list[str] = []  # activations that were 0 throughout
+        self._trial: Grids | None = None  # of the first step
+
+    @property
+    def samples(self) -> int:
+        """Samples to look at; one batch is enough where only what can be done is looked at."""
+        return 1 if self.planning else self.max_samples
 
     # For techniques
 
@@ -90,6 +101,32 @@ class CalibratingCallback(CompressionCallback):
         """What says where a tensor comes from that stands for a weight; None where nothing does."""
         return None
 
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """Which layers it quantises, to how many bits; until the first step, those that could be."""
+        aims: dict[str, Aim] = {"weight_bits": self.weight_bits, "activation_bits": self.activation_bits}
+        edges = edge_bits_of(self.edge_bits, self.weight_bits)
+        aims |= {} if edges is None else {"edge_bits": edges}
+        grids, kind = self._trial, type(self).__name__
+        selected, weights = selection(pl_module, self.layers, self.exclude), named_weights(pl_module)
+        if grids is None:
+            takes = [name for name, layer in pl_module.named_modules() if isinstance(layer, HAVE_KERNELS)]
+            chosen = [plain_name(f"{name}.weight") for name in takes]
+            note = "the first batch shows which of these layers can be quantised"
+            return Intent(kind, layers_of(filter(selected, chosen)), aims=aims, notes=(note,))
+        quantised = [joined(grids.network, name) for name in grids.weights]
+        others = [joined(grids.network, name) for name in grids.left_in_float]
+        floats = [name for name, full in zip(grids.left_in_float, others, strict=True) if full not in weights]
+        left = left_out(pl_module, [name for name in others if name in weights and not selected(name)], self.exclude)
+        unfit = layers_of(name for name in others if name in weights and selected(name))
+        return Intent(
+            kind,
+            layers_of(quantised),
+            {**left, **dict.fromkeys(unfit, "has no integer kernel")},
+            sum(weights[name].numel() for name in quantised),
+            aims,
+            notes=(f"operations that stay in float: {', '.join(floats)}",) if floats else (),
+        )
+
     # Life cycle
 
     @property
@@ -105,6 +142,7 @@ class CalibratingCallback(CompressionCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Learn which network the step calls."""
+        self._trial = None
         self.student_capture = controller.capture(self.network, required=True, argument="network")
 
     def verify(self, trainer: Any, pl_module: Any) -> None:
@@ -113,11 +151,12 @@ class CalibratingCallback(CompressionCallback):
         self._choose_step(trainer, pl_module)
         self._check_calls(trainer, pl_module, name)
         self.reestimates(find_module(pl_module, name, argument="network"))
-        self._tell_idle(self.trial_scales(trainer, pl_module), name, pl_module)
+        self._trial = self.trial_scales(trainer, pl_module)
+        self._tell_idle(self._trial, name, pl_module)
 
     def trial_scales(self, trainer: Any, pl_module: Any) -> Grids:
         """The grids of what the first step gave the network."""
-        name, seen = self._network_name(trainer, pl_module), self._last_sample()
+        name, seen = self._network_name(trainer, pl_module), self.last_sample()
         if seen is None:
             raise RuntimeError(f"{type(self).__name__} '{self.name}': the first step called no network")
         network = find_module(pl_module, name, argument="network")
@@ -171,7 +210,7 @@ class CalibratingCallback(CompressionCallback):
 
     def _network_name(self, trainer: Any, pl_module: Any) -> str:
         names = self.student_capture.names if self.student_capture is not None else None
-        seen = self._last_sample() if self.has_fitted(pl_module) or self._controller is not None else None
+        seen = self.last_sample() if self.has_fitted(pl_module) or self._controller is not None else None
         if names is not None and len(names) > 1:
             raise ValueError(
                 f"the student is the chain '{names[0]}' to '{names[1]}', and one network is quantised: name it with "

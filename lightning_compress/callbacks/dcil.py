@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from lightning_compress import functional as F
 from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_positive
 from lightning_compress.callbacks.base import log
 from lightning_compress.callbacks.dynamic import DynamicMaskCallback
+from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.masked import MaskedWeightsCallback
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.functional.schedules import Schedule
@@ -241,6 +243,14 @@ class DCILCallback(DynamicMaskCallback):
         """As the base; and what the dense path has for itself."""
         own = self._own_state if self._own is None else self._own.state()
         return {**super().extra_state(), **({} if own is None else {"own": own})}
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """As the base; and the dense pass."""
+        notes = [f"each step runs once more with the dense weights (dense_path='{self.dense_path}')"]
+        if self._own is not None and self._own.layers:
+            norms = [name for name in self._own.layers if name not in self._own.classifier]
+            notes.append(f"the dense path has its own {self._of_its_own(self._own.classifier, norms)}")
+        return replace(super().intent(trainer, pl_module), passes=1, notes=tuple(notes))
 
     def remarks(self) -> list[str]:
         """As the base; and what the dense path had for itself."""

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from lightning_compress import functional as F
 from lightning_compress.callbacks.arguments import check_choice
 from lightning_compress.callbacks.base import log
+from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.teaching import TeacherCallback
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.outputs import Locator, find_labels, find_logits
@@ -105,6 +107,11 @@ class DistillationCallback(TeacherCallback):
         self.ignore_index = ignore_index
         self.labels = labels
         self._kind: str | None = None
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """As the base; and the weights of the losses."""
+        aims = {"temperature": self.temperature, "task_weight": self.task_weight, "kd_weight": self.kd_weight}
+        return replace(super().intent(trainer, pl_module), aims={**aims, "loss_kind": self._kind or self.loss_kind})
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Capture the student, prepare the teacher, add the term."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_compress.callbacks.arguments import check_flag
 from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import Choices, evaluate, evaluate_forward, evaluate_quantized, has_validation
@@ -21,9 +22,11 @@ from lightning_compress.export.scales import HOW, Scales
 from lightning_compress.functional.quantizers import MOST_BITS
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.step import StepController
-from lightning_compress.report.measure import first_line
+from lightning_compress.report.measure import compressed_bytes, count_nonzeros, count_parameters, first_line
 from lightning_compress.report.precision import AgainstFp32, against_fp32
 
+SPARSE = 0.9
+"""A share of weights that are not zero, below which it matters how small a file is once it is compressed."""
 FEW_AGREE = 0.95
 """A share of equal choices below which something is amiss, or the network undecided."""
 
@@ -103,6 +106,10 @@ class ExportCallback(CompressionCallback):
         check_flag("fp32_comparison", fp32_comparison)
         self.dynamic_batch, self.fp32_comparison = dynamic_batch, fp32_comparison
         self.module_metrics, self.file_metrics = {}, {}
+        self.trial_bytes: int | None = None
+        """Of the file that was tried in the first step."""
+        self.trial_compressed: int | None = None
+        """The same after deflate, about, where the fit is only planned and the network will be sparse."""
         self._draft: tempfile.TemporaryDirectory[str] | None = None
 
     def check(self, trainer: Any, pl_module: Any) -> None:
@@ -135,7 +142,7 @@ class ExportCallback(CompressionCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Record what the network receives."""
-        self.result = None
+        self.result, self.trial_bytes = None, None
         self.module_metrics, self.file_metrics, self.agreement, self.against_fp32 = {}, {}, None, None
         self.student_capture = controller.capture(self.network, required=self.sample is None, argument="network")
 
@@ -150,7 +157,14 @@ class ExportCallback(CompressionCallback):
         if trainer.is_global_zero:
             with tempfile.TemporaryDirectory() as folder:
                 path, scales = os.path.join(folder, "trial.onnx"), self._trial_scales(trainer)
-                self._written(pl_module, path, self.precision, scales)
+                self.trial_bytes = self._written(pl_module, path, self.precision, scales).bytes
+                if self.planning and count_nonzeros(pl_module) < SPARSE * count_parameters(pl_module):
+                    self.trial_compressed = compressed_bytes(path, level=6)
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """What it will write."""
+        aims = {"precision": self.precision, "metric": self.metric, "tolerance": self.tolerance}
+        return Intent(type(self).__name__, aims={aim: value for aim, value in aims.items() if value is not None})
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """As soon as the metrics are known, complain about a name that is none of them.
@@ -283,7 +297,7 @@ class ExportCallback(CompressionCallback):
 
     def _written(self, pl_module: Any, path: str, precision: str, scales: Scales | None = None) -> ExportResult:
         """The network that the user named, else the one that was captured, on the user's sample, else on its input."""
-        seen, network, sample = self._last_sample(), self.network, self.sample
+        seen, network, sample = self.last_sample(), self.network, self.sample
         if seen is not None:
             network = seen.network if network is None else network
             sample = Sample(seen.args, seen.kwargs) if sample is None else sample

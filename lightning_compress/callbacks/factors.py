@@ -10,6 +10,7 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from lightning_compress import functional as F
 from lightning_compress.callbacks.arguments import check_positive, check_whole
 from lightning_compress.callbacks.base import averaging
 from lightning_compress.callbacks.features import FeatureCallback, Pair
+from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.callbacks.teaching import samples_of
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
@@ -116,6 +118,14 @@ class FactorTransferCallback(FeatureCallback):
     def given_pairs(self) -> tuple[Pair, ...] | None:
         """The pair that the user gave."""
         return None if self.pair == "auto" else (Pair(*self.pair),)
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """As the base; and the strength of the term."""
+        intent = super().intent(trainer, pl_module)
+        epochs = self.pretrain_epochs if self._from_file is None else 0
+        before = f"a paraphraser is trained for {epochs} epochs before the first step"
+        notes = (*intent.notes, before) if epochs else intent.notes
+        return replace(intent, aims={"weight": self.weight, "factor_ratio": self.factor_ratio}, notes=notes)
 
     def choose(self, proposals: Sequence[tuple[Stage, Stage]]) -> Sequence[tuple[Stage, Stage]]:
         """The last that is an image, for convolutions."""
@@ -257,7 +267,8 @@ class FactorTransferCallback(FeatureCallback):
     def _pretrain(self, trainer: Any, pl_module: Any) -> None:
         """Train the paraphraser on what the teacher returns for the training data, in the main run's absence."""
         [pair] = self.settled
-        with self.replayed(trainer) as again, _progress_bar(trainer, self.pretrain_epochs) as bar:
+        epochs = 0 if self.planning else self.pretrain_epochs
+        with self.replayed(trainer) as again, _progress_bar(trainer, epochs) as bar:
             first = next(iter(self._teacher_features(again, pair, trainer, 0)), None)
             if not trainer.strategy.reduce_boolean_decision(first is not None, all=True) or first is None:
                 raise CaptureError(
@@ -276,11 +287,11 @@ class FactorTransferCallback(FeatureCallback):
                     bar.update()
                     yield feature
 
-            self.reconstruction_errors = train_paraphraser(
-                paraphraser, features, epochs=self.pretrain_epochs, reduce=averaging(trainer)
-            )
+            reduce = averaging(trainer)
+            self.reconstruction_errors = train_paraphraser(paraphraser, features, epochs=epochs, reduce=reduce)
         self._paraphraser = paraphraser
-        self._tell_errors(trainer)
+        if not self.planning:
+            self._tell_errors(trainer)
 
     def _rehearse(self, again: Replay, pair: Pair) -> None:
         """Refuse a layer of the student that the first step would refuse, before the paraphraser is trained for it."""

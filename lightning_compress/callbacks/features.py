@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from lightning_compress.callbacks.base import announce
+from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.teaching import TeacherCallback
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall, only_call
 from lightning_compress.mechanisms.outputs import describe
@@ -56,6 +57,11 @@ class FeatureCallback(TeacherCallback):
     @abstractmethod
     def choose(self, proposals: Sequence[tuple[Stage, Stage]]) -> Sequence[tuple[Stage, Stage]]:
         """Those of the proposed pairs that the technique uses."""
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """As the base; and the pairs, once they are settled."""
+        pairs = tuple((pair.student, pair.teacher) for pair in self.settled)
+        return replace(super().intent(trainer, pl_module), pairs=pairs)
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse layers that do not exist; forget what was proposed for an earlier fit."""

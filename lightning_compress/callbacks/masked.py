@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.callbacks.intents import Intent, layers_of, left_out
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.mechanisms.checkpoints import (
     close_after_exception,
@@ -85,6 +86,12 @@ class MaskedWeightsCallback(CompressionCallback):
     def reached(self) -> float:
         """The share of the selected weights that is masked now."""
         return 0.0 if self._masks is None else self._masks.sparsity
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """Which weights it masks."""
+        masks = self._require_masks()
+        left = left_out(pl_module, self._left, self.exclude)
+        return Intent(type(self).__name__, layers_of(masks.weights), left, masks.total)
 
     # Life cycle
 

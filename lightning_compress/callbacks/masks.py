@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_whole, takes
+from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.masked import MaskedWeightsCallback
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.functional import schedules
@@ -129,6 +131,20 @@ class MaskCallback(MaskedWeightsCallback):
             )
 
     # What users read
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """As the base; and how sparse they will be, and when."""
+        schedule = getattr(self.schedule, "__name__", str(self.schedule))
+        aims = {"sparsity": self.sparsity, "schedule": schedule, "start": self.start, "end": self.end}
+        return replace(super().intent(trainer, pl_module), aims=aims)
+
+    def foresee(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the weights as sparse as they will be; where no scores are known yet, as they are."""
+        if (masks := self.new_masks(self.sparsity)) is not None:
+            self._require_masks().replace(masks)
+        with torch.no_grad():
+            for name, weight in self._require_masks().weights.items():
+                weight.copy_(self._require_masks().masked(name, weight))
 
     def remarks(self) -> list[str]:
         """What was masked, and which layers the floor held."""

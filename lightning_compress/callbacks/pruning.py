@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_whole
+from lightning_compress.callbacks.intents import Intent, layers_of
 from lightning_compress.callbacks.masks import SCHEDULES, MaskCallback
 from lightning_compress.functional.masks import (
     erk_sparsities,
@@ -233,6 +235,14 @@ class PruningCallback(MaskCallback):
         super().updated(changed, more=more)
         if self._start is not None and changed > 0 and more:
             self._start.restore(self._trainer, self._require_controller().module)
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """As the base; and the pattern."""
+        intent = super().intent(trainer, pl_module)
+        if self._n_m is None:
+            return intent
+        unfit = dict.fromkeys(layers_of(self._skipped), f"pattern {self.pattern} does not fit")
+        return replace(intent, left={**intent.left, **unfit}, aims={**intent.aims, "pattern": self.pattern})
 
     def remarks(self) -> list[str]:
         """As the base; and what was skipped."""

@@ -29,11 +29,12 @@ from lightning_compress.callbacks.arguments import (
     edge_bits_of,
 )
 from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.callbacks.intents import Intent, layers_of, left_out
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.callbacks.validating import SecondValidation
 from lightning_compress.functional.quantizers import check_bits
 from lightning_compress.mechanisms.controller import StepController
-from lightning_compress.mechanisms.optimizers import Way
+from lightning_compress.mechanisms.optimizers import Way, way_of
 from lightning_compress.mechanisms.order import call_order
 from lightning_compress.mechanisms.scaled_steps import ScaledSteps
 from lightning_compress.mechanisms.selection import listing
@@ -164,6 +165,7 @@ class PSGDCallback(CompressionCallback):
         self._order: list[nn.Module] = []  # in which layers are called, as far as it was watched
         self._watching = ExitStack()
         self._frozen: list[str] = []
+        self._unheld: list[str] = []  # weights that no optimizer has
         self._left: list[str] = []  # weights that were not selected
         self._steps: ScaledSteps | None = None  # during a fit
         self._told = 0  # how many optimizers had stepped when it was told what these did not reach
@@ -193,6 +195,30 @@ class PSGDCallback(CompressionCallback):
     def weight_bits_given(self) -> int | None:
         """Those of the grid; None where weights are drawn to zero."""
         return self.bits if self.target == "grid" else None
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """Which weights it draws to which grid, and what it scales for that."""
+        warped = self._require_warped()
+        takes = layers_of(warped.weights)
+        left = left_out(pl_module, self._left, self.exclude)
+        left |= dict.fromkeys(layers_of(self._frozen), "frozen")
+        left |= dict.fromkeys(layers_of(self._unheld), "no optimizer has it")
+        aims = {"bits": self.bits, "edge_bits": self._edge_bits()} if self.target == "grid" else {"target": "zero"}
+        return Intent(
+            type(self).__name__,
+            takes,
+            {layer: reason for layer, reason in left.items() if layer not in takes},
+            warped.total,
+            {aim: value for aim, value in aims.items() if value is not None},
+            notes=tuple(self._way_of(optimizer) for optimizer in trainer.optimizers),
+        )
+
+    def foresee(self, trainer: Any, pl_module: Any) -> None:
+        """Settle what the first optimizer step would settle, and look at what it would reach."""
+        self._settle(self._require_steps())
+        self._tell_unreached([name for name, own in self._require_warped().weights.items() if own.grad is None])
+        for optimizer in trainer.optimizers:
+            self._require_steps().way(optimizer)
 
     def remarks(self) -> list[str]:
         """How strong the scale was, and what quantisation makes of the weights."""
@@ -384,6 +410,16 @@ class PSGDCallback(CompressionCallback):
 
         return on_before_optimizer_step
 
+    def _way_of(self, optimizer: torch.optim.Optimizer) -> str:
+        """In words, what is scaled of an optimizer."""
+        kind = type(optimizer).__name__
+        way = way_of(optimizer) if self.apply_to == "auto" else self.apply_to
+        if way == "update":
+            return (
+                f"{kind} is adaptive and would cancel a scale of its gradients: what it adds to the weights is scaled"
+            )
+        return f"the gradients that {kind} gets are scaled"
+
     def _tell_way(self, optimizer: torch.optim.Optimizer, way: Way | None) -> None:
         kind = type(optimizer).__name__
         if way is None:
@@ -429,7 +465,7 @@ class PSGDCallback(CompressionCallback):
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         held = {id(parameter) for group in groups for parameter in group["params"]}
         free = {name: weight for name, weight in weights.items() if weight.requires_grad}
-        lost = [name for name, weight in free.items() if id(weight) not in held]
+        lost = self._unheld = [name for name, weight in free.items() if id(weight) not in held]
         if len(lost) == len(free):
             raise ValueError(
                 f"no optimizer has any of the selected weights, {listing(lost)}: choose others with layers=, or let "

@@ -120,7 +120,7 @@ class PTQCallback(QuantisedCallback):
             activation_bits=self.activation_bits,
             observer=self.observer,
             weight_range=auto if self.weight_range == "auto" else self.weight_range,
-            max_samples=self.max_samples,
+            max_samples=self.samples,
             equalize=self.cross_layer_equalization,
             correct_bias=self.bias_correction,
             edge_bits=edge_bits_of(self.edge_bits, self.weight_bits),

@@ -22,6 +22,7 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_positive, edge_bits_of
 from lightning_compress.callbacks.base import CompressionCallback, averaging, log, together
 from lightning_compress.callbacks.calibrating import selection
+from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.quantised import QuantisedCallback
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.scales import given_steps, grids_of_ranges, inside, trained_ranges
@@ -233,7 +234,7 @@ class QATCallback(QuantisedCallback):
             activation_bits=self.activation_bits,
             observer="minmax" if self.step_size == "observed" else "mse",
             weight_range="max" if self.step_size == "observed" else "mse",
-            max_samples=self.max_samples,
+            max_samples=self.samples,
             edge_bits=edge_bits_of(self.edge_bits, self.weight_bits),
         )
 
@@ -255,6 +256,11 @@ class QATCallback(QuantisedCallback):
     def presented(self) -> Presented | None:
         """In a fit, what masks weights knows."""
         return None if self._controller is None else self._controller.weights.source_of
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """As the base; and how its grids move, from when on."""
+        intent = super().intent(trainer, pl_module)
+        return replace(intent, aims={**intent.aims, "step_size": self.step_size, "start": self.start})
 
     def trial_scales(self, trainer: Any, pl_module: Any) -> Grids:
         """Those that are trained, if they are by now."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_compress.callbacks.arguments import check_flag
 from lightning_compress.callbacks.base import CompressionCallback, announce, log
+from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError
@@ -83,6 +84,11 @@ class CompressionReport(CompressionCallback):
         self._before: nn.Module | None = None
         self._capture: StudentCapture | None = None
         self._notes: list[str] = []
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """What it will measure."""
+        timed = "sizes, metrics and times" if self.latency else "sizes and metrics"
+        return Intent(type(self).__name__, notes=(f"{timed} are measured after the fit",))
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse before training a directory that cannot be written."""

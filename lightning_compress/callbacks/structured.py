@@ -18,6 +18,7 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_positive, check_whole
 from lightning_compress.callbacks.base import CompressionCallback, announce, log, together
 from lightning_compress.callbacks.copies import Copies, SkippedBatchError
+from lightning_compress.callbacks.intents import Aim, Intent
 from lightning_compress.callbacks.planning import BUDGETS, Plan, Wanted
 from lightning_compress.callbacks.rehearsal import Rehearsal
 from lightning_compress.functional.schedules import iterative_schedule
@@ -33,7 +34,7 @@ from lightning_compress.mechanisms.checkpoints import (
 )
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.progress import Progress
-from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.selection import find_module, listing
 from lightning_compress.mechanisms.shrinking import (
     Shrinkage,
     Structure,
@@ -183,6 +184,29 @@ class StructuredPruningCallback(CompressionCallback):
     def shrinks_until(self) -> float:
         """When the last round is due."""
         return self.end if self.schedule == "iterative" else self.start
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """What goes of which layers, once the first batch has shown it."""
+        aims: dict[str, Aim] = {"ratio": self.ratio, "budget": self.budget, "schedule": self.schedule}
+        aims |= {"start": self.start} if self.schedule == "one_shot" else {"start": self.start, "end": self.end}
+        kind, plan = type(self).__name__, self.plan
+        if plan is None:
+            return Intent(kind, aims=aims, notes=("the first batch shows what can go",))
+        takes = tuple(plan.filters)
+        parts = [find_module(pl_module, name, argument="layers") for name in takes]
+        elements = sum(own.numel() for part in parts for own in part.parameters())
+        went = "went before the first step" if self._state.done else "will go"
+        notes = (f"of the {BUDGETS[self.budget]} {plan.share:.1%} {went}: {', '.join(plan.totals())}",)
+        return Intent(kind, takes, plan.left, elements, aims, notes=notes)
+
+    @property
+    def foreseen_share(self) -> float:
+        """That of the plan, or, where rounds are still to come, what is asked for of what is left."""
+        if self.plan is None or self._reached_all:
+            return 1.0
+        if self._state.done == 0:
+            return self.plan.parameters[1] / self.plan.parameters[0]
+        return (1 - self.ratio) / (1 - self._state.asked)
 
     def remarks(self) -> list[str]:
         """What went, and what stayed."""

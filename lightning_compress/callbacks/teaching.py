@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.base import CompressionCallback
+from lightning_compress.callbacks.intents import Intent
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.loading import build_module
@@ -72,6 +73,13 @@ class TeacherCallback(CompressionCallback):
     def teacher_network(self) -> nn.Module | None:
         """The teacher."""
         return self.teacher
+
+    def intent(self, trainer: Any, pl_module: Any) -> Intent:
+        """Who learns from whom; the student is known after the first step."""
+        names = None if self.student_capture is None else self.student_capture.names
+        who, other = type(self.own_teacher()).__name__, self._teacher_of
+        notes = f"the teacher is a {who}" if other is None else f"the teacher, a {who}, runs for '{other}' already"
+        return Intent(type(self).__name__, student=names or (), teachers=int(other is None), notes=(notes,))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the teacher if another callback has it, and refuse what cannot work."""

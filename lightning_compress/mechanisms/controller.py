@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +27,23 @@ from lightning_compress.mechanisms.wrapping import shadowed
 Convert = Callable[[nn.Module], nn.Module]
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """What a training step computed, counted and not inferred.
+
+    Attributes:
+        passes: How often the user's step ran: once, and once more for each further view.
+        task_loss: The weighted task loss of the deployed view; None before there was one.
+        terms: The weighted terms by name.
+        teachers: Each teacher that ran, with the number of its forwards.
+    """
+
+    passes: int = 0
+    task_loss: Tensor | None = None
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    teachers: Sequence[tuple[Teacher, int]] = ()
+
+
 class StepController:
     """Runs a module's ``training_step`` under each view, sums the losses, and shows calls to whoever asks.
 
@@ -43,6 +61,8 @@ class StepController:
         self.references = 0
         self.stack = ExitStack()
         self.steps = 0
+        self.last = StepRecord()
+        """What the last training step computed; in a step with manual optimisation, what it has computed so far."""
         self.replaying = False
         """Whether steps run as they are, and their losses too: for those who run them for another reason."""
         self.deployed = True
@@ -58,6 +78,7 @@ class StepController:
         self._observers: list[Callable[[Pass], None]] = []
         self._running: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
         self._explicit_losses = 0
+        self._forwards: dict[Teacher, int] = {}  # of each teacher when the step began
         self._ahead: list[tuple[StudentCapture, SharedTeacher]] = []
         self._teachers_go_first = False
 
@@ -240,6 +261,7 @@ class StepController:
             return original(*args, **kwargs)
         self.resolve_student()
         self._inside = True
+        self._forwards = {shared.teacher: shared.teacher.forwards for shared in self._teachers.values()}
         try:
             if not getattr(self.module, "automatic_optimization", True):
                 return self._run_manual(original, args, kwargs)
@@ -282,13 +304,17 @@ class StepController:
         for capture in self._layers.values():
             capture.start()
         passes = {"plain": Pass(View("plain"), _first(*self._running), task_loss, calls, layers)}
-        return _sum([self._weighted(task_loss), *self._computed(passes["plain"].view, passes)])
+        weighted, terms = self._weighted(task_loss), self._computed(passes["plain"].view, passes)
+        self._note(1, weighted, terms)
+        return _sum([weighted, *terms.values()])
 
     def _run_views(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         views = sorted(self._views, key=lambda view: (not view.deployed, view.name))
         if not views or not views[0].deployed:
             views.insert(0, View("plain", self.weights.shown))
         passes: dict[str, Pass] = {}
+        losses: list[Tensor] = []  # of the task; the deployed view's first
+        terms: dict[str, Tensor] = {}
         totals: list[Tensor] = []
         further = self._further((args, kwargs)) if len(views) > 1 else None
         for view in views:
@@ -300,12 +326,16 @@ class StepController:
                     return None
                 task_loss = _loss_of(output)
                 passes[view.name] = Pass(view, _first(args, kwargs), task_loss, calls, layers, again)
-                totals.append(self._weighted(task_loss))
-                totals += self._computed(view, passes)
+                losses.append(self._weighted(task_loss))
+                of_view = self._computed(view, passes)
+                terms |= of_view
+                totals += [losses[-1], *of_view.values()]
             if view.deployed:
                 deployed_output = output
-        totals += self._computed(None, passes)
+        between = self._computed(None, passes)
+        totals += between.values()
         self.steps += 1
+        self._note(len(views), losses[0], terms | between)
         return _with_loss(deployed_output, _sum(totals))
 
     def _further(self, arguments: Any) -> FurtherPass:
@@ -319,7 +349,7 @@ class StepController:
                 f"{[view.name for view in self._views] + between} need several passes a step, which manual "
                 "optimisation does not give"
             )
-        self._running, self._explicit_losses = (args, kwargs), 0
+        self._running, self._explicit_losses, self.last = (args, kwargs), 0, StepRecord(passes=1)
         try:
             with self._following_optimizers():
                 output, *_ = self._recorded(original, args, kwargs, none_skips=False)  # it need return nothing
@@ -423,15 +453,25 @@ class StepController:
             layer.start()
             layer.stop()
 
-    def _computed(self, view: View | None, passes: Mapping[str, Pass]) -> list[Tensor]:
+    def _computed(self, view: View | None, passes: Mapping[str, Pass]) -> dict[str, Tensor]:
         """The terms of one view, or with None those between views, in the order of their names."""
-        values = []
-        for _, term in sorted(self._terms.items()):
+        values: dict[str, Tensor] = {}
+        for name, term in sorted(self._terms.items()):
             between = term.view is None and view is None
             if between or (view is not None and (term.view == view.name or (term.view == "" and view.deployed))):
                 value = term.compute(passes if view is None else {view.name: passes[view.name]})
-                values += [] if value is None else [value]
+                values |= {} if value is None else {name: value}
         return values
+
+    def _note(self, passes: int, task_loss: Tensor, terms: Mapping[str, Tensor]) -> None:
+        """Keep what the step has computed, without its graph."""
+        ran = [(teacher, teacher.forwards - before) for teacher, before in self._forwards.items()]
+        self.last = StepRecord(
+            passes,
+            task_loss.detach(),
+            {name: term.detach() for name, term in terms.items()},
+            [(teacher, count) for teacher, count in ran if count],
+        )
 
     def _weighted(self, task_loss: Tensor) -> Tensor:
         for weight in self._task_weights.values():

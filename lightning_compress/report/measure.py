@@ -268,11 +268,12 @@ def bytes_of_state(module: nn.Module) -> int:
     return len(serialized_state(module))
 
 
-def compressed_bytes(source: bytes | str | os.PathLike[str]) -> int:
-    """Size after deflate at level 9, as in a zip archive: what a download of a sparse model costs.
+def compressed_bytes(source: bytes | str | os.PathLike[str], *, level: int = 9) -> int:
+    """Size after deflate, as in a zip archive: what a download of a sparse model costs.
 
     Args:
         source: The data itself, or the path of a file.
+        level: From 1 to 9, the smallest size; 6 takes a tenth of the time for sparse weights, and a tenth more bytes.
 
     Returns:
         Bytes, without an archive's header.
@@ -284,7 +285,7 @@ def compressed_bytes(source: bytes | str | os.PathLike[str]) -> int:
         >>> compressed_bytes(bytes(10_000)) < 100
         True
     """
-    deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    deflate = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
     return sum(len(deflate.compress(chunk)) for chunk in _chunks(source)) + len(deflate.flush())
 
 
