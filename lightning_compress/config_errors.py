@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from re import MULTILINE, compile
+from traceback import walk_tb
+from types import FrameType
 from typing import Any
 
 import lightning_compress
@@ -20,13 +22,13 @@ from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.mechanisms.loading import import_path
 from lightning_compress.mechanisms.selection import did_you_mean
 
-KEY = compile(r'Parser key "([^"]+)"')
-CLASS = compile(r"Problem with given class_path '([^']+)':\s*(.*)")
-UNKNOWN = compile(r"(?:Option|Subcommand '\w+' does not accept option) '([^']+)'")
-NO_CLASS = compile(r"Expected a dot import path string: (\S+)")
-MISSING = compile(r"the following arguments are required: (.+)")
-EXPECTED = compile(r"Expected an? (.+?)(?:\. Got value: .*)?$", MULTILINE)
-VALUE = compile(r"(?:Given|Got) value: (.*)$", MULTILINE)
+KEY = re.compile(r'Parser key "([^"]+)"')
+CLASS = re.compile(r"Problem with given class_path '([^']+)':\s*(.*)")
+UNKNOWN = re.compile(r"(?:Option|Subcommand '\w+' does not accept option) '([^']+)'")
+NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+MISSING = re.compile(r"the following arguments are required: (.+)")
+EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: .*)?$", re.MULTILINE)
+VALUE = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
 WORDS = {
     "<class 'int'>": "a whole number",
     "<class 'float'>": "a number",
@@ -112,7 +114,7 @@ def of_configuration(error: BaseException) -> bool:
     *earlier, last = _chain(error)
     if any(type(link).__name__ == "ArgumentError" for link in (*earlier, last)):
         return True
-    frames = [frame.f_globals.get("__name__", "") for frame, _ in _frames(last)]
+    frames = [str(frame.f_globals.get("__name__", "")) for frame in _frames(last)]
     packages = ("jsonargparse", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_compress")
     return bool(frames) and frames[-1].partition(".")[0] in packages
 
@@ -151,11 +153,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__
 
 
-def _frames(error: BaseException) -> Iterator[tuple[Any, int]]:
-    trace = error.__traceback__
-    while trace is not None:
-        yield trace.tb_frame, trace.tb_lineno
-        trace = trace.tb_next
+def _frames(error: BaseException) -> Iterator[FrameType]:
+    """Where it was raised, the outermost first."""
+    for frame, _ in walk_tb(error.__traceback__):
+        yield frame
 
 
 def _place(links: Sequence[BaseException]) -> Place:
@@ -173,7 +174,7 @@ def _place(links: Sequence[BaseException]) -> Place:
 
 def _callback_in(error: BaseException, method: str) -> str:
     """The callback of this package in whose method an error was raised."""
-    for frame, _ in _frames(error):
+    for frame in _frames(error):
         owner = frame.f_locals.get("self")
         if frame.f_code.co_name == method and isinstance(owner, CompressionCallback):
             return f"trainer.callbacks ({type(owner).__name__})"
@@ -250,9 +251,9 @@ def _given(configs: dict[str, Any], class_path: str, key: str) -> tuple[str, str
     """The file that gives a key, and the value in words; both empty for what came another way."""
     for file, content in reversed(configs.items()):  # a later one wins
         for mapping in _mappings(content):
-            if class_path:
-                mapping = mapping.get("init_args") if mapping.get("class_path") in _names(class_path) else None
-            found = _below(mapping, key)
+            named = mapping.get("class_path") in _names(class_path)
+            own = mapping if not class_path else mapping.get("init_args") if named else None
+            found = _below(own, key)
             if found is not None:
                 return file, f" with the value {reprlib.repr(found)}"
     return "", ""

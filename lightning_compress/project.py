@@ -1,4 +1,4 @@
-"""LightningCLI projects from the shell: ``lightning-compress fit|validate|test|predict``, and projects built to look at.
+"""LightningCLI projects from the shell: ``fit``, ``validate``, ``test`` and ``predict``, and projects built to look at.
 
 The project's own package decides whether LightningCLI is that of ``lightning.pytorch`` or of ``pytorch_lightning``.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -140,13 +141,18 @@ def _option(name: str, value: str | None) -> list[str]:
     return [] if value is None else [name, value]
 
 
+def current_folder_importable() -> None:
+    """Let the modules of the current folder be imported, as ``python train.py`` does; a console script does not."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
 # Before LightningCLI
 
 
 def _read(arguments: Sequence[str]) -> Arguments:
     """Take out what LightningCLI does not know, and look at the rest."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a console script has its own folder there
+    current_folder_importable()
     passed, given = _without(arguments, CLASS_OPTIONS)
     configs = {path: _contents(path) for path in _values(passed, ("--config", "-c"))}
     model, passed = _chosen("model", "--class", given, configs, passed)
@@ -226,7 +232,7 @@ def _imported(path: str, argument: str) -> Any:
 
 def _class_in(configs: dict[str, Any], passed: Sequence[str], key: str) -> str | None:
     """The class path of the model, or the data, wherever it is given; the last counts."""
-    found = [path for path in _values(passed, (f"--{key}", f"--{key}.class_path"))]
+    found: list[Any] = list(_values(passed, (f"--{key}", f"--{key}.class_path")))
     for content in reversed(list(configs.values())):
         own = content.get(key)
         found.append(own.get("class_path") if isinstance(own, Mapping) else own)
@@ -266,13 +272,11 @@ def _check_path(export: ExportCallback) -> None:
 
 def _namespace(arguments: Arguments) -> str:
     """The Lightning package that the model's class is of, or the data's."""
-    paths = [_class_in(arguments.configs, arguments.passed, key) for key in ("model", "data")]
     classes: list[Any] = [arguments.model_class, arguments.data_class]
-    for path in paths:
-        try:
-            classes.append(None if path is None or "." not in path else import_path(path, argument=""))
-        except ValueError:  # LightningCLI will tell
-            continue
+    for key in ("model", "data"):
+        path = _class_in(arguments.configs, arguments.passed, key)
+        with suppress(ValueError):  # LightningCLI will tell
+            classes.append(import_path(path, argument=key) if path else None)
     for cls in classes:
         if isinstance(cls, type) and any(base.__name__.startswith("Lightning") for base in cls.__mro__):
             return _compat.package_of_class(cls)
@@ -285,7 +289,7 @@ def _cli(namespace: str, subcommand: str, arguments: Arguments, run: bool) -> An
 
     class Formatter(DefaultHelpFormatter):
         def __init__(self, prog: str) -> None:
-            super().__init__(prog, max_help_position=HELP_POSITION)
+            super().__init__(prog, max_help_position=HELP_POSITION)  # type: ignore[no-untyped-call]
 
     class Parser(package.LightningArgumentParser):  # type: ignore[misc]
         def __init__(self, **options: Any) -> None:
@@ -322,7 +326,9 @@ def _cli(namespace: str, subcommand: str, arguments: Arguments, run: bool) -> An
                     _check_path(callback)
 
         def explained(self, error: Exception) -> ConfigError:
-            keys = {key for parser in self.parsers for key in parser.get_defaults(skip_validation=True).keys()}
+            keys: set[str] = set()
+            for parser in self.parsers:
+                keys.update(parser.get_defaults(skip_validation=True).keys())
             return ConfigError(explanation(error, arguments.configs, keys))
 
     if not run:
