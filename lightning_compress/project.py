@@ -31,7 +31,7 @@ EPILOG = (
     "--class pkg.Net and --data-class pkg.Data name the classes of a config without class_path. "
     "Exit codes: 0 done, 1 a check failed, 2 bad usage or configuration."
 )
-HELP_POSITION = 8  # from the left; keys are long
+HELP_POSITION = 4  # from the left; keys are long
 
 
 @dataclass(frozen=True)
