@@ -273,7 +273,12 @@ def runs_in_children(trainer: Any) -> bool:
 
 def package_of(owner: Any) -> str:
     """The Lightning package that a Trainer or a LightningModule is of."""
-    for base in type(owner).__mro__:
+    return package_of_class(type(owner))
+
+
+def package_of_class(cls: type) -> str:
+    """The Lightning package that a class of it, or derived from it, is of."""
+    for base in cls.__mro__:
         if base.__module__.startswith(("pytorch_lightning.", "lightning.pytorch.")):
             return "pytorch_lightning" if base.__module__.startswith("pytorch_lightning.") else "lightning.pytorch"
     return "lightning.pytorch"

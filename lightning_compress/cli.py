@@ -177,8 +177,29 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export(commands: Commands) -> None:
-    export = commands.add_parser("export", help="write a checkpoint as an ONNX file, checked against it")
-    export.add_argument("checkpoint", metavar="CKPT")
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint as an ONNX file, checked against it",
+        usage="%(prog)s [-h] CKPT (--class pkg.Module | --config C.yaml ...) [options]",
+        description="Load a checkpoint, write its network as an ONNX file, and compare the file with it; with --config "
+        "and --metric in the project's own validation too. What fails a check is not kept.",
+        allow_abbrev=False,
+    )
+    export.add_argument("checkpoint", metavar="CKPT", help="as Lightning has written it")
+    export.add_argument("--class", dest="module_class", metavar="pkg.Module", help="of the LightningModule")
+    export.add_argument("--data-class", metavar="pkg.Data", help="for a config that names no class")
+    export.add_argument("--config", metavar="C.yaml", action="append", default=[], help="of LightningCLI; repeatable")
+    export.add_argument(
+        "--init-args", metavar="YAML", help="with --class: arguments that the checkpoint does not hold, {width: 16}"
+    )
+    export.add_argument("--network", metavar="NAME", help="dotted name of the network inside the module")
+    export.add_argument("--precision", choices=("fp32", "int8", "int4"), default="fp32", help="default: %(default)s")
+    export.add_argument("--out", metavar="FILE.onnx", help="default: the checkpoint's name, in this folder")
+    sample = export.add_mutually_exclusive_group()
+    sample.add_argument("--sample", metavar="FILE", help="the network's input, .pt or .npy")
+    sample.add_argument("--shape", metavar="1,3,32,32", help="of a random input")
+    export.add_argument("--metric", metavar="NAME", help="of the validation, measured in module and file")
+    export.add_argument("--tolerance", metavar="X", type=float, help="largest accepted difference of --metric")
 
 
 def _add_report(commands: Commands) -> None:

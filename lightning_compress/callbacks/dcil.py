@@ -59,29 +59,25 @@ class DCILCallback(DynamicMaskCallback):
     ``gradient_norm_pruned``.
 
     Args:
-        sparsity: The final share of zeros among the selected weights, in [0, 1).
-        schedule: "one_shot", "cubic", "linear", "cosine", or a function ``(progress, start, end)`` from [0, 1] to a
-            sparsity. Whatever it says, the end is exact.
-        start: Fraction of the training, in optimizer steps, at which pruning begins, in [0, 1].
-        end: Fraction at which the sparsity is reached, from ``start`` to 1; the masks go on changing after it.
+        sparsity: Final share of zeros among weights, in [0, 1).
+        schedule: How it grows, exact at its end; or a function ``(progress, start, end)``.
+        start: Fraction of optimizer steps at which pruning begins, in [0, 1].
+        end: Fraction of its end; masks go on changing.
         update_interval: Optimizer steps between two updates, at least 1.
-        dense_path: What the dense pass has for itself: "own": copies of the norm layers and of the classifier, which
-            learn beside, with the settings of the user's optimizer; "own_norm": of the norm layers only; "shared":
-            nothing. What it does not have for itself learns from the pruned pass alone.
-        kl_start: Fraction of the training from which the two learn from each other, in [0, 1]; 1: never.
+        dense_path: What the dense pass has for itself: "own": norm layers and classifier, copies that learn beside;
+            "own_norm": norm layers; "shared": nothing. What is shared learns from the pruned pass alone.
+        kl_start: Fraction from which the two learn from each other; 1: never.
         temperature: Of that, positive.
-        classifier: Dotted name of the classifier, or several, for "own". None: the layer that is called last.
-        norms: Selectors of the norm layers, in the place of those of torch. None: these.
-        student: Dotted name of the network, or two: the ends of a chain. None: found in the first step.
-        output: Key, attribute or index of the logits in what the network returns. None: ``logits``, ``out``, or the
-            only tensor.
-        class_dim: Dimension of the classes. None: the last of (N, L, K), else 1.
-        guard_checkpoints: Whether ``ModelCheckpoint`` keeps monitored checkpoints only from the final sparsity on.
-        reestimate_batchnorm: Whether to estimate batch-norm statistics anew at the end, on 16 training batches.
-        reestimated_validation: Whether to validate once more, on the CPU, at the end of each epoch with a validation,
-            with batch-norm statistics estimated anew, and log the metrics under ``compress/<name>/reestimated/``.
-        layers: Selectors of layers, as for ``PruningCallback``. None: all convolutions.
-        exclude: Selectors of what is left dense.
+        classifier: Its dotted name, or several. None: what is called last.
+        norms: Selectors of norm layers. None: those of torch.
+        student: Its dotted name, or both ends of a chain.
+        output: Key, attribute or index of logits. None: found.
+        class_dim: Dimension of classes. None: last of (N, L, K), else 1.
+        guard_checkpoints: Whether monitored checkpoints are kept from the final sparsity on.
+        reestimate_batchnorm: Estimate batch norm anew at the end, on 16 training batches.
+        reestimated_validation: Validate once more, on the CPU, with batch norm estimated anew.
+        layers: As for ``PruningCallback``. None: convolutions.
+        exclude: What is left dense.
         name: As in the base class; default "dcil".
 
     Raises:

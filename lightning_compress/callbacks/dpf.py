@@ -31,24 +31,20 @@ class DPFCallback(DynamicMaskCallback):
     ``dead_filters``, ``gradient_norm_kept`` and ``gradient_norm_pruned``.
 
     Args:
-        sparsity: The final share of zeros among the selected weights, in [0, 1).
-        schedule: "one_shot", "cubic", "linear", "cosine", or a function ``(progress, start, end)`` from [0, 1] to a
-            sparsity. Whatever it says, the end is exact.
-        start: Fraction of the training, in optimizer steps, at which pruning begins, in [0, 1].
-        end: Fraction at which the sparsity is reached, from ``start`` to 1; the masks go on changing after it.
+        sparsity: Final share of zeros among the weights, in [0, 1).
+        schedule: How it grows, exact at its end; or a function ``(progress, start, end)``.
+        start: Fraction of optimizer steps at which pruning begins, in [0, 1].
+        end: Fraction of its end; masks go on changing.
         update_interval: Optimizer steps between two updates, at least 1.
         freeze_at: Fraction from which the masks stay, from ``end`` to 1. None: they never do.
         dead_filters: What a filter learns while it is masked completely: nothing with "zero_grad", all that the rule
-            says with "keep". Its output is constant, so batch norm that follows multiplies its gradient by up to
-            ``1 / sqrt(eps)``, which spoils the dense weights. A filter is an output channel of a convolution, or of a
-            linear layer where the module has batch norm of its width.
-        guard_checkpoints: Whether ``ModelCheckpoint`` keeps monitored checkpoints only from the final sparsity on.
-        reestimate_batchnorm: Whether to estimate batch-norm statistics anew at the end, on 16 training batches.
-        reestimated_validation: Whether to validate once more, on the CPU, at the end of each epoch with a validation,
-            with batch-norm statistics estimated anew, and log the metrics under ``compress/<name>/reestimated/``: the
-            masks change faster than running statistics follow.
-        layers: Selectors of layers, as for ``PruningCallback``. None: all convolutions and linear layers.
-        exclude: Selectors of what is left dense.
+            says with "keep". A filter is an output channel of a convolution, or of a linear layer before batch norm.
+        guard_checkpoints: Whether monitored checkpoints are kept from the final sparsity on.
+        reestimate_batchnorm: Estimate batch norm anew at the end, on 16 training batches.
+        reestimated_validation: Validate once more, on the CPU, with batch norm estimated anew, as masks change faster
+            than running statistics follow.
+        layers: As for ``PruningCallback``. None: all convolutions and linear layers.
+        exclude: What is left dense.
         name: As in the base class; default "dpf".
 
     Raises:

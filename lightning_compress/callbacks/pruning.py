@@ -49,36 +49,27 @@ class PruningCallback(MaskCallback):
     they make the network no faster.
 
     Args:
-        sparsity: The final share of zeros among the selected weights, in [0, 1). None with a ``pattern`` "n:m", which
-            has the sparsity ``1 - n/m``.
-        schedule: "one_shot" (all of it at ``start``, then fine-tuning), "iterative" (``rounds`` that each take the
-            same share of what remains), "cubic" (gradual: fast, then ever slower), "linear", "cosine", or a function
-            ``(progress, start, end)`` from [0, 1] to a sparsity. Whatever it says, the end is exact.
-        start: Fraction of the training, in optimizer steps, at which pruning begins, in [0, 1].
-        end: Fraction at which the sparsity is reached, from ``start`` to 1; after it the masks stay.
+        sparsity: Final share of zeros among the selected weights, in [0, 1); met exactly. None with a ``pattern``.
+        schedule: "one_shot": all at ``start``, then fine-tuning. "iterative": ``rounds`` that each take the same share
+            of what remains. The others: gradually. Or a function ``(progress, start, end)`` to a sparsity.
+        start: Fraction of optimizer steps at which pruning begins, in [0, 1].
+        end: Fraction of its end; then the masks stay.
         update_interval: Optimizer steps between two updates, at least 1.
         rounds: Of "iterative", at least 1.
-        regrow: Whether a pruned weight may come back when a later update finds its dense value large enough; with
-            ``score="magnitude"`` only. It gets no gradient meanwhile, so only weight decay, momentum and the others'
-            decline decide.
-        score: What is pruned first: the smallest "magnitude"; "random"; or the smallest "taylor" score, ``|w * g|``
-            averaged over the steps since the last update, which each weight needs a gradient for.
-        scope: "global" compares all weights, "layer" prunes each layer alike, "erk" gives layers with more weights per
-            input and output more zeros.
-        pattern: "unstructured", or "n:m" such as "2:4": n kept of each m consecutive input channels at one output
-            channel and kernel position. Layers whose input channels are no multiple of m are skipped and listed. Under
-            a schedule the share of groups that are n:m grows to 1. Without quotation marks YAML reads 2:4 as the
-            number 124, in base 60, which is understood.
-        rewind: After each pruning, go back to the start of the training with "weights" (parameters, buffers, optimizer
-            and learning rates) or "lr" (learning rates only); with "one_shot" and "iterative". None: go on.
-        reestimate_batchnorm: Whether to estimate batch-norm statistics anew at the end, on 16 training batches.
+        regrow: Whether pruned weights may come back, with "magnitude".
+        score: What goes first: the smallest "magnitude"; the smallest ``|w * g|`` since the last update, "taylor"; or
+            any.
+        scope: Whether all weights are compared, or a layer's; "erk": large layers get more zeros.
+        pattern: "unstructured", or "n:m" such as "2:4": n kept of each m consecutive input channels, with the sparsity
+            ``1 - n/m``. Layers that do not divide by m are skipped and listed.
+        rewind: After each pruning go back to the first "weights", with their learning rates, or to the first "lr"
+            alone; with "one_shot" and "iterative".
+        reestimate_batchnorm: Estimate batch norm anew at the end, on 16 training batches.
         seed: Of the random score.
-        guard_checkpoints: Whether ``ModelCheckpoint`` keeps monitored checkpoints only from the final sparsity on, so
-            that "best" has it.
-        layers: Selectors: dotted names of layers, with what lies below; patterns ``"*.conv1"``; ``"re:..."``;
-            ``"type:Conv2d"``. None: all convolutions and linear layers, the first and the last included. The
-            other weights of attention, recurrent layers and embeddings are taken where they are named.
-        exclude: Selectors of what is left dense.
+        guard_checkpoints: Whether monitored checkpoints are kept from the final sparsity on.
+        layers: Selectors: dotted names, with what lies below; patterns ``"*.conv1"``; ``"re:..."``; ``"type:Conv2d"``.
+            None: all convolutions and linear layers.
+        exclude: What is left dense.
         name: As in the base class; default "pruning".
 
     Raises:

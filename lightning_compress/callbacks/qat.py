@@ -123,27 +123,24 @@ class QATCallback(QuantisedCallback):
     Args:
         weight_bits: Bits of a weight, 2 to 8; a symmetric grid for each output channel.
         activation_bits: Bits of an activation, 2 to 8; an affine grid that contains 0. None: weights only.
-        step_size: "mse": grids of the least squared error, as calibration finds them, which stay. "observed": those of
-            weights follow the largest magnitude, those of activations a moving average of what they reach, until
-            ``freeze_observers_at``. "learned": LSQ, from the same start; zero points stay.
-        start: Fraction of the training, in optimizer steps, from which the network is quantised, in [0, 1].
-        freeze_batchnorm_at: Fraction from which batch norm uses its running statistics and leaves them as they are,
-            from ``start`` to 1; 1: never. "auto": halfway from ``start`` to the end, or later, once the learning rate
-            is a quarter of its largest.
-        freeze_observers_at: Fraction from which grids that follow stay, from ``start`` to 1; "observed" only. "auto":
-            three quarters of that way.
-        step_lr: Learning rate of learned steps, relative to where they began, positive; it falls with the user's.
-        max_loss_growth: With learned steps, or frozen batch norm, the training ends in an error when the loss of 20
-            batches is so many times, above 1, what it was in the first 20 quantised ones, or before batch norm was
-            frozen. None: it goes on.
-        grids_from: Checkpoint of a run with a ``PSGDCallback`` of the same bits: weights have the grids that it has
-            trained them for. None: those of a ``PSGDCallback`` beside this one, else calibrated ones.
-        max_samples: Samples of the training data to calibrate with, at least 1.
-        edge_bits: Bits of the first and the last weight, and of the network's input. "auto": 8 where ``weight_bits``
-            is below 4, else as the others; None: as the others.
-        network: Dotted name of the network inside the LightningModule; None: the one that the step calls.
-        layers: Selectors of layers, as for ``PruningCallback``. None: all convolutions and linear layers, and the
-            projections of attention.
+        step_size: "mse": grids of the least squared error, which stay. "observed": they follow magnitudes, of
+            activations a moving average, until ``freeze_observers_at``. "learned": LSQ, from "mse" on; zero points
+            stay.
+        start: Fraction of optimizer steps from which the network is quantised, in [0, 1].
+        freeze_batchnorm_at: Fraction from which batch norm keeps its running statistics; 1: never. "auto": halfway from
+            ``start``, or later, once the learning rate is a quarter of its largest.
+        freeze_observers_at: Fraction from which "observed" grids stay. "auto": three quarters of the way from
+            ``start``.
+        step_lr: Learning rate of learned steps, relative to them; it falls with the user's.
+        max_loss_growth: The training ends in an error when the loss of 20 batches is so many times what it was when
+            quantisation, or frozen batch norm, began. None: it goes on.
+        grids_from: Checkpoint of a run with a ``PSGDCallback`` of the same bits, whose grids are taken. None: those of
+            one beside this, else calibrated ones.
+        max_samples: Training samples to calibrate with, at least 1.
+        edge_bits: Of the first and last weight, and the input. "auto": 8 if ``weight_bits`` is below 4. None: as the
+            others.
+        network: Dotted name of the network. None: the one that the step calls.
+        layers: As for ``PruningCallback``. None: convolutions, linear layers, attention.
         exclude: Selectors of layers that stay in float.
         name: As in the base class; default "qat".
 

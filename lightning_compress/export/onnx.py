@@ -328,7 +328,9 @@ def _network_and_sample(
     if contents is None:
         duplicate = independent_copy(part)
     else:
-        duplicate = find_module(_load_(independent_copy(module), contents, checkpoint), name, argument="network")
+        duplicate = find_module(
+            load_checkpoint_(independent_copy(module), contents, checkpoint), name, argument="network"
+        )
     return name, widen_(duplicate).to("cpu").eval(), on_cpu(given)
 
 
@@ -342,8 +344,25 @@ def _require_forward(module: nn.Module, part: nn.Module, name: str) -> None:
     )
 
 
-def _load_(module: nn.Module, checkpoint: dict[str, Any], path: str | os.PathLike[str] | None) -> nn.Module:
-    """Load a checkpoint as Lightning does, the module's own hook first, into an uncompiled copy."""
+def load_checkpoint_(module: nn.Module, checkpoint: dict[str, Any], path: str | os.PathLike[str] | None) -> nn.Module:
+    """Load a checkpoint as Lightning does, the module's own hook first, into an uncompiled module.
+
+    Args:
+        module: Changed in place; it takes the sizes of a checkpoint of a structurally pruned network.
+        checkpoint: Its contents.
+        path: Where it was read, for the error message.
+
+    Returns:
+        The module.
+
+    Raises:
+        ExportError: If the weights do not fit.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> load_checkpoint_(layer, {"state_dict": nn.Linear(2, 1).state_dict()}, "last.ckpt") is layer
+        True
+    """
     if structures_in(checkpoint) is not None:  # of a network that was made smaller
         resize_(module, checkpoint)
     hook: Any = getattr(module, "on_load_checkpoint", None)

@@ -10,6 +10,7 @@ from pkgutil import iter_modules
 from typing import Any, cast
 
 import torch
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
 from lightning_compress.mechanisms.checkpoints import resize_, structures_in
@@ -22,7 +23,8 @@ def build_module(source: Any, *, argument: str) -> nn.Module:
 
     Args:
         source: An ``nn.Module``; or ``{"class_path": "package.Name", "init_args": {...}, "dict_kwargs": {...}}``,
-            where the path names a class or a function that returns a module; or the path alone.
+            where the path names a class or a function that returns a module; or the path alone. What LightningCLI has
+            read but could not build comes as a ``Namespace`` of the same, and is built here to learn why.
         argument: The user's argument, for error messages.
 
     Returns:
@@ -41,6 +43,7 @@ def build_module(source: Any, *, argument: str) -> nn.Module:
         return source
     spec = _checked_spec(source, argument=argument)
     make = import_path(spec["class_path"], argument=argument)
+    _refuse_unknown(make, _arguments(spec), spec["class_path"], where=f"{argument}.init_args")
     return _built(make, _arguments(spec), path=spec["class_path"], argument=argument)
 
 
@@ -78,11 +81,12 @@ def _checked_spec(source: Any, *, argument: str) -> Mapping[str, Any]:
         raise TypeError(
             f"{argument} must be a module, got the class {source.__name__}; call it: {source.__name__}(...)"
         )
-    spec: Any = {"class_path": source} if isinstance(source, str) else source
+    given = source.as_dict() if isinstance(source, Namespace) else source
+    spec: Any = {"class_path": given} if isinstance(given, str) else given
     if not isinstance(spec, Mapping) or not isinstance(spec.get("class_path"), str):
         raise TypeError(
-            f"{argument} must be a torch.nn.Module, or a class_path with init_args, got {type(source).__name__}: "
-            f"{source!r}"
+            f"{argument} must be a torch.nn.Module, or a class_path with init_args, got {type(given).__name__}: "
+            f"{given!r}"
         )
     for key in spec:
         if key not in ("class_path", "init_args", "dict_kwargs"):
@@ -214,11 +218,29 @@ def _resizing(make: Any) -> Any:
     return type(make.__name__, (make,), {"on_load_checkpoint": on_load_checkpoint, "__module__": make.__module__})
 
 
+def _as_annotated(make: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Build what is a mapping or a list in YAML, such as a network inside, as the annotations of its argument say."""
+    nested = {name: value for name, value in arguments.items() if isinstance(value, (Mapping, list))}
+    if not nested:
+        return dict(arguments)
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
+    add: Any = parser.add_class_arguments if isinstance(make, type) else parser.add_function_arguments
+    try:
+        accepted = add(make, fail_untyped=False)
+        known = {name: value for name, value in nested.items() if name in accepted}
+        parsed = parser.parse_object(known, defaults=False)
+    except (ArgumentError, ValueError):  # the class may know better than its annotations
+        return dict(arguments)
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in jsonargparse 4.49
+    built = instantiate(parsed)
+    return {**arguments, **{name: built[name] for name in known}}
+
+
 def _built(
     make: Callable[..., Any], arguments: Mapping[str, Any], *, path: str, argument: str, hint: str = ""
 ) -> nn.Module:
     try:
-        module = make(**arguments)
+        module = make(**_as_annotated(make, arguments))
     except Exception as error:  # a constructor may raise anything; the user needs to know which one it was
         raise ValueError(
             f"{argument} could not be built: {path}(**{dict(arguments)!r}) raised {type(error).__name__}: {error}{hint}"
@@ -228,7 +250,9 @@ def _built(
     return module
 
 
-def _refuse_unknown(make: Callable[..., Any], arguments: Mapping[str, Any], path: str) -> None:
+def _refuse_unknown(
+    make: Callable[..., Any], arguments: Mapping[str, Any], path: str, *, where: str = "init_args"
+) -> None:
     """Refuse arguments that a class does not take: Lightning would drop them without a word."""
     try:
         parameters = inspect.signature(make).parameters
@@ -238,7 +262,7 @@ def _refuse_unknown(make: Callable[..., Any], arguments: Mapping[str, Any], path
         return
     for name in arguments:
         if name not in parameters:
-            raise ValueError(f"init_args has '{name}', which {path} does not take{did_you_mean(name, parameters)}")
+            raise ValueError(f"{where} has '{name}', which {path} does not take{did_you_mean(name, parameters)}")
 
 
 def _is_lightning_module(make: Any) -> bool:

@@ -1,0 +1,277 @@
+"""What is wrong with the configuration of a LightningCLI project, in a few lines: key, value, what is accepted.
+
+jsonargparse tells it in a chain of exceptions, one a level, whose texts repeat one another. The chain says where, its
+end says what; the nearest name and the value in the file are added here.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from traceback import walk_tb
+from types import FrameType
+from typing import Any
+
+import lightning_compress
+from lightning_compress.callbacks.base import CompressionCallback
+from lightning_compress.mechanisms.loading import import_path
+from lightning_compress.mechanisms.selection import did_you_mean
+
+KEY = re.compile(r'Parser key "([^"]+)"')
+CLASS = re.compile(r"Problem with given class_path '([^']+)':\s*(.*)")
+UNKNOWN = re.compile(r"(?:Option|Subcommand '\w+' does not accept option) '([^']+)'")
+NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+MISSING = re.compile(r"the following arguments are required: (.+)")
+EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: .*)?$", re.MULTILINE)
+VALUE = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
+WORDS = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "a text",
+    "<class 'list'>": "a list",
+    "<class 'collections.abc.Sequence'>": "a list",
+    "<class 'dict'>": "a mapping",
+    "<class 'NoneType'>": "null",
+}
+ENTRY_KEYS = ("class_path", "init_args", "dict_kwargs")
+MOST_LISTED = 25  # names that a message writes out
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, the value, and the nearest key."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a configuration something is wrong.
+
+    Attributes:
+        key: Dotted key in the file.
+        class_path: The class whose arguments are meant; "" where there is none.
+        argument: Its argument; "" where that is open.
+    """
+
+    key: str = ""
+    class_path: str = ""
+    argument: str = ""
+
+    def __str__(self) -> str:
+        name = self.class_path.rpartition(".")[2]
+        return f"{self.key} ({name})" if self.key and name else self.key or name
+
+
+def explanation(error: BaseException, configs: dict[str, Any], keys: Collection[str]) -> str:
+    """Say what is wrong with a configuration.
+
+    Args:
+        error: What jsonargparse, or a constructor that it called, has raised.
+        configs: Name of each file to its contents.
+        keys: Dotted keys that are accepted.
+
+    Returns:
+        One line, or a few.
+
+    Example:
+        >>> explanation(ValueError("Option 'trainer.max_epoch' is not accepted"), {}, ["trainer.max_epochs"])
+        "unknown key 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"
+    """
+    links = list(_chain(error))
+    place, said = _place(links), str(links[-1]).strip().partition("\n")[0]
+    if EXPECTED.match(said) and (match := CLASS.search(_of_all_types(links))):  # no list, but one callback
+        place, said = Place(place.key, match[1]), match[2]
+    if match := UNKNOWN.match(said):
+        return _unknown_key(place, match[1], configs, keys)
+    if match := MISSING.match(said):
+        return _missing(place, match[1])
+    if place.class_path and not place.argument and isinstance(links[-1], (ImportError, AttributeError)):
+        return _unknown_class(place.class_path, place.key)
+    if (match := NO_CLASS.match(said)) and not place.argument:
+        return _unknown_class(match[1], place.key)
+    if EXPECTED.match(said):
+        return _wrong_value(place, links, configs)
+    return f"{str(place) or _callback_in(links[-1], '__init__')}: {said}".removeprefix(": ")
+
+
+def of_configuration(error: BaseException) -> bool:
+    """Whether an exception is about the configuration, rather than raised by code of the user's.
+
+    Args:
+        error: Raised while the project was built.
+
+    Returns:
+        True for what a parser says, this package, or Lightning itself.
+
+    Example:
+        >>> of_configuration(ZeroDivisionError())
+        False
+    """
+    *earlier, last = _chain(error)
+    if any(type(link).__name__ == "ArgumentError" for link in (*earlier, last)):
+        return True
+    frames = [str(frame.f_globals.get("__name__", "")) for frame in _frames(last)]
+    packages = ("jsonargparse", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_compress")
+    return bool(frames) and frames[-1].partition(".")[0] in packages
+
+
+def refused(error: BaseException) -> str:
+    """What a callback of this package has refused before anything was trained.
+
+    Args:
+        error: Raised while LightningCLI ran.
+
+    Returns:
+        One line; empty for all else.
+
+    Example:
+        >>> refused(ValueError("of the training"))
+        ''
+    """
+    where = _callback_in(error, "setup") if of_configuration(error) else ""
+    return f"{where}: {error}" if where else ""
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The exception that all others of a chain were raised from.
+
+    Example:
+        >>> innermost(ValueError("a"))
+        ValueError('a')
+    """
+    return list(_chain(error))[-1]
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__
+
+
+def _frames(error: BaseException) -> Iterator[FrameType]:
+    """Where it was raised, the outermost first."""
+    for frame, _ in walk_tb(error.__traceback__):
+        yield frame
+
+
+def _place(links: Sequence[BaseException]) -> Place:
+    """The first key, and then, level by level, the class and the argument that are meant."""
+    place = Place()
+    for text in map(str, links):
+        if match := CLASS.match(text):
+            place = Place(place.key, match[1])
+        elif (match := KEY.match(text)) and not place.class_path:
+            place = Place(match[1])
+        elif match:
+            place = Place(place.key, place.class_path, match[1])
+    return place
+
+
+def _callback_in(error: BaseException, method: str) -> str:
+    """The callback of this package in whose method an error was raised."""
+    for frame in _frames(error):
+        owner = frame.f_locals.get("self")
+        if frame.f_code.co_name == method and isinstance(owner, CompressionCallback):
+            return f"trainer.callbacks ({type(owner).__name__})"
+    return ""
+
+
+def _unknown_key(place: Place, key: str, configs: dict[str, Any], keys: Collection[str]) -> str:
+    if place.class_path:
+        key, dot, _ = key.partition(".")
+        candidates: Collection[str] = list(inspect.signature(import_path(place.class_path, argument="")).parameters)
+        candidates = [*candidates, *(ENTRY_KEYS if dot else ())]
+    else:
+        tops = {known.partition(".")[0] for known in keys}
+        key = key if key.partition(".")[0] in tops else key.partition(".")[0]
+        candidates = sorted(keys if "." in key else tops)
+    file, value = _given(configs, place.class_path, key)
+    accepted = f"; accepted are {', '.join(candidates)}" if len(candidates) <= MOST_LISTED else ""
+    where = ": ".join(part for part in (file, str(place)) if part)
+    nearest = did_you_mean(key, candidates)
+    return f"{where}: unknown key '{key}'{value}{accepted}{nearest}".removeprefix(": ")
+
+
+def _missing(place: Place, names: str) -> str:
+    if not place.class_path and names.endswith("model"):
+        return "no model is named: give it in the config, as model: {class_path: pkg.Net}, or as --model pkg.Net"
+    return f"{place}: the required key '{names}' is missing".removeprefix(": ")
+
+
+def _unknown_class(class_path: str, key: str) -> str:
+    if "." in class_path:
+        try:
+            import_path(class_path, argument=key)
+        except ValueError as error:
+            return str(error)
+    callbacks = {name for name in lightning_compress.__all__ if name.endswith(("Callback", "Report"))}
+    known = callbacks | set(import_module("lightning.pytorch.callbacks").__all__) if "callbacks" in key else ()
+    return (
+        f"{key} names '{class_path}', which is not known; a class of your own needs its dotted path, such as "
+        f"pkg.{class_path}{did_you_mean(class_path, known)}"
+    )
+
+
+def _wrong_value(place: Place, links: Sequence[BaseException], configs: dict[str, Any]) -> str:
+    """What the innermost argument accepts, of all its types, and what it was given."""
+    text = _of_all_types(links)
+    words: list[str] = []
+    accepted: list[str] = []
+    for kind in EXPECTED.findall(text):
+        if kind.startswith("typing.Literal["):
+            own = [str(word) for word in ast.literal_eval(kind.removeprefix("typing.Literal"))]
+            words += own
+            accepted += own
+        else:
+            accepted.append("the dotted path of a function" if kind.startswith("dot import") else WORDS.get(kind, kind))
+    value = VALUE.findall(text)[-1] if VALUE.search(text) else "nothing"
+    name = place.argument or place.key
+    file, _ = _given(configs, place.class_path, name)
+    where = "".join(f"{part}: " for part in (file, "" if name == place.key else str(place)) if part)
+    return f"{where}{name} must be {_either(accepted)}, got '{value}'{did_you_mean(value, words)}"
+
+
+def _of_all_types(links: Sequence[BaseException]) -> str:
+    """What is said of the innermost argument: of each of its types, where there are several."""
+    key = max((index for index, link in enumerate(links) if KEY.match(str(link))), default=0)
+    return str(links[min(key + 1, len(links) - 1)])
+
+
+def _either(parts: Sequence[str]) -> str:
+    *others, last = parts
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _given(configs: dict[str, Any], class_path: str, key: str) -> tuple[str, str]:
+    """The file that gives a key, and the value in words; both empty for what came another way."""
+    for file, content in reversed(configs.items()):  # a later one wins
+        for mapping in _mappings(content):
+            named = mapping.get("class_path") in _names(class_path)
+            own = mapping if not class_path else mapping.get("init_args") if named else None
+            found = _below(own, key)
+            if found is not None:
+                return file, f" with the value {reprlib.repr(found)}"
+    return "", ""
+
+
+def _names(class_path: str) -> tuple[str, str, None]:
+    return class_path, class_path.rpartition(".")[2], None  # a later file may leave the class out
+
+
+def _below(mapping: Any, key: str) -> Any:
+    for part in key.split("."):
+        mapping = mapping.get(part) if isinstance(mapping, Mapping) else None
+    return mapping
+
+
+def _mappings(content: Any) -> Iterator[Mapping[str, Any]]:
+    """All mappings in a document, the outermost first."""
+    if isinstance(content, Mapping):
+        yield content
+    for value in content.values() if isinstance(content, Mapping) else content if isinstance(content, list) else ():
+        yield from _mappings(value)

@@ -1,0 +1,336 @@
+"""LightningCLI projects from the shell: ``fit``, ``validate``, ``test`` and ``predict``, and projects built to look at.
+
+The project's own package decides whether LightningCLI is that of ``lightning.pytorch`` or of ``pytorch_lightning``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, DefaultHelpFormatter
+
+import lightning_compress
+from lightning_compress import _compat
+from lightning_compress.callbacks.base import CompressionCallback
+from lightning_compress.callbacks.export import ExportCallback
+from lightning_compress.config_errors import ConfigError, explanation, innermost, of_configuration, refused
+from lightning_compress.export.onnx import checked_path
+from lightning_compress.mechanisms.loading import import_path
+
+DONE, FAILED, USAGE = 0, 1, 2
+CLASS_OPTIONS = ("--class", "--data-class")
+"""Classes for a config that names none, as those are that a project's own ``LightningCLI(Net, Data)`` has saved."""
+EPILOG = (
+    "--class pkg.Net and --data-class pkg.Data name the classes of a config without class_path. "
+    "Exit codes: 0 done, 1 a check failed, 2 bad usage or configuration."
+)
+HELP_POSITION = 4  # from the left; keys are long
+
+
+@dataclass(frozen=True)
+class Project:
+    """A LightningCLI project, built and not run.
+
+    Attributes:
+        module: The LightningModule.
+        datamodule: The LightningDataModule; None where the config has none.
+        trainer: The Trainer, with the callbacks of the config.
+    """
+
+    module: Any
+    datamodule: Any
+    trainer: Any
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What LightningCLI is to be called with.
+
+    Attributes:
+        passed: For LightningCLI itself.
+        configs: Name of each file to its contents.
+        model_class: For a config whose ``model`` names no class.
+        data_class: For one whose ``data`` names none.
+    """
+
+    passed: tuple[str, ...]
+    configs: dict[str, Any] = field(default_factory=dict)
+    model_class: type | None = None
+    data_class: type | None = None
+
+
+def main(subcommand: str, arguments: Sequence[str]) -> int:
+    """Run a subcommand of LightningCLI, the callbacks of this package known by their short names.
+
+    Args:
+        subcommand: "fit", "validate", "test" or "predict".
+        arguments: As for LightningCLI; also ``--class`` and ``--data-class``.
+
+    Returns:
+        0: done. 1: a callback of this package says that its result failed a check. 2: bad usage or configuration.
+
+    Raises:
+        Exception: What the training itself raises.
+
+    Example:
+        >>> main("fit", ["--config", "missing.yaml"])
+        2
+    """
+    try:
+        trainer = _called(_read(arguments), subcommand, run=True).trainer
+    except ConfigError as error:
+        sys.stderr.write(f"lightning-compress {subcommand}: {error}\n")
+        return USAGE
+    except SystemExit as stop:  # of --help and --print_config
+        return stop.code if isinstance(stop.code, int) else DONE
+    except (TypeError, ValueError) as error:
+        if not refused(error):
+            raise
+        sys.stderr.write(f"lightning-compress {subcommand}: {refused(error)}\n")
+        return USAGE
+    ours = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+    failures = [f"{callback.name}: {callback.failure}" for callback in ours if callback.failure]
+    if failures and trainer.is_global_zero:
+        sys.stderr.write(f"lightning-compress {subcommand}: {'; '.join(failures)}\n")
+    return FAILED if failures else DONE
+
+
+def load_project(
+    configs: Sequence[str], *, model: str | None = None, data: str | None = None, arguments: Sequence[str] = ()
+) -> Project:
+    """Build the module, the datamodule and the Trainer of a LightningCLI config; nothing is run.
+
+    Random states are seeded as the config says.
+
+    Args:
+        configs: YAML files, the later ones on top.
+        model: Dotted path of the LightningModule's class, for a config that does not name it.
+        data: Dotted path of the LightningDataModule's class, likewise.
+        arguments: Further arguments of LightningCLI, such as ``--trainer.logger=false``.
+
+    Returns:
+        The project.
+
+    Raises:
+        ValueError: If the configuration cannot be used; the message names the key and the value.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        ...     _ = file.write("model: lightning.pytorch.demos.boring_classes.BoringModel")
+        ...     file.flush()
+        ...     type(load_project([file.name]).module).__name__
+        'BoringModel'
+    """
+    named = [*_option("--class", model), *_option("--data-class", data)]
+    try:
+        cli = _called(_read([*(part for path in configs for part in ("--config", path)), *named, *arguments]), "fit")
+    except SystemExit as stop:
+        raise ConfigError(f"the arguments {list(arguments)} end the program") from stop
+    return Project(cli.model, cli.datamodule, cli.trainer)
+
+
+def _option(name: str, value: str | None) -> list[str]:
+    return [] if value is None else [name, value]
+
+
+def current_folder_importable() -> None:
+    """Let the modules of the current folder be imported, as ``python train.py`` does; a console script does not."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+# Before LightningCLI
+
+
+def _read(arguments: Sequence[str]) -> Arguments:
+    """Take out what LightningCLI does not know, and look at the rest."""
+    current_folder_importable()
+    passed, given = _without(arguments, CLASS_OPTIONS)
+    configs = {path: _contents(path) for path in _values(passed, ("--config", "-c"))}
+    model, passed = _chosen("model", "--class", given, configs, passed)
+    data, passed = _chosen("data", "--data-class", given, configs, passed)
+    return Arguments(tuple(passed), configs, model, data)
+
+
+def _chosen(
+    key: str, option: str, given: Mapping[str, str], configs: dict[str, Any], passed: list[str]
+) -> tuple[type | None, list[str]]:
+    """The class for a config without one; a class that is named beside no arguments is LightningCLI's own option."""
+    bare = [
+        path
+        for path, content in configs.items()
+        if isinstance(own := content.get(key), Mapping) and own and not {"class_path", "init_args"} & set(own)
+    ]
+    named = _class_in(configs, passed, key)
+    if bare and option not in given and named is None:
+        raise ConfigError(
+            f"{bare[0]}: {key} names no class, as in the configs that a project's own LightningCLI(Net, Data) saves; "
+            f"give it as {option} pkg.{'Net' if key == 'model' else 'Data'}"
+        )
+    if option not in given:
+        return None, passed
+    if bare:
+        found: type = _imported(given[option], option)
+        return found, passed
+    return None, [*passed, f"--{key}={given[option]}"]
+
+
+def _contents(path: str) -> Any:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = yaml.safe_load(stream)
+    except OSError as error:
+        raise ConfigError(f"the config '{path}' cannot be read: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ConfigError(f"{path}: {place}not YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path}: a config is a mapping with keys such as model, data and trainer, got {content!r}")
+    return content
+
+
+def _values(arguments: Sequence[str], options: Sequence[str]) -> Iterator[str]:
+    """What follows options, behind a space or an equals sign."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in options and (equals or index + 1 < len(arguments)):
+            yield value if equals else arguments[index + 1]
+
+
+def _without(arguments: Sequence[str], options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments without some options, and those."""
+    passed, given, rest = [], {}, list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        if name not in options:
+            passed.append(argument)
+        elif equals or rest:
+            given[name] = value if equals else rest.pop(0)
+        else:
+            raise ConfigError(f"{name} needs the dotted path of a class")
+    return passed, given
+
+
+def _imported(path: str, argument: str) -> Any:
+    try:
+        return import_path(path, argument=argument)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _class_in(configs: dict[str, Any], passed: Sequence[str], key: str) -> str | None:
+    """The class path of the model, or the data, wherever it is given; the last counts."""
+    found: list[Any] = list(_values(passed, (f"--{key}", f"--{key}.class_path")))
+    for content in reversed(list(configs.values())):
+        own = content.get(key)
+        found.append(own.get("class_path") if isinstance(own, Mapping) else own)
+    return next((path for path in found if isinstance(path, str)), None)
+
+
+# LightningCLI
+
+
+def _called(arguments: Arguments, subcommand: str, *, run: bool = False) -> Any:
+    """LightningCLI of the project's package, after its work."""
+    for name in lightning_compress.__all__:  # jsonargparse knows the short names of what is imported
+        getattr(lightning_compress, name)
+    cli = _cli(_namespace(arguments), subcommand, arguments, run)
+    options: Any = {"prog": "lightning-compress", "epilog": EPILOG}
+    extra: Any = {} if run else {"save_config_callback": None}
+    if arguments.data_class is not None:
+        extra["datamodule_class"] = arguments.data_class
+    try:
+        return cli(
+            arguments.model_class,
+            args=[subcommand, *arguments.passed],
+            parser_kwargs={**options, subcommand: {"epilog": EPILOG}},
+            **extra,
+        )
+    except ArgumentError as error:  # of the hyperparameters in --ckpt_path
+        raise ConfigError(explanation(error, arguments.configs, ())) from error
+
+
+def _check_path(export: ExportCallback) -> None:
+    """Refuse before a training what cannot be written after it."""
+    try:
+        checked_path(export.path)
+    except ValueError as error:
+        raise ConfigError(f"trainer.callbacks (ExportCallback): {error}") from error
+
+
+def _namespace(arguments: Arguments) -> str:
+    """The Lightning package that the model's class is of, or the data's."""
+    classes: list[Any] = [arguments.model_class, arguments.data_class]
+    for key in ("model", "data"):
+        path = _class_in(arguments.configs, arguments.passed, key)
+        with suppress(ValueError):  # LightningCLI will tell
+            classes.append(import_path(path, argument=key) if path else None)
+    for cls in classes:
+        if isinstance(cls, type) and any(base.__name__.startswith("Lightning") for base in cls.__mro__):
+            return _compat.package_of_class(cls)
+    return "lightning.pytorch"
+
+
+def _cli(namespace: str, subcommand: str, arguments: Arguments, run: bool) -> Any:
+    """LightningCLI with one subcommand, short help, and errors that say what to change."""
+    package: Any = import_module(f"{namespace}.cli")
+
+    class Formatter(DefaultHelpFormatter):
+        def __init__(self, prog: str) -> None:
+            super().__init__(prog, max_help_position=HELP_POSITION)  # type: ignore[no-untyped-call]
+
+    class Parser(package.LightningArgumentParser):  # type: ignore[misc]
+        def __init__(self, **options: Any) -> None:
+            usage = f"lightning-compress {subcommand} [--config CONFIG] [--KEY VALUE ...]"
+            super().__init__(**{"usage": usage, "formatter_class": Formatter, "exit_on_error": False, **options})
+
+    class ProjectCLI(package.LightningCLI):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self.parsers: list[Any] = []
+            super().__init__(*args, parser_class=Parser, **options)
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {subcommand: package.LightningCLI.subcommands()[subcommand]}
+
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            self.parsers.append(parser)
+
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            try:
+                self.config = parser.parse_args(args)
+            except (ArgumentError, TypeError, ValueError, KeyError) as error:
+                raise self.explained(error) from error
+
+        def instantiate_classes(self) -> None:
+            try:
+                super().instantiate_classes()
+            except Exception as error:  # a constructor may raise anything
+                if not of_configuration(error):
+                    raise innermost(error) from None
+                raise self.explained(error) from error
+            for callback in self.trainer.callbacks if subcommand == "fit" else ():
+                if isinstance(callback, ExportCallback):
+                    _check_path(callback)
+
+        def explained(self, error: Exception) -> ConfigError:
+            keys: set[str] = set()
+            for parser in self.parsers:
+                keys.update(parser.get_defaults(skip_validation=True).keys())
+            return ConfigError(explanation(error, arguments.configs, keys))
+
+    if not run:
+        setattr(ProjectCLI, subcommand, lambda self, **_: None)  # LightningCLI prefers a method of its own
+    return ProjectCLI
