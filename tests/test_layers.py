@@ -24,6 +24,7 @@ STOREYS = [
     {"mechanisms"},
     {"export"},
     {"report"},
+    {"tracking"},
     {"callbacks", "mixins"},
     {"recipe", "attachment", "run", "demo", "cli", "_factory"},
 ]

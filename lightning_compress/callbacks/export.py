@@ -23,6 +23,7 @@ from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.report.measure import first_line
 from lightning_compress.report.precision import AgainstFp32, against_fp32
+from lightning_compress.tracking import checkpoint_of, log_export, recipe_of
 
 FEW_AGREE = 0.95
 """A share of equal choices below which something is amiss, or the network undecided."""
@@ -238,6 +239,20 @@ class ExportCallback(CompressionCallback):
             self._fail(
                 f"{self.metric} is {theirs:.6g} in the file {self.result.path} and {ours:.6g} in the module: the "
                 f"difference {abs(theirs - ours):.3g} is beyond the tolerance of {self.tolerance:g}"
+            )
+
+    def report(self, trainer: Any, pl_module: Any) -> None:
+        """Give the file to the loggers, with the checkpoint it came from."""
+        if self.result is not None and not trainer.fast_dev_run:
+            log_export(
+                self.tracker(trainer),
+                self.result,
+                pl_module,
+                checkpoint=checkpoint_of(trainer),
+                callback=self.name,
+                metrics=self.file_metrics,
+                recipe=recipe_of(trainer.callbacks),
+                failure=self.failure,
             )
 
     def remarks(self) -> list[str]:

@@ -452,11 +452,15 @@ def churn(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
         >>> churn([torch.tensor([True, False, True, True])], [torch.tensor([False, True, True, True])])
         0.5
     """
+    return sum(changes(before, after)) / max(sum(mask.numel() for mask in before), 1)
+
+
+def changes(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[int]:
+    """How many weights of each tensor one mask keeps and the other prunes; arguments and errors as above."""
     shapes = [[tuple(mask.shape) for mask in masks] for masks in (before, after)]
     if not shapes[0] or shapes[0] != shapes[1]:
         raise ValueError(f"before and after must have the same shapes, got {shapes[0]} and {shapes[1]}")
-    changed = sum(held(old ^ new for old, new in zip(before, after, strict=True)))
-    return changed / max(sum(mask.numel() for mask in before), 1)
+    return held(old ^ new for old, new in zip(before, after, strict=True))
 
 
 def _zeros(size: int, sparsity: float) -> int:
