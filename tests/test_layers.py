@@ -26,7 +26,7 @@ STOREYS = [
     {"report"},
     {"tracking"},
     {"callbacks", "mixins"},
-    {"recipe", "attachment", "run", "demo", "cli", "_factory"},
+    {"recipe", "attachment", "run", "sweep", "sweep_fields", "demo", "cli", "_factory"},
 ]
 HEIGHT = {part: height for height, parts in enumerate(STOREYS) for part in parts}
 

@@ -1,7 +1,7 @@
 """A reader for what Weights & Biases writes offline: wandb has none in Python.
 
-A ``.wandb`` file is a header of 7 bytes, then a LevelDB log: blocks of 32 KiB, filled with chunks, which have a header of
-7 bytes (checksum, length, kind) before their data. A record is one whole chunk, or a first, middle ones and a last.
+A ``.wandb`` file is a header of 7 bytes, then a LevelDB log: blocks of 32 KiB, filled with chunks. A chunk is a header
+of 7 bytes (checksum, length, kind) and data; a record is one whole chunk, or a first, middle ones and a last.
 """
 
 from __future__ import annotations
