@@ -108,9 +108,10 @@ def _labels(names: Sequence[str]) -> list[str]:
     parts = [name.split(".") for name in names]
     first = last = 0
     if len(names) > 1:
-        shortest = min(map(len, parts)) - 1  # something is left of each
-        first = next((at for at in range(shortest) if len({own[at] for own in parts}) > 1), shortest)
-        most = shortest - first
+        shortest = min(map(len, parts))
+        most = max(shortest - 2, 0)  # something is left of each
+        first = next((at for at in range(most) if len({own[at] for own in parts}) > 1), most)
+        most = shortest - first - 1
         last = next((at for at in range(most) if len({own[-1 - at] for own in parts}) > 1), most)
     short = [".".join(own[first : len(own) - last]) for own in parts]
     return [name if len(name) <= _LONGEST else f"...{name[3 - _LONGEST :]}" for name in short]

@@ -37,7 +37,7 @@ class LayerHistory:
         self._churn: list[npt.NDArray[np.float32]] = []  # sums
         self._updates: list[int] = []  # in each column
         self._together = 1  # updates that share a column
-        self._drawn = -1  # part of the training in which it was drawn last
+        self._drawn = -1  # the part of the training in which it was drawn last
         self._until: int | None = None  # step at which it was
 
     def __len__(self) -> int:
@@ -87,8 +87,9 @@ class LayerHistory:
             step: Optimizer steps so far.
             fraction: Of the training, in [0, 1]: in each twentieth of it they are drawn once. None: it has ended.
         """
-        part = PICTURES if fraction is None else int(fraction * PICTURES)
-        if not self._steps or part == self._drawn or step == self._until or not tracker.takes_pictures:
+        part = -1 if fraction is None else int(fraction * PICTURES)
+        seen = step == self._until or (part == self._drawn and fraction is not None)
+        if seen or not self._steps or not tracker.takes_pictures:
             return
         self._drawn, self._until = part, step
         for quantity, map_ in zip(("sparsity", "churn"), self.maps(name, step), strict=True):

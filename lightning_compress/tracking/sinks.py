@@ -168,6 +168,7 @@ class CSVSink(Sink):
 
     def _file(self, key: str, suffix: str) -> Path:
         """Where a key lies: ``compress/dcil/sparsity`` is ``compress/dcil/sparsity.png`` in the logger's folder."""
+        _ = self.logger.experiment  # which wants to find its folder empty
         path = Path(self.logger.log_dir, *key.split("/"))
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.with_name(path.name + suffix)
