@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,15 @@ def records(path: Path) -> Iterator[Record]:
 
 
 class OfflineRun:
-    """The only offline run below a folder, read whole once it is finished."""
+    """The only offline run below a folder, which has been finished: its last records are written a little later."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patience: float = 60.0) -> None:
         [self.path] = Path(folder).rglob("offline-run-*/*.wandb")
-        self.records = list(records(self.path))
+        until = time.monotonic() + patience
+        while not (found := list(records(self.path))) or not found[-1].HasField("exit"):
+            assert time.monotonic() < until, f"{self.path} has no end"
+            time.sleep(0.05)
+        self.records = found
 
     @property
     def history(self) -> list[dict[str, Any]]:
