@@ -138,11 +138,12 @@ def _points(entry: Mapping[str, Any]) -> dict[str, Any]:
     shares = [part / (POINTS - 1) for part in range(POINTS)]
     if "distribution" in entry:
         return {"values": [float(significant(low * (high / low) ** share)) for share in shares]}
-    return {"values": [float(significant(low + (high - low) * share)) for share in shares]}
+    return {"values": [round(low + (high - low) * share, 6) for share in shares]}
 
 
 def _summary(content: Mapping[str, Any], out: str) -> str:
-    lines = [f"wrote {out}: method {content['method']}, {len(content['parameters'])} parameters"]
+    count = len(content["parameters"])
+    lines = [f"wrote {out}: method {content['method']}, {count} parameter{'' if count == 1 else 's'}"]
     if "metric" in content:
         lines[0] += f", {content['metric']['goal']}s {content['metric']['name']}"
     width = max(map(len, content["parameters"]))

@@ -41,7 +41,7 @@ class Remaining:
         if not _is_number(value) or not 0 < value < 1:
             return None
         low, high = max(1 - 2 * (1 - value), value / 2), 1 - (1 - value) / 2
-        return {"min": float(significant(low)), "max": float(significant(high))}
+        return {"min": round(low, 6), "max": round(high, 6)}
 
 
 @dataclass(frozen=True)
