@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.recipe import Recipe, load_recipe
 from lightning_compress.report.units import significant
 from lightning_compress.sweep_fields import chosen
@@ -118,14 +119,12 @@ def exported_metric(recipe: Recipe) -> str | None:
 
     Example:
         >>> exported_metric(Recipe(1, export={"path": "out/model.onnx", "metric": "val_acc"}))
-        'compress/report/model.onnx/val_acc'
+        'compress/export/val_acc'
     """
-    own = {class_path.rpartition(".")[2]: init_args for _, class_path, init_args in recipe.entries}
-    exports = [entry[2] for entry in recipe.entries if entry[1].rpartition(".")[2] == "ExportCallback"]
+    exports = [entry[2] for entry in recipe.entries if entry[1].rpartition(".")[2] == ExportCallback.__name__]
     if len(exports) != 1 or not exports[0].get("metric"):
         return None
-    name = own.get("CompressionReport", {}).get("name") or "report"
-    return f"compress/{name}/{os.path.basename(exports[0]['path'])}/{exports[0]['metric']}"
+    return f"compress/{exports[0].get('name') or ExportCallback.default_name}/{exports[0]['metric']}"
 
 
 def _points(entry: Mapping[str, Any]) -> dict[str, Any]:

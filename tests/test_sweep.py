@@ -52,7 +52,7 @@ def test_the_file_is_what_wandb_reads(tmp_path, capsys):
     assert content == {
         "program": "train.py",
         "method": "bayes",
-        "metric": {"name": "compress/report/net.onnx/val_acc", "goal": "maximize"},
+        "metric": {"name": "compress/export/val_acc", "goal": "maximize"},
         "parameters": {
             "PruningCallback.sparsity": {"min": 0.6, "max": 0.9},
             "PTQCallback.weight_bits": {"values": [4, 6, 8]},
@@ -63,7 +63,7 @@ def test_the_file_is_what_wandb_reads(tmp_path, capsys):
         ],
     }
     assert capsys.readouterr().out == (
-        "wrote sweep.yaml: method bayes, 2 parameters, maximizes compress/report/net.onnx/val_acc\n"
+        "wrote sweep.yaml: method bayes, 2 parameters, maximizes compress/export/val_acc\n"
         "  PruningCallback.sparsity  0.6 to 0.9\n"
         "  PTQCallback.weight_bits   4, 6, 8\n"
         "start it with: wandb sweep sweep.yaml\n"
@@ -219,9 +219,8 @@ def test_a_grid_has_values_and_no_ranges():
 
 def test_the_metric_is_that_of_the_only_file():
     export = {"path": "a/b.onnx", "metric": "val_acc"}
-    assert exported_metric(recipe(export=export)) == "compress/report/b.onnx/val_acc"
-    named = recipe(("CompressionReport", {"name": "mine"}), export=export)
-    assert exported_metric(named) == "compress/mine/b.onnx/val_acc"
+    assert exported_metric(recipe(export=export)) == "compress/export/val_acc"
+    assert exported_metric(recipe(export={**export, "name": "small"})) == "compress/small/val_acc"
     assert exported_metric(recipe(("ExportCallback", {"path": "c.onnx"}), export=export)) is None
     assert exported_metric(recipe(("DPFCallback", {}))) is None
 
@@ -306,4 +305,6 @@ def test_an_agent_runs_what_the_file_says(tmp_path, monkeypatch):
     assert run.config["PTQCallback.observer"] == values["PTQCallback.observer"]  # by which W&B knows the run
     [score] = run.series(content["metric"]["name"])
     assert 0.5 < score <= 1
-    assert run.series("compress/pruning/sparsity")[-1] == pytest.approx(values["PruningCallback.sparsity"], abs=1e-3)
+    assert run.series("compress/pruning/sparsity/net.weight")[-1] == pytest.approx(
+        values["PruningCallback.sparsity"], abs=1e-3
+    )

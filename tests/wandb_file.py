@@ -72,6 +72,14 @@ class OfflineRun:
         return found
 
     @property
+    def summary(self) -> dict[str, Any]:
+        """What was kept of each key at the end."""
+        found: dict[str, Any] = {}
+        for record in self.records:
+            found |= _nested(record.summary.update)
+        return found
+
+    @property
     def artifacts(self) -> dict[str, Any]:
         """The artifacts by name."""
         found = [record.artifact for record in self.records if record.HasField("artifact")]

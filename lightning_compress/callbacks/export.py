@@ -242,8 +242,10 @@ class ExportCallback(CompressionCallback):
             )
 
     def report(self, trainer: Any, pl_module: Any) -> None:
-        """Give the file to the loggers, with the checkpoint it came from."""
+        """Give loggers the numbers of the file, and the file, with the checkpoint it came from."""
         if self.result is not None and not trainer.fast_dev_run:
+            numbers = {**self.file_metrics, "bytes": float(self.result.bytes)}
+            self.tracker(trainer).numbers({f"compress/{self.name}/{key}": value for key, value in numbers.items()})
             log_export(
                 self.tracker(trainer),
                 self.result,

@@ -93,7 +93,8 @@ class WandbSink(Sink):
         run, own = self.logger.experiment, _compat.wandb_settings(self.logger)
         run.define_metric(f"{own.prefix}compress/*", step_metric=own.step, step_sync=True)
         for metric, goal in goals.items():
-            run.define_metric(f"{own.prefix}{metric}", step_metric=own.step, step_sync=True, summary=f"{goal},last")
+            name = f"{own.prefix}{metric}".replace(".", r"\.")  # a dot alone would lead into a dictionary
+            run.define_metric(name, step_metric=own.step, step_sync=True, summary=f"{goal},last")
 
     def settings(self, values: Mapping[str, Any]) -> None:
         """The run's configuration, under ``compress``."""

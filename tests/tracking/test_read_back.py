@@ -12,7 +12,7 @@ import lightning.pytorch
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from matplotlib.image import imread
 from torch import nn
@@ -53,6 +53,7 @@ def module_of(package):
         def validation_step(self, batch, batch_idx):
             output = self.net(batch[0])
             self.log("val_acc", (output.argmax(1) == batch[1]).float().mean())
+            self.log("val.loss", F.cross_entropy(output, batch[1]))
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.05)
@@ -108,7 +109,8 @@ def run(tmp_path_factory):
         lc.DistillationCallback(network(8)),
         lc.AttentionTransferCallback("kd", pairs={"1": "1"}, weight=1.0, pictures_every_n_epochs=2),
     ]
-    trainer = fit(folder, loggers, *teachers, dcil, lc.PTQCallback(), export, report, kept)
+    stopping = EarlyStopping("val.loss", mode="min", patience=EPOCHS)
+    trainer = fit(folder, loggers, *teachers, dcil, lc.PTQCallback(), export, report, kept, stopping)
     wandb_logger.experiment.finish()
     read = OfflineRun(folder / "wandb_logs")
     return SimpleNamespace(
@@ -122,6 +124,9 @@ def test_metrics_are_defined_with_their_step_and_their_best_value(run):
     assert metrics["compress/*"].options.step_sync
     summary = metrics["val_acc"].summary
     assert (summary.max, summary.last, summary.min) == (True, True, False)
+    accuracies, losses = run.wandb.series("val_acc"), run.wandb.series("val.loss")
+    assert run.wandb.summary["val_acc"] == {"max": max(accuracies), "last": accuracies[-1]}
+    assert run.wandb.summary["val.loss"] == {"min": min(losses), "last": losses[-1]}
 
 
 def test_numbers_have_the_step_of_the_training(run):
@@ -129,6 +134,8 @@ def test_numbers_have_the_step_of_the_training(run):
     assert [row["trainer/global_step"] for row in rows] == list(range(EPOCHS * BATCHES))
     assert run.wandb.series("compress/dcil/sparsity")[-1] == pytest.approx(run.dcil.reached)
     assert run.wandb.series("compress/ptq/val_acc") == [run.export.module_metrics["val_acc"]]
+    assert run.wandb.series("compress/export/val_acc") == [run.export.file_metrics["val_acc"]]
+    assert run.wandb.series("compress/export/bytes") == [run.export.result.bytes]
     at_end = [row for row in run.wandb.history if "compress/report/after/bytes" in row]
     assert [row["trainer/global_step"] for row in at_end] == [EPOCHS * BATCHES]
 
@@ -286,5 +293,5 @@ def test_a_run_that_was_finished_too_early_is_told_of_once_and_nothing_else_is_l
         trainer = fit(tmp_path, logger, Finishing(), report, export, max_epochs=1)
     assert trainer.state.finished
     assert report.files.json.is_file()
-    assert export.file_metrics == {"val_acc": report.result.rows[-1].metrics["val_acc"]}
+    assert export.file_metrics == report.result.rows[-1].metrics
     assert len([entry for entry in caught if "did not take" in str(entry.message)]) == 1
