@@ -456,7 +456,23 @@ def churn(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 
 def changes(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[int]:
-    """How many weights of each tensor one mask keeps and the other prunes; arguments and errors as above."""
+    """How many weights of each tensor one mask keeps and the other prunes.
+
+    Args:
+        before: Boolean tensors, at least one.
+        after: As many, of the same shapes.
+
+    Returns:
+        One number a tensor.
+
+    Raises:
+        ValueError: If there are no masks, or their numbers or shapes differ.
+
+    Example:
+        >>> before, after = torch.tensor([True, False]), torch.tensor([False, True])
+        >>> changes([before, before], [after, before])
+        [2, 0]
+    """
     shapes = [[tuple(mask.shape) for mask in masks] for masks in (before, after)]
     if not shapes[0] or shapes[0] != shapes[1]:
         raise ValueError(f"before and after must have the same shapes, got {shapes[0]} and {shapes[1]}")
