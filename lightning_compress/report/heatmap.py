@@ -86,10 +86,10 @@ def heat_map_picture(map_: HeatMap) -> npt.NDArray[np.uint8]:
     for spine in axes.spines.values():
         spine.set_visible(False)
     for row in range(0, rows, -(-rows // int(tall / (0.6 * _ROW)))):  # not each, where rows are lower than letters
-        place = 1 - (row + 0.5) / rows
-        axes.text(-0.012, place, labels[row], fontsize=7, ha="right", va="center", transform=axes.transAxes)
+        middle = 1 - (row + 0.5) / rows
+        axes.text(-0.012, middle, labels[row], fontsize=7, ha="right", va="center", transform=axes.transAxes)
         last = units.share(float(map_.values[row, -1]))
-        axes.text(1.01, place, last, fontsize=7, va="center", transform=axes.transAxes)
+        axes.text(1.01, middle, last, fontsize=7, va="center", transform=axes.transAxes)
     figure.text(left / width, 1 - 0.28 / height, map_.title, fontsize=8.5)
     bar_tall = min(tall, 1.6)
     place = ((left + _WIDTH + 0.62) / width, (_FOOT + tall - bar_tall) / height, 0.1 / width, bar_tall / height)
