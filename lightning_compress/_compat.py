@@ -1,6 +1,7 @@
-"""Every private or version-bound use of torch and lightning, in one place; each has a canary in tests/test_compat.py.
+"""Private and version-bound uses of torch, lightning and wandb; each has a canary in tests/test_compat.py.
 
-Traced on lightning 2.6 and torch 2.13 and 2.14. When a canary falls after an upgrade, this is the file to mend.
+Traced on lightning 2.6, torch 2.13 and 2.14 and wandb 0.31. When a canary falls after an upgrade, this is the file to
+mend.
 """
 
 from __future__ import annotations
@@ -667,3 +668,33 @@ def averages_of(trainer: Any, module: torch.nn.Module) -> list[torch.nn.Module]:
         if isinstance(average, torch.nn.Module):
             found.append(average)
     return found
+
+
+class WandbSettings(NamedTuple):
+    """What a ``WandbLogger`` was told, and does not say in public."""
+
+    prefix: str
+    """Before every name."""
+    step: str
+    """The metric that counts steps."""
+    checkpoints: str | None
+    """The artifact that it makes of checkpoints itself; None: it makes none."""
+
+
+def wandb_settings(logger: Any) -> WandbSettings:
+    """How a ``WandbLogger`` names things."""
+    prefix, synced = logger._prefix, logger._wandb_init.get("sync_tensorboard")
+    checkpoints = (logger._checkpoint_name or f"model-{logger.version}") if logger._log_model else None
+    return WandbSettings(
+        f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else "",
+        "global_step" if synced else "trainer/global_step",
+        checkpoints,
+    )
+
+
+def wandb_input(run: Any, artifact: Any) -> None:
+    """Let a run have an artifact as its input, also where wandb refuses because it is offline; sent, it is the same."""
+    if run.offline:
+        run._log_artifact(artifact, aliases=["latest"], is_user_created=True, use_after_commit=True)
+    else:
+        run.use_artifact(artifact, aliases=["latest"])

@@ -218,8 +218,28 @@ def _add_sensitivity(commands: Commands) -> None:
 
 
 def _add_sweep(commands: Commands) -> None:
-    sweep = commands.add_parser("sweep", help="write a Weights & Biases sweep over the fields of a recipe")
-    sweep.add_argument("recipe", metavar="RECIPE.yaml")
+    sweep = commands.add_parser(
+        "sweep",
+        help="write a Weights & Biases sweep over the fields of a recipe",
+        usage="%(prog)s [-h] RECIPE.yaml [--vary KEY=min..max ...] [--metric NAME] [--method METHOD] -- COMMAND ...",
+        description="Write the configuration of a sweep whose runs are `lightning-compress run` with other values in "
+        "the recipe. Nothing is started.",
+        allow_abbrev=False,
+    )
+    sweep.add_argument("recipe", metavar="RECIPE.yaml", help="callbacks, export and apply_to")
+    sweep.add_argument(
+        "--vary",
+        metavar="KEY",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="what to vary: DCILCallback.sparsity=0.5..0.95, PTQCallback.observer=minmax,mse, or a key alone for its "
+        "usual range; default: all that have one",
+    )
+    sweep.add_argument("--metric", help="default: that of the exported file, if the recipe says export.metric")
+    sweep.add_argument("--goal", choices=("maximize", "minimize"), help="default: by the metric's name")
+    sweep.add_argument("--method", choices=("bayes", "random", "grid"), default="bayes", help="default: %(default)s")
+    sweep.add_argument("--out", metavar="FILE", default="sweep.yaml", help="default: %(default)s")
 
 
 if __name__ == "__main__":

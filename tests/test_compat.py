@@ -811,3 +811,33 @@ def test_a_copy_can_be_told_its_trainer(namespace):
     assert module.trainer is trainer
     _compat.attach_trainer_(module, None)
     assert _compat.attached_trainer(module) is None
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_what_a_wandb_logger_was_told(namespace, tmp_path):
+    logger = import_module(f"{namespace}.loggers").WandbLogger
+    plain = logger(save_dir=tmp_path, id="abc")
+    assert _compat.wandb_settings(plain) == ("", "trainer/global_step", None)
+    told = logger(save_dir=tmp_path, id="abc", prefix="mine", log_model="all", sync_tensorboard=True)
+    assert _compat.wandb_settings(told) == ("mine-", "global_step", "model-abc")
+    assert _compat.wandb_settings(logger(log_model=True, checkpoint_name="net")).checkpoints == "net"
+
+
+@pytest.mark.slow
+def test_an_offline_run_can_have_an_input(tmp_path, monkeypatch):
+    import wandb
+    from wandb_file import OfflineRun
+
+    for name in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "own"))
+    file = tmp_path / "a.ckpt"
+    file.write_text("abc")
+    artifact = wandb.Artifact("weights", type="checkpoint")
+    artifact.add_reference(file.as_uri(), name="a.ckpt")
+    run = wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True))
+    with pytest.raises(TypeError, match="offline"):
+        run.use_artifact(artifact)  # once this works, the detour can go
+    _compat.wandb_input(run, artifact)
+    run.finish()
+    found = OfflineRun(tmp_path).artifacts["weights"]
+    assert (found.use_after_commit, found.user_created, list(found.aliases)) == (True, True, ["latest"])

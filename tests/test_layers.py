@@ -25,6 +25,7 @@ STOREYS = [
     {"mechanisms"},
     {"export"},
     {"report"},
+    {"tracking"},
     {"callbacks", "mixins"},
     {
         "recipe_file",
@@ -37,6 +38,8 @@ STOREYS = [
         "foresight",
         "run",
         "plan",
+        "sweep",
+        "sweep_fields",
         "demo",
         "cli",
         "_factory",

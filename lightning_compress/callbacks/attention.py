@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from matplotlib.image import imsave
 from torch import Tensor, nn
 
 from lightning_compress import _compat
@@ -35,7 +36,7 @@ from lightning_compress.mechanisms.passes import Pass
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.stages import Stage
 from lightning_compress.mechanisms.step import StepController
-from lightning_compress.report.attention import MapPair, attention_picture, show_picture
+from lightning_compress.report.attention import MapPair, attention_picture
 
 PICTURED = 4  # samples in a picture
 
@@ -212,8 +213,11 @@ class AttentionTransferCallback(FeatureCallback):
             pairs.append(MapPair(pair.student, pair.teacher, *maps))
         images = next((tensor for tensor in call.tensors if tensor.ndim == 4), None)
         picture = attention_picture(None if images is None else images[:PICTURED], pairs)
-        path = None if self._directory is None else self._directory / f"epoch={epoch}.png"
-        show_picture(picture, f"compress/{self.name}/attention", self._trainer.loggers, self._trainer.global_step, path)
+        tracker = self.tracker(self._trainer)
+        tracker.picture(f"compress/{self.name}/attention", picture)
+        if not tracker.takes_pictures and self._directory is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            imsave(self._directory / f"epoch={epoch}.png", picture)
 
     def _maps(self, feature: Tensor) -> Tensor:
         """Maps (N, H, W), or (N, L) of tokens."""

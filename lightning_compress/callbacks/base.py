@@ -35,6 +35,7 @@ from lightning_compress.mechanisms.scores import forget_scores
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.step import StepController, step_controller
 from lightning_compress.mechanisms.student import StudentCapture
+from lightning_compress.tracking import Tracker, goals, recipe_of, run_settings
 
 log = logging.getLogger("lightning_compress")
 
@@ -130,6 +131,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self._warned: set[str] = set()
         self._versions: list[int] = []  # of the user's parameters, at the start
         self._fitted: weakref.ref[nn.Module] | None = None  # the module of the last fit
+        self._tracker: Tracker | None = None  # of the Trainer of the fit
 
     # For techniques
 
@@ -219,6 +221,13 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         many = validation and module.trainer.world_size > 1
         module.log(key, value, batch_size=batch_size, on_step=not validation, on_epoch=validation, sync_dist=many)
 
+    def tracker(self, trainer: Any) -> Tracker:
+        """What writes to the loggers; one for all callbacks of a fit, which tells of a failure once."""
+        if self._tracker is None or self._tracker.trainer is not trainer:
+            shared = (own._tracker for own in self._ours(trainer) if own._tracker is not None)
+            self._tracker = next((own for own in shared if own.trainer is trainer), None) or Tracker(trainer)
+        return self._tracker
+
     # Life cycle
 
     @property
@@ -259,6 +268,9 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self._controller = self._stack.enter_context(step_controller(pl_module))
         self.attach(self._controller, self._stack, trainer, pl_module)
         self._fitted = weakref.ref(pl_module)
+        ours = self._ours(trainer)
+        if ours[-1] is self:
+            self._introduce(ours, trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After the first whole step, complain about what had no effect."""
@@ -347,17 +359,19 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the mechanisms; the last of our callbacks runs the end of fit for all of them."""
         self._close()
-        ours = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+        ours = self._ours(trainer)
         if ours and ours[-1] is self:
             run_end_of_fit(ours, trainer, pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Close the mechanisms, if ``on_fit_end`` was never reached."""
         self._close()
+        self._tracker = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Close the mechanisms: no other hook follows an exception."""
         self._close()
+        self._tracker = None
 
     def state_dict(self) -> dict[str, Any]:
         """Schema version, arguments, and the technique's own state: tensors and primitives only."""
@@ -388,13 +402,25 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy in another process has fitted no module there."""
-        return {**vars(self), "_fitted": None}
+        return {**vars(self), "_fitted": None, "_tracker": None}
 
     # Private
 
     def has_fitted(self, pl_module: Any) -> bool:
         """Whether the last fit, or the one that goes on, is of this module."""
         return self._fitted is not None and self._fitted() is pl_module
+
+    @staticmethod
+    def _ours(trainer: Any) -> list[CompressionCallback]:
+        return [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+
+    def _introduce(self, ours: list[CompressionCallback], trainer: Any) -> None:
+        """Tell the loggers what is coming."""
+        tracker = self.tracker(trainer)
+        if tracker.sinks:
+            tracker.define(goals(trainer.callbacks))
+            arguments = {own.name: {"class": type(own).__name__, **own._arguments()} for own in ours}
+            tracker.settings(run_settings(arguments, recipe_of(ours)))
 
     def _check_optimisation(self, trainer: Any, pl_module: Any) -> None:
         manual = not getattr(pl_module, "automatic_optimization", True)

@@ -24,6 +24,7 @@ from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.report.measure import compressed_bytes, count_nonzeros, count_parameters, first_line
 from lightning_compress.report.precision import AgainstFp32, against_fp32
+from lightning_compress.tracking import checkpoint_of, log_export, recipe_of
 
 SPARSE = 0.9
 """A share of weights that are not zero, below which it matters how small a file is once it is compressed."""
@@ -252,6 +253,22 @@ class ExportCallback(CompressionCallback):
             self._fail(
                 f"{self.metric} is {theirs:.6g} in the file {self.result.path} and {ours:.6g} in the module: the "
                 f"difference {abs(theirs - ours):.3g} is beyond the tolerance of {self.tolerance:g}"
+            )
+
+    def report(self, trainer: Any, pl_module: Any) -> None:
+        """Give loggers the numbers of the file, and the file, with the checkpoint it came from."""
+        if self.result is not None and not trainer.fast_dev_run:
+            numbers = {**self.file_metrics, "bytes": float(self.result.bytes)}
+            self.tracker(trainer).numbers({f"compress/{self.name}/{key}": value for key, value in numbers.items()})
+            log_export(
+                self.tracker(trainer),
+                self.result,
+                pl_module,
+                checkpoint=checkpoint_of(trainer),
+                callback=self.name,
+                metrics=self.file_metrics,
+                recipe=recipe_of(trainer.callbacks),
+                failure=self.failure,
             )
 
     def remarks(self) -> list[str]:

@@ -302,9 +302,8 @@ class FactorTransferCallback(FeatureCallback):
 
     def _tell_errors(self, trainer: Any) -> None:
         """Log the errors of the pre-training, after it: meanwhile the loggers are silent."""
-        for logger in trainer.loggers:
-            for epoch, error in enumerate(self.reconstruction_errors):
-                logger.log_metrics({f"compress/{self.name}/reconstruction": error}, step=epoch)
+        for epoch, error in enumerate(self.reconstruction_errors):
+            self.tracker(trainer).numbers({f"compress/{self.name}/reconstruction": error}, step=epoch)
         if not self.reconstruction_errors:
             self._warn_once("pretrain_epochs=0 leaves the paraphraser random, so its factors say little of the teacher")
         elif self.reconstruction_errors[-1] > POOR:

@@ -29,6 +29,7 @@ from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.wrapping import shadowed
+from lightning_compress.tracking import LayerHistory
 
 SCHEDULES: dict[str, Schedule] = {
     "one_shot": schedules.constant_schedule,
@@ -96,6 +97,7 @@ class MaskCallback(MaskedWeightsCallback):
         self._steps: int | None = None  # optimizer steps at the last update; None before training
         self._logged: float | None = None
         self._to_log: dict[str, float | Tensor] = {}  # of an update, at the end of the batch
+        self._history = LayerHistory([])  # of this fit
 
     # For techniques
 
@@ -172,6 +174,7 @@ class MaskCallback(MaskedWeightsCallback):
         self._to_log = {}
         stack.callback(setattr, self, "_progress", None)
         super().attach(controller, stack, trainer, pl_module)
+        self._history = LayerHistory(list(self._require_masks().weights))
         self._check_target()
         guarded = self._guarded(trainer)
         forgotten = [] if self._has_target() else [_compat.forget_best(callback) for callback in guarded]
@@ -242,6 +245,8 @@ class MaskCallback(MaskedWeightsCallback):
         masks = self._require_masks()
         if getattr(trainer, "barebones", False):
             return
+        progress = self._require_progress()
+        self._history.show(self.tracker(trainer), self.name, progress.steps, progress.fraction)
         many = trainer.world_size > 1  # the same on all ranks; Lightning wants to be told
         with torch.no_grad():
             for name, weight in masks.weights.items():
@@ -253,9 +258,14 @@ class MaskCallback(MaskedWeightsCallback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Reach the final sparsity if the training was shorter than foreseen; say so if it was stopped."""
-        if self._progress is None or self._has_target():
+        if self._progress is None:
             return
-        before, fraction = self.reached, self._progress.fraction
+        if not self._has_target():
+            self._end_early(trainer, self._progress)
+        self._history.show(self.tracker(trainer), self.name, self._progress.steps)
+
+    def _end_early(self, trainer: Any, progress: Progress) -> None:
+        before, fraction = self.reached, progress.fraction
         if trainer.should_stop:
             kept = ", and no monitored checkpoint was kept" if self._guarded(trainer) else ""
             self.failure = (
@@ -321,7 +331,10 @@ class MaskCallback(MaskedWeightsCallback):
 
     def _take(self, masks: Sequence[Tensor] | None, *, more: bool = True) -> None:
         if masks is not None:
-            changed = self._require_masks().replace(masks)
+            own = self._require_masks()
+            changed = own.replace(masks)
+            step = self._require_progress().steps
+            self._history.add(step, own.shares(own.counts), own.shares(own.changed))
             self._to_log["churn"] = changed
             self.updated(changed, more=more)
 

@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -41,7 +40,6 @@ from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.warping import EDGES, WarpedWeights, edge_layers, warpable_weights
 from lightning_compress.mechanisms.weights import named_weights
 from lightning_compress.mechanisms.wrapping import shadowed
-from lightning_compress.report.attention import show_picture
 from lightning_compress.report.positions import LayerPositions, position_histogram, positions_picture
 
 Granularity = Literal["tensor", "channel"]
@@ -360,8 +358,6 @@ class PSGDCallback(CompressionCallback):
         if warped is None or not self._settled:
             self._warn_once("no training step was run, so no gradient was scaled")
             return
-        # on every rank: reading the log directory is a broadcast
-        directory = trainer.log_dir if trainer.loggers else None
         if not math.isfinite(warped.mean()):
             self._warn_once("the weights hold NaN or infinity")
             return
@@ -373,9 +369,7 @@ class PSGDCallback(CompressionCallback):
         self.picture = positions_picture(
             [LayerPositions(name, bits[name], self._start[name], end[name]) for name in end if name in self._start]
         )
-        own = directory is not None and Path(directory) != Path(trainer.default_root_dir)
-        path = Path(str(directory)) / f"positions-{self.name}.png" if own and not trainer.fast_dev_run else None
-        show_picture(self.picture, f"compress/{self.name}/positions", trainer.loggers, trainer.global_step, path)
+        self.tracker(trainer).picture(f"compress/{self.name}/positions", self.picture, newest=True)
 
     def extra_state(self) -> dict[str, Any]:
         """The scale, the bits of each weight, and where weights began."""

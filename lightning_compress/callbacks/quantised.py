@@ -70,8 +70,7 @@ class QuantisedCallback(CalibratingCallback):
         numbers = {
             f"compress/{self.name}/val_{name}": value for name, value in zip(names, self.metrics.values(), strict=True)
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.global_step)
+        self.tracker(trainer).numbers(numbers)
 
     def remarks(self) -> list[str]:
         """What is quantised, and what is not."""

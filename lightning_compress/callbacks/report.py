@@ -33,6 +33,7 @@ from lightning_compress.report.measure import first_line
 from lightning_compress.report.render import to_console, to_markdown
 from lightning_compress.report.table import ExportedFile, Report, Row, with_quantised
 from lightning_compress.report.write import ReportFiles, write_report
+from lightning_compress.tracking import Table
 
 FILE_STEM = "compression_report"
 
@@ -233,18 +234,20 @@ class CompressionReport(CompressionCallback):
         return metrics
 
     def _log(self, trainer: Any, report: Report) -> None:
-        """Numbers to every logger, and the Markdown to those that take text."""
-        numbers = {
-            f"compress/{self.name}/{row.name.replace('/', '_')}/{quantity}": value
-            for row in report.rows
-            for quantity, value in _quantities(row)
-        }
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.global_step)
-            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
-            if add_text is not None:
-                add_text(f"compress/{self.name}", to_markdown(report), trainer.global_step)
-            logger.save()
+        """Numbers and the table to every logger, each in its own way."""
+        rows = {row.name.replace("/", "_"): dict(_quantities(row)) for row in report.rows}
+        columns = list(dict.fromkeys(quantity for row in rows.values() for quantity in row))
+        table = Table(
+            columns=["model", *columns],
+            rows=[[name, *(row.get(quantity) for quantity in columns)] for name, row in rows.items()],
+            markdown=to_markdown(report),
+        )
+        key, tracker = f"compress/{self.name}", self.tracker(trainer)
+        tracker.numbers(
+            {f"{key}/{name}/{quantity}": value for name, row in rows.items() for quantity, value in row.items()}
+        )
+        tracker.table(key, table)
+        tracker.save()
 
 
 class _Pipeline(nn.Module):

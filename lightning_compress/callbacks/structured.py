@@ -457,9 +457,8 @@ class StructuredPruningCallback(CompressionCallback):
             _compat.reset_compiled_code()
         self._forget_scores(trainer, "a larger network", "the smaller network")
         numbers = {"share": plan.share, "parameters": plan.parameters[1], "macs": plan.macs[1]}
-        for logger in trainer.loggers:  # past self.log, which keeps what falls between two steps that are logged
-            logged = {f"compress/{self.name}/{quantity}": float(value) for quantity, value in numbers.items()}
-            logger.log_metrics(logged, step=trainer.global_step)
+        # past self.log, which keeps what falls between two steps that are logged
+        self.tracker(trainer).numbers({f"compress/{self.name}/{key}": float(value) for key, value in numbers.items()})
 
     def _resize(self, trainer: Any, pl_module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         """Give the module, and averages of it, the sizes that a checkpoint has."""

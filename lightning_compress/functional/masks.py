@@ -452,11 +452,31 @@ def churn(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
         >>> churn([torch.tensor([True, False, True, True])], [torch.tensor([False, True, True, True])])
         0.5
     """
+    return sum(changes(before, after)) / max(sum(mask.numel() for mask in before), 1)
+
+
+def changes(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[int]:
+    """How many weights of each tensor one mask keeps and the other prunes.
+
+    Args:
+        before: Boolean tensors, at least one.
+        after: As many, of the same shapes.
+
+    Returns:
+        One number a tensor.
+
+    Raises:
+        ValueError: If there are no masks, or their numbers or shapes differ.
+
+    Example:
+        >>> before, after = torch.tensor([True, False]), torch.tensor([False, True])
+        >>> changes([before, before], [after, before])
+        [2, 0]
+    """
     shapes = [[tuple(mask.shape) for mask in masks] for masks in (before, after)]
     if not shapes[0] or shapes[0] != shapes[1]:
         raise ValueError(f"before and after must have the same shapes, got {shapes[0]} and {shapes[1]}")
-    changed = sum(held(old ^ new for old, new in zip(before, after, strict=True)))
-    return changed / max(sum(mask.numel() for mask in before), 1)
+    return held(old ^ new for old, new in zip(before, after, strict=True))
 
 
 def _zeros(size: int, sparsity: float) -> int:

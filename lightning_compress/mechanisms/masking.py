@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.functional._selection import dropped
-from lightning_compress.functional.masks import Filters, churn, fewest_kept, live_filters
+from lightning_compress.functional.masks import Filters, changes, fewest_kept, live_filters
 from lightning_compress.mechanisms.shrinking import Shrinkage
 
 
@@ -203,6 +203,8 @@ class Masks:
         self.total = sum(weight.numel() for weight in weights.values())
         self.counts = [0] * len(self.weights)
         """How many weights of each tensor are masked."""
+        self.changed = [0] * len(self.weights)
+        """How many entries of each mask the last update changed."""
 
     @property
     def zeros(self) -> int:
@@ -241,11 +243,15 @@ class Masks:
         Returns:
             The share of entries that changed.
         """
-        changed = churn(self.current(), masks)
+        self.changed = changes(self.current(), masks)
         for name, mask in zip(self.weights, masks, strict=True):
             self.views[name].mask = mask
         self.counts = dropped(masks)
-        return changed
+        return sum(self.changed) / max(self.total, 1)
+
+    def shares(self, counts: Sequence[int]) -> list[float]:
+        """Counts of each tensor as shares of its size."""
+        return [count / max(weight.numel(), 1) for count, weight in zip(counts, self.weights.values(), strict=True)]
 
     def follow(self, shrinkage: Shrinkage) -> None:
         """Go on with weights that hold less than before.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,6 @@ import numpy.typing as npt
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import imsave
 from torch import Tensor
 
 _CELL = 1.15  # inches a side
@@ -81,35 +79,6 @@ def attention_picture(images: Tensor | None, pairs: Sequence[MapPair]) -> npt.ND
             _show(grid[row][column + 1], _map(pair.student_maps[row]), titles[1], "viridis")
     canvas.draw()
     return np.array(canvas.buffer_rgba(), dtype=np.uint8)[:, :, :3]
-
-
-def show_picture(
-    picture: npt.NDArray[np.uint8], key: str, loggers: Sequence[Any], step: int, path: Path | None
-) -> None:
-    """Give a picture to every logger that takes images; where none does, write it to a file.
-
-    Args:
-        picture: Shape (height, width, 3), 0 to 255.
-        key: Under which it is logged.
-        loggers: Lightning's loggers.
-        step: The training step that it belongs to.
-        path: The PNG file; its folder is made. None: no file.
-
-    Example:
-        >>> show_picture(np.zeros((2, 2, 3), dtype=np.uint8), "maps", [], 0, None)
-    """
-    takers = 0
-    for logger in loggers:
-        if hasattr(logger, "log_image"):
-            logger.log_image(key, [picture], step=step)
-        elif hasattr(getattr(logger, "experiment", None), "add_image"):
-            logger.experiment.add_image(key, picture, step, dataformats="HWC")
-        else:
-            continue
-        takers += 1
-    if takers == 0 and path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        imsave(path, picture)
 
 
 def _show(axes: Any, values: npt.NDArray[Any], title: str, colours: str) -> None:

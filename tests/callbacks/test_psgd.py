@@ -397,7 +397,7 @@ def test_each_step_is_logged_where_the_trainer_logs_each(tmp_path):
     rows = [row for row in csv.DictReader(lines) if row["compress/psgd/scale"]]
     assert [row["step"] for row in rows] == ["1", "3", "5", "7"]
     assert len({row["compress/psgd/scale"] for row in rows}) == 4
-    assert (tmp_path / "lightning_logs/version_0/positions-psgd.png").stat().st_size > 5000
+    assert (tmp_path / "lightning_logs/version_0/compress/psgd/positions.png").stat().st_size > 5000
 
 
 def test_barebones_logs_and_validates_nothing():

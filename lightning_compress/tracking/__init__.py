@@ -1,0 +1,27 @@
+"""What goes to the user's loggers, and how each kind takes it: Weights & Biases, TensorBoard, CSV files, others.
+
+Nothing here imports a logger or its service: what the user's Trainer has is used, and what it lacks is left out.
+"""
+
+from __future__ import annotations
+
+from lightning_compress.tracking.exported import Exported, checkpoint_of
+from lightning_compress.tracking.history import LayerHistory
+from lightning_compress.tracking.settings import goal_of, goals, recipe_of, run_settings
+from lightning_compress.tracking.sinks import Sink, Table, sink_of
+from lightning_compress.tracking.tracker import Tracker, log_export
+
+__all__ = [
+    "Exported",
+    "LayerHistory",
+    "Sink",
+    "Table",
+    "Tracker",
+    "checkpoint_of",
+    "goal_of",
+    "goals",
+    "log_export",
+    "recipe_of",
+    "run_settings",
+    "sink_of",
+]

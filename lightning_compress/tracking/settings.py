@@ -1,0 +1,84 @@
+"""What a run says of itself: its recipe, versions and callbacks, and which metrics are better when they are higher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from lightning_compress.report.compare import versions
+
+Goal = Literal["max", "min"]
+_LOWER = ("loss", "error", "err", "mae", "mse", "rmse", "nll", "perplexity", "ppl", "wer", "cer", "fid", "kl")
+"""Words in the names of metrics that are better when they are lower."""
+
+
+def goal_of(metric: str) -> Goal:
+    """Whether a metric is better when it is higher, by the words of its name.
+
+    Args:
+        metric: As the module logs it.
+
+    Returns:
+        "max" or "min".
+
+    Example:
+        >>> goal_of("val_acc"), goal_of("val/CrossEntropyLoss"), goal_of("valid_mse")
+        ('max', 'min', 'min')
+    """
+    words = metric.lower().replace("/", "_").replace(".", "_").replace("-", "_").split("_")
+    return "min" if any(word in _LOWER or word.endswith(("loss", "error")) for word in words) else "max"
+
+
+def goals(callbacks: Iterable[Any]) -> dict[str, Goal]:
+    """The metrics that the callbacks of a Trainer judge by, and which way.
+
+    Args:
+        callbacks: All of them: what has ``monitor`` and ``mode`` says it itself, ``metric`` goes by its name.
+
+    Returns:
+        Name to "max" or "min".
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> goals([SimpleNamespace(metric="val_acc"), SimpleNamespace(monitor="val_loss", mode="min")])
+        {'val_acc': 'max', 'val_loss': 'min'}
+    """
+    callbacks = list(callbacks)
+    named = [metric for callback in callbacks if isinstance(metric := getattr(callback, "metric", None), str)]
+    found = {metric: goal_of(metric) for metric in named}
+    for callback in callbacks:
+        metric, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
+        if isinstance(metric, str) and mode in ("max", "min"):
+            found[metric] = mode
+    return found
+
+
+def recipe_of(callbacks: Iterable[Any]) -> Mapping[str, Any] | None:
+    """The recipe that attached callbacks, where one did.
+
+    Args:
+        callbacks: Of this package.
+
+    Example:
+        >>> recipe_of([]) is None
+        True
+    """
+    return next((found for own in callbacks if (found := getattr(own, "recipe", None)) is not None), None)
+
+
+def run_settings(callbacks: Mapping[str, Mapping[str, Any]], recipe: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is logged as the configuration of a run, below ``compress``.
+
+    Args:
+        callbacks: Class and arguments of each, as primitives, by its name.
+        recipe: That attached them, or None.
+
+    Returns:
+        The same, with the versions.
+
+    Example:
+        >>> sorted(run_settings({"kd": {"class": "DistillationCallback", "temperature": 4.0}}, None))
+        ['callbacks', 'versions']
+    """
+    found: dict[str, Any] = {"versions": versions(), "callbacks": {name: dict(own) for name, own in callbacks.items()}}
+    return found if recipe is None else {**found, "recipe": dict(recipe)}

@@ -1,0 +1,206 @@
+"""The kinds of loggers, and how each takes what is logged.
+
+A kind is known by the name of a class among the logger's bases, so that nothing is imported, and the loggers of both
+Lightning packages, and what inherits from them, are the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+from matplotlib.image import imsave
+
+from lightning_compress import _compat
+from lightning_compress.tracking.exported import Exported
+from lightning_compress.tracking.settings import Goal
+
+Picture = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, as numbers and as text.
+
+    Attributes:
+        columns: Their names.
+        rows: As many entries each: numbers, text, or None.
+        markdown: The same for people, for loggers that take text alone.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    markdown: str
+
+
+class Sink:
+    """A logger of which nothing more is known: numbers, and what it has a method for.
+
+    Args:
+        logger: One of Lightning's, or what has its methods.
+    """
+
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether it takes pictures."""
+        return hasattr(self.logger, "log_image")
+
+    def define(self, goals: Mapping[str, Goal]) -> None:
+        """Say which metrics are better when they are higher, or lower."""
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """The configuration of the run: primitives."""
+        self.logger.log_hyperparams({"compress": dict(values)})
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        """Several numbers of one step."""
+        self.logger.log_metrics(dict(values), step=step)
+
+    def picture(self, key: str, picture: Picture, step: int, newest: bool) -> None:
+        """A picture, (height, width, 3); with ``newest`` it holds all that earlier ones of this key do."""
+        self.logger.log_image(key, [picture], step=step)
+
+    def table(self, key: str, table: Table, step: int) -> None:
+        """A table, or its text."""
+        if hasattr(self.logger, "log_table"):
+            self.logger.log_table(key, columns=list(table.columns), data=[list(row) for row in table.rows], step=step)
+        elif hasattr(self.logger, "log_text"):
+            self.logger.log_text(key, columns=["text"], data=[[table.markdown]], step=step)
+
+    def exported(self, exported: Exported, step: int) -> None:
+        """A file of the model."""
+
+    def save(self) -> None:
+        """Let it write what it has."""
+        self.logger.save()
+
+
+class WandbSink(Sink):
+    """Weights & Biases, by ``WandbLogger``."""
+
+    def define(self, goals: Mapping[str, Goal]) -> None:
+        """The step of all that is ours, and the best value of the metrics that count, beside the last."""
+        run, own = self.logger.experiment, _compat.wandb_settings(self.logger)
+        run.define_metric(f"{own.prefix}compress/*", step_metric=own.step, step_sync=True)
+        for metric, goal in goals.items():
+            name = f"{own.prefix}{metric}".replace(".", r"\.")  # a dot alone would lead into a dictionary
+            run.define_metric(name, step_metric=own.step, step_sync=True, summary=f"{goal},last")
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """The run's configuration, under ``compress``."""
+        self.logger.experiment.config.update({"compress": dict(values)}, allow_val_change=True)
+
+    def exported(self, exported: Exported, step: int) -> None:
+        """An artifact, made from that of the checkpoint."""
+        import wandb
+
+        run, own = self.logger.experiment, _compat.wandb_settings(self.logger)
+        metadata = {**exported.metadata, "step": step}
+        if exported.checkpoint is not None and own.checkpoints is None:
+            name = f"checkpoint-{run.id}"
+            checkpoint = wandb.Artifact(name, type="checkpoint", metadata={"path": str(exported.checkpoint)})
+            checkpoint.add_reference(exported.checkpoint.absolute().as_uri(), name=exported.checkpoint.name)
+            _compat.wandb_input(run, checkpoint)
+            metadata["checkpoint"] = {"artifact": name, "path": str(exported.checkpoint)}
+        elif exported.checkpoint is not None:  # which the logger uploads itself
+            metadata["checkpoint"] = {"artifact": own.checkpoints, "path": str(exported.checkpoint)}
+        artifact = wandb.Artifact(exported.name, type="model", metadata=metadata)
+        artifact.add_file(str(exported.path), name=exported.path.name)
+        run.log_artifact(artifact, aliases=["latest"])
+
+
+class TensorBoardSink(Sink):
+    """TensorBoard: pictures as they are, tables and settings as text."""
+
+    takes_pictures = True
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """As text: a second set of hyperparameters beside the module's would hide that."""
+        self._text("compress/config", f"```yaml\n{_as_yaml(values)}```", 0)
+
+    def picture(self, key: str, picture: Picture, step: int, newest: bool) -> None:
+        """An image."""
+        self.logger.experiment.add_image(key, picture, step, dataformats="HWC")
+
+    def table(self, key: str, table: Table, step: int) -> None:
+        """Markdown."""
+        self._text(key, table.markdown, step)
+
+    def exported(self, exported: Exported, step: int) -> None:
+        """What is known of the file."""
+        self._text(f"compress/{exported.callback}", f"```yaml\n{_as_yaml(exported.metadata)}```", step)
+
+    def _text(self, key: str, text: str, step: int) -> None:
+        self.logger.experiment.add_text(key, text, step)
+
+
+class CSVSink(Sink):
+    """CSV files: numbers as metrics, the rest as files in the folder ``compress`` beside them."""
+
+    takes_pictures = True
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """A file of its own: Lightning's ``hparams.yaml`` is for the arguments of the module."""
+        self._file("compress/config", ".yaml").write_text(_as_yaml(values), encoding="utf-8")
+
+    def picture(self, key: str, picture: Picture, step: int, newest: bool) -> None:
+        """A PNG file, over the last one if it holds all that that did."""
+        imsave(self._file(key, ".png" if newest else f"-step={step}.png"), picture)
+
+    def table(self, key: str, table: Table, step: int) -> None:
+        """A CSV file."""
+        with self._file(key, ".csv").open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([table.columns, *table.rows])
+
+    def exported(self, exported: Exported, step: int) -> None:
+        """What is known of the file, as JSON."""
+        text = json.dumps({**exported.metadata, "step": step}, indent=2, default=str) + "\n"
+        self._file(f"compress/{exported.callback}", ".json").write_text(text, encoding="utf-8")
+
+    def _file(self, key: str, suffix: str) -> Path:
+        """Where a key lies: ``compress/dcil/sparsity`` is ``compress/dcil/sparsity.png`` in the logger's folder."""
+        _ = self.logger.experiment  # which wants to find its folder empty
+        path = Path(self.logger.log_dir, *key.split("/"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.with_name(path.name + suffix)
+
+
+_KINDS: dict[str, type[Sink]] = {
+    "WandbLogger": WandbSink,
+    "TensorBoardLogger": TensorBoardSink,
+    "CSVLogger": CSVSink,
+}
+
+
+def sink_of(logger: Any) -> Sink | None:
+    """How a logger takes what is logged.
+
+    Args:
+        logger: One of a Trainer's.
+
+    Returns:
+        None for the one that Lightning puts in the place of all others when nothing is to be logged.
+
+    Example:
+        >>> class CSVLogger: ...
+        >>> type(sink_of(CSVLogger())).__name__
+        'CSVSink'
+    """
+    names = [base.__name__ for base in type(logger).__mro__]
+    if "DummyLogger" in names:
+        return None
+    return next((_KINDS[name] for name in names if name in _KINDS), Sink)(logger)
+
+
+def _as_yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(json.loads(json.dumps(values, default=str)), sort_keys=False, allow_unicode=True)

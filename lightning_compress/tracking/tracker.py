@@ -1,0 +1,169 @@
+"""The one place that writes to loggers: on rank 0, and never at the cost of the training."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_compress.export.onnx import ExportResult
+from lightning_compress.report.measure import first_line
+from lightning_compress.tracking.exported import Exported, weights_digest
+from lightning_compress.tracking.settings import Goal
+from lightning_compress.tracking.sinks import Picture, Sink, Table, sink_of
+
+log = logging.getLogger("lightning_compress")
+
+
+class Tracker:
+    """Gives what is logged to every logger of a Trainer, each in its own way.
+
+    On other ranks than 0, and under ``fast_dev_run``, it does nothing. What a logger raises is told once, as a warning,
+    and the training goes on.
+
+    Args:
+        trainer: Whose loggers are meant.
+
+    Example:
+        >>> import tempfile, lightning as L
+        >>> from lightning.pytorch.loggers import CSVLogger
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     logger = CSVLogger(folder)
+        ...     tracker = Tracker(L.Trainer(logger=logger, accelerator="cpu", enable_checkpointing=False))
+        ...     tracker.numbers({"compress/dcil/sparsity": 0.9})
+        ...     logger.experiment.metrics
+        [{'compress/dcil/sparsity': 0.9, 'step': 0}]
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._settings: dict[str, Any] = {}
+        self._failed: set[int] = set()
+
+    @property
+    def sinks(self) -> list[Sink]:
+        """What there is to write to, now."""
+        if not self.trainer.is_global_zero:
+            return []
+        return [sink for logger in self.trainer.loggers if (sink := sink_of(logger)) is not None]
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether a picture would be seen: drawing takes time."""
+        return any(sink.takes_pictures for sink in self.sinks)
+
+    def define(self, goals: Mapping[str, Goal]) -> None:
+        """Say which metrics are better when they are higher, or lower.
+
+        Args:
+            goals: Name to "max" or "min".
+        """
+        self._each("the definitions of metrics", lambda sink: sink.define(goals))
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """Add to what the run says of itself.
+
+        Args:
+            values: Primitives, as :func:`lightning_compress.tracking.run_settings` gives them.
+        """
+        self._settings.update(values)
+        self._each("the configuration", lambda sink: sink.settings(self._settings))
+
+    def numbers(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Log several numbers.
+
+        Args:
+            values: Key to number.
+            step: To which they belong; None: the optimizer steps so far.
+        """
+        at = self._step if step is None else step
+        self._each(f"'{next(iter(values), 'compress')}'", lambda sink: sink.numbers(values, at))
+
+    def picture(self, key: str, picture: Picture, *, newest: bool = False) -> None:
+        """Log a picture.
+
+        Args:
+            key: Under which it is logged.
+            picture: Shape (height, width, 3), 0 to 255.
+            newest: Whether it holds all that earlier ones of this key do; of those that are files, one is kept then.
+        """
+        self._each(
+            f"the picture '{key}'",
+            lambda sink: sink.picture(key, picture, self._step, newest) if sink.takes_pictures else None,
+        )
+
+    def table(self, key: str, table: Table) -> None:
+        """Log a table.
+
+        Args:
+            key: Under which it is logged.
+            table: Its content.
+        """
+        self._each(f"the table '{key}'", lambda sink: sink.table(key, table, self._step))
+
+    def exported(self, exported: Exported) -> None:
+        """Log a file of the model.
+
+        Args:
+            exported: The file, and where it came from.
+        """
+        self._each("the exported file", lambda sink: sink.exported(exported, self._step))
+
+    def save(self) -> None:
+        """Let loggers write what they have."""
+        self._each("what it has", lambda sink: sink.save())
+
+    @property
+    def _step(self) -> int:
+        return int(self.trainer.global_step)
+
+    def _each(self, what: str, work: Callable[[Sink], None]) -> None:
+        for sink in self.sinks:
+            self._try(sink, what, work)
+
+    def _try(self, sink: Sink, what: str, work: Callable[[Sink], None]) -> None:
+        try:
+            work(sink)
+        except Exception as error:  # a service may fail in any way, and a training is worth more than its log
+            self._tell(sink.logger, what, error)
+
+    def _tell(self, logger: Any, what: str, error: Exception) -> None:
+        if id(logger) in self._failed:
+            log.debug("%s did not take %s", type(logger).__name__, what, exc_info=True)
+            return
+        self._failed.add(id(logger))
+        warnings.warn(
+            f"{type(logger).__name__} did not take {what}: {type(error).__name__}: {first_line(error)}. The training "
+            "goes on, and what else this logger may not take is not told",
+            stacklevel=5,
+        )
+
+
+def log_export(
+    tracker: Tracker,
+    result: ExportResult,
+    module: nn.Module,
+    *,
+    checkpoint: Path | None = None,
+    **known: Any,
+) -> None:
+    """Give an exported file to all loggers: to Weights & Biases as an artifact, to others what is known of it.
+
+    Args:
+        tracker: Of the Trainer whose loggers are meant.
+        result: What was written.
+        module: Whose weights it has; its digest takes the place of a checkpoint where there is none.
+        checkpoint: The file that the weights are in, or None.
+        **known: Other attributes of :class:`Exported`.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> log_export(Tracker(SimpleNamespace(is_global_zero=False)), None, nn.Linear(1, 1))
+    """
+    if tracker.sinks:
+        weights = weights_digest(module) if checkpoint is None else None
+        tracker.exported(Exported(result, checkpoint=checkpoint, weights=weights, **known))
