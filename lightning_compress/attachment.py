@@ -65,11 +65,13 @@ class Order:
         recipe: Absolute path of the recipe.
         cwd: Where the command was called; relative paths in the recipe start there.
         events: Path of the file of events.
+        command: What was called, for the report.
     """
 
     recipe: str
     cwd: str
     events: str
+    command: str | None = None
 
     def to_json(self) -> str:
         """The value of the environment variable."""
@@ -151,6 +153,9 @@ class RecipeAttachment(TrainerCallback):
             if self._active:
                 has_report = any(isinstance(callback, CompressionReport) for callback in trainer.callbacks)
                 built = build_callbacks(recipe, self.order.cwd, add_report=not has_report)
+                for callback in built:
+                    if isinstance(callback, CompressionReport):
+                        callback.command = self.order.command
                 with naming_file(recipe.path):
                     self._insert(built, trainer, pl_module)
 

@@ -6,6 +6,7 @@ The parent never sees a module: export, evaluation and report happen in the chil
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -53,7 +54,8 @@ def run(recipe: str, command: Sequence[str]) -> int:
         return _ended(USAGE, str(error))
     with tempfile.TemporaryDirectory(prefix="lightning-compress-") as folder:
         events = Events(os.path.join(folder, "events.jsonl"))
-        order = Order(os.path.abspath(recipe), os.getcwd(), events.path)
+        called = shlex.join(["lightning-compress", "run", recipe, "--", *command])
+        order = Order(os.path.abspath(recipe), os.getcwd(), events.path, command=called)
         try:
             with _no_new_drafts(loaded):
                 code = _exit_code(command, {**os.environ, VARIABLE: order.to_json()})
