@@ -32,7 +32,7 @@ from lightning_compress.mechanisms.loaders import data_kept
 from lightning_compress.mechanisms.quantization import quantizing
 from lightning_compress.mechanisms.rounding import Rounding
 from lightning_compress.mechanisms.selection import find_module, plain_name
-from lightning_compress.mechanisms.signs import sign
+from lightning_compress.mechanisms.signs import is_shown, sign
 from lightning_compress.mechanisms.tree import leaves, named_tensors, with_tensors
 
 RUN_VARIABLE = "LIGHTNING_COMPRESS_RUN"  # tells every Trainer to attach a recipe; not the one made here
@@ -253,7 +253,8 @@ def _validated(
     find_module(module, name, argument="network")  # a wrong name is an error before anything is copied
     loaders, datamodule = _data(module, source)
     with contextlib.ExitStack() as stack:
-        step = stack.enter_context(sign(trainer, what, _batches(trainer)))  # first: what follows is silent
+        counted = is_shown(trainer)  # first of all: what follows is silent
+        step = stack.enter_context(sign(trainer, what, _batches(trainer)))
         stack.enter_context(quiet(LIGHTNING_LOGGERS))
         stack.enter_context(random_state_kept())
         stack.enter_context(_compat.hidden_process_group())
@@ -267,7 +268,7 @@ def _validated(
                     vars(owner).update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
         vars(duplicate)["configure_callbacks"] = list  # the user's callbacks act on the user's run only
         fresh = _fresh_trainer(lightning, trainer)
-        fresh.callbacks.append(_counting(lightning, step))
+        fresh.callbacks += [_counting(lightning, step)] if counted else []
         part = find_module(duplicate, plain_name(name), argument="network")
         counter = None if replacement is None else _replace(part, replacement(duplicate, part, stack), seen)
         results = fresh.validate(duplicate, dataloaders=loaders, datamodule=datamodule, verbose=False)

@@ -33,10 +33,10 @@ def sign(trainer: Any, what: str, total: int | None = 0) -> Iterator[Callable[[]
         ...     for _ in range(2):
         ...         _ = step()
     """
-    bar = None if trainer is None else trainer.progress_bar_callback
-    if bar is None or not is_shown(trainer):
+    if not is_shown(trainer):
         yield lambda: None
         return
+    bar = trainer.progress_bar_callback
     shown = _rich if any(base.__name__ == "RichProgressBar" for base in type(bar).__mro__) else _tqdm
     with shown(bar, what, total) as step:
         yield step
@@ -46,27 +46,27 @@ def is_shown(trainer: Any) -> bool:
     """Whether signs are wanted here.
 
     Args:
-        trainer: A Trainer.
+        trainer: A Trainer, or None.
 
     Returns:
-        False on other ranks than 0, without an enabled progress bar, and where output goes to a file.
+        False without a Trainer, on other ranks than 0, without an enabled progress bar, and where output goes to a file.
 
     Example:
         >>> import lightning.pytorch as L
         >>> is_shown(L.Trainer(enable_progress_bar=False, logger=False, enable_checkpointing=False, accelerator="cpu"))
         False
     """
-    bar = trainer.progress_bar_callback
+    bar = None if trainer is None else trainer.progress_bar_callback
     enabled = bar is not None and bool(getattr(bar, "is_enabled", True))
-    return enabled and trainer.is_global_zero and (sys.stdout.isatty() or "ipykernel" in sys.modules)
+    return enabled and bool(trainer.is_global_zero) and (sys.stdout.isatty() or "ipykernel" in sys.modules)
 
 
 @contextmanager
 def _tqdm(bar: Any, what: str, total: int | None) -> Iterator[Callable[[], object]]:
-    from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+    from tqdm import tqdm
 
     layout: dict[str, Any] = {"bar_format": "{desc} ..."} if total == 0 else {"delay": PATIENCE}
-    with Tqdm(desc=what, total=total or None, leave=False, file=sys.stdout, dynamic_ncols=True, **layout) as shown:
+    with tqdm(desc=what, total=total or None, leave=False, file=sys.stdout, dynamic_ncols=True, **layout) as shown:
         yield shown.update
 
 

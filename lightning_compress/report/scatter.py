@@ -23,12 +23,6 @@ _RADIUS = 5.0
 _NAME = 200  # pixels of a name
 _DECADE = 8.0  # ratio of the largest to the smallest cost from which on the axis is logarithmic
 
-_BETTER: dict[Cost, str] = {
-    "bytes": "smaller",
-    "bytes_compressed": "smaller",
-    "latency": "faster",
-    "macs": "lighter",
-}
 FORMATS: dict[Cost, Callable[[float | None], str]] = {
     "bytes": units.size,
     "bytes_compressed": units.size,
@@ -123,7 +117,7 @@ def scatter_legend(pareto: Pareto) -> str:
     """
     parts = [f"{pareto.direction}."]
     if len(pareto.front) < sum(point.placed and not point.reference for point in pareto.points):
-        parts.append(f"Blue: no other model is both {_BETTER[pareto.cost]} and better.")
+        parts.append("Blue: the front; each other model is beaten by one on it.")
     away = [point_label(pareto, point) for point in _references(pareto) if point not in _shown(pareto)]
     if any(point.reference for point in _shown(pareto)):
         parts.append("Diamonds: what the models came from.")
@@ -166,7 +160,7 @@ def _drawn(pareto: Pareto, size: tuple[int, int], colours: Colours, background: 
     for index in reversed(order):
         _draw_point(axes, *places[index], shown[index], colours, background)
     named = [index for index in order if size[0] >= WIDE[0] or shown[index].front or shown[index].reference]
-    room = Box(across.start - 30, down.end - 8, size[0] - 2, down.start - 2)
+    room = Box(across.start + 1, down.end - 8, size[0] - 2, down.start - 2)
     texts = {index: fitting(point_label(pareto, shown[index]), min(_NAME, size[0] / 3), _SMALL) for index in named}
     labels = [
         Label(*places[index], text_width(texts[index], _SMALL) + 4, 15.0, math.inf if shown[index].front else 44.0)

@@ -320,6 +320,6 @@ def _read_file(entry: Any) -> ExportedFile:
 def _read_picture(entry: Any) -> Picture:
     picture: Picture = _record(Picture, entry, "pictures")
     try:
-        return replace(picture, png=base64.b64decode(str(picture.png), validate=True))
-    except binascii.Error as error:
+        return replace(picture, png=base64.b64decode(picture.png, validate=True))
+    except (binascii.Error, TypeError) as error:
         raise ValueError(f"the picture '{picture.title}' of a compression report is no base64: {error}") from error
