@@ -68,6 +68,7 @@ class Order:
         events: Path of the file of events.
         settings: ``KEY=VALUE`` each, which change the recipe.
         mode: "run"; or "plan", which ends the fit, and the process, with the first batch.
+        command: What was called, for the report.
     """
 
     recipe: str
@@ -75,6 +76,7 @@ class Order:
     events: str
     settings: Sequence[str] = ()
     mode: str = "run"
+    command: str | None = None
 
     def to_json(self) -> str:
         """The value of the environment variable."""
@@ -162,6 +164,9 @@ class RecipeAttachment(TrainerCallback):
             if self._active:
                 has_report = any(isinstance(callback, CompressionReport) for callback in trainer.callbacks)
                 built = build_callbacks(recipe, self.order.cwd, add_report=not has_report)
+                for callback in built:
+                    if isinstance(callback, CompressionReport):
+                        callback.command = self.order.command
                 with naming(recipe.path):
                     self._insert(built, trainer, pl_module)
 

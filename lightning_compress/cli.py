@@ -203,8 +203,22 @@ def _add_export(commands: Commands) -> None:
 
 
 def _add_report(commands: Commands) -> None:
-    report = commands.add_parser("report", help="show reports again; several make one Pareto table")
-    report.add_argument("directories", metavar="DIR", nargs="+")
+    report = commands.add_parser(
+        "report",
+        help="show reports again; several make one Pareto table",
+        description="Show the report that a run has left below a directory, or merge several into one Pareto table: "
+        "which of the compressed models no other one beats in cost and metric at once. Of each folder the newest "
+        "report is read.",
+        allow_abbrev=False,
+    )
+    report.add_argument("directories", metavar="DIR", nargs="+", help="where runs have left their reports")
+    report.add_argument("--metric", metavar="NAME", help="default: one that all reports have")
+    report.add_argument("--mode", choices=("min", "max"), help="whether it should be small or large; default: its name")
+    report.add_argument("--cost", choices=("bytes", "bytes_compressed", "latency", "macs"), help="default: bytes")
+    report.add_argument(
+        "--out", metavar="DIR", help="where to write .json, .md and .html; default: compression_pareto for several"
+    )
+    report.add_argument("--wandb", metavar="PROJECT", help="log the Pareto table to Weights & Biases as well")
 
 
 def _add_recipes(commands: Commands) -> None:

@@ -7,6 +7,7 @@ The parent never sees a module: export, evaluation and report happen in the chil
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -81,7 +82,10 @@ def attached(
         return _ended(mode, USAGE, str(error))
     with tempfile.TemporaryDirectory(prefix="lightning-compress-", ignore_cleanup_errors=True) as folder:
         events = Events(os.path.join(folder, "events.jsonl"))
-        order = Order(os.path.abspath(recipe), os.getcwd(), events.path, settings, mode)
+        called = shlex.join(
+            ["lightning-compress", mode, recipe, *(["--set", *settings] if settings else []), "--", *command]
+        )
+        order = Order(os.path.abspath(recipe), os.getcwd(), events.path, settings, mode, called)
         try:
             with _no_new_drafts(loaded):
                 code, interrupted = _exit_code(command, {**os.environ, VARIABLE: order.to_json()})

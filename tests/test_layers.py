@@ -43,6 +43,7 @@ STOREYS = [
         "demo",
         "cli",
         "_factory",
+        "reporting",
     },
 ]
 HEIGHT = {part: height for height, parts in enumerate(STOREYS) for part in parts}

@@ -37,6 +37,8 @@ from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.stages import Stage
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.report.attention import MapPair, attention_picture
+from lightning_compress.report.pictures import report_picture
+from lightning_compress.report.table import Picture
 
 PICTURED = 4  # samples in a picture
 
@@ -123,6 +125,8 @@ class AttentionTransferCallback(FeatureCallback):
         self.pictures_every_n_epochs = pictures_every_n_epochs
         self.teacher_goes_first = map_kind != "gradient"
         self._pictured: int | None = None  # the last epoch that has its picture
+        self._mapped: int | None = None  # the last epoch whose maps are kept
+        self._last_maps: tuple[Tensor | None, list[MapPair]] | None = None
         self._directory: Path | None = None
 
     @property
@@ -162,7 +166,7 @@ class AttentionTransferCallback(FeatureCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """See to it that pictures have samples and a place."""
-        self._pictured = None
+        self._pictured = self._mapped = self._last_maps = None
         if self.pictures_every_n_epochs is None:
             return
         if not trainer.enable_validation:
@@ -200,19 +204,34 @@ class AttentionTransferCallback(FeatureCallback):
         total = functools.reduce(torch.add, terms.values())
         self.log_quantity("loss", total, batch_size=samples_of(call), validation=True)
         every, epoch = self.pictures_every_n_epochs, self._trainer.current_epoch
+        if epoch == self._mapped or not self._trainer.is_global_zero:
+            return
+        self._mapped, self._last_maps = epoch, self._maps_of(seen, call)
         if every is not None and (self._pictured is None or epoch - self._pictured >= every):
             self._pictured = epoch
-            if self._trainer.is_global_zero and not self._trainer.fast_dev_run:
-                self._picture(seen, call, epoch)
+            if not self._trainer.fast_dev_run:
+                self._picture(epoch, *self._last_maps)
 
-    def _picture(self, seen: Pass, call: NetworkCall, epoch: int) -> None:
-        """Draw the maps of the first samples, and give the picture to whoever takes it."""
+    def pictures(self) -> list[Picture]:
+        """The maps of the first samples of the last validation."""
+        if self._last_maps is None:
+            return []
+        legend = "Samples of the last validation; bright is where a network looks."
+        drawn = attention_picture(*self._last_maps)
+        return [report_picture(f"{self.name}: where teacher and student look", legend, drawn)]
+
+    def _maps_of(self, seen: Pass, call: NetworkCall) -> tuple[Tensor | None, list[MapPair]]:
+        """The first samples, if they are images, and their maps, on the CPU."""
         pairs = []
         for pair, student, teacher in self._features(seen, call):
             maps = [self._maps(self._without_tokens(pair, feature[:PICTURED])) for feature in (student, teacher)]
-            pairs.append(MapPair(pair.student, pair.teacher, *maps))
+            pairs.append(MapPair(pair.student, pair.teacher, *(own.detach().cpu() for own in maps)))
         images = next((tensor for tensor in call.tensors if tensor.ndim == 4), None)
-        picture = attention_picture(None if images is None else images[:PICTURED], pairs)
+        return None if images is None else images[:PICTURED].detach().cpu().clone(), pairs
+
+    def _picture(self, epoch: int, images: Tensor | None, pairs: Sequence[MapPair]) -> None:
+        """Draw the maps, and give the picture to whoever takes it."""
+        picture = attention_picture(images, pairs)
         tracker = self.tracker(self._trainer)
         tracker.picture(f"compress/{self.name}/attention", picture)
         if not tracker.takes_pictures and self._directory is not None:

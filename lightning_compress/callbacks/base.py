@@ -35,6 +35,7 @@ from lightning_compress.mechanisms.scores import forget_scores
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.step import StepController, step_controller
 from lightning_compress.mechanisms.student import StudentCapture
+from lightning_compress.report.table import Picture
 from lightning_compress.tracking import Tracker, goals, recipe_of, run_settings
 
 log = logging.getLogger("lightning_compress")
@@ -182,6 +183,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def remarks(self) -> list[str]:
         """Sentences that the report shows below its tables."""
+        return []
+
+    def pictures(self) -> list[Picture]:
+        """What the report shows of it beside the numbers; asked for on rank 0 at the end of fit."""
         return []
 
     def follow_shrinkage(self, shrinkage: Shrinkage, pl_module: Any) -> None:

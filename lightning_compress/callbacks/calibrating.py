@@ -28,6 +28,7 @@ from lightning_compress.mechanisms.quantization import QuantizationError, Quanti
 from lightning_compress.mechanisms.replay import replay, traceless
 from lightning_compress.mechanisms.rounding import Presented
 from lightning_compress.mechanisms.selection import find_module, joined, plain_name, select_modules
+from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.step import step_controller
 from lightning_compress.mechanisms.weights import named_weights
 
@@ -325,6 +326,7 @@ class CalibratingCallback(CompressionCallback):
         with ExitStack() as stack:
             controller = stack.enter_context(step_controller(pl_module))
             again = stack.enter_context(self._replayed(controller, trainer, training=training))
+            step = stack.enter_context(sign(trainer, f"{self.name}: looking at training batches", total=None))
             if not training:
                 stack.enter_context(evaluating(pl_module))
             stack.enter_context(controller.weights.presented())
@@ -340,6 +342,7 @@ class CalibratingCallback(CompressionCallback):
                             f"{type(self).__name__} '{self.name}' calibrates with batches of the training data, and "
                             f"{type(pl_module).__name__}'s step failed on one: {type(error).__name__}: {error}"
                         ) from error
+                    step()
                     yield
 
             work(steps)

@@ -21,6 +21,7 @@ from lightning_compress.export.sample import Sample, check_sample
 from lightning_compress.export.scales import HOW, Scales
 from lightning_compress.functional.quantizers import MOST_BITS
 from lightning_compress.mechanisms.selection import did_you_mean
+from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.report.measure import compressed_bytes, count_nonzeros, count_parameters, first_line
 from lightning_compress.report.precision import AgainstFp32, against_fp32
@@ -156,7 +157,10 @@ class ExportCallback(CompressionCallback):
                 "network= (the LightningModule itself is '', with sample= if its forward is never called)"
             )
         if trainer.is_global_zero:
-            with tempfile.TemporaryDirectory() as folder:
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                sign(trainer, f"Trying to export {os.path.basename(self.path)}"),
+            ):
                 path, scales = os.path.join(folder, "trial.onnx"), self._trial_scales(trainer)
                 self.trial_bytes = self._written(pl_module, path, self.precision, scales).bytes
                 if self.planning and count_nonzeros(pl_module) < SPARSE * count_parameters(pl_module):
@@ -193,13 +197,15 @@ class ExportCallback(CompressionCallback):
             path = os.path.join(self._draft.name, os.path.basename(self.path))
             log.info("%s: fast_dev_run, so the file is checked and not kept", self.name)
         try:
-            self.result = self._written(pl_module, path, self.precision)
+            with sign(trainer, f"Exporting {os.path.basename(path)}"):
+                self.result = self._written(pl_module, path, self.precision)
         except Exception as error:
             self.failure = f"{os.path.basename(path)} was not written: {first_line(error)}"
             raise
         log.info("%s: wrote %s (%d bytes, %s)", self.name, self.result.path, self.result.bytes, self.precision)
         if self.precision != "fp32" and self.fp32_comparison and not trainer.fast_dev_run:
-            self._compare(pl_module, self.result)
+            with sign(trainer, f"Comparing {os.path.basename(path)} with a file in fp32"):
+                self._compare(pl_module, self.result)
 
     def _compare(self, pl_module: Any, result: ExportResult) -> None:
         """Beside a file in fp32; without it the training is none the worse."""

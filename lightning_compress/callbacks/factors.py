@@ -31,6 +31,7 @@ from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
 from lightning_compress.mechanisms.paraphrasing import authors_optimizer, paraphraser_from, train_paraphraser
 from lightning_compress.mechanisms.passes import Pass
 from lightning_compress.mechanisms.replay import Replay
+from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.stages import Stage
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.modules import Paraphraser, Translator
@@ -268,7 +269,10 @@ class FactorTransferCallback(FeatureCallback):
         """Train the paraphraser on what the teacher returns for the training data, in the main run's absence."""
         [pair] = self.settled
         epochs = 0 if self.planning else self.pretrain_epochs
-        with self.replayed(trainer) as again, _progress_bar(trainer, epochs) as bar:
+        with (
+            self.replayed(trainer) as again,
+            sign(trainer, "Pre-training the paraphraser", self._steps(trainer, epochs)) as step,
+        ):
             first = next(iter(self._teacher_features(again, pair, trainer, 0)), None)
             if not trainer.strategy.reduce_boolean_decision(first is not None, all=True) or first is None:
                 raise CaptureError(
@@ -284,7 +288,7 @@ class FactorTransferCallback(FeatureCallback):
 
             def features(epoch: int) -> Iterable[Tensor]:
                 for feature in _in_step(self._teacher_features(again, pair, trainer, epoch), trainer):
-                    bar.update()
+                    step()
                     yield feature
 
             reduce = averaging(trainer)
@@ -292,6 +296,11 @@ class FactorTransferCallback(FeatureCallback):
         self._paraphraser = paraphraser
         if not self.planning:
             self._tell_errors(trainer)
+
+    def _steps(self, trainer: Any, epochs: int) -> int | None:
+        """Batches of the pre-training, if that is known."""
+        batches = _compat.batches_an_epoch(trainer)
+        return None if batches == float("inf") else epochs * int(batches)
 
     def _rehearse(self, again: Replay, pair: Pair) -> None:
         """Refuse a layer of the student that the first step would refuse, before the paraphraser is trained for it."""
@@ -341,15 +350,6 @@ def _in_step(features: Iterator[Tensor], trainer: Any) -> Iterator[Tensor]:
 def _helpers_dtype(feature: Tensor) -> torch.dtype:
     """Helpers are trained in float32 or better, whatever the features come in."""
     return torch.promote_types(feature.dtype, torch.float32)
-
-
-def _progress_bar(trainer: Any, epochs: int) -> Any:
-    from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-
-    bar, batches = trainer.progress_bar_callback, _compat.batches_an_epoch(trainer)
-    shown = bar is not None and bool(getattr(bar, "is_enabled", True)) and trainer.is_global_zero
-    total = None if batches == float("inf") else epochs * int(batches)
-    return Tqdm(desc="Pre-training the paraphraser", total=total, disable=not shown or epochs == 0, leave=True)
 
 
 def _read(path: str, factor_ratio: float) -> dict[str, Tensor]:

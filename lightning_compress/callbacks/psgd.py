@@ -40,7 +40,9 @@ from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.warping import EDGES, WarpedWeights, edge_layers, warpable_weights
 from lightning_compress.mechanisms.weights import named_weights
 from lightning_compress.mechanisms.wrapping import shadowed
+from lightning_compress.report.pictures import report_picture
 from lightning_compress.report.positions import LayerPositions, position_histogram, positions_picture
+from lightning_compress.report.table import Picture
 
 Granularity = Literal["tensor", "channel"]
 Target = Literal["grid", "zero"]
@@ -235,6 +237,13 @@ class PSGDCallback(CompressionCallback):
                 f"({summary.zeros / summary.total:.2%}) are 0, and the relative error is {summary.error:.4f}."
             )
         return remarks
+
+    def pictures(self) -> list[Picture]:
+        """Where the weights lay between the points of their grids, at the start and at the end."""
+        if self.picture is None:
+            return []
+        legend = "Histograms of each weight's elements: grey at the start of the training, blue at its end."
+        return [report_picture(f"{self.name}: where the weights have gone", legend, self.picture)]
 
     # Life cycle
 

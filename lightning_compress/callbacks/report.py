@@ -25,17 +25,17 @@ from lightning_compress.export.sample import Sample
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.selection import find_module, joined
+from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.mechanisms.teacher import Teacher
 from lightning_compress.report.compare import compare, file_names
 from lightning_compress.report.measure import first_line
+from lightning_compress.report.pictures import kept
 from lightning_compress.report.render import to_console, to_markdown
 from lightning_compress.report.table import ExportedFile, Report, Row, with_quantised
-from lightning_compress.report.write import ReportFiles, write_report
+from lightning_compress.report.write import FILE_STEM, ReportFiles, write_report
 from lightning_compress.tracking import Table
-
-FILE_STEM = "compression_report"
 
 
 class CompressionReport(CompressionCallback):
@@ -57,6 +57,7 @@ class CompressionReport(CompressionCallback):
         result: The report, on rank 0 after a fit.
         files: Where it was written.
         recipe: What the report keeps as the recipe that attached the callbacks.
+        command: What it keeps as the command that did.
 
     Raises:
         ValueError: If ``path`` is a file or not on this machine.
@@ -82,6 +83,7 @@ class CompressionReport(CompressionCallback):
         self.path = None if path is None else os.path.abspath(path)
         self.latency = latency
         self.recipe: dict[str, Any] | None = None
+        self.command: str | None = None
         self._before: nn.Module | None = None
         self._capture: StudentCapture | None = None
         self._notes: list[str] = []
@@ -173,21 +175,30 @@ class CompressionReport(CompressionCallback):
         models = {name: find_module(module, network, argument="network") for name, module in befores}
         models["after"] = find_module(pl_module, network, argument="network")
         models.update(_teachers(trainer))
-        report = compare(
-            models,
-            [callback.result for callback in _exports(trainer).values()],
-            sample=sample,
-            metrics=self._metrics(trainer, pl_module, network, models, notes),
-            latency=self.latency,
-            compressed="after",
-            prefix=network,
-            notes=notes,
-            recipe=self.recipe,
-            bits=_bits(callbacks),
-        )
+        metrics = self._metrics(trainer, pl_module, network, models, notes)
+        with sign(trainer, f"Measuring sizes{' and times' if self.latency else ''}"):
+            report = compare(
+                models,
+                [callback.result for callback in _exports(trainer).values()],
+                sample=sample,
+                metrics=metrics,
+                latency=self.latency,
+                compressed="after",
+                prefix=network,
+                notes=notes,
+                recipe=self.recipe,
+                bits=_bits(callbacks),
+            )
         exports = list(_exports(trainer).values())
         files = [_beside_fp32(file, callback) for file, callback in zip(report.files, exports, strict=True)]
-        report = replace(report, files=tuple(files))
+        pictures, left_out = kept(drawn for callback in callbacks for drawn in callback.pictures())
+        report = replace(
+            report,
+            files=tuple(files),
+            notes=(*report.notes, *left_out),
+            command=self.command,
+            pictures=pictures,
+        )
         for callback in reversed(callbacks):  # each row goes directly below "after"
             grids, measured = getattr(callback, "quantization", None), getattr(callback, "metrics", {})
             if isinstance(grids, Grids) and measured:

@@ -41,6 +41,7 @@ from lightning_compress.mechanisms.shrinking import (
     prepared_shrinkage,
     structure_of,
 )
+from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.time_limit import within
 
 SCORES = ("l1", "l2", "taylor", "bn_scale", "random")
@@ -414,7 +415,8 @@ class StructuredPruningCallback(CompressionCallback):
             )
             copies = Copies(trainer, pl_module, batch, batch_idx)
             try:
-                found.append(within(self.time_limit, Rehearsal(copies, pl_module, wanted).plan, message))
+                with sign(trainer, f"{self.name}: trying smaller networks on copies"):
+                    found.append(within(self.time_limit, Rehearsal(copies, pl_module, wanted).plan, message))
                 self._skipped = 0
             except SkippedBatchError:
                 self._skipped += 1

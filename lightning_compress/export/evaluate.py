@@ -10,6 +10,7 @@ import contextlib
 import functools
 import inspect
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from lightning_compress.mechanisms.loaders import data_kept
 from lightning_compress.mechanisms.quantization import quantizing
 from lightning_compress.mechanisms.rounding import Rounding
 from lightning_compress.mechanisms.selection import find_module, plain_name
+from lightning_compress.mechanisms.signs import is_shown, sign
 from lightning_compress.mechanisms.tree import leaves, named_tensors, with_tensors
 
 RUN_VARIABLE = "LIGHTNING_COMPRESS_RUN"  # tells every Trainer to attach a recipe; not the one made here
@@ -74,7 +76,8 @@ def evaluate(
     def from_file(root: nn.Module, part: nn.Module, stack: contextlib.ExitStack) -> Forward:
         return _FileForward(part, file)
 
-    return _validated(module, trainer_or_dataloaders, name, from_file, seen)
+    what = f"Validating {os.path.basename(path)}"
+    return _validated(module, trainer_or_dataloaders, name, from_file, what, seen)
 
 
 def evaluate_forward(
@@ -96,7 +99,8 @@ def evaluate_forward(
         TypeError: If ``module`` is not a LightningModule.
         ValueError: If ``network`` names nothing.
     """
-    return _validated(module, trainer_or_dataloaders, network, None if forward is None else lambda *_: forward)
+    replacement = None if forward is None else lambda *_: forward
+    return _validated(module, trainer_or_dataloaders, network, replacement, "Validating the network")
 
 
 def evaluate_quantized(
@@ -125,7 +129,8 @@ def evaluate_quantized(
         stack.enter_context(quantizing(part, Rounding(part, first)))
         return part.forward
 
-    return _validated(module, trainer_or_dataloaders, first.network, quantised, seen)
+    what = "Validating the quantised network"
+    return _validated(module, trainer_or_dataloaders, first.network, quantised, what, seen)
 
 
 def has_validation(module: nn.Module, trainer: Any) -> bool:
@@ -237,6 +242,7 @@ def _validated(
     source: Any,
     name: str,
     replacement: Callable[[nn.Module, nn.Module, contextlib.ExitStack], Forward] | None,
+    what: str,
     seen: Callable[[Any], None] | None = None,
 ) -> dict[str, float]:
     """Validate a copy of ``module``, its network's forward replaced, and return the metrics."""
@@ -247,6 +253,8 @@ def _validated(
     find_module(module, name, argument="network")  # a wrong name is an error before anything is copied
     loaders, datamodule = _data(module, source)
     with contextlib.ExitStack() as stack:
+        counted = is_shown(trainer)  # first of all: what follows is silent
+        step = stack.enter_context(sign(trainer, what, _batches(trainer)))
         stack.enter_context(quiet(LIGHTNING_LOGGERS))
         stack.enter_context(random_state_kept())
         stack.enter_context(_compat.hidden_process_group())
@@ -260,6 +268,7 @@ def _validated(
                     vars(owner).update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
         vars(duplicate)["configure_callbacks"] = list  # the user's callbacks act on the user's run only
         fresh = _fresh_trainer(lightning, trainer)
+        fresh.callbacks += [_counting(lightning, step)] if counted else []
         part = find_module(duplicate, plain_name(name), argument="network")
         counter = None if replacement is None else _replace(part, replacement(duplicate, part, stack), seen)
         results = fresh.validate(duplicate, dataloaders=loaders, datamodule=datamodule, verbose=False)
@@ -272,6 +281,22 @@ def _validated(
             f"let it call {f'self.{name}' if name else 'self'}(...)"
         )
     return {key: float(value) for result in results for key, value in result.items()}
+
+
+def _batches(trainer: Any) -> int | None:
+    """Batches of a validation, if that is known."""
+    count = 0 if trainer is None else sum(trainer.num_val_batches)
+    return int(count) if 0 < count < math.inf else None
+
+
+def _counting(lightning: Any, step: Callable[[], object]) -> Any:
+    """A callback that tells of each batch that is done."""
+
+    class Counting(lightning.Callback):  # type: ignore[misc]
+        def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+            step()
+
+    return Counting()
 
 
 class _Counter:

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress.mechanisms.replay import replay
 from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.step import step_controller
 
 BATCHES = 16
@@ -145,12 +146,14 @@ def reestimate_batchnorm_(trainer: Any, module: Any, *, shared: bool = True) -> 
         with (
             step_controller(module) as controller,
             replay(controller, trainer, trainer.precision_plugin.train_step_context) as again,
+            sign(trainer, "Estimating the statistics of batch norm", BATCHES) as step,
         ):
             for layer in layers.values():
                 layer.reset_running_stats()
                 layer.momentum = None  # a cumulative mean
             for _, arguments in zip(range(BATCHES), again.batches(trainer.current_epoch), strict=False):
                 again.run(arguments)
+                step()
             found = {name: _statistics(layer) for name, layer in layers.items() if layer.num_batches_tracked}
     finally:
         module.to(device)

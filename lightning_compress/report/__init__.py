@@ -15,14 +15,17 @@ from lightning_compress.report.measure import (
     single_sample,
 )
 from lightning_compress.report.page import to_html
+from lightning_compress.report.pareto import Pareto, pareto
 from lightning_compress.report.render import to_console, to_markdown
-from lightning_compress.report.table import ExportedFile, Latency, Layer, Report, Row, from_json, to_json
+from lightning_compress.report.table import ExportedFile, Latency, Layer, Picture, Report, Row, from_json, to_json
 from lightning_compress.report.write import write_report
 
 __all__ = [
     "ExportedFile",
     "Latency",
     "Layer",
+    "Pareto",
+    "Picture",
     "Report",
     "Row",
     "bytes_of_state",
@@ -34,6 +37,7 @@ __all__ = [
     "from_json",
     "layer_table",
     "measure_latency",
+    "pareto",
     "serialized_state",
     "single_sample",
     "to_console",

@@ -125,11 +125,12 @@ def shown_path(path: str | os.PathLike[str]) -> str:
 
 def layer_table(layers: Sequence[Layer]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the layers, as text."""
-    header = ["Layer", "Type", "Zeros", "Bits", "Filters"]
+    header = ["Layer", "Type", "Parameters", "Zeros", "Bits", "Filters"]
     return header, [
         [
             layer.name or "(the module itself)",
             layer.type,
+            units.count(layer.parameters),
             units.share(layer.sparsity),
             str(layer.bits),
             units.MISSING if layer.filters is None else str(layer.filters),

@@ -97,7 +97,7 @@ def layer_table(module: nn.Module) -> list[Layer]:
 
     Example:
         >>> layer_table(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)))
-        [Layer(name='0', type='Conv2d', sparsity=0.0, bits=32, filters=4)]
+        [Layer(name='0', type='Conv2d', sparsity=0.0, bits=32, filters=4, parameters=36)]
     """
     for _ in _parameters(module):
         pass  # names a lazy parameter before its shape is asked for
@@ -115,6 +115,7 @@ def layer_table(module: nn.Module) -> list[Layer]:
                 sparsity=1 - nonzeros / elements if elements else 0.0,
                 bits=8 * weights[0].element_size(),
                 filters=_filters(layer, weights[0]),
+                parameters=elements,
             )
         )
     return table

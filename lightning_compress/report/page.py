@@ -1,14 +1,11 @@
-"""The report as one HTML page that needs nothing but itself: no script, no font, no picture from elsewhere."""
+"""The report as one HTML page that needs nothing but itself."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from html import escape
 
 from lightning_compress.report import units
 from lightning_compress.report.cells import (
-    Cell,
     columns,
     compressed_row,
     file_rows,
@@ -20,52 +17,16 @@ from lightning_compress.report.cells import (
     version_line,
 )
 from lightning_compress.report.figure import panels
+from lightning_compress.report.pareto import TITLES, Cost, Pareto, pareto
+from lightning_compress.report.profile import layer_panels
 from lightning_compress.report.remarks import remarks
+from lightning_compress.report.reproduce import reproduction
+from lightning_compress.report.scatter import NARROW, scatter_legend, scatter_svg
+from lightning_compress.report.sheet import details, document, embedded, figure, folded, grid, numbers, sentences, stack
 from lightning_compress.report.table import Report, Row
 
-_STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --text: #16202c; --muted: #5a6675; --line: #dde2e9;
-  --accent: #0072b2; --base: #9aa5b1; --track: #edf0f4; }
-@media (prefers-color-scheme: dark) { :root { --page: #10151b; --card: #1a2129; --text: #e8edf3; --muted: #9fabb9;
-  --line: #303a46; --accent: #56b4e9; --base: #707c8a; --track: #262f39; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 32px 16px 48px; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -0.01em; }
-h2 { font-size: 18px; margin: 32px 0 12px; }
-p.lead { color: var(--muted); margin: 0 0 20px; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
-.tiles, .panels { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)); }
-.panels { grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); }
-.panels.pairs { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
-.tile { padding: 16px 20px; }
-.tile span { display: block; color: var(--muted); font-size: 14px; }
-.tile strong { display: block; font-size: 26px; line-height: 1.3; font-weight: 650; }
-figure { margin: 0; padding: 16px 20px; }
-figcaption { font-weight: 600; margin-bottom: 8px; }
-figcaption small { display: block; font-weight: 400; color: var(--muted); font-size: 13px; }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-family: inherit !important; }
-.scroll { overflow-x: auto; max-height: 70vh; }
-table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
-th, td { padding: 10px 10px; text-align: right; white-space: nowrap; vertical-align: top;
-  border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child, table.text th, table.text td { text-align: left; }
-table.text td:first-child, table.text td:last-child { white-space: normal; min-width: 180px; }
-th:first-child, td:first-child { padding-left: 20px; } th:last-child, td:last-child { padding-right: 20px; }
-thead th { font-size: 13px; font-weight: 600; color: var(--muted); position: sticky; top: 0; background: var(--card); }
-tbody tr:last-child > * { border-bottom: 0; }
-tbody th { font-weight: 600; white-space: normal; min-width: 175px; }
-td small { display: block; white-space: normal; min-width: 84px; color: var(--muted); font-size: 13px; }
-ul { margin: 16px 0 0; padding-left: 20px; } li { margin: 4px 0; }
-details { margin-top: 16px; } summary { cursor: pointer; padding: 12px 20px; font-weight: 600; }
-pre { margin: 0; padding: 0 20px 16px; overflow-x: auto; font-size: 13px; }
-footer { margin-top: 32px; color: var(--muted); font-size: 13px; }
-@media (max-width: 480px) { main { padding-top: 20px; } h1 { font-size: 24px; } .tiles { gap: 10px;
-  grid-template-columns: 1fr 1fr; } .tile { padding: 12px 14px; } .tile strong { font-size: 20px; }
-  th, td { padding: 8px 12px; } tbody th { min-width: 130px; } }
-"""
+PLOTTED: tuple[Cost, ...] = ("bytes", "latency")
+_ENOUGH = 3  # models in a plot
 
 
 def to_html(report: Report) -> str:
@@ -82,29 +43,64 @@ def to_html(report: Report) -> str:
         >>> "<b>" in page, "&lt;b&gt;" in page
         (False, True)
     """
-    body = [
-        "<h1>Compression report</h1>",
-        f'<p class="lead">{escape(_lead(report))}</p>',
-        _tiles(report),
-        _panels(report),
-        "<h2>All numbers</h2>",
-        _main_table(report),
-        _sentences([*remarks(report), *report.notes]),
-        _details("Exported files", *file_table(report.files), opened=True),
-        _details("Layers", *layer_table(report.layers), opened=False),
-    ]
-    if report.recipe is not None:
-        recipe = escape(json.dumps(report.recipe, indent=2, default=str))
-        body.append(f'<details class="card"><summary>Recipe</summary><pre>{recipe}</pre></details>')
-    body.append(f"<footer>{escape(version_line(report))}</footer>")
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>Compression report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main>\n</body>\n</html>\n"
+    return document(
+        "Compression report",
+        [
+            "<h1>Compression report</h1>",
+            f'<p class="lead">{escape(_lead(report))}</p>',
+            _tiles(report),
+            _section("At a glance", grid([figure(*panel) for panel in panels(report)])),
+            _section("What is worth having", _front(report)),
+            "<h2>All numbers</h2>",
+            numbers("All numbers", [row.name for row in report.rows], columns(report)),
+            sentences([*remarks(report), *report.notes]),
+            details("Exported files", *file_table(report.files), opened=True),
+            _section("Layers", grid([figure(*panel) for panel in layer_panels(report.layers)])),
+            details("All layers", *layer_table(report.layers), opened=False),
+            _section("What the techniques drew", stack([embedded(picture) for picture in report.pictures])),
+            _reproduction(report),
+            f"<footer>{escape(version_line(report))}</footer>",
+        ],
     )
+
+
+def pareto_figure(table: Pareto) -> str:
+    """The plot of a Pareto table, in one width for desks and in one for phones.
+
+    Args:
+        table: What to draw.
+
+    Returns:
+        HTML.
+    """
+    drawn = scatter_svg(table).replace("<svg ", '<svg class="wide" ', 1)
+    drawn += scatter_svg(table, NARROW).replace("<svg ", '<svg class="narrow" ', 1)
+    return figure(f"{TITLES[table.cost]} against {table.metric}", scatter_legend(table), drawn)
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{title}</h2>\n{content}" if content else ""
+
+
+def _front(report: Report) -> str:
+    """The plots of size and of time against a metric, each where it has at least three models to compare."""
+    plots = []
+    for cost in PLOTTED:
+        try:
+            table = pareto({"": report}, cost=cost)
+        except ValueError:  # no metric that says which way is better, or nothing that has both
+            continue
+        if sum(point.placed for point in table.points) >= _ENOUGH:
+            plots.append(pareto_figure(table))
+    return stack(plots)
+
+
+def _reproduction(report: Report) -> str:
+    parts = "".join(
+        f'<h3>{escape(title)}</h3><pre class="copy" tabindex="0">{escape(text.rstrip())}</pre>'
+        for title, text in reproduction(report)
+    )
+    return folded("To do it again", parts, opened=True) if parts else ""
 
 
 def _deployed(report: Report) -> Row | None:
@@ -167,52 +163,3 @@ def _latency_remark(report: Report, row: Row) -> str:
 def _tile(title: str, value: str, remark: str) -> str:
     below = f"<span>{escape(remark)}</span>" if remark else ""
     return f'<div class="tile card"><span>{escape(title)}</span><strong>{escape(value)}</strong>{below}</div>'
-
-
-def _panels(report: Report) -> str:
-    drawn = panels(report)
-    if not drawn:
-        return ""
-    figures = "".join(
-        f'<figure class="card"><figcaption>{escape(panel.title)}<small>{escape(panel.legend)}</small></figcaption>'
-        f"{panel.svg}</figure>"
-        for panel in drawn
-    )
-    grid = "panels pairs" if len(drawn) in (2, 4) else "panels"  # no row with one panel left over
-    return f'<h2>At a glance</h2>\n<div class="{grid}">{figures}</div>'
-
-
-def _main_table(report: Report) -> str:
-    table = columns(report)
-    rows = [
-        f'<tr><th scope="row">{escape(row.name)}</th>{"".join(_cell(column.cells[index]) for column in table)}</tr>'
-        for index, row in enumerate(report.rows)
-    ]
-    return _scrolling("All numbers", ["Model", *(column.title for column in table)], rows, "card")
-
-
-def _cell(cell: Cell) -> str:
-    remark = f"<small>{escape(cell.remark)}</small>" if cell.remark else ""
-    return f"<td>{escape(cell.value)}{remark}</td>"
-
-
-def _details(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, opened: bool) -> str:
-    if not rows:
-        return ""
-    body = [f"<tr>{''.join(f'<td>{escape(entry)}</td>' for entry in row)}</tr>" for row in rows]
-    table = _scrolling(title, header, body, "", "text")
-    state = " open" if opened else ""
-    return f'<details class="card"{state}><summary>{title} ({len(rows)})</summary>{table}</details>'
-
-
-def _scrolling(title: str, header: Sequence[str], rows: Sequence[str], box: str, table: str = "") -> str:
-    """A table in a box of its own that scrolls sideways, by keyboard as well, so that the page never does."""
-    head = "".join(f'<th scope="col">{escape(entry)}</th>' for entry in header)
-    return (
-        f'<div class="scroll {box}" tabindex="0" role="region" aria-label="{title}"><table class="{table}">'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _sentences(sentences: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>" if sentences else ""

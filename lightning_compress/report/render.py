@@ -5,12 +5,12 @@ Both, and the HTML page, show the same cells; ratios are to the first row.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from lightning_compress.report import units
 from lightning_compress.report.cells import Cell, columns, file_table, layer_table, version_line
 from lightning_compress.report.remarks import remarks
+from lightning_compress.report.reproduce import reproduction
 from lightning_compress.report.table import Report
 
 _NAME_LENGTH = 24  # characters of a model's name in the terminal
@@ -39,10 +39,25 @@ def to_console(report: Report) -> str:
         lines.append([column.title, *(cell.value for cell in column.cells)])
         if any(cell.remark for cell in column.cells):
             lines.append(["", *(cell.remark for cell in column.cells)])
-    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
-    text = ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     sentences = [f"* {sentence}" for sentence in (*remarks(report), *report.notes)]
-    return "\n".join(["Compression report", *text, *sentences]) + "\n"
+    return "\n".join(["Compression report", *aligned(lines), *sentences]) + "\n"
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table for the terminal.
+
+    Args:
+        lines: As many entries in each.
+
+    Returns:
+        The lines, their entries below one another.
+
+    Example:
+        >>> aligned([["", "Size"], ["after", "1 kB"]])
+        ['       Size', 'after  1 kB']
+    """
+    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
+    return ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def to_markdown(report: Report) -> str:
@@ -67,16 +82,16 @@ def to_markdown(report: Report) -> str:
     """
     table = columns(report)
     body = [[row.name, *(_joined(column.cells[index]) for column in table)] for index, row in enumerate(report.rows)]
-    parts = ["# Compression report", _grid(["Model", *(column.title for column in table)], body)]
+    parts = ["# Compression report", grid(["Model", *(column.title for column in table)], body)]
     if sentences := [*remarks(report), *report.notes]:
-        parts.append("\n".join(f"- {_escaped(sentence)}" for sentence in sentences))
+        parts.append("\n".join(f"- {escaped(sentence)}" for sentence in sentences))
     for title, (header, rows) in {"Files": file_table(report.files), "Layers": layer_table(report.layers)}.items():
         if rows:
-            parts += [f"## {title}", _grid(header, rows)]
-    if report.recipe is not None:
-        parts += ["## Recipe", f"~~~~json\n{json.dumps(report.recipe, indent=2, default=str)}\n~~~~"]
+            parts += [f"## {title}", grid(header, rows)]
+    for title, text in reproduction(report):
+        parts += [f"## {escaped(title)}", f"~~~~\n{text.rstrip()}\n~~~~"]
     if report.versions:
-        parts.append(_escaped(version_line(report)))
+        parts.append(escaped(version_line(report)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -84,11 +99,24 @@ def _joined(cell: Cell) -> str:
     return f"{cell.value} ({cell.remark})" if cell.remark else cell.value
 
 
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    r"""A table in Markdown.
+
+    Args:
+        header: Its titles.
+        rows: As many entries in each.
+
+    Returns:
+        Its lines.
+
+    Example:
+        >>> grid(["Model"], [["a|b"]]).splitlines()
+        ['| Model |', '| --- |', '| a\\|b |']
+    """
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_escaped(entry) for entry in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(escaped(entry) for entry in line) + " |" for line in lines)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text that cannot end a cell, start a tag or break the line."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -5,8 +5,11 @@ The schema is versioned: a file of an older version loads, a file of a newer one
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -78,6 +81,7 @@ class Layer:
         sparsity: Fraction of zeros in its weights, 0 to 1.
         bits: Bits of one weight.
         filters: Output channels or features; ``None`` where the layer has no such number.
+        parameters: Elements of its weights; ``None`` in reports of earlier versions.
     """
 
     name: str
@@ -85,6 +89,7 @@ class Layer:
     sparsity: float
     bits: int
     filters: int | None = None
+    parameters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,21 @@ class ExportedFile:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """What a technique has drawn, for the page.
+
+    Attributes:
+        title: Above it.
+        legend: What it shows, in one sentence.
+        png: Content of a PNG file; base64 in the JSON.
+    """
+
+    title: str
+    legend: str
+    png: bytes
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything a report shows; ``to_json`` and ``from_json`` keep it.
 
@@ -125,6 +145,8 @@ class Report:
         notes: Sentences on what was not measured, and why.
         versions: Package name to version.
         recipe: The recipe that attached the callbacks, or ``None``.
+        command: What was called to attach it, or ``None``.
+        pictures: What the techniques have drawn.
         schema: Version of the JSON layout.
     """
 
@@ -134,6 +156,8 @@ class Report:
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
+    command: str | None = None
+    pictures: tuple[Picture, ...] = ()
     schema: int = SCHEMA
 
 
@@ -178,7 +202,7 @@ def to_json(report: Report) -> str:
         3
     """
     document = {"schema": report.schema, **asdict(report)}
-    return json.dumps(_encode(document), indent=2, allow_nan=False, default=str) + "\n"
+    return json.dumps(encoded(document), indent=2, allow_nan=False, default=str) + "\n"
 
 
 def from_json(text: str) -> Report:
@@ -217,15 +241,30 @@ def from_json(text: str) -> Report:
         notes=tuple(str(note) for note in _list(document, "notes")),
         versions=dict(document.get("versions") or {}),
         recipe=document.get("recipe"),
+        command=document.get("command"),
+        pictures=tuple(_read_picture(entry) for entry in _list(document, "pictures")),
     )
 
 
-def _encode(value: Any) -> Any:
-    """Replace non-finite floats by their names, at any depth."""
+def encoded(value: Any) -> Any:
+    """Replace non-finite floats by their names, and bytes by base64, at any depth.
+
+    Args:
+        value: What JSON can hold, and these.
+
+    Returns:
+        What strict JSON can hold.
+
+    Example:
+        >>> encoded({"loss": float("nan"), "png": b"ab"})
+        {'loss': 'NaN', 'png': 'YWI='}
+    """
     if isinstance(value, Mapping):
-        return {str(key): _encode(entry) for key, entry in value.items()}
+        return {str(key): encoded(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encode(entry) for entry in value]
+        return [encoded(entry) for entry in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
@@ -251,6 +290,9 @@ def _record(kind: type[Any], entry: Any, where: str) -> Any:
     values = {
         key: value if "str" in str(known[key].type) else _number(value) for key, value in entry.items() if key in known
     }
+    for key, value in values.items():
+        if re.match("int|float", str(known[key].type)) and not isinstance(value, (int, float, type(None))):
+            raise ValueError(f"'{key}' in '{where}' of a compression report must be a number, got {value!r}")
     try:
         return kind(**values)
     except TypeError as error:
@@ -261,10 +303,23 @@ def _record(kind: type[Any], entry: Any, where: str) -> Any:
 def _read_row(entry: Any) -> Row:
     row: Row = _record(Row, entry, "rows")
     latency = None if row.latency_ms is None else _record(Latency, row.latency_ms, "latency_ms")
-    metrics = {name: _number(value) for name, value in (entry.get("metrics") or {}).items()}
+    metrics = entry.get("metrics") or {}
+    if not isinstance(metrics, dict):
+        raise ValueError(f"'metrics' of a compression report must be an object, got {metrics!r}")
+    metrics = {name: _number(value) for name, value in metrics.items()}
+    if wrong := [name for name, value in metrics.items() if not isinstance(value, (int, float))]:
+        raise ValueError(f"'{wrong[0]}' in 'metrics' of a compression report must be a number")
     return replace(row, latency_ms=latency, metrics=metrics)
 
 
 def _read_file(entry: Any) -> ExportedFile:
     file: ExportedFile = _record(ExportedFile, entry, "files")
     return replace(file, left_in_float=tuple(file.left_in_float))
+
+
+def _read_picture(entry: Any) -> Picture:
+    picture: Picture = _record(Picture, entry, "pictures")
+    try:
+        return replace(picture, png=base64.b64decode(picture.png, validate=True))
+    except (binascii.Error, TypeError) as error:
+        raise ValueError(f"the picture '{picture.title}' of a compression report is no base64: {error}") from error

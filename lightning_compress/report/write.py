@@ -10,6 +10,9 @@ from lightning_compress.report.page import to_html
 from lightning_compress.report.render import to_markdown
 from lightning_compress.report.table import Report, to_json
 
+FILE_STEM = "compression_report"
+"""Of the files' names, unless the callback has a name of its own."""
+
 
 class ReportFiles(NamedTuple):
     """Where a report was written."""
@@ -19,7 +22,7 @@ class ReportFiles(NamedTuple):
     html: Path
 
 
-def write_report(report: Report, directory: str | os.PathLike[str], name: str = "compression_report") -> ReportFiles:
+def write_report(report: Report, directory: str | os.PathLike[str], name: str = FILE_STEM) -> ReportFiles:
     """Write a report as JSON, Markdown and HTML.
 
     Everything is rendered before the first file is touched, and each file takes its place in one step: a reader sees
@@ -47,11 +50,27 @@ def write_report(report: Report, directory: str | os.PathLike[str], name: str = 
     texts = (to_json(report), to_markdown(report), to_html(report))
     folder.mkdir(parents=True, exist_ok=True)
     for path, text in zip(files, texts, strict=True):
-        _write(path, text)
+        write_whole(path, text)
     return files
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one.
+
+    Args:
+        path: Where; its folder exists.
+        text: What to write.
+
+    Raises:
+        OSError: If it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     write_whole(Path(directory, "notes.txt"), "text")
+        ...     Path(directory, "notes.txt").read_text()
+        'text'
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

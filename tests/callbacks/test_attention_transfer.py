@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import math
 import random
@@ -1170,3 +1171,19 @@ def test_a_logger_that_fails_does_not_stop_the_training(drawn):
         module = pictured(Failing(), max_epochs=2)
     assert len([entry for entry in caught if "did not take" in str(entry.message)]) == 1
     assert module.global_step == 2 * STEPS
+
+
+def test_the_report_gets_the_maps_of_the_last_validation(drawn):
+    callback = attention(pairs=STAGES)
+    assert callback.pictures() == []
+    module = pictured(callback=callback)
+    assert drawn == []  # for the report alone, at the end
+    [picture] = callback.pictures()
+    [(images, pairs, pixels)] = drawn
+    assert (imread(io.BytesIO(picture.png))[:, :, :3] * 255).round().astype(np.uint8).tolist() == pixels.tolist()
+    assert torch.equal(images, next(iter(feature_loader()))[0][:4])
+    network = module.model.eval()
+    with torch.no_grad():
+        feature = network.stage1(network.stem(images))
+    expected = C.attention_map(feature).reshape(len(images), *feature.shape[2:])
+    torch.testing.assert_close(pairs[0].student_maps, expected)

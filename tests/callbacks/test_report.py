@@ -5,15 +5,18 @@ import importlib
 import logging
 import re
 import sys
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import CompressionReport, DistillationCallback, ExportCallback
-from lightning_compress.callbacks.base import announce
-from lightning_compress.report import from_json
+from lightning_compress.callbacks.base import CompressionCallback, announce
+from lightning_compress.report import from_json, to_html
+from lightning_compress.report.pictures import report_picture
 
 torch.set_num_threads(1)
 
@@ -318,3 +321,42 @@ def test_bad_paths(tmp_path):
 def test_relative_paths_are_taken_from_where_the_callback_was_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert CompressionReport(path="out").path == str(tmp_path / "out")
+
+
+def test_pictures_and_the_command_are_in_the_files(lightning, tmp_path):
+    class Drawing(CompressionCallback):
+        def pictures(self):
+            return [report_picture("drawn", "In grey.", np.full((2, 3, 3), 128, dtype=np.uint8))]
+
+    report = CompressionReport(path=tmp_path, latency=False)
+    report.command = "lightning-compress run recipe.yaml -- python train.py"
+    make_trainer(lightning, tmp_path, [report, Drawing()]).fit(make_module(lightning))
+    kept = from_json((tmp_path / "compression_report.json").read_text(encoding="utf-8"))
+    assert [picture.title for picture in kept.pictures] == ["drawn"]
+    assert kept == report.result
+    assert kept.command == report.command
+    page = report.files.html.read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 1
+    assert to_html(kept) == page
+
+
+def test_each_part_of_the_end_of_fit_gives_a_sign(lightning, tmp_path, monkeypatch):
+    shown = []
+
+    @contextmanager
+    def recorded(trainer, what, total=0):
+        shown.append(what)
+        yield lambda: None
+
+    for module in ("callbacks.report", "callbacks.export", "export.evaluate"):
+        monkeypatch.setattr(f"lightning_compress.{module}.sign", recorded)
+    callbacks = [CompressionReport(path=tmp_path), ExportCallback(tmp_path / "model.onnx")]
+    make_trainer(lightning, tmp_path, callbacks, max_steps=1).fit(make_module(lightning))
+    assert shown == [
+        "Trying to export model.onnx",
+        "Exporting model.onnx",
+        "Validating the network",
+        "Validating model.onnx",
+        "Validating the network",
+        "Measuring sizes and times",
+    ]

@@ -61,8 +61,8 @@ def test_layer_table_measures_the_tensors():
     module[0].weight.data[:3] = 0
     module[2].half()
     first, transposed, recurrent = measure.layer_table(module)
-    assert first == Layer("0", "Conv2d", 0.75, 32, 4)
-    assert transposed == Layer("2", "ConvTranspose2d", 0.0, 16, 6)
+    assert first == Layer("0", "Conv2d", 0.75, 32, 4, 72)
+    assert transposed == Layer("2", "ConvTranspose2d", 0.0, 16, 6, 48)
     assert (recurrent.type, recurrent.filters) == ("GRU", None)
 
 
@@ -73,7 +73,7 @@ def test_layer_table_sees_what_a_parametrization_makes():
 
     layer = nn.Linear(3, 2)
     nn.utils.parametrize.register_parametrization(layer, "weight", Half())
-    assert measure.layer_table(nn.Sequential(layer)) == [Layer("0", "Linear", 0.5, 32, 2)]
+    assert measure.layer_table(nn.Sequential(layer)) == [Layer("0", "Linear", 0.5, 32, 2, 6)]
 
 
 MACS = {

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import base64
 import dataclasses
 import re
 from html.parser import HTMLParser
 
 import matplotlib
+import numpy as np
 import pytest
 
-from lightning_compress.report import Report, Row, to_html
+from lightning_compress.report import Picture, Report, Row, to_html
 from lightning_compress.report.figure import panels
+from lightning_compress.report.pictures import MOST, kept, report_picture
 
 from .samples import full_report, nasty_report
 
@@ -64,7 +67,42 @@ def test_the_page_shows_the_numbers(page):
     tiles = re.findall(r'<div class="tile card"><span>(.*?)</span><strong>(.*?)</strong>', page)
     assert tiles[:2] == [("Size", "1.10 kB"), ("Deflated", "300 B")]
     assert "The teacher was not measured." in text
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 3 + 4 + 3  # at a glance, two plots for desk and phone, zeros and bits and filters
+    assert page.count("The teacher was not measured.") == 1
+
+
+def test_plots_show_which_models_are_worth_having(page):
+    titles = re.findall(r"<figcaption>([^<]+)<", page)
+    assert titles[3:5] == ["Size against val_acc", "Latency against val_acc"]
+    assert page.count('<svg class="wide"') == page.count('<svg class="narrow"') == 2
+    two = dataclasses.replace(full_report(), rows=full_report().rows[2:], files=())
+    assert "against val_acc" not in to_html(two)
+    unknown = [dataclasses.replace(row, metrics={"quality": 1.0}) for row in full_report().rows]
+    assert "against quality" not in to_html(Report(tuple(unknown)))
+
+
+def test_pictures_are_within_the_page():
+    drawn = report_picture("at: <maps>", "Bright.", np.full((4, 6, 3), 128, dtype=np.uint8))
+    page = to_html(dataclasses.replace(full_report(), pictures=(drawn,)))
+    assert "img-src data:" in page
+    [source] = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="at: &lt;maps&gt;">', page)
+    assert base64.b64decode(source) == drawn.png
+
+
+def test_large_pictures_are_made_smaller_and_many_are_told_of():
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    assert 10_000 < len(report_picture("noise", "", noise).png) <= MOST
+    some = [Picture(f"{index}", "", b"") for index in range(14)]
+    pictures, notes = kept(some)
+    assert pictures == tuple(some[:12])
+    assert notes == ["2 of 14 pictures were left out, so that the report stays small."]
+
+
+def test_the_page_says_how_to_do_it_again(page):
+    text = " ".join(Document(page).text)
+    assert "pip install lightning-compress==0.1.0 torch==2.14.1" in text
+    assert "version: 1\ncallbacks:\n- class_path: PruningCallback" in text
+    assert "To do it again" not in to_html(Report(rows=()))
 
 
 def test_the_page_fits_a_phone_and_the_dark(page):

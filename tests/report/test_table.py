@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_compress.report import Report, Row, from_json, to_json
+from lightning_compress.report import Picture, Report, Row, from_json, to_json
 
 from .samples import full_report, nasty_report
 
@@ -21,17 +21,22 @@ def test_what_is_written_is_read():
 
 def test_the_keys_that_others_rely_on():
     document = json.loads(to_json(full_report()))
-    assert list(document) == ["schema", "rows", "layers", "files", "notes", "versions", "recipe"]
+    assert list(document) == ["schema", "rows", "layers", "files", "notes", "versions", "recipe", "command", "pictures"]
     assert document["schema"] == 1
     assert {"name", "parameters", "nonzeros", "macs", "bytes", "bytes_compressed", "latency_ms", "metrics"} == set(
         document["rows"][0]
     )
     assert {"runtime", "batch", "median", "spread"} < set(document["rows"][0]["latency_ms"])
-    assert {"name", "type", "sparsity", "bits", "filters"} == set(document["layers"][0])
+    assert {"name", "type", "sparsity", "bits", "filters", "parameters"} == set(document["layers"][0])
     assert {"path", "precision", "bytes", "max_logit_difference", "left_in_float", "model", "bytes_fp32"} | {
         "quantised",
         "speed_fp32",
     } == set(document["files"][0])
+
+
+def test_pictures_are_kept_as_they_are():
+    report = Report(rows=(), pictures=(Picture("at", "Bright.", bytes(range(256))),), command="run")
+    assert from_json(to_json(report)) == report
 
 
 def test_a_file_of_the_first_schema_loads():
