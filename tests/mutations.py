@@ -70,6 +70,11 @@ GRAPH = f"{PACKAGE}/mechanisms/channel_graph.py"
 COPIES = f"{PACKAGE}/callbacks/copies.py"
 REHEARSAL = f"{PACKAGE}/callbacks/rehearsal.py"
 STRUCTURED = f"{PACKAGE}/callbacks/structured.py"
+TRACKER = f"{PACKAGE}/tracking/tracker.py"
+HISTORY = f"{PACKAGE}/tracking/history.py"
+SINKS = f"{PACKAGE}/tracking/sinks.py"
+SWEEP_FIELDS = f"{PACKAGE}/sweep_fields.py"
+COMPAT = f"{PACKAGE}/_compat.py"
 
 EXACT = "tests/callbacks/test_distillation_exact.py"
 PRUNING_EXACT = "tests/callbacks/test_pruning_exact.py"
@@ -98,6 +103,7 @@ STRUCTURED_EXACT = "tests/callbacks/test_structured_exact.py"
 STRUCTURED_TEST = "tests/callbacks/test_structured.py"
 STRUCTURED_LIFE = "tests/callbacks/test_structured_life.py"
 STRUCTURED_TRIALS = "tests/callbacks/test_structured_trials.py"
+TRACKING_TEST = "tests/tracking"
 CONTRACT = "tests/contract"
 
 
@@ -1603,6 +1609,56 @@ MUTATIONS = (
         "progress.step_at(until) < progress.step_at(self.start)",
         "True",
         f"{STRUCTURED_TRIALS}::test_in_the_same_step_quantisation_cannot_begin",
+    ),
+    # Tracking
+    Mutation(
+        "tracking: other ranks write too",
+        TRACKER,
+        "        if not self.trainer.is_global_zero:\n            return []\n",
+        "",
+        f"{TRACKING_TEST}/test_tracker.py::test_nothing_is_written_on_other_ranks_and_without_loggers",
+    ),
+    Mutation(
+        "tracking: a failure is told each time",
+        TRACKER,
+        "        self._failed.add(id(logger))\n",
+        "",
+        f"{TRACKING_TEST}/test_tracker.py::test_a_logger_that_fails_is_told_of_once_and_others_go_on",
+    ),
+    Mutation(
+        "tracking: a column keeps the first sparsity of its updates",
+        HISTORY,
+        "self._sparsity[-1], self._churn[-1] = zeros, self._churn[-1] + changed",
+        "self._churn[-1] = self._churn[-1] + changed",
+        f"{TRACKING_TEST}/test_history.py",
+    ),
+    Mutation(
+        "tracking: the churn of a column is a sum",
+        HISTORY,
+        "np.stack(self._churn, axis=1) / np.asarray(self._updates, np.float32)",
+        "np.stack(self._churn, axis=1)",
+        f"{TRACKING_TEST}/test_history.py",
+    ),
+    Mutation(
+        "tracking: the checkpoint is an output of the run",
+        COMPAT,
+        "is_user_created=True, use_after_commit=True",
+        "is_user_created=False, use_after_commit=False",
+        f"{TRACKING_TEST}/test_read_back.py::test_the_artifact_comes_from_the_checkpoint",
+    ),
+    Mutation(
+        "tracking: dots in names of metrics lead into dictionaries",
+        SINKS,
+        r'.replace(".", r"\.")',
+        "",
+        f"{TRACKING_TEST}/test_read_back.py::test_metrics_are_defined_with_their_step_and_their_best_value",
+    ),
+    Mutation(
+        "tracking: a sweep of bits that have to agree",
+        SWEEP_FIELDS,
+        "argument not in bits and ",
+        "",
+        "tests/test_sweep.py::test_bits_that_have_to_agree_are_left_alone",
     ),
 )
 

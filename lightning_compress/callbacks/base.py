@@ -244,8 +244,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Refuse what cannot work before anything happens."""
         if stage != "fit":
             return
-        others = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
-        if any(other is not self and other.name == self.name for other in others):
+        if any(other is not self and other.name == self.name for other in self._ours(trainer)):
             raise ValueError(
                 f"two callbacks are named '{self.name}'; give one another name=, for example '{self.name}2'"
             )
@@ -274,7 +273,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self.attach(self._controller, self._stack, trainer, pl_module)
         self._fitted = weakref.ref(pl_module)
         ours = self._ours(trainer)
-        if ours[-1] is self:
+        if ours and ours[-1] is self:
             self._introduce(ours, trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

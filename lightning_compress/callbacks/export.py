@@ -25,7 +25,7 @@ from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.report.measure import compressed_bytes, count_nonzeros, count_parameters, first_line
 from lightning_compress.report.precision import AgainstFp32, against_fp32
-from lightning_compress.tracking import checkpoint_of, log_export, recipe_of
+from lightning_compress.tracking import Exported, checkpoint_of, recipe_of
 
 SPARSE = 0.9
 """A share of weights that are not zero, below which it matters how small a file is once it is compressed."""
@@ -266,15 +266,16 @@ class ExportCallback(CompressionCallback):
         if self.result is not None and not trainer.fast_dev_run:
             numbers = {**self.file_metrics, "bytes": float(self.result.bytes)}
             self.tracker(trainer).numbers({f"compress/{self.name}/{key}": value for key, value in numbers.items()})
-            log_export(
-                self.tracker(trainer),
-                self.result,
-                pl_module,
-                checkpoint=checkpoint_of(trainer),
-                callback=self.name,
-                metrics=self.file_metrics,
-                recipe=recipe_of(trainer.callbacks),
-                failure=self.failure,
+            self.tracker(trainer).exported(
+                Exported(
+                    self.result,
+                    callback=self.name,
+                    metrics=self.file_metrics,
+                    recipe=recipe_of(trainer.callbacks),
+                    checkpoint=checkpoint_of(trainer),
+                    module=pl_module,
+                    failure=self.failure,
+                )
             )
 
     def remarks(self) -> list[str]:

@@ -82,23 +82,29 @@ def heat_map_picture(map_: HeatMap) -> npt.NDArray[np.uint8]:
     axes.set_ylim(rows, 0)
     axes.set_xlabel("optimizer step", fontsize=7, color=_GREY)
     axes.tick_params(labelsize=7, length=2, color=_GREY)
-    axes.set_yticks([])  # a text is drawn in half of the time of a tick
+    axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
-    for row in range(0, rows, -(-rows // int(tall / (0.6 * _ROW)))):  # not each, where rows are lower than letters
-        middle = 1 - (row + 0.5) / rows
-        axes.text(-0.012, middle, labels[row], fontsize=7, ha="right", va="center", transform=axes.transAxes)
-        last = units.share(float(map_.values[row, -1]))
-        axes.text(1.01, middle, last, fontsize=7, va="center", transform=axes.transAxes)
-    figure.text(left / width, 1 - 0.28 / height, map_.title, fontsize=8.5)
-    bar_tall = min(tall, 1.6)
-    place = ((left + _WIDTH + 0.62) / width, (_FOOT + tall - bar_tall) / height, 0.1 / width, bar_tall / height)
+    every = -(-rows // int(tall / (0.6 * _ROW)))  # where rows are lower than letters, not each has a name
+    _write_beside(axes, labels, [units.share(float(value)) for value in map_.values[:, -1]], every)
+    figure.text(left / width, 1 - 0.28 / height, map_.title, fontsize=8.5, parse_math=False)
+    low = min(tall, 1.6)  # inches of the scale
+    place = ((left + _WIDTH + 0.62) / width, (_FOOT + tall - low) / height, 0.1 / width, low / height)
     bar = figure.colorbar(ScalarMappable(scale, "viridis"), cax=figure.add_axes(place), format=_percent)
     bar.ax.tick_params(labelsize=6.5, length=2, color=_GREY)
-    bar.ax.locator_params(nbins=max(int(bar_tall / 0.3), 1))
+    bar.ax.locator_params(nbins=max(int(low / 0.3), 1))
     bar.outline.set_visible(False)
     canvas.draw()
     return np.array(canvas.buffer_rgba(), dtype=np.uint8)[:, :, :3]
+
+
+def _write_beside(axes: Any, names: Sequence[str], values: Sequence[str], every: int) -> None:
+    """Names at the left of rows and values at their right: as texts, which are drawn in half of the time of ticks."""
+    for row in range(0, len(names), every):
+        style = {"fontsize": 7, "va": "center", "transform": axes.transAxes, "parse_math": False}
+        middle = 1 - (row + 0.5) / len(names)
+        axes.text(-0.012, middle, names[row], ha="right", **style)
+        axes.text(1.01, middle, values[row], **style)
 
 
 def _labels(names: Sequence[str]) -> list[str]:

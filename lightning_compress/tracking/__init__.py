@@ -9,7 +9,7 @@ from lightning_compress.tracking.exported import Exported, checkpoint_of
 from lightning_compress.tracking.history import LayerHistory
 from lightning_compress.tracking.settings import goal_of, goals, recipe_of, run_settings
 from lightning_compress.tracking.sinks import Sink, Table, sink_of
-from lightning_compress.tracking.tracker import Tracker, log_export
+from lightning_compress.tracking.tracker import Tracker
 
 __all__ = [
     "Exported",
@@ -20,7 +20,6 @@ __all__ = [
     "checkpoint_of",
     "goal_of",
     "goals",
-    "log_export",
     "recipe_of",
     "run_settings",
     "sink_of",

@@ -30,7 +30,7 @@ class Exported:
         metrics: Of the file, in the module's own validation.
         recipe: That attached the callbacks, or None.
         checkpoint: The checkpoint that the weights are in, or None.
-        weights: :func:`weights_digest` of the module where there is no checkpoint; None: unknown.
+        module: Whose digest takes the place of a checkpoint where there is none; None: unknown.
         failure: Which check failed, or None.
     """
 
@@ -39,7 +39,7 @@ class Exported:
     metrics: Mapping[str, float] = field(default_factory=dict)
     recipe: Mapping[str, Any] | None = None
     checkpoint: Path | None = None
-    weights: str | None = None
+    module: nn.Module | None = None
     failure: str | None = None
 
     @property
@@ -64,9 +64,10 @@ class Exported:
             "metrics": {name: float(value) for name, value in self.metrics.items()},
             "lightning_compress": __version__,
         }
+        digest = None if self.module is None or self.checkpoint is not None else weights_digest(self.module)
         known = {
             "checkpoint": None if self.checkpoint is None else {"path": str(self.checkpoint)},
-            "weights_sha256": self.weights,
+            "weights_sha256": digest,
             "recipe": None if self.recipe is None else dict(self.recipe),
             "failure": self.failure,
         }

@@ -77,6 +77,9 @@ class Sink:
         elif hasattr(self.logger, "log_text"):
             self.logger.log_text(key, columns=["text"], data=[[table.markdown]], step=step)
 
+    def checkpoint(self, path: Path) -> None:
+        """A checkpoint that files are made of."""
+
     def exported(self, exported: Exported, step: int) -> None:
         """A file of the model."""
 
@@ -100,20 +103,25 @@ class WandbSink(Sink):
         """The run's configuration, under ``compress``."""
         self.logger.experiment.config.update({"compress": dict(values)}, allow_val_change=True)
 
+    def checkpoint(self, path: Path) -> None:
+        """An input of the run, by reference; what the logger uploads itself is there already."""
+        import wandb
+
+        run, own = self.logger.experiment, _compat.wandb_settings(self.logger)
+        if own.checkpoints is None:
+            artifact = wandb.Artifact(_checkpoint_name(run), type="checkpoint", metadata={"path": str(path)})
+            artifact.add_reference(path.absolute().as_uri(), name=path.name)
+            _compat.wandb_input(run, artifact)
+
     def exported(self, exported: Exported, step: int) -> None:
-        """An artifact, made from that of the checkpoint."""
+        """An artifact that names the one of its checkpoint."""
         import wandb
 
         run, own = self.logger.experiment, _compat.wandb_settings(self.logger)
         metadata = {**exported.metadata, "step": step}
-        if exported.checkpoint is not None and own.checkpoints is None:
-            name = f"checkpoint-{run.id}"
-            checkpoint = wandb.Artifact(name, type="checkpoint", metadata={"path": str(exported.checkpoint)})
-            checkpoint.add_reference(exported.checkpoint.absolute().as_uri(), name=exported.checkpoint.name)
-            _compat.wandb_input(run, checkpoint)
+        if exported.checkpoint is not None:
+            name = own.checkpoints or _checkpoint_name(run)
             metadata["checkpoint"] = {"artifact": name, "path": str(exported.checkpoint)}
-        elif exported.checkpoint is not None:  # which the logger uploads itself
-            metadata["checkpoint"] = {"artifact": own.checkpoints, "path": str(exported.checkpoint)}
         artifact = wandb.Artifact(exported.name, type="model", metadata=metadata)
         artifact.add_file(str(exported.path), name=exported.path.name)
         run.log_artifact(artifact, aliases=["latest"])
@@ -200,6 +208,10 @@ def sink_of(logger: Any) -> Sink | None:
     if "DummyLogger" in names:
         return None
     return next((_KINDS[name] for name in names if name in _KINDS), Sink)(logger)
+
+
+def _checkpoint_name(run: Any) -> str:
+    return f"checkpoint-{run.id}"
 
 
 def _as_yaml(values: Mapping[str, Any]) -> str:

@@ -8,11 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from lightning_compress.export.onnx import ExportResult
 from lightning_compress.report.measure import first_line
-from lightning_compress.tracking.exported import Exported, weights_digest
+from lightning_compress.tracking.exported import Exported
 from lightning_compress.tracking.settings import Goal
 from lightning_compress.tracking.sinks import Picture, Sink, Table, sink_of
 
@@ -42,6 +39,7 @@ class Tracker:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self._settings: dict[str, Any] = {}
+        self._checkpoints: set[Path] = set()
         self._failed: set[int] = set()
 
     @property
@@ -106,11 +104,15 @@ class Tracker:
         self._each(f"the table '{key}'", lambda sink: sink.table(key, table, self._step))
 
     def exported(self, exported: Exported) -> None:
-        """Log a file of the model.
+        """Log a file of the model, and the checkpoint that it came from, each once.
 
         Args:
             exported: The file, and where it came from.
         """
+        checkpoint = exported.checkpoint
+        if checkpoint is not None and checkpoint not in self._checkpoints:
+            self._checkpoints.add(checkpoint)
+            self._each("the checkpoint", lambda sink: sink.checkpoint(checkpoint))
         self._each("the exported file", lambda sink: sink.exported(exported, self._step))
 
     def save(self) -> None:
@@ -141,29 +143,3 @@ class Tracker:
             "goes on, and what else this logger may not take is not told",
             stacklevel=5,
         )
-
-
-def log_export(
-    tracker: Tracker,
-    result: ExportResult,
-    module: nn.Module,
-    *,
-    checkpoint: Path | None = None,
-    **known: Any,
-) -> None:
-    """Give an exported file to all loggers: to Weights & Biases as an artifact, to others what is known of it.
-
-    Args:
-        tracker: Of the Trainer whose loggers are meant.
-        result: What was written.
-        module: Whose weights it has; its digest takes the place of a checkpoint where there is none.
-        checkpoint: The file that the weights are in, or None.
-        **known: Other attributes of :class:`Exported`.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> log_export(Tracker(SimpleNamespace(is_global_zero=False)), None, nn.Linear(1, 1))
-    """
-    if tracker.sinks:
-        weights = weights_digest(module) if checkpoint is None else None
-        tracker.exported(Exported(result, checkpoint=checkpoint, weights=weights, **known))

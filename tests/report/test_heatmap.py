@@ -39,6 +39,10 @@ def test_rows_share_the_height(rows, inches):
     assert len(picture) == pytest.approx(110 * (inches + 0.92), abs=1)
 
 
+def test_a_name_is_no_formula():
+    assert heat_map_picture(HeatMap("a $\\b", ["$\\frac", "b"], [0, 30, 40], VALUES)).std() > 20
+
+
 def test_names_are_shortened_only_where_they_are_too_long():
     short = ["net.0.weight", "net.3.weight"]
     assert _labels(short) == short

@@ -295,3 +295,17 @@ def test_a_run_that_was_finished_too_early_is_told_of_once_and_nothing_else_is_l
     assert report.files.json.is_file()
     assert export.file_metrics == report.result.rows[-1].metrics
     assert len([entry for entry in caught if "did not take" in str(entry.message)]) == 1
+
+
+def test_two_files_come_from_one_checkpoint(tmp_path):
+    from wandb_file import OfflineRun
+
+    logger = WandbLogger(project="digits", save_dir=tmp_path)
+    exports = [lc.ExportCallback(tmp_path / f"{name}.onnx", name=name) for name in ("one", "two")]
+    fit(tmp_path, logger, *exports, max_epochs=1)
+    logger.experiment.finish()
+    artifacts = OfflineRun(tmp_path).artifacts
+    assert [name.partition("-")[0] for name in artifacts] == ["checkpoint", "one", "two"]
+    assert {json.loads(artifacts[name].metadata)["checkpoint"]["artifact"] for name in ("one-fp32", "two-fp32")} == {
+        next(iter(artifacts))
+    }

@@ -229,7 +229,8 @@ def test_json_is_what_a_csv_logger_keeps_of_a_file(tmp_path):
     path = tmp_path / "my model.onnx"
     path.write_bytes(b"abc")
     result = SimpleNamespace(path=path, bytes=3, precision="int8", max_logit_difference=0.5)
-    exported = Exported(result, metrics={"val_acc": 0.9}, weights="f00", failure="too far")
+    layer = nn.Linear(2, 1)
+    exported = Exported(result, metrics={"val_acc": 0.9}, module=layer, failure="too far")
     assert exported.name == "my_model-int8"
     tracker(CSVLogger(tmp_path, name="logs", version="")).exported(exported)
     known = json.loads((tmp_path / "logs/compress/export.json").read_text())
@@ -241,7 +242,7 @@ def test_json_is_what_a_csv_logger_keeps_of_a_file(tmp_path):
         "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
         "max_logit_difference": 0.5,
         "metrics": {"val_acc": 0.9},
-        "weights_sha256": "f00",
+        "weights_sha256": weights_digest(layer),
         "failure": "too far",
         "step": 7,
     }
