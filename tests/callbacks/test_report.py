@@ -338,7 +338,7 @@ def test_each_part_of_the_end_of_fit_gives_a_sign(lightning, tmp_path, monkeypat
         yield lambda: None
 
     for module in ("callbacks.report", "callbacks.export", "export.evaluate"):
-        monkeypatch.setattr(f"lightning_compress.{module}.sign", recorded)
+        monkeypatch.setattr(importlib.import_module(f"lightning_compress.{module}"), "sign", recorded)
     callbacks = [CompressionReport(path=tmp_path), ExportCallback(tmp_path / "model.onnx")]
     make_trainer(lightning, tmp_path, callbacks, max_steps=1).fit(make_module(lightning))
     assert shown == [
