@@ -317,12 +317,17 @@ def test_pictures_and_the_command_are_in_the_files(lightning, tmp_path):
         def pictures(self):
             return [report_picture("drawn", "In grey.", np.full((2, 3, 3), 128, dtype=np.uint8))]
 
+    class Broken(CompressionCallback):
+        def pictures(self):
+            raise ValueError("no canvas")
+
     report = CompressionReport(path=tmp_path, latency=False)
     report.command = "lightning-compress run recipe.yaml -- python train.py"
-    make_trainer(lightning, tmp_path, [report, Drawing()]).fit(make_module(lightning))
+    make_trainer(lightning, tmp_path, [report, Drawing(), Broken(name="broken")]).fit(make_module(lightning))
     kept = from_json((tmp_path / "compression_report.json").read_text(encoding="utf-8"))
     assert [picture.title for picture in kept.pictures] == ["drawn"]
     assert kept == report.result
+    assert "broken: its pictures were not drawn: ValueError: no canvas." in kept.notes
     assert kept.command == report.command
     page = report.files.html.read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 1
