@@ -179,8 +179,8 @@ class CompressionReport(CompressionCallback):
             )
         exports = list(_exports(trainer).values())
         files = [_beside_fp32(file, callback) for file, callback in zip(report.files, exports, strict=True)]
-        drawn, left_out = _drawn(callbacks)
-        pictures, too_many = kept(drawn)
+        left_out: list[str] = []
+        pictures, too_many = kept(drawn for callback in callbacks for drawn in _drawn(callback, left_out))
         report = replace(
             report,
             files=tuple(files),
@@ -274,16 +274,13 @@ def _teachers(trainer: Any) -> dict[str, nn.Module]:
     return found
 
 
-def _drawn(callbacks: list[CompressionCallback]) -> tuple[list[Picture], list[str]]:
-    """The pictures of all callbacks, and notes on those that could not be drawn: the numbers are not lost for them."""
-    drawn: list[Picture] = []
-    notes = []
-    for callback in callbacks:
-        try:
-            drawn += callback.pictures()
-        except Exception as error:
-            notes.append(f"{callback.name}: its pictures were not drawn: {type(error).__name__}: {first_line(error)}.")
-    return drawn, notes
+def _drawn(callback: CompressionCallback, notes: list[str]) -> list[Picture]:
+    """The pictures of a callback; a note where they cannot be drawn, for the numbers are not to be lost with them."""
+    try:
+        return callback.pictures()
+    except Exception as error:
+        notes.append(f"{callback.name}: its pictures were not drawn: {type(error).__name__}: {first_line(error)}.")
+        return []
 
 
 def _bits(callbacks: list[CompressionCallback]) -> dict[str, int]:
