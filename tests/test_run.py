@@ -352,6 +352,8 @@ def test_an_untouched_script(project, capfd, tmp_path):
     report = json.loads(Path("job/compression_report/compression_report.json").read_text())
     assert [row["name"] for row in report["rows"]] == ["before", "after", "teacher", "model.onnx"]
     assert report["recipe"]["callbacks"][0]["class_path"] == "DistillationCallback"
+    assert report["command"].startswith("lightning-compress run recipe.yaml -- ")
+    assert report["command"].endswith(" train.py")
 
 
 @pytest.mark.slow

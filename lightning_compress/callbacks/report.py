@@ -33,7 +33,7 @@ from lightning_compress.report.compare import compare, file_names
 from lightning_compress.report.measure import first_line
 from lightning_compress.report.pictures import kept
 from lightning_compress.report.render import to_console, to_markdown
-from lightning_compress.report.table import ExportedFile, Report, Row, with_quantised
+from lightning_compress.report.table import ExportedFile, Picture, Report, Row, with_quantised
 from lightning_compress.report.write import FILE_STEM, ReportFiles, write_report
 from lightning_compress.tracking import Table
 
@@ -191,11 +191,12 @@ class CompressionReport(CompressionCallback):
             )
         exports = list(_exports(trainer).values())
         files = [_beside_fp32(file, callback) for file, callback in zip(report.files, exports, strict=True)]
-        pictures, left_out = kept(drawn for callback in callbacks for drawn in callback.pictures())
+        left_out: list[str] = []
+        pictures, too_many = kept(drawn for callback in callbacks for drawn in _drawn(callback, left_out))
         report = replace(
             report,
             files=tuple(files),
-            notes=(*report.notes, *left_out),
+            notes=(*report.notes, *left_out, *too_many),
             command=self.command,
             pictures=pictures,
         )
@@ -285,6 +286,15 @@ def _teachers(trainer: Any) -> dict[str, nn.Module]:
         name = "teacher" if not found else f"teacher of {callback.name}"
         found[name] = teacher if transform is None else _Pipeline(teacher, transform)
     return found
+
+
+def _drawn(callback: CompressionCallback, notes: list[str]) -> list[Picture]:
+    """The pictures of a callback; a note where they cannot be drawn, for the numbers are not to be lost with them."""
+    try:
+        return callback.pictures()
+    except Exception as error:
+        notes.append(f"{callback.name}: its pictures were not drawn: {type(error).__name__}: {first_line(error)}.")
+        return []
 
 
 def _bits(callbacks: list[CompressionCallback]) -> dict[str, int]:

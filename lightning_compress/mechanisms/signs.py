@@ -49,7 +49,7 @@ def is_shown(trainer: Any) -> bool:
         trainer: A Trainer, or None.
 
     Returns:
-        False without a Trainer, on other ranks than 0, without an enabled progress bar, and where output goes to a file.
+        False without a Trainer, on other ranks than 0, without an enabled bar, and where output goes to a file.
 
     Example:
         >>> import lightning.pytorch as L

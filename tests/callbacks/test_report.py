@@ -328,12 +328,17 @@ def test_pictures_and_the_command_are_in_the_files(lightning, tmp_path):
         def pictures(self):
             return [report_picture("drawn", "In grey.", np.full((2, 3, 3), 128, dtype=np.uint8))]
 
+    class Broken(CompressionCallback):
+        def pictures(self):
+            raise ValueError("no canvas")
+
     report = CompressionReport(path=tmp_path, latency=False)
     report.command = "lightning-compress run recipe.yaml -- python train.py"
-    make_trainer(lightning, tmp_path, [report, Drawing()]).fit(make_module(lightning))
+    make_trainer(lightning, tmp_path, [report, Drawing(), Broken(name="broken")]).fit(make_module(lightning))
     kept = from_json((tmp_path / "compression_report.json").read_text(encoding="utf-8"))
     assert [picture.title for picture in kept.pictures] == ["drawn"]
     assert kept == report.result
+    assert "broken: its pictures were not drawn: ValueError: no canvas." in kept.notes
     assert kept.command == report.command
     page = report.files.html.read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 1
@@ -341,22 +346,21 @@ def test_pictures_and_the_command_are_in_the_files(lightning, tmp_path):
 
 
 def test_each_part_of_the_end_of_fit_gives_a_sign(lightning, tmp_path, monkeypatch):
-    shown = []
-
     @contextmanager
     def recorded(trainer, what, total=0):
-        shown.append(what)
-        yield lambda: None
+        shown[what] = [total, 0]
+        yield lambda: shown[what].__setitem__(1, shown[what][1] + 1)
 
+    shown = {}
+    monkeypatch.setattr(importlib.import_module("lightning_compress.export.evaluate"), "is_shown", lambda trainer: True)
     for module in ("callbacks.report", "callbacks.export", "export.evaluate"):
-        monkeypatch.setattr(f"lightning_compress.{module}.sign", recorded)
+        monkeypatch.setattr(importlib.import_module(f"lightning_compress.{module}"), "sign", recorded)
     callbacks = [CompressionReport(path=tmp_path), ExportCallback(tmp_path / "model.onnx")]
     make_trainer(lightning, tmp_path, callbacks, max_steps=1).fit(make_module(lightning))
-    assert shown == [
-        "Trying to export model.onnx",
-        "Exporting model.onnx",
-        "Validating the network",
-        "Validating model.onnx",
-        "Validating the network",
-        "Measuring sizes and times",
-    ]
+    assert shown == {
+        "Trying to export model.onnx": [0, 0],
+        "Exporting model.onnx": [0, 0],
+        "Validating the network": [4, 4],
+        "Validating model.onnx": [4, 4],
+        "Measuring sizes and times": [0, 0],
+    }
