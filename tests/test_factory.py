@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -159,6 +160,17 @@ def test_the_callbacks_come_behind_the_attachment_and_before_checkpoints(order, 
     with warnings.catch_warnings():  # Lightning complains about callbacks that a checkpoint knows and the Trainer not
         warnings.filterwarnings("error", message=".*callbacks used to create the checkpoint.*")
         assert len(trainer.validate(project.Lit(), project.loader(), ckpt_path="best", verbose=False)) == 1
+
+
+def test_settings_change_what_is_attached_and_what_the_report_says(order, lightning_project, monkeypatch):
+    changed = replace(order, settings=["kd.temperature=2", "CompressionReport.name=table"])
+    monkeypatch.setenv(VARIABLE, changed.to_json())
+    trainer = lightning_project.trainer()
+    fit(trainer, lightning_project.Lit(), lightning_project)
+    kd, report = ours(trainer)[1:]
+    assert (kd.temperature, report.name) == (2.0, "table")
+    written = json.loads(report.files.json.read_text())["recipe"]["callbacks"]
+    assert [entry["init_args"].get("temperature") for entry in written] == [2, None]
 
 
 def test_it_equals_callbacks_given_in_python(order, lightning_project, monkeypatch):
