@@ -91,9 +91,7 @@ def _shell(command: str, place: Path) -> subprocess.CompletedProcess[str]:
 
 
 def _digests(place: Path) -> dict[str, str]:
-    sources = [
-        path for path in place.rglob("*") if path.suffix in (".py", ".yaml", ".ckpt") and "outputs" not in path.parts
-    ]
+    sources = [path for path in place.rglob("*") if path.suffix in (".py", ".yaml") and "outputs" not in path.parts]
     return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
 
 
