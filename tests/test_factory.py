@@ -301,7 +301,9 @@ def test_names_of_a_class_of_the_script(monkeypatch):
 def test_what_was_written(order, lightning_project, tmp_path):
     project = lightning_project
     (tmp_path / "elsewhere").mkdir()
-    Path(order.recipe).write_text(f"{KD}export: {{path: net.onnx, metric: val_loss, tolerance: 0.001}}")
+    (tmp_path / "elsewhere" / "table").touch()  # a file here, and a folder where the command was called
+    recipe = KD.replace("latency: false", "latency: false, path: table")
+    Path(order.recipe).write_text(f"{recipe}export: {{path: net.onnx, metric: val_loss, tolerance: 0.001}}")
     os.chdir(tmp_path / "elsewhere")  # as Hydra does
     fit(project.trainer(), project.Lit(), project)
     (done,) = events(order, "done")
@@ -309,7 +311,7 @@ def test_what_was_written(order, lightning_project, tmp_path):
     assert (export["path"], export["metric"], export["failure"]) == (str(tmp_path / "net.onnx"), "val_loss", None)
     assert export["bytes"] == (tmp_path / "net.onnx").stat().st_size
     assert export["in_file"] == pytest.approx(export["in_module"], abs=1e-4)
-    assert done["reports"] == [str(tmp_path / "elsewhere" / "compression_report")]
+    assert done["reports"] == [str(tmp_path / "table")]
 
 
 def test_a_tolerance_that_is_exceeded(order, lightning_project):

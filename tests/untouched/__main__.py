@@ -2,8 +2,8 @@
 
     python -m tests.untouched --out untouched --page docs/untouched.md
 
-It takes about ten minutes, and needs what ``tests/strangers/requirements.txt`` lists beside the test extra. A table that is
-in the folder already is taken from there.
+It takes about ten minutes, and needs what ``tests/strangers/requirements.txt`` lists beside the test extra. Tables that
+are in the folder already are taken from there.
 """
 
 from __future__ import annotations
