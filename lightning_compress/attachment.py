@@ -158,7 +158,7 @@ class RecipeAttachment(TrainerCallback):
         self._inserted = []
         self._active = True  # whatever is raised from here on is reported
         with script_under_its_name():
-            recipe = load_recipe(self.order.recipe, settings=self.order.settings)
+            recipe = load_recipe(self.order.recipe, settings=self.order.settings, cwd=self.order.cwd)
             with naming(recipe.path):
                 self._active = self._is_meant(recipe, trainer, pl_module)
             if self._active:

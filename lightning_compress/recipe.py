@@ -52,7 +52,13 @@ class Recipe:
         return found if self.export is None else [*found, ("export", ExportCallback.__name__, self.export)]
 
 
-def load_recipe(path: str | os.PathLike[str], *, settings: Sequence[str] = (), unseen: Collection[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | os.PathLike[str],
+    *,
+    settings: Sequence[str] = (),
+    unseen: Collection[str] = (),
+    cwd: str | os.PathLike[str] = ".",
+) -> Recipe:
     r"""Read a recipe and check its keys, classes and arguments; no network is built.
 
     Args:
@@ -61,6 +67,7 @@ def load_recipe(path: str | os.PathLike[str], *, settings: Sequence[str] = (), u
             ``callbacks[0].init_args.sparsity=0.8``, ``export.path=model.onnx``.
         unseen: Modules that must not be imported here, such as the script that is about to run; what a recipe names
             of them is left for the process that builds.
+        cwd: Where relative paths in the recipe start.
 
     Returns:
         The recipe.
@@ -90,9 +97,10 @@ def load_recipe(path: str | os.PathLike[str], *, settings: Sequence[str] = (), u
             apply_to=content.get("apply_to"),
             path=file,
         )
-        for where, class_path, init_args in recipe.entries:
-            if class_path.rpartition(".")[0] not in unseen:
-                check_arguments(callback_class(class_path, where), init_args, where)
+        with _working_directory(cwd):
+            for where, class_path, init_args in recipe.entries:
+                if class_path.rpartition(".")[0] not in unseen:
+                    check_arguments(callback_class(class_path, where), init_args, where)
     return recipe
 
 

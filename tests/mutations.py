@@ -452,6 +452,63 @@ MUTATIONS = (
         "if False:",
         f"{CONTRACT}/test_cli_yaml.py::test_the_entry_point_is_off_by_default_and_imports_nothing_heavy",
     ),
+    # Recipes
+    Mutation(
+        "recipes: values are left to the process that trains",
+        f"{PACKAGE}/recipe_classes.py",
+        "if cls not in own_callbacks().values():",
+        "if True:",
+        "tests/test_recipe.py::test_what_a_constructor_refuses_is_found_without_a_teacher",
+    ),
+    Mutation(
+        "recipes: a teacher is built where the recipe is checked",
+        f"{PACKAGE}/recipe_classes.py",
+        "            found[name] = _StandIn()\n",
+        "",
+        "tests/test_recipe.py::test_loading_builds_no_teacher",
+    ),
+    Mutation(
+        "recipes: what a teacher is made of is not looked at",
+        f"{PACKAGE}/recipe_classes.py",
+        "            check_source(source, argument=name)\n",
+        "",
+        "tests/test_recipe.py::test_what_a_constructor_refuses_is_found_without_a_teacher",
+    ),
+    Mutation(
+        "recipes: aliases may unfold without end",
+        f"{PACKAGE}/recipe_file.py",
+        "    _check_size(value)\n",
+        "",
+        "tests/test_recipe.py::test_a_value_that_unfolds_without_end_is_refused",
+    ),
+    Mutation(
+        "recipes: a setting changes all that shares a value",
+        f"{PACKAGE}/recipe_settings.py",
+        "copy = list(node) if isinstance(step, int) else dict(node)",
+        "copy = node",
+        "tests/test_recipe_settings.py::test_an_alias_elsewhere_keeps_its_value",
+    ),
+    Mutation(
+        "recipes: a changed recipe is not checked again",
+        f"{PACKAGE}/recipe.py",
+        "            content = changed(content, settings)\n            check_content(content)\n",
+        "            content = changed(content, settings)\n",
+        "tests/test_recipe_settings.py::test_the_changed_recipe_is_checked_like_any_other",
+    ),
+    Mutation(
+        "recipes: settings do not reach the fit",
+        f"{PACKAGE}/attachment.py",
+        "settings=self.order.settings",
+        "settings=()",
+        "tests/test_factory.py::test_settings_change_what_is_attached_and_what_the_report_says",
+    ),
+    Mutation(
+        "recipes: the folder of a report is not looked at before",
+        f"{PACKAGE}/recipe.py",
+        'checked_folder(init_args["path"])',
+        "pass",
+        "tests/test_run.py::test_a_place_that_cannot_be_written",
+    ),
     # Ranks
     Mutation(
         "each rank logs its own part of the validation",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -161,6 +162,17 @@ def test_the_callbacks_come_behind_the_attachment_and_before_checkpoints(order, 
         assert len(trainer.validate(project.Lit(), project.loader(), ckpt_path="best", verbose=False)) == 1
 
 
+def test_settings_change_what_is_attached_and_what_the_report_says(order, lightning_project, monkeypatch):
+    changed = replace(order, settings=["kd.temperature=2", "CompressionReport.name=table"])
+    monkeypatch.setenv(VARIABLE, changed.to_json())
+    trainer = lightning_project.trainer()
+    fit(trainer, lightning_project.Lit(), lightning_project)
+    kd, report = ours(trainer)[1:]
+    assert (kd.temperature, report.name) == (2.0, "table")
+    written = json.loads(report.files.json.read_text())["recipe"]["callbacks"]
+    assert [entry["init_args"].get("temperature") for entry in written] == [2, None]
+
+
 def test_it_equals_callbacks_given_in_python(order, lightning_project, monkeypatch):
     project = lightning_project
     torch.manual_seed(3)
@@ -289,7 +301,9 @@ def test_names_of_a_class_of_the_script(monkeypatch):
 def test_what_was_written(order, lightning_project, tmp_path):
     project = lightning_project
     (tmp_path / "elsewhere").mkdir()
-    Path(order.recipe).write_text(f"{KD}export: {{path: net.onnx, metric: val_loss, tolerance: 0.001}}")
+    (tmp_path / "elsewhere" / "table").touch()  # a file here, and a folder where the command was called
+    recipe = KD.replace("latency: false", "latency: false, path: table")
+    Path(order.recipe).write_text(f"{recipe}export: {{path: net.onnx, metric: val_loss, tolerance: 0.001}}")
     os.chdir(tmp_path / "elsewhere")  # as Hydra does
     fit(project.trainer(), project.Lit(), project)
     (done,) = events(order, "done")
@@ -297,7 +311,7 @@ def test_what_was_written(order, lightning_project, tmp_path):
     assert (export["path"], export["metric"], export["failure"]) == (str(tmp_path / "net.onnx"), "val_loss", None)
     assert export["bytes"] == (tmp_path / "net.onnx").stat().st_size
     assert export["in_file"] == pytest.approx(export["in_module"], abs=1e-4)
-    assert done["reports"] == [str(tmp_path / "elsewhere" / "compression_report")]
+    assert done["reports"] == [str(tmp_path / "table")]
 
 
 def test_a_tolerance_that_is_exceeded(order, lightning_project):

@@ -190,7 +190,7 @@ def test_a_bad_recipe(project, capsys, recipe, message):
     [
         "version: 1\nexport: {path: locked/a.onnx}",
         "version: 1\ncallbacks: [{class_path: CompressionReport, init_args: {path: locked}}]",
-        "version: 1\ncallbacks: [{class_path: lightning_compress.CompressionReport, init_args: {path: locked/deep/er}}]",
+        "version: 1\ncallbacks: [{class_path: lightning_compress.CompressionReport, init_args: {path: locked/a/b}}]",
     ],
 )
 def test_a_place_that_cannot_be_written(project, capsys, monkeypatch, recipe):

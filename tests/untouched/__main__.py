@@ -1,8 +1,9 @@
 """Run all projects with all their recipes, and write the tables of a page.
 
-    python -m tests.untouched --page docs/untouched.md
+    python -m tests.untouched --out untouched --page docs/untouched.md
 
-It takes about ten minutes, and needs what ``tests/strangers/requirements.txt`` lists beside the test extra.
+It takes about ten minutes, and needs what ``tests/strangers/requirements.txt`` lists beside the test extra. Tables that
+are in the folder already are taken from there.
 """
 
 from __future__ import annotations
@@ -66,13 +67,18 @@ def wrapped(program: Program, recipe: str) -> str:
 def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--page", type=Path, help="put the tables between the marks of this page; else: print them")
-    parser.add_argument("--only", choices=PROGRAMS, help="one of the projects, printed")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished tables")
+    parser.add_argument("--only", choices=PROGRAMS, nargs="+", default=list(PROGRAMS), help="some of the projects")
+    parser.add_argument("--page", type=Path, help="put all tables between the marks of this page")
     options = parser.parse_args()
-    chosen = [PROGRAMS[options.only]] if options.only else list(PROGRAMS.values())
-    with tempfile.TemporaryDirectory() as folder:
-        text = "\n".join(section(program, Path(folder)) for program in chosen)
-    if options.page and not options.only:
+    options.out.mkdir(parents=True, exist_ok=True)
+    tables = {name: options.out / f"{name}.md" for name in options.only}
+    for name, table in tables.items():
+        if not table.exists():
+            with tempfile.TemporaryDirectory() as folder:
+                table.write_text(section(PROGRAMS[name], Path(folder)))
+    text = "\n".join(table.read_text() for table in tables.values())
+    if options.page:
         splice(options.page, text)
     else:
         print(text)

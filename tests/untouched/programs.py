@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 STRANGERS = "tests/strangers/requirements.txt"
 
@@ -20,9 +20,8 @@ class Program:
         before: What the user ran before, to have a trained network in ``trained``.
         trained: The checkpoint that it leaves; the teacher.
         metric: What the project logs.
-        teacher: Class and arguments of the trained network.
+        width: Of the trained network.
         fit: Number of the fit that is meant; None: there is one.
-        settings: Further changes by recipe.
         needs: The requirements that hold what it imports; "": the test extra.
     """
 
@@ -35,12 +34,11 @@ class Program:
     metric: str = "val_acc"
     width: int = 32
     fit: int | None = None
-    extra: dict[str, Sequence[str]] = field(default_factory=dict)
     needs: str = ""
 
     def settings(self, recipe: str) -> list[str]:
         """What to change in a recipe, as behind ``--set``; "alone": the recipe that only exports."""
-        found = [f"export.metric={self.metric}", *self.extra.get(recipe, ())]
+        found = [f"export.metric={self.metric}"]
         if recipe not in ("psgd-4bit", "alone"):
             teacher = "kd.teacher.init_args"
             found += [f"{teacher}.class_path=digits.ConvNet", f"{teacher}.init_args={{width: {self.width}}}"]

@@ -68,12 +68,13 @@ def compressed(program: Program, recipe: str, place: Path) -> Compressed:
     shutil.rmtree(place / "compression_report", ignore_errors=True)
     before, reports = _digests(place), _reports(place)
     done = _shell(command, place)
+    after = _digests(place)
     written = sorted(_reports(place) - reports)
     return Compressed(
         command=command,
         code=done.returncode,
         output=done.stdout,
-        changed=[name for name, digest in before.items() if _digests(place).get(name) != digest],
+        changed=[name for name, digest in before.items() if after.get(name) != digest],
         report=json.loads(written[0].read_text()) if len(written) == 1 else {},
     )
 
@@ -91,9 +92,7 @@ def _shell(command: str, place: Path) -> subprocess.CompletedProcess[str]:
 
 
 def _digests(place: Path) -> dict[str, str]:
-    sources = [
-        path for path in place.rglob("*") if path.suffix in (".py", ".yaml", ".ckpt") and "outputs" not in path.parts
-    ]
+    sources = [path for path in place.rglob("*") if path.suffix in (".py", ".yaml") and "outputs" not in path.parts]
     return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
 
 
