@@ -88,7 +88,8 @@ def attached(
         order = Order(os.path.abspath(recipe), os.getcwd(), events.path, settings, mode, called)
         try:
             with _no_new_drafts(loaded):
-                code, interrupted = _exit_code(command, {**os.environ, VARIABLE: order.to_json()})
+                quiet = {"WANDB_MODE": "disabled"} if mode == "plan" else {}  # if the script itself begins a run
+                code, interrupted = _exit_code(command, {**quiet, **os.environ, VARIABLE: order.to_json()})
         except OSError as error:
             return _ended(mode, USAGE, f"'{command[0]}' cannot be started: {error.strerror}")
         code, message = comes_to(events.read(), code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import subprocess
 import sys
 from importlib import import_module
@@ -841,3 +842,60 @@ def test_an_offline_run_can_have_an_input(tmp_path, monkeypatch):
     run.finish()
     found = OfflineRun(tmp_path).artifacts["weights"]
     assert (found.use_after_commit, found.user_created, list(found.aliases)) == (True, True, ["latest"])
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_a_quietened_fit_writes_nothing(namespace, tmp_path, monkeypatch):
+    """Loggers that begin a run to say their version are not asked; what it takes to find a learning rate is nothing."""
+    package = import_module(namespace)
+    monkeypatch.chdir(tmp_path)
+
+    class Asked(package.loggers.logger.DummyLogger):
+        experiment = version = name = property(lambda self: pytest.fail("the logger was asked"))
+
+    finder = package.callbacks.LearningRateFinder()
+    trainer = package.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=[Asked(), package.loggers.CSVLogger("csv")],
+        callbacks=[finder, package.callbacks.OnExceptionCheckpoint("."), package.callbacks.ModelCheckpoint("kept")],
+        profiler=package.profilers.SimpleProfiler("profile", "times"),
+        default_root_dir="root",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    monkeypatch.setattr(finder, "optimal_lr", None)
+    _compat.quieten_(trainer, str(tmp_path / "quiet"))
+    module = import_module(f"{namespace}.demos.boring_classes").BoringModel()
+    trainer.fit(module, DataLoader(torch.randn(4, 32), batch_size=2))
+    assert finder.optimal_lr is None
+    assert trainer.log_dir == trainer.default_root_dir == str(tmp_path / "quiet")
+    assert [path.name for path in tmp_path.rglob("*")] == ["quiet"]
+    again = pickle.loads(pickle.dumps(trainer.loggers))
+    assert [type(logger).__name__ for logger in again] == ["SilentAsked", "SilentCSVLogger"]
+    assert [(logger.save_dir, logger.experiment.add_scalar("a", 1)) for logger in again] == [
+        (trainer.log_dir, None)
+    ] * 2
+
+
+def test_fits_are_wrapped_once(monkeypatch):
+    trainers = [import_module(f"{namespace}.trainer.trainer").Trainer for namespace in NAMESPACES]
+    for trainer in trainers:
+        assert not hasattr(trainer.fit, "__wrapped__")
+        monkeypatch.setattr(trainer, "fit", trainer.fit)  # to be put back
+    for _ in range(2):
+        _compat.wrap_fits(lambda fit: lambda trainer, *args: ("wrapped", fit, *args))
+    for trainer in trainers:
+        assert trainer.fit(None, 1) == ("wrapped", trainer.fit.__wrapped__, 1)
+        assert list(inspect.signature(trainer.fit).parameters)[:2] == ["self", "model"]
+
+
+def test_a_failing_launch_is_noticed_before_any_hook():
+    launchers = import_module("lightning.pytorch.strategies.launchers.multiprocessing")
+    strategy = SimpleNamespace(num_processes=1)
+    strategy.launcher = launchers._MultiProcessingLauncher(strategy, start_method="spawn")
+    happened = []
+    _compat.before_children_fail(SimpleNamespace(strategy=strategy), lambda: happened.append("noticed"))
+    with pytest.raises(AttributeError, match="cluster_environment"):
+        strategy.launcher.launch(print)
+    assert happened == ["noticed"]

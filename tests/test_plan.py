@@ -208,7 +208,7 @@ def test_nothing_is_written_and_nothing_of_the_script_runs_after_it(project, cap
     assert project(RECIPE + EXPORT, script(saves, package=package)) == 0
     assert files() == ["recipe.yaml", "train.py"]
     text = plan_of(capfd)
-    assert "takes     'model.0' (73.8% of the parameters, 72.7% of the multiply-accumulates)" in text
+    assert "takes     'model.0' (65.6% of the parameters, 72.7% of the multiply-accumulates)" in text
     assert "leaves    'model.2': excluded" in text
     assert re.search(r"out/model.onnx  fp32, about 1\.\d+ kB\n", text)
     assert "the step runs once, with 1 forward of a teacher: about 2.33 times" in text  # 64 of 16: 1 + 4 / 3
@@ -283,7 +283,7 @@ def test_skipped_batches_are_passed_over(project, capfd):
     assert "dpf (DPFCallback)" in plan_of(capfd)
     assert project(RECIPE + EXPORT, script(SKIPS.format("> 99") + PLAIN_FIT)) == 1
     assert "came to its end without a batch that has a loss" in capfd.readouterr().err.splitlines()[-1]
-    assert project(RECIPE + EXPORT, script("trainer(max_epochs=0).fit(Lit(), loader())\nopen('after', 'w')")) == 1
+    assert project(RECIPE + EXPORT, script(PLAIN_FIT.replace("trainer()", "trainer(max_epochs=0)"))) == 1
     assert "came to its end without a batch that has a loss" in capfd.readouterr().err.splitlines()[-1]
     assert files() == ["recipe.yaml", "train.py"]
 

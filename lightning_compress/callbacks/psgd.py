@@ -418,9 +418,7 @@ class PSGDCallback(CompressionCallback):
         kind = type(optimizer).__name__
         way = way_of(optimizer) if self.apply_to == "auto" else self.apply_to
         if way == "update":
-            return (
-                f"{kind} is adaptive and would cancel a scale of its gradients: what it adds to the weights is scaled"
-            )
+            return f"{kind} is adaptive and would cancel a scale of its gradients: its updates are scaled instead"
         return f"the gradients that {kind} gets are scaled"
 
     def _tell_way(self, optimizer: torch.optim.Optimizer, way: Way | None) -> None:
