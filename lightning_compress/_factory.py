@@ -1,7 +1,27 @@
-"""Where the entry point was at first: editable installations go on with the entry points that they were made with."""
+"""Entry point that every Trainer of both Lightning packages calls; returns nothing unless ``run`` asked for it.
+
+Lightning loads it in every program on the machine, unguarded. So it imports nothing that could fail or take time, and
+is installed beside the package, as ``_lightning_compress_factory``: the package's own ``__init__`` would come first.
+"""
 
 from __future__ import annotations
 
-from _lightning_compress_entry import VARIABLE, callbacks
+import os
 
-__all__ = ["VARIABLE", "callbacks"]
+
+def callbacks() -> list[object]:
+    """The callbacks of the recipe named in the environment; an empty list for every other program.
+
+    Returns:
+        Callbacks for the Trainer under construction.
+
+    Example:
+        >>> callbacks()
+        []
+    """
+    order = os.environ.get("LIGHTNING_COMPRESS_RUN")
+    if order is None:
+        return []
+    from lightning_compress.attachment import attachments
+
+    return [*attachments(order)]

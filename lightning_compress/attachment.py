@@ -18,13 +18,15 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback
 
-from _lightning_compress_entry import VARIABLE
 from lightning_compress._compat import is_tuner_fit
 from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.recipe import Recipe, RecipeError, build_callbacks, load_recipe
 from lightning_compress.recipe_file import naming
+
+VARIABLE = "LIGHTNING_COMPRESS_RUN"
+"""Of the environment of the child; ``_factory`` knows it by heart, as it imports nothing of this package."""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from _lightning_compress_entry import VARIABLE
-from lightning_compress.attachment import Events, Order
+from lightning_compress.attachment import VARIABLE, Events, Order
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe import Recipe, check_outputs, export_paths, load_recipe
 from lightning_compress.recipes import shipped

@@ -447,9 +447,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the entry point is always on",
-        "_lightning_compress_entry.py",
-        "if VARIABLE not in os.environ:",
-        "if False:",
+        "lightning_compress/_factory.py",
+        "    if order is None:\n        return []\n",
+        "",
         f"{CONTRACT}/test_cli_yaml.py::test_the_entry_point_is_off_by_default_and_imports_nothing_heavy",
     ),
     # Recipes

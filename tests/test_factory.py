@@ -19,9 +19,9 @@ from pages import ROOT
 from scripts import definitions, script
 
 import lightning_compress
-from _lightning_compress_entry import VARIABLE, callbacks
 from lightning_compress import CompressionReport, DistillationCallback
-from lightning_compress.attachment import Events, Order, RecipeAttachment, attachments, class_names
+from lightning_compress._factory import callbacks
+from lightning_compress.attachment import VARIABLE, Events, Order, RecipeAttachment, attachments, class_names
 from lightning_compress.export.evaluate import RUN_VARIABLE
 from lightning_compress.recipe import RecipeError
 
@@ -95,7 +95,7 @@ def broken_package(request, tmp_path):
     groups = re.findall(r'^\[project\.entry-points\."(.+)"\]\n(\w+) = "(.+)"$', project, flags=re.MULTILINE)
     assert len(groups) == 2
     (metadata / "entry_points.txt").write_text("".join(f"[{group}]\n{name} = {at}\n" for group, name, at in groups))
-    (path / "_lightning_compress_entry.py").write_text((ROOT / "_lightning_compress_entry.py").read_text())
+    (path / "_lightning_compress_factory.py").write_text((ROOT / "lightning_compress" / "_factory.py").read_text())
     (path / "lightning_compress").mkdir()
     (path / "lightning_compress" / "__init__.py").touch()
     (path / "lightning_compress" / request.param).write_text(BROKEN[request.param])
@@ -123,7 +123,7 @@ def test_a_broken_package_hurts_no_other_training(broken_package, tmp_path):
     )
     assert child.returncode == 0, child.stderr
     steps, error = child.stdout.splitlines()[-2:]
-    assert steps == "4 ['_lightning_compress_entry']"
+    assert steps == "4 ['_lightning_compress_factory']"
     assert error in ("broken on purpose", "No module named 'torch.a_part_that_is_not_there'")
 
 

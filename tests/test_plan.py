@@ -12,7 +12,7 @@ import pytest
 from scripts import script
 
 from lightning_compress import plan
-from lightning_compress._factory import VARIABLE
+from lightning_compress.attachment import VARIABLE
 from lightning_compress.cli import main
 from lightning_compress.foresight import PlanAttachment
 

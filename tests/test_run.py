@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 from scripts import script
 
-from _lightning_compress_entry import VARIABLE
+from lightning_compress.attachment import VARIABLE
 from lightning_compress.cli import main
 from lightning_compress.run import outcome
 

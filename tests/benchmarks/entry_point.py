@@ -24,7 +24,7 @@ from lightning.fabric.utilities import registry
 
 from lightning_compress.report.latency import median_interval
 
-MODULE = "_lightning_compress_entry"
+MODULE = "_lightning_compress_factory"
 OURS = EntryPoint("lightning_compress", f"{MODULE}:callbacks", "lightning.pytorch.callbacks_factory")
 
 

@@ -249,7 +249,7 @@ def test_an_unknown_argument_is_named(project, capsys):
 
 
 def test_the_entry_point_is_off_by_default_and_imports_nothing_heavy():
-    code = "import sys; from _lightning_compress_entry import callbacks; print(callbacks(), 'torch' in sys.modules)"
+    code = "import sys; from _lightning_compress_factory import callbacks; print(callbacks(), 'torch' in sys.modules)"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LIGHTNING_COMPRESS")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["[]", "False"], done.stderr
