@@ -146,7 +146,7 @@ def applied(module: nn.Module, layer: Layer, method: str, level: float) -> Itera
         changed = {name: _rounded(weight, int(level)) for name, weight in weights.items()}
     elif method == "sparsity":
         masks = magnitude_mask(list(weights.values()), level)
-        changed = {name: weight * mask for (name, weight), mask in zip(weights.items(), masks, strict=True)}
+        changed = {name: weights[name].masked_fill(~mask, 0.0) for name, mask in zip(weights, masks, strict=True)}
     else:
         changed = _without_filters(named, layer, level)
     squares = sum(float(weight.double().square().sum()) for weight in weights.values())

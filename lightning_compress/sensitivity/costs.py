@@ -10,7 +10,7 @@ from torch import nn
 from lightning_compress.mechanisms.weights import named_weights
 from lightning_compress.sensitivity.budgets import Budget, shown_amount
 from lightning_compress.sensitivity.layers import Layer
-from lightning_compress.sensitivity.sizes import FLOAT_BITS, deflated_bytes, integer_bytes, other_bytes
+from lightning_compress.sensitivity.sizes import FLOAT_BITS, GRAPH, deflated_bytes, integer_bytes, other_bytes
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,10 @@ def _of_bits(module: nn.Module, layers: Sequence[Layer], levels: Sequence[float]
 def _of_sparsity(module: nn.Module, layers: Sequence[Layer], levels: Sequence[float]) -> Costs:
     named = named_weights(module)
     sizes = {layer.name: deflated_bytes([named[name].detach() for name in layer.weights], levels) for layer in layers}
-    whole = 4 * sum(parameter.numel() for parameter in module.parameters())
+    whole = 4 * sum(parameter.numel() for parameter in module.parameters()) + GRAPH * len(layers)
     plain = {name: own.pop(0.0) for name, own in sizes.items()}
-    return Costs(
-        whole, whole - 4 * sum(layer.parameters for layer in layers), plain, sizes, "weights in fp32, not deflated"
-    )
+    fixed = whole - 4 * sum(layer.parameters for layer in layers)
+    return Costs(whole, fixed, plain, sizes, "the file in fp32, about, not deflated")
 
 
 def _of_filters(module: nn.Module, layers: Sequence[Layer], levels: Sequence[float]) -> Costs:

@@ -90,6 +90,6 @@ def deflated_bytes(weights: Sequence[Tensor], sparsities: Sequence[float]) -> di
     found = {}
     for sparsity in (0.0, *sparsities):
         masks = magnitude_mask(list(weights), sparsity)
-        masked = [(weight * mask).float().cpu().contiguous() for weight, mask in zip(weights, masks, strict=True)]
-        found[sparsity] = sum(compressed_bytes(weight.numpy().tobytes()) for weight in masked)
+        masked = [weight.masked_fill(~mask, 0.0) for weight, mask in zip(weights, masks, strict=True)]  # no -0.0
+        found[sparsity] = sum(compressed_bytes(weight.float().cpu().numpy().tobytes()) for weight in masked)
     return found
