@@ -204,7 +204,9 @@ def _add_sensitivity(commands: Commands) -> None:
     add("--config", metavar="C.yaml", action="append", default=[], help="of the LightningCLI project; more overrule it")
     add("--class", metavar="pkg.Module", help="the LightningModule, where the config does not name it")
     add("--data-class", metavar="pkg.Data", help="the LightningDataModule, likewise")
-    add("--method", nargs="+", action="extend", choices=("bits", "sparsity", "filters"), help="default: bits sparsity")
+    methods = ("bits", "sparsity", "filters")
+    what = "bits, sparsity, filters; default: the first two"
+    add("--method", metavar="METHOD", nargs="+", action="extend", choices=methods, help=what)
     add(
         "--levels",
         metavar="METHOD=A,B",
@@ -215,14 +217,20 @@ def _add_sensitivity(commands: Commands) -> None:
     )
     add("--metric", metavar="NAME", help="of the validation; default: the first such as an accuracy, else a loss")
     add("--mode", choices=("min", "max"), help="which is better; default: by the name of the metric")
-    add("--layers", nargs="+", action="extend", help="selectors; default: all convolutions and linear layers")
-    add("--exclude", nargs="+", action="extend", help="selectors of layers that are left alone")
+    add(
+        "--layers",
+        metavar="LAYER",
+        nargs="+",
+        action="extend",
+        help="selectors; default: all convolutions and linear layers",
+    )
+    add("--exclude", metavar="LAYER", nargs="+", action="extend", help="selectors of layers that are left alone")
     add(
         "--budget",
         metavar="WHAT",
         help="for the recipe: bytes=25%%, bytes=200kB or macs=50%%; default: bytes=25%%, macs=50%%",
     )
-    add("--minutes", type=float, help="stop after so long; default: when all is measured")
+    add("--minutes", metavar="N", type=float, help="stop after so long; default: when all is measured")
     add("--limit-batches", metavar="N", type=int, help="batches of each validation; default: as the config says")
     add("--out", metavar="DIR", default="sensitivity", help="default: %(default)s")
     add("--restart", action="store_true", help="throw away what was measured before")

@@ -111,9 +111,9 @@ def sensitivity(options: argparse.Namespace) -> int:
             with _usage():
                 request = _Request.of(options)
                 module, journal, validation = _opened(request, stack)
-            findings = _measured(request, module, journal, validation)
+            findings, costs = _measured(request, module, journal, validation)
             with _usage():
-                _write(request, findings, module)
+                _write(request, findings, costs, module)
         except _Stop as stop:
             return _ended(USAGE, str(stop))
         except KeyboardInterrupt:
@@ -143,8 +143,10 @@ def _opened(request: _Request, stack: ExitStack) -> tuple[nn.Module, Journal, Re
     return module, journal, repeated
 
 
-def _measured(request: _Request, module: nn.Module, journal: Journal, validation: RepeatedValidation) -> Findings:
-    """All measurements that there was time for."""
+def _measured(
+    request: _Request, module: nn.Module, journal: Journal, validation: RepeatedValidation
+) -> tuple[Findings, dict[str, Costs]]:
+    """All measurements that there was time for, and what the choices cost."""
     options = request.options
     try:
         if journal.plain is None:
@@ -156,15 +158,16 @@ def _measured(request: _Request, module: nn.Module, journal: Journal, validation
     with _usage():
         metric = choose_metric(plain, options.metric, options.mode)
         _check_methods(request, layers)
-        for method, costs in _costs(request, module, layers).items():
+        costs = {method: costs_of(method, module, layers, levels) for method, levels in request.levels.items()}
+        for method, own in costs.items():
             if request.budget is not None and method in QUANTITIES[request.budget.quantity]:
-                costs.check(request.budget)
+                own.check(request.budget)
     changes = planned(layers, request.levels)
     missing = [change for change in changes if change not in journal.found]
     _say(f"judged by {metric.said}; {len(changes)} changes, {len(changes) - len(missing)} measured before")
     _measure(missing, {layer.name: layer for layer in layers}, journal, validation, options.minutes)
     found = {change: journal.found[change] for change in changes if change in journal.found}
-    return Findings(layers, request.levels, metric, plain, found, len(changes))
+    return Findings(layers, request.levels, metric, plain, found, len(changes)), costs
 
 
 def _measure(
@@ -192,15 +195,10 @@ def _check_methods(request: _Request, layers: Sequence[Layer]) -> None:
             raise ValueError(f"--method {method} fits none of the selected layers ({', '.join(kinds)})")
 
 
-def _costs(request: _Request, module: nn.Module, layers: Sequence[Layer]) -> dict[str, Costs]:
-    return {method: costs_of(method, module, layers, levels) for method, levels in request.levels.items()}
-
-
-def _write(request: _Request, findings: Findings, module: nn.Module) -> None:
+def _write(request: _Request, findings: Findings, costs: Mapping[str, Costs], module: nn.Module) -> None:
     """Tables, picture and recipes, and what there is to say about them."""
     folder = request.folder
     _say("\n" + to_console(findings))
-    costs = _costs(request, module, findings.layers)
     suggestions: list[Suggestion] = []
     for method, own in costs.items():
         suggested = suggest(method, findings, own, module, request.budget)

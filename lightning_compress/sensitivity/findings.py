@@ -15,7 +15,8 @@ from lightning_compress.sensitivity.layers import Layer
 from lightning_compress.sensitivity.metrics import Metric
 
 SCHEMA = 1
-NAME_LENGTH = 40
+NAME_LENGTH = 60
+"""Characters of a layer's name, where longer ones are shortened."""
 TITLES = {"bits": "{:g} bits", "sparsity": "{:.3g}% zero", "filters": "{:.3g}% gone"}
 
 

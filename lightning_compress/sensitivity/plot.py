@@ -14,12 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lightning_compress.report import units
-from lightning_compress.sensitivity.findings import Findings, headline, loss_format, title_of
+from lightning_compress.sensitivity.findings import NAME_LENGTH, Findings, headline, loss_format, title_of
 
 DPI = 110
-ROW, COLUMN, NAMES, HEAD, FOOT = 0.22, 0.62, 2.9, 0.75, 0.25  # inches
+ROW, COLUMN, LETTER, HEAD, FOOT = 0.22, 0.62, 0.066, 0.75, 0.25  # inches
 GAP = 0.3  # between methods
-LONGEST = 42
 UNMEASURED = "#e8e8e8"
 STRETCH = 0.5
 """Exponent of the colours: small losses are to be told from none."""
@@ -34,7 +33,8 @@ def draw(findings: Findings, path: str | os.PathLike[str]) -> None:
     """
     rows = len(findings.layers)
     columns = sum(map(len, findings.levels.values()))
-    width = NAMES + COLUMN * columns + GAP * len(findings.levels)
+    left = 0.2 + LETTER * max(len(name) for name in _names(findings))
+    width = left + COLUMN * columns + GAP * len(findings.levels)
     height = HEAD + ROW * rows + FOOT
     figure = Figure(figsize=(max(width, 6.5), height), dpi=DPI, facecolor="white")
     canvas: Any = FigureCanvasAgg(figure)
@@ -42,7 +42,6 @@ def draw(findings: Findings, path: str | os.PathLike[str]) -> None:
     largest = max((loss for loss in losses if loss is not None and math.isfinite(loss)), default=0.0)
     norm = PowerNorm(STRETCH, vmin=0.0, vmax=largest if largest > 0 else 1.0, clip=True)
     total = figure.get_figwidth()
-    left = NAMES
     for place, method in enumerate(findings.levels):
         wide = COLUMN * len(findings.levels[method])
         box = (left / total, FOOT / height, wide / total, ROW * rows / height)
@@ -68,11 +67,15 @@ def _panel(axes: Any, findings: Findings, method: str, norm: PowerNorm, *, names
     axes.set_ylim(len(findings.layers) - 0.5, -0.5)
     axes.set_xticks(range(len(levels)), [title_of(method, level) for level in levels], fontsize=7)
     axes.xaxis.tick_top()
-    shown = [units.shortened(layer.name or layer.type, LONGEST) for layer in findings.layers]
+    shown = _names(findings)
     axes.set_yticks(np.arange(len(shown)), shown if names else [""] * len(shown), fontsize=7)
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
+
+
+def _names(findings: Findings) -> list[str]:
+    return [units.shortened(layer.name or layer.type, NAME_LENGTH) for layer in findings.layers]
 
 
 def _cell(column: int, row: int, colour: Any) -> Any:

@@ -226,7 +226,8 @@ def _with_filters(findings: Findings, costs: Costs, budget: Budget, limit: float
         "fewer. What was measured is without training; a fit takes most of the loss back.",
     ]
     show = loss_format(findings)(choice.loss)
-    said = f"{budget}: {said}, {len(left)} layers left whole, {findings.metric.name} worse by {show}, as predicted"
+    whole = f"{len(left)} layer{'' if len(left) == 1 else 's'} left whole"
+    said = f"{budget}: {said}, {whole}, {findings.metric.name} worse by {show}, as predicted"
     export: dict[str, object] = {"path": "model.onnx", "precision": "fp32", "metric": findings.metric.name}
     callbacks = [_callback("StructuredPruningCallback", arguments)]
     return Suggestion("filters", budget, limit, None, choice.loss, said, levels, callbacks, export, notes)
