@@ -167,7 +167,7 @@ def choose_filters(
         FilterChoice(left=('b',), share=0.5, loss=0.0)
     """
     curves = {name: _curve(own) for name, own in losses.items()}
-    highest = min((max(own) for own in losses.values()), default=0.0)
+    highest = min((shares[-1] for shares, _ in curves.values()), default=0.0)
     order = sorted(macs, key=lambda name: -curves[name][1][-1] / macs[name])
     choices = []
     for count in range(len(order)):

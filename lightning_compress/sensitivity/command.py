@@ -203,7 +203,7 @@ def _write(request: _Request, findings: Findings, costs: Mapping[str, Costs], mo
     for method, own in costs.items():
         suggested = suggest(method, findings, own, module, request.budget)
         if suggested is None:
-            _say(f"{method}: nothing is suggested, the budget is kept as it is")
+            _say(f"{method}: nothing is suggested, as the budget is kept as it is, or nothing was measured yet")
         else:
             suggestions.append(suggested)
     notes = _notes(request, findings)

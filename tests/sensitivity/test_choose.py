@@ -96,3 +96,7 @@ def test_filters_by_hand():
     with pytest.raises(BudgetError) as raised:
         choose_filters(macs, losses, total=110, budget=30)
     assert raised.value.smallest == 110 - 75
+    no_number = {**losses, "c": {0.5: 0.05, 0.75: float("inf")}}
+    with pytest.raises(BudgetError) as raised:
+        choose_filters(macs, no_number, total=100, budget=30)
+    assert raised.value.smallest == 50
