@@ -310,6 +310,7 @@ def test_bits_of_layers_in_file_report_and_checkpoint(tmp_path):
     assert bits_of(other) == bits_of(ptq)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*trains for 4 bits")
 def test_bits_of_layers_come_before_what_psgd_has_trained():
     ptq = PTQCallback(weight_bits=4, layer_bits={"model.0": 8})

@@ -112,7 +112,9 @@ def test_bad_arguments(settings, message):
         QATCallback(**settings)
 
 
-@STEP_SIZES
+@pytest.mark.parametrize(
+    "step_size", ["mse", *(pytest.param(own, marks=pytest.mark.slow) for own in ("observed", "learned"))]
+)
 def test_layers_with_bits_of_their_own(step_size):
     """Each weight lies on its own grid, in the training too, and the state knows."""
     qat = QATCallback(weight_bits=5, layer_bits={"model": 8, "type:Conv2d": 3}, step_size=step_size)

@@ -271,7 +271,7 @@ def test_a_resume_after_a_resume_with_another_step_size(sizes, tmp_path):
         ({"network": "model"}, {"network": "model.0"}, "network"),
         ({"layer_bits": {"model.0": 3}}, {"layer_bits": {"model.0": 5}}, "layer_bits"),
         ({}, {"layer_bits": {"model.0": 3}}, "layer_bits"),
-        ({"layer_bits": {"model.0": 3}}, {"layer_bits": {"type:Conv2d": 3}}, None),
+        pytest.param({"layer_bits": {"model.0": 3}}, {"layer_bits": {"type:Conv2d": 3}}, None, marks=pytest.mark.slow),
         ({}, {"network": "model"}, None),
         ({}, {"layers": ["model"]}, None),
         ({"edge_bits": "auto"}, {"edge_bits": None}, None),
