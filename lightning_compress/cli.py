@@ -227,8 +227,48 @@ def _add_recipes(commands: Commands) -> None:
 
 
 def _add_sensitivity(commands: Commands) -> None:
-    sensitivity = commands.add_parser("sensitivity", help="prune or quantise each layer alone, and suggest a recipe")
-    sensitivity.add_argument("checkpoint", metavar="CKPT")
+    sensitivity = commands.add_parser(
+        "sensitivity",
+        help="prune or quantise each layer alone, and suggest a recipe",
+        description="Change one layer of a checkpoint at a time, run the project's own validation, and tell how much "
+        "worse it is: a table, a picture, and a recipe for a budget. A run that was stopped goes on.",
+        allow_abbrev=False,
+    )
+    add = sensitivity.add_argument
+    add("checkpoint", metavar="CKPT", help="what Lightning saved")
+    add("--config", metavar="C.yaml", action="append", default=[], help="of the LightningCLI project; more overrule it")
+    add("--class", metavar="pkg.Module", help="the LightningModule, where the config does not name it")
+    add("--data-class", metavar="pkg.Data", help="the LightningDataModule, likewise")
+    methods = ("bits", "sparsity", "filters")
+    what = "bits, sparsity, filters; default: the first two"
+    add("--method", metavar="METHOD", nargs="+", action="extend", choices=methods, help=what)
+    add(
+        "--levels",
+        metavar="METHOD=A,B",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="default: bits=8,4,3,2 sparsity=.5,.75,.9 filters=.25,.5,.75",
+    )
+    add("--metric", metavar="NAME", help="of the validation; default: the first such as an accuracy, else a loss")
+    add("--mode", choices=("min", "max"), help="which is better; default: by the name of the metric")
+    add(
+        "--layers",
+        metavar="LAYER",
+        nargs="+",
+        action="extend",
+        help="selectors; default: all convolutions and linear layers",
+    )
+    add("--exclude", metavar="LAYER", nargs="+", action="extend", help="selectors of layers that are left alone")
+    add(
+        "--budget",
+        metavar="WHAT",
+        help="for the recipe: bytes=25%%, bytes=200kB or macs=50%%; default: bytes=25%%, macs=50%%",
+    )
+    add("--minutes", metavar="N", type=float, help="stop after so long; default: when all is measured")
+    add("--limit-batches", metavar="N", type=int, help="batches of each validation; default: as the config says")
+    add("--out", metavar="DIR", default="sensitivity", help="default: %(default)s")
+    add("--restart", action="store_true", help="throw away what was measured before")
 
 
 def _add_sweep(commands: Commands) -> None:

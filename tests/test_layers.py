@@ -43,6 +43,10 @@ STOREYS = [
         "cli",
         "_factory",
         "reporting",
+        "sensitivity",
+        "config_errors",
+        "project",
+        "exporting",
     },
 ]
 HEIGHT = {part: height for height, parts in enumerate(STOREYS) for part in parts}

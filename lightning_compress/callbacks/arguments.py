@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from lightning_compress.functional.quantizers import check_bits
@@ -61,6 +61,16 @@ def check_edge_bits(edge_bits: Any) -> None:
     """Refuse what is neither bits of a grid, "auto", nor None."""
     if edge_bits is not None and edge_bits != "auto":
         check_bits(edge_bits, "edge_bits, if neither 'auto' nor None,")
+
+
+def check_layer_bits(layer_bits: Any) -> None:
+    """Refuse what is neither None nor a mapping from selectors of layers to bits of a grid."""
+    if layer_bits is None:
+        return
+    if not isinstance(layer_bits, Mapping) or not all(isinstance(selector, str) for selector in layer_bits):
+        raise TypeError(f"layer_bits must be a mapping from selectors of layers to bits, or None, got {layer_bits!r}")
+    for selector, bits in layer_bits.items():
+        check_bits(bits, f"layer_bits['{selector}']")
 
 
 def takes(function: Callable[..., Any], count: int) -> bool:

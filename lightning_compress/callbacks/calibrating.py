@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_edge_bits, check_whole, edge_bits_of
+from lightning_compress.callbacks.arguments import check_edge_bits, check_layer_bits, check_whole, edge_bits_of
 from lightning_compress.callbacks.base import CompressionCallback, log, together
 from lightning_compress.callbacks.intents import Aim, Intent, layers_of, left_out
 from lightning_compress.export.sample import defines
@@ -27,7 +27,7 @@ from lightning_compress.mechanisms.isolation import evaluating
 from lightning_compress.mechanisms.quantization import QuantizationError, Quantizers, quantizing
 from lightning_compress.mechanisms.replay import replay, traceless
 from lightning_compress.mechanisms.rounding import Presented
-from lightning_compress.mechanisms.selection import find_module, joined, plain_name, select_modules
+from lightning_compress.mechanisms.selection import find_module, joined, listing, plain_name, select_modules
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.step import step_controller
 from lightning_compress.mechanisms.weights import named_weights
@@ -46,6 +46,7 @@ class CalibratingCallback(CompressionCallback):
         activation_bits: Bits of an activation, 2 to 8. None: weights only.
         edge_bits: Bits of the first and the last weight, and of the network's input. "auto": 8 where ``weight_bits``
             is below 4, else as the others; None: as the others.
+        layer_bits: Bits of the weights of some layers, by selector; None: as the others.
         max_samples: Samples of the training data to look at, at least 1.
         network: Dotted name of the network inside the LightningModule; None: the one that the step calls.
         layers: Selectors of layers. None: all that have integer kernels.
@@ -59,6 +60,7 @@ class CalibratingCallback(CompressionCallback):
         weight_bits: int,
         activation_bits: int | None,
         edge_bits: int | Literal["auto"] | None,
+        layer_bits: Mapping[str, int] | None,
         max_samples: int,
         network: str | None,
         layers: Sequence[str] | None,
@@ -70,10 +72,12 @@ class CalibratingCallback(CompressionCallback):
         if activation_bits is not None:
             check_bits(activation_bits, "activation_bits, if not None,")
         check_edge_bits(edge_bits)
+        check_layer_bits(layer_bits)
         if network is not None and not isinstance(network, str):
             raise TypeError(f"network must be the dotted name of a module, or None, got {network!r}")
         check_whole("max_samples", max_samples, at_least=1)
         self.weight_bits, self.activation_bits, self.edge_bits = weight_bits, activation_bits, edge_bits
+        self.layer_bits = None if layer_bits is None else dict(layer_bits)
         self.max_samples, self.network, self.layers, self.exclude = max_samples, network, layers, exclude
         self._method = "validation_step"  # what is replayed
         self._nothing: list[str] = []  # activations that were 0 throughout
@@ -131,15 +135,21 @@ class CalibratingCallback(CompressionCallback):
     # Life cycle
 
     @property
+    def fewest_bits(self) -> int:
+        """Of a weight that comes neither first nor last."""
+        return min([self.weight_bits, *(self.layer_bits or {}).values()])
+
+    @property
     def weight_bits_given(self) -> int | None:
-        """Those of the weights."""
-        return self.weight_bits
+        """The fewest of a weight."""
+        return self.fewest_bits
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse selectors that match nothing, and a network that is none."""
         if self.network is not None:
             find_module(pl_module, self.network, argument="network")
         selection(pl_module, self.layers, self.exclude)
+        bits_of_layers(pl_module, self.layer_bits)
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Learn which network the step calls."""
@@ -278,26 +288,32 @@ class CalibratingCallback(CompressionCallback):
 
     def _calibration(self, trainer: Any, pl_module: Any, name: str, network: nn.Module) -> Calibration:
         selected = selection(pl_module, self.layers, self.exclude)
+        bits = bits_of_layers(pl_module, self.layer_bits)
         calibration = Calibration(
             network,
             self.settings(),
             selected=lambda weight: selected(joined(name, weight)),
+            own_bits=lambda weight: bits.get(joined(name, weight).rpartition(".")[0]),
             given=self.given(trainer, name, network),
             presented=self.presented(),
         )
+        if overruled := calibration.overruled:
+            self._warn_once(f"layer_bits gives {listing(overruled)} other bits than they were trained for")
         calibration.grids.network = name
         return calibration
 
     def _tell_idle(self, grids: Grids, name: str, pl_module: Any) -> None:
         """Complain about selectors none of whose layers is quantised."""
         quantised = {joined(name, weight).rpartition(".")[0] for weight in grids.weights}
-        for selector in self.layers or []:
-            chosen = select_modules(pl_module, [selector], None, types=(nn.Module,))
-            if quantised.isdisjoint(chosen):
+        for argument, selectors in (("layers", self.layers or []), ("layer_bits", self.layer_bits or {})):
+            for selector in selectors:
+                chosen = select_modules(pl_module, [selector], None, types=(nn.Module,), argument=argument)
+                if not quantised.isdisjoint(chosen):
+                    continue
                 kinds = sorted({type(module).__name__ for module in chosen.values()})
                 raise ValueError(
-                    f"layers has '{selector}', and nothing of it ({', '.join(kinds[:3])}) runs as a convolution or a "
-                    "linear layer, for which ONNX Runtime has integer kernels"
+                    f"{argument} has '{selector}', and nothing of it ({', '.join(kinds[:3])}) runs as a convolution or "
+                    "a linear layer that is selected, for which ONNX Runtime has integer kernels"
                 )
 
     def _trained_for(self, trainer: Any, name: str) -> dict[str, WeightGrid]:
@@ -374,6 +390,30 @@ def selection(
     chosen = select_modules(pl_module, layers, exclude, types=(nn.Module,))
     inside = {plain_name(name) for name in chosen if chosen[name] is not pl_module or layers is None}
     return lambda name: name.rpartition(".")[0] in inside
+
+
+def bits_of_layers(pl_module: nn.Module, layer_bits: Mapping[str, int] | None) -> dict[str, int]:
+    """The bits of each layer that has its own.
+
+    Args:
+        pl_module: The module.
+        layer_bits: Selector to bits; of several that match a layer the last counts.
+
+    Returns:
+        Name of the layer in the module to its bits.
+
+    Raises:
+        ValueError: If a selector matches nothing.
+
+    Example:
+        >>> bits_of_layers(nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)), {"type:Linear": 4, "2": 8})
+        {'0': 4, '2': 8}
+    """
+    found: dict[str, int] = {}
+    for selector, bits in (layer_bits or {}).items():
+        matched = select_modules(pl_module, [selector], None, types=(nn.Module,), argument="layer_bits")
+        found |= dict.fromkeys(matched, bits)
+    return found
 
 
 @contextmanager

@@ -9,8 +9,9 @@ import warnings
 from contextlib import ExitStack
 from typing import Any
 
+from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_flag
-from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.callbacks.base import CapturedSample, CompressionCallback, log
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.errors import ExportError
@@ -20,9 +21,10 @@ from lightning_compress.export.runtime import require_onnx
 from lightning_compress.export.sample import Sample, check_sample
 from lightning_compress.export.scales import HOW, Scales
 from lightning_compress.functional.quantizers import MOST_BITS
+from lightning_compress.mechanisms.replay import replay
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.signs import sign
-from lightning_compress.mechanisms.step import StepController
+from lightning_compress.mechanisms.step import StepController, step_controller
 from lightning_compress.report.measure import compressed_bytes, count_nonzeros, count_parameters, first_line
 from lightning_compress.report.precision import AgainstFp32, against_fp32
 from lightning_compress.tracking import Exported, checkpoint_of, recipe_of
@@ -151,11 +153,7 @@ class ExportCallback(CompressionCallback):
     def verify(self, trainer: Any, pl_module: Any) -> None:
         """After the first step, export once into a temporary folder: what cannot be written is not trained for."""
         names = self.student_capture.names if self.student_capture is not None else None
-        if self.network is None and names is not None and len(names) > 1:
-            raise ValueError(
-                f"the student is the chain '{names[0]}' to '{names[1]}', and a file holds one network: name it with "
-                "network= (the LightningModule itself is '', with sample= if its forward is never called)"
-            )
+        self._refuse_chain(names if self.network is None else None)
         if trainer.is_global_zero:
             with (
                 tempfile.TemporaryDirectory() as folder,
@@ -192,6 +190,8 @@ class ExportCallback(CompressionCallback):
         if not trainer.is_global_zero:
             return
         path = self.path
+        if self.sample is None and self._last_sample() is None and _compat.has_training_data(trainer):
+            self.captured_sample = self._replayed_sample(trainer, pl_module)
         if trainer.fast_dev_run:
             self._draft = tempfile.TemporaryDirectory()
             path = os.path.join(self._draft.name, os.path.basename(self.path))
@@ -206,6 +206,22 @@ class ExportCallback(CompressionCallback):
         if self.precision != "fp32" and self.fp32_comparison and not trainer.fast_dev_run:
             with sign(trainer, f"Comparing {os.path.basename(path)} with a file in fp32"):
                 self._compare(pl_module, self.result)
+
+    def _replayed_sample(self, trainer: Any, pl_module: Any) -> CapturedSample:
+        """What a step gives the network, where a fit that was resumed at its end ran none."""
+        device = next(pl_module.parameters()).device
+        pl_module.to(trainer.strategy.root_device)  # at the end of a fit Lightning has moved the module to the CPU
+        try:
+            with ExitStack() as stack:
+                controller = stack.enter_context(step_controller(pl_module))
+                context = trainer.precision_plugin.train_step_context
+                again = stack.enter_context(replay(controller, trainer, context))
+                names = again.students(argument="network") if self.network is None else (self.network,)
+                self._refuse_chain(names)
+                call, _ = again.first_received(names)
+            return CapturedSample(names[0], call.args, call.kwargs)
+        finally:
+            pl_module.to(device)
 
     def _compare(self, pl_module: Any, result: ExportResult) -> None:
         """Beside a file in fp32; without it the training is none the worse."""
@@ -327,6 +343,13 @@ class ExportCallback(CompressionCallback):
             sample = Sample(seen.args, seen.kwargs) if sample is None else sample
         options: Any = {"network": network, "dynamic_batch": self.dynamic_batch}
         return write_onnx(pl_module, path, sample, precision, scales=scales, **options)
+
+    def _refuse_chain(self, names: tuple[str, ...] | None) -> None:
+        if names is not None and len(names) > 1:
+            raise ValueError(
+                f"the student is the chain '{names[0]}' to '{names[1]}', and a file holds one network: name it with "
+                "network= (the LightningModule itself is '', with sample= if its forward is never called)"
+            )
 
     def _fail(self, message: str) -> None:
         self.failure = message

@@ -14,7 +14,6 @@ from lightning_compress.callbacks.arguments import check_choice, check_flag, edg
 from lightning_compress.callbacks.base import log
 from lightning_compress.callbacks.quantised import QuantisedCallback
 from lightning_compress.export.sample import defines
-from lightning_compress.functional.quantizers import MOST_BITS
 from lightning_compress.mechanisms.batchnorm import batch_norms
 from lightning_compress.mechanisms.calibration import Settings
 from lightning_compress.mechanisms.controller import StepController
@@ -50,6 +49,7 @@ class PTQCallback(QuantisedCallback):
         max_samples: Samples of the training data to look at, at least 1.
         edge_bits: Bits of the first and the last weight, and of the network's input. "auto": 8 where ``weight_bits``
             is below 4, else as the others; None: as the others.
+        layer_bits: Selector of layers to the bits of their weights, where these differ; the last that matches counts.
         cross_layer_equalization: Whether the channels between two layers are scaled such that the weights on both
             sides have the same ranges.
         bias_correction: Whether the shift of each output channel that rounding its weight causes is taken back.
@@ -83,6 +83,7 @@ class PTQCallback(QuantisedCallback):
         reestimate_batchnorm: bool | Literal["auto"] = "auto",
         max_samples: int = 512,
         edge_bits: int | Literal["auto"] | None = "auto",
+        layer_bits: Mapping[str, int] | None = None,
         cross_layer_equalization: bool = False,
         bias_correction: bool = False,
         network: str | None = None,
@@ -94,6 +95,7 @@ class PTQCallback(QuantisedCallback):
             weight_bits=weight_bits,
             activation_bits=activation_bits,
             edge_bits=edge_bits,
+            layer_bits=layer_bits,
             max_samples=max_samples,
             network=network,
             layers=layers,
@@ -114,12 +116,11 @@ class PTQCallback(QuantisedCallback):
 
     def settings(self) -> Settings:
         """How to calibrate."""
-        auto = "max" if self.weight_bits == MOST_BITS else "mse"
         return Settings(
             weight_bits=self.weight_bits,
             activation_bits=self.activation_bits,
             observer=self.observer,
-            weight_range=auto if self.weight_range == "auto" else self.weight_range,
+            weight_range=self.weight_range,
             max_samples=self.samples,
             equalize=self.cross_layer_equalization,
             correct_bias=self.bias_correction,
@@ -128,7 +129,7 @@ class PTQCallback(QuantisedCallback):
 
     def reestimates(self, network: nn.Module) -> bool:
         """As asked for; "auto" with few bits."""
-        wanted = self.weight_bits <= REESTIMATED if self.reestimate_batchnorm == "auto" else self.reestimate_batchnorm
+        wanted = self.fewest_bits <= REESTIMATED if self.reestimate_batchnorm == "auto" else self.reestimate_batchnorm
         if self.reestimate_batchnorm is True and not batch_norms(network):
             raise ValueError("reestimate_batchnorm has no effect: no layer of the network keeps batch-norm statistics")
         return bool(wanted) and bool(batch_norms(network))
@@ -168,7 +169,8 @@ class PTQCallback(QuantisedCallback):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take the scales of a checkpoint; one that was written during a fit has none, nor one of other arguments."""
         found = None if state["quantization"] is None else Grids.from_state(state["quantization"])
-        self.quantization = found if state.get("arguments") == self._arguments() else None
+        before = {"layer_bits": None, **state.get("arguments", {})}  # older checkpoints do not have it
+        self.quantization = found if before == self._arguments() else None
 
     # Private
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_positive, edge_bits_of
 from lightning_compress.callbacks.base import CompressionCallback, averaging, log, together
-from lightning_compress.callbacks.calibrating import selection
+from lightning_compress.callbacks.calibrating import bits_of_layers, selection
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.quantised import QuantisedCallback
 from lightning_compress.callbacks.returned import Returned
@@ -55,7 +55,7 @@ MUCH_GROWN, SMALL_LOSS = 2.0, 0.02
 _LATER = "later, once the learning rate has fallen, or never: freeze_batchnorm_at=1"
 KEPT = ("moving", "factors", "top_lr", "watch", "froze", "waits", "clipped", "run")
 """What goes into the state beside the grids, once the network is quantised."""
-GRID_ARGUMENTS = ("weight_bits", "activation_bits", "edge_bits", "network", "layers", "exclude")
+GRID_ARGUMENTS = ("weight_bits", "activation_bits", "edge_bits", "layer_bits", "network", "layers", "exclude")
 """By which the grids of a checkpoint are those of another network, when they differ."""
 ADAM_EPS = 1e-12
 """Gradients of steps, divided by the root of how many elements share one, are smaller than what Adam usually adds."""
@@ -139,6 +139,7 @@ class QATCallback(QuantisedCallback):
         max_samples: Training samples to calibrate with, at least 1.
         edge_bits: Of the first and last weight, and the input. "auto": 8 if ``weight_bits`` is below 4. None: as the
             others.
+        layer_bits: Selectors of layers to the bits of their weights, where these differ; the last that matches counts.
         network: Dotted name of the network. None: the one that the step calls.
         layers: As for ``PruningCallback``. None: convolutions, linear layers, attention.
         exclude: Selectors of layers that stay in float.
@@ -185,6 +186,7 @@ class QATCallback(QuantisedCallback):
         grids_from: str | os.PathLike[str] | None = None,
         max_samples: int = 512,
         edge_bits: int | Literal["auto"] | None = "auto",
+        layer_bits: Mapping[str, int] | None = None,
         network: str | None = None,
         layers: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -194,6 +196,7 @@ class QATCallback(QuantisedCallback):
             weight_bits=weight_bits,
             activation_bits=activation_bits,
             edge_bits=edge_bits,
+            layer_bits=layer_bits,
             max_samples=max_samples,
             network=network,
             layers=layers,
@@ -645,11 +648,13 @@ class QATCallback(QuantisedCallback):
 
     def _refuse_other_grids(self, state: dict[str, Any], pl_module: Any) -> None:
         """Refuse arguments by which other weights would be rounded, or the same to other bits."""
-        before = state["arguments"]
+        before = {"layer_bits": None, **state["arguments"]}  # older checkpoints do not have it
         now = {argument: getattr(self, argument) for argument in GRID_ARGUMENTS}
         edges = [edge_bits_of(own["edge_bits"], own["weight_bits"]) for own in (before, now)]
         changed = [own for own in ("weight_bits", "activation_bits") if before[own] != now[own]]
         changed += ["edge_bits"] if edges[0] != edges[1] and not changed else []
+        if len({tuple(sorted(bits_of_layers(pl_module, own["layer_bits"]).items())) for own in (before, now)}) > 1:
+            changed.append("layer_bits")
         if self.network is not None and self.network != state["quantization"]["network"]:
             changed.append("network")
         old, new = (selection(pl_module, own["layers"], own["exclude"]) for own in (before, now))

@@ -235,7 +235,7 @@ class Emitting(Rounding):
             K=columns,
             N=rows,
             bits=4,
-            block_size=_block_size(columns),
+            block_size=block_size(columns),
         )
         return result if bias is None else result + bias
 
@@ -267,7 +267,19 @@ def buffer_name(site: str, part: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]", spelled, f"{site}:{part}")
 
 
-def _block_size(columns: int) -> int:
+def block_size(columns: int) -> int:
+    """How many input channels of a 4-bit product share a scale.
+
+    Args:
+        columns: How many there are.
+
+    Returns:
+        A power of two from 16 to 128.
+
+    Example:
+        >>> block_size(10), block_size(100), block_size(1000)
+        (16, 64, 128)
+    """
     size = BLOCK
     while size > SMALLEST_BLOCK and size > columns:
         size //= 2
@@ -277,7 +289,7 @@ def _block_size(columns: int) -> int:
 def _blocks(integers: Tensor, scale: Tensor) -> dict[str, Tensor]:
     """Two integers of 4 bits in a byte, the lower half first, in blocks of input channels that have a scale each."""
     rows, columns = integers.shape
-    size = _block_size(columns)
+    size = block_size(columns)
     blocks = -(-columns // size)
     padded = nn.functional.pad(integers.to(torch.int16), (0, blocks * size - columns)) + 8
     halves = padded.reshape(rows, blocks, size // 2, 2)

@@ -12,6 +12,8 @@ import inspect
 import json
 import math
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -256,30 +258,131 @@ def _validated(
         counted = is_shown(trainer)  # first of all: what follows is silent
         step = stack.enter_context(sign(trainer, what, _batches(trainer)))
         stack.enter_context(quiet(LIGHTNING_LOGGERS))
-        stack.enter_context(random_state_kept())
-        stack.enter_context(_compat.hidden_process_group())
-        duplicate = widen_(stack.enter_context(_working_copy(module)))
-        if datamodule is not None:
-            stack.enter_context(attributes_kept(datamodule))
+        duplicate = stack.enter_context(_prepared(module, datamodule))
         stack.enter_context(data_kept(_sources(module, loaders, datamodule)))  # each validation sees the same
         if trainer is not None and _compat.is_running(trainer):  # data are set up, and may not be split a second time
             for owner in (duplicate, datamodule):
                 if owner is not None:
                     vars(owner).update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
-        vars(duplicate)["configure_callbacks"] = list  # the user's callbacks act on the user's run only
         fresh = _fresh_trainer(lightning, trainer)
         fresh.callbacks += [_counting(lightning, step)] if counted else []
         part = find_module(duplicate, plain_name(name), argument="network")
         counter = None if replacement is None else _replace(part, replacement(duplicate, part, stack), seen)
-        results = fresh.validate(duplicate, dataloaders=loaders, datamodule=datamodule, verbose=False)
-    if not results:
-        raise EvaluationError("the validation ran no batch; are the validation data empty?")
+        metrics = _metrics(fresh, duplicate, loaders, datamodule)
     if counter is not None and counter.calls == 0:
         raise EvaluationError(
             f"{type(module).__name__}.validation_step never called '{name or 'self'}', so the metrics would be those "
             "of the torch network; it probably calls layers inside it: name the part that it calls with network=, or "
             f"let it call {f'self.{name}' if name else 'self'}(...)"
         )
+    return metrics
+
+
+class RepeatedValidation:
+    """A module's own validation, run again and again on a copy that may be changed between; made by :func:`repeatedly`.
+
+    Attributes:
+        module: The copy, in float32.
+    """
+
+    def __init__(self, module: Any, trainer: Any, loaders: Any, datamodule: Any) -> None:
+        self.module = module
+        self._trainer, self._loaders, self._datamodule = trainer, loaders, datamodule
+        self._sources = _sources(module, loaders, datamodule)
+        self._limit = trainer.limit_val_batches
+
+    def run(self, *, batches: int | None = None) -> dict[str, float]:
+        """Validate: each time the same data, random numbers and attributes of the module.
+
+        Args:
+            batches: How many batches of each loader; None: as the Trainer says.
+
+        Returns:
+            The metrics that ``trainer.validate`` returns, under the same names.
+
+        Raises:
+            EvaluationError: If no batch was run.
+            KeyboardInterrupt: On Ctrl-C, of which Lightning makes an exit.
+        """
+        self._trainer.limit_val_batches = self._limit if batches is None else batches
+        with (
+            quiet(LIGHTNING_LOGGERS),
+            random_state_kept(),
+            data_kept(self._sources),
+            module_kept(self.module, parameters=False),
+            _interruptible(self._trainer),
+        ):
+            return _metrics(self._trainer, self.module, self._loaders, self._datamodule)
+
+
+@contextlib.contextmanager
+def repeatedly(
+    module: nn.Module, data: Any = None, *, trainer: Any = None, batches: int | None = None, accelerator: str = "cpu"
+) -> Iterator[RepeatedValidation]:
+    """Prepare a module's own validation, once, to be run many times.
+
+    Args:
+        module: A LightningModule; it is copied, and left as it is.
+        data: A datamodule, or dataloaders; None: the module's own ``val_dataloader``.
+        trainer: A Trainer whose limit of batches and inference mode count.
+        batches: So many batches of each loader; None: as the Trainer says.
+        accelerator: Where to run, by Lightning's name.
+
+    Yields:
+        What runs it.
+
+    Raises:
+        EvaluationError: If there is nothing to validate on.
+        TypeError: If ``module`` is not a LightningModule.
+    """
+    module = _compat.uncompiled(module)
+    lightning = _namespace(module)
+    _require_validation(module, trainer)
+    loaders, datamodule = _data(module, data)
+    with _prepared(module, datamodule) as duplicate:
+        with quiet(LIGHTNING_LOGGERS):
+            fresh = _fresh_trainer(lightning, trainer, accelerator=accelerator)
+            fresh.limit_val_batches = fresh.limit_val_batches if batches is None else batches
+            if datamodule is not None:
+                datamodule.trainer = fresh
+                datamodule.prepare_data()
+                datamodule.setup("validate")
+                vars(datamodule).update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
+        yield RepeatedValidation(duplicate, fresh, loaders, datamodule)
+
+
+@contextlib.contextmanager
+def _prepared(module: nn.Module, datamodule: Any) -> Iterator[nn.Module]:
+    """A copy to validate, alone in the world; what is done to the datamodule meanwhile is undone."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(random_state_kept())
+        stack.enter_context(_compat.hidden_process_group())
+        duplicate = widen_(stack.enter_context(_working_copy(module)))
+        if datamodule is not None:
+            stack.enter_context(attributes_kept(datamodule))
+        vars(duplicate)["configure_callbacks"] = list  # the user's callbacks act on the user's run only
+        yield duplicate
+
+
+@contextlib.contextmanager
+def _interruptible(trainer: Any) -> Iterator[None]:
+    """Undo what Lightning makes of Ctrl-C: an exit, and a signal that is ignored from then on."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if trainer.state.status == "interrupted":
+            raise KeyboardInterrupt from stop
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
+def _metrics(trainer: Any, module: nn.Module, loaders: Any, datamodule: Any) -> dict[str, float]:
+    results = trainer.validate(module, dataloaders=loaders, datamodule=datamodule, verbose=False)
+    if not results:
+        raise EvaluationError("the validation ran no batch; are the validation data empty?")
     return {key: float(value) for result in results for key, value in result.items()}
 
 
@@ -391,8 +494,8 @@ def _sources(module: Any, loaders: Any, datamodule: Any) -> list[Any]:
     return [datamodule, *held, *(loader for _, loader in leaves(loaders))]
 
 
-def _fresh_trainer(lightning: Any, trainer: Any) -> Any:
-    """A Trainer for one silent validation on the CPU in this process, whatever launched the process."""
+def _fresh_trainer(lightning: Any, trainer: Any, *, accelerator: str = "cpu") -> Any:
+    """A Trainer for silent validations in this process, whatever launched the process."""
     settings: dict[str, Any] = {}
     if trainer is not None:
         settings["limit_val_batches"] = trainer.limit_val_batches
@@ -403,7 +506,7 @@ def _fresh_trainer(lightning: Any, trainer: Any) -> Any:
     recipe = os.environ.pop(RUN_VARIABLE, None)
     try:
         fresh = lightning.Trainer(
-            accelerator="cpu",
+            accelerator=accelerator,
             devices=1,
             num_nodes=1,
             plugins=[environments.LightningEnvironment()],

@@ -32,6 +32,7 @@ LOOKS = 8
 """Batches on which the layers of a network are looked for: it may not take every path with each."""
 Steps = Callable[[], Iterator[object]]
 """Runs the network on one batch after another, each time it is asked for the next."""
+OwnBits = Callable[[str], int | None]
 SWEEPS = 3  # over all pairs of layers that are equalised
 
 
@@ -43,7 +44,8 @@ class Settings:
         weight_bits: 2 to 8.
         activation_bits: 2 to 8; None: weights only.
         observer: One of :data:`~lightning_compress.mechanisms.observers.OBSERVERS`.
-        weight_range: "max", or "mse" for the clipped range of least squared error.
+        weight_range: "max", or "mse" for the clipped range of least squared error; "auto": "max" with 8 bits, "mse"
+            below, for weights that come first and last as for the others.
         max_samples: Samples to look at, at least as many where there are so many.
         equalize: Whether the channels between two layers are scaled such that both weights have the same ranges.
         correct_bias: Whether the mean error of each output channel is taken back.
@@ -70,6 +72,7 @@ class Observing(Rounding):
         selected: Whether a weight of this name is to be quantised.
         given: Grids of weights that are known already.
         presented: As in :class:`~lightning_compress.mechanisms.rounding.WeightNames`.
+        own_bits: As in :class:`Calibration`.
     """
 
     def __init__(
@@ -80,10 +83,11 @@ class Observing(Rounding):
         selected: Callable[[str], bool],
         given: Mapping[str, WeightGrid],
         presented: Presented | None = None,
+        own_bits: OwnBits = lambda name: None,
     ) -> None:
         super().__init__(network, grids, presented)
         self.evaluating = False
-        self.settings, self.selected, self.given = settings, selected, given
+        self.settings, self.selected, self.given, self.own_bits = settings, selected, given, own_bits
         self.observers: dict[str, Observer] = {}
         self.found: dict[str, Tensor] = {}
         """What each layer was given as its weight."""
@@ -199,9 +203,11 @@ class Observing(Rounding):
         return super().shared(key, site)
 
     def _grid_of(self, site: str, name: str, weight: Tensor) -> WeightGrid:
-        bits = self.settings.edge_bits if name in self.edges else None
-        bits = bits or self.settings.weight_bits
-        find = mse_grid if self.settings.weight_range == "mse" else quantization_grid
+        own, edge = self.own_bits(name), self.settings.edge_bits if name in self.edges else None
+        bits = own or edge or self.settings.weight_bits
+        clips = (own or self.settings.weight_bits) < MOST_BITS
+        least = self.settings.weight_range == "mse" or (self.settings.weight_range == "auto" and clips)
+        find = mse_grid if least else quantization_grid
         try:
             return WeightGrid(find(multiplied(self.grids, site, weight), bits, axis=0).float().cpu(), bits)
         except ValueError as error:
@@ -217,9 +223,11 @@ class Calibration:
         selected: Whether the weight of this dotted name is to be quantised.
         given: Grids of weights that are known.
         presented: As in :class:`~lightning_compress.mechanisms.rounding.WeightNames`.
+        own_bits: Bits of the weight of this dotted name, whatever the others have; None: as the others.
 
     Attributes:
         grids: What was found.
+        overruled: Weights whose given grids have other bits than their own, and are not taken.
         nothing: Keys of activations that were 0 throughout, whose grids say nothing.
     """
 
@@ -231,11 +239,14 @@ class Calibration:
         selected: Callable[[str], bool] = lambda name: True,
         given: Mapping[str, WeightGrid] = MappingProxyType({}),
         presented: Presented | None = None,
+        own_bits: OwnBits = lambda name: None,
     ) -> None:
         _refuse_scripted(network)
+        self.overruled = [name for name, grid in given.items() if own_bits(name) not in (None, grid.bits)]
+        given = {name: grid for name, grid in given.items() if name not in self.overruled}
         self._network, self._settings, self._presented = network, settings, presented
         self.grids = Grids(integer_activations=settings.activation_bits is not None)
-        self._watch = Observing(network, self.grids, settings, selected, given, presented)
+        self._watch = Observing(network, self.grids, settings, selected, given, presented, own_bits)
         self.nothing: list[str] = []
         self._first: list[str] = []  # the layers of the first batch, in their order
 

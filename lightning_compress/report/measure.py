@@ -172,15 +172,15 @@ def macs_by_layer(
         {'0': 6}
     """
     counter = FlopCounterMode(display=False)
-    began: dict[nn.Module, int] = {}
+    began: dict[int, int] = {}  # by identity: the hash of a metric changes with what it has seen
     counted: dict[str, int] = {}
     networks: dict[str, int] = {}
 
     def before(layer: nn.Module, _: object) -> None:
-        began[layer] = counter.get_total_flops()
+        began[id(layer)] = counter.get_total_flops()
 
     def after(counts: dict[str, int], name: str, layer: nn.Module) -> None:
-        counts[name] = counts.get(name, 0) + counter.get_total_flops() - began[layer]
+        counts[name] = counts.get(name, 0) + counter.get_total_flops() - began[id(layer)]
 
     with ExitStack() as stack:
         for name, layer in root.named_modules():

@@ -37,6 +37,22 @@ def test_file_and_module_agree_at_the_end(tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_a_fit_that_was_resumed_at_its_end_has_a_file(tmp_path):
+    """No step is run, so the network's input is that of a step which leaves no trace."""
+    module = made(Measured)
+    first = trainer(max_epochs=1)
+    first.fit(module, loader(), loader())
+    first.save_checkpoint(tmp_path / "end.ckpt")
+    callback, again = ExportCallback(tmp_path / "m.onnx"), made(Measured)
+    resumed = trainer(callback, max_epochs=1)
+    resumed.fit(again, loader(), loader(), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert resumed.global_step == first.global_step
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in again.state_dict().items())
+    assert (callback.result.network, callback.result.checked_batch_sizes[0]) == ("model", 8)
+    assert callback.file_metrics["val_loss"] == pytest.approx(callback.module_metrics["val_loss"], abs=1e-5)
+
+
 def test_what_cannot_be_exported_stops_at_the_first_batch(tmp_path):
     class Branching(nn.Linear):
         def forward(self, x):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 import logging
 import math
 from importlib import import_module
 
 import lightning.pytorch as L
+import onnx
 import pytest
 import torch
 import yaml
@@ -31,8 +33,15 @@ from mechanisms.test_rounding import added
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_compress import CompressionReport, DistillationCallback, PruningCallback, PSGDCallback, PTQCallback
-from lightning_compress.functional.quantizers import quantization_grid, range_grid
+from lightning_compress import (
+    CompressionReport,
+    DistillationCallback,
+    ExportCallback,
+    PruningCallback,
+    PSGDCallback,
+    PTQCallback,
+)
+from lightning_compress.functional.quantizers import mse_grid, quantization_grid, range_grid
 from lightning_compress.mechanisms.calibration import Calibration, Settings
 from lightning_compress.mechanisms.grids import ActivationGrid, Grids, WeightGrid
 
@@ -228,6 +237,86 @@ def test_bits_of_the_edges(settings, edges, inner):
     first, *others = ptq.quantization.activations.items()
     assert first[0].startswith("in:")
     assert [first[1].bits, *(grid.bits for _, grid in others)] == [edges[1], inner[1], inner[1], inner[1]]
+
+
+@pytest.mark.parametrize(("bits", "activation_bits"), [((4, 8), 8), ((8, 3), None)])
+def test_layers_with_bits_of_their_own_by_hand(bits, activation_bits):
+    own = dict(zip(("type:Conv2d", "model.4"), bits, strict=True))
+    ptq = PTQCallback(layer_bits=own, activation_bits=activation_bits, weight_range="max", reestimate_batchnorm=False)
+    module, _ = fitted(ptq)
+    assert bits_of(ptq) == {"0.weight": bits[0], "4.weight": bits[1]}
+    assert ptq.metrics == {"val_loss": pytest.approx(by_hand(module, bits, activation_bits), abs=1e-5)}
+    assert ptq.weight_bits_given == min(bits)
+
+
+def test_the_last_selector_of_bits_counts_and_ranges_go_by_bits():
+    """Also before those of the edges; new statistics of batch norm are worth it for the fewest bits."""
+    ptq = PTQCallback(weight_bits=3, layer_bits={"model": 8, "model.1": 4, "re:model[.]3": 5})
+    module, _ = fitted(ptq, Deep)
+    assert bits_of(ptq) == {"0.0.weight": 8, "1.0.weight": 4, "2.0.weight": 8, "3.weight": 5}
+    for name, grid in ptq.quantization.weights.items():
+        find = quantization_grid if grid.bits == 8 else mse_grid
+        assert torch.equal(grid.step, find(module.model.get_parameter(name), grid.bits, axis=0))
+    few = PTQCallback(layer_bits={"model.4": 4})
+    fitted(few)
+    assert list(few.quantization.statistics) == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "match", "error"),
+    [
+        (
+            {"layer_bits": ["model"]},
+            r"layer_bits must be a mapping from selectors of layers to bits, .*\['model'\]",
+            TypeError,
+        ),
+        (
+            {"layer_bits": {"modl.0": 4}},
+            r"layer_bits has 'modl.0', which matches no module; did you mean 'model.0'\?",
+            ValueError,
+        ),
+        (
+            {"layer_bits": {"model.0": 4}, "exclude": ["model.0"]},
+            r"layer_bits has 'model.0', and nothing of it \(Convolution\) runs as a convolution or a linear layer that",
+            ValueError,
+        ),
+    ],
+)
+def test_bits_of_layers_that_cannot_have_them(settings, match, error):
+    with pytest.raises(error, match=match):
+        fitted(PTQCallback(**settings), Classifier)
+
+
+@pytest.mark.slow
+def test_bits_of_layers_in_file_report_and_checkpoint(tmp_path):
+    """The file packs what fits into 4 bits; scales of a checkpoint count for the same bits, as written before too."""
+    ptq = PTQCallback(layer_bits={"model.0": 4}, activation_bits=None)
+    export = ExportCallback(tmp_path / "n.onnx", precision="int4", fp32_comparison=False)
+    report = CompressionReport(path=tmp_path, latency=False)
+    fitted(ptq, Classifier, export, report)
+    types = {entry.name: entry.data_type for entry in onnx.load(tmp_path / "n.onnx").graph.initializer}
+    assert types["quantized.0_conv2d_0_weight"] == onnx.TensorProto.INT4
+    assert types["quantized.3_linear_0_weight"] == onnx.TensorProto.INT8
+    layers = json.loads((tmp_path / "compression_report.json").read_text())["layers"]
+    assert {layer["name"]: layer["bits"] for layer in layers} == {"model.0": 4, "model.3": 8}
+    state = ptq.state_dict()
+    same, other = (PTQCallback(layer_bits=bits, activation_bits=None) for bits in ({"model.0": 4}, None))
+    same.load_extra_state(state)
+    assert bits_of(same) == bits_of(ptq)
+    other.load_extra_state(state)
+    assert other.quantization is None
+    del state["arguments"]["layer_bits"]
+    other.load_extra_state(state)
+    assert bits_of(other) == bits_of(ptq)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*trains for 4 bits")
+def test_bits_of_layers_come_before_what_psgd_has_trained():
+    ptq = PTQCallback(weight_bits=4, layer_bits={"model.0": 8})
+    with pytest.warns(UserWarning, match="layer_bits gives '0.weight' other bits than they were trained for"):
+        fitted(ptq, Classifier, PSGDCallback(4, quantized_validation=False))
+    assert bits_of(ptq) == {"0.weight": 8, "3.weight": 4}
 
 
 @pytest.mark.parametrize("observer", ["moving_average", "percentile", "mse", "entropy"])
@@ -435,6 +524,7 @@ def test_a_part_and_what_it_lies_in_are_refused(inner, outer):
         ({"weight_bits": None}, "weight_bits must be a whole number from 2 to 8, got None"),
         ({"activation_bits": 8.0}, "activation_bits, if not None, must be a whole number from 2 to 8, got 8.0"),
         ({"edge_bits": True}, "edge_bits, if neither .auto. nor None, must be a whole number from 2 to 8, got True"),
+        ({"layer_bits": {"model": 1}}, "layer_bits.'model'. must be a whole number from 2 to 8, got 1"),
         ({"observer": "min_max"}, "observer must be one of minmax, .*, got 'min_max'; did you mean 'minmax'?"),
         ({"weight_range": "mae"}, "weight_range must be one of auto, max, mse, got 'mae'"),
         ({"reestimate_batchnorm": "yes"}, "reestimate_batchnorm must be True or False, got 'yes'"),

@@ -81,6 +81,7 @@ def plainly(kind, **settings):
         ({"activation_bits": 4.0}, "activation_bits, if not None, must be a whole number from 2 to 8, got 4.0"),
         ({"activation_bits": 1}, "activation_bits, if not None, must be a whole number from 2 to 8, got 1"),
         ({"edge_bits": True}, "edge_bits, if neither .auto. nor None, must be a whole number from 2 to 8, got True"),
+        ({"layer_bits": {"model": 9}}, "layer_bits.'model'. must be a whole number from 2 to 8, got 9"),
         ({"step_size": "lsq"}, "step_size must be one of mse, observed, learned, got 'lsq'"),
         ({"step_size": "learnt"}, r"step_size must be one of .*got 'learnt'; did you mean 'learned'\?"),
         ({"step_size": None}, "step_size must be one of mse, observed, learned, got None"),
@@ -109,6 +110,21 @@ def plainly(kind, **settings):
 def test_bad_arguments(settings, message):
     with pytest.raises(ValueError, match=message):
         QATCallback(**settings)
+
+
+@pytest.mark.parametrize(
+    "step_size", ["mse", *(pytest.param(own, marks=pytest.mark.slow) for own in ("observed", "learned"))]
+)
+def test_layers_with_bits_of_their_own(step_size):
+    """Each weight lies on its own grid, in the training too, and the state knows."""
+    qat = QATCallback(weight_bits=5, layer_bits={"model": 8, "type:Conv2d": 3}, step_size=step_size)
+    module, _ = fitted(qat)
+    assert bits_of(qat) == {"0.weight": 3, "4.weight": 8}
+    assert measured(module, qat) == qat.metrics
+    assert qat.state_dict()["arguments"]["layer_bits"] == {"model": 8, "type:Conv2d": 3}
+    for name, grid in qat.quantization.weights.items():
+        integers = (module.model.get_parameter(name).detach().flatten(1) / grid.step[:, None]).round()
+        assert integers.abs().max() >= 2 ** (grid.bits - 2)  # more than a grid of one bit less has
 
 
 def test_arguments_at_their_limits():
@@ -1404,7 +1420,7 @@ def test_the_help_is_short_and_complete(capsys):
         )
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 90
+    assert len(text.splitlines()) <= 95
     assert all(
         f".{name} " in text for name in ("weight_bits", "step_size", "start", "freeze_batchnorm_at", "grids_from")
     )

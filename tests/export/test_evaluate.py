@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_compress.export import EvaluationError, Sample, evaluate, to_onnx
-from lightning_compress.export.evaluate import evaluate_forward
+from lightning_compress.export.evaluate import evaluate_forward, repeatedly
 
 from . import networks
 from .networks import CLASSES, FEATURES, NAMESPACES
@@ -196,6 +197,43 @@ def test_datamodule_is_put_back(fitted):
     assert vars(data) == before
     assert data.trainer is trainer
     assert data.history == ["fit"]
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_again_and_again_on_a_copy(fitted, namespace):
+    """The copy may be changed in between; module, datamodule and Trainer are as they were."""
+    module, trainer = fitted(namespace)
+    data, before = networks.datamodule(namespace), {name: value.clone() for name, value in module.state_dict().items()}
+    expected = own_metrics(module, namespace, networks.datamodule(namespace))
+    with repeatedly(module, data, trainer=trainer) as validation:
+        assert data.history == ["validate"]
+        first = validation.run()
+        assert validation.run() == first
+        assert {**first, "val_epoch": 0.0, "val_step": 0.0} == {**expected, "val_epoch": 0.0, "val_step": 0.0}
+        assert validation.run(batches=1)["val_loss"] != expected["val_loss"]
+        with torch.no_grad():
+            next(validation.module.parameters()).zero_()
+        assert validation.run()["val_loss"] != expected["val_loss"]
+        assert data.history == ["validate"]
+    assert data.history == []
+    assert not hasattr(data, "rows")
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    with repeatedly(module, networks.loader(), batches=2) as validation:
+        assert validation.run() == validation.run(batches=2) != validation.run(batches=1)
+
+
+def test_ctrl_c_in_a_repeated_validation(fitted):
+    """Lightning makes an exit of it, and ignores what follows."""
+    module, _ = fitted(NAMESPACES[0])
+    handler = signal.getsignal(signal.SIGINT)
+    with repeatedly(module, networks.loader()) as validation:
+        plain = validation.run()
+        hook = validation.module.model.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            validation.run()
+        assert signal.getsignal(signal.SIGINT) is handler
+        hook.remove()
+        assert validation.run() == plain
 
 
 @pytest.mark.parametrize(

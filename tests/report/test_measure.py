@@ -6,6 +6,7 @@ import zipfile
 import pytest
 import torch
 from torch import nn
+from torchmetrics import MeanMetric
 
 from lightning_compress.report import measure
 from lightning_compress.report.table import Layer
@@ -93,6 +94,21 @@ MACS = {
 def test_macs_of_one_sample(case):
     network, inputs, expected = MACS[case]
     assert measure.count_macs(network, inputs) == (expected, None)
+
+
+def test_macs_of_layers_beside_a_metric():
+    """Whose hash changes with each value that it has seen."""
+
+    class Measuring(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.mean = nn.Linear(3, 2), MeanMetric()
+
+        def forward(self, x):
+            self.mean(self.layer(x).mean())
+
+    network = Measuring()
+    assert measure.macs_by_layer(network, lambda: network(torch.zeros(4, 3))) == {"layer": 24}
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapped"])

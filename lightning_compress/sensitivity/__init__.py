@@ -1,0 +1,7 @@
+"""Sensitivity: each layer alone pruned or quantised, through the project's own validation, and a suggested recipe."""
+
+from __future__ import annotations
+
+from lightning_compress.sensitivity.command import sensitivity
+
+__all__ = ["sensitivity"]

@@ -1,0 +1,257 @@
+"""The command ``lightning-compress sensitivity``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from lightning_compress.export.errors import EvaluationError
+from lightning_compress.export.evaluate import RepeatedValidation, repeatedly
+from lightning_compress.export.shrunk import load_shrunk
+from lightning_compress.export.weights import read_checkpoint
+from lightning_compress.mechanisms.weights import select_weights
+from lightning_compress.project import load_project
+from lightning_compress.report.cells import shown_path
+from lightning_compress.sensitivity.budgets import QUANTITIES, Budget, parsed_budget
+from lightning_compress.sensitivity.changes import Change, applied, parsed_levels, planned
+from lightning_compress.sensitivity.costs import Costs, costs_of
+from lightning_compress.sensitivity.findings import Findings, title_of, to_console, to_json, to_markdown
+from lightning_compress.sensitivity.journal import NAME, Journal, file_hash, files_hash
+from lightning_compress.sensitivity.layers import Layer, find_layers
+from lightning_compress.sensitivity.metrics import choose_metric
+from lightning_compress.sensitivity.plot import draw
+from lightning_compress.sensitivity.suggest import Suggestion, suggest
+
+DONE, USAGE, INTERRUPTED = 0, 2, 130
+METHODS = ("bits", "sparsity")
+"""What is measured if nothing else is asked for."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, checked as far as that goes without the project."""
+
+    options: argparse.Namespace
+    levels: Mapping[str, Sequence[float]]
+    budget: Budget | None
+    folder: Path
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> _Request:
+        methods = list(dict.fromkeys(options.method or METHODS))
+        levels = parsed_levels(methods, options.levels)
+        budget = None if options.budget is None else parsed_budget(options.budget)
+        if budget is not None and not set(QUANTITIES[budget.quantity]) & set(methods):
+            able = " or ".join(QUANTITIES[budget.quantity])
+            raise ValueError(f"--budget {options.budget} needs --method {able}; measured are {', '.join(methods)}")
+        if options.minutes is not None and not options.minutes > 0:
+            raise ValueError(f"--minutes must be above 0, got {options.minutes:g}")
+        if options.limit_batches is not None and options.limit_batches < 1:
+            raise ValueError(f"--limit-batches must be at least 1, got {options.limit_batches}")
+        if not options.config:
+            raise ValueError("--config is missing: the YAML of the project, as LightningCLI takes it")
+        for path in (options.checkpoint, *options.config):
+            if not os.path.isfile(path):
+                raise ValueError(f"'{path}' is not there")
+        return cls(options, levels, budget, Path(options.out))
+
+    def header(self) -> dict[str, Any]:
+        """What measurements depend on."""
+        options = self.options
+        return {
+            "checkpoint": file_hash(options.checkpoint),
+            "config": files_hash(options.config),
+            "class": getattr(options, "class"),
+            "data-class": options.data_class,
+            "limit-batches": options.limit_batches,
+        }
+
+
+class _Stop(Exception):  # noqa: N818 - an end, and no error of the program
+    """Bad usage."""
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """What goes wrong within is said in one line; what a project's own validation raises is not within."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, EvaluationError) as error:
+        raise _Stop(str(error)) from error
+
+
+def sensitivity(options: argparse.Namespace) -> int:
+    """Measure each layer alone, and suggest a recipe.
+
+    Args:
+        options: As ``lightning-compress sensitivity`` parses them.
+
+    Returns:
+        0: done, or the time was up. 2: bad usage. 130: interrupted.
+
+    Example:
+        >>> from lightning_compress.cli import main
+        >>> main(["sensitivity", "last.ckpt"])
+        2
+    """
+    with ExitStack() as stack:
+        try:
+            with _usage():
+                request = _Request.of(options)
+                module, journal, validation = _opened(request, stack)
+            findings, costs = _measured(request, module, journal, validation)
+            with _usage():
+                _write(request, findings, costs, module)
+        except _Stop as stop:
+            return _ended(USAGE, str(stop))
+        except KeyboardInterrupt:
+            kept = shown_path(Path(options.out) / NAME)
+            return _ended(INTERRUPTED, f"interrupted; what was measured is in {kept}, and the same command goes on")
+    return DONE
+
+
+def _opened(request: _Request, stack: ExitStack) -> tuple[nn.Module, Journal, RepeatedValidation]:
+    """The module with the weights of the checkpoint, what was measured before, and its validation."""
+    options = request.options
+    project = load_project(options.config, model=getattr(options, "class"), data=options.data_class)
+    module: nn.Module = load_shrunk(project.module, options.checkpoint)
+    select_weights(module, options.layers, options.exclude)  # selectors that match nothing are told first
+    validation = repeatedly(
+        module,
+        project.datamodule,
+        trainer=project.trainer,
+        batches=options.limit_batches,
+        accelerator=project.trainer.strategy.root_device.type,
+    )
+    repeated = stack.enter_context(validation)
+    try:
+        journal = Journal(request.folder, request.header(), restart=options.restart)
+    except OSError as error:
+        raise ValueError(f"--out '{request.folder}' cannot be written: {error.strerror}") from error
+    return module, journal, repeated
+
+
+def _measured(
+    request: _Request, module: nn.Module, journal: Journal, validation: RepeatedValidation
+) -> tuple[Findings, dict[str, Costs]]:
+    """All measurements that there was time for, and what the choices cost."""
+    options = request.options
+    try:
+        if journal.plain is None:
+            journal.add(None, validation.run())
+        layers = find_layers(validation.module, lambda: validation.run(batches=1), options.layers, options.exclude)
+    except EvaluationError as error:
+        raise _Stop(str(error)) from error
+    plain = journal.plain or {}
+    with _usage():
+        metric = choose_metric(plain, options.metric, options.mode)
+        _check_methods(request, layers)
+        costs = {method: costs_of(method, module, layers, levels) for method, levels in request.levels.items()}
+        for method, own in costs.items():
+            if request.budget is not None and method in QUANTITIES[request.budget.quantity]:
+                own.check(request.budget)
+    changes = planned(layers, request.levels)
+    missing = [change for change in changes if change not in journal.found]
+    _say(f"judged by {metric.said}; {len(changes)} changes, {len(changes) - len(missing)} measured before")
+    _measure(missing, {layer.name: layer for layer in layers}, journal, validation, options.minutes)
+    found = {change: journal.found[change] for change in changes if change in journal.found}
+    return Findings(layers, request.levels, metric, plain, found, len(changes)), costs
+
+
+def _measure(
+    changes: Sequence[Change],
+    layers: Mapping[str, Layer],
+    journal: Journal,
+    validation: RepeatedValidation,
+    minutes: float | None,
+) -> None:
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    with tqdm(changes, desc="sensitivity", unit="change", disable=None, leave=False) as bar:
+        for change in bar:
+            if time.monotonic() >= end:
+                break
+            bar.set_postfix_str(f"{change.layer}, {title_of(change.method, change.level)}")
+            with applied(validation.module, layers[change.layer], change.method, change.level) as moved:
+                metrics = validation.run()
+            journal.add(change, metrics, moved)
+
+
+def _check_methods(request: _Request, layers: Sequence[Layer]) -> None:
+    for method in request.levels:
+        if not any(method in layer.methods for layer in layers):
+            kinds = sorted({layer.type for layer in layers})
+            raise ValueError(f"--method {method} fits none of the selected layers ({', '.join(kinds)})")
+
+
+def _write(request: _Request, findings: Findings, costs: Mapping[str, Costs], module: nn.Module) -> None:
+    """Tables, picture and recipes, and what there is to say about them."""
+    folder = request.folder
+    _say("\n" + to_console(findings))
+    suggestions: list[Suggestion] = []
+    for method, own in costs.items():
+        suggested = suggest(method, findings, own, module, request.budget)
+        if suggested is None:
+            _say(f"{method}: nothing is suggested, as the budget is kept as it is, or nothing was measured yet")
+        else:
+            suggestions.append(suggested)
+    notes = _notes(request, findings)
+    for place, found in enumerate(suggestions):
+        path = folder / ("recipe.yaml" if place == 0 else f"recipe-{found.method}.yaml")
+        path.write_text(found.recipe([*notes, _how_to_run(request, path, found.method)]), encoding="utf-8")
+        _say(f"{shown_path(path)}: {found.said}")
+    (folder / "sensitivity.md").write_text(
+        to_markdown(findings, [*notes, *(own.said for own in suggestions)]), encoding="utf-8"
+    )
+    (folder / "sensitivity.json").write_text(
+        to_json(findings, [own.summary() for own in suggestions]), encoding="utf-8"
+    )
+    draw(findings, folder / "sensitivity.png")
+    _say(f"all numbers: {shown_path(folder / 'sensitivity.md')}, .json and .png")
+    if len(findings.found) < findings.total:
+        _say(f"the time was up after {len(findings.found)} of {findings.total} changes; the same command goes on")
+
+
+def _notes(request: _Request, findings: Findings) -> list[str]:
+    options = request.options
+    limit = options.limit_batches
+    batches = "the whole validation" if limit is None else f"{limit} batch{'es' if limit > 1 else ''} of the validation"
+    notes = [
+        f"From {shlex.join(['lightning-compress', 'sensitivity', options.checkpoint])}, over {batches}: "
+        f"{len(findings.found)} of {findings.total} changes measured."
+    ]
+    if len(findings.found) < findings.total:
+        notes[0] += " What was not measured stays as it is."
+    return notes
+
+
+def _how_to_run(request: _Request, path: Path, method: str) -> str:
+    """Bits need no training, so the fit is resumed at its end; the others go on for as many epochs as there were."""
+    options = request.options
+    configs = [part for config in options.config for part in ("--config", config)]
+    fit = ["lightning-compress", "fit", *configs, "--ckpt_path", options.checkpoint]
+    epochs = read_checkpoint(options.checkpoint, or_weights=True).get("epoch")
+    if epochs is not None:
+        fit += ["--trainer.max_epochs", str((epochs + 1) * (1 if method == "bits" else 2))]
+    return f"To run it: {shlex.join(['lightning-compress', 'run', shown_path(path), '--', *fit])}"
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _ended(code: int, message: str) -> int:
+    sys.stderr.write(f"lightning-compress sensitivity: {message}\n")
+    return code

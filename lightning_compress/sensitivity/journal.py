@@ -1,0 +1,143 @@
+"""What was measured so far, a line each, so that a run that was stopped goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_compress.sensitivity.changes import Change
+
+SCHEMA = 1
+NAME = "sensitivity.jsonl"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one change did.
+
+    Attributes:
+        metrics: What the validation gave.
+        moved: How far the weights moved, as :func:`~lightning_compress.sensitivity.changes.applied` tells.
+    """
+
+    metrics: Mapping[str, float]
+    moved: float
+
+
+class Journal:
+    """The file of measurements.
+
+    Args:
+        folder: Where it is.
+        header: What the measurements depend on.
+        restart: Begin anew, whatever is there.
+
+    Attributes:
+        plain: The metrics of the unchanged network; None: not measured yet.
+        found: What was measured of each change.
+
+    Raises:
+        ValueError: If the file that is there is of something else, or damaged.
+        OSError: If it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Journal(folder, {"checkpoint": "a"}).add(Change("bits", "conv1", 4), {"val_acc": 0.9}, 0.01)
+        ...     Journal(folder, {"checkpoint": "a"}).found
+        {Change(method='bits', layer='conv1', level=4): Measurement(metrics={'val_acc': 0.9}, moved=0.01)}
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], header: Mapping[str, Any], *, restart: bool = False) -> None:
+        self.path = Path(folder) / NAME
+        self.plain: Mapping[str, float] | None = None
+        self.found: dict[Change, Measurement] = {}
+        self._header = {"schema": SCHEMA, **header}
+        entries = [] if restart or not self.path.exists() else self._read()
+        if entries:
+            self._check(entries[0])
+        else:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self._header) + "\n", encoding="utf-8")
+        for entry in entries[1:]:
+            self._take(entry)
+
+    def add(self, change: Change | None, metrics: Mapping[str, float], moved: float = 0.0) -> None:
+        """Write one measurement down.
+
+        Args:
+            change: What was changed; None: nothing.
+            metrics: What the validation gave.
+            moved: How far the weights moved.
+        """
+        what = {} if change is None else {**asdict(change), "moved": moved}
+        entry = {**what, "metrics": dict(metrics)}
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+        self._take(entry)
+
+    def _take(self, entry: Mapping[str, Any]) -> None:
+        if "method" in entry:
+            change = Change(entry["method"], entry["layer"], entry["level"])
+            self.found[change] = Measurement(entry["metrics"], entry["moved"])
+        else:
+            self.plain = entry["metrics"]
+
+    def _read(self) -> list[dict[str, Any]]:
+        """All whole lines; the rest of one that was cut off is removed."""
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        entries: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                complete = isinstance(entry, dict) and line.endswith(b"\n")
+            except ValueError:
+                complete = False
+            if not complete and number < len(lines):
+                raise ValueError(
+                    f"{self.path}: line {number} is damaged; begin anew with --restart, or in another --out"
+                )
+            if not complete:
+                self.path.write_bytes(b"".join(lines[:-1]))
+                break
+            entries.append(entry)
+        return entries
+
+    def _check(self, before: Mapping[str, Any]) -> None:
+        different = [name for name in self._header if before.get(name) != self._header[name]]
+        if different:
+            raise ValueError(
+                f"{self.path} holds measurements of another {' and another '.join(different)}: give --restart to throw "
+                "them away, or another --out"
+            )
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's contents.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     file_hash(file.name)[:8]
+        'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def files_hash(paths: Sequence[str]) -> str:
+    """SHA-256 of the contents of several files, in their order.
+
+    Example:
+        >>> files_hash([])[:8]
+        'e3b0c442'
+    """
+    return hashlib.sha256("".join(map(file_hash, paths)).encode()).hexdigest()

@@ -1,0 +1,112 @@
+"""The metric by which a change is judged: which one, and in which direction it is better."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lightning_compress.mechanisms.selection import did_you_mean, listing
+
+HIGHER = (
+    *("acc", "accuracy", "f1", "auc", "auroc", "iou", "miou", "dice", "map", "precision", "recall", "psnr", "ssim"),
+    *("bleu", "rouge", "r2", "score", "kappa", "top1", "top5", "agreement"),
+)
+LOWER = (
+    "loss",
+    "err",
+    "error",
+    "mse",
+    "mae",
+    "rmse",
+    "nll",
+    "ppl",
+    "perplexity",
+    "wer",
+    "cer",
+    "fid",
+    "lpips",
+    "distance",
+)
+MODES = ("min", "max")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of the validation.
+
+    Attributes:
+        name: As it is logged.
+        mode: "max": higher is better; "min": lower.
+        said: How both were found, in words.
+    """
+
+    name: str
+    mode: str
+    said: str = ""
+
+    def loss(self, plain: float, value: float) -> float:
+        """By how much a value is worse than the plain network's; infinite for what is no number.
+
+        Example:
+            >>> round(Metric("val_acc", "max").loss(0.9, 0.8), 6), Metric("val_loss", "min").loss(1.0, 1.5)
+            (0.1, 0.5)
+        """
+        worse = plain - value if self.mode == "max" else value - plain
+        return math.inf if math.isnan(worse) else worse
+
+
+def choose_metric(metrics: Mapping[str, float], name: str | None = None, mode: str | None = None) -> Metric:
+    """The metric to judge by.
+
+    Args:
+        metrics: What the validation gave.
+        name: The user's; None: the first that is higher when it is better, such as an accuracy, else the first loss.
+        mode: The user's; None: by the name.
+
+    Returns:
+        The metric.
+
+    Raises:
+        ValueError: If there is no such metric, or its direction cannot be told.
+
+    Example:
+        >>> choose_metric({"val_loss": 0.3, "val_acc": 0.9}).name
+        'val_acc'
+    """
+    if not metrics:
+        raise ValueError("the validation logs no metric, so there is nothing to judge by; let validation_step log one")
+    if name is not None and name not in metrics:
+        raise ValueError(
+            f"--metric '{name}' is not among the metrics of the validation, {listing(list(metrics))}"
+            f"{did_you_mean(name, metrics)}"
+        )
+    guessed = {own: _direction(own) for own in metrics}
+    chosen = name
+    if chosen is None:
+        by_direction = [own for wanted in ("max", "min", None) for own in metrics if guessed[own] == wanted]
+        chosen = by_direction[0]
+    direction = mode or guessed[chosen]
+    if direction is None:
+        raise ValueError(
+            f"whether '{chosen}' is better when it is higher cannot be told by its name: give --mode min|max"
+        )
+    value = metrics[chosen]
+    if not math.isfinite(value):
+        raise ValueError(f"'{chosen}' of the checkpoint is {value}, before anything was changed; give another --metric")
+    better = "higher" if direction == "max" else "lower"
+    others = (
+        []
+        if name is not None or len(metrics) == 1
+        else [f"others: {listing([own for own in metrics if own != chosen])}"]
+    )
+    return Metric(chosen, direction, "; ".join([f"'{chosen}', {better} is better", *others]))
+
+
+def _direction(name: str) -> str | None:
+    parts = re.findall(r"[a-z]+\d*", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.partition("/dataloader_idx")[0]).lower())
+    for mode, words in (("min", LOWER), ("max", HIGHER)):
+        if any(part in words or (len(word) > 4 and part.endswith(word)) for part in parts for word in words):
+            return mode
+    return None
