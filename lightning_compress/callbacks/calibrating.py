@@ -111,6 +111,7 @@ class CalibratingCallback(CompressionCallback):
         aims: dict[str, Aim] = {"weight_bits": self.weight_bits, "activation_bits": self.activation_bits}
         edges = edge_bits_of(self.edge_bits, self.weight_bits)
         aims |= {} if edges is None else {"edge_bits": edges}
+        aims |= {f"bits of {selector}": bits for selector, bits in (self.layer_bits or {}).items()}
         grids, kind = self._trial, type(self).__name__
         selected, weights = selection(pl_module, self.layers, self.exclude), named_weights(pl_module)
         if grids is None:

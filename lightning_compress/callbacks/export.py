@@ -190,7 +190,7 @@ class ExportCallback(CompressionCallback):
         if not trainer.is_global_zero:
             return
         path = self.path
-        if self.sample is None and self._last_sample() is None and _compat.has_training_data(trainer):
+        if self.sample is None and self.last_sample() is None and _compat.has_training_data(trainer):
             self.captured_sample = self._replayed_sample(trainer, pl_module)
         if trainer.fast_dev_run:
             self._draft = tempfile.TemporaryDirectory()
