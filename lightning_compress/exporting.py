@@ -23,7 +23,7 @@ from lightning_compress.export.errors import EvaluationError, ExportError
 from lightning_compress.export.evaluate import LIGHTNING_LOGGERS, evaluate, evaluate_forward, evaluate_quantized
 from lightning_compress.export.onnx import ExportResult, checked_path, load_checkpoint_, to_onnx
 from lightning_compress.export.runtime import require_onnx
-from lightning_compress.export.sample import Sample, defines
+from lightning_compress.export.sample import Sample, defines, read_sample
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.isolation import quiet
@@ -32,7 +32,6 @@ from lightning_compress.mechanisms.selection import did_you_mean, plain_name
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.project import current_folder_importable, load_project
 from lightning_compress.report.cells import shown_path
-from lightning_compress.report.measure import first_line
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size
 
@@ -197,17 +196,7 @@ def _given_sample(options: argparse.Namespace) -> Any:
         return torch.randn(*map(int, parts), generator=torch.Generator().manual_seed(SEED))
     if options.sample is None:
         return None
-    suffix = Path(options.sample).suffix
-    if suffix not in (".pt", ".npy"):
-        raise ValueError(f"--sample must be a .pt or a .npy file, got '{options.sample}'")
-    if not os.path.isfile(options.sample):
-        raise ValueError(f"--sample: there is no file '{options.sample}'")
-    try:
-        if suffix == ".pt":
-            return torch.load(options.sample, map_location="cpu", weights_only=True)
-        return torch.from_numpy(import_module("numpy").load(options.sample))
-    except Exception as error:  # torch.load and numpy raise many kinds
-        raise ValueError(f"--sample '{options.sample}' cannot be read: {first_line(error)}") from error
+    return read_sample(options.sample)
 
 
 class _FirstInput(TrainerCallback):
