@@ -212,7 +212,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "name": "mine",
     },
 }
-QUICK = "PTQCallback"
+QUICK = "CompressionReport"
 """The one whose arguments are tried among the fast tests."""
 PUBLIC = sorted(
     name
@@ -404,7 +404,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("what", [pytest.param(w, marks=[pytest.mark.slow] * (w != "no such file")) for w in BROKEN])
 def test_a_project_s_own_cli_says_why_a_teacher_was_not_built(what, tmp_path):
     form, message = BROKEN[what]
     entry = {"class_path": "lightning_compress.DistillationCallback", "init_args": {"teacher": form}}
