@@ -81,8 +81,8 @@ ERRORS = {
     ),
     "an unknown word": (
         one("DCILCallback", sparsity=0.5, schedule="cubik"),
-        r"case.yaml: trainer.callbacks \(DCILCallback\): schedule must be one_shot, cubic, linear, cosine or the dotted "
-        r"path of a function, got 'cubik'; did you mean 'cubic'\?",
+        r"case.yaml: trainer.callbacks \(DCILCallback\): schedule must be one_shot, cubic, linear, cosine or the "
+        r"dotted path of a function, got 'cubik'; did you mean 'cubic'\?",
     ),
     "a word for a number": (
         one("DCILCallback", sparsity="half"),
