@@ -79,7 +79,7 @@ def explanation(error: BaseException, configs: dict[str, Any], keys: Collection[
 
     Example:
         >>> explanation(ValueError("Option 'trainer.max_epoch' is not accepted"), {}, ["trainer.max_epochs"])
-        "unknown key 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"
+        "unknown key 'trainer.max_epoch'; accepted are trainer.max_epochs; did you mean 'trainer.max_epochs'?"
     """
     links = list(_chain(error))
     place, said = _place(links), str(links[-1]).strip().partition("\n")[0]

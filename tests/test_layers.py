@@ -25,7 +25,7 @@ STOREYS = [
     {"export"},
     {"report"},
     {"callbacks", "mixins"},
-    {"recipe", "attachment", "run", "demo", "cli", "_factory"},
+    {"recipe", "attachment", "run", "project", "exporting", "config_errors", "demo", "cli", "_factory"},
 ]
 HEIGHT = {part: height for height, parts in enumerate(STOREYS) for part in parts}
 
