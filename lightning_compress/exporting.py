@@ -7,6 +7,8 @@ import math
 import os
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -232,10 +234,11 @@ def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
             enable_model_summary=False,
             callbacks=[_FirstInput(capture)],
         )
-        if defines(duplicate, "validation_step") and defines(source or duplicate, "val_dataloader"):
-            trainer.validate(duplicate, datamodule=source, verbose=False)
-        else:
-            trainer.fit(duplicate, datamodule=source)
+        with _steps_of(duplicate):
+            if defines(duplicate, "validation_step") and defines(source or duplicate, "val_dataloader"):
+                trainer.validate(duplicate, datamodule=source, verbose=False)
+            else:
+                trainer.fit(duplicate, datamodule=source)
         call, name = capture.last_call, capture.network
     if call is None or name is None:
         raise ValueError(
@@ -243,6 +246,19 @@ def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
             "input with --sample or --shape"
         )
     return plain_name(name), Sample(call.args, call.kwargs)
+
+
+@contextmanager
+def _steps_of(module: nn.Module) -> Iterator[None]:
+    """Tell errors of the user's steps and data from those of the command's usage."""
+    try:
+        yield
+    except (CaptureError, EvaluationError):
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise CheckError(
+            f"the steps or the data of {type(module).__name__} failed: {type(error).__name__}: {_short(error)}"
+        ) from error
 
 
 # The metrics
@@ -257,10 +273,11 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace)
     """The metric in module and file, in words; beyond the tolerance an error."""
     if options.metric is None:
         return ""
-    if result.quantization is None:
-        in_module = evaluate_forward(loaded.module, loaded.data)
-    else:
-        in_module = evaluate_quantized(loaded.module, loaded.data, result.quantization)
+    with _steps_of(loaded.module):
+        if result.quantization is None:
+            in_module = evaluate_forward(loaded.module, loaded.data)
+        else:
+            in_module = evaluate_quantized(loaded.module, loaded.data, result.quantization)
     if options.metric not in in_module:
         raise ValueError(
             f"--metric must be one of {', '.join(sorted(in_module))}, which {type(loaded.module).__name__} logs in "

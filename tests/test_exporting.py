@@ -231,6 +231,15 @@ def test_a_config_whose_devices_and_teachers_are_not_here(project, capsys):
 
 
 @pytest.mark.slow
+def test_what_the_user_s_steps_raise_is_told_with_its_type(project, capsys, monkeypatch):
+    saved(project)
+    monkeypatch.setattr(import_module(project.name).LitNet, "validation_step", lambda self, batch, batch_idx: {}["key"])
+    code, line = exported(capsys, "last.ckpt", "--config", project.base)
+    assert code == 1
+    assert "the steps or the data of LitNet failed: KeyError: 'key'" in line
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["tolerance", "parity", "metric"])
 def test_a_file_that_fails_is_not_kept_and_the_old_one_stays(what, project, capsys, monkeypatch):
     saved(project)
