@@ -79,7 +79,7 @@ def explanation(error: BaseException, configs: dict[str, Any], keys: Collection[
 
     Example:
         >>> explanation(ValueError("Option 'trainer.max_epoch' is not accepted"), {}, ["trainer.max_epochs"])
-        "unknown key 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"
+        "unknown key 'trainer.max_epoch'; accepted are trainer.max_epochs; did you mean 'trainer.max_epochs'?"
     """
     links = list(_chain(error))
     place, said = _place(links), str(links[-1]).strip().partition("\n")[0]
@@ -132,7 +132,7 @@ def refused(error: BaseException) -> str:
         >>> refused(ValueError("of the training"))
         ''
     """
-    where = _callback_in(error, "setup") if of_configuration(error) else ""
+    where = _callback_in(error, "setup", "on_fit_start") if of_configuration(error) else ""
     return f"{where}: {error}" if where else ""
 
 
@@ -172,11 +172,11 @@ def _place(links: Sequence[BaseException]) -> Place:
     return place
 
 
-def _callback_in(error: BaseException, method: str) -> str:
-    """The callback of this package in whose method an error was raised."""
+def _callback_in(error: BaseException, *methods: str) -> str:
+    """The callback of this package in one of whose methods an error was raised."""
     for frame in _frames(error):
         owner = frame.f_locals.get("self")
-        if frame.f_code.co_name == method and isinstance(owner, CompressionCallback):
+        if frame.f_code.co_name in methods and isinstance(owner, CompressionCallback):
             return f"trainer.callbacks ({type(owner).__name__})"
     return ""
 

@@ -7,6 +7,8 @@ import math
 import os
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +25,7 @@ from lightning_compress.export.errors import EvaluationError, ExportError
 from lightning_compress.export.evaluate import LIGHTNING_LOGGERS, evaluate, evaluate_forward, evaluate_quantized
 from lightning_compress.export.onnx import ExportResult, checked_path, load_checkpoint_, to_onnx
 from lightning_compress.export.runtime import require_onnx
-from lightning_compress.export.sample import Sample, defines
+from lightning_compress.export.sample import Sample, defines, read_sample
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.isolation import quiet
@@ -32,7 +34,6 @@ from lightning_compress.mechanisms.selection import did_you_mean, plain_name
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.project import current_folder_importable, load_project
 from lightning_compress.report.cells import shown_path
-from lightning_compress.report.measure import first_line
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size
 
@@ -197,17 +198,7 @@ def _given_sample(options: argparse.Namespace) -> Any:
         return torch.randn(*map(int, parts), generator=torch.Generator().manual_seed(SEED))
     if options.sample is None:
         return None
-    suffix = Path(options.sample).suffix
-    if suffix not in (".pt", ".npy"):
-        raise ValueError(f"--sample must be a .pt or a .npy file, got '{options.sample}'")
-    if not os.path.isfile(options.sample):
-        raise ValueError(f"--sample: there is no file '{options.sample}'")
-    try:
-        if suffix == ".pt":
-            return torch.load(options.sample, map_location="cpu", weights_only=True)
-        return torch.from_numpy(import_module("numpy").load(options.sample))
-    except Exception as error:  # torch.load and numpy raise many kinds
-        raise ValueError(f"--sample '{options.sample}' cannot be read: {first_line(error)}") from error
+    return read_sample(options.sample)
 
 
 class _FirstInput(TrainerCallback):
@@ -243,10 +234,11 @@ def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
             enable_model_summary=False,
             callbacks=[_FirstInput(capture)],
         )
-        if defines(duplicate, "validation_step") and defines(source or duplicate, "val_dataloader"):
-            trainer.validate(duplicate, datamodule=source, verbose=False)
-        else:
-            trainer.fit(duplicate, datamodule=source)
+        with _steps_of(duplicate):
+            if defines(duplicate, "validation_step") and defines(source or duplicate, "val_dataloader"):
+                trainer.validate(duplicate, datamodule=source, verbose=False)
+            else:
+                trainer.fit(duplicate, datamodule=source)
         call, name = capture.last_call, capture.network
     if call is None or name is None:
         raise ValueError(
@@ -254,6 +246,19 @@ def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
             "input with --sample or --shape"
         )
     return plain_name(name), Sample(call.args, call.kwargs)
+
+
+@contextmanager
+def _steps_of(module: nn.Module) -> Iterator[None]:
+    """Tell errors of the user's steps and data from those of the command's usage."""
+    try:
+        yield
+    except (CaptureError, EvaluationError):
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise CheckError(
+            f"the steps or the data of {type(module).__name__} failed: {type(error).__name__}: {_short(error)}"
+        ) from error
 
 
 # The metrics
@@ -268,10 +273,11 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace)
     """The metric in module and file, in words; beyond the tolerance an error."""
     if options.metric is None:
         return ""
-    if result.quantization is None:
-        in_module = evaluate_forward(loaded.module, loaded.data)
-    else:
-        in_module = evaluate_quantized(loaded.module, loaded.data, result.quantization)
+    with _steps_of(loaded.module):
+        if result.quantization is None:
+            in_module = evaluate_forward(loaded.module, loaded.data)
+        else:
+            in_module = evaluate_quantized(loaded.module, loaded.data, result.quantization)
     if options.metric not in in_module:
         raise ValueError(
             f"--metric must be one of {', '.join(sorted(in_module))}, which {type(loaded.module).__name__} logs in "

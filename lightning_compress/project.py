@@ -293,7 +293,7 @@ def _cli(namespace: str, subcommand: str, arguments: Arguments, run: bool) -> An
 
     class Parser(package.LightningArgumentParser):  # type: ignore[misc]
         def __init__(self, **options: Any) -> None:
-            usage = f"lightning-compress {subcommand} [--config CONFIG] [--KEY VALUE ...]"
+            usage = f"lightning-compress {subcommand} [-h] [--config CONFIG] [--KEY VALUE ...]"
             super().__init__(**{"usage": usage, "formatter_class": Formatter, "exit_on_error": False, **options})
 
     class ProjectCLI(package.LightningCLI):  # type: ignore[misc]

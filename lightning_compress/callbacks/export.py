@@ -49,8 +49,8 @@ class ExportCallback(CompressionCallback):
         metric: Name of a validation metric, as the module logs it, to be compared between module and file.
         tolerance: Largest accepted absolute difference of ``metric``; None: reported only. Beyond it a warning, and
             exit code 1 from ``lightning-compress run``.
-        sample: Input of the network for tracing, as in :func:`lightning_compress.export.to_onnx`; None: what the
-            network received in the last training step.
+        sample: Input of the network for tracing, as in :func:`lightning_compress.export.to_onnx`, or a .pt or .npy file
+            of it; None: what the network received in the last training step.
         network: Dotted name of the network inside the LightningModule; None: the student that another callback
             names, else the one found in the first step.
         dynamic_batch: Whether the file takes any batch size; False for networks that run at one only.

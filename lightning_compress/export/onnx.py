@@ -97,8 +97,9 @@ def to_onnx(
         path: Where to write; must end in ``.onnx``. Missing directories are made.
         sample: One input of the network. A tensor is the only argument; a tuple holds the positional arguments; a
             dict holds the keyword arguments if the forward has arguments of those names, otherwise it is the only
-            argument; ``Sample(args, kwargs)`` says both. None: the input that one of our callbacks recorded in the
-            last training step, else ``module.example_input_array``.
+            argument; ``Sample(args, kwargs)`` says both; a path is that of a .pt or .npy file of one of these. None:
+            the input that one of our callbacks recorded in the last training step, else
+            ``module.example_input_array``.
         precision: ``"fp32"``; ``"int8"``: weights, and activations where they have scales, as integers, for integer
             kernels; ``"int4"``: weights of up to 4 bits take half a byte each and are widened when they are used,
             which makes a file small, not fast. The scales are those of the PTQ, QAT or PSGD callback of the module's

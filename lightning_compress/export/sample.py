@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,13 +73,47 @@ def defines(module: nn.Module, method: str) -> bool:
     return not (base_class and home.startswith(OUR_BASES)) and function.__name__ != "_forward_unimplemented"
 
 
+def read_sample(path: str | os.PathLike[str]) -> Any:
+    """Read the input of a network from a file.
+
+    Args:
+        path: What ``torch.save`` has written as ``.pt``, or NumPy as ``.npy``.
+
+    Returns:
+        What is in it; an array as a tensor.
+
+    Raises:
+        ValueError: If it cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(torch.zeros(2, 3), f"{folder}/input.pt")
+        ...     read_sample(f"{folder}/input.pt").shape
+        torch.Size([2, 3])
+    """
+    file = Path(path)
+    if file.suffix not in (".pt", ".npy"):
+        raise ValueError(f"sample must be a .pt or a .npy file, got '{file}'")
+    if not file.is_file():
+        raise ValueError(f"sample: there is no file '{file}'")
+    try:
+        if file.suffix == ".pt":
+            return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.from_numpy(np.load(file))
+    except Exception as error:  # both raise many kinds
+        raise ValueError(f"sample: '{file}' cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
 def as_sample(sample: Any, signature: inspect.Signature) -> Sample:
-    """Read the ``sample`` argument: a tensor, a tuple, a dict, or a :class:`Sample`.
+    """Read the ``sample`` argument: a tensor, a tuple, a dict, a :class:`Sample`, or the path of a file with one.
 
     Raises:
         TypeError: If it is anything else.
-        ValueError: If it is empty.
+        ValueError: If it is empty, or a file that cannot be read.
     """
+    if isinstance(sample, (str, os.PathLike)):
+        sample = read_sample(sample)
     if isinstance(sample, Sample):
         result = sample
     elif isinstance(sample, Tensor):
@@ -88,7 +125,7 @@ def as_sample(sample: Any, signature: inspect.Signature) -> Sample:
         result = Sample(kwargs={str(key): value for key, value in sample.items()}) if named else Sample((sample,))
     else:
         raise TypeError(
-            "sample must be a tensor, a tuple of arguments, a dict or a Sample(args, kwargs), "
+            "sample must be a tensor, a tuple of arguments, a dict, a Sample(args, kwargs) or a file of one, "
             f"got {type(sample).__name__}"
         )
     if not any(isinstance(leaf, Tensor) for _, leaf in leaves([list(result.args), dict(result.kwargs)])):

@@ -229,11 +229,18 @@ def _as_annotated(make: Callable[..., Any], arguments: Mapping[str, Any]) -> dic
         accepted = add(make, fail_untyped=False)
         known = {name: value for name, value in nested.items() if name in accepted}
         parsed = parser.parse_object(known, defaults=False)
-    except (ArgumentError, ValueError):  # the class may know better than its annotations
-        return dict(arguments)
+    except (ArgumentError, ValueError) as error:
+        if any(isinstance(value, Mapping) and "class_path" in value for value in nested.values()):
+            raise _first_cause(error) from None
+        return dict(arguments)  # the class may know better than its annotations
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in jsonargparse 4.49
     built = instantiate(parsed)
     return {**arguments, **{name: built[name] for name in known}}
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What a chain of exceptions began with."""
+    return error if error.__cause__ is None else _first_cause(error.__cause__)
 
 
 def _built(

@@ -1,0 +1,312 @@
+"""The commands of LightningCLI, and what they say of a bad configuration: the key, the value, and the nearest key."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+from projects import NAMESPACES, Project, callback
+
+import lightning_compress
+from lightning_compress import CompressionCallback, PruningCallback
+from lightning_compress.project import load_project, main
+
+PUBLIC = sorted(
+    name
+    for name in lightning_compress.__all__
+    if inspect.isclass(cls := getattr(lightning_compress, name)) and issubclass(cls, CompressionCallback)
+    if cls is not CompressionCallback
+)
+LONGEST = "DCILCallback"
+BOTH = pytest.mark.parametrize(
+    "project", [NAMESPACES[0], pytest.param(NAMESPACES[1], marks=pytest.mark.slow)], indirect=True
+)
+
+
+@pytest.fixture
+def project(request, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return Project(tmp_path, getattr(request, "param", NAMESPACES[0]))
+
+
+def said(project, capsys, content, *arguments):
+    """What ``fit`` says with a second config; it must be short, and no traceback."""
+    code = main("fit", ["--config", project.base, "--config", project.yaml("case.yaml", content), *arguments])
+    text = capsys.readouterr().err
+    lines = [line for line in text.splitlines() if line.startswith("lightning-compress fit: ")]
+    assert code == 2
+    assert len(lines) == 1
+    assert "Traceback" not in text
+    return (
+        lines[0].removeprefix("lightning-compress fit: ").replace(f"{project.folder}/", "").replace(project.name, "P")
+    )
+
+
+def one(name, **init_args):
+    return {"trainer": {"callbacks": [callback(name, **init_args)]}}
+
+
+ERRORS = {
+    "a wrong key": (
+        one("DCILCallback", sparsity=0.5, updat_interval=3),
+        r"case.yaml: trainer.callbacks \(DCILCallback\): unknown key 'updat_interval' with the value 3; accepted are "
+        r"sparsity, .*name; did you mean 'update_interval'\?",
+    ),
+    "an unknown short name": (
+        one("DCLCallback"),
+        r"trainer.callbacks names 'DCLCallback', which is not known; .*; did you mean 'DCILCallback'\?",
+    ),
+    "an unknown class": (
+        one("lightning_compress.DCLCallback"),
+        r"trainer.callbacks names 'lightning_compress.DCLCallback', but .*; did you mean 'DCILCallback'\?",
+    ),
+    "no callback": (
+        one("torch.nn.Linear"),
+        r"trainer.callbacks: .*torch.nn.Linear does not correspond to a subclass.*",
+    ),
+    "a number for a callback": ({"trainer": {"callbacks": [3]}}, r"trainer.callbacks: Not a valid .*: 3"),
+    "a value out of range": (
+        one("StructuredPruningCallback", ratio=50),
+        r"trainer.callbacks \(StructuredPruningCallback\): ratio must be .*, got 50.0; did you mean 0.5\?",
+    ),
+    "bits out of range": (
+        one("PTQCallback", weight_bits=9),
+        r"trainer.callbacks \(PTQCallback\): weight_bits must be a whole number from 2 to 8, got 9",
+    ),
+    "an unknown word": (
+        one("DCILCallback", sparsity=0.5, schedule="cubik"),
+        r"case.yaml: trainer.callbacks \(DCILCallback\): schedule must be one_shot, cubic, linear, cosine or the "
+        r"dotted path of a function, got 'cubik'; did you mean 'cubic'\?",
+    ),
+    "a word for a number": (
+        one("DCILCallback", sparsity="half"),
+        r"case.yaml: trainer.callbacks \(DCILCallback\): sparsity must be a number, got 'half'",
+    ),
+    "a word for a list": (
+        one("PTQCallback", layers="conv1"),
+        r"case.yaml: trainer.callbacks \(PTQCallback\): layers must be a list or null, got 'conv1'",
+    ),
+    "a required key": (
+        one("DistillationCallback"),
+        r"trainer.callbacks \(DistillationCallback\): the required key 'teacher' is missing",
+    ),
+    "one callback without a list": (
+        {"trainer": {"callbacks": "DCILCallback"}},
+        r"trainer.callbacks \(DCILCallback\): the required key 'sparsity' is missing",
+    ),
+    "init_args misspelt": (
+        {"trainer": {"callbacks": [{"class_path": "PTQCallback", "init_arg": {"weight_bits": 8}}]}},
+        r"trainer.callbacks \(Callback\): unknown key 'init_arg'; .*; did you mean 'init_args'\?",
+    ),
+    "a teacher's class": (
+        one("DistillationCallback", teacher="torch.nn.Linaer"),
+        r"trainer.callbacks \(DistillationCallback\): teacher names 'torch.nn.Linaer', .*; did you mean 'Linear'\?",
+    ),
+    "a teacher's argument": (
+        one("DistillationCallback", teacher=callback("torch.nn.Flatten", strat_dim=1)),
+        r"trainer.callbacks \(DistillationCallback\): teacher.init_args has 'strat_dim', .* mean 'start_dim'\?",
+    ),
+    "the first key": (
+        {"trianer": {"max_epochs": 2}},
+        r"case.yaml: unknown key 'trianer' with the value {'max_epochs': 2}; accepted are .*; did you mean 'trainer'\?",
+    ),
+    "a key of the Trainer": (
+        {"trainer": {"max_epoch": 2}},
+        r"case.yaml: unknown key 'trainer.max_epoch' with the value 2; did you mean 'trainer.max_epochs'\?",
+    ),
+    "a value of the Trainer": (
+        {"trainer": {"max_epochs": "two"}},
+        r"case.yaml: trainer.max_epochs must be a whole number or null, got 'two'",
+    ),
+    "a key of the model": (
+        {"model": {"init_args": {"widht": 2}}},
+        r"case.yaml: model \(LitNet\): unknown key 'widht' with the value 2; accepted are width, fail; "
+        r"did you mean 'width'\?",
+    ),
+    "the data's package": (
+        {"data": "pytroch_nowhere.Data"},
+        r"data names 'pytroch_nowhere.Data', but 'pytroch_nowhere' cannot be imported: .*",
+    ),
+    "a path that cannot be written": (
+        one("ExportCallback", path="model.pt"),
+        r"trainer.callbacks \(ExportCallback\): path must end in '.onnx', got 'model.pt'",
+    ),
+    "layers that are not there": (
+        one("PruningCallback", sparsity=0.5, layers=["modle"]),
+        r"trainer.callbacks \(PruningCallback\): layers has 'modle', .*; did you mean 'model'\?",
+    ),
+}
+
+
+SLOW = (
+    "a path that cannot be written",
+    "layers that are not there",
+    "no callback",
+    "bits out of range",
+    "a number for a callback",
+    "a word for a list",
+    "a key of the Trainer",
+    "the data's package",
+    "one callback without a list",
+)
+
+
+@pytest.mark.parametrize("what", [pytest.param(what, marks=[pytest.mark.slow] * (what in SLOW)) for what in ERRORS])
+def test_an_error_names_key_value_and_nearest_key(what, project, capsys):
+    content, pattern = ERRORS[what]
+    text = said(project, capsys, content)
+    assert re.fullmatch(pattern, text), text
+
+
+def test_a_yaml_error_has_its_line_and_column(project, capsys):
+    path = project.write("broken.yaml", "trainer: {callbacks: [\n  a: b: c\n")
+    assert main("fit", ["--config", path]) == 2
+    assert re.search(r"broken\.yaml: line 2, column 7: not YAML: ", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("- 1\n", "a config is a mapping"),
+        ("trainer:\n  max_epochs: 1\n", "no model is named"),
+        ("model: {width: 3}\n", "model names no class, .* --class pkg.Net"),
+    ],
+)
+def test_a_config_that_cannot_be_used(text, message, project, capsys):
+    path = str(project.folder / "c.yaml") if text is None else project.write("c.yaml", text)
+    assert main("validate", ["--config", path]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_option_without_its_value(project, capsys):
+    assert main("fit", ["--config", project.base, "--class"]) == 2
+    assert "--class needs the dotted path of a class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "message"),
+    [
+        ("width=-2", RuntimeError, "negative dimension"),
+        pytest.param("fail=true", ZeroDivisionError, "of the user's own", marks=pytest.mark.slow),
+    ],
+)
+def test_what_the_user_s_own_code_raises_is_raised(argument, error, message, project):
+    with pytest.raises(error, match=message):
+        main("fit", ["--config", project.base, f"--model.init_args.{argument}"])
+
+
+@BOTH
+@pytest.mark.parametrize(("sparsity", "code"), [(0.5, 1), pytest.param(0.25, 0, marks=pytest.mark.slow)])
+def test_fit_with_a_short_name_and_a_failure(project, sparsity, code, capsys, monkeypatch):
+    """The callback is that of the config, in a Trainer of the model's package; what it says of its result is told."""
+    seen = []
+
+    def bake(self, trainer, pl_module):
+        seen.append(type(trainer).__module__.partition(".trainer")[0])
+        self.failure = "not good enough" if self.sparsity == 0.5 else None
+
+    monkeypatch.setattr(PruningCallback, "bake", bake)
+    config = project.yaml("prune.yaml", project.config([callback("PruningCallback", sparsity=sparsity)]))
+    assert main("fit", ["--config", config]) == code
+    assert seen == [import_module(project.name).L.__name__]
+    assert ("lightning-compress fit: pruning: not good enough" in capsys.readouterr().err) == (code == 1)
+
+
+@BOTH
+def test_a_project_is_built_and_not_run(project):
+    config = project.yaml("prune.yaml", project.config([callback("PruningCallback", sparsity=0.5)], width=4))
+    built = load_project([config], arguments=["--trainer.max_epochs=7"])
+    assert type(built.module).__name__ == "LitNet"
+    assert built.module.model[1].out_features == 4
+    assert type(built.datamodule).__name__ == "Data"
+    assert built.trainer.max_epochs == 7
+    assert built.trainer.global_step == 0
+    assert [own.sparsity for own in built.trainer.callbacks if isinstance(own, PruningCallback)] == [0.5]
+    assert type(built.trainer).__module__.startswith(import_module(project.name).L.__name__)
+    assert not (project.folder / "out").exists()
+
+
+def test_a_config_without_classes_needs_them(project):
+    old = project.yaml("old.yaml", {"model": {"width": 4}, "data": {"batch_size": 8}})
+    with pytest.raises(ValueError, match=r"old\.yaml: model names no class"):
+        load_project([old])
+    with pytest.raises(ValueError, match=r"data names no class.*--data-class pkg\.Data"):
+        load_project([old], model=f"{project.name}.LitNet")
+    with pytest.raises(ValueError, match=r"--class names '.*\.LitNt'.*did you mean 'LitNet'"):
+        load_project([old], model=f"{project.name}.LitNt", data=f"{project.name}.Data")
+    built = load_project([old], model=f"{project.name}.LitNet", data=f"{project.name}.Data")
+    assert (built.module.model[1].out_features, built.datamodule.batch_size) == (4, 8)
+
+
+def test_a_class_that_the_config_leaves_out(project):
+    plain = project.yaml("plain.yaml", {"trainer": {"logger": False}})
+    built = load_project([plain], model=f"{project.name}.LitNet")
+    assert type(built.module).__name__ == "LitNet"
+    assert built.datamodule is None
+
+
+def help_of(name, capsys):
+    assert main("fit", [f"--trainer.callbacks.help={name}"]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize(
+    "name", [name if name == LONGEST else pytest.param(name, marks=pytest.mark.slow) for name in PUBLIC]
+)
+def test_the_help_of_every_callback_is_short_and_complete(name, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = help_of(name, capsys)
+    assert len(text.splitlines()) < 60
+    for argument in inspect.signature(getattr(lightning_compress, name)).parameters:
+        assert f"--trainer.callbacks.{argument} " in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_help_in_a_project_s_own_cli_is_short(name, namespace, capsys, monkeypatch):
+    """In 120 columns. In 80, the usage alone has a line for each argument, and the option's name another."""
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    model = import_module(f"{namespace}.demos.boring_classes").BoringModel
+    with pytest.raises(SystemExit) as stop:
+        import_module(f"{namespace}.cli").LightningCLI(model, args=["fit", f"--trainer.callbacks.help={name}"])
+    assert stop.value.code == 0
+    assert 10 < len(capsys.readouterr().out.splitlines()) < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("project", NAMESPACES, indirect=True)
+def test_all_subcommands_from_the_shell(project):
+    """In a process each, from the project's folder, which is not on Python's path there."""
+    config = project.config([callback("PruningCallback", sparsity=0.5)])
+    config["trainer"].update(enable_checkpointing=True)
+    path = project.yaml("c.yaml", config)
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(lightning_compress.__file__))}
+
+    def run(*arguments):
+        command = [sys.executable, "-P", "-m", "lightning_compress.cli", *arguments]
+        return subprocess.run(command, cwd=project.folder, env=environment, capture_output=True, text=True, check=False)
+
+    done = run("fit", "--config", path)
+    assert done.returncode == 0, done.stderr
+    [checkpoint] = (project.folder / "out").rglob("*.ckpt")
+    saved = project.folder / "out" / "config.yaml"
+    assert "lightning_compress.PruningCallback" in saved.read_text()
+    for number, (subcommand, shown) in enumerate({"validate": "val_acc", "test": "val_acc", "predict": ""}.items()):
+        root = f"--trainer.default_root_dir={project.folder / f'root{number}'}"
+        done = run(subcommand, "--config", path, "--ckpt_path", str(checkpoint), root)
+        assert done.returncode == 0, done.stderr
+        assert shown in done.stdout
+    done = run("fit", "--config", path, "--trainer.callbacks.sparsity=5", "--trainer.default_root_dir=other")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "sparsity must be a number in [0, 1), got 5.0" in done.stderr
