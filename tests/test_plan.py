@@ -210,7 +210,7 @@ def test_nothing_is_written_and_nothing_of_the_script_runs_after_it(project, cap
     text = plan_of(capfd)
     assert "takes     'model.0' (65.6% of the parameters, 72.7% of the multiply-accumulates)" in text
     assert "leaves    'model.2': excluded" in text
-    assert re.search(r"out/model.onnx  fp32, about 1\.\d+ kB\n", text)
+    assert re.search(r"out/model.onnx  fp32, about 1\.\d+ kB, \S+ k?B compressed\n", text)
     assert "the step runs once, with 1 forward of a teacher: about 2.33 times" in text  # 64 of 16: 1 + 4 / 3
     assert "LearningRateFinder sets all callbacks aside" in text
 
