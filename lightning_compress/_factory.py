@@ -22,6 +22,6 @@ def callbacks() -> list[object]:
     order = os.environ.get("LIGHTNING_COMPRESS_RUN")
     if order is None:
         return []
-    from lightning_compress.attachment import attachments
+    from lightning_compress.commands.attachment import attachments
 
     return [*attachments(order)]

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in LIGHTNING_COMMANDS:
-        return _called("lightning_compress.project", "main", arguments[0], arguments[1:])
+        return _called("lightning_compress.commands.project", "main", arguments[0], arguments[1:])
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     own, command = arguments[:cut], arguments[cut + 1 :]
     parser = _parser()
@@ -63,16 +63,16 @@ _DISPATCH: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
         "lightning_compress.demo", "run_demo", data=options.data, out=options.out, structured=options.structured
     ),
     "run": lambda options, command: _called(
-        "lightning_compress.run", "run", options.recipe, command, settings=options.set
+        "lightning_compress.commands.run", "run", options.recipe, command, settings=options.set
     ),
     "plan": lambda options, command: _called(
-        "lightning_compress.plan", "plan", options.recipe, command, settings=options.set
+        "lightning_compress.commands.plan", "plan", options.recipe, command, settings=options.set
     ),
-    "export": lambda options, _: _called("lightning_compress.exporting", "export", options),
-    "report": lambda options, _: _called("lightning_compress.reporting", "report", options),
-    "recipes": lambda options, _: _called("lightning_compress.recipes", "show", options.name),
-    "sensitivity": lambda options, _: _called("lightning_compress.sensitivity", "sensitivity", options),
-    "sweep": lambda options, command: _called("lightning_compress.sweep", "sweep", options, command),
+    "export": lambda options, _: _called("lightning_compress.commands.export", "export", options),
+    "report": lambda options, _: _called("lightning_compress.commands.report", "report", options),
+    "recipes": lambda options, _: _called("lightning_compress.recipe.shipped", "show", options.name),
+    "sensitivity": lambda options, _: _called("lightning_compress.commands.sensitivity", "sensitivity", options),
+    "sweep": lambda options, command: _called("lightning_compress.commands.sweep", "sweep", options, command),
 }
 
 

@@ -73,7 +73,7 @@ STRUCTURED = f"{PACKAGE}/callbacks/structured.py"
 TRACKER = f"{PACKAGE}/tracking/tracker.py"
 HISTORY = f"{PACKAGE}/tracking/history.py"
 SINKS = f"{PACKAGE}/tracking/sinks.py"
-SWEEP_FIELDS = f"{PACKAGE}/sweep_fields.py"
+SWEEP_FIELDS = f"{PACKAGE}/commands/sweep_fields.py"
 COMPAT = f"{PACKAGE}/_compat.py"
 
 EXACT = "tests/callbacks/test_distillation_exact.py"
@@ -455,56 +455,56 @@ MUTATIONS = (
     # Recipes
     Mutation(
         "recipes: values are left to the process that trains",
-        f"{PACKAGE}/recipe_classes.py",
+        f"{PACKAGE}/recipe/classes.py",
         "if cls not in own_callbacks().values():",
         "if True:",
         "tests/test_recipe.py::test_what_a_constructor_refuses_is_found_without_a_teacher",
     ),
     Mutation(
         "recipes: a teacher is built where the recipe is checked",
-        f"{PACKAGE}/recipe_classes.py",
+        f"{PACKAGE}/recipe/classes.py",
         "            found[name] = _StandIn()\n",
         "",
         "tests/test_recipe.py::test_loading_builds_no_teacher",
     ),
     Mutation(
         "recipes: what a teacher is made of is not looked at",
-        f"{PACKAGE}/recipe_classes.py",
+        f"{PACKAGE}/recipe/classes.py",
         "            check_source(source, argument=name)\n",
         "",
         "tests/test_recipe.py::test_what_a_constructor_refuses_is_found_without_a_teacher",
     ),
     Mutation(
         "recipes: aliases may unfold without end",
-        f"{PACKAGE}/recipe_file.py",
+        f"{PACKAGE}/recipe/file.py",
         "    _check_size(value)\n",
         "",
         "tests/test_recipe.py::test_a_value_that_unfolds_without_end_is_refused",
     ),
     Mutation(
         "recipes: a setting changes all that shares a value",
-        f"{PACKAGE}/recipe_settings.py",
+        f"{PACKAGE}/recipe/settings.py",
         "copy = list(node) if isinstance(step, int) else dict(node)",
         "copy = node",
         "tests/test_recipe_settings.py::test_an_alias_elsewhere_keeps_its_value",
     ),
     Mutation(
         "recipes: a changed recipe is not checked again",
-        f"{PACKAGE}/recipe.py",
+        f"{PACKAGE}/recipe/__init__.py",
         "            content = changed(content, settings)\n            check_content(content)\n",
         "            content = changed(content, settings)\n",
         "tests/test_recipe_settings.py::test_the_changed_recipe_is_checked_like_any_other",
     ),
     Mutation(
         "recipes: settings do not reach the fit",
-        f"{PACKAGE}/attachment.py",
+        f"{PACKAGE}/commands/attachment.py",
         "settings=self.order.settings",
         "settings=()",
         "tests/test_factory.py::test_settings_change_what_is_attached_and_what_the_report_says",
     ),
     Mutation(
         "recipes: the folder of a report is not looked at before",
-        f"{PACKAGE}/recipe.py",
+        f"{PACKAGE}/recipe/__init__.py",
         'checked_folder(init_args["path"])',
         "pass",
         "tests/test_run.py::test_a_place_that_cannot_be_written",

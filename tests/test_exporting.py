@@ -13,9 +13,9 @@ from projects import NAMESPACES, TRAINER, Project, callback
 import lightning_compress
 from lightning_compress import export as exports
 from lightning_compress.cli import main
+from lightning_compress.commands.project import load_project
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.runtime import OnnxNetwork
-from lightning_compress.project import load_project
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def test_a_file_that_fails_is_not_kept_and_the_old_one_stays(what, project, caps
     old.write_bytes(b"the old one")
     metric = ["--metric", "val_acc", "--tolerance", "0.001"]
     if what == "tolerance":
-        monkeypatch.setattr("lightning_compress.exporting.evaluate", lambda *_: {"val_acc": 2.0})
+        monkeypatch.setattr("lightning_compress.commands.export.evaluate", lambda *_: {"val_acc": 2.0})
     elif what == "parity":
 
         def differ(*_, **__):

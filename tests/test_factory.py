@@ -21,7 +21,7 @@ from scripts import definitions, script
 import lightning_compress
 from lightning_compress import CompressionReport, DistillationCallback
 from lightning_compress._factory import callbacks
-from lightning_compress.attachment import VARIABLE, Events, Order, RecipeAttachment, attachments, class_names
+from lightning_compress.commands.attachment import VARIABLE, Events, Order, RecipeAttachment, attachments, class_names
 from lightning_compress.export.evaluate import RUN_VARIABLE
 from lightning_compress.recipe import RecipeError
 

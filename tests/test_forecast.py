@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_compress import DCILCallback, DistillationCallback, DPFCallback, PTQCallback
-from lightning_compress.forecast import forecast
-from lightning_compress.foresight import _hear
+from lightning_compress.commands.forecast import forecast
+from lightning_compress.commands.foresight import _hear
 from lightning_compress.mechanisms.step import find_controller
 
 

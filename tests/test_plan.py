@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from scripts import script
 
-from lightning_compress import plan
-from lightning_compress.attachment import VARIABLE
 from lightning_compress.cli import main
-from lightning_compress.foresight import PlanAttachment
+from lightning_compress.commands import plan
+from lightning_compress.commands.attachment import VARIABLE
+from lightning_compress.commands.foresight import PlanAttachment
 
 FACTORY = {"event": "factory"}
 FIT = {"event": "fit", "module": "A", "matches": True, "attached": True, "script": 1}
@@ -353,7 +353,7 @@ def test_what_takes_long_is_left_out(project, capfd):
 def test_the_attachment_can_be_sent_to_a_spawned_process():
     import pickle
 
-    from lightning_compress.attachment import Order
+    from lightning_compress.commands.attachment import Order
 
     attachment = PlanAttachment(Order("recipe.yaml", ".", "events.jsonl", mode="plan"))
     assert pickle.loads(pickle.dumps(attachment)).order == attachment.order

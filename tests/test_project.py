@@ -14,7 +14,7 @@ from projects import NAMESPACES, Project, callback
 
 import lightning_compress
 from lightning_compress import CompressionCallback, PruningCallback
-from lightning_compress.project import load_project, main
+from lightning_compress.commands.project import load_project, main
 
 PUBLIC = sorted(
     name

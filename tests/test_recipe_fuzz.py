@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_compress.recipe import Recipe, RecipeError, load_recipe
-from lightning_compress.recipe_classes import own_callbacks
-from lightning_compress.recipe_file import KEYS
+from lightning_compress.recipe.classes import own_callbacks
+from lightning_compress.recipe.file import KEYS
 
 FEW, MANY = 6, 1000
 WORDS = [

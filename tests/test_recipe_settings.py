@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 
 from lightning_compress.recipe import RecipeError, load_recipe
-from lightning_compress.recipe_settings import changed
+from lightning_compress.recipe.settings import changed
 
 TEACHER = {"class_path": "lightning_compress.teacher_from_checkpoint", "init_args": {"ckpt_path": "a.ckpt"}}
 RECIPE = {

@@ -11,7 +11,7 @@ import pytest
 
 from lightning_compress.cli import main
 from lightning_compress.recipe import load_recipe
-from lightning_compress.recipes import shipped
+from lightning_compress.recipe.shipped import shipped
 
 TECHNIQUES = {
     "distil": ["DistillationCallback"],
@@ -24,7 +24,7 @@ TECHNIQUES = {
 
 def test_there_are_these():
     assert {*shipped()} == {*TECHNIQUES}
-    folder = files("lightning_compress.recipes")
+    folder = files("lightning_compress.recipe.shipped")
     assert {name: folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8") for name in TECHNIQUES} == shipped()
 
 

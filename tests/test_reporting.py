@@ -155,7 +155,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything(here, capsys)
 
 def test_without_wandb_nothing_is_begun(here, capsys, monkeypatch):
     left(here / "a")
-    monkeypatch.setattr("lightning_compress.reporting.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_compress.commands.report.find_spec", lambda name: None)
     assert main(["report", "a", "--wandb", "project"]) == 2
     captured = capsys.readouterr()
     assert 'pip install "lightning-compress[wandb]"' in captured.err

@@ -16,9 +16,9 @@ import onnxruntime
 import pytest
 from scripts import script
 
-from lightning_compress.attachment import VARIABLE
 from lightning_compress.cli import main
-from lightning_compress.run import outcome
+from lightning_compress.commands.attachment import VARIABLE
+from lightning_compress.commands.run import outcome
 
 KD = """
 version: 1
@@ -255,7 +255,7 @@ def test_the_child_has_the_streams_the_arguments_and_the_order(project, capfd, t
     assert project(EXPORT, f"{TELLS}\n{shows}", "--lr", "0.1") == 9
     captured = capfd.readouterr()
     assert captured.err.splitlines() == [
-        f"['--lr', '0.1'] ['cwd', 'events', 'mode', 'recipe', 'settings'] {tmp_path}",
+        f"['--lr', '0.1'] ['command', 'cwd', 'events', 'mode', 'recipe', 'settings'] {tmp_path}",
         "lightning-compress run: the command ended with exit code 9",
     ]
     assert VARIABLE not in os.environ
@@ -296,7 +296,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("mode", ["run", "plan"])
 @pytest.mark.parametrize(("number", "code", "cleaned"), [(signal.SIGINT, 4, True), (signal.SIGTERM, 143, False)])
 def test_signals_reach_the_child_and_the_parent_waits(project, capfd, monkeypatch, number, code, cleaned, mode):
-    monkeypatch.setattr("lightning_compress.run._in_foreground", lambda: False)
+    monkeypatch.setattr("lightning_compress.commands.run._in_foreground", lambda: False)
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 
     def send():
@@ -316,7 +316,7 @@ def test_signals_reach_the_child_and_the_parent_waits(project, capfd, monkeypatc
 
 
 def test_a_terminal_sends_ctrl_c_to_the_child_itself(project, monkeypatch):
-    monkeypatch.setattr("lightning_compress.run._in_foreground", lambda: True)
+    monkeypatch.setattr("lightning_compress.commands.run._in_foreground", lambda: True)
 
     def send():
         while not Path("started").exists():
@@ -375,7 +375,7 @@ def test_a_child_that_is_killed_while_it_writes_the_file(project, capfd, tmp_pat
 @pytest.mark.slow
 def test_ctrl_c_in_a_training(project, capfd, monkeypatch, tmp_path):
     """Lightning ends the fit and the process with 1; nothing is exported or reported."""
-    monkeypatch.setattr("lightning_compress.run._in_foreground", lambda: False)
+    monkeypatch.setattr("lightning_compress.commands.run._in_foreground", lambda: False)
     body = (
         "import os, signal\n"
         "Lit.on_train_epoch_end = lambda module: os.kill(os.getppid(), signal.SIGINT) or __import__('time').sleep(30)\n"

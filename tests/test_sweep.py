@@ -14,9 +14,9 @@ import yaml
 
 import lightning_compress
 from lightning_compress.cli import main
+from lightning_compress.commands.sweep import configuration, exported_metric
+from lightning_compress.commands.sweep_fields import RANGES, Around, OneOf, Remaining, chosen, fields_of
 from lightning_compress.recipe import Recipe
-from lightning_compress.sweep import configuration, exported_metric
-from lightning_compress.sweep_fields import RANGES, Around, OneOf, Remaining, chosen, fields_of
 
 KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")  # what W&B takes as the name of a parameter
 RECIPE = """

@@ -85,6 +85,7 @@ TEACHING = {
 }
 QUANTISING = {
     "weight_bits": 5,
+    "layer_bits": {"type:Linear": 3},
     "activation_bits": None,
     "max_samples": 7,
     "edge_bits": 6,

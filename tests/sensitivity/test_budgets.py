@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_compress.sensitivity.budgets import Budget, parsed_budget
+from lightning_compress.commands.sensitivity.budgets import Budget, parsed_budget
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_compress.sensitivity.changes import Change, applied, parsed_levels, planned
-from lightning_compress.sensitivity.layers import Layer
+from lightning_compress.commands.sensitivity.changes import Change, applied, parsed_levels, planned
+from lightning_compress.commands.sensitivity.layers import Layer
 
 from .projects import Net
 

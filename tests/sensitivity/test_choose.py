@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from lightning_compress.sensitivity.choose import (
+from lightning_compress.commands.sensitivity.choose import (
     UNITS,
     BudgetError,
     Option,

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_compress.commands.sensitivity import command
+from lightning_compress.commands.sensitivity.changes import applied
+from lightning_compress.commands.sensitivity.journal import NAME
 from lightning_compress.recipe import load_recipe
-from lightning_compress.sensitivity import command
-from lightning_compress.sensitivity.changes import applied
-from lightning_compress.sensitivity.journal import NAME
 
 from . import projects
 

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from lightning_compress.sensitivity.changes import Change
-from lightning_compress.sensitivity.journal import NAME, Journal, Measurement, file_hash, files_hash
+from lightning_compress.commands.sensitivity.changes import Change
+from lightning_compress.commands.sensitivity.journal import NAME, Journal, Measurement, file_hash, files_hash
 
 HEADER = {"checkpoint": "abc", "config": "def"}
 CHANGE = Change("sparsity", "net.conv", 0.5)

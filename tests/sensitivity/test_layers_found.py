@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.sensitivity.layers import find_layers
+from lightning_compress.commands.sensitivity.layers import find_layers
 
 from .projects import Net
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lightning_compress.sensitivity.metrics import Metric, choose_metric
+from lightning_compress.commands.sensitivity.metrics import Metric, choose_metric
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.sensitivity.costs import costs_of
-from lightning_compress.sensitivity.layers import Layer, find_layers
-from lightning_compress.sensitivity.sizes import GRAPH, deflated_bytes, integer_bytes, other_bytes
+from lightning_compress.commands.sensitivity.costs import costs_of
+from lightning_compress.commands.sensitivity.layers import Layer, find_layers
+from lightning_compress.commands.sensitivity.sizes import GRAPH, deflated_bytes, integer_bytes, other_bytes
 
 from .projects import Net
 

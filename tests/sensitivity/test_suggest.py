@@ -13,15 +13,15 @@ import torch
 import yaml
 from torch import nn
 
+from lightning_compress.commands.sensitivity.budgets import Budget
+from lightning_compress.commands.sensitivity.changes import Change
+from lightning_compress.commands.sensitivity.costs import costs_of
+from lightning_compress.commands.sensitivity.findings import Findings
+from lightning_compress.commands.sensitivity.journal import Measurement
+from lightning_compress.commands.sensitivity.layers import Layer
+from lightning_compress.commands.sensitivity.metrics import Metric
+from lightning_compress.commands.sensitivity.suggest import suggest
 from lightning_compress.recipe import load_recipe
-from lightning_compress.sensitivity.budgets import Budget
-from lightning_compress.sensitivity.changes import Change
-from lightning_compress.sensitivity.costs import costs_of
-from lightning_compress.sensitivity.findings import Findings
-from lightning_compress.sensitivity.journal import Measurement
-from lightning_compress.sensitivity.layers import Layer
-from lightning_compress.sensitivity.metrics import Metric
-from lightning_compress.sensitivity.suggest import suggest
 
 
 def net():
@@ -183,7 +183,7 @@ CONFIG = {
     },
 }
 TRAIN = "from lightning.pytorch.cli import LightningCLI\nLightningCLI(save_config_callback=None)\n"
-RUN = "import sys\nfrom lightning_compress.run import run\nsys.exit(run(sys.argv[1], sys.argv[2:]))\n"
+RUN = "import sys\nfrom lightning_compress.commands.run import run\nsys.exit(run(sys.argv[1], sys.argv[2:]))\n"
 
 
 def ran(*command):

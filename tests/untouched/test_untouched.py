@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_compress.recipes import shipped
+from lightning_compress.recipe.shipped import shipped
 
 from .checks import check
 from .programs import PROGRAMS

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lightning_compress.sensitivity.command import sensitivity
+from lightning_compress.commands.sensitivity.command import sensitivity
 
 __all__ = ["sensitivity"]

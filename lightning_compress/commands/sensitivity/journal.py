@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_compress.sensitivity.changes import Change
+from lightning_compress.commands.sensitivity.changes import Change
 
 SCHEMA = 1
 NAME = "sensitivity.jsonl"
@@ -22,7 +22,7 @@ class Measurement:
 
     Attributes:
         metrics: What the validation gave.
-        moved: How far the weights moved, as :func:`~lightning_compress.sensitivity.changes.applied` tells.
+        moved: How far the weights moved, as :func:`~lightning_compress.commands.sensitivity.changes.applied` tells.
     """
 
     metrics: Mapping[str, float]

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_compress.commands.sensitivity.layers import Layer
 from lightning_compress.export.emission import block_size
 from lightning_compress.functional import magnitude_mask
 from lightning_compress.mechanisms.selection import joined
 from lightning_compress.mechanisms.weights import named_weights
 from lightning_compress.report.measure import compressed_bytes
-from lightning_compress.sensitivity.layers import Layer
 
 FLOAT_BITS = 32
 """A layer that is left as it is."""

@@ -17,9 +17,9 @@ from lightning.pytorch import Callback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.export.onnx import checked_folder, checked_path
-from lightning_compress.recipe_classes import built, callback_class, check_arguments
-from lightning_compress.recipe_file import RecipeError, check_content, naming, read_file
-from lightning_compress.recipe_settings import changed
+from lightning_compress.recipe.classes import built, callback_class, check_arguments
+from lightning_compress.recipe.file import RecipeError, check_content, naming, read_file
+from lightning_compress.recipe.settings import changed
 
 __all__ = ["Recipe", "RecipeError", "build_callbacks", "check_outputs", "export_paths", "load_recipe"]
 

@@ -19,10 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lightning_compress.attachment import VARIABLE, Events, Order
+from lightning_compress.commands.attachment import VARIABLE, Events, Order
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe import Recipe, check_outputs, export_paths, load_recipe
-from lightning_compress.recipes import shipped
+from lightning_compress.recipe.shipped import shipped
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size

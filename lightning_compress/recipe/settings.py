@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.mechanisms.selection import did_you_mean
-from lightning_compress.recipe_classes import own_callbacks
-from lightning_compress.recipe_file import KEYS, RecipeError, naming, parse, shown
+from lightning_compress.recipe.classes import own_callbacks
+from lightning_compress.recipe.file import KEYS, RecipeError, naming, parse, shown
 
 Step = str | int
 EXAMPLE = "DCILCallback.sparsity=0.8"

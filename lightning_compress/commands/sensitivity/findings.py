@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from lightning_compress import __version__
+from lightning_compress.commands.sensitivity.changes import Change
+from lightning_compress.commands.sensitivity.journal import Measurement
+from lightning_compress.commands.sensitivity.layers import Layer
+from lightning_compress.commands.sensitivity.metrics import Metric
 from lightning_compress.report import units
-from lightning_compress.sensitivity.changes import Change
-from lightning_compress.sensitivity.journal import Measurement
-from lightning_compress.sensitivity.layers import Layer
-from lightning_compress.sensitivity.metrics import Metric
 
 SCHEMA = 1
 NAME_LENGTH = 60

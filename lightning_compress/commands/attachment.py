@@ -23,7 +23,7 @@ from lightning_compress.callbacks.base import CompressionCallback, TrainerCallba
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.recipe import Recipe, RecipeError, build_callbacks, load_recipe
-from lightning_compress.recipe_file import naming
+from lightning_compress.recipe.file import naming
 
 VARIABLE = "LIGHTNING_COMPRESS_RUN"
 """Of the environment of the child; ``_factory`` knows it by heart, as it imports nothing of this package."""
@@ -124,7 +124,7 @@ def attachments(value: str) -> list[Callback]:
     if getattr(rank_zero_only, "rank", 0) == 0:
         Events(order.events).append("factory")
     if order.mode == "plan":
-        from lightning_compress.foresight import PlanAttachment, foreseeing_fits
+        from lightning_compress.commands.foresight import PlanAttachment, foreseeing_fits
 
         foreseeing_fits()
         return [PlanAttachment(order)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.commands.sensitivity.layers import Layer
 from lightning_compress.functional import (
     filter_rows,
     filter_scores,
@@ -21,7 +22,6 @@ from lightning_compress.functional import (
 from lightning_compress.functional.quantizers import MOST_BITS, check_bits
 from lightning_compress.mechanisms.selection import did_you_mean, joined
 from lightning_compress.mechanisms.weights import named_weights, weights_replaced
-from lightning_compress.sensitivity.layers import Layer
 
 LEVELS: Mapping[str, tuple[float, ...]] = {
     "bits": (8, 4, 3, 2),

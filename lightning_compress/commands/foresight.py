@@ -21,9 +21,9 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_compress import _compat
-from lightning_compress.attachment import Events, Order, RecipeAttachment, script_under_its_name
 from lightning_compress.callbacks.base import CompressionCallback, together
-from lightning_compress.forecast import forecast
+from lightning_compress.commands.attachment import Events, Order, RecipeAttachment, script_under_its_name
+from lightning_compress.commands.forecast import forecast
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.step import find_controller
 from lightning_compress.recipe import Recipe, load_recipe

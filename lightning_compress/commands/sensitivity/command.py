@@ -17,22 +17,22 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from lightning_compress.commands.project import load_project
+from lightning_compress.commands.sensitivity.budgets import QUANTITIES, Budget, parsed_budget
+from lightning_compress.commands.sensitivity.changes import Change, applied, parsed_levels, planned
+from lightning_compress.commands.sensitivity.costs import Costs, costs_of
+from lightning_compress.commands.sensitivity.findings import Findings, title_of, to_console, to_json, to_markdown
+from lightning_compress.commands.sensitivity.journal import NAME, Journal, file_hash, files_hash
+from lightning_compress.commands.sensitivity.layers import Layer, find_layers
+from lightning_compress.commands.sensitivity.metrics import choose_metric
+from lightning_compress.commands.sensitivity.plot import draw
+from lightning_compress.commands.sensitivity.suggest import Suggestion, suggest
 from lightning_compress.export.errors import EvaluationError
 from lightning_compress.export.evaluate import RepeatedValidation, repeatedly
 from lightning_compress.export.shrunk import load_shrunk
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.weights import select_weights
-from lightning_compress.project import load_project
 from lightning_compress.report.cells import shown_path
-from lightning_compress.sensitivity.budgets import QUANTITIES, Budget, parsed_budget
-from lightning_compress.sensitivity.changes import Change, applied, parsed_levels, planned
-from lightning_compress.sensitivity.costs import Costs, costs_of
-from lightning_compress.sensitivity.findings import Findings, title_of, to_console, to_json, to_markdown
-from lightning_compress.sensitivity.journal import NAME, Journal, file_hash, files_hash
-from lightning_compress.sensitivity.layers import Layer, find_layers
-from lightning_compress.sensitivity.metrics import choose_metric
-from lightning_compress.sensitivity.plot import draw
-from lightning_compress.sensitivity.suggest import Suggestion, suggest
 
 DONE, USAGE, INTERRUPTED = 0, 2, 130
 METHODS = ("bits", "sparsity")

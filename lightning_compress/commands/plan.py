@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lightning_compress.commands.run import DONE, FAILED, Event, attached, ended_with, failures_of, nothing_done
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.report import units
 from lightning_compress.report.cells import shown_path
-from lightning_compress.run import DONE, FAILED, Event, attached, ended_with, failures_of, nothing_done
 
 LABEL = 10  # characters
 
@@ -59,7 +59,7 @@ def lines_of(found: Mapping[str, Any]) -> list[str]:
     """A plan as people read it.
 
     Args:
-        found: What :func:`lightning_compress.forecast.forecast` gave.
+        found: What :func:`lightning_compress.commands.forecast.forecast` gave.
 
     Returns:
         Lines.

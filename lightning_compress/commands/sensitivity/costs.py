@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_compress.commands.sensitivity.budgets import Budget, shown_amount
+from lightning_compress.commands.sensitivity.layers import Layer
+from lightning_compress.commands.sensitivity.sizes import FLOAT_BITS, GRAPH, deflated_bytes, integer_bytes, other_bytes
 from lightning_compress.mechanisms.weights import named_weights
-from lightning_compress.sensitivity.budgets import Budget, shown_amount
-from lightning_compress.sensitivity.layers import Layer
-from lightning_compress.sensitivity.sizes import FLOAT_BITS, GRAPH, deflated_bytes, integer_bytes, other_bytes
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import nn
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.base import TrainerCallback
+from lightning_compress.commands.project import current_folder_importable, load_project
 from lightning_compress.export.copying import independent_copy
 from lightning_compress.export.errors import EvaluationError, ExportError
 from lightning_compress.export.evaluate import LIGHTNING_LOGGERS, evaluate, evaluate_forward, evaluate_quantized
@@ -32,7 +33,6 @@ from lightning_compress.mechanisms.isolation import quiet
 from lightning_compress.mechanisms.loading import teacher_from_checkpoint
 from lightning_compress.mechanisms.selection import did_you_mean, plain_name
 from lightning_compress.mechanisms.student import StudentCapture
-from lightning_compress.project import current_folder_importable, load_project
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size

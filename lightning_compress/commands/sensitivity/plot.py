@@ -13,8 +13,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from lightning_compress.commands.sensitivity.findings import NAME_LENGTH, Findings, headline, loss_format, title_of
 from lightning_compress.report import units
-from lightning_compress.sensitivity.findings import NAME_LENGTH, Findings, headline, loss_format, title_of
 
 DPI = 110
 ROW, COLUMN, LETTER, HEAD, FOOT = 0.22, 0.62, 0.066, 0.75, 0.25  # inches

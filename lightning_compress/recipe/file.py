@@ -1,4 +1,4 @@
-"""The file of a recipe: its YAML, and its keys; classes and their arguments are looked at in ``recipe_classes``."""
+"""The file of a recipe: its YAML, and its keys; classes and their arguments are looked at in ``classes``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def naming(place: str) -> Iterator[None]:
         >>> with naming("recipe.yaml"):
         ...     raise RecipeError("version must be 1, got 7")
         Traceback (most recent call last):
-        lightning_compress.recipe_file.RecipeError: recipe.yaml: version must be 1, got 7
+        lightning_compress.recipe.file.RecipeError: recipe.yaml: version must be 1, got 7
     """
     try:
         yield
@@ -210,7 +210,7 @@ def check_keys(mapping: Mapping[Any, Any], accepted: Collection[str], where: str
     Example:
         >>> check_keys({"modul": "Net"}, ["module", "fit"], "apply_to")
         Traceback (most recent call last):
-        lightning_compress.recipe_file.RecipeError: apply_to: unknown key 'modul' with the value 'Net'; accepted are \
+        lightning_compress.recipe.file.RecipeError: apply_to: unknown key 'modul' with the value 'Net'; accepted are \
 module, fit; did you mean 'module'?
     """
     for key, value in mapping.items():

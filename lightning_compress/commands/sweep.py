@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from lightning_compress.callbacks.export import ExportCallback
+from lightning_compress.commands.sweep_fields import chosen
 from lightning_compress.recipe import Recipe, load_recipe
 from lightning_compress.report.units import significant
-from lightning_compress.sweep_fields import chosen
 from lightning_compress.tracking import goal_of
 
 DONE, USAGE = 0, 2

@@ -20,7 +20,7 @@ import lightning_compress
 from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.export import ExportCallback
-from lightning_compress.config_errors import ConfigError, explanation, innermost, of_configuration, refused
+from lightning_compress.commands.config_errors import ConfigError, explanation, innermost, of_configuration, refused
 from lightning_compress.export.onnx import checked_path
 from lightning_compress.mechanisms.loading import import_path
 

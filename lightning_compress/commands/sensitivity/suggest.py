@@ -12,13 +12,13 @@ import yaml
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lightning_compress.commands.sensitivity.budgets import DEFAULTS, QUANTITIES, Budget, shown_amount
+from lightning_compress.commands.sensitivity.changes import Change
+from lightning_compress.commands.sensitivity.choose import BudgetError, Option, choose, choose_filters, options_of
+from lightning_compress.commands.sensitivity.costs import Costs
+from lightning_compress.commands.sensitivity.findings import Findings, loss_format
 from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.report import units
-from lightning_compress.sensitivity.budgets import DEFAULTS, QUANTITIES, Budget, shown_amount
-from lightning_compress.sensitivity.changes import Change
-from lightning_compress.sensitivity.choose import BudgetError, Option, choose, choose_filters, options_of
-from lightning_compress.sensitivity.costs import Costs
-from lightning_compress.sensitivity.findings import Findings, loss_format
 
 WIDTH = 110
 RESUMED = 0.5

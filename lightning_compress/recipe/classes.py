@@ -16,7 +16,7 @@ from lightning_compress.callbacks.base import CompressionCallback, TrainerCallba
 from lightning_compress.callbacks.teaching import TeacherCallback
 from lightning_compress.mechanisms.loading import check_source, import_path
 from lightning_compress.mechanisms.selection import did_you_mean
-from lightning_compress.recipe_file import RecipeError, check_keys, shown
+from lightning_compress.recipe.file import RecipeError, check_keys, shown
 
 
 class _StandIn(nn.Module):
@@ -93,7 +93,7 @@ def check_arguments(cls: type[Callback], init_args: Mapping[str, Any], where: st
     Example:
         >>> check_arguments(own_callbacks()["StructuredPruningCallback"], {"ratio": 50}, "callbacks[0]")
         Traceback (most recent call last):
-        lightning_compress.recipe_file.RecipeError: callbacks[0] (StructuredPruningCallback): ratio must be ...
+        lightning_compress.recipe.file.RecipeError: callbacks[0] (StructuredPruningCallback): ratio must be ...
     """
     place = f"{where} ({cls.__name__})"
     parser, parsed = _parsed(cls, init_args, place)

@@ -1,0 +1,1 @@
+"""What the subcommands of ``lightning-compress`` do; each is imported when it is called."""
