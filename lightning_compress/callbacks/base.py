@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.intents import Intent
+from lightning_compress.callbacks.intents import Intent, intents
 from lightning_compress.callbacks.returned import Returned, ReturnsResults
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.grids import Grids
@@ -307,6 +307,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         with _compat.patient_group(trainer.world_size) as tell:
             together(tell, self.verify, trainer, pl_module)
         self._verified = True
+        ours = self._ours(trainer)
+        if ours[-1] is self and self.tracker(trainer).sinks:
+            plan = {name: intent.to_dict() for name, intent in intents(trainer, pl_module).items()}
+            self.tracker(trainer).settings({"plan": plan})
 
     def own(self, parameters: OwnedParameters) -> OwnedParameters:
         """Train helpers beside the module: their gradients are cleared, and their steps taken, with the user's.

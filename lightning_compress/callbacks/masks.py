@@ -29,6 +29,7 @@ from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.wrapping import shadowed
+from lightning_compress.report.table import Picture
 from lightning_compress.tracking import LayerHistory
 
 SCHEDULES: dict[str, Schedule] = {
@@ -263,6 +264,10 @@ class MaskCallback(MaskedWeightsCallback):
         if not self._has_target():
             self._end_early(trainer, self._progress)
         self._history.show(self.tracker(trainer), self.name, self._progress.steps)
+
+    def pictures(self) -> list[Picture]:
+        """Sparsity of each layer over the fit, and how much its mask changed."""
+        return self._history.pictures(self.name)
 
     def _end_early(self, trainer: Any, progress: Progress) -> None:
         before, fraction = self.reached, progress.fraction

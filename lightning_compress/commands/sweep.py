@@ -14,8 +14,8 @@ import yaml
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.commands.sweep_fields import chosen
 from lightning_compress.recipe import Recipe, load_recipe
+from lightning_compress.report.directions import direction
 from lightning_compress.report.units import significant
-from lightning_compress.tracking import goal_of
 
 DONE, USAGE = 0, 2
 POINTS = 5
@@ -84,7 +84,7 @@ def configuration(
         Primitives.
 
     Raises:
-        ValueError: If ``method`` needs a metric, and there is none.
+        ValueError: If ``method`` needs a metric, and there is none, or its goal is not known.
 
     Example:
         >>> content = configuration("r.yaml", {"dcil.sparsity": {"min": 0.8, "max": 0.9}}, "val_loss", None, "grid", [])
@@ -101,7 +101,10 @@ def configuration(
         "method": method,
     }
     if metric is not None:
-        content["metric"] = {"name": metric, "goal": goal or f"{goal_of(metric)}imize"}
+        way = direction(metric)
+        if goal is None and way is None:
+            raise ValueError(f"the name '{metric}' does not say which way is better: give --goal maximize|minimize")
+        content["metric"] = {"name": metric, "goal": goal or f"{way}imize"}
     points = _points if method == "grid" else dict
     content["parameters"] = {key: points(entry) for key, entry in parameters.items()}
     content["command"] = ["lightning-compress", "run", recipe, "--set", "${args_no_hyphens}", "--", *command]

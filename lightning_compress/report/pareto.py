@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lightning_compress.mechanisms.selection import did_you_mean, listing
 from lightning_compress.report.cells import metric_names
+from lightning_compress.report.directions import Mode, direction
 from lightning_compress.report.table import Report, Row
 
 Cost = Literal["bytes", "bytes_compressed", "latency", "macs"]
-Mode = Literal["min", "max"]
 
 TITLES: Mapping[str, str] = {"bytes": "Size", "bytes_compressed": "Deflated", "latency": "Latency", "macs": "MACs"}
 """What a cost is called in tables."""
-
-_SMALLER = {"loss", "error", "err", "perplexity", "ppl", "mae", "mse", "rmse", "mape", "nll", "wer", "cer", "fid"}
-_SMALLER |= {"ece", "brier", "bpd", "bpc", "distance", "divergence", "kl", "lpips"}
-_LARGER = {"acc", "accuracy", "f1", "auroc", "auc", "precision", "recall", "specificity", "iou", "miou", "jaccard"}
-_LARGER |= {"dice", "map", "ap", "mrr", "ndcg", "bleu", "rouge", "psnr", "ssim", "r2", "kappa", "mcc", "score", "top1"}
-_LARGER |= {"top5", "agreement", "correlation"}
-_ENDINGS: Mapping[str, Mode] = {"loss": "min", "error": "min", "acc": "max", "accuracy": "max"}
 
 
 @dataclass(frozen=True)
@@ -161,30 +153,6 @@ def on_front(points: Sequence[tuple[float, float]], mode: Mode) -> list[bool]:
             front.add((cost, loss))
             best = loss
     return [(cost, sign * metric) in front for cost, metric in points]
-
-
-def direction(metric: str) -> Mode | None:
-    """Whether a metric should be small or large, going by the words in its name.
-
-    Args:
-        metric: As it is logged.
-
-    Returns:
-        "min", "max", or ``None`` where the name says neither, or both.
-
-    Example:
-        >>> direction("val_loss"), direction("val/MulticlassAccuracy"), direction("quality")
-        ('min', 'max', None)
-    """
-    words = re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*", metric.partition("/dataloader_idx_")[0])
-    found: set[Mode] = set()
-    for word in (word.lower() for word in words):
-        ending = next((way for end, way in _ENDINGS.items() if word.endswith(end)), None)
-        if word in _SMALLER or ending == "min":
-            found.add("min")
-        elif word in _LARGER or ending == "max":
-            found.add("max")
-    return found.pop() if len(found) == 1 else None
 
 
 def is_reference(row: Row) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lightning_compress.tracking.exported import Exported, checkpoint_of
 from lightning_compress.tracking.history import LayerHistory
-from lightning_compress.tracking.settings import goal_of, goals, recipe_of, run_settings
+from lightning_compress.tracking.settings import goals, recipe_of, run_settings
 from lightning_compress.tracking.sinks import Sink, Table, sink_of
 from lightning_compress.tracking.tracker import Tracker
 
@@ -18,7 +18,6 @@ __all__ = [
     "Table",
     "Tracker",
     "checkpoint_of",
-    "goal_of",
     "goals",
     "recipe_of",
     "run_settings",

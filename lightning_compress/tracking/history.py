@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_compress.report.heatmap import HeatMap, heat_map_picture
+from lightning_compress.report.pictures import report_picture
+from lightning_compress.report.table import Picture
 from lightning_compress.tracking.tracker import Tracker
 
 PICTURES = 20
@@ -39,6 +41,7 @@ class LayerHistory:
         self._together = 1  # updates that share a column
         self._drawn = -1  # the part of the training in which it was drawn last
         self._until: int | None = None  # step at which it was
+        self._last = 0  # step that is known of
 
     def __len__(self) -> int:
         """How many columns there are."""
@@ -87,6 +90,7 @@ class LayerHistory:
             step: Optimizer steps so far.
             fraction: Of the training, in [0, 1]: in each twentieth of it they are drawn once. None: it has ended.
         """
+        self._last = step
         part = -1 if fraction is None else int(fraction * PICTURES)
         seen = step == self._until or (part == self._drawn and fraction is not None)
         if seen or not self._steps or not tracker.takes_pictures:
@@ -94,6 +98,21 @@ class LayerHistory:
         self._drawn, self._until = part, step
         for quantity, map_ in zip(("sparsity", "churn"), self.maps(name, step), strict=True):
             tracker.picture(f"compress/{name}/{quantity}_map", heat_map_picture(map_), newest=True)
+
+    def pictures(self, name: str) -> list[Picture]:
+        """The same for a report, up to the step that was told last; none where no mask was ever updated.
+
+        Args:
+            name: Of the callback.
+        """
+        if not self._steps:
+            return []
+        legends = (
+            "A row for each layer; bright: many zeros.",
+            "A row for each layer; bright: much of its mask changed.",
+        )
+        drawn = zip(self.maps(name, self._last), legends, strict=True)
+        return [report_picture(map_.title, legend, heat_map_picture(map_)) for map_, legend in drawn]
 
     def _halve(self) -> None:
         """Let two neighbours share a column."""

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from lightning_compress.report.compare import versions
-
-Goal = Literal["max", "min"]
-_LOWER = ("loss", "error", "err", "mae", "mse", "rmse", "nll", "perplexity", "ppl", "wer", "cer", "fid", "kl")
-"""Words in the names of metrics that are better when they are lower."""
+from lightning_compress.report.directions import Mode, direction
 
 
-def goal_of(metric: str) -> Goal:
-    """Whether a metric is better when it is higher, by the words of its name.
-
-    Args:
-        metric: As the module logs it.
-
-    Returns:
-        "max" or "min".
-
-    Example:
-        >>> goal_of("val_acc"), goal_of("val/CrossEntropyLoss"), goal_of("valid_mse")
-        ('max', 'min', 'min')
-    """
-    words = metric.lower().replace("/", "_").replace(".", "_").replace("-", "_").split("_")
-    return "min" if any(word in _LOWER or word.endswith(("loss", "error")) for word in words) else "max"
-
-
-def goals(callbacks: Iterable[Any]) -> dict[str, Goal]:
+def goals(callbacks: Iterable[Any]) -> dict[str, Mode]:
     """The metrics that the callbacks of a Trainer judge by, and which way.
 
     Args:
-        callbacks: All of them: what has ``monitor`` and ``mode`` says it itself, ``metric`` goes by its name.
+        callbacks: All of them: what has ``monitor`` and ``mode`` says it itself, ``metric`` goes by its name, if that
+            tells.
 
     Returns:
         Name to "max" or "min".
@@ -45,7 +26,7 @@ def goals(callbacks: Iterable[Any]) -> dict[str, Goal]:
     """
     callbacks = list(callbacks)
     named = [metric for callback in callbacks if isinstance(metric := getattr(callback, "metric", None), str)]
-    found = {metric: goal_of(metric) for metric in named}
+    found = {metric: way for metric in named if (way := direction(metric)) is not None}
     for callback in callbacks:
         metric, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
         if isinstance(metric, str) and mode in ("max", "min"):

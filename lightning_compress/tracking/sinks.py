@@ -19,8 +19,8 @@ import yaml
 from matplotlib.image import imsave
 
 from lightning_compress import _compat
+from lightning_compress.report.directions import Mode
 from lightning_compress.tracking.exported import Exported
-from lightning_compress.tracking.settings import Goal
 
 Picture = npt.NDArray[np.uint8]
 
@@ -55,7 +55,7 @@ class Sink:
         """Whether it takes pictures."""
         return hasattr(self.logger, "log_image")
 
-    def define(self, goals: Mapping[str, Goal]) -> None:
+    def define(self, goals: Mapping[str, Mode]) -> None:
         """Say which metrics are better when they are higher, or lower."""
 
     def settings(self, values: Mapping[str, Any]) -> None:
@@ -91,7 +91,7 @@ class Sink:
 class WandbSink(Sink):
     """Weights & Biases, by ``WandbLogger``."""
 
-    def define(self, goals: Mapping[str, Goal]) -> None:
+    def define(self, goals: Mapping[str, Mode]) -> None:
         """The step of all that is ours, and the best value of the metrics that count, beside the last."""
         run, own = self.logger.experiment, _compat.wandb_settings(self.logger)
         run.define_metric(f"{own.prefix}compress/*", step_metric=own.step, step_sync=True)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_compress.report.directions import Mode
 from lightning_compress.report.measure import first_line
 from lightning_compress.tracking.exported import Exported
-from lightning_compress.tracking.settings import Goal
 from lightning_compress.tracking.sinks import Picture, Sink, Table, sink_of
 
 log = logging.getLogger("lightning_compress")
@@ -54,7 +54,7 @@ class Tracker:
         """Whether a picture would be seen: drawing takes time."""
         return any(sink.takes_pictures for sink in self.sinks)
 
-    def define(self, goals: Mapping[str, Goal]) -> None:
+    def define(self, goals: Mapping[str, Mode]) -> None:
         """Say which metrics are better when they are higher, or lower.
 
         Args:

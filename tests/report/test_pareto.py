@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_compress.report import Latency, Report, Row, pareto
-from lightning_compress.report.pareto import direction, on_front
+from lightning_compress.report.pareto import on_front
 
 
 def runs(**metrics: float) -> dict[str, Report]:
@@ -56,28 +56,6 @@ def test_the_front_is_what_brute_force_finds(points, mode):
     finite = [point for point in points if all(map(math.isfinite, point))]
     expected = [point in finite and not any(beats(other, point) for other in finite) for point in points]
     assert on_front(points, mode) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "way"),
-    [
-        ("val_loss", "min"),
-        ("valloss", "min"),
-        ("val/MeanSquaredError", "min"),
-        ("val_ppl/dataloader_idx_0", "min"),
-        ("RMSE", "min"),
-        ("val_acc", "max"),
-        ("MulticlassAccuracy", "max"),
-        ("val_F1", "max"),
-        ("AUROC", "max"),
-        ("top5", "max"),
-        ("accuracy_loss", None),
-        ("metric", None),
-        ("placebo", None),
-    ],
-)
-def test_the_direction_is_told_from_the_words_of_the_name(name, way):
-    assert direction(name) == way
 
 
 def test_the_metric_is_one_that_all_have_and_should_be_large():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from lightning_compress.report.heatmap import heat_map_picture
+from lightning_compress.report.pictures import report_picture
 from lightning_compress.tracking import LayerHistory, history
 
 
@@ -79,3 +83,13 @@ def test_it_is_not_drawn_for_nobody():
     seen.add(1, [0.1], [0.1])
     seen.show(tracker, "dpf", 1)
     assert tracker.keys == []
+
+
+def test_a_report_gets_it_up_to_the_end():
+    seen, nobody = LayerHistory(["a"]), SimpleNamespace(takes_pictures=False)
+    assert seen.pictures("dpf") == []
+    seen.add(10, [0.5], [0.1])
+    seen.show(nobody, "dpf", 40)
+    sparsity, churn = seen.pictures("dpf")
+    assert [sparsity.title, churn.title] == [map_.title for map_ in seen.maps("dpf", 40)]
+    assert sparsity == report_picture(sparsity.title, sparsity.legend, heat_map_picture(seen.maps("dpf", 40)[0]))

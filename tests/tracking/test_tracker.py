@@ -18,7 +18,7 @@ from matplotlib.image import imread
 from torch import nn
 
 from lightning_compress import DPFCallback, PruningCallback
-from lightning_compress.tracking import Exported, Table, Tracker, checkpoint_of, goal_of, goals, sink_of
+from lightning_compress.tracking import Exported, Table, Tracker, checkpoint_of, goals, sink_of
 from lightning_compress.tracking.exported import weights_digest
 
 PICTURE = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
@@ -171,17 +171,6 @@ def test_the_callbacks_of_a_fit_share_what_tells():
     run = trainer(first, second)
     assert first.tracker(run) is second.tracker(run) is first.tracker(run)
     assert first.tracker(trainer(first)) is not second.tracker(run)
-
-
-@pytest.mark.parametrize(
-    ("metric", "goal"),
-    [
-        *((name, "max") for name in ("val_acc", "val/mIoU", "valid.f1", "errand", "close")),
-        *((name, "min") for name in ("val_loss", "val/CrossEntropyLoss", "test-mse", "WER", "word_error")),
-    ],
-)
-def test_which_way_a_metric_is_better(metric, goal):
-    assert goal_of(metric) == goal
 
 
 def test_a_callback_that_knows_its_mode_is_believed():

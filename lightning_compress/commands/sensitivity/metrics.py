@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_compress.mechanisms.selection import did_you_mean, listing
+from lightning_compress.report.directions import direction
 
-HIGHER = (
-    *("acc", "accuracy", "f1", "auc", "auroc", "iou", "miou", "dice", "map", "precision", "recall", "psnr", "ssim"),
-    *("bleu", "rouge", "r2", "score", "kappa", "top1", "top5", "agreement"),
-)
-LOWER = (
-    "loss",
-    "err",
-    "error",
-    "mse",
-    "mae",
-    "rmse",
-    "nll",
-    "ppl",
-    "perplexity",
-    "wer",
-    "cer",
-    "fid",
-    "lpips",
-    "distance",
-)
 MODES = ("min", "max")
 
 
@@ -82,31 +62,23 @@ def choose_metric(metrics: Mapping[str, float], name: str | None = None, mode: s
             f"--metric '{name}' is not among the metrics of the validation, {listing(list(metrics))}"
             f"{did_you_mean(name, metrics)}"
         )
-    guessed = {own: _direction(own) for own in metrics}
+    guessed = {own: direction(own) for own in metrics}
     chosen = name
     if chosen is None:
         by_direction = [own for wanted in ("max", "min", None) for own in metrics if guessed[own] == wanted]
         chosen = by_direction[0]
-    direction = mode or guessed[chosen]
-    if direction is None:
+    way = mode or guessed[chosen]
+    if way is None:
         raise ValueError(
             f"whether '{chosen}' is better when it is higher cannot be told by its name: give --mode min|max"
         )
     value = metrics[chosen]
     if not math.isfinite(value):
         raise ValueError(f"'{chosen}' of the checkpoint is {value}, before anything was changed; give another --metric")
-    better = "higher" if direction == "max" else "lower"
+    better = "higher" if way == "max" else "lower"
     others = (
         []
         if name is not None or len(metrics) == 1
         else [f"others: {listing([own for own in metrics if own != chosen])}"]
     )
-    return Metric(chosen, direction, "; ".join([f"'{chosen}', {better} is better", *others]))
-
-
-def _direction(name: str) -> str | None:
-    parts = re.findall(r"[a-z]+\d*", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.partition("/dataloader_idx")[0]).lower())
-    for mode, words in (("min", LOWER), ("max", HIGHER)):
-        if any(part in words or (len(word) > 4 and part.endswith(word)) for part in parts for word in words):
-            return mode
-    return None
+    return Metric(chosen, way, "; ".join([f"'{chosen}', {better} is better", *others]))
