@@ -146,6 +146,9 @@ def test_the_configuration_says_what_was_done_with_what(run):
     assert config["versions"]["torch"] == torch.__version__
     assert list(config["callbacks"]) == ["kd", "at", "dcil", "ptq", "export", "report"]
     assert config["callbacks"]["dcil"]["class"] == "DCILCallback"
+    assert list(config["plan"]) == list(config["callbacks"])
+    assert config["plan"]["dcil"]["aims"]["sparsity"] == 0.8
+    assert config["plan"]["dcil"]["takes"]
     assert (config["callbacks"]["dcil"]["sparsity"], config["callbacks"]["kd"]["temperature"]) == (0.8, 4.0)
 
 
