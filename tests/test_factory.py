@@ -382,3 +382,12 @@ def test_other_ranks_say_nothing_when_a_trainer_is_made(order, monkeypatch):
     (attachment,) = attachments(os.environ[VARIABLE])
     assert isinstance(attachment, RecipeAttachment)
     assert Events(order.events).read() == []
+
+
+def test_each_process_counts_the_fits_of_its_own(order, lightning_project):
+    """Another process of the training has repeated, and told, a fit that comes before the one that is meant."""
+    Path(order.recipe).write_text(f"{KD}apply_to: {{fit: 1}}")
+    Events(order.events).append("fit", module="Lit", matches=True, attached=True, script=-1)
+    trainer = lightning_project.trainer()
+    fit(trainer, lightning_project.Lit(), lightning_project)
+    assert "DistillationCallback" in names(trainer)

@@ -415,10 +415,13 @@ class PSGDCallback(CompressionCallback):
 
     def _way_of(self, optimizer: torch.optim.Optimizer) -> str:
         """In words, what is scaled of an optimizer."""
-        kind = type(optimizer).__name__
-        way = way_of(optimizer) if self.apply_to == "auto" else self.apply_to
+        kind, way = type(optimizer).__name__, way_of(optimizer)
+        if way == "update" and self.apply_to == "gradient":
+            return f"{kind} is adaptive and cancels the scale of its gradients: give apply_to='auto'"
         if way == "update":
             return f"{kind} is adaptive and would cancel a scale of its gradients: its updates are scaled instead"
+        if self.apply_to == "update":
+            return f"the updates of {kind} are scaled"
         return f"the gradients that {kind} gets are scaled"
 
     def _tell_way(self, optimizer: torch.optim.Optimizer, way: Way | None) -> None:

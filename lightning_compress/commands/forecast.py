@@ -15,7 +15,7 @@ from lightning_compress.callbacks.intents import Intent
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.controller import StepRecord
 from lightning_compress.mechanisms.isolation import evaluating
-from lightning_compress.mechanisms.selection import find_module
+from lightning_compress.mechanisms.selection import find_module, plain_name
 from lightning_compress.mechanisms.teacher import Teacher
 from lightning_compress.report.measure import count_parameters, first_line, macs_by_layer, single_sample
 
@@ -78,7 +78,7 @@ def _counted(trainer: Any, root: nn.Module, run: Callable[[], object]) -> dict[s
     with ExitStack() as stack:
         stack.enter_context(evaluating(root))
         stack.enter_context(trainer.precision_plugin.train_step_context())
-        return macs_by_layer(root, run)
+        return {plain_name(name): macs for name, macs in macs_by_layer(root, run).items()}
 
 
 def _share(layers: Mapping[str, int], intent: Intent) -> float:

@@ -208,6 +208,8 @@ def _end_if_planned(events: Events) -> None:
 
 def _end(trainer: Any) -> None:
     """End this process of the fit."""
+    if trainer.is_global_zero:
+        sys.stdout.write("\n")  # below a progress bar
     _end_process(PLANNED if _compat.runs_in_children(trainer) else 0)
 
 
@@ -217,7 +219,6 @@ def _end_process(code: int) -> None:
         worker.terminate()
         worker.join(timeout=5)
     for stream in (sys.stdout, sys.stderr):
-        stream.write("\n")  # below a progress bar
         stream.flush()
     logging.shutdown()
     os._exit(code)

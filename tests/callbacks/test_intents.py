@@ -174,6 +174,24 @@ def test_psgd():
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "apply_to", "note"),
+    [
+        (
+            torch.optim.Adam,
+            "auto",
+            "Adam is adaptive and would cancel a scale of its gradients: its updates are scaled",
+        ),
+        (torch.optim.Adam, "gradient", "Adam is adaptive and cancels the scale of its gradients: give apply_to='auto'"),
+        (torch.optim.SGD, "update", "the updates of SGD are scaled"),
+        (torch.optim.SGD, "auto", "the gradients that SGD gets are scaled"),
+    ],
+)
+def test_what_psgd_scales(optimizer, apply_to, note):
+    callback = PSGDCallback(apply_to=apply_to)
+    assert callback._way_of(optimizer([torch.ones(1)], lr=0.1)).startswith(note)
+
+
+@pytest.mark.parametrize(
     "callback", [PTQCallback(weight_bits=4), QATCallback(weight_bits=4), PTQCallback(exclude=["net.one"])]
 )
 def test_grids(callback):
