@@ -77,7 +77,7 @@ PROGRAMS = {
             "--trainer.default_root_dir first && cp first/checkpoints/*.ckpt teacher.ckpt",
         ),
         Program(
-            "a package that imports pytorch_lightning, started with python -m",
+            "a package that imports pytorch_lightning, started as a module",
             "other_namespace",
             "python -m digits_project.train start=trained.ckpt",
             ("structured-distil-int8",),
