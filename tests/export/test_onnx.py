@@ -299,7 +299,7 @@ def test_checkpoint_hook_of_the_user_is_called(tmp_path):
         ({"opset": 17}, ValueError, "opset must be at least 18 for precision 'fp32', got 17"),
         ({"max_difference": 0.0}, ValueError, "max_difference must be a positive number, or None, got 0.0"),
         ({"network": "boddy"}, ValueError, "network names 'boddy', not .* of Net; did you mean 'body'"),
-        ({"sample": 3}, TypeError, "sample must be a tensor, a tuple of arguments, a dict or a Sample.*got int"),
+        ({"sample": 3}, TypeError, "sample must be a tensor, a tuple of arguments, a dict, a Sample.*got int"),
         ({"sample": ()}, ValueError, "sample holds no tensor"),
         ({"sample": {}}, ValueError, "sample holds no tensor"),
         (
