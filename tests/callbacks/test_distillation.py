@@ -378,7 +378,8 @@ def test_numbers_out_of_range_are_refused(arguments, message):
         (nn.Linear, TypeError, "teacher must be a module, got the class Linear; call it"),
         (None, TypeError, "teacher must be a torch.nn.Module, or a class_path with init_args, got NoneType"),
         ({"class_path": "torch.nn.Linaer"}, ValueError, "did you mean 'Linear'"),
-        ({"class_path": "torch.nn.Linear", "init_args": {"in_feature": 2}}, ValueError, "teacher could not be built"),
+        ({"class_path": "torch.nn.Linear", "init_args": {"in_feature": 2}}, ValueError, "did you mean 'in_features'"),
+        ({"class_path": "torch.nn.Linear", "init_args": {"in_features": 2}}, ValueError, "teacher could not be built"),
     ],
 )
 def test_teachers_that_cannot_be_built_are_refused(teacher, error, message):

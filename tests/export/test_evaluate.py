@@ -220,6 +220,7 @@ def test_again_and_again_on_a_copy(fitted, namespace):
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     with repeatedly(module, networks.loader(), batches=2) as validation:
         assert validation.run() == validation.run(batches=2) != validation.run(batches=1)
+    module.trainer = trainer  # own_metrics gave it another, and other tests share the module
 
 
 def test_ctrl_c_in_a_repeated_validation(fitted):
