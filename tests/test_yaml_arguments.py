@@ -106,7 +106,12 @@ VALUES: dict[str, dict[str, Any]] = {
         "drop_tokens": 1,
         "pictures_every_n_epochs": 2,
     },
-    "CompressionReport": {"path": Value("reports", ABSOLUTE), "latency": False, "name": "mine"},
+    "CompressionReport": {
+        "path": Value("reports", ABSOLUTE),
+        "latency": False,
+        "embed_pictures": False,
+        "name": "mine",
+    },
     "DCILCallback": {
         **MASKS,
         "dense_path": "shared",

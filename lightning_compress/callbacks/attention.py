@@ -204,7 +204,8 @@ class AttentionTransferCallback(FeatureCallback):
         total = functools.reduce(torch.add, terms.values())
         self.log_quantity("loss", total, batch_size=samples_of(call), validation=True)
         every, epoch = self.pictures_every_n_epochs, self._trainer.current_epoch
-        if epoch == self._mapped or not self._trainer.is_global_zero:
+        wanted = every is not None or any(own.embed_pictures for own in self._ours(self._trainer))
+        if not wanted or epoch == self._mapped or not self._trainer.is_global_zero:
             return
         self._mapped, self._last_maps = epoch, self._maps_of(seen, call)
         if every is not None and (self._pictured is None or epoch - self._pictured >= every):

@@ -107,6 +107,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     default_name: ClassVar[str] = "compression"
     changes_step: ClassVar[bool] = False
     expected_effects: ClassVar[tuple[str, ...]] = ()
+    embed_pictures = False
+    """Whether it shows the pictures of the others."""
     quantises: ClassVar[bool] = False
     """Whether its result is a network on grids."""
     planning = False
@@ -307,10 +309,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         with _compat.patient_group(trainer.world_size) as tell:
             together(tell, self.verify, trainer, pl_module)
         self._verified = True
-        ours = self._ours(trainer)
-        if ours[-1] is self and self.tracker(trainer).sinks:
-            plan = {name: intent.to_dict() for name, intent in intents(trainer, pl_module).items()}
-            self.tracker(trainer).settings({"plan": plan})
+        if self._ours(trainer)[-1] is self:
+            self.tracker(trainer).settings(lambda: {"plan": _plan(trainer, pl_module)})
 
     def own(self, parameters: OwnedParameters) -> OwnedParameters:
         """Train helpers beside the module: their gradients are cleared, and their steps taken, with the user's.
@@ -363,6 +363,11 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 f"whole epoch none of these stepped through Lightning: let {type(pl_module).__name__} step what "
                 "self.optimizers() returns, or what its optimizer_step is given, not the torch optimizer inside"
             )
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Tell loggers of the best values so far."""
+        if self._controller is not None and not trainer.sanity_checking and self._ours(trainer)[-1] is self:
+            self.tracker(trainer).validated(trainer.callback_metrics)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the mechanisms; the last of our callbacks runs the end of fit for all of them."""
@@ -424,11 +429,9 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def _introduce(self, ours: list[CompressionCallback], trainer: Any) -> None:
         """Tell the loggers what is coming."""
-        tracker = self.tracker(trainer)
-        if tracker.sinks:
-            tracker.define(goals(trainer.callbacks))
-            arguments = {own.name: {"class": type(own).__name__, **own._arguments()} for own in ours}
-            tracker.settings(run_settings(arguments, recipe_of(ours)))
+        arguments = {own.name: {"class": type(own).__name__, **own._arguments()} for own in ours}
+        self.tracker(trainer).define(goals(trainer.callbacks))
+        self.tracker(trainer).settings(lambda: run_settings(arguments, recipe_of(ours)))
 
     def _check_optimisation(self, trainer: Any, pl_module: Any) -> None:
         manual = not getattr(pl_module, "automatic_optimization", True)
@@ -500,6 +503,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def _arguments(self) -> dict[str, Any]:
         names = [name for name in inspect.signature(type(self).__init__).parameters if name not in ("self", "name")]
         return {name: _primitive(getattr(self, name)) for name in names if hasattr(self, name)}
+
+
+def _plan(trainer: Any, pl_module: Any) -> dict[str, Any]:
+    return {name: intent.to_dict() for name, intent in intents(trainer, pl_module).items()}
 
 
 def _versions(module: nn.Module) -> list[int]:

@@ -128,7 +128,7 @@ class CalibratingCallback(CompressionCallback):
             kind,
             layers_of(quantised),
             {**left, **dict.fromkeys(unfit, "has no integer kernel")},
-            sum(weights[name].numel() for name in quantised),
+            sum(weights[name].numel() for name in quantised if name in weights),  # some are made anew in each step
             aims,
             notes=(f"operations that stay in float: {', '.join(floats)}",) if floats else (),
         )

@@ -174,6 +174,7 @@ class ExportCallback(CompressionCallback):
 
         In the sanity check, before training, it is an error; later, when a training would be lost, a warning.
         """
+        super().on_validation_end(trainer, pl_module)
         known = {str(key) for key in trainer.callback_metrics}
         if self.student_capture is None or self.metric is None or self.metric in known or not known:
             return
@@ -289,6 +290,7 @@ class ExportCallback(CompressionCallback):
                     metrics=self.file_metrics,
                     recipe=recipe_of(trainer.callbacks),
                     checkpoint=checkpoint_of(trainer),
+                    trained_steps=trainer.global_step,
                     module=pl_module,
                     failure=self.failure,
                 )

@@ -196,6 +196,7 @@ class MaskedWeightsCallback(CompressionCallback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """After it everybody sees the dense weights."""
+        super().on_validation_end(trainer, pl_module)
         self._drop(evaluation=True)
 
     def bake(self, trainer: Any, pl_module: Any) -> None:

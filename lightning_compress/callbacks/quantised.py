@@ -115,6 +115,7 @@ class QuantisedCallback(CalibratingCallback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Show the plain network again."""
+        super().on_validation_end(trainer, pl_module)
         self._hide(pl_module)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:

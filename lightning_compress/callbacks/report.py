@@ -51,6 +51,8 @@ class CompressionReport(CompressionCallback):
         path: Directory of the three files, relative to the working directory when the callback is made. ``None``: the
             Trainer's log directory, or ``compression_report`` under its root directory where there is none.
         latency: Whether to measure times; this takes about 10 seconds, or more where one call takes seconds.
+        embed_pictures: Whether the report holds the pictures of the other callbacks. Those of attention transfer show
+            samples of the validation data.
         name: As in the base class; default "report". Another name is added to the names of the files.
 
     Attributes:
@@ -72,7 +74,12 @@ class CompressionReport(CompressionCallback):
     files = Returned[ReportFiles | None](None)
 
     def __init__(
-        self, *, path: str | os.PathLike[str] | None = None, latency: bool = True, name: str | None = None
+        self,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        latency: bool = True,
+        embed_pictures: bool = True,
+        name: str | None = None,
     ) -> None:
         super().__init__(name=name)
         if path is not None and "://" in os.fspath(path):
@@ -80,8 +87,9 @@ class CompressionReport(CompressionCallback):
         if path is not None and Path(path).is_file():
             raise ValueError(f"path must be a directory, and '{os.fspath(path)}' is a file")
         check_flag("latency", latency)
+        check_flag("embed_pictures", embed_pictures)
         self.path = None if path is None else os.path.abspath(path)
-        self.latency = latency
+        self.latency, self.embed_pictures = latency, embed_pictures
         self.recipe: dict[str, Any] | None = None
         self.command: str | None = None
         self._before: nn.Module | None = None
@@ -192,7 +200,8 @@ class CompressionReport(CompressionCallback):
         exports = list(_exports(trainer).values())
         files = [_beside_fp32(file, callback) for file, callback in zip(report.files, exports, strict=True)]
         left_out: list[str] = []
-        pictures, too_many = kept(drawn for callback in callbacks for drawn in _drawn(callback, left_out))
+        sources = callbacks if self.embed_pictures else []
+        pictures, too_many = kept(drawn for callback in sources for drawn in _drawn(callback, left_out))
         report = replace(
             report,
             files=tuple(files),

@@ -29,8 +29,10 @@ class Exported:
         callback: Name of what exported it; keys what is logged.
         metrics: Of the file, in the module's own validation.
         recipe: That attached the callbacks, or None.
-        checkpoint: The checkpoint that the weights are in, or None.
-        module: Whose digest takes the place of a checkpoint where there is none; None: unknown.
+        checkpoint: The newest checkpoint of the fit, or the one that was exported; None: there is none.
+        trained_steps: Optimizer steps that the weights have had. The file comes from a checkpoint that has had as many;
+            another one is only the nearest. None: the checkpoint is what was exported.
+        module: The exported module, for the digest of its weights; None: unknown.
         failure: Which check failed, or None.
     """
 
@@ -39,6 +41,7 @@ class Exported:
     metrics: Mapping[str, float] = field(default_factory=dict)
     recipe: Mapping[str, Any] | None = None
     checkpoint: Path | None = None
+    trained_steps: int | None = None
     module: nn.Module | None = None
     failure: str | None = None
 
@@ -52,6 +55,23 @@ class Exported:
         """Of the artifact: the file's stem and its precision, so that runs write versions of one artifact."""
         return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', self.path.stem)}-{self.result.precision}"
 
+    @property
+    def source(self) -> Path | None:
+        """The checkpoint that holds the exported weights, as far as the number of steps can tell."""
+        exact = self.trained_steps is None or self._checkpoint_step == self.trained_steps
+        return self.checkpoint if exact else None
+
+    @cached_property
+    def _checkpoint_step(self) -> int | None:
+        """Optimizer steps of the checkpoint; None where it does not say."""
+        if self.checkpoint is None:
+            return None
+        try:  # the tensors stay on the disk
+            found = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True).get("global_step")
+        except Exception:  # it holds what only its owner can read
+            return None
+        return found if isinstance(found, int) else None
+
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """All that is known, as primitives."""
@@ -64,10 +84,11 @@ class Exported:
             "metrics": {name: float(value) for name, value in self.metrics.items()},
             "lightning_compress": __version__,
         }
-        digest = None if self.module is None or self.checkpoint is not None else weights_digest(self.module)
+        place = None if self.checkpoint is None else {"path": str(self.checkpoint), "step": self._checkpoint_step}
         known = {
-            "checkpoint": None if self.checkpoint is None else {"path": str(self.checkpoint)},
-            "weights_sha256": digest,
+            "checkpoint": place if self.source is not None else None,
+            "nearest_checkpoint": place if self.source is None else None,
+            "weights_sha256": None if self.module is None else weights_digest(self.module),
             "recipe": None if self.recipe is None else dict(self.recipe),
             "failure": self.failure,
         }
@@ -115,7 +136,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def checkpoint_of(trainer: Any) -> Path | None:
-    """The newest checkpoint that a fit has written, which is the nearest to the weights that the module has now.
+    """The newest checkpoint that a fit has written.
 
     Args:
         trainer: After its fit.

@@ -19,7 +19,6 @@ import yaml
 from matplotlib.image import imsave
 
 from lightning_compress import _compat
-from lightning_compress.report.directions import Mode
 from lightning_compress.tracking.exported import Exported
 
 Picture = npt.NDArray[np.uint8]
@@ -55,8 +54,8 @@ class Sink:
         """Whether it takes pictures."""
         return hasattr(self.logger, "log_image")
 
-    def define(self, goals: Mapping[str, Mode]) -> None:
-        """Say which metrics are better when they are higher, or lower."""
+    def define(self) -> None:
+        """Say what is going to be logged."""
 
     def settings(self, values: Mapping[str, Any]) -> None:
         """The configuration of the run: primitives."""
@@ -91,13 +90,10 @@ class Sink:
 class WandbSink(Sink):
     """Weights & Biases, by ``WandbLogger``."""
 
-    def define(self, goals: Mapping[str, Mode]) -> None:
-        """The step of all that is ours, and the best value of the metrics that count, beside the last."""
+    def define(self) -> None:
+        """The step of all that is ours; the user's own metrics stay as they are defined."""
         run, own = self.logger.experiment, _compat.wandb_settings(self.logger)
         run.define_metric(f"{own.prefix}compress/*", step_metric=own.step, step_sync=True)
-        for metric, goal in goals.items():
-            name = f"{own.prefix}{metric}".replace(".", r"\.")  # a dot alone would lead into a dictionary
-            run.define_metric(name, step_metric=own.step, step_sync=True, summary=f"{goal},last")
 
     def settings(self, values: Mapping[str, Any]) -> None:
         """The run's configuration, under ``compress``."""
@@ -119,9 +115,8 @@ class WandbSink(Sink):
 
         run, own = self.logger.experiment, _compat.wandb_settings(self.logger)
         metadata = {**exported.metadata, "step": step}
-        if exported.checkpoint is not None:
-            name = own.checkpoints or _checkpoint_name(run)
-            metadata["checkpoint"] = {"artifact": name, "path": str(exported.checkpoint)}
+        if "checkpoint" in metadata:
+            metadata["checkpoint"] = {"artifact": own.checkpoints or _checkpoint_name(run), **metadata["checkpoint"]}
         artifact = wandb.Artifact(exported.name, type="model", metadata=metadata)
         artifact.add_file(str(exported.path), name=exported.path.name)
         run.log_artifact(artifact, aliases=["latest"])
@@ -177,6 +172,9 @@ class CSVSink(Sink):
 
     def _file(self, key: str, suffix: str) -> Path:
         """Where a key lies: ``compress/dcil/sparsity`` is ``compress/dcil/sparsity.png`` in the logger's folder."""
+        folder = self.logger.log_dir
+        if "://" in str(folder):
+            raise ValueError(f"pictures, tables and settings are files on this machine, and its folder is {folder}")
         _ = self.logger.experiment  # which wants to find its folder empty
         path = Path(self.logger.log_dir, *key.split("/"))
         path.parent.mkdir(parents=True, exist_ok=True)

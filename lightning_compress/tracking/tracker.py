@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,6 +40,8 @@ class Tracker:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self._settings: dict[str, Any] = {}
+        self._goals: dict[str, Mode] = {}
+        self._best: dict[str, float] = {}
         self._checkpoints: set[Path] = set()
         self._failed: set[int] = set()
 
@@ -55,20 +58,41 @@ class Tracker:
         return any(sink.takes_pictures for sink in self.sinks)
 
     def define(self, goals: Mapping[str, Mode]) -> None:
-        """Say which metrics are better when they are higher, or lower.
+        """Say what is going to be logged, and which metrics count.
 
         Args:
-            goals: Name to "max" or "min".
+            goals: Name of a metric of the module's to "max" or "min".
         """
-        self._each("the definitions of metrics", lambda sink: sink.define(goals))
+        self._goals, self._best = dict(goals), {}
+        self._each("the definitions of metrics", lambda sink: sink.define())
 
-    def settings(self, values: Mapping[str, Any]) -> None:
+    def validated(self, metrics: Mapping[str, Any]) -> None:
+        """Log the best value so far of each metric that counts, as ``compress/best/<metric>``.
+
+        Args:
+            metrics: Of a validation.
+        """
+        for name, way in self._goals.items():
+            value = float(metrics.get(name, math.nan))
+            if not math.isnan(value):
+                self._best[name] = (max if way == "max" else min)(value, self._best.get(name, value))
+        if self._best:
+            self.numbers({f"compress/best/{name}": value for name, value in self._best.items()})
+
+    def settings(self, make: Callable[[], Mapping[str, Any]]) -> None:
         """Add to what the run says of itself.
 
         Args:
-            values: Primitives, as :func:`lightning_compress.tracking.run_settings` gives them.
+            make: Gives primitives, as :func:`lightning_compress.tracking.run_settings` does; called if somebody takes
+                them.
         """
-        self._settings.update(values)
+        if not self.sinks:
+            return
+        try:
+            self._settings.update(make())
+        except Exception as error:  # a training is worth more than what is said of it
+            warnings.warn(f"the configuration was not logged: {type(error).__name__}: {error}", stacklevel=3)
+            return
         self._each("the configuration", lambda sink: sink.settings(self._settings))
 
     def numbers(self, values: Mapping[str, float], step: int | None = None) -> None:
@@ -104,12 +128,12 @@ class Tracker:
         self._each(f"the table '{key}'", lambda sink: sink.table(key, table, self._step))
 
     def exported(self, exported: Exported) -> None:
-        """Log a file of the model, and the checkpoint that it came from, each once.
+        """Log a file of the model, and the checkpoint that holds its weights, if there is one, each once.
 
         Args:
             exported: The file, and where it came from.
         """
-        checkpoint = exported.checkpoint
+        checkpoint = exported.source
         if checkpoint is not None and checkpoint not in self._checkpoints:
             self._checkpoints.add(checkpoint)
             self._each("the checkpoint", lambda sink: sink.checkpoint(checkpoint))

@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_compress import AttentionTransferCallback
+from lightning_compress import AttentionTransferCallback, CompressionReport
 from lightning_compress import functional as C
 from lightning_compress.callbacks.features import Pair
 from lightning_compress.mechanisms.capture import CaptureError
@@ -1173,12 +1173,14 @@ def test_a_logger_that_fails_does_not_stop_the_training(drawn):
     assert module.global_step == 2 * STEPS
 
 
-def test_the_report_gets_the_maps_of_the_last_validation(drawn):
-    callback = attention(pairs=STAGES)
-    assert callback.pictures() == []
-    module = pictured(callback=callback)
-    assert drawn == []  # for the report alone, at the end
-    [picture] = callback.pictures()
+@pytest.mark.parametrize("embedded", [True, False])
+def test_the_report_gets_the_maps_of_the_last_validation_if_it_wants_them(drawn, tmp_path, embedded):
+    callback, report = attention(pairs=STAGES), CompressionReport(path=tmp_path, latency=False, embed_pictures=embedded)
+    module = feature_fit(made(ConvClassifier), callback, report, logger=False)
+    if not embedded:
+        assert callback.pictures() == list(report.result.pictures) == drawn == []
+        return
+    [picture] = report.result.pictures
     [(images, pairs, pixels)] = drawn
     assert (imread(io.BytesIO(picture.png))[:, :, :3] * 255).round().astype(np.uint8).tolist() == pixels.tolist()
     assert torch.equal(images, next(iter(feature_loader(rows=2 * BATCH)))[0][:4])

@@ -8,7 +8,9 @@ from collections import Counter
 import lightning.pytorch as L
 import pytest
 import torch
+import yaml
 from contract.modules import Batches
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -287,3 +289,19 @@ def test_layers_and_reasons():
     assert layers_of(["a.weight", "a.bias", "b.weight"]) == ("a", "b")
     assert left_out(root, ["b.weight"], None) == {"b": "not selected"}
     assert left_out(root, ["b.weight", "a.weight"], ["type:Linear"]) == {"b": "excluded", "a": "excluded"}
+
+
+@pytest.mark.parametrize("kind", [PTQCallback, QATCallback])
+def test_a_weight_that_is_made_anew_in_each_step_is_taken_and_costs_no_training(kind, tmp_path):
+    """With a logger, which is told of the plan."""
+    lit = Lit()
+    nn.utils.parametrizations.weight_norm(lit.net.two)
+    callback, logger = kind(), CSVLogger(tmp_path, name="", version="")
+    trainer = L.Trainer(
+        max_steps=2, accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[callback],
+    )  # fmt: skip
+    trainer.fit(lit, DataLoader(Batches(16), 8))
+    plan = yaml.safe_load((tmp_path / "compress" / "config.yaml").read_text())["plan"][callback.name]
+    assert plan["takes"] == ["net.one", "net.two", "net.head"]
+    assert plan["elements"] == sum(layer.weight.numel() for layer in (lit.net.one, lit.net.head))

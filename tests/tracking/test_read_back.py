@@ -103,7 +103,7 @@ def run(tmp_path_factory):
     export = lc.ExportCallback(folder / "student.onnx", precision="int8", metric="val_acc", fp32_comparison=False)
     report = lc.CompressionReport(latency=False)
     report.recipe = {"version": 1, "callbacks": []}
-    kept = ModelCheckpoint(folder / "kept", monitor="val_acc", mode="max", save_last=True)
+    kept = ModelCheckpoint(folder / "kept", save_last=True)
     dcil = lc.DCILCallback(0.8, update_interval=4)
     teachers = [
         lc.DistillationCallback(network(8)),
@@ -118,15 +118,15 @@ def run(tmp_path_factory):
     )
 
 
-def test_metrics_are_defined_with_their_step_and_their_best_value(run):
+def test_what_is_ours_is_defined_and_what_is_not_stays_as_it_is(run):
     metrics = run.wandb.metrics
-    assert metrics["compress/*"].step_metric == metrics["val_acc"].step_metric == "trainer/global_step"
+    assert metrics["compress/*"].step_metric == "trainer/global_step"
     assert metrics["compress/*"].options.step_sync
-    summary = metrics["val_acc"].summary
-    assert (summary.max, summary.last, summary.min) == (True, True, False)
+    assert "val_acc" not in metrics
     accuracies, losses = run.wandb.series("val_acc"), run.wandb.series("val.loss")
-    assert run.wandb.summary["val_acc"] == {"max": max(accuracies), "last": accuracies[-1]}
-    assert run.wandb.summary["val.loss"] == {"min": min(losses), "last": losses[-1]}
+    assert run.wandb.summary["val_acc"] == accuracies[-1]
+    assert run.wandb.series("compress/best/val_acc") == [max(accuracies[: end + 1]) for end in range(EPOCHS)]
+    assert run.wandb.summary["compress/best/val.loss"] == min(losses)
 
 
 def test_numbers_have_the_step_of_the_training(run):
@@ -181,7 +181,7 @@ def test_the_file_is_an_artifact(run):
     assert metadata["metrics"]["val_acc"] == run.export.file_metrics["val_acc"]
     assert (metadata["precision"], metadata["step"]) == ("int8", EPOCHS * BATCHES)
     assert metadata["recipe"] == {"version": 1, "callbacks": []}
-    assert "weights_sha256" not in metadata
+    assert metadata["weights_sha256"] == weights_digest(run.trainer.lightning_module)
 
 
 def test_the_artifact_comes_from_the_checkpoint(run):
@@ -193,7 +193,7 @@ def test_the_artifact_comes_from_the_checkpoint(run):
     assert (entry.ref, entry.size) == (last.as_uri(), last.stat().st_size)  # told of, not uploaded
     assert not entry.local_path
     metadata = json.loads(run.wandb.artifacts["student-int8"].metadata)
-    assert metadata["checkpoint"] == {"artifact": name, "path": str(last)}
+    assert metadata["checkpoint"] == {"artifact": name, "path": str(last), "step": EPOCHS * BATCHES}
 
 
 def test_tensorboard_has_the_same(run):
@@ -229,7 +229,7 @@ def test_csv_files_have_the_same(run):
         rows = {row["model"]: row for row in csv.DictReader(stream)}
     assert float(rows["student.onnx"]["bytes"]) == run.export.result.bytes
     known = json.loads((compress / "export.json").read_text())
-    assert known["checkpoint"] == {"path": str(run.folder / "kept" / "last.ckpt")}
+    assert known["checkpoint"] == {"path": str(run.folder / "kept" / "last.ckpt"), "step": EPOCHS * BATCHES}
     with open(f"{folder}/metrics.csv") as stream:
         logged = {key: value for line in csv.DictReader(stream) for key, value in line.items() if value}
     assert float(logged["compress/report/student.onnx/val_acc"]) == run.export.file_metrics["val_acc"]
@@ -256,8 +256,7 @@ def test_of_checkpoints_that_the_logger_uploads_no_second_artifact_is_made(tmp_p
     assert np.array_equal(np.round(drawn * 255), psgd.picture)
     assert sorted(read.artifacts) == [model, "net-fp32"]
     metadata = json.loads(read.artifacts["net-fp32"].metadata)
-    assert metadata["checkpoint"] == {"artifact": model, "path": kept.best_model_path}
-    assert read.metrics["mine-val_acc"].summary.max
+    assert metadata["checkpoint"] == {"artifact": model, "path": kept.best_model_path, "step": BATCHES}
     assert read.metrics["mine-compress/*"].step_metric == "trainer/global_step"
 
 

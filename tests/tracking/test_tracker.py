@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from types import SimpleNamespace
 
@@ -59,7 +60,7 @@ def tracker(*loggers, rank_zero=True):
 
 def everything(own):
     own.define({"val_acc": "max"})
-    own.settings({"versions": {"torch": "2"}})
+    own.settings(lambda: {"versions": {"torch": "2"}})
     own.numbers({"compress/dcil/sparsity": 0.5})
     own.numbers({"compress/ft/reconstruction": 0.5}, step=3)
     own.picture("compress/dcil/map", PICTURE, newest=True)
@@ -86,9 +87,27 @@ def test_a_logger_gets_what_it_has_methods_for():
 def test_settings_add_up():
     plain = Plain()
     own = tracker(plain)
-    own.settings({"versions": 1})
-    own.settings({"plan": 2})
+    own.settings(lambda: {"versions": 1})
+    own.settings(lambda: {"plan": 2})
     assert plain.seen[-1] == {"compress": {"versions": 1, "plan": 2}}
+
+
+def test_settings_that_cannot_be_made_cost_no_training():
+    plain = Plain()
+    with pytest.warns(UserWarning, match="the configuration was not logged: KeyError: 'model.1.weight'"):
+        tracker(plain).settings(lambda: {}["model.1.weight"])
+    assert plain.seen == []
+
+
+def test_the_best_of_each_metric_that_counts():
+    plain = Plain()
+    own = tracker(plain)
+    own.validated({"val_acc": 0.5})
+    own.define({"val_acc": "max", "val_loss": "min", "elsewhere": "max"})
+    for accuracy, loss in ((0.5, 1.0), (0.25, 0.75), (math.nan, 2.0)):
+        own.validated({"val_acc": torch.tensor(accuracy), "val_loss": loss, "other": 1.0})
+    best = [{"compress/best/val_acc": 0.5, "compress/best/val_loss": loss} for loss in (1.0, 0.75, 0.75)]
+    assert plain.seen == [(row, 7) for row in best]
 
 
 @pytest.mark.parametrize("own", [tracker(Rich(), rank_zero=False), tracker(DummyLogger()), tracker()])
@@ -212,6 +231,26 @@ def test_a_digest_is_of_values_shapes_and_names():
 def zeroed(layer):
     for parameter in layer.parameters():
         parameter.zero_()
+
+
+@pytest.mark.parametrize(("steps", "key"), [(4, "checkpoint"), (16, "nearest_checkpoint"), (None, "checkpoint")])
+def test_a_file_comes_from_a_checkpoint_of_as_many_steps(tmp_path, steps, key):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"abc")
+    torch.save({"global_step": 4, "state_dict": {"weight": torch.zeros(2)}}, tmp_path / "step=4.ckpt")
+    result = SimpleNamespace(path=path, bytes=3, precision="fp32", max_logit_difference=0.0)
+    exported = Exported(result, checkpoint=tmp_path / "step=4.ckpt", trained_steps=steps)
+    assert exported.metadata[key] == {"path": str(tmp_path / "step=4.ckpt"), "step": 4}
+    assert len({"checkpoint", "nearest_checkpoint"} & set(exported.metadata)) == 1
+    assert (exported.source is None) == (key == "nearest_checkpoint")
+
+
+def test_a_folder_that_is_elsewhere_is_told_of():
+    class CSVLogger(Plain):
+        log_dir = "memory://runs"
+
+    with pytest.warns(UserWarning, match="files on this machine, and its folder is memory://runs"):
+        tracker(CSVLogger()).table("compress/report", TABLE)
 
 
 def test_json_is_what_a_csv_logger_keeps_of_a_file(tmp_path):
