@@ -1174,6 +1174,7 @@ def test_a_mode_that_the_step_leaves_behind_is_not_that_of_the_second_pass():
     assert not module.model[1].training
 
 
+@pytest.mark.slow
 def test_both_passes_run_whole_compiled_graphs(fresh_compiler):
     counter = CompileCounter()
     module = made(NormClassifier)

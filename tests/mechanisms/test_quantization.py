@@ -994,7 +994,7 @@ def test_tensors_in_objects_of_the_user_bear_no_marks():
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("kind", [Quarters, Quantizers])
+@pytest.mark.parametrize("kind", [Quarters, pytest.param(Quantizers, marks=pytest.mark.slow)])
 def test_activations_are_freed_without_the_garbage_collector(kind, training):
     net, references = normed().requires_grad_(training), []
     for module in net:

@@ -603,7 +603,7 @@ class Looping(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_layer_called_more_often_than_in_calibration_is_an_error(fresh_compiler, compiled):
     net, x = Looping(), torch.randn(4, 3)
     grids = calibrated(net, (x,))

@@ -236,6 +236,7 @@ def test_the_report_compares_an_integer_file_with_the_quantised_network(run):
     assert gap < 1e-5
 
 
+@pytest.mark.slow
 def test_weights_of_four_bits_with_activations_of_fewer_than_eight_are_another_network(tmp_path):
     calibrating, report = PTQCallback(weight_bits=4, activation_bits=6), CompressionReport(path=tmp_path, latency=False)
     exporting = ExportCallback(tmp_path / "n.onnx", precision="int4", fp32_comparison=False)
@@ -250,6 +251,7 @@ def test_weights_of_four_bits_with_activations_of_fewer_than_eight_are_another_n
             fitted(PTQCallback(weight_bits=4, activation_bits=bits), exporting)
 
 
+@pytest.mark.slow
 def test_a_file_in_full_precision_alone_is_not_of_the_quantised_network(tmp_path):
     """Unless there is one of integers beside it."""
     with pytest.warns(UserWarning, match=r"'fp32' leaves out the grids of 'ptq', .*: give precision='int8' or 'int4'"):
