@@ -353,8 +353,9 @@ def wrap_fits(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Put a function around ``Trainer.fit`` of each Lightning package that is imported, once, for the whole process."""
     for package in ("lightning.pytorch", "pytorch_lightning"):
         module: Any = sys.modules.get(f"{package}.trainer.trainer")
-        if module is not None and not hasattr(module.Trainer.fit, "__wrapped__"):
+        if module is not None and not hasattr(module.Trainer.fit, "_lightning_compress"):  # others wrap it too
             module.Trainer.fit = functools.wraps(module.Trainer.fit)(wrap(module.Trainer.fit))
+            module.Trainer.fit._lightning_compress = True
 
 
 def before_children_fail(trainer: Any, act: Callable[[], None]) -> None:

@@ -298,6 +298,36 @@ def test_manual_optimisation_takes_no_step(project, capfd):
     assert "note      the gradients that SGD gets are scaled" in text
 
 
+LOGGED = """
+import functools
+fit = L.Trainer.fit
+@functools.wraps(fit)
+def logged(self, *args, **kwargs):
+    print("logged")
+    return fit(self, *args, **kwargs)
+L.Trainer.fit = logged
+"""
+
+
+@pytest.mark.slow
+def test_a_fit_that_other_tools_have_wrapped(project, capfd):
+    assert project(RECIPE, script(LOGGED + PLAIN_FIT)) == 0
+    text = capfd.readouterr().out
+    assert "logged\n" in text
+    assert "takes     'model.0'" in text
+    assert files() == ["recipe.yaml", "train.py"]
+
+
+@pytest.mark.slow
+def test_a_fit_that_goes_past_us_does_not_train(project, capfd):
+    steps = "Lit.on_train_batch_start = lambda *_: open('trained', 'w')\n"
+    body = f"{steps}fit = L.Trainer.fit\nown = trainer()\nL.Trainer.fit = fit\n"
+    caught = "try: own.fit(Lit(), loader())\nexcept BaseException: pass\nopen('after', 'w')"
+    assert project(RECIPE, script(body + caught)) == 1
+    assert "the fit failed: the fit began without Trainer.fit of Lightning" in capfd.readouterr().err.splitlines()[-1]
+    assert files() == ["recipe.yaml", "train.py"]
+
+
 @pytest.mark.slow
 def test_workers_of_loaders_end_too(project, capfd, tmp_path):
     body = (

@@ -30,6 +30,7 @@ from lightning_compress.recipe import Recipe, load_recipe
 
 PLANNED = 79
 """What spawned processes exit with: 0 would let their parent wait for a result."""
+PAST_US = "the fit began without Trainer.fit of Lightning: something in the script keeps or replaces that method"
 
 
 class _Enough(BaseException):
@@ -65,7 +66,7 @@ class PlanAttachment(RecipeAttachment):
 
     def __init__(self, order: Order) -> None:
         super().__init__(order)
-        self._meant = self._enough = False
+        self._begun = self._meant = self._enough = False
         self._heard: list[str] = []  # what this package has warned of
 
     def begin(self, trainer: Any, model: Any) -> None:
@@ -78,6 +79,7 @@ class PlanAttachment(RecipeAttachment):
         Raises:
             RecipeError: If the recipe cannot be read here.
         """
+        self._begun = True
         with script_under_its_name():
             recipe = load_recipe(self.order.recipe, settings=self.order.settings)
         self._meant, _ = self._decided(recipe, type(_compat.uncompiled(model)))  # there is no second one
@@ -96,11 +98,17 @@ class PlanAttachment(RecipeAttachment):
                 said = [line for line in str(error).splitlines() if line.strip()]
                 self._events.append("failed", message=said[-1] if said else type(error).__name__)
             raise
+        finally:
+            self._begun = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """As the base; hear what our callbacks warn of, and let them know that this is no training."""
-        if stage == "fit" and self._meant and not _compat.is_tuner_fit(trainer):
-            _hear(self._heard)
+        if stage == "fit" and not _compat.is_tuner_fit(trainer) and not self._repeats_another(trainer):
+            if not self._begun:  # whether it is meant is not known, and nothing may train
+                self._tell(trainer, "failed", message=f"{PAST_US}, so nothing was planned")
+                _end(trainer)
+            if self._meant:
+                _hear(self._heard)
         super().setup(trainer, pl_module, stage)
         for callback in _ours(trainer):
             callback.planning = self._active
