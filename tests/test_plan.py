@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import sys
 from pathlib import Path
 
 import pytest
 from scripts import script
+from torch import nn
 
 from lightning_compress.cli import main
 from lightning_compress.commands import plan
-from lightning_compress.commands.attachment import VARIABLE
+from lightning_compress.commands.attachment import VARIABLE, Events, Order
 from lightning_compress.commands.foresight import PlanAttachment
 
 FACTORY = {"event": "factory"}
@@ -380,11 +382,26 @@ def test_what_takes_long_is_left_out(project, capfd):
     assert max(int(line.split()[1]) for line in out.splitlines() if line.startswith("forward")) < 20
 
 
-def test_the_attachment_can_be_sent_to_a_spawned_process():
-    import pickle
+# The attachment in this process
 
-    from lightning_compress.commands.attachment import Order
 
-    attachment = PlanAttachment(Order("recipe.yaml", ".", "events.jsonl", mode="plan"))
+@pytest.fixture
+def attachment(tmp_path):
+    Path(tmp_path, "recipe.yaml").write_text(RECIPE)
+    return PlanAttachment(Order(f"{tmp_path}/recipe.yaml", str(tmp_path), f"{tmp_path}/events.jsonl", mode="plan"))
+
+
+def test_relative_paths_of_the_recipe_start_where_the_command_was_called(attachment, tmp_path, monkeypatch):
+    reports = "callbacks: [{class_path: CompressionReport, init_args: {path: table}}]"
+    Path(attachment.order.recipe).write_text(f"version: 1\n{reports}\napply_to: {{module: Other}}\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "table").touch()  # a folder where the command was called
+    monkeypatch.chdir(tmp_path / "elsewhere")  # as Hydra does
+    attachment.begin(None, nn.Linear(1, 1))
+    (fit,) = Events(attachment.order.events).read()
+    assert (fit["event"], fit["attached"]) == ("fit", False)
+
+
+def test_the_attachment_can_be_sent_to_a_spawned_process(attachment):
     assert pickle.loads(pickle.dumps(attachment)).order == attachment.order
     assert json.loads(attachment.order.to_json())["mode"] == "plan"

@@ -160,7 +160,7 @@ class RecipeAttachment(TrainerCallback):
         self._inserted = []
         self._active = True  # whatever is raised from here on is reported
         with script_under_its_name():
-            recipe = load_recipe(self.order.recipe, settings=self.order.settings, cwd=self.order.cwd)
+            recipe = self._recipe()
             with naming(recipe.path):
                 self._active = self._is_meant(recipe, trainer, pl_module)
             if self._active:
@@ -183,6 +183,10 @@ class RecipeAttachment(TrainerCallback):
         if self._active:
             self._active = False
             self._tell(trainer, "failed", message=f"{type(exception).__name__}: {exception}".rstrip(": "))
+
+    def _recipe(self) -> Recipe:
+        """What the parent asked for, wherever the script has gone since."""
+        return load_recipe(self.order.recipe, settings=self.order.settings, cwd=self.order.cwd)
 
     def _tell(self, trainer: Any, event: str, **fields: Any) -> None:
         if trainer.is_global_zero:

@@ -26,7 +26,7 @@ from lightning_compress.commands.attachment import Events, Order, RecipeAttachme
 from lightning_compress.commands.forecast import forecast
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.step import find_controller
-from lightning_compress.recipe import Recipe, load_recipe
+from lightning_compress.recipe import Recipe
 
 PLANNED = 79
 """What spawned processes exit with: 0 would let their parent wait for a result."""
@@ -81,7 +81,7 @@ class PlanAttachment(RecipeAttachment):
         """
         self._begun = True
         with script_under_its_name():
-            recipe = load_recipe(self.order.recipe, settings=self.order.settings)
+            recipe = self._recipe()
         self._meant, _ = self._decided(recipe, type(_compat.uncompiled(model)))  # there is no second one
         if self._meant:
             _compat.quieten_(trainer, str(Path(self.order.events).parent / "quiet"))
