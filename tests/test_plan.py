@@ -8,10 +8,12 @@ import pickle
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scripts import script
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
 from lightning_compress.cli import main
 from lightning_compress.commands import plan
@@ -368,6 +370,14 @@ def test_a_crash_of_the_script_is_its_own(project, capfd):
 
 
 @pytest.mark.slow
+def test_a_script_does_not_go_on_after_an_error(project, capfd):
+    body = "Lit.training_step = lambda *_: 1 / 0\ntry: trainer().fit(Lit(), loader())\nexcept Exception: pass\n"
+    assert project(RECIPE, script(f"{body}open('after', 'w')")) == 1
+    assert "ZeroDivisionError: division by zero\n" in capfd.readouterr().err
+    assert files() == ["recipe.yaml", "train.py"]
+
+
+@pytest.mark.slow
 def test_what_takes_long_is_left_out(project, capfd):
     """No paraphraser is trained, and a whole calibration is not needed."""
     counts = "net = Net.forward\nsteps = [0]\n" + (
@@ -383,6 +393,9 @@ def test_what_takes_long_is_left_out(project, capfd):
 
 
 # The attachment in this process
+
+QUIET = {"loggers": [], "callbacks": [], "strategy": SimpleNamespace(launcher=None)}
+"""What is quietened of a Trainer."""
 
 
 @pytest.fixture
@@ -400,6 +413,75 @@ def test_relative_paths_of_the_recipe_start_where_the_command_was_called(attachm
     attachment.begin(None, nn.Linear(1, 1))
     (fit,) = Events(attachment.order.events).read()
     assert (fit["event"], fit["attached"]) == ("fit", False)
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The exit codes with which the process would have ended."""
+    found = []
+    monkeypatch.setattr("lightning_compress.commands.foresight._end_process", found.append)
+    return found
+
+
+IN_PROCESS = """
+
+-- Process 0 terminated with the following error:
+Traceback (most recent call last):
+  File "a.py", line 1, in <module>
+ValueError: one
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "a.py", line 3, in <module>
+    fit()
+TypeError: two, which has
+  lines
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "code"),
+    [
+        (ValueError("one\n  two\n"), "ValueError: one\n  two\n", 1),
+        (ZeroDivisionError(), "ZeroDivisionError", 1),
+        (GeneratorExit("over"), "GeneratorExit: over", 1),
+        (SystemExit(), "SystemExit", 0),
+        (SystemExit(3), "SystemExit: 3", 3),
+        (SystemExit("enough"), "SystemExit: enough", 1),
+        (ProcessRaisedException(IN_PROCESS, 0, 1), "TypeError: two, which has\n  lines", 1),
+    ],
+)
+def test_an_error_is_told_and_shown_and_the_process_ends(attachment, ends, capsys, error, message, code):
+    with attachment.telling():
+        attachment.begin(SimpleNamespace(**QUIET), nn.Linear(1, 1))
+        raise error
+    assert ends == [code]
+    fit, failed = Events(attachment.order.events).read()
+    assert (fit["event"], failed["event"], failed["message"]) == ("fit", "failed", message)
+    assert (type(error).__name__ in capsys.readouterr().err) == (not isinstance(error, SystemExit))
+
+
+def test_an_error_of_the_recipe_ends_the_process_too(attachment, ends):
+    Path(attachment.order.recipe).unlink()
+    with attachment.telling():
+        attachment.begin(None, nn.Linear(1, 1))
+    assert ends == [1]
+    (failed,) = Events(attachment.order.events).read()
+    assert failed["message"].startswith("RecipeError: ")
+    assert "the recipe cannot be read" in failed["message"]
+
+
+@pytest.mark.parametrize(
+    ("apply_to", "error"), [("{module: Other}", ValueError), ("{module: Linear}", KeyboardInterrupt)]
+)
+def test_other_errors_are_the_scripts(attachment, ends, apply_to, error):
+    Path(attachment.order.recipe).write_text(f"{RECIPE}apply_to: {apply_to}")
+    attachment.begin(SimpleNamespace(**QUIET), nn.Linear(1, 1))
+    with pytest.raises(error), attachment.telling():
+        raise error
+    assert ends == []
+    assert [event["event"] for event in Events(attachment.order.events).read()] == ["fit"]
 
 
 def test_the_attachment_can_be_sent_to_a_spawned_process(attachment):

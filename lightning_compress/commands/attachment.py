@@ -12,11 +12,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from lightning_compress._compat import is_tuner_fit
 from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
@@ -182,7 +184,7 @@ class RecipeAttachment(TrainerCallback):
         """Tell the parent what went wrong."""
         if self._active:
             self._active = False
-            self._tell(trainer, "failed", message=f"{type(exception).__name__}: {exception}".rstrip(": "))
+            self._tell(trainer, "failed", message=described(exception))
 
     def _recipe(self) -> Recipe:
         """What the parent asked for, wherever the script has gone since."""
@@ -238,6 +240,25 @@ class RecipeAttachment(TrainerCallback):
         position = trainer.callbacks.index(self) + 1
         trainer.callbacks[position:position] = built
         self._inserted = built
+
+
+def described(error: BaseException) -> str:
+    r"""What the parent is told of an exception.
+
+    Args:
+        error: One that a fit has ended with.
+
+    Returns:
+        Its type and its message; of one in a spawned process, those that its trace ends with.
+
+    Example:
+        >>> described(ValueError("first\nsecond")), described(KeyboardInterrupt())
+        ('ValueError: first\nsecond', 'KeyboardInterrupt')
+    """
+    if isinstance(error, ProcessRaisedException):
+        trace = str(error).rpartition("Traceback (most recent call last):\n")[2]
+        return "\n".join(dropwhile(lambda line: line.startswith(" "), trace.splitlines())).strip()
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def class_names(module_class: type) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,13 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback, together
-from lightning_compress.commands.attachment import Events, Order, RecipeAttachment, script_under_its_name
+from lightning_compress.commands.attachment import (
+    Events,
+    Order,
+    RecipeAttachment,
+    described,
+    script_under_its_name,
+)
 from lightning_compress.commands.forecast import forecast
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.step import find_controller
@@ -79,7 +86,7 @@ class PlanAttachment(RecipeAttachment):
         Raises:
             RecipeError: If the recipe cannot be read here.
         """
-        self._begun = True
+        self._begun = self._meant = True  # whatever is raised from here on is told
         with script_under_its_name():
             recipe = self._recipe()
         self._meant, _ = self._decided(recipe, type(_compat.uncompiled(model)))  # there is no second one
@@ -90,14 +97,17 @@ class PlanAttachment(RecipeAttachment):
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """Tell the parent of an error that no hook has told, as those in spawned processes."""
+        """After an error, tell the parent, if no hook has told it, and end: the script may catch it, and go on."""
         try:
             yield
-        except Exception as error:
-            if self._meant and _is_first() and not any(event["event"] == "failed" for event in self._events.read()):
-                said = [line for line in str(error).splitlines() if line.strip()]
-                self._events.append("failed", message=said[-1] if said else type(error).__name__)
+        except KeyboardInterrupt:
             raise
+        except BaseException as error:
+            if not self._meant:
+                raise
+            if _is_first() and not any(event["event"] == "failed" for event in self._events.read()):
+                self._events.append("failed", message=described(error))
+            _end_process(_shown(error))
         finally:
             self._begun = False
 
@@ -219,6 +229,18 @@ def _end(trainer: Any) -> None:
     if trainer.is_global_zero:
         sys.stdout.write("\n")  # below a progress bar
     _end_process(PLANNED if _compat.runs_in_children(trainer) else 0)
+
+
+def _shown(error: BaseException) -> int:
+    """Show an exception as Python does if nobody catches it; the exit code."""
+    if isinstance(error, SystemExit):
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        sys.stderr.write(f"{error.code}\n")
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+        traceback.clear_frames(error.__traceback__)  # they hold queues, whose semaphores would be missed by Python
+    return 1
 
 
 def _end_process(code: int) -> None:
