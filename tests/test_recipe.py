@@ -238,7 +238,7 @@ version: 1
 callbacks:
 {KD}, temperature: 2}}
 - {{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {{monitor: val_loss, patience: 7}}}}
-- {{class_path: lightning_compress.ExportCallback, init_args: {{path: first.onnx, name: first}}}}
+- {{class_path: lightning_compress.ExportCallback, init_args: {{path: first.onnx, name: first, sample: in.npy}}}}
 export: {{path: deep/model.onnx}}
 """)
     recipe = load_recipe(path)
@@ -252,6 +252,7 @@ export: {{path: deep/model.onnx}}
     assert isinstance(kd.teacher, torch.nn.Identity)
     assert (kd.temperature, stopping.patience) == (2.0, 7)
     assert (first.path, export.path) == (str(path.parent / "first.onnx"), str(path.parent / "deep" / "model.onnx"))
+    assert (first.sample, export.sample) == (str(path.parent / "in.npy"), None)
     assert report.recipe["export"] == {"path": "deep/model.onnx"}
     assert export_paths(recipe) == ["first.onnx", "deep/model.onnx"]
 
