@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -74,6 +75,23 @@ def callback_class(class_path: str, where: str) -> type[Callback]:
     if not _is_a(found, TrainerCallback.__bases__):
         raise RecipeError(f"{where}: class_path '{class_path}' is not a Callback class")
     return found  # type: ignore[no-any-return]
+
+
+def found_class(class_path: str) -> type[Callback] | None:
+    """The class that :func:`callback_class` has found; nothing is imported.
+
+    Args:
+        class_path: Of a checked recipe.
+
+    Returns:
+        None for a class of a module that is not imported, such as the script that is about to run.
+
+    Example:
+        >>> found_class("lightning_compress.ExportCallback").__name__, found_class("train.ExportCallback")
+        ('ExportCallback', None)
+    """
+    module, _, name = class_path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None) if module else own_callbacks().get(name)
 
 
 def check_arguments(cls: type[Callback], init_args: Mapping[str, Any], where: str) -> None:
