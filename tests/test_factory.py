@@ -298,6 +298,15 @@ def test_names_of_a_class_of_the_script(monkeypatch):
 # What the parent is told
 
 
+def test_an_event_that_was_not_written_to_its_end_is_passed_over(order):
+    told = Events(order.events)
+    assert told.read() == []
+    told.append("factory")
+    with open(order.events, "a") as file:
+        file.write('{"event": "done", "exp')
+    assert told.read() == [{"event": "factory"}]
+
+
 def test_what_was_written(order, lightning_project, tmp_path):
     project = lightning_project
     (tmp_path / "elsewhere").mkdir()

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -56,10 +56,16 @@ class Events:
             os.close(descriptor)
 
     def read(self) -> list[dict[str, Any]]:
-        """All events so far, in their order; none where there is no file."""
-        if not os.path.exists(self.path):
-            return []
-        return [json.loads(line) for line in Path(self.path).read_text(encoding="utf-8").splitlines()]
+        """All events so far, in their order; none where there is no file.
+
+        A line that was not written to its end, as by a process that was killed, or on a full disk, is passed over.
+        """
+        found = []
+        lines = Path(self.path).read_text(encoding="utf-8").splitlines() if os.path.exists(self.path) else []
+        for line in lines:
+            with suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+        return found
 
 
 @dataclass(frozen=True)
