@@ -250,6 +250,14 @@ def test_callbacks_are_looked_for_where_the_script_will_look(project, capsys):
 # The child
 
 
+def test_a_module_that_changes_where_modules_are_looked_for(project, tmp_path, monkeypatch):
+    body = "import sys\nfrom lightning.pytorch import Callback\nclass Mine(Callback): pass\nsys.path.insert(0, 'own')\n"
+    (tmp_path / "prepending.py").write_text(body)
+    before = list(sys.path)
+    assert project("version: 1\ncallbacks: [{class_path: prepending.Mine}]", "raise SystemExit(3)") == 3
+    assert sys.path == before
+
+
 def test_the_child_has_the_streams_the_arguments_and_the_order(project, capfd, tmp_path):
     shows = "tell('factory')\nprint(sys.argv[1:], sorted(order), order['cwd'], file=sys.stderr)\nraise SystemExit(9)"
     assert project(EXPORT, f"{TELLS}\n{shows}", "--lr", "0.1") == 9

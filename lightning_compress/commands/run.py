@@ -218,11 +218,12 @@ def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] 
     roots = [str(script.parent.absolute()) for script in scripts] or [os.getcwd()]
     unseen = ["__main__", *(script.stem for script in scripts)]
     unseen += [after for option, after in pairwise(command) if option == "-m"]
+    before = list(sys.path)
     sys.path[:0] = roots
     try:
         loaded = load_recipe(recipe, settings=settings, unseen=unseen)
     finally:
-        del sys.path[: len(roots)]
+        sys.path[:] = before  # what is imported may have added to it
     check_outputs(loaded)
     return loaded
 
