@@ -323,6 +323,26 @@ def test_signals_reach_the_child_and_the_parent_waits(project, capfd, monkeypatc
     assert last == f"lightning-compress {mode}: interrupted; the command ended with exit code {code}{signalled}"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_child_is_started_ends_it_too(project, capfd, monkeypatch, number):
+    monkeypatch.setattr("lightning_compress.commands.run._in_foreground", lambda: True)
+    start = subprocess.Popen
+
+    def popen(*arguments, **options):
+        os.kill(os.getpid(), number)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr("lightning_compress.commands.run.subprocess.Popen", popen)
+    missed = []
+    before = signal.signal(number, lambda *_: missed.append(number))
+    try:
+        assert project(EXPORT, SLEEPS.replace("60", "1")) == 128 + number
+    finally:
+        signal.signal(number, before)
+    assert missed == []
+    assert "interrupted; the command ended with exit code" in capfd.readouterr().err
+
+
 def test_a_terminal_sends_ctrl_c_to_the_child_itself(project, monkeypatch):
     monkeypatch.setattr("lightning_compress.commands.run._in_foreground", lambda: True)
 
