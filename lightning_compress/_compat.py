@@ -1,4 +1,4 @@
-"""Private and version-bound uses of torch, lightning and wandb; each has a canary in tests/test_compat.py.
+"""Private and version-bound uses of other packages; each has a canary in tests/test_compat.py.
 
 Traced on lightning 2.6, torch 2.13 and 2.14 and wandb 0.31. When a canary falls after an upgrade, this is the file to
 mend.
@@ -356,6 +356,12 @@ def wrap_fits(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         if module is not None and not hasattr(module.Trainer.fit, "_lightning_compress"):  # others wrap it too
             module.Trainer.fit = functools.wraps(module.Trainer.fit)(wrap(module.Trainer.fit))
             module.Trainer.fit._lightning_compress = True
+
+
+def instantiated(parser: Any, parsed: Any) -> Any:
+    """What a parser of jsonargparse makes of what it has parsed: objects, where classes were named."""
+    make = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in jsonargparse 4.49
+    return make(parsed)
 
 
 def before_children_fail(trainer: Any, act: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchmetrics
+from jsonargparse import ArgumentParser
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -891,6 +892,16 @@ def test_fits_are_wrapped_once(monkeypatch):
         assert trainer.fit(None, 1) == ("wrapped", trainer.fit.__wrapped__, 1)
         assert trainer.fit.__wrapped__(None, 1) == "another"
         assert list(inspect.signature(trainer.fit).parameters)[:2] == ["self", "model"]
+
+
+def test_a_parser_makes_objects_of_what_it_has_parsed():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(_takes_a_module)
+    made = _compat.instantiated(parser, parser.parse_object({"module": {"class_path": "torch.nn.Identity"}}))
+    assert type(made["module"]) is nn.Identity
+
+
+def _takes_a_module(module: nn.Module): ...
 
 
 def test_a_failing_launch_is_noticed_before_any_hook():
