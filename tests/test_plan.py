@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scripts import script
+from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
 from lightning_compress.cli import main
 from lightning_compress.commands import plan
-from lightning_compress.commands.attachment import VARIABLE
+from lightning_compress.commands.attachment import VARIABLE, Events, Order
 from lightning_compress.commands.foresight import PlanAttachment
 
 FACTORY = {"event": "factory"}
@@ -298,6 +302,36 @@ def test_manual_optimisation_takes_no_step(project, capfd):
     assert "note      the gradients that SGD gets are scaled" in text
 
 
+LOGGED = """
+import functools
+fit = L.Trainer.fit
+@functools.wraps(fit)
+def logged(self, *args, **kwargs):
+    print("logged")
+    return fit(self, *args, **kwargs)
+L.Trainer.fit = logged
+"""
+
+
+@pytest.mark.slow
+def test_a_fit_that_other_tools_have_wrapped(project, capfd):
+    assert project(RECIPE, script(LOGGED + PLAIN_FIT)) == 0
+    text = capfd.readouterr().out
+    assert "logged\n" in text
+    assert "takes     'model.0'" in text
+    assert files() == ["recipe.yaml", "train.py"]
+
+
+@pytest.mark.slow
+def test_a_fit_that_goes_past_us_does_not_train(project, capfd):
+    steps = "Lit.on_train_batch_start = lambda *_: open('trained', 'w')\n"
+    body = f"{steps}fit = L.Trainer.fit\nown = trainer()\nL.Trainer.fit = fit\n"
+    caught = "try: own.fit(Lit(), loader())\nexcept BaseException: pass\nopen('after', 'w')"
+    assert project(RECIPE, script(body + caught)) == 1
+    assert "the fit failed: the fit began without Trainer.fit of Lightning" in capfd.readouterr().err.splitlines()[-1]
+    assert files() == ["recipe.yaml", "train.py"]
+
+
 @pytest.mark.slow
 def test_workers_of_loaders_end_too(project, capfd, tmp_path):
     body = (
@@ -336,6 +370,14 @@ def test_a_crash_of_the_script_is_its_own(project, capfd):
 
 
 @pytest.mark.slow
+def test_a_script_does_not_go_on_after_an_error(project, capfd):
+    body = "Lit.training_step = lambda *_: 1 / 0\ntry: trainer().fit(Lit(), loader())\nexcept Exception: pass\n"
+    assert project(RECIPE, script(f"{body}open('after', 'w')")) == 1
+    assert "ZeroDivisionError: division by zero\n" in capfd.readouterr().err
+    assert files() == ["recipe.yaml", "train.py"]
+
+
+@pytest.mark.slow
 def test_what_takes_long_is_left_out(project, capfd):
     """No paraphraser is trained, and a whole calibration is not needed."""
     counts = "net = Net.forward\nsteps = [0]\n" + (
@@ -350,11 +392,98 @@ def test_what_takes_long_is_left_out(project, capfd):
     assert max(int(line.split()[1]) for line in out.splitlines() if line.startswith("forward")) < 20
 
 
-def test_the_attachment_can_be_sent_to_a_spawned_process():
-    import pickle
+# The attachment in this process
 
-    from lightning_compress.commands.attachment import Order
+QUIET = {"loggers": [], "callbacks": [], "strategy": SimpleNamespace(launcher=None)}
+"""What is quietened of a Trainer."""
 
-    attachment = PlanAttachment(Order("recipe.yaml", ".", "events.jsonl", mode="plan"))
+
+@pytest.fixture
+def attachment(tmp_path):
+    Path(tmp_path, "recipe.yaml").write_text(RECIPE)
+    return PlanAttachment(Order(f"{tmp_path}/recipe.yaml", str(tmp_path), f"{tmp_path}/events.jsonl", mode="plan"))
+
+
+def test_relative_paths_of_the_recipe_start_where_the_command_was_called(attachment, tmp_path, monkeypatch):
+    reports = "callbacks: [{class_path: CompressionReport, init_args: {path: table}}]"
+    Path(attachment.order.recipe).write_text(f"version: 1\n{reports}\napply_to: {{module: Other}}\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "table").touch()  # a folder where the command was called
+    monkeypatch.chdir(tmp_path / "elsewhere")  # as Hydra does
+    attachment.begin(None, nn.Linear(1, 1))
+    (fit,) = Events(attachment.order.events).read()
+    assert (fit["event"], fit["attached"]) == ("fit", False)
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The exit codes with which the process would have ended."""
+    found = []
+    monkeypatch.setattr("lightning_compress.commands.foresight._end_process", found.append)
+    return found
+
+
+IN_PROCESS = """
+
+-- Process 0 terminated with the following error:
+Traceback (most recent call last):
+  File "a.py", line 1, in <module>
+ValueError: one
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "a.py", line 3, in <module>
+    fit()
+TypeError: two, which has
+  lines
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "code"),
+    [
+        (ValueError("one\n  two\n"), "ValueError: one\n  two\n", 1),
+        (ZeroDivisionError(), "ZeroDivisionError", 1),
+        (GeneratorExit("over"), "GeneratorExit: over", 1),
+        (SystemExit(), "SystemExit", 0),
+        (SystemExit(3), "SystemExit: 3", 3),
+        (SystemExit("enough"), "SystemExit: enough", 1),
+        (ProcessRaisedException(IN_PROCESS, 0, 1), "TypeError: two, which has\n  lines", 1),
+    ],
+)
+def test_an_error_is_told_and_shown_and_the_process_ends(attachment, ends, capsys, error, message, code):
+    with attachment.telling():
+        attachment.begin(SimpleNamespace(**QUIET), nn.Linear(1, 1))
+        raise error
+    assert ends == [code]
+    fit, failed = Events(attachment.order.events).read()
+    assert (fit["event"], failed["event"], failed["message"]) == ("fit", "failed", message)
+    assert (type(error).__name__ in capsys.readouterr().err) == (not isinstance(error, SystemExit))
+
+
+def test_an_error_of_the_recipe_ends_the_process_too(attachment, ends):
+    Path(attachment.order.recipe).unlink()
+    with attachment.telling():
+        attachment.begin(None, nn.Linear(1, 1))
+    assert ends == [1]
+    (failed,) = Events(attachment.order.events).read()
+    assert failed["message"].startswith("RecipeError: ")
+    assert "the recipe cannot be read" in failed["message"]
+
+
+@pytest.mark.parametrize(
+    ("apply_to", "error"), [("{module: Other}", ValueError), ("{module: Linear}", KeyboardInterrupt)]
+)
+def test_other_errors_are_the_scripts(attachment, ends, apply_to, error):
+    Path(attachment.order.recipe).write_text(f"{RECIPE}apply_to: {apply_to}")
+    attachment.begin(SimpleNamespace(**QUIET), nn.Linear(1, 1))
+    with pytest.raises(error), attachment.telling():
+        raise error
+    assert ends == []
+    assert [event["event"] for event in Events(attachment.order.events).read()] == ["fit"]
+
+
+def test_the_attachment_can_be_sent_to_a_spawned_process(attachment):
     assert pickle.loads(pickle.dumps(attachment)).order == attachment.order
     assert json.loads(attachment.order.to_json())["mode"] == "plan"

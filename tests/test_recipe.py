@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_compress import CompressionReport, DistillationCallback, ExportCallback
-from lightning_compress.recipe import Recipe, RecipeError, build_callbacks, export_paths, load_recipe
+from lightning_compress.recipe import Recipe, RecipeError, build_callbacks, check_outputs, export_paths, load_recipe
 
 KD = "- class_path: DistillationCallback\n  init_args: {teacher: {class_path: torch.nn.Identity}"
 
@@ -238,7 +238,7 @@ version: 1
 callbacks:
 {KD}, temperature: 2}}
 - {{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {{monitor: val_loss, patience: 7}}}}
-- {{class_path: lightning_compress.ExportCallback, init_args: {{path: first.onnx, name: first}}}}
+- {{class_path: lightning_compress.ExportCallback, init_args: {{path: first.onnx, name: first, sample: in.npy}}}}
 export: {{path: deep/model.onnx}}
 """)
     recipe = load_recipe(path)
@@ -252,8 +252,28 @@ export: {{path: deep/model.onnx}}
     assert isinstance(kd.teacher, torch.nn.Identity)
     assert (kd.temperature, stopping.patience) == (2.0, 7)
     assert (first.path, export.path) == (str(path.parent / "first.onnx"), str(path.parent / "deep" / "model.onnx"))
+    assert (first.sample, export.sample) == (str(path.parent / "in.npy"), None)
     assert report.recipe["export"] == {"path": "deep/model.onnx"}
     assert export_paths(recipe) == ["first.onnx", "deep/model.onnx"]
+
+
+def test_a_class_of_another_package_may_have_the_same_name(tmp_path, write, monkeypatch):
+    classes = "".join(f"class {name}(Callback):\n    pass\n" for name in ("ExportCallback", "CompressionReport"))
+    (tmp_path / "their_own.py").write_text(f"from lightning.pytorch import Callback\n{classes}")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write("""
+version: 1
+callbacks:
+- class_path: their_own.ExportCallback
+- {class_path: train.ExportCallback, init_args: {path: theirs.onnx}}
+- {class_path: lightning_compress.callbacks.export.ExportCallback, init_args: {path: first.onnx}}
+- {class_path: their_own.CompressionReport}
+export: {path: second.onnx, metric: val_acc}
+""")
+    recipe = load_recipe(path, unseen=["train"])
+    check_outputs(recipe)
+    assert export_paths(recipe) == ["first.onnx", "second.onnx"]
+    assert "train" not in sys.modules
 
 
 def test_a_report_of_the_recipe_is_the_only_one(write):

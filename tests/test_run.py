@@ -250,6 +250,14 @@ def test_callbacks_are_looked_for_where_the_script_will_look(project, capsys):
 # The child
 
 
+def test_a_module_that_changes_where_modules_are_looked_for(project, tmp_path, monkeypatch):
+    body = "import sys\nfrom lightning.pytorch import Callback\nclass Mine(Callback): pass\nsys.path.insert(0, 'own')\n"
+    (tmp_path / "prepending.py").write_text(body)
+    before = list(sys.path)
+    assert project("version: 1\ncallbacks: [{class_path: prepending.Mine}]", "raise SystemExit(3)") == 3
+    assert sys.path == before
+
+
 def test_the_child_has_the_streams_the_arguments_and_the_order(project, capfd, tmp_path):
     shows = "tell('factory')\nprint(sys.argv[1:], sorted(order), order['cwd'], file=sys.stderr)\nraise SystemExit(9)"
     assert project(EXPORT, f"{TELLS}\n{shows}", "--lr", "0.1") == 9
@@ -313,6 +321,26 @@ def test_signals_reach_the_child_and_the_parent_waits(project, capfd, monkeypatc
     signalled = "" if cleaned else " (SIGTERM)"
     last = capfd.readouterr().err.splitlines()[-1]
     assert last == f"lightning-compress {mode}: interrupted; the command ended with exit code {code}{signalled}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_child_is_started_ends_it_too(project, capfd, monkeypatch, number):
+    monkeypatch.setattr("lightning_compress.commands.run._in_foreground", lambda: True)
+    start = subprocess.Popen
+
+    def popen(*arguments, **options):
+        os.kill(os.getpid(), number)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr("lightning_compress.commands.run.subprocess.Popen", popen)
+    missed = []
+    before = signal.signal(number, lambda *_: missed.append(number))
+    try:
+        assert project(EXPORT, SLEEPS.replace("60", "1")) == 128 + number
+    finally:
+        signal.signal(number, before)
+    assert missed == []
+    assert "interrupted; the command ended with exit code" in capfd.readouterr().err
 
 
 def test_a_terminal_sends_ctrl_c_to_the_child_itself(project, monkeypatch):
@@ -402,6 +430,29 @@ def test_a_teacher_that_each_process_of_a_distributed_training_trains_first(proj
 def test_the_other_namespace(project, capfd):
     assert project(f"{KD}export: {{path: model.onnx, metric: val_loss}}", script(FIT, package="pytorch_lightning")) == 0
     assert "wrote model.onnx (1." in capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_a_run_of_weights_and_biases_is_kept_offline_where_nobody_is_logged_in(
+    project, capfd, monkeypatch, tmp_path, package
+):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
+    body = (
+        f"from {package}.loggers import WandbLogger\n"
+        "trainer().fit(Other(), loader())\n"
+        "for _ in range(2):\n"
+        "    fresh = trainer(logger=WandbLogger(project='own', save_dir='runs'))\n"
+        "    fresh.fit(Lit(), loader(), loader())\n"
+    )
+    once = f"{EXPORT}apply_to: {{module: Lit, fit: 1}}"
+    assert project(once, script(body, package=package)) == 0
+    assert capfd.readouterr().err.count("so the run is kept offline: `wandb sync` sends it later") == 1
+    assert len(list(Path("runs/wandb").glob("offline-run-*"))) >= 1
 
 
 @pytest.mark.slow

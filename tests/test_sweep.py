@@ -223,6 +223,9 @@ def test_the_metric_is_that_of_the_only_file():
     assert exported_metric(recipe(export={**export, "name": "small"})) == "compress/small/val_acc"
     assert exported_metric(recipe(("ExportCallback", {"path": "c.onnx"}), export=export)) is None
     assert exported_metric(recipe(("DPFCallback", {}))) is None
+    theirs = ("their.ExportCallback", {"to": "c"})
+    assert exported_metric(recipe(theirs, export=export)) == "compress/export/val_acc"
+    assert exported_metric(recipe(theirs)) is None
 
 
 # --- one run of an agent ---

@@ -141,7 +141,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "precision": "int8",
         "metric": "val_acc",
         "tolerance": Value(0.5, beside={"metric": "val_acc"}),
-        "sample": "input.pt",
+        "sample": Value("input.pt", ABSOLUTE),
         "network": "layer",
         "dynamic_batch": False,
         "fp32_comparison": False,

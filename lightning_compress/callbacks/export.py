@@ -43,7 +43,8 @@ class ExportCallback(CompressionCallback):
     alone: the module; all is done on copies.
 
     Args:
-        path: Where to write; relative paths are taken from the working directory when the callback is made.
+        path: Where to write; relative paths, here and of ``sample``, are taken from the working directory when the
+            callback is made.
         precision: "fp32"; "int8" or "int4", with the scales of a ``PTQCallback``, a ``QATCallback`` or a
             ``PSGDCallback`` beside this one.
         metric: Name of a validation metric, as the module logs it, to be compared between module and file.
@@ -104,7 +105,7 @@ class ExportCallback(CompressionCallback):
         self.precision = precision
         self.metric = metric
         self.tolerance = tolerance
-        self.sample = sample
+        self.sample = os.path.abspath(sample) if isinstance(sample, (str, os.PathLike)) else sample
         self.network = network
         check_flag("dynamic_batch", dynamic_batch)
         check_flag("fp32_comparison", fp32_comparison)

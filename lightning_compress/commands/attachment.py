@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback
+from torch.multiprocessing.spawn import ProcessRaisedException
 
-from lightning_compress._compat import is_tuner_fit
+from lightning_compress._compat import asks_wandb, is_tuner_fit, wandb_would_fail
 from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport
@@ -27,6 +30,8 @@ from lightning_compress.recipe.file import naming
 
 VARIABLE = "LIGHTNING_COMPRESS_RUN"
 """Of the environment of the child; ``_factory`` knows it by heart, as it imports nothing of this package."""
+KEPT_OFFLINE = "LIGHTNING_COMPRESS_OFFLINE"
+"""Of the environment too: that it was not the user who keeps wandb offline, and that nobody has been told."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,16 @@ class Events:
             os.close(descriptor)
 
     def read(self) -> list[dict[str, Any]]:
-        """All events so far, in their order; none where there is no file."""
-        if not os.path.exists(self.path):
-            return []
-        return [json.loads(line) for line in Path(self.path).read_text(encoding="utf-8").splitlines()]
+        """All events so far, in their order; none where there is no file.
+
+        A line that was not written to its end, as by a process that was killed, or on a full disk, is passed over.
+        """
+        found = []
+        lines = Path(self.path).read_text(encoding="utf-8").splitlines() if os.path.exists(self.path) else []
+        for line in lines:
+            with suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+        return found
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,8 @@ class Order:
 def attachments(value: str) -> list[Callback]:
     """The callbacks for a Trainer under construction.
 
+    For a run, Weights & Biases is kept offline in this process if a run of it would fail, as nobody is logged in.
+
     Args:
         value: Of the environment variable that ``lightning-compress run`` sets.
 
@@ -114,7 +127,8 @@ def attachments(value: str) -> list[Callback]:
 
     Example:
         >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
+        >>> from unittest.mock import patch
+        >>> with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ):
         ...     order = Order("recipe.yaml", ".", os.path.join(folder, "events.jsonl"))
         ...     names = [type(callback).__name__ for callback in attachments(order.to_json())]
         ...     names, Events(order.events).read()
@@ -128,6 +142,8 @@ def attachments(value: str) -> list[Callback]:
 
         foreseeing_fits()
         return [PlanAttachment(order)]
+    if wandb_would_fail():  # in the first look at a logger, before any hook
+        os.environ.update(WANDB_MODE="offline", **{KEPT_OFFLINE: "1"})
     return [RecipeAttachment(order)]
 
 
@@ -155,12 +171,13 @@ class RecipeAttachment(TrainerCallback):
         """Decide whether the recipe means this fit, and attach it."""
         if stage != "fit" or is_tuner_fit(trainer) or self._repeats_another(trainer):
             return
+        _tell_of_offline_runs(trainer)
         # in place: Lightning is iterating this list
         trainer.callbacks[:] = [callback for callback in trainer.callbacks if callback not in self._inserted]
         self._inserted = []
         self._active = True  # whatever is raised from here on is reported
         with script_under_its_name():
-            recipe = load_recipe(self.order.recipe, settings=self.order.settings, cwd=self.order.cwd)
+            recipe = self._recipe()
             with naming(recipe.path):
                 self._active = self._is_meant(recipe, trainer, pl_module)
             if self._active:
@@ -182,7 +199,11 @@ class RecipeAttachment(TrainerCallback):
         """Tell the parent what went wrong."""
         if self._active:
             self._active = False
-            self._tell(trainer, "failed", message=f"{type(exception).__name__}: {exception}".rstrip(": "))
+            self._tell(trainer, "failed", message=described(exception))
+
+    def _recipe(self) -> Recipe:
+        """What the parent asked for, wherever the script has gone since."""
+        return load_recipe(self.order.recipe, settings=self.order.settings, cwd=self.order.cwd)
 
     def _tell(self, trainer: Any, event: str, **fields: Any) -> None:
         if trainer.is_global_zero:
@@ -234,6 +255,36 @@ class RecipeAttachment(TrainerCallback):
         position = trainer.callbacks.index(self) + 1
         trainer.callbacks[position:position] = built
         self._inserted = built
+
+
+def _tell_of_offline_runs(trainer: Any) -> None:
+    """Warn once, if a run would be online had there been a key."""
+    if not (trainer.is_global_zero and any(map(asks_wandb, trainer.loggers)) and os.environ.pop(KEPT_OFFLINE, None)):
+        return
+    warnings.warn(
+        "nobody is logged in to Weights & Biases, and there is no terminal to ask for a key, so the run is kept "
+        "offline: `wandb sync` sends it later. Log in with `wandb login`, or set WANDB_API_KEY",
+        stacklevel=2,
+    )
+
+
+def described(error: BaseException) -> str:
+    r"""What the parent is told of an exception.
+
+    Args:
+        error: One that a fit has ended with.
+
+    Returns:
+        Its type and its message; of one in a spawned process, those that its trace ends with.
+
+    Example:
+        >>> described(ValueError("first\nsecond")), described(KeyboardInterrupt())
+        ('ValueError: first\nsecond', 'KeyboardInterrupt')
+    """
+    if isinstance(error, ProcessRaisedException):
+        trace = str(error).rpartition("Traceback (most recent call last):\n")[2]
+        return "\n".join(dropwhile(lambda line: line.startswith(" "), trace.splitlines())).strip()
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def class_names(module_class: type) -> tuple[str, ...]:

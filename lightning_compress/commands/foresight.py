@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,14 +23,21 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback, together
-from lightning_compress.commands.attachment import Events, Order, RecipeAttachment, script_under_its_name
+from lightning_compress.commands.attachment import (
+    Events,
+    Order,
+    RecipeAttachment,
+    described,
+    script_under_its_name,
+)
 from lightning_compress.commands.forecast import forecast
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.step import find_controller
-from lightning_compress.recipe import Recipe, load_recipe
+from lightning_compress.recipe import Recipe
 
 PLANNED = 79
 """What spawned processes exit with: 0 would let their parent wait for a result."""
+PAST_US = "the fit began without Trainer.fit of Lightning: something in the script keeps or replaces that method"
 
 
 class _Enough(BaseException):
@@ -65,7 +73,7 @@ class PlanAttachment(RecipeAttachment):
 
     def __init__(self, order: Order) -> None:
         super().__init__(order)
-        self._meant = self._enough = False
+        self._begun = self._meant = self._enough = False
         self._heard: list[str] = []  # what this package has warned of
 
     def begin(self, trainer: Any, model: Any) -> None:
@@ -78,8 +86,9 @@ class PlanAttachment(RecipeAttachment):
         Raises:
             RecipeError: If the recipe cannot be read here.
         """
+        self._begun = self._meant = True  # whatever is raised from here on is told
         with script_under_its_name():
-            recipe = load_recipe(self.order.recipe, settings=self.order.settings)
+            recipe = self._recipe()
         self._meant, _ = self._decided(recipe, type(_compat.uncompiled(model)))  # there is no second one
         if self._meant:
             _compat.quieten_(trainer, str(Path(self.order.events).parent / "quiet"))
@@ -88,19 +97,28 @@ class PlanAttachment(RecipeAttachment):
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """Tell the parent of an error that no hook has told, as those in spawned processes."""
+        """After an error, tell the parent, if no hook has told it, and end: the script may catch it, and go on."""
         try:
             yield
-        except Exception as error:
-            if self._meant and _is_first() and not any(event["event"] == "failed" for event in self._events.read()):
-                said = [line for line in str(error).splitlines() if line.strip()]
-                self._events.append("failed", message=said[-1] if said else type(error).__name__)
+        except KeyboardInterrupt:
             raise
+        except BaseException as error:
+            if not self._meant:
+                raise
+            if _is_first() and not any(event["event"] == "failed" for event in self._events.read()):
+                self._events.append("failed", message=described(error))
+            _end_process(_shown(error))
+        finally:
+            self._begun = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """As the base; hear what our callbacks warn of, and let them know that this is no training."""
-        if stage == "fit" and self._meant and not _compat.is_tuner_fit(trainer):
-            _hear(self._heard)
+        if stage == "fit" and not _compat.is_tuner_fit(trainer) and not self._repeats_another(trainer):
+            if not self._begun:  # whether it is meant is not known, and nothing may train
+                self._tell(trainer, "failed", message=f"{PAST_US}, so nothing was planned")
+                _end(trainer)
+            if self._meant:
+                _hear(self._heard)
         super().setup(trainer, pl_module, stage)
         for callback in _ours(trainer):
             callback.planning = self._active
@@ -211,6 +229,18 @@ def _end(trainer: Any) -> None:
     if trainer.is_global_zero:
         sys.stdout.write("\n")  # below a progress bar
     _end_process(PLANNED if _compat.runs_in_children(trainer) else 0)
+
+
+def _shown(error: BaseException) -> int:
+    """Show an exception as Python does if nobody catches it; the exit code."""
+    if isinstance(error, SystemExit):
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        sys.stderr.write(f"{error.code}\n")
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+        traceback.clear_frames(error.__traceback__)  # they hold queues, whose semaphores would be missed by Python
+    return 1
 
 
 def _end_process(code: int) -> None:

@@ -218,11 +218,12 @@ def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] 
     roots = [str(script.parent.absolute()) for script in scripts] or [os.getcwd()]
     unseen = ["__main__", *(script.stem for script in scripts)]
     unseen += [after for option, after in pairwise(command) if option == "-m"]
+    before = list(sys.path)
     sys.path[:0] = roots
     try:
         loaded = load_recipe(recipe, settings=settings, unseen=unseen)
     finally:
-        del sys.path[: len(roots)]
+        sys.path[:] = before  # what is imported may have added to it
     check_outputs(loaded)
     return loaded
 
@@ -232,15 +233,22 @@ def _exit_code(command: Sequence[str], environment: dict[str, str]) -> tuple[int
 
     Whether a signal came is said too.
     """
-    child, came = subprocess.Popen(command, env=environment), []
+    child: subprocess.Popen[bytes] | None = None
+    came: list[int] = []
+    early: list[int] = []  # before there was a child to send them to
 
     def forward(number: int, frame: object) -> None:
         came.append(number)
-        if number == signal.SIGTERM or not _in_foreground():
+        if child is None:
+            early.append(number)
+        elif number == signal.SIGTERM or not _in_foreground():
             child.send_signal(number)
 
     handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        child = subprocess.Popen(command, env=environment)
+        for number in early:
+            child.send_signal(number)
         code = child.wait()
     finally:
         for number, handler in handlers.items():

@@ -13,7 +13,7 @@ import yaml
 
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.commands.sweep_fields import chosen
-from lightning_compress.recipe import Recipe, load_recipe
+from lightning_compress.recipe import Recipe, arguments_of, load_recipe
 from lightning_compress.report.directions import direction
 from lightning_compress.report.units import significant
 
@@ -124,7 +124,7 @@ def exported_metric(recipe: Recipe) -> str | None:
         >>> exported_metric(Recipe(1, export={"path": "out/model.onnx", "metric": "val_acc"}))
         'compress/export/val_acc'
     """
-    exports = [entry[2] for entry in recipe.entries if entry[1].rpartition(".")[2] == ExportCallback.__name__]
+    exports = arguments_of(recipe, ExportCallback)
     if len(exports) != 1 or not exports[0].get("metric"):
         return None
     return f"compress/{exports[0].get('name') or ExportCallback.default_name}/{exports[0]['metric']}"

@@ -17,11 +17,11 @@ from lightning.pytorch import Callback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.export.onnx import checked_folder, checked_path
-from lightning_compress.recipe.classes import built, callback_class, check_arguments
+from lightning_compress.recipe.classes import built, callback_class, check_arguments, found_class
 from lightning_compress.recipe.file import RecipeError, check_content, naming, read_file
 from lightning_compress.recipe.settings import changed
 
-__all__ = ["Recipe", "RecipeError", "build_callbacks", "check_outputs", "export_paths", "load_recipe"]
+__all__ = ["Recipe", "RecipeError", "arguments_of", "build_callbacks", "check_outputs", "export_paths", "load_recipe"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def export_paths(recipe: Recipe) -> list[str]:
         >>> export_paths(Recipe(1, export={"path": "model.onnx"}))
         ['model.onnx']
     """
-    return [init_args["path"] for init_args in _arguments_of(recipe, ExportCallback)]
+    return [init_args["path"] for init_args in arguments_of(recipe, ExportCallback)]
 
 
 def check_outputs(recipe: Recipe) -> None:
@@ -162,13 +162,26 @@ def check_outputs(recipe: Recipe) -> None:
     """
     for path in export_paths(recipe):
         checked_path(path)
-    for init_args in _arguments_of(recipe, CompressionReport):
+    for init_args in arguments_of(recipe, CompressionReport):
         if init_args.get("path") is not None:
             checked_folder(init_args["path"])
 
 
-def _arguments_of(recipe: Recipe, cls: type[Callback]) -> list[Mapping[str, Any]]:
-    return [init_args for _, path, init_args in recipe.entries if path.rpartition(".")[2] == cls.__name__]
+def arguments_of(recipe: Recipe, cls: type[Callback]) -> list[Mapping[str, Any]]:
+    """The arguments of each callback of a class.
+
+    Args:
+        recipe: A checked recipe.
+        cls: A class of this package; another one of the same name is not meant.
+
+    Returns:
+        Arguments, in the recipe's order.
+
+    Example:
+        >>> arguments_of(Recipe(1, export={"path": "model.onnx"}), ExportCallback)
+        [{'path': 'model.onnx'}]
+    """
+    return [init_args for _, path, init_args in recipe.entries if found_class(path) is cls]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 import lightning_compress
+from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
 from lightning_compress.callbacks.teaching import TeacherCallback
 from lightning_compress.mechanisms.loading import check_source, import_path
@@ -74,6 +76,23 @@ def callback_class(class_path: str, where: str) -> type[Callback]:
     if not _is_a(found, TrainerCallback.__bases__):
         raise RecipeError(f"{where}: class_path '{class_path}' is not a Callback class")
     return found  # type: ignore[no-any-return]
+
+
+def found_class(class_path: str) -> type[Callback] | None:
+    """The class that :func:`callback_class` has found; nothing is imported.
+
+    Args:
+        class_path: Of a checked recipe.
+
+    Returns:
+        None for a class of a module that is not imported, such as the script that is about to run.
+
+    Example:
+        >>> found_class("lightning_compress.ExportCallback").__name__, found_class("train.ExportCallback")
+        ('ExportCallback', None)
+    """
+    module, _, name = class_path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None) if module else own_callbacks().get(name)
 
 
 def check_arguments(cls: type[Callback], init_args: Mapping[str, Any], where: str) -> None:
@@ -154,8 +173,7 @@ def _parsed(cls: type[Callback], init_args: Mapping[str, Any], where: str) -> tu
 
 
 def _made(cls: type[Callback], arguments: Mapping[str, Any], parser: ArgumentParser, parsed: Namespace) -> Callback:
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in jsonargparse 4.49
-    typed = instantiate(parsed)
+    typed = _compat.instantiated(parser, parsed)
     return cls(**{key: typed.get(key, value) for key, value in arguments.items()})
 
 
