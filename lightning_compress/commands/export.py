@@ -20,11 +20,12 @@ from torch import nn
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.base import TrainerCallback
-from lightning_compress.commands.project import current_folder_importable, load_project
+from lightning_compress.commands.exits import one_line
+from lightning_compress.commands.project import current_folder_importable, load_trained
 from lightning_compress.export.copying import independent_copy
 from lightning_compress.export.errors import EvaluationError, ExportError
 from lightning_compress.export.evaluate import LIGHTNING_LOGGERS, evaluate, evaluate_forward, evaluate_quantized
-from lightning_compress.export.onnx import ExportResult, checked_path, load_checkpoint_, to_onnx
+from lightning_compress.export.onnx import ExportResult, checked_path, to_onnx
 from lightning_compress.export.runtime import require_onnx
 from lightning_compress.export.sample import Sample, defines, read_sample
 from lightning_compress.export.weights import read_checkpoint
@@ -38,21 +39,6 @@ from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size
 
 DONE, FAILED, USAGE = 0, 1, 2
-PLAIN = [
-    f"--trainer.{key}={value}"
-    for key, value in {
-        "accelerator": "cpu",
-        "devices": 1,
-        "num_nodes": 1,
-        "strategy": "auto",
-        "precision": "null",
-        "callbacks": "null",
-        "plugins": "null",
-        "logger": "false",
-        "enable_checkpointing": "false",
-    }.items()
-]
-"""Nothing is trained, so neither the devices of the training are needed here nor its callbacks with their teachers."""
 SEED = 0  # of the random input that --shape asks for
 
 
@@ -150,28 +136,18 @@ def _check(options: argparse.Namespace) -> None:
 
 def _loaded(options: argparse.Namespace) -> Loaded:
     """The module of the class, or of the config, with the weights of the checkpoint."""
+    if options.config:
+        project = load_trained(options.config, options.checkpoint, model=options.module_class, data=options.data_class)
+        return Loaded(project.module.eval(), project.module if project.datamodule is None else project.datamodule)
     current_folder_importable()
-    contents = read_checkpoint(options.checkpoint, or_weights=True)
-    if not options.config:
-        arguments = _mapping(options.init_args)
-        try:
-            return Loaded(teacher_from_checkpoint(options.module_class, options.checkpoint, init_args=arguments))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                _short(error).replace("class_path", "--class").replace("init_args", "--init-args")
-            ) from error
-    project = load_project(options.config, model=options.module_class, data=options.data_class, arguments=PLAIN)
+    read_checkpoint(options.checkpoint, or_weights=True)  # what is wrong with the file is told first
+    arguments = _mapping(options.init_args)
     try:
-        load_checkpoint_(project.module, contents, options.checkpoint)
-    except ExportError as error:  # of another class, or of another width
-        raise ValueError(_short(error)) from error
-    return Loaded(project.module.eval(), project.module if project.datamodule is None else project.datamodule)
-
-
-def _short(error: Exception) -> str:
-    """An error in one line; torch lists every weight that does not fit."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else f"{text[:400]} ..."
+        return Loaded(teacher_from_checkpoint(options.module_class, options.checkpoint, init_args=arguments))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            one_line(error).replace("class_path", "--class").replace("init_args", "--init-args")
+        ) from error
 
 
 def _mapping(text: str | None) -> dict[str, Any]:
@@ -257,7 +233,7 @@ def _steps_of(module: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:  # the user's code may raise anything
         raise CheckError(
-            f"the steps or the data of {type(module).__name__} failed: {type(error).__name__}: {_short(error)}"
+            f"the steps or the data of {type(module).__name__} failed: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 

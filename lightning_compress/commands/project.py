@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -21,7 +21,11 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.commands.config_errors import ConfigError, explanation, innermost, of_configuration, refused
-from lightning_compress.export.onnx import checked_path
+from lightning_compress.commands.exits import UsageError, one_line
+from lightning_compress.export.copying import make_plain_
+from lightning_compress.export.errors import ExportError
+from lightning_compress.export.onnx import checked_path, load_checkpoint_
+from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.loading import import_path
 
 DONE, FAILED, USAGE = 0, 1, 2
@@ -32,6 +36,19 @@ EPILOG = (
     "Exit codes: 0 done, 1 a check failed, 2 bad usage or configuration."
 )
 HELP_POSITION = 4  # from the left; keys are long
+PLAIN = {
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "callbacks": "null",
+    "plugins": "null",
+    "logger": "false",
+    "enable_checkpointing": "false",
+}
+"""Of a Trainer that trains nothing: it needs neither the devices of the training nor its callbacks with their teachers.
+"""
+DOUBLE = (64, "64", "64-true")
+"""Precisions that decide what the data have to be."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +152,67 @@ def load_project(
     except SystemExit as stop:
         raise ConfigError(f"the arguments {list(arguments)} end the program") from stop
     return Project(cli.model, cli.datamodule, cli.trainer)
+
+
+def load_trained(
+    configs: Sequence[str], checkpoint: str, *, model: str | None = None, data: str | None = None
+) -> Project:
+    """Build a LightningCLI project with the weights of a checkpoint, to look at it; nothing is trained.
+
+    The Trainer is a plain one on one device: the accelerator of the config where this machine has it, else the CPU.
+
+    Args:
+        configs: As in :func:`load_project`.
+        checkpoint: A checkpoint of Lightning, or a saved ``state_dict``. Only one that records the structure of a
+            pruned network changes sizes.
+        model: As in :func:`load_project`.
+        data: As in :func:`load_project`.
+
+    Returns:
+        The project; nothing in its module is compiled.
+
+    Raises:
+        ValueError: If the configuration or the checkpoint cannot be used, or one does not fit the other.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config, checkpoint = os.path.join(folder, "c.yaml"), os.path.join(folder, "last.ckpt")
+        ...     with open(config, "w") as file:
+        ...         _ = file.write("model: lightning.pytorch.demos.boring_classes.BoringModel")
+        ...     torch.save(BoringModel().state_dict(), checkpoint)
+        ...     type(load_trained([config], checkpoint).module).__name__
+        'BoringModel'
+    """
+    contents = read_checkpoint(checkpoint, or_weights=True)
+    project = load_project(configs, model=model, data=data, arguments=_plain(configs))
+    try:
+        module = load_checkpoint_(make_plain_(project.module), contents, checkpoint)
+    except ExportError as error:  # of another class, or of another width
+        raise UsageError(one_line(error)) from error
+    return replace(project, module=module)
+
+
+def _plain(configs: Sequence[str]) -> list[str]:
+    """The arguments of LightningCLI for a Trainer that trains nothing."""
+    own: dict[str, Any] = {}
+    for path in configs:
+        settings = _contents(path).get("trainer")
+        own.update(settings if isinstance(settings, Mapping) else {})
+    precision = "64-true" if own.get("precision") in DOUBLE else "null"
+    chosen = {**PLAIN, "accelerator": _accelerator_here(own.get("accelerator", "auto")), "precision": precision}
+    return [f"--trainer.{key}={value}" for key, value in chosen.items()]
+
+
+def _accelerator_here(wanted: Any) -> str:
+    """What a config asks for, where this machine has it; else the CPU."""
+    if wanted == "auto":
+        return "auto"
+    names = {"gpu": ("cuda", "mps")}.get(wanted, (wanted,)) if isinstance(wanted, str) else ()
+    known = import_module("lightning.pytorch.accelerators").AcceleratorRegistry
+    here = any(name in known and known[name]["accelerator"].is_available() for name in names)
+    return str(wanted) if here else "cpu"
 
 
 def _option(name: str, value: str | None) -> list[str]:

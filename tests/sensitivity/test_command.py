@@ -29,7 +29,7 @@ def project(tmp_path, monkeypatch):
     projects.checkpoint("last.ckpt")
     made = []
 
-    def load_project(configs, *, model=None, data=None):
+    def load_project(configs, *, model=None, data=None, arguments=()):
         made.append(projects.project(run.module()))
         return made[-1]
 
@@ -37,7 +37,7 @@ def project(tmp_path, monkeypatch):
         return command.sensitivity(projects.options(*given, *arguments))
 
     run.made, run.module = made, projects.Lit
-    monkeypatch.setattr(command, "load_project", load_project)
+    monkeypatch.setattr("lightning_compress.commands.project.load_project", load_project)
     return run
 
 
@@ -203,7 +203,12 @@ def test_other_bad_input(project, capsys):
     assert "'lost.ckpt' is not there" in capsys.readouterr().err
     torch.save({"state_dict": nn.Linear(1, 1).state_dict()}, "last.ckpt")
     assert project() == 2
-    assert "'last.ckpt' was not saved from a Lit" in capsys.readouterr().err
+    assert "checkpoint 'last.ckpt' does not fit Lit: " in capsys.readouterr().err
+    wide = projects.Lit()
+    wide.net.head = nn.Linear(12, projects.CLASSES)
+    projects.checkpoint("last.ckpt", wide)
+    assert project() == 2
+    assert "size mismatch for net.head.weight" in capsys.readouterr().err
     projects.checkpoint("last.ckpt")
 
     class Without(L.LightningModule):

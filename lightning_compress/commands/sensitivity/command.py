@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from lightning_compress.commands.project import load_project
+from lightning_compress.commands.project import load_trained
 from lightning_compress.commands.sensitivity.budgets import QUANTITIES, Budget, parsed_budget
 from lightning_compress.commands.sensitivity.changes import Change, applied, parsed_levels, planned
 from lightning_compress.commands.sensitivity.costs import Costs, costs_of
@@ -29,7 +29,6 @@ from lightning_compress.commands.sensitivity.plot import draw
 from lightning_compress.commands.sensitivity.suggest import Suggestion, suggest
 from lightning_compress.export.errors import EvaluationError
 from lightning_compress.export.evaluate import RepeatedValidation, repeatedly
-from lightning_compress.export.shrunk import load_shrunk
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.weights import select_weights
 from lightning_compress.report.cells import shown_path
@@ -125,8 +124,8 @@ def sensitivity(options: argparse.Namespace) -> int:
 def _opened(request: _Request, stack: ExitStack) -> tuple[nn.Module, Journal, RepeatedValidation]:
     """The module with the weights of the checkpoint, what was measured before, and its validation."""
     options = request.options
-    project = load_project(options.config, model=getattr(options, "class"), data=options.data_class)
-    module: nn.Module = load_shrunk(project.module, options.checkpoint)
+    project = load_trained(options.config, options.checkpoint, model=getattr(options, "class"), data=options.data_class)
+    module: nn.Module = project.module
     select_weights(module, options.layers, options.exclude)  # selectors that match nothing are told first
     validation = repeatedly(
         module,
