@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -212,6 +213,31 @@ def test_an_option_without_its_value(project, capsys):
 def test_what_the_user_s_own_code_raises_is_raised(argument, error, message, project):
     with pytest.raises(error, match=message):
         main("fit", ["--config", project.base, f"--model.init_args.{argument}"])
+
+
+@BOTH
+def test_ctrl_c_is_told_and_has_its_code(project, capsys, monkeypatch):
+    step = import_module(project.name).LitNet.training_step
+
+    def interrupted(self, batch, batch_idx):
+        signal.raise_signal(signal.SIGINT)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(import_module(project.name).LitNet, "training_step", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    assert main("fit", ["--config", project.base]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "lightning-compress fit: interrupted"
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize(("given", "code"), [(3, 3), (None, 0), ("the user's last words", None)])
+def test_an_exit_of_the_user_s_own_code_is_passed_on(project, monkeypatch, given, code):
+    monkeypatch.setattr(import_module(project.name).LitNet, "training_step", lambda *_: sys.exit(given))
+    if code is not None:
+        assert main("fit", ["--config", project.base]) == code
+    else:
+        with pytest.raises(SystemExit, match=given):
+            main("fit", ["--config", project.base])
 
 
 @BOTH

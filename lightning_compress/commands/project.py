@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -24,11 +25,12 @@ from lightning_compress.commands.config_errors import ConfigError, explanation, 
 from lightning_compress.commands.exits import UsageError, one_line
 from lightning_compress.export.copying import make_plain_
 from lightning_compress.export.errors import ExportError
+from lightning_compress.export.evaluate import interruptible
 from lightning_compress.export.onnx import checked_path, load_checkpoint_
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.loading import import_path
 
-DONE, FAILED, USAGE = 0, 1, 2
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 CLASS_OPTIONS = ("--class", "--data-class")
 """Classes for a config that names none, as those are that a project's own ``LightningCLI(Net, Data)`` has saved."""
 EPILOG = (
@@ -92,6 +94,7 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
 
     Returns:
         0: done. 1: a callback of this package says that its result failed a check. 2: bad usage or configuration.
+        130: interrupted. What the training gives to ``sys.exit``, if it ends so.
 
     Raises:
         Exception: What the training itself raises.
@@ -105,8 +108,13 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     except ConfigError as error:
         sys.stderr.write(f"lightning-compress {subcommand}: {error}\n")
         return USAGE
-    except SystemExit as stop:  # of --help and --print_config
-        return stop.code if isinstance(stop.code, int) else DONE
+    except KeyboardInterrupt:
+        sys.stderr.write(f"lightning-compress {subcommand}: interrupted\n")
+        return INTERRUPTED
+    except SystemExit as stop:  # of --help and --print_config, or of the user's code
+        if not isinstance(stop.code, (int, NoneType)):  # a message, which Python shows
+            raise
+        return stop.code or DONE
     except (TypeError, ValueError) as error:
         if not refused(error):
             raise
@@ -409,6 +417,10 @@ def _cli(namespace: str, subcommand: str, arguments: Arguments, run: bool) -> An
                 keys.update(parser.get_defaults(skip_validation=True).keys())
             return ConfigError(explanation(error, arguments.configs, keys))
 
-    if not run:
-        setattr(ProjectCLI, subcommand, lambda self, **_: None)  # LightningCLI prefers a method of its own
+    def called(self: Any, **options: Any) -> None:
+        if run:
+            with interruptible():
+                getattr(self.trainer, subcommand)(**options)
+
+    setattr(ProjectCLI, subcommand, called)  # LightningCLI prefers a method of its own
     return ProjectCLI
