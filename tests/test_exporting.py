@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from importlib import import_module
 
 import numpy as np
@@ -228,6 +229,22 @@ def test_a_config_whose_devices_and_teachers_are_not_here(project, capsys):
     assert exported(capsys, "last.ckpt", "--config", project.yaml("gpu.yaml", config))[0] == 0
     images = torch.rand(3, 64)
     assert torch.allclose(outputs("last.onnx", images), module(images), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_takes_long_gives_a_sign(project, capsys, monkeypatch):
+    saved(project)
+    said = []
+
+    @contextmanager
+    def sign(shown, what, total=0):
+        said.append((shown, what))
+        yield lambda: None
+
+    monkeypatch.setattr("lightning_compress.commands.export.sign", sign)
+    assert exported(capsys, "last.ckpt", "--config", project.base, "--metric", "val_acc")[0] == 0
+    what = ("Exporting last.onnx", "Validating the network", "Validating the file")
+    assert said == [(True, each) for each in what]
 
 
 @pytest.mark.slow

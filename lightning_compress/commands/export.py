@@ -33,6 +33,7 @@ from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.isolation import quiet
 from lightning_compress.mechanisms.loading import teacher_from_checkpoint
 from lightning_compress.mechanisms.selection import did_you_mean, plain_name
+from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
@@ -102,14 +103,15 @@ def _exported(options: argparse.Namespace) -> str:
         )
     draft = target.with_name(f".{target.stem}-{uuid.uuid4().hex}.onnx")
     try:
-        result = to_onnx(
-            loaded.module,
-            draft,
-            sample,
-            options.precision,
-            None if options.precision == "fp32" else options.checkpoint,
-            network=network,
-        )
+        with sign(True, f"Exporting {target.name}"):
+            result = to_onnx(
+                loaded.module,
+                draft,
+                sample,
+                options.precision,
+                None if options.precision == "fp32" else options.checkpoint,
+                network=network,
+            )
         metrics = _measured(loaded, result, options)
         os.replace(draft, target)
     finally:
@@ -249,7 +251,7 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace)
     """The metric in module and file, in words; beyond the tolerance an error."""
     if options.metric is None:
         return ""
-    with _steps_of(loaded.module):
+    with sign(True, "Validating the network"), _steps_of(loaded.module):
         if result.quantization is None:
             in_module = evaluate_forward(loaded.module, loaded.data)
         else:
@@ -260,7 +262,8 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace)
             f"validation, got '{options.metric}'{did_you_mean(options.metric, in_module)}"
         )
     ours = in_module[options.metric]
-    theirs = evaluate(result.path, loaded.module, loaded.data)[options.metric]
+    with sign(True, "Validating the file"):
+        theirs = evaluate(result.path, loaded.module, loaded.data)[options.metric]
     if options.tolerance is not None and not abs(theirs - ours) <= options.tolerance:  # NaN fails too
         raise CheckError(
             f"{options.metric} is {theirs:.6g} in the file and {ours:.6g} in the module: the difference "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +97,20 @@ def test_it_goes_on_where_it_was(project, validations, capsys):
     assert "6 changes, 5 measured before" in capsys.readouterr().out
     assert project("--method", "bits", "sparsity", "--levels", "bits=8,3", "sparsity=.5", "--metric", "val_loss") == 0
     assert len(validations) == 1 + 6 + 1 + 3 + 3
+
+
+def test_what_takes_long_before_the_first_change_gives_a_sign(project, monkeypatch):
+    monkeypatch.setattr("lightning_compress.mechanisms.signs.is_shown", lambda trainer: trainer is True)
+    said = []
+
+    @contextmanager
+    def bar(_, what, total):
+        said.append(what)
+        yield lambda: None
+
+    monkeypatch.setattr("lightning_compress.mechanisms.signs._tqdm", bar)
+    assert project("--method", "sparsity", "--levels", "sparsity=.5") == 0
+    assert said == ["validating the network as it is", "what each choice costs"]
 
 
 def test_another_checkpoint_or_config_is_refused(project, capsys):

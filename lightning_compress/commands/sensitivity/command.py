@@ -30,6 +30,7 @@ from lightning_compress.commands.sensitivity.suggest import Suggestion, suggest
 from lightning_compress.export.errors import EvaluationError
 from lightning_compress.export.evaluate import RepeatedValidation, repeatedly
 from lightning_compress.export.weights import read_checkpoint
+from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.weights import select_weights
 from lightning_compress.report.cells import shown_path
 
@@ -149,7 +150,8 @@ def _measured(
     options = request.options
     try:
         if journal.plain is None:
-            journal.add(None, validation.run())
+            with sign(True, "validating the network as it is"):
+                journal.add(None, validation.run())
         layers = find_layers(validation.module, lambda: validation.run(batches=1), options.layers, options.exclude)
     except EvaluationError as error:
         raise _Stop(str(error)) from error
@@ -157,7 +159,8 @@ def _measured(
     with _usage():
         metric = choose_metric(plain, options.metric, options.mode)
         _check_methods(request, layers)
-        costs = {method: costs_of(method, module, layers, levels) for method, levels in request.levels.items()}
+        with sign(True, "what each choice costs"):  # networks of many weights take long to deflate
+            costs = {method: costs_of(method, module, layers, levels) for method, levels in request.levels.items()}
         for method, own in costs.items():
             if request.budget is not None and method in QUANTITIES[request.budget.quantity]:
                 own.check(request.budget)
