@@ -75,8 +75,7 @@ def export(options: argparse.Namespace) -> int:
         2
     """
     try:
-        with quiet([*LIGHTNING_LOGGERS, "lightning_fabric"]):
-            line = _exported(options)
+        line = _exported(options)
     except (ExportError, EvaluationError, CheckError) as error:
         return _ended(FAILED, str(error))
     except (ValueError, TypeError, OSError, ImportError, CaptureError) as error:
@@ -89,21 +88,11 @@ def _exported(options: argparse.Namespace) -> str:
     target = checked_path(options.out or f"{Path(options.checkpoint).stem}.onnx")
     _check(options)
     require_onnx()
-    sample = _given_sample(options)
-    loaded = _loaded(options)
-    if options.metric is not None:
-        _require_validation(loaded, options.metric)
-    network = options.network
-    if sample is None and loaded.data is not None:
-        network, sample = _received(loaded, network)
-    elif sample is None and getattr(loaded.module, "example_input_array", None) is None:
-        name = type(loaded.module).__name__
-        raise ValueError(
-            f"the network's input is not known: give --sample, --shape or --config; {name} has no example_input_array"
-        )
+    with _working(f"Loading {os.path.basename(options.checkpoint)}"):
+        loaded, network, sample = _loaded_with_input(options)
     draft = target.with_name(f".{target.stem}-{uuid.uuid4().hex}.onnx")
     try:
-        with sign(True, f"Exporting {target.name}"):
+        with _working(f"Exporting {target.name}"):
             result = to_onnx(
                 loaded.module,
                 draft,
@@ -118,6 +107,29 @@ def _exported(options: argparse.Namespace) -> str:
         draft.unlink(missing_ok=True)
     difference = f"largest difference to the checkpoint {result.max_logit_difference:.2g}"
     return f"wrote {shown_path(target)} ({result.precision}, {size(result.bytes)}; {difference}{metrics})"
+
+
+def _loaded_with_input(options: argparse.Namespace) -> tuple[Loaded, str | None, Any]:
+    """The module, the name of its network, and the network's input; None: as the module says."""
+    sample = _given_sample(options)
+    loaded = _loaded(options)
+    if options.metric is not None:
+        _require_validation(loaded, options.metric)
+    if sample is None and loaded.data is not None:
+        return loaded, *_received(loaded, options.network)
+    if sample is None and getattr(loaded.module, "example_input_array", None) is None:
+        name = type(loaded.module).__name__
+        raise ValueError(
+            f"the network's input is not known: give --sample, --shape or --config; {name} has no example_input_array"
+        )
+    return loaded, options.network, sample
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    """A sign, which has to be there before all else is silent."""
+    with sign(True, what), quiet([*LIGHTNING_LOGGERS, "lightning_fabric"]):
+        yield
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -251,7 +263,7 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace)
     """The metric in module and file, in words; beyond the tolerance an error."""
     if options.metric is None:
         return ""
-    with sign(True, "Validating the network"), _steps_of(loaded.module):
+    with _working("Validating the network"), _steps_of(loaded.module):
         if result.quantization is None:
             in_module = evaluate_forward(loaded.module, loaded.data)
         else:
@@ -262,7 +274,7 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace)
             f"validation, got '{options.metric}'{did_you_mean(options.metric, in_module)}"
         )
     ours = in_module[options.metric]
-    with sign(True, "Validating the file"):
+    with _working("Validating the file"):
         theirs = evaluate(result.path, loaded.module, loaded.data)[options.metric]
     if options.tolerance is not None and not abs(theirs - ours) <= options.tolerance:  # NaN fails too
         raise CheckError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,7 +101,7 @@ def test_it_goes_on_where_it_was(project, validations, capsys):
 
 
 def test_what_takes_long_before_the_first_change_gives_a_sign(project, monkeypatch):
-    monkeypatch.setattr("lightning_compress.mechanisms.signs.is_shown", lambda trainer: trainer is True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     said = []
 
     @contextmanager
