@@ -275,9 +275,9 @@ def _add_sweep(commands: Commands) -> None:
     sweep = commands.add_parser(
         "sweep",
         help="write a Weights & Biases sweep over the fields of a recipe",
-        usage="%(prog)s [-h] RECIPE.yaml [--vary KEY=min..max ...] [--metric NAME] [--method METHOD] -- COMMAND ...",
+        usage="%(prog)s [-h] RECIPE.yaml [--vary KEY=min..max ...] [--metric NAME] [--method METHOD] [-- COMMAND ...]",
         description="Write the configuration of a sweep whose runs are `lightning-compress run` with other values in "
-        "the recipe. Nothing is started.",
+        "the recipe. Nothing is started. Without a COMMAND, python train.py stands in the file.",
         allow_abbrev=False,
     )
     sweep.add_argument("recipe", metavar="RECIPE.yaml", help="callbacks, export and apply_to")

@@ -20,6 +20,8 @@ from lightning_compress.report.units import significant
 DONE, USAGE = 0, 2
 POINTS = 5
 """Values of a range where the method takes no ranges."""
+PLACEHOLDER = ("python", "train.py")
+"""Stands in the file where the user gives no command."""
 _HEAD = """\
 # Start it with `wandb sweep {file}`, and agents, in the folder of the recipe, with the line that this prints.
 # The script has to log to Weights & Biases, as Trainer(logger=WandbLogger()) does.
@@ -31,7 +33,7 @@ def sweep(options: argparse.Namespace, command: Sequence[str]) -> int:
 
     Args:
         options: ``recipe``, ``metric``, ``goal``, ``method``, ``out`` and ``vary`` of the command line.
-        command: What each run trains with.
+        command: What each run trains with; none: a placeholder is written, and that is told.
 
     Returns:
         0: written. 2: bad usage.
@@ -42,23 +44,18 @@ def sweep(options: argparse.Namespace, command: Sequence[str]) -> int:
         2
     """
     try:
-        if not command:
-            raise ValueError(
-                "the command that each run trains with is missing, as in: "
-                f"lightning-compress sweep {options.recipe} -- python train.py"
-            )
         if os.path.exists(options.out):
             raise ValueError(f"'{options.out}' exists already; remove it, or give another --out")
         recipe = load_recipe(options.recipe)
         metric = options.metric or exported_metric(recipe)
         parameters = chosen(recipe, options.vary)
-        content = configuration(recipe.path, parameters, metric, options.goal, options.method, command)
+        content = configuration(recipe.path, parameters, metric, options.goal, options.method, command or PLACEHOLDER)
         text = _HEAD.format(file=options.out) + yaml.safe_dump(content, sort_keys=False, width=110)
         Path(options.out).write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.stderr.write(f"lightning-compress sweep: error: {error}\n")
         return USAGE
-    sys.stdout.write(_summary(content, options.out))
+    sys.stdout.write(_summary(content, options.out, given=bool(command)))
     return DONE
 
 
@@ -143,7 +140,7 @@ def _points(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"values": [round(low + (high - low) * share, 6) for share in shares]}
 
 
-def _summary(content: Mapping[str, Any], out: str) -> str:
+def _summary(content: Mapping[str, Any], out: str, *, given: bool) -> str:
     count = len(content["parameters"])
     lines = [f"wrote {out}: method {content['method']}, {count} parameter{'' if count == 1 else 's'}"]
     if "metric" in content:
@@ -152,4 +149,6 @@ def _summary(content: Mapping[str, Any], out: str) -> str:
     for key, entry in content["parameters"].items():
         what = ", ".join(map(str, entry["values"])) if "values" in entry else f"{entry['min']} to {entry['max']}"
         lines.append(f"  {key.ljust(width)}  {what}")
+    if not given:
+        lines.append(f"no command was given behind --: replace {' '.join(PLACEHOLDER)} in {out} by what trains, first")
     return "\n".join([*lines, f"start it with: wandb sweep {out}"]) + "\n"
