@@ -11,13 +11,13 @@ from importlib import import_module
 from typing import TypeAlias
 
 from lightning_compress import __version__
+from lightning_compress.commands.exits import INTERRUPTED, USAGE, ended
 
 CHILD_COMMANDS = ("run", "plan")
 """These start a command of the user's, which comes behind ``--``."""
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 """These hand all their arguments to LightningCLI."""
 COMMANDS = ("demo", *CHILD_COMMANDS, *LIGHTNING_COMMANDS, "export", "report", "recipes", "sensitivity", "sweep")
-USAGE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"'{options.command}' takes no command behind --")
     except SystemExit as stop:  # argparse has written what it had to say
         return stop.code if isinstance(stop.code, int) else 0
-    return _DISPATCH[options.command](options, command)
+    try:
+        return _DISPATCH[options.command](options, command)
+    except KeyboardInterrupt:
+        return ended(options.command, INTERRUPTED, "interrupted")
 
 
 def _called(module: str, function: str, *arguments: object, **options: object) -> int:
@@ -106,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-compress",
         description="Compress an untouched PyTorch Lightning project.",
-        epilog="exit codes: 0 done, 1 a check failed (tolerance, parity), 2 bad usage",
+        epilog="exit codes: 0 done, 1 a check failed (tolerance, parity), 2 bad usage, 130 interrupted",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

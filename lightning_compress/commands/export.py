@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from torch import nn
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.base import TrainerCallback
-from lightning_compress.commands.exits import one_line
+from lightning_compress.commands.exits import DONE, FAILED, USAGE, ended, one_line
 from lightning_compress.commands.project import current_folder_importable, load_trained
 from lightning_compress.export.copying import independent_copy
 from lightning_compress.export.errors import EvaluationError, ExportError
@@ -39,7 +38,6 @@ from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size
 
-DONE, FAILED, USAGE = 0, 1, 2
 SEED = 0  # of the random input that --shape asks for
 
 
@@ -77,10 +75,10 @@ def export(options: argparse.Namespace) -> int:
     try:
         line = _exported(options)
     except (ExportError, EvaluationError, CheckError) as error:
-        return _ended(FAILED, str(error))
+        return ended("export", FAILED, str(error))
     except (ValueError, TypeError, OSError, ImportError, CaptureError) as error:
-        return _ended(USAGE, str(error))
-    return _ended(DONE, line)
+        return ended("export", USAGE, str(error))
+    return ended("export", DONE, line)
 
 
 def _exported(options: argparse.Namespace) -> str:
@@ -282,10 +280,3 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace)
             f"{abs(theirs - ours):.3g} is beyond the tolerance of {options.tolerance:g}; the file was not kept"
         )
     return f"; {options.metric} {shown_metric(theirs)} in the file, {shown_metric(ours)} in the module"
-
-
-def _ended(code: int, message: str) -> int:
-    stream = sys.stdout if code == DONE else sys.stderr
-    stream.write(f"lightning-compress export: {message}\n")
-    stream.flush()
-    return code

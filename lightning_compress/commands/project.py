@@ -22,7 +22,7 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.commands.config_errors import ConfigError, explanation, innermost, of_configuration, refused
-from lightning_compress.commands.exits import UsageError, one_line
+from lightning_compress.commands.exits import DONE, FAILED, INTERRUPTED, USAGE, UsageError, ended, one_line
 from lightning_compress.export.copying import make_plain_
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import interruptible
@@ -30,7 +30,6 @@ from lightning_compress.export.onnx import checked_path, load_checkpoint_
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.loading import import_path
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 CLASS_OPTIONS = ("--class", "--data-class")
 """Classes for a config that names none, as those are that a project's own ``LightningCLI(Net, Data)`` has saved."""
 EPILOG = (
@@ -106,11 +105,9 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     try:
         trainer = _called(_read(arguments), subcommand, run=True).trainer
     except ConfigError as error:
-        sys.stderr.write(f"lightning-compress {subcommand}: {error}\n")
-        return USAGE
+        return ended(subcommand, USAGE, str(error))
     except KeyboardInterrupt:
-        sys.stderr.write(f"lightning-compress {subcommand}: interrupted\n")
-        return INTERRUPTED
+        return ended(subcommand, INTERRUPTED, "interrupted")
     except SystemExit as stop:  # of --help and --print_config, or of the user's code
         if not isinstance(stop.code, (int, NoneType)):  # a message, which Python shows
             raise
@@ -118,12 +115,11 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     except (TypeError, ValueError) as error:
         if not refused(error):
             raise
-        sys.stderr.write(f"lightning-compress {subcommand}: {refused(error)}\n")
-        return USAGE
+        return ended(subcommand, USAGE, refused(error))
     ours = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
     failures = [f"{callback.name}: {callback.failure}" for callback in ours if callback.failure]
     if failures and trainer.is_global_zero:
-        sys.stderr.write(f"lightning-compress {subcommand}: {'; '.join(failures)}\n")
+        ended(subcommand, FAILED, "; ".join(failures))
     return FAILED if failures else DONE
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_compress.callbacks.base import announce
+from lightning_compress.commands.exits import DONE, FAILED, USAGE, ended, one_line
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.find import find_reports, read_report, run_names
 from lightning_compress.report.pareto import Pareto, pareto
@@ -22,7 +23,6 @@ from lightning_compress.report.write import write_report
 
 OUT = "compression_pareto"
 """Where the Pareto table is written, if nothing else is said."""
-DONE, FAILED, USAGE = 0, 1, 2
 
 
 def report(options: argparse.Namespace) -> int:
@@ -52,9 +52,9 @@ def report(options: argparse.Namespace) -> int:
         sources = {name: shown_path(path) for name, path in zip(reports, paths, strict=True)}
         files = write_pareto(table, sources, options.out or OUT)
     except (ValueError, ImportError) as error:
-        return _ended(USAGE, str(error))
+        return ended("report", USAGE, str(error))
     except OSError as error:
-        return _ended(USAGE, f"the files cannot be written: {error}")
+        return ended("report", USAGE, f"the files cannot be written: {error}")
     announce(pareto_console(table))
     sys.stdout.write(f"wrote {', '.join(shown_path(path) for path in files)}\n")
     return DONE if options.wandb is None else _logged(options.wandb, table, sources, files)
@@ -104,10 +104,5 @@ def _logged(project: str, table: Pareto, sources: Mapping[str, str], files: Pare
                 }
             )
     except wandb.Error as error:
-        return _ended(FAILED, f"the table was written, and W&B did not take it: {' '.join(str(error).split())}")
+        return ended("report", FAILED, f"the table was written, and W&B did not take it: {one_line(error)}")
     return DONE
-
-
-def _ended(code: int, message: str) -> int:
-    sys.stderr.write(f"lightning-compress report: {message}\n")
-    return code

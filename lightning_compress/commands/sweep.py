@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 
 from lightning_compress.callbacks.export import ExportCallback
+from lightning_compress.commands.exits import DONE, USAGE, ended
 from lightning_compress.commands.sweep_fields import chosen
 from lightning_compress.recipe import Recipe, load_recipe
 from lightning_compress.report.directions import direction
 from lightning_compress.report.units import significant
 
-DONE, USAGE = 0, 2
 POINTS = 5
 """Values of a range where the method takes no ranges."""
 PLACEHOLDER = ("python", "train.py")
@@ -53,8 +53,7 @@ def sweep(options: argparse.Namespace, command: Sequence[str]) -> int:
         text = _HEAD.format(file=options.out) + yaml.safe_dump(content, sort_keys=False, width=110)
         Path(options.out).write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"lightning-compress sweep: error: {error}\n")
-        return USAGE
+        return ended("sweep", USAGE, str(error))
     sys.stdout.write(_summary(content, options.out, given=bool(command)))
     return DONE
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from lightning_compress.commands.exits import DONE, INTERRUPTED, USAGE, ended
 from lightning_compress.commands.project import load_trained
 from lightning_compress.commands.sensitivity.budgets import QUANTITIES, Budget, parsed_budget
 from lightning_compress.commands.sensitivity.changes import Change, applied, parsed_levels, planned
@@ -34,7 +35,6 @@ from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.weights import select_weights
 from lightning_compress.report.cells import shown_path
 
-DONE, USAGE, INTERRUPTED = 0, 2, 130
 METHODS = ("bits", "sparsity")
 """What is measured if nothing else is asked for."""
 
@@ -115,10 +115,12 @@ def sensitivity(options: argparse.Namespace) -> int:
             with _usage():
                 _write(request, findings, costs, module)
         except _Stop as stop:
-            return _ended(USAGE, str(stop))
+            return ended("sensitivity", USAGE, str(stop))
         except KeyboardInterrupt:
             kept = shown_path(Path(options.out) / NAME)
-            return _ended(INTERRUPTED, f"interrupted; what was measured is in {kept}, and the same command goes on")
+            return ended(
+                "sensitivity", INTERRUPTED, f"interrupted; what was measured is in {kept}, and the same command goes on"
+            )
     return DONE
 
 
@@ -252,8 +254,3 @@ def _how_to_run(request: _Request, path: Path, method: str) -> str:
 def _say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
-
-
-def _ended(code: int, message: str) -> int:
-    sys.stderr.write(f"lightning-compress sensitivity: {message}\n")
-    return code
