@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from contextlib import contextmanager
 from importlib import import_module
@@ -230,6 +231,18 @@ def test_a_config_whose_devices_and_teachers_are_not_here(project, capsys):
     assert exported(capsys, "last.ckpt", "--config", project.yaml("gpu.yaml", config))[0] == 0
     images = torch.rand(3, 64)
     assert torch.allclose(outputs("last.onnx", images), module(images), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_project_s_validation(project, capsys, monkeypatch):
+    saved(project)
+    monkeypatch.setattr(
+        import_module(project.name).LitNet, "validation_step", lambda *_: signal.raise_signal(signal.SIGINT)
+    )
+    handler = signal.getsignal(signal.SIGINT)
+    assert exported(capsys, "last.ckpt", "--config", project.base) == (130, "lightning-compress export: interrupted")
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not list(project.folder.glob("*.onnx"))
 
 
 @pytest.mark.slow

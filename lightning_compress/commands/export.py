@@ -23,7 +23,13 @@ from lightning_compress.commands.exits import DONE, FAILED, USAGE, ended, one_li
 from lightning_compress.commands.project import current_folder_importable, load_trained
 from lightning_compress.export.copying import independent_copy
 from lightning_compress.export.errors import EvaluationError, ExportError
-from lightning_compress.export.evaluate import LIGHTNING_LOGGERS, evaluate, evaluate_forward, evaluate_quantized
+from lightning_compress.export.evaluate import (
+    LIGHTNING_LOGGERS,
+    evaluate,
+    evaluate_forward,
+    evaluate_quantized,
+    interruptible,
+)
 from lightning_compress.export.onnx import ExportResult, checked_path, to_onnx
 from lightning_compress.export.runtime import require_onnx
 from lightning_compress.export.sample import Sample, defines, read_sample
@@ -125,8 +131,8 @@ def _loaded_with_input(options: argparse.Namespace) -> tuple[Loaded, str | None,
 
 @contextmanager
 def _working(what: str) -> Iterator[None]:
-    """A sign, which has to be there before all else is silent."""
-    with sign(True, what), quiet([*LIGHTNING_LOGGERS, "lightning_fabric"]):
+    """A sign, which has to be there before all else is silent; Ctrl-C stays one whatever Lightning makes of it."""
+    with sign(True, what), quiet([*LIGHTNING_LOGGERS, "lightning_fabric"]), interruptible():
         yield
 
 
