@@ -23,7 +23,7 @@ from lightning_compress.commands.sensitivity.budgets import QUANTITIES, Budget, 
 from lightning_compress.commands.sensitivity.changes import Change, applied, parsed_levels, planned
 from lightning_compress.commands.sensitivity.costs import Costs, costs_of
 from lightning_compress.commands.sensitivity.findings import Findings, title_of, to_console, to_json, to_markdown
-from lightning_compress.commands.sensitivity.journal import NAME, Journal, file_hash, files_hash
+from lightning_compress.commands.sensitivity.journal import NAME, Journal, files_hash
 from lightning_compress.commands.sensitivity.layers import Layer, find_layers
 from lightning_compress.commands.sensitivity.metrics import choose_metric
 from lightning_compress.commands.sensitivity.plot import draw
@@ -34,6 +34,7 @@ from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.weights import select_weights
 from lightning_compress.report.cells import shown_path
+from lightning_compress.tracking.exported import file_digest
 
 METHODS = ("bits", "sparsity")
 """What is measured if nothing else is asked for."""
@@ -71,7 +72,7 @@ class _Request:
         """What measurements depend on."""
         options = self.options
         return {
-            "checkpoint": file_hash(options.checkpoint),
+            "checkpoint": file_digest(options.checkpoint),
             "config": files_hash(options.config),
             "class": getattr(options, "class"),
             "data-class": options.data_class,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_compress.commands.sensitivity.changes import Change
+from lightning_compress.tracking.exported import file_digest
 
 SCHEMA = 1
 NAME = "sensitivity.jsonl"
@@ -117,22 +118,6 @@ class Journal:
             )
 
 
-def file_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's contents.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.NamedTemporaryFile() as file:
-        ...     file_hash(file.name)[:8]
-        'e3b0c442'
-    """
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def files_hash(paths: Sequence[str]) -> str:
     """SHA-256 of the contents of several files, in their order.
 
@@ -140,4 +125,4 @@ def files_hash(paths: Sequence[str]) -> str:
         >>> files_hash([])[:8]
         'e3b0c442'
     """
-    return hashlib.sha256("".join(map(file_hash, paths)).encode()).hexdigest()
+    return hashlib.sha256("".join(map(file_digest, paths)).encode()).hexdigest()

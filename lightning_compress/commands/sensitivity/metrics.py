@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_compress.mechanisms.selection import did_you_mean, listing
-from lightning_compress.report.directions import direction
-
-MODES = ("min", "max")
+from lightning_compress.report.directions import direction, preferred
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,8 @@ def choose_metric(metrics: Mapping[str, float], name: str | None = None, mode: s
             f"--metric '{name}' is not among the metrics of the validation, {listing(list(metrics))}"
             f"{did_you_mean(name, metrics)}"
         )
-    guessed = {own: direction(own) for own in metrics}
-    chosen = name
-    if chosen is None:
-        by_direction = [own for wanted in ("max", "min", None) for own in metrics if guessed[own] == wanted]
-        chosen = by_direction[0]
-    way = mode or guessed[chosen]
+    chosen = preferred(metrics) if name is None else name
+    way = mode or direction(chosen)
     if way is None:
         raise ValueError(
             f"whether '{chosen}' is better when it is higher cannot be told by its name: give --mode min|max"
