@@ -189,9 +189,7 @@ def _add_export(commands: Commands) -> None:
         allow_abbrev=False,
     )
     export.add_argument("checkpoint", metavar="CKPT", help="as Lightning has written it")
-    export.add_argument("--class", dest="module_class", metavar="pkg.Module", help="of the LightningModule")
-    export.add_argument("--data-class", metavar="pkg.Data", help="for a config that names no class")
-    export.add_argument("--config", metavar="C.yaml", action="append", default=[], help="of LightningCLI; repeatable")
+    _add_project(export)
     export.add_argument(
         "--init-args", metavar="YAML", help="with --class: arguments that the checkpoint does not hold, {width: 16}"
     )
@@ -203,6 +201,13 @@ def _add_export(commands: Commands) -> None:
     sample.add_argument("--shape", metavar="1,3,32,32", help="of a random input")
     export.add_argument("--metric", metavar="NAME", help="of the validation, measured in module and file")
     export.add_argument("--tolerance", metavar="X", type=float, help="largest accepted difference of --metric")
+
+
+def _add_project(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", metavar="C.yaml", action="append", default=[], help="of the LightningCLI project; more overrule it")
+    add("--class", dest="module_class", metavar="pkg.Module", help="the LightningModule, where no config names it")
+    add("--data-class", metavar="pkg.Data", help="the LightningDataModule, likewise")
 
 
 def _add_report(commands: Commands) -> None:
@@ -239,9 +244,7 @@ def _add_sensitivity(commands: Commands) -> None:
     )
     add = sensitivity.add_argument
     add("checkpoint", metavar="CKPT", help="what Lightning saved")
-    add("--config", metavar="C.yaml", action="append", default=[], help="of the LightningCLI project; more overrule it")
-    add("--class", metavar="pkg.Module", help="the LightningModule, where the config does not name it")
-    add("--data-class", metavar="pkg.Data", help="the LightningDataModule, likewise")
+    _add_project(sensitivity)
     methods = ("bits", "sparsity", "filters")
     what = "bits, sparsity, filters; default: the first two"
     add("--method", metavar="METHOD", nargs="+", action="extend", choices=methods, help=what)

@@ -74,7 +74,7 @@ class _Request:
         return {
             "checkpoint": file_digest(options.checkpoint),
             "config": files_hash(options.config),
-            "class": getattr(options, "class"),
+            "class": options.module_class,
             "data-class": options.data_class,
             "limit-batches": options.limit_batches,
         }
@@ -128,7 +128,7 @@ def sensitivity(options: argparse.Namespace) -> int:
 def _opened(request: _Request, stack: ExitStack) -> tuple[nn.Module, Journal, RepeatedValidation]:
     """The module with the weights of the checkpoint, what was measured before, and its validation."""
     options = request.options
-    project = load_trained(options.config, options.checkpoint, model=getattr(options, "class"), data=options.data_class)
+    project = load_trained(options.config, options.checkpoint, model=options.module_class, data=options.data_class)
     module: nn.Module = project.module
     select_weights(module, options.layers, options.exclude)  # selectors that match nothing are told first
     validation = repeatedly(
