@@ -149,6 +149,12 @@ def test_bad_usage_is_told_and_writes_nothing(what, project, capsys):
     assert {path.name for path in project.folder.iterdir()} - set(before) <= {"__pycache__"}
 
 
+def test_a_fault_of_our_own_is_no_bad_usage(monkeypatch):
+    monkeypatch.setattr("lightning_compress.commands.export._loaded", lambda _: int("ours"))
+    with pytest.raises(ValueError, match="ours"):
+        main(["export", "last.ckpt", "--class", "pkg.Net", "--shape", "1,2"])
+
+
 @pytest.mark.slow
 def test_a_class_and_a_shape(project, capsys):
     module = saved(project, width=4)

@@ -153,6 +153,13 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything(here, capsys)
     assert captured.out == ""
 
 
+def test_a_fault_of_our_own_is_no_bad_usage(here, monkeypatch):
+    left(here / "a")
+    monkeypatch.setattr("lightning_compress.commands.report.write_pareto", lambda *_: int("ours"))
+    with pytest.raises(ValueError, match="ours"):
+        main(["report", "a", "--metric", "val_acc"])
+
+
 def test_without_wandb_nothing_is_begun(here, capsys, monkeypatch):
     left(here / "a")
     monkeypatch.setattr("lightning_compress.tracking.pareto_run.find_spec", lambda name: None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 LONGEST = 400
@@ -11,6 +13,32 @@ LONGEST = 400
 
 class UsageError(ValueError):
     """What a command was given cannot work; the message names the argument, the value, and what is accepted."""
+
+
+@contextmanager
+def checking(*errors: type[Exception]) -> Iterator[None]:
+    """Where something looks at what a command was given, and says with some errors that it cannot work.
+
+    Nothing else belongs inside: a fault of this package is to end in a traceback.
+
+    Args:
+        errors: What it raises.
+
+    Raises:
+        UsageError: In their place, with the same message.
+
+    Example:
+        >>> with checking(FileNotFoundError):
+        ...     raise FileNotFoundError("there is no file 'a.pt'")
+        Traceback (most recent call last):
+        lightning_compress.commands.exits.UsageError: there is no file 'a.pt'
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except errors as error:
+        raise UsageError(str(error)) from error
 
 
 def ended(command: str, code: int, message: str) -> int:

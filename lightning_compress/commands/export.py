@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.base import TrainerCallback
-from lightning_compress.commands.exits import DONE, FAILED, USAGE, ended, one_line
+from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended, one_line
 from lightning_compress.commands.project import current_folder_importable, load_trained
 from lightning_compress.export.copying import independent_copy
 from lightning_compress.export.errors import EvaluationError, ExportError
@@ -82,21 +82,22 @@ def export(options: argparse.Namespace) -> int:
         line = _exported(options)
     except (ExportError, EvaluationError, CheckError) as error:
         return ended("export", FAILED, str(error))
-    except (ValueError, TypeError, OSError, ImportError, CaptureError) as error:
+    except (UsageError, OSError) as error:
         return ended("export", USAGE, str(error))
     return ended("export", DONE, line)
 
 
 def _exported(options: argparse.Namespace) -> str:
     """Check what can be checked without the module, then load, write and measure."""
-    target = checked_path(options.out or f"{Path(options.checkpoint).stem}.onnx")
-    _check(options)
-    require_onnx()
+    with checking(ValueError, ImportError):
+        target = checked_path(options.out or f"{Path(options.checkpoint).stem}.onnx")
+        _check(options)
+        require_onnx()
     with _working(f"Loading {os.path.basename(options.checkpoint)}"):
         loaded, network, sample = _loaded_with_input(options)
     draft = target.with_name(f".{target.stem}-{uuid.uuid4().hex}.onnx")
     try:
-        with _working(f"Exporting {target.name}"):
+        with _working(f"Exporting {target.name}"), checking(ValueError, TypeError, CaptureError):
             result = to_onnx(
                 loaded.module,
                 draft,
@@ -120,10 +121,11 @@ def _loaded_with_input(options: argparse.Namespace) -> tuple[Loaded, str | None,
     if options.metric is not None:
         _require_validation(loaded, options.metric)
     if sample is None and loaded.data is not None:
-        return loaded, *_received(loaded, options.network)
+        with checking(ValueError, CaptureError):
+            return loaded, *_received(loaded, options.network)
     if sample is None and getattr(loaded.module, "example_input_array", None) is None:
         name = type(loaded.module).__name__
-        raise ValueError(
+        raise UsageError(
             f"the network's input is not known: give --sample, --shape or --config; {name} has no example_input_array"
         )
     return loaded, options.network, sample
@@ -138,15 +140,15 @@ def _working(what: str) -> Iterator[None]:
 
 def _check(options: argparse.Namespace) -> None:
     if not options.config and options.module_class is None:
-        raise ValueError("the module is missing: give --class pkg.Module, or --config C.yaml of a LightningCLI project")
+        raise UsageError("the module is missing: give --class pkg.Module, or --config C.yaml of a LightningCLI project")
     if options.config and options.init_args is not None:
-        raise ValueError("--init-args belongs to --class; with --config the arguments are those of the config")
+        raise UsageError("--init-args belongs to --class; with --config the arguments are those of the config")
     if options.metric is not None and not options.config:
-        raise ValueError("--metric is measured in the project's validation, which needs --config")
+        raise UsageError("--metric is measured in the project's validation, which needs --config")
     if options.tolerance is not None and options.metric is None:
-        raise ValueError(f"--tolerance {options.tolerance:g} says how far a metric may move, but --metric is not given")
+        raise UsageError(f"--tolerance {options.tolerance:g} says how far a metric may move, but --metric is not given")
     if options.tolerance is not None and not 0 <= options.tolerance < math.inf:
-        raise ValueError(f"--tolerance must be a number of at least 0, got {options.tolerance:g}")
+        raise UsageError(f"--tolerance must be a number of at least 0, got {options.tolerance:g}")
 
 
 # The module
@@ -158,12 +160,13 @@ def _loaded(options: argparse.Namespace) -> Loaded:
         project = load_trained(options.config, options.checkpoint, model=options.module_class, data=options.data_class)
         return Loaded(project.module.eval(), project.module if project.datamodule is None else project.datamodule)
     current_folder_importable()
-    read_checkpoint(options.checkpoint, or_weights=True)  # what is wrong with the file is told first
+    with checking(ValueError, OSError):
+        read_checkpoint(options.checkpoint, or_weights=True)  # what is wrong with the file is told first
     arguments = _mapping(options.init_args)
     try:
         return Loaded(teacher_from_checkpoint(options.module_class, options.checkpoint, init_args=arguments))
     except (ValueError, TypeError) as error:
-        raise ValueError(
+        raise UsageError(
             one_line(error).replace("class_path", "--class").replace("init_args", "--init-args")
         ) from error
 
@@ -174,9 +177,9 @@ def _mapping(text: str | None) -> dict[str, Any]:
     try:
         found = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--init-args is not YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"--init-args is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise ValueError(f"--init-args must be a mapping such as '{{width: 16}}', got {text!r}")
+        raise UsageError(f"--init-args must be a mapping such as '{{width: 16}}', got {text!r}")
     return found
 
 
@@ -188,11 +191,12 @@ def _given_sample(options: argparse.Namespace) -> Any:
     if options.shape is not None:
         parts = options.shape.split(",")
         if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            raise ValueError(f"--shape must be whole numbers such as 1,3,32,32, got '{options.shape}'")
+            raise UsageError(f"--shape must be whole numbers such as 1,3,32,32, got '{options.shape}'")
         return torch.randn(*map(int, parts), generator=torch.Generator().manual_seed(SEED))
     if options.sample is None:
         return None
-    return read_sample(options.sample)
+    with checking(ValueError):
+        return read_sample(options.sample)
 
 
 class _FirstInput(TrainerCallback):
@@ -235,7 +239,7 @@ def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
                 trainer.fit(duplicate, datamodule=source)
         call, name = capture.last_call, capture.network
     if call is None or name is None:
-        raise ValueError(
+        raise UsageError(
             f"the steps of {type(loaded.module).__name__} call no single network; name it with --network, and give its "
             "input with --sample or --shape"
         )
@@ -260,7 +264,7 @@ def _steps_of(module: nn.Module) -> Iterator[None]:
 
 def _require_validation(loaded: Loaded, metric: str) -> None:
     if not (defines(loaded.module, "validation_step") and defines(loaded.data, "val_dataloader")):
-        raise ValueError(f"--metric {metric} is measured in validation, and {type(loaded.module).__name__} has none")
+        raise UsageError(f"--metric {metric} is measured in validation, and {type(loaded.module).__name__} has none")
 
 
 def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace) -> str:
@@ -273,7 +277,7 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace)
         else:
             in_module = evaluate_quantized(loaded.module, loaded.data, result.quantization)
     if options.metric not in in_module:
-        raise ValueError(
+        raise UsageError(
             f"--metric must be one of {', '.join(sorted(in_module))}, which {type(loaded.module).__name__} logs in "
             f"validation, got '{options.metric}'{did_you_mean(options.metric, in_module)}"
         )

@@ -22,7 +22,7 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.commands.config_errors import ConfigError, explanation, innermost, of_configuration, refused
-from lightning_compress.commands.exits import DONE, FAILED, INTERRUPTED, USAGE, UsageError, ended, one_line
+from lightning_compress.commands.exits import DONE, FAILED, INTERRUPTED, USAGE, UsageError, checking, ended, one_line
 from lightning_compress.export.copying import make_plain_
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import interruptible
@@ -176,7 +176,7 @@ def load_trained(
         The project; nothing in its module is compiled.
 
     Raises:
-        ValueError: If the configuration or the checkpoint cannot be used, or one does not fit the other.
+        UsageError: If the configuration or the checkpoint cannot be used, or one does not fit the other.
 
     Example:
         >>> import os, tempfile, torch
@@ -189,11 +189,12 @@ def load_trained(
         ...     type(load_trained([config], checkpoint).module).__name__
         'BoringModel'
     """
-    contents = read_checkpoint(checkpoint, or_weights=True)
+    with checking(ValueError, OSError):
+        contents = read_checkpoint(checkpoint, or_weights=True)
     project = load_project(configs, model=model, data=data, arguments=_plain(configs))
     try:
         module = load_checkpoint_(make_plain_(project.module), contents, checkpoint)
-    except ExportError as error:  # of another class, or of another width
+    except (ExportError, ValueError) as error:  # of another class, or of another width
         raise UsageError(one_line(error)) from error
     return replace(project, module=module)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_compress.callbacks.base import announce
-from lightning_compress.commands.exits import DONE, FAILED, USAGE, ended, one_line
+from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended, one_line
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.find import find_reports, read_report, run_names
 from lightning_compress.report.pareto import pareto
@@ -36,19 +36,21 @@ def report(options: argparse.Namespace) -> int:
         2
     """
     try:
-        if options.wandb is not None:
-            require_wandb()
-        _check_out(options.out)
-        paths = _found(options.directories)
-        reports = dict(zip(run_names(paths), [read_report(path) for path in paths], strict=True))
+        with checking(ValueError, ImportError):
+            if options.wandb is not None:
+                require_wandb()
+            _check_out(options.out)
+            paths = _found(options.directories)
+            reports = dict(zip(run_names(paths), [read_report(path) for path in paths], strict=True))
         for name, path in zip(reports, paths, strict=True):
             sys.stdout.write(f"{name}: {shown_path(path)}\n")
         if len(reports) == 1 and not any((options.metric, options.mode, options.cost, options.wandb)):
             return _one(next(iter(reports.values())), options.out)
-        table = pareto(reports, metric=options.metric, cost=options.cost or "bytes", mode=options.mode)
+        with checking(ValueError):
+            table = pareto(reports, metric=options.metric, cost=options.cost or "bytes", mode=options.mode)
         sources = {name: shown_path(path) for name, path in zip(reports, paths, strict=True)}
         files = write_pareto(table, sources, options.out or OUT)
-    except (ValueError, ImportError) as error:
+    except UsageError as error:
         return ended("report", USAGE, str(error))
     except OSError as error:
         return ended("report", USAGE, f"the files cannot be written: {error}")
@@ -78,4 +80,4 @@ def _found(directories: Sequence[str]) -> list[Path]:
 
 def _check_out(out: str | None) -> None:
     if out is not None and Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"--out must be a directory, and '{out}' is a file")
+        raise UsageError(f"--out must be a directory, and '{out}' is a file")

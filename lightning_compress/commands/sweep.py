@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from lightning_compress.callbacks.export import ExportCallback
-from lightning_compress.commands.exits import DONE, USAGE, ended
+from lightning_compress.commands.exits import DONE, USAGE, UsageError, ended
 from lightning_compress.commands.sweep_fields import chosen
-from lightning_compress.recipe import Recipe, load_recipe
+from lightning_compress.recipe import Recipe, RecipeError, load_recipe
 from lightning_compress.report.directions import direction
 from lightning_compress.report.units import significant
 
@@ -45,14 +45,14 @@ def sweep(options: argparse.Namespace, command: Sequence[str]) -> int:
     """
     try:
         if os.path.exists(options.out):
-            raise ValueError(f"'{options.out}' exists already; remove it, or give another --out")
+            raise UsageError(f"'{options.out}' exists already; remove it, or give another --out")
         recipe = load_recipe(options.recipe)
         metric = options.metric or exported_metric(recipe)
         parameters = chosen(recipe, options.vary)
         content = configuration(recipe.path, parameters, metric, options.goal, options.method, command or PLACEHOLDER)
         text = _HEAD.format(file=options.out) + yaml.safe_dump(content, sort_keys=False, width=110)
         Path(options.out).write_text(text, encoding="utf-8")
-    except (ValueError, OSError) as error:
+    except (UsageError, RecipeError, OSError) as error:
         return ended("sweep", USAGE, str(error))
     sys.stdout.write(_summary(content, options.out, given=bool(command)))
     return DONE
@@ -80,7 +80,7 @@ def configuration(
         Primitives.
 
     Raises:
-        ValueError: If ``method`` needs a metric, and there is none, or its goal is not known.
+        UsageError: If ``method`` needs a metric, and there is none, or its goal is not known.
 
     Example:
         >>> content = configuration("r.yaml", {"dcil.sparsity": {"min": 0.8, "max": 0.9}}, "val_loss", None, "grid", [])
@@ -88,7 +88,7 @@ def configuration(
         ({'name': 'val_loss', 'goal': 'minimize'}, {'dcil.sparsity': {'values': [0.8, 0.825, 0.85, 0.875, 0.9]}})
     """
     if metric is None and method == "bayes":
-        raise ValueError(
+        raise UsageError(
             "method 'bayes' seeks the best value of a metric: give --metric, as it is logged, or say export.metric in "
             "the recipe; or choose --method random"
         )
@@ -99,7 +99,7 @@ def configuration(
     if metric is not None:
         way = direction(metric)
         if goal is None and way is None:
-            raise ValueError(f"the name '{metric}' does not say which way is better: give --goal maximize|minimize")
+            raise UsageError(f"the name '{metric}' does not say which way is better: give --goal maximize|minimize")
         content["metric"] = {"name": metric, "goal": goal or f"{way}imize"}
     points = _points if method == "grid" else dict
     content["parameters"] = {key: points(entry) for key, entry in parameters.items()}

@@ -170,6 +170,12 @@ def test_a_failing_validation_is_no_bad_usage(project):
         project()
 
 
+def test_a_fault_of_our_own_is_no_bad_usage(project, monkeypatch):
+    monkeypatch.setattr(command, "costs_of", lambda *_: int("ours"))
+    with pytest.raises(ValueError, match="ours"):
+        project()
+
+
 def test_a_change_that_gives_no_number_is_never_suggested(project, capsys):
     class Fragile(projects.Lit):
         def validation_step(self, batch, batch_idx):

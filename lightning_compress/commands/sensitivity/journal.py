@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_compress.commands.exits import UsageError
 from lightning_compress.commands.sensitivity.changes import Change
 from lightning_compress.tracking.exported import file_digest
 
@@ -43,7 +44,7 @@ class Journal:
         found: What was measured of each change.
 
     Raises:
-        ValueError: If the file that is there is of something else, or damaged.
+        UsageError: If the file that is there is of something else, or damaged.
         OSError: If it cannot be written.
 
     Example:
@@ -100,7 +101,7 @@ class Journal:
             except ValueError:
                 complete = False
             if not complete and number < len(lines):
-                raise ValueError(
+                raise UsageError(
                     f"{self.path}: line {number} is damaged; begin anew with --restart, or in another --out"
                 )
             if not complete:
@@ -112,7 +113,7 @@ class Journal:
     def _check(self, before: Mapping[str, Any]) -> None:
         different = [name for name in self._header if before.get(name) != self._header[name]]
         if different:
-            raise ValueError(
+            raise UsageError(
                 f"{self.path} holds measurements of another {' and another '.join(different)}: give --restart to throw "
                 "them away, or another --out"
             )
