@@ -216,6 +216,19 @@ def test_what_the_user_s_own_code_raises_is_raised(argument, error, message, pro
 
 
 @BOTH
+def test_a_config_that_lies_where_it_would_be_saved_is_left_alone(project):
+    config = project.config()
+    config["trainer"]["default_root_dir"] = str(project.folder)
+    path = project.yaml("config.yaml", config)
+    before = (project.folder / "config.yaml").read_text()
+    with pytest.warns(UserWarning, match=r"config\.yaml' exists already and is left alone, so what this fit"):
+        assert main("fit", ["--config", path]) == 0
+    assert (project.folder / "config.yaml").read_text() == before
+    assert main("fit", ["--config", path, "--trainer.default_root_dir=elsewhere"]) == 0
+    assert "seed_everything: 1" in (project.folder / "elsewhere" / "config.yaml").read_text()
+
+
+@BOTH
 def test_ctrl_c_is_told_and_has_its_code(project, capsys, monkeypatch):
     step = import_module(project.name).LitNet.training_step
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -331,7 +332,7 @@ def _called(arguments: Arguments, subcommand: str, *, run: bool = False) -> Any:
         getattr(lightning_compress, name)
     cli = _cli(_namespace(arguments), subcommand, arguments, run)
     options: Any = {"prog": "lightning-compress", "epilog": EPILOG}
-    extra: Any = {} if run else {"save_config_callback": None}
+    extra: Any = {"save_config_callback": cli.save_config if run else None}
     if arguments.data_class is not None:
         extra["datamodule_class"] = arguments.data_class
     try:
@@ -379,7 +380,23 @@ def _cli(namespace: str, subcommand: str, arguments: Arguments, run: bool) -> An
             usage = f"lightning-compress {subcommand} [-h] [--config CONFIG] [--KEY VALUE ...]"
             super().__init__(**{"usage": usage, "formatter_class": Formatter, "exit_on_error": False, **options})
 
+    class SaveConfig(package.SaveConfigCallback):  # type: ignore[misc]
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            """Leave a file alone that is there; it may well be the config that was given."""
+            path = os.path.join(trainer.log_dir, self.config_filename)
+            there = trainer.strategy.broadcast(os.path.isfile(path))
+            if self.already_saved or not there:
+                super().setup(trainer, pl_module, stage)
+            elif trainer.is_global_zero:
+                warnings.warn(
+                    f"'{path}' exists already and is left alone, so what this {subcommand} was called with is not "
+                    "saved; a logger, or --trainer.default_root_dir, gives it a folder of its own",
+                    stacklevel=2,
+                )
+
     class ProjectCLI(package.LightningCLI):  # type: ignore[misc]
+        save_config = SaveConfig
+
         def __init__(self, *args: Any, **options: Any) -> None:
             self.parsers: list[Any] = []
             super().__init__(*args, parser_class=Parser, **options)
