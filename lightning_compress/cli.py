@@ -11,13 +11,13 @@ from importlib import import_module
 from typing import TypeAlias
 
 from lightning_compress import __version__
+from lightning_compress.commands.exits import INTERRUPTED, USAGE, ended
 
 CHILD_COMMANDS = ("run", "plan")
 """These start a command of the user's, which comes behind ``--``."""
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 """These hand all their arguments to LightningCLI."""
 COMMANDS = ("demo", *CHILD_COMMANDS, *LIGHTNING_COMMANDS, "export", "report", "recipes", "sensitivity", "sweep")
-USAGE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"'{options.command}' takes no command behind --")
     except SystemExit as stop:  # argparse has written what it had to say
         return stop.code if isinstance(stop.code, int) else 0
-    return _DISPATCH[options.command](options, command)
+    try:
+        return _DISPATCH[options.command](options, command)
+    except KeyboardInterrupt:
+        return ended(options.command, INTERRUPTED, "interrupted")
 
 
 def _called(module: str, function: str, *arguments: object, **options: object) -> int:
@@ -117,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-compress",
         description="Compress an untouched PyTorch Lightning project.",
-        epilog="exit codes: 0 done, 1 a check failed (tolerance, parity), 2 bad usage",
+        epilog="exit codes: 0 done, 1 a check failed (tolerance, parity), 2 bad usage, 130 interrupted",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -197,9 +200,7 @@ def _add_export(commands: Commands) -> None:
         allow_abbrev=False,
     )
     export.add_argument("checkpoint", metavar="CKPT", help="as Lightning has written it")
-    export.add_argument("--class", dest="module_class", metavar="pkg.Module", help="of the LightningModule")
-    export.add_argument("--data-class", metavar="pkg.Data", help="for a config that names no class")
-    export.add_argument("--config", metavar="C.yaml", action="append", default=[], help="of LightningCLI; repeatable")
+    _add_project(export)
     export.add_argument(
         "--init-args", metavar="YAML", help="with --class: arguments that the checkpoint does not hold, {width: 16}"
     )
@@ -211,6 +212,13 @@ def _add_export(commands: Commands) -> None:
     sample.add_argument("--shape", metavar="1,3,32,32", help="of a random input")
     export.add_argument("--metric", metavar="NAME", help="of the validation, measured in module and file")
     export.add_argument("--tolerance", metavar="X", type=float, help="largest accepted difference of --metric")
+
+
+def _add_project(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", metavar="C.yaml", action="append", default=[], help="of the LightningCLI project; more overrule it")
+    add("--class", dest="module_class", metavar="pkg.Module", help="the LightningModule, where no config names it")
+    add("--data-class", metavar="pkg.Data", help="the LightningDataModule, likewise")
 
 
 def _add_report(commands: Commands) -> None:
@@ -247,9 +255,7 @@ def _add_sensitivity(commands: Commands) -> None:
     )
     add = sensitivity.add_argument
     add("checkpoint", metavar="CKPT", help="what Lightning saved")
-    add("--config", metavar="C.yaml", action="append", default=[], help="of the LightningCLI project; more overrule it")
-    add("--class", metavar="pkg.Module", help="the LightningModule, where the config does not name it")
-    add("--data-class", metavar="pkg.Data", help="the LightningDataModule, likewise")
+    _add_project(sensitivity)
     methods = ("bits", "sparsity", "filters")
     what = "bits, sparsity, filters; default: the first two"
     add("--method", metavar="METHOD", nargs="+", action="extend", choices=methods, help=what)
@@ -286,9 +292,9 @@ def _add_sweep(commands: Commands) -> None:
     sweep = commands.add_parser(
         "sweep",
         help="write a Weights & Biases sweep over the fields of a recipe",
-        usage="%(prog)s [-h] RECIPE.yaml [--vary KEY=min..max ...] [--metric NAME] [--method METHOD] -- COMMAND ...",
+        usage="%(prog)s [-h] RECIPE.yaml [--vary KEY=min..max ...] [--metric NAME] [--method METHOD] [-- COMMAND ...]",
         description="Write the configuration of a sweep whose runs are `lightning-compress run` with other values in "
-        "the recipe. Nothing is started.",
+        "the recipe. Nothing is started. Without a COMMAND, python train.py stands in the file.",
         allow_abbrev=False,
     )
     sweep.add_argument("recipe", metavar="RECIPE.yaml", help="callbacks, export and apply_to")

@@ -12,6 +12,9 @@ import pytest
 
 import lightning_compress
 from lightning_compress.cli import COMMANDS, main
+from lightning_compress.commands.exits import ended
+
+OURS = ["lightning_compress", *(f"lightning_compress.{name}" for name in ("cli", "commands", "commands.exits"))]
 
 
 def test_version(capsys):
@@ -30,7 +33,7 @@ def test_help_names_each_command_and_the_exit_codes(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert [name for name in COMMANDS if re.search(rf"\n    {name}\s", out)] == list(COMMANDS)
-    assert "0 done, 1 a check failed (tolerance, parity), 2 bad usage" in out
+    assert "0 done, 1 a check failed (tolerance, parity), 2 bad usage, 130 interrupted" in " ".join(out.split())
     assert len(out.splitlines()) < 60
 
 
@@ -104,6 +107,21 @@ def test_the_process_arguments_are_the_default(monkeypatch, capsys):
     assert "did you mean 'run'?" in capsys.readouterr().err
 
 
+def test_ctrl_c_in_any_command_is_told_and_has_its_code(monkeypatch, capsys):
+    def show(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_compress.recipe.shipped.show", show)
+    assert main(["recipes"]) == 130
+    assert capsys.readouterr().err == "lightning-compress recipes: interrupted\n"
+
+
+def test_how_a_command_ends_is_said_where_it_belongs(capsys):
+    assert ended("plan", 0, "two\nlines") == 0
+    assert ended("export", 1, "two\n   lines") == 1
+    assert capsys.readouterr() == ("lightning-compress plan: two\nlines\n", "lightning-compress export: two lines\n")
+
+
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from lightning_compress.cli import main; main(['--help'])\n"
@@ -111,4 +129,4 @@ def test_help_imports_nothing_heavy():
         "print(sorted(name for name in sys.modules if name.startswith('lightning_compress')))"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert child.stdout.splitlines()[-2:] == ["[]", "['lightning_compress', 'lightning_compress.cli']"]
+    assert child.stdout.splitlines()[-2:] == ["[]", str(OURS)]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
+import sys
+from contextlib import contextmanager
 from importlib import import_module
 
 import numpy as np
@@ -146,6 +149,12 @@ def test_bad_usage_is_told_and_writes_nothing(what, project, capsys):
     assert {path.name for path in project.folder.iterdir()} - set(before) <= {"__pycache__"}
 
 
+def test_a_fault_of_our_own_is_no_bad_usage(monkeypatch):
+    monkeypatch.setattr("lightning_compress.commands.export._loaded", lambda _: int("ours"))
+    with pytest.raises(ValueError, match="ours"):
+        main(["export", "last.ckpt", "--class", "pkg.Net", "--shape", "1,2"])
+
+
 @pytest.mark.slow
 def test_a_class_and_a_shape(project, capsys):
     module = saved(project, width=4)
@@ -228,6 +237,34 @@ def test_a_config_whose_devices_and_teachers_are_not_here(project, capsys):
     assert exported(capsys, "last.ckpt", "--config", project.yaml("gpu.yaml", config))[0] == 0
     images = torch.rand(3, 64)
     assert torch.allclose(outputs("last.onnx", images), module(images), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_project_s_validation(project, capsys, monkeypatch):
+    saved(project)
+    monkeypatch.setattr(
+        import_module(project.name).LitNet, "validation_step", lambda *_: signal.raise_signal(signal.SIGINT)
+    )
+    handler = signal.getsignal(signal.SIGINT)
+    assert exported(capsys, "last.ckpt", "--config", project.base) == (130, "lightning-compress export: interrupted")
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not list(project.folder.glob("*.onnx"))
+
+
+@pytest.mark.slow
+def test_what_takes_long_gives_a_sign(project, capsys, monkeypatch):
+    saved(project)
+    said = []
+
+    @contextmanager
+    def bar(_, what, total):
+        said.append(what)
+        yield lambda: None
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("lightning_compress.mechanisms.signs._tqdm", bar)
+    assert exported(capsys, "last.ckpt", "--config", project.base, "--metric", "val_acc")[0] == 0
+    assert said == ["Loading last.ckpt", "Exporting last.onnx", "Validating the network", "Validating the file"]
 
 
 @pytest.mark.slow

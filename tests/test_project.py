@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
 from importlib import import_module
 
 import pytest
+import torch
 from projects import NAMESPACES, Project, callback
 
 import lightning_compress
 from lightning_compress import CompressionCallback, PruningCallback
-from lightning_compress.commands.project import load_project, main
+from lightning_compress.commands.project import _accelerator_here, load_project, load_trained, main
 
 PUBLIC = sorted(
     name
@@ -26,6 +28,17 @@ LONGEST = "DCILCallback"
 BOTH = pytest.mark.parametrize(
     "project", [NAMESPACES[0], pytest.param(NAMESPACES[1], marks=pytest.mark.slow)], indirect=True
 )
+
+
+COMPILED = """
+import torch
+from {P} import LitNet
+
+class Own(LitNet):
+    def __init__(self, width: int = 8):
+        super().__init__(width)
+        self.model = torch.compile(self.model)
+"""
 
 
 @pytest.fixture
@@ -203,6 +216,44 @@ def test_what_the_user_s_own_code_raises_is_raised(argument, error, message, pro
 
 
 @BOTH
+def test_a_config_that_lies_where_it_would_be_saved_is_left_alone(project):
+    config = project.config()
+    config["trainer"]["default_root_dir"] = str(project.folder)
+    path = project.yaml("config.yaml", config)
+    before = (project.folder / "config.yaml").read_text()
+    with pytest.warns(UserWarning, match=r"config\.yaml' exists already and is left alone, so what this fit"):
+        assert main("fit", ["--config", path]) == 0
+    assert (project.folder / "config.yaml").read_text() == before
+    assert main("fit", ["--config", path, "--trainer.default_root_dir=elsewhere"]) == 0
+    assert "seed_everything: 1" in (project.folder / "elsewhere" / "config.yaml").read_text()
+
+
+@BOTH
+def test_ctrl_c_is_told_and_has_its_code(project, capsys, monkeypatch):
+    step = import_module(project.name).LitNet.training_step
+
+    def interrupted(self, batch, batch_idx):
+        signal.raise_signal(signal.SIGINT)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(import_module(project.name).LitNet, "training_step", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    assert main("fit", ["--config", project.base]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "lightning-compress fit: interrupted"
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize(("given", "code"), [(3, 3), (None, 0), ("the user's last words", None)])
+def test_an_exit_of_the_user_s_own_code_is_passed_on(project, monkeypatch, given, code):
+    monkeypatch.setattr(import_module(project.name).LitNet, "training_step", lambda *_: sys.exit(given))
+    if code is not None:
+        assert main("fit", ["--config", project.base]) == code
+    else:
+        with pytest.raises(SystemExit, match=given):
+            main("fit", ["--config", project.base])
+
+
+@BOTH
 @pytest.mark.parametrize(("sparsity", "code"), [(0.5, 1), pytest.param(0.25, 0, marks=pytest.mark.slow)])
 def test_fit_with_a_short_name_and_a_failure(project, sparsity, code, capsys, monkeypatch):
     """The callback is that of the config, in a Trainer of the model's package; what it says of its result is told."""
@@ -250,6 +301,44 @@ def test_a_class_that_the_config_leaves_out(project):
     built = load_project([plain], model=f"{project.name}.LitNet")
     assert type(built.module).__name__ == "LitNet"
     assert built.datamodule is None
+
+
+def test_a_trained_project_needs_no_devices_and_no_callbacks_of_its_training(project, monkeypatch):
+    code = import_module(project.name)
+    torch.save(code.LitNet().state_dict(), "last.ckpt")
+    teacher = callback("lightning_compress.teacher_from_checkpoint", class_path="torch.nn.Identity", ckpt_path="no")
+    config = project.config([callback("DistillationCallback", teacher=teacher)])
+    config["trainer"].update(accelerator="gpu", devices=8, strategy="ddp", precision="16-mixed", limit_val_batches=3)
+    path, accelerators = project.yaml("gpu.yaml", config), code.L.accelerators
+    monkeypatch.setattr(accelerators.CUDAAccelerator, "is_available", staticmethod(lambda: False))
+    built = load_trained([path], "last.ckpt")
+    assert not [own for own in built.trainer.callbacks if isinstance(own, CompressionCallback)]
+    assert (built.trainer.strategy.root_device.type, built.trainer.precision) == ("cpu", "32-true")
+    assert (built.trainer.limit_val_batches, built.trainer.num_devices, built.trainer.loggers) == (3, 1, [])
+    double = project.yaml("double.yaml", {"trainer": {"precision": 64, "accelerator": "none_such"}})
+    assert load_trained([path, double], "last.ckpt").trainer.precision == "64-true"
+
+
+def test_the_accelerator_of_the_config_is_used_where_it_is(monkeypatch):
+    from lightning.pytorch.accelerators import CUDAAccelerator
+
+    for here in (True, False):
+        monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda here=here: here))
+        found = [_accelerator_here(name) for name in ("gpu", "cuda", "cpu", "auto", "none_such", {"class_path": "A"})]
+        assert found == [*(["gpu", "cuda"] if here else ["cpu", "cpu"]), "cpu", "auto", "cpu", "cpu"]
+
+
+def test_a_checkpoint_of_another_width_is_refused_and_a_compiled_part_takes_it(project):
+    code = import_module(project.name)
+    torch.save(code.LitNet(width=12).state_dict(), "wide.ckpt")
+    with pytest.raises(ValueError, match=r"checkpoint 'wide\.ckpt' does not fit LitNet: .*size mismatch"):
+        load_trained([project.base], "wide.ckpt")
+    module = code.LitNet()
+    torch.save(module.state_dict(), "last.ckpt")
+    project.write("compiled.py", COMPILED.format(P=project.name))
+    for config in ([project.base], [project.base, project.yaml("c.yaml", {"model": {"class_path": "compiled.Own"}})]):
+        found = load_trained(config, "last.ckpt").module.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in module.state_dict().items())
 
 
 def help_of(name, capsys):

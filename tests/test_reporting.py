@@ -153,14 +153,35 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything(here, capsys)
     assert captured.out == ""
 
 
+def test_a_fault_of_our_own_is_no_bad_usage(here, monkeypatch):
+    left(here / "a")
+    monkeypatch.setattr("lightning_compress.commands.report.write_pareto", lambda *_: int("ours"))
+    with pytest.raises(ValueError, match="ours"):
+        main(["report", "a", "--metric", "val_acc"])
+
+
 def test_without_wandb_nothing_is_begun(here, capsys, monkeypatch):
     left(here / "a")
-    monkeypatch.setattr("lightning_compress.commands.report.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_compress.tracking.pareto_run.find_spec", lambda name: None)
     assert main(["report", "a", "--wandb", "project"]) == 2
     captured = capsys.readouterr()
     assert 'pip install "lightning-compress[wandb]"' in captured.err
     assert captured.out == ""
     assert not (here / "compression_pareto").exists()
+
+
+def test_what_wandb_does_not_take_is_told_and_the_table_stays(here, capsys, monkeypatch):
+    import wandb
+
+    def fail(**_):
+        raise wandb.Error("no such\nentity")
+
+    left(here / "a")
+    monkeypatch.setattr(wandb, "init", fail)
+    assert main(["report", "a", "--wandb", "project"]) == 1
+    message = "lightning-compress report: the table was written, and W&B did not take it: no such entity\n"
+    assert capsys.readouterr().err == message
+    assert (here / "compression_pareto" / "pareto.html").is_file()
 
 
 @pytest.mark.slow

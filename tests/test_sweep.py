@@ -70,6 +70,15 @@ def test_the_file_is_what_wandb_reads(tmp_path, capsys):
     )
 
 
+def test_without_a_command_a_placeholder_is_written_and_told(tmp_path, capsys):
+    code, content = written(tmp_path)
+    assert code == 0
+    assert (content["program"], content["command"][-3:]) == ("train.py", ["--", "python", "train.py"])
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2] == "no command was given behind --: replace python train.py in sweep.yaml by what trains, first"
+    assert told[-1] == "start it with: wandb sweep sweep.yaml"
+
+
 def test_what_is_said_on_the_command_line_counts(tmp_path):
     vary = ("--vary", "pruning.end=0.5..1", "PTQCallback.observer=minmax,mse", "callbacks[0].init_args.sparsity")
     code, content = written(tmp_path, "--metric", "val_loss", "--method", "random", *vary, *TRAIN)
@@ -86,7 +95,6 @@ def test_what_is_said_on_the_command_line_counts(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "the command that each run trains with is missing, as in: lightning-compress sweep recipe.yaml -- python"),
         (("--vary", "PruningCallback.sparsty", *TRAIN), "no such argument; did you mean 'PruningCallback.sparsity'?"),
         (
             ("--vary", "PruningCallback.end", *TRAIN),

@@ -19,6 +19,7 @@ from typing import Any
 
 import lightning_compress
 from lightning_compress.callbacks.base import CompressionCallback
+from lightning_compress.commands.exits import UsageError
 from lightning_compress.mechanisms.loading import import_path
 from lightning_compress.mechanisms.selection import did_you_mean
 
@@ -43,7 +44,7 @@ ENTRY_KEYS = ("class_path", "init_args", "dict_kwargs")
 MOST_LISTED = 25  # names that a message writes out
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError):
     """A configuration that cannot be used; the message names the key, the value, and the nearest key."""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +19,18 @@ from torch import nn
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.base import TrainerCallback
-from lightning_compress.commands.project import current_folder_importable, load_project
+from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended, one_line
+from lightning_compress.commands.project import current_folder_importable, load_trained
 from lightning_compress.export.copying import independent_copy
 from lightning_compress.export.errors import EvaluationError, ExportError
-from lightning_compress.export.evaluate import LIGHTNING_LOGGERS, evaluate, evaluate_forward, evaluate_quantized
-from lightning_compress.export.onnx import ExportResult, checked_path, load_checkpoint_, to_onnx
+from lightning_compress.export.evaluate import (
+    LIGHTNING_LOGGERS,
+    evaluate,
+    evaluate_forward,
+    evaluate_quantized,
+    interruptible,
+)
+from lightning_compress.export.onnx import ExportResult, checked_path, to_onnx
 from lightning_compress.export.runtime import require_onnx
 from lightning_compress.export.sample import Sample, defines, read_sample
 from lightning_compress.export.weights import read_checkpoint
@@ -32,27 +38,12 @@ from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.isolation import quiet
 from lightning_compress.mechanisms.loading import teacher_from_checkpoint
 from lightning_compress.mechanisms.selection import did_you_mean, plain_name
+from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size
 
-DONE, FAILED, USAGE = 0, 1, 2
-PLAIN = [
-    f"--trainer.{key}={value}"
-    for key, value in {
-        "accelerator": "cpu",
-        "devices": 1,
-        "num_nodes": 1,
-        "strategy": "auto",
-        "precision": "null",
-        "callbacks": "null",
-        "plugins": "null",
-        "logger": "false",
-        "enable_checkpointing": "false",
-    }.items()
-]
-"""Nothing is trained, so neither the devices of the training are needed here nor its callbacks with their teachers."""
 SEED = 0  # of the random input that --shape asks for
 
 
@@ -88,42 +79,33 @@ def export(options: argparse.Namespace) -> int:
         2
     """
     try:
-        with quiet([*LIGHTNING_LOGGERS, "lightning_fabric"]):
-            line = _exported(options)
+        line = _exported(options)
     except (ExportError, EvaluationError, CheckError) as error:
-        return _ended(FAILED, str(error))
-    except (ValueError, TypeError, OSError, ImportError, CaptureError) as error:
-        return _ended(USAGE, str(error))
-    return _ended(DONE, line)
+        return ended("export", FAILED, str(error))
+    except (UsageError, OSError) as error:
+        return ended("export", USAGE, str(error))
+    return ended("export", DONE, line)
 
 
 def _exported(options: argparse.Namespace) -> str:
     """Check what can be checked without the module, then load, write and measure."""
-    target = checked_path(options.out or f"{Path(options.checkpoint).stem}.onnx")
-    _check(options)
-    require_onnx()
-    sample = _given_sample(options)
-    loaded = _loaded(options)
-    if options.metric is not None:
-        _require_validation(loaded, options.metric)
-    network = options.network
-    if sample is None and loaded.data is not None:
-        network, sample = _received(loaded, network)
-    elif sample is None and getattr(loaded.module, "example_input_array", None) is None:
-        name = type(loaded.module).__name__
-        raise ValueError(
-            f"the network's input is not known: give --sample, --shape or --config; {name} has no example_input_array"
-        )
+    with checking(ValueError, ImportError):
+        target = checked_path(options.out or f"{Path(options.checkpoint).stem}.onnx")
+        _check(options)
+        require_onnx()
+    with _working(f"Loading {os.path.basename(options.checkpoint)}"):
+        loaded, network, sample = _loaded_with_input(options)
     draft = target.with_name(f".{target.stem}-{uuid.uuid4().hex}.onnx")
     try:
-        result = to_onnx(
-            loaded.module,
-            draft,
-            sample,
-            options.precision,
-            None if options.precision == "fp32" else options.checkpoint,
-            network=network,
-        )
+        with _working(f"Exporting {target.name}"), checking(ValueError, TypeError, CaptureError):
+            result = to_onnx(
+                loaded.module,
+                draft,
+                sample,
+                options.precision,
+                None if options.precision == "fp32" else options.checkpoint,
+                network=network,
+            )
         metrics = _measured(loaded, result, options)
         os.replace(draft, target)
     finally:
@@ -132,17 +114,41 @@ def _exported(options: argparse.Namespace) -> str:
     return f"wrote {shown_path(target)} ({result.precision}, {size(result.bytes)}; {difference}{metrics})"
 
 
+def _loaded_with_input(options: argparse.Namespace) -> tuple[Loaded, str | None, Any]:
+    """The module, the name of its network, and the network's input; None: as the module says."""
+    sample = _given_sample(options)
+    loaded = _loaded(options)
+    if options.metric is not None:
+        _require_validation(loaded, options.metric)
+    if sample is None and loaded.data is not None:
+        with checking(ValueError, CaptureError):
+            return loaded, *_received(loaded, options.network)
+    if sample is None and getattr(loaded.module, "example_input_array", None) is None:
+        name = type(loaded.module).__name__
+        raise UsageError(
+            f"the network's input is not known: give --sample, --shape or --config; {name} has no example_input_array"
+        )
+    return loaded, options.network, sample
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    """A sign, which has to be there before all else is silent; Ctrl-C stays one whatever Lightning makes of it."""
+    with sign(True, what), quiet([*LIGHTNING_LOGGERS, "lightning_fabric"]), interruptible():
+        yield
+
+
 def _check(options: argparse.Namespace) -> None:
     if not options.config and options.module_class is None:
-        raise ValueError("the module is missing: give --class pkg.Module, or --config C.yaml of a LightningCLI project")
+        raise UsageError("the module is missing: give --class pkg.Module, or --config C.yaml of a LightningCLI project")
     if options.config and options.init_args is not None:
-        raise ValueError("--init-args belongs to --class; with --config the arguments are those of the config")
+        raise UsageError("--init-args belongs to --class; with --config the arguments are those of the config")
     if options.metric is not None and not options.config:
-        raise ValueError("--metric is measured in the project's validation, which needs --config")
+        raise UsageError("--metric is measured in the project's validation, which needs --config")
     if options.tolerance is not None and options.metric is None:
-        raise ValueError(f"--tolerance {options.tolerance:g} says how far a metric may move, but --metric is not given")
+        raise UsageError(f"--tolerance {options.tolerance:g} says how far a metric may move, but --metric is not given")
     if options.tolerance is not None and not 0 <= options.tolerance < math.inf:
-        raise ValueError(f"--tolerance must be a number of at least 0, got {options.tolerance:g}")
+        raise UsageError(f"--tolerance must be a number of at least 0, got {options.tolerance:g}")
 
 
 # The module
@@ -150,28 +156,19 @@ def _check(options: argparse.Namespace) -> None:
 
 def _loaded(options: argparse.Namespace) -> Loaded:
     """The module of the class, or of the config, with the weights of the checkpoint."""
+    if options.config:
+        project = load_trained(options.config, options.checkpoint, model=options.module_class, data=options.data_class)
+        return Loaded(project.module.eval(), project.module if project.datamodule is None else project.datamodule)
     current_folder_importable()
-    contents = read_checkpoint(options.checkpoint, or_weights=True)
-    if not options.config:
-        arguments = _mapping(options.init_args)
-        try:
-            return Loaded(teacher_from_checkpoint(options.module_class, options.checkpoint, init_args=arguments))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                _short(error).replace("class_path", "--class").replace("init_args", "--init-args")
-            ) from error
-    project = load_project(options.config, model=options.module_class, data=options.data_class, arguments=PLAIN)
+    with checking(ValueError, OSError):
+        read_checkpoint(options.checkpoint, or_weights=True)  # what is wrong with the file is told first
+    arguments = _mapping(options.init_args)
     try:
-        load_checkpoint_(project.module, contents, options.checkpoint)
-    except ExportError as error:  # of another class, or of another width
-        raise ValueError(_short(error)) from error
-    return Loaded(project.module.eval(), project.module if project.datamodule is None else project.datamodule)
-
-
-def _short(error: Exception) -> str:
-    """An error in one line; torch lists every weight that does not fit."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else f"{text[:400]} ..."
+        return Loaded(teacher_from_checkpoint(options.module_class, options.checkpoint, init_args=arguments))
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            one_line(error).replace("class_path", "--class").replace("init_args", "--init-args")
+        ) from error
 
 
 def _mapping(text: str | None) -> dict[str, Any]:
@@ -180,9 +177,9 @@ def _mapping(text: str | None) -> dict[str, Any]:
     try:
         found = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--init-args is not YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"--init-args is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise ValueError(f"--init-args must be a mapping such as '{{width: 16}}', got {text!r}")
+        raise UsageError(f"--init-args must be a mapping such as '{{width: 16}}', got {text!r}")
     return found
 
 
@@ -194,11 +191,12 @@ def _given_sample(options: argparse.Namespace) -> Any:
     if options.shape is not None:
         parts = options.shape.split(",")
         if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            raise ValueError(f"--shape must be whole numbers such as 1,3,32,32, got '{options.shape}'")
+            raise UsageError(f"--shape must be whole numbers such as 1,3,32,32, got '{options.shape}'")
         return torch.randn(*map(int, parts), generator=torch.Generator().manual_seed(SEED))
     if options.sample is None:
         return None
-    return read_sample(options.sample)
+    with checking(ValueError):
+        return read_sample(options.sample)
 
 
 class _FirstInput(TrainerCallback):
@@ -241,7 +239,7 @@ def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
                 trainer.fit(duplicate, datamodule=source)
         call, name = capture.last_call, capture.network
     if call is None or name is None:
-        raise ValueError(
+        raise UsageError(
             f"the steps of {type(loaded.module).__name__} call no single network; name it with --network, and give its "
             "input with --sample or --shape"
         )
@@ -257,7 +255,7 @@ def _steps_of(module: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:  # the user's code may raise anything
         raise CheckError(
-            f"the steps or the data of {type(module).__name__} failed: {type(error).__name__}: {_short(error)}"
+            f"the steps or the data of {type(module).__name__} failed: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 
@@ -266,35 +264,29 @@ def _steps_of(module: nn.Module) -> Iterator[None]:
 
 def _require_validation(loaded: Loaded, metric: str) -> None:
     if not (defines(loaded.module, "validation_step") and defines(loaded.data, "val_dataloader")):
-        raise ValueError(f"--metric {metric} is measured in validation, and {type(loaded.module).__name__} has none")
+        raise UsageError(f"--metric {metric} is measured in validation, and {type(loaded.module).__name__} has none")
 
 
 def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace) -> str:
     """The metric in module and file, in words; beyond the tolerance an error."""
     if options.metric is None:
         return ""
-    with _steps_of(loaded.module):
+    with _working("Validating the network"), _steps_of(loaded.module):
         if result.quantization is None:
             in_module = evaluate_forward(loaded.module, loaded.data)
         else:
             in_module = evaluate_quantized(loaded.module, loaded.data, result.quantization)
     if options.metric not in in_module:
-        raise ValueError(
+        raise UsageError(
             f"--metric must be one of {', '.join(sorted(in_module))}, which {type(loaded.module).__name__} logs in "
             f"validation, got '{options.metric}'{did_you_mean(options.metric, in_module)}"
         )
     ours = in_module[options.metric]
-    theirs = evaluate(result.path, loaded.module, loaded.data)[options.metric]
+    with _working("Validating the file"):
+        theirs = evaluate(result.path, loaded.module, loaded.data)[options.metric]
     if options.tolerance is not None and not abs(theirs - ours) <= options.tolerance:  # NaN fails too
         raise CheckError(
             f"{options.metric} is {theirs:.6g} in the file and {ours:.6g} in the module: the difference "
             f"{abs(theirs - ours):.3g} is beyond the tolerance of {options.tolerance:g}; the file was not kept"
         )
     return f"; {options.metric} {shown_metric(theirs)} in the file, {shown_metric(ours)} in the module"
-
-
-def _ended(code: int, message: str) -> int:
-    stream = sys.stdout if code == DONE else sys.stderr
-    stream.write(f"lightning-compress export: {message}\n")
-    stream.flush()
-    return code

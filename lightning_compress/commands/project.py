@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -21,10 +23,14 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.commands.config_errors import ConfigError, explanation, innermost, of_configuration, refused
-from lightning_compress.export.onnx import checked_path
+from lightning_compress.commands.exits import DONE, FAILED, INTERRUPTED, USAGE, UsageError, checking, ended, one_line
+from lightning_compress.export.copying import make_plain_
+from lightning_compress.export.errors import ExportError
+from lightning_compress.export.evaluate import interruptible
+from lightning_compress.export.onnx import checked_path, load_checkpoint_
+from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.loading import import_path
 
-DONE, FAILED, USAGE = 0, 1, 2
 CLASS_OPTIONS = ("--class", "--data-class")
 """Classes for a config that names none, as those are that a project's own ``LightningCLI(Net, Data)`` has saved."""
 EPILOG = (
@@ -32,6 +38,19 @@ EPILOG = (
     "Exit codes: 0 done, 1 a check failed, 2 bad usage or configuration."
 )
 HELP_POSITION = 4  # from the left; keys are long
+PLAIN = {
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "callbacks": "null",
+    "plugins": "null",
+    "logger": "false",
+    "enable_checkpointing": "false",
+}
+"""Of a Trainer that trains nothing: it needs neither the devices of the training nor its callbacks with their teachers.
+"""
+DOUBLE = (64, "64", "64-true")
+"""Precisions that decide what the data have to be."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,7 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
 
     Returns:
         0: done. 1: a callback of this package says that its result failed a check. 2: bad usage or configuration.
+        130: interrupted. What the training gives to ``sys.exit``, if it ends so.
 
     Raises:
         Exception: What the training itself raises.
@@ -86,19 +106,21 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     try:
         trainer = _called(_read(arguments), subcommand, run=True).trainer
     except ConfigError as error:
-        sys.stderr.write(f"lightning-compress {subcommand}: {error}\n")
-        return USAGE
-    except SystemExit as stop:  # of --help and --print_config
-        return stop.code if isinstance(stop.code, int) else DONE
+        return ended(subcommand, USAGE, str(error))
+    except KeyboardInterrupt:
+        return ended(subcommand, INTERRUPTED, "interrupted")
+    except SystemExit as stop:  # of --help and --print_config, or of the user's code
+        if not isinstance(stop.code, (int, NoneType)):  # a message, which Python shows
+            raise
+        return stop.code or DONE
     except (TypeError, ValueError) as error:
         if not refused(error):
             raise
-        sys.stderr.write(f"lightning-compress {subcommand}: {refused(error)}\n")
-        return USAGE
+        return ended(subcommand, USAGE, refused(error))
     ours = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
     failures = [f"{callback.name}: {callback.failure}" for callback in ours if callback.failure]
     if failures and trainer.is_global_zero:
-        sys.stderr.write(f"lightning-compress {subcommand}: {'; '.join(failures)}\n")
+        ended(subcommand, FAILED, "; ".join(failures))
     return FAILED if failures else DONE
 
 
@@ -135,6 +157,68 @@ def load_project(
     except SystemExit as stop:
         raise ConfigError(f"the arguments {list(arguments)} end the program") from stop
     return Project(cli.model, cli.datamodule, cli.trainer)
+
+
+def load_trained(
+    configs: Sequence[str], checkpoint: str, *, model: str | None = None, data: str | None = None
+) -> Project:
+    """Build a LightningCLI project with the weights of a checkpoint, to look at it; nothing is trained.
+
+    The Trainer is a plain one on one device: the accelerator of the config where this machine has it, else the CPU.
+
+    Args:
+        configs: As in :func:`load_project`.
+        checkpoint: A checkpoint of Lightning, or a saved ``state_dict``. Only one that records the structure of a
+            pruned network changes sizes.
+        model: As in :func:`load_project`.
+        data: As in :func:`load_project`.
+
+    Returns:
+        The project; nothing in its module is compiled.
+
+    Raises:
+        UsageError: If the configuration or the checkpoint cannot be used, or one does not fit the other.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config, checkpoint = os.path.join(folder, "c.yaml"), os.path.join(folder, "last.ckpt")
+        ...     with open(config, "w") as file:
+        ...         _ = file.write("model: lightning.pytorch.demos.boring_classes.BoringModel")
+        ...     torch.save(BoringModel().state_dict(), checkpoint)
+        ...     type(load_trained([config], checkpoint).module).__name__
+        'BoringModel'
+    """
+    with checking(ValueError, OSError):
+        contents = read_checkpoint(checkpoint, or_weights=True)
+    project = load_project(configs, model=model, data=data, arguments=_plain(configs))
+    try:
+        module = load_checkpoint_(make_plain_(project.module), contents, checkpoint)
+    except (ExportError, ValueError) as error:  # of another class, or of another width
+        raise UsageError(one_line(error)) from error
+    return replace(project, module=module)
+
+
+def _plain(configs: Sequence[str]) -> list[str]:
+    """The arguments of LightningCLI for a Trainer that trains nothing."""
+    own: dict[str, Any] = {}
+    for path in configs:
+        settings = _contents(path).get("trainer")
+        own.update(settings if isinstance(settings, Mapping) else {})
+    precision = "64-true" if own.get("precision") in DOUBLE else "null"
+    chosen = {**PLAIN, "accelerator": _accelerator_here(own.get("accelerator", "auto")), "precision": precision}
+    return [f"--trainer.{key}={value}" for key, value in chosen.items()]
+
+
+def _accelerator_here(wanted: Any) -> str:
+    """What a config asks for, where this machine has it; else the CPU."""
+    if wanted == "auto":
+        return "auto"
+    names = {"gpu": ("cuda", "mps")}.get(wanted, (wanted,)) if isinstance(wanted, str) else ()
+    known = import_module("lightning.pytorch.accelerators").AcceleratorRegistry
+    here = any(name in known and known[name]["accelerator"].is_available() for name in names)
+    return str(wanted) if here else "cpu"
 
 
 def _option(name: str, value: str | None) -> list[str]:
@@ -248,7 +332,7 @@ def _called(arguments: Arguments, subcommand: str, *, run: bool = False) -> Any:
         getattr(lightning_compress, name)
     cli = _cli(_namespace(arguments), subcommand, arguments, run)
     options: Any = {"prog": "lightning-compress", "epilog": EPILOG}
-    extra: Any = {} if run else {"save_config_callback": None}
+    extra: Any = {"save_config_callback": cli.save_config if run else None}
     if arguments.data_class is not None:
         extra["datamodule_class"] = arguments.data_class
     try:
@@ -296,7 +380,23 @@ def _cli(namespace: str, subcommand: str, arguments: Arguments, run: bool) -> An
             usage = f"lightning-compress {subcommand} [-h] [--config CONFIG] [--KEY VALUE ...]"
             super().__init__(**{"usage": usage, "formatter_class": Formatter, "exit_on_error": False, **options})
 
+    class SaveConfig(package.SaveConfigCallback):  # type: ignore[misc]
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            """Leave a file alone that is there; it may well be the config that was given."""
+            path = os.path.join(trainer.log_dir, self.config_filename)
+            there = trainer.strategy.broadcast(os.path.isfile(path))
+            if self.already_saved or not there:
+                super().setup(trainer, pl_module, stage)
+            elif trainer.is_global_zero:
+                warnings.warn(
+                    f"'{path}' exists already and is left alone, so what this {subcommand} was called with is not "
+                    "saved; a logger, or --trainer.default_root_dir, gives it a folder of its own",
+                    stacklevel=2,
+                )
+
     class ProjectCLI(package.LightningCLI):  # type: ignore[misc]
+        save_config = SaveConfig
+
         def __init__(self, *args: Any, **options: Any) -> None:
             self.parsers: list[Any] = []
             super().__init__(*args, parser_class=Parser, **options)
@@ -331,6 +431,10 @@ def _cli(namespace: str, subcommand: str, arguments: Arguments, run: bool) -> An
                 keys.update(parser.get_defaults(skip_validation=True).keys())
             return ConfigError(explanation(error, arguments.configs, keys))
 
-    if not run:
-        setattr(ProjectCLI, subcommand, lambda self, **_: None)  # LightningCLI prefers a method of its own
+    def called(self: Any, **options: Any) -> None:
+        if run:
+            with interruptible():
+                getattr(self.trainer, subcommand)(**options)
+
+    setattr(ProjectCLI, subcommand, called)  # LightningCLI prefers a method of its own
     return ProjectCLI

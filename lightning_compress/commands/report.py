@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
-from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning_compress.callbacks.base import announce
+from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended, one_line
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.find import find_reports, read_report, run_names
-from lightning_compress.report.pareto import Pareto, pareto
-from lightning_compress.report.pareto_files import ParetoFiles, pareto_console, pareto_records, write_pareto
+from lightning_compress.report.pareto import pareto
+from lightning_compress.report.pareto_files import pareto_console, write_pareto
 from lightning_compress.report.render import to_console
-from lightning_compress.report.scatter import scatter_png
 from lightning_compress.report.table import Report
 from lightning_compress.report.write import write_report
+from lightning_compress.tracking.pareto_run import log_pareto, require_wandb
 
 OUT = "compression_pareto"
 """Where the Pareto table is written, if nothing else is said."""
-DONE, FAILED, USAGE = 0, 1, 2
 
 
 def report(options: argparse.Namespace) -> int:
@@ -39,25 +36,32 @@ def report(options: argparse.Namespace) -> int:
         2
     """
     try:
-        if options.wandb is not None:
-            _require_wandb()
-        _check_out(options.out)
-        paths = _found(options.directories)
-        reports = dict(zip(run_names(paths), [read_report(path) for path in paths], strict=True))
+        with checking(ValueError, ImportError):
+            if options.wandb is not None:
+                require_wandb()
+            _check_out(options.out)
+            paths = _found(options.directories)
+            reports = dict(zip(run_names(paths), [read_report(path) for path in paths], strict=True))
         for name, path in zip(reports, paths, strict=True):
             sys.stdout.write(f"{name}: {shown_path(path)}\n")
         if len(reports) == 1 and not any((options.metric, options.mode, options.cost, options.wandb)):
             return _one(next(iter(reports.values())), options.out)
-        table = pareto(reports, metric=options.metric, cost=options.cost or "bytes", mode=options.mode)
+        with checking(ValueError):
+            table = pareto(reports, metric=options.metric, cost=options.cost or "bytes", mode=options.mode)
         sources = {name: shown_path(path) for name, path in zip(reports, paths, strict=True)}
         files = write_pareto(table, sources, options.out or OUT)
-    except (ValueError, ImportError) as error:
-        return _ended(USAGE, str(error))
+    except UsageError as error:
+        return ended("report", USAGE, str(error))
     except OSError as error:
-        return _ended(USAGE, f"the files cannot be written: {error}")
+        return ended("report", USAGE, f"the files cannot be written: {error}")
     announce(pareto_console(table))
     sys.stdout.write(f"wrote {', '.join(shown_path(path) for path in files)}\n")
-    return DONE if options.wandb is None else _logged(options.wandb, table, sources, files)
+    if options.wandb is not None:
+        try:
+            log_pareto(options.wandb, table, sources, files.html)
+        except ConnectionError as error:
+            return ended("report", FAILED, f"the table was written, and W&B did not take it: {one_line(error)}")
+    return DONE
 
 
 def _one(found: Report, out: str | None) -> int:
@@ -76,38 +80,4 @@ def _found(directories: Sequence[str]) -> list[Path]:
 
 def _check_out(out: str | None) -> None:
     if out is not None and Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"--out must be a directory, and '{out}' is a file")
-
-
-def _require_wandb() -> None:
-    if find_spec("wandb") is None:
-        raise ImportError('--wandb needs wandb, which is not installed; run: pip install "lightning-compress[wandb]"')
-
-
-def _logged(project: str, table: Pareto, sources: Mapping[str, str], files: ParetoFiles) -> int:
-    """Log the table, its plot and its page as one run, offline where W&B is set so."""
-    import wandb
-    from PIL import Image
-
-    settings: dict[str, Any] = {key: getattr(table, key) for key in ("metric", "mode", "cost")}
-    settings["reports"] = dict(sources)
-    records = pareto_records(table)
-    columns: list[str | int] = list(records[0])
-    try:
-        with wandb.init(project=project, job_type="pareto", name="pareto", config=settings) as run:
-            run.log(
-                {
-                    "pareto/table": wandb.Table(columns=columns, data=[list(record.values()) for record in records]),
-                    "pareto/plot": wandb.Image(Image.open(io.BytesIO(scatter_png(table)))),
-                    "pareto/page": wandb.Html(files.html.read_text(encoding="utf-8"), inject=False),
-                    "pareto/front": len(table.front),
-                }
-            )
-    except wandb.Error as error:
-        return _ended(FAILED, f"the table was written, and W&B did not take it: {' '.join(str(error).split())}")
-    return DONE
-
-
-def _ended(code: int, message: str) -> int:
-    sys.stderr.write(f"lightning-compress report: {message}\n")
-    return code
+        raise UsageError(f"--out must be a directory, and '{out}' is a file")

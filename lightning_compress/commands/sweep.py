@@ -12,14 +12,16 @@ from typing import Any
 import yaml
 
 from lightning_compress.callbacks.export import ExportCallback
+from lightning_compress.commands.exits import DONE, USAGE, UsageError, ended
 from lightning_compress.commands.sweep_fields import chosen
-from lightning_compress.recipe import Recipe, arguments_of, load_recipe
+from lightning_compress.recipe import Recipe, RecipeError, arguments_of, load_recipe
 from lightning_compress.report.directions import direction
 from lightning_compress.report.units import significant
 
-DONE, USAGE = 0, 2
 POINTS = 5
 """Values of a range where the method takes no ranges."""
+PLACEHOLDER = ("python", "train.py")
+"""Stands in the file where the user gives no command."""
 _HEAD = """\
 # Start it with `wandb sweep {file}`, and agents, in the folder of the recipe, with the line that this prints.
 # The script has to log to Weights & Biases, as Trainer(logger=WandbLogger()) does.
@@ -31,7 +33,7 @@ def sweep(options: argparse.Namespace, command: Sequence[str]) -> int:
 
     Args:
         options: ``recipe``, ``metric``, ``goal``, ``method``, ``out`` and ``vary`` of the command line.
-        command: What each run trains with.
+        command: What each run trains with; none: a placeholder is written, and that is told.
 
     Returns:
         0: written. 2: bad usage.
@@ -42,23 +44,17 @@ def sweep(options: argparse.Namespace, command: Sequence[str]) -> int:
         2
     """
     try:
-        if not command:
-            raise ValueError(
-                "the command that each run trains with is missing, as in: "
-                f"lightning-compress sweep {options.recipe} -- python train.py"
-            )
         if os.path.exists(options.out):
-            raise ValueError(f"'{options.out}' exists already; remove it, or give another --out")
+            raise UsageError(f"'{options.out}' exists already; remove it, or give another --out")
         recipe = load_recipe(options.recipe)
         metric = options.metric or exported_metric(recipe)
         parameters = chosen(recipe, options.vary)
-        content = configuration(recipe.path, parameters, metric, options.goal, options.method, command)
+        content = configuration(recipe.path, parameters, metric, options.goal, options.method, command or PLACEHOLDER)
         text = _HEAD.format(file=options.out) + yaml.safe_dump(content, sort_keys=False, width=110)
         Path(options.out).write_text(text, encoding="utf-8")
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"lightning-compress sweep: error: {error}\n")
-        return USAGE
-    sys.stdout.write(_summary(content, options.out))
+    except (UsageError, RecipeError, OSError) as error:
+        return ended("sweep", USAGE, str(error))
+    sys.stdout.write(_summary(content, options.out, given=bool(command)))
     return DONE
 
 
@@ -84,7 +80,7 @@ def configuration(
         Primitives.
 
     Raises:
-        ValueError: If ``method`` needs a metric, and there is none, or its goal is not known.
+        UsageError: If ``method`` needs a metric, and there is none, or its goal is not known.
 
     Example:
         >>> content = configuration("r.yaml", {"dcil.sparsity": {"min": 0.8, "max": 0.9}}, "val_loss", None, "grid", [])
@@ -92,7 +88,7 @@ def configuration(
         ({'name': 'val_loss', 'goal': 'minimize'}, {'dcil.sparsity': {'values': [0.8, 0.825, 0.85, 0.875, 0.9]}})
     """
     if metric is None and method == "bayes":
-        raise ValueError(
+        raise UsageError(
             "method 'bayes' seeks the best value of a metric: give --metric, as it is logged, or say export.metric in "
             "the recipe; or choose --method random"
         )
@@ -103,7 +99,7 @@ def configuration(
     if metric is not None:
         way = direction(metric)
         if goal is None and way is None:
-            raise ValueError(f"the name '{metric}' does not say which way is better: give --goal maximize|minimize")
+            raise UsageError(f"the name '{metric}' does not say which way is better: give --goal maximize|minimize")
         content["metric"] = {"name": metric, "goal": goal or f"{way}imize"}
     points = _points if method == "grid" else dict
     content["parameters"] = {key: points(entry) for key, entry in parameters.items()}
@@ -143,7 +139,7 @@ def _points(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"values": [round(low + (high - low) * share, 6) for share in shares]}
 
 
-def _summary(content: Mapping[str, Any], out: str) -> str:
+def _summary(content: Mapping[str, Any], out: str, *, given: bool) -> str:
     count = len(content["parameters"])
     lines = [f"wrote {out}: method {content['method']}, {count} parameter{'' if count == 1 else 's'}"]
     if "metric" in content:
@@ -152,4 +148,6 @@ def _summary(content: Mapping[str, Any], out: str) -> str:
     for key, entry in content["parameters"].items():
         what = ", ".join(map(str, entry["values"])) if "values" in entry else f"{entry['min']} to {entry['max']}"
         lines.append(f"  {key.ljust(width)}  {what}")
+    if not given:
+        lines.append(f"no command was given behind --: replace {' '.join(PLACEHOLDER)} in {out} by what trains, first")
     return "\n".join([*lines, f"start it with: wandb sweep {out}"]) + "\n"

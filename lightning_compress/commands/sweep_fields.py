@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 import yaml
 
 import lightning_compress
+from lightning_compress.commands.exits import UsageError
 from lightning_compress.mechanisms.loading import import_path
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe import Recipe
@@ -104,7 +105,7 @@ def chosen(recipe: Recipe, vary: Sequence[str]) -> dict[str, dict[str, Any]]:
         Key to what W&B knows of a parameter.
 
     Raises:
-        ValueError: If a key is unknown or has no range, or there is nothing to vary.
+        UsageError: If a key is unknown or has no range, or there is nothing to vary.
 
     Example:
         >>> recipe = Recipe(1, callbacks=({"class_path": "DCILCallback", "init_args": {"sparsity": 0.9}},))
@@ -115,7 +116,7 @@ def chosen(recipe: Recipe, vary: Sequence[str]) -> dict[str, dict[str, Any]]:
     if not vary:
         found = {field.key: field.usual for field in fields if field.usual is not None}
         if not found:
-            raise ValueError(
+            raise UsageError(
                 f"{recipe.path}: nothing in it has a usual range; say what to vary with --vary KEY=min..max"
             )
         return found
@@ -124,11 +125,11 @@ def chosen(recipe: Recipe, vary: Sequence[str]) -> dict[str, dict[str, Any]]:
     for wish in vary:
         key, equals, text = wish.partition("=")
         if key not in known:
-            raise ValueError(f"--vary {key}: the recipe has no such argument{did_you_mean(key, known)}")
+            raise UsageError(f"--vary {key}: the recipe has no such argument{did_you_mean(key, known)}")
         field = known[key]
         entry = _given(key, text, field.value) if equals else field.usual
         if entry is None:
-            raise ValueError(f"--vary {key} needs a range, as {key}=min..max or {key}=a,b,c: it has no usual one here")
+            raise UsageError(f"--vary {key} needs a range, as {key}=min..max or {key}=a,b,c: it has no usual one here")
         parameters[field.key] = entry
     return parameters
 
@@ -188,11 +189,11 @@ def _given(key: str, text: str, value: Any) -> dict[str, Any]:
     if not dots:
         parts = text.split(",")
         if "" in parts:
-            raise ValueError(f"--vary {key}={text}: a value is missing; write {key}=min..max or {key}=a,b,c")
+            raise UsageError(f"--vary {key}={text}: a value is missing; write {key}=min..max or {key}=a,b,c")
         return {"values": [_read(part) for part in parts]}
     ends = [_read(low), _read(high)]
     if not all(_is_number(end) for end in ends) or not ends[0] < ends[1]:
-        raise ValueError(f"--vary {key}={text}: a range goes from a number to a larger one, as in 0.5..0.9")
+        raise UsageError(f"--vary {key}={text}: a range goes from a number to a larger one, as in 0.5..0.9")
     if isinstance(value, float) or any(isinstance(end, float) for end in ends):
         ends = [float(end) for end in ends]
     return {"min": ends[0], "max": ends[1]}

@@ -310,7 +310,7 @@ class RepeatedValidation:
             random_state_kept(),
             data_kept(self._sources),
             module_kept(self.module, parameters=False),
-            _interruptible(self._trainer),
+            interruptible(),
         ):
             return _metrics(self._trainer, self.module, self._loaders, self._datamodule)
 
@@ -365,13 +365,21 @@ def _prepared(module: nn.Module, datamodule: Any) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
-def _interruptible(trainer: Any) -> Iterator[None]:
-    """Undo what Lightning makes of Ctrl-C: an exit, and a signal that is ignored from then on."""
+def interruptible() -> Iterator[None]:
+    """Undo what Lightning makes of Ctrl-C: an exit, and a signal that is ignored from then on.
+
+    Raises:
+        KeyboardInterrupt: Where Lightning's Trainer has made an exit of one.
+
+    Example:
+        >>> with interruptible():
+        ...     pass
+    """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as stop:
-        if trainer.state.status == "interrupted":
+        if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
         raise
     finally:

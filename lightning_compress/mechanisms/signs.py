@@ -17,11 +17,11 @@ PATIENCE = 0.5
 def sign(trainer: Any, what: str, total: int | None = 0) -> Iterator[Callable[[], object]]:
     """Show what is being done, until it is done; nothing is left on the terminal.
 
-    It is shown on rank 0, on a terminal or in a notebook, where the Trainer has a progress bar that is enabled: as a
-    bar of tqdm, or, where the Trainer has a ``RichProgressBar``, as one of rich.
+    It is shown on a terminal or in a notebook; of a Trainer on rank 0, where it has a progress bar that is enabled: as
+    a bar of tqdm, or, where the Trainer has a ``RichProgressBar``, as one of rich.
 
     Args:
-        trainer: The user's Trainer; None: nothing is shown.
+        trainer: The user's Trainer; True: of a command, which has none; None or False: nothing is shown.
         what: In a few words.
         total: Number of steps; None where that is not known; 0 for work that has no steps, which is shown at once.
 
@@ -36,7 +36,7 @@ def sign(trainer: Any, what: str, total: int | None = 0) -> Iterator[Callable[[]
     if not is_shown(trainer):
         yield lambda: None
         return
-    bar = trainer.progress_bar_callback
+    bar = None if trainer is True else trainer.progress_bar_callback
     shown = _rich if any(base.__name__ == "RichProgressBar" for base in type(bar).__mro__) else _tqdm
     with shown(bar, what, total) as step:
         yield step
@@ -46,19 +46,22 @@ def is_shown(trainer: Any) -> bool:
     """Whether signs are wanted here.
 
     Args:
-        trainer: A Trainer, or None.
+        trainer: A Trainer; True or False: shown or not; None: not.
 
     Returns:
-        False without a Trainer, on other ranks than 0, without an enabled bar, and where output goes to a file.
+        False on other ranks of a Trainer than 0, without an enabled bar in it, and wherever output goes to a file.
 
     Example:
         >>> import lightning.pytorch as L
         >>> is_shown(L.Trainer(enable_progress_bar=False, logger=False, enable_checkpointing=False, accelerator="cpu"))
         False
     """
-    bar = None if trainer is None else trainer.progress_bar_callback
-    enabled = bar is not None and bool(getattr(bar, "is_enabled", True))
-    return enabled and bool(trainer.is_global_zero) and (sys.stdout.isatty() or "ipykernel" in sys.modules)
+    if trainer is None or isinstance(trainer, bool):
+        wanted = bool(trainer)
+    else:
+        bar = trainer.progress_bar_callback
+        wanted = bar is not None and bool(getattr(bar, "is_enabled", True)) and bool(trainer.is_global_zero)
+    return wanted and (sys.stdout.isatty() or "ipykernel" in sys.modules)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 Mode = Literal["min", "max"]
@@ -39,3 +39,20 @@ def direction(metric: str) -> Mode | None:
         elif word in _LARGER or ending == "max":
             found.add("max")
     return found.pop() if len(found) == 1 else None
+
+
+def preferred(metrics: Iterable[str]) -> str:
+    """The metric to judge by where nobody says: what should be large, such as an accuracy, before a loss.
+
+    Args:
+        metrics: Names, at least one.
+
+    Returns:
+        The first that should be large, else the first that should be small, else the first.
+
+    Example:
+        >>> preferred(["quality", "val_loss", "val_acc"]), preferred(["quality", "val_loss"])
+        ('val_acc', 'val_loss')
+    """
+    ranks: Mapping[Mode | None, int] = {"max": 0, "min": 1, None: 2}
+    return min(metrics, key=lambda name: ranks[direction(name)])

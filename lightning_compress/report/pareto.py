@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from lightning_compress.mechanisms.selection import did_you_mean, listing
 from lightning_compress.report.cells import metric_names
-from lightning_compress.report.directions import Mode, direction
+from lightning_compress.report.directions import Mode, direction, preferred
 from lightning_compress.report.table import Report, Row
 
 Cost = Literal["bytes", "bytes_compressed", "latency", "macs"]
@@ -192,8 +192,7 @@ def _metric(reports: Mapping[str, Report], wanted: str | None, mode: Mode | None
         raise ValueError(f"the reports have no metric in common, so say which one is meant: {each}")
     if mode is not None:
         return next((name for name in common if direction(name) == mode), common[0])
-    ranks = {"max": 0, "min": 1, None: 2}
-    return min(common, key=lambda name: ranks[direction(name)])
+    return preferred(common)
 
 
 def _point(run: str, row: Row, metric: str, cost: Cost) -> Point:

@@ -1,6 +1,7 @@
 """What goes to the user's loggers, and how each kind takes it: Weights & Biases, TensorBoard, CSV files, others.
 
-Nothing here imports a logger or its service: what the user's Trainer has is used, and what it lacks is left out.
+Nothing here imports a logger or its service: what the user's Trainer has is used, and what it lacks is left out. Only
+:mod:`~lightning_compress.tracking.pareto_run`, which belongs to no Trainer, begins a run of its own.
 """
 
 from __future__ import annotations

@@ -58,6 +58,17 @@ def test_it_is_shown_on_a_terminal_and_gone_afterwards(terminal, bar, total):
     assert last.strip() == ""
 
 
+def test_a_command_without_a_trainer_says_whether_it_is_shown(terminal, monkeypatch):
+    worked(False, 0)
+    assert terminal.getvalue() == ""
+    worked(True, 0)
+    assert "Calibrating ..." in terminal.getvalue()
+    monkeypatch.setattr(terminal, "isatty", lambda: False)
+    before = terminal.getvalue()
+    worked(True, 0)
+    assert terminal.getvalue() == before
+
+
 def test_silence(terminal, monkeypatch):
     worked(None, 3)
     worked(trainer(None), 3)

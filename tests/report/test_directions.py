@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_compress.report.directions import direction
+from lightning_compress.report.directions import direction, preferred
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,15 @@ from lightning_compress.report.directions import direction
 )
 def test_the_direction_is_told_from_the_words_of_the_name(name, way):
     assert direction(name) == way
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["metric", "val_loss", "val_acc", "val_f1"], "val_acc"),
+        (["metric", "val_mse", "val_loss"], "val_mse"),
+        (["quality", "metric"], "quality"),
+    ],
+)
+def test_what_should_be_large_comes_first(names, chosen):
+    assert preferred(names) == chosen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from types import SimpleNamespace
 
 import lightning.pytorch as L
 import torch
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress.cli import _parser
+from lightning_compress.commands.project import Project
 
 ROWS, FEATURES, CLASSES = 24, 6, 3
 
@@ -74,7 +74,7 @@ def trainer(**settings):
 
 
 def project(module=None, **settings):
-    return SimpleNamespace(module=module or Lit(), datamodule=Data(), trainer=trainer(**settings))
+    return Project(module or Lit(), Data(), trainer(**settings))
 
 
 def checkpoint(path, module=None):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +31,7 @@ def project(tmp_path, monkeypatch):
     projects.checkpoint("last.ckpt")
     made = []
 
-    def load_project(configs, *, model=None, data=None):
+    def load_project(configs, *, model=None, data=None, arguments=()):
         made.append(projects.project(run.module()))
         return made[-1]
 
@@ -37,7 +39,7 @@ def project(tmp_path, monkeypatch):
         return command.sensitivity(projects.options(*given, *arguments))
 
     run.made, run.module = made, projects.Lit
-    monkeypatch.setattr(command, "load_project", load_project)
+    monkeypatch.setattr("lightning_compress.commands.project.load_project", load_project)
     return run
 
 
@@ -98,6 +100,20 @@ def test_it_goes_on_where_it_was(project, validations, capsys):
     assert len(validations) == 1 + 6 + 1 + 3 + 3
 
 
+def test_what_takes_long_before_the_first_change_gives_a_sign(project, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    said = []
+
+    @contextmanager
+    def bar(_, what, total):
+        said.append(what)
+        yield lambda: None
+
+    monkeypatch.setattr("lightning_compress.mechanisms.signs._tqdm", bar)
+    assert project("--method", "sparsity", "--levels", "sparsity=.5") == 0
+    assert said == ["validating the network as it is", "what each choice costs"]
+
+
 def test_another_checkpoint_or_config_is_refused(project, capsys):
     assert project("--method", "bits", "--levels", "bits=8") == 0
     torch.manual_seed(9)
@@ -154,6 +170,12 @@ def test_a_failing_validation_is_no_bad_usage(project):
         project()
 
 
+def test_a_fault_of_our_own_is_no_bad_usage(project, monkeypatch):
+    monkeypatch.setattr(command, "costs_of", lambda *_: int("ours"))
+    with pytest.raises(ValueError, match="ours"):
+        project()
+
+
 def test_a_change_that_gives_no_number_is_never_suggested(project, capsys):
     class Fragile(projects.Lit):
         def validation_step(self, batch, batch_idx):
@@ -203,7 +225,12 @@ def test_other_bad_input(project, capsys):
     assert "'lost.ckpt' is not there" in capsys.readouterr().err
     torch.save({"state_dict": nn.Linear(1, 1).state_dict()}, "last.ckpt")
     assert project() == 2
-    assert "'last.ckpt' was not saved from a Lit" in capsys.readouterr().err
+    assert "checkpoint 'last.ckpt' does not fit Lit: " in capsys.readouterr().err
+    wide = projects.Lit()
+    wide.net.head = nn.Linear(12, projects.CLASSES)
+    projects.checkpoint("last.ckpt", wide)
+    assert project() == 2
+    assert "size mismatch for net.head.weight" in capsys.readouterr().err
     projects.checkpoint("last.ckpt")
 
     class Without(L.LightningModule):

@@ -97,7 +97,9 @@ def test_a_default_budget_out_of_reach_gives_the_smallest():
     found = suggestion("bits", dict.fromkeys("024", (0.1,)), (8,), None)
     assert set(found.levels.values()) == {8}
     assert found.cost == found.limit
-    assert "and out of reach by what was measured: this is the smallest." in found.recipe()
+    unmet = "bytes=25%: 13.0 kB is out of reach by what was measured; the smallest: "
+    assert found.said.startswith(f"{unmet}15.9 kB of 51.8 kB (")
+    assert f"# Budget {unmet}predicted are" in found.recipe()
 
 
 def test_sparsity(tmp_path):
@@ -120,7 +122,9 @@ def test_filters(tmp_path):
     callbacks, _ = written(tmp_path, found)
     assert callbacks == [("StructuredPruningCallback", {"ratio": 0.4, "budget": "macs", "exclude": ["0"]})]
     found = suggestion("filters", losses, (0.5, 0.75), Budget("macs", 0.2, True))
-    assert "out of reach by what was measured" in found.recipe()
+    unmet = "macs=20%: 2.46 k is out of reach by what was measured; the smallest: 3.07 k of 12.3 k MACs"
+    assert found.said.startswith(f"{unmet}, 0 layers left whole")
+    assert f"# Budget {unmet} are left." in found.recipe()
     assert found.callbacks[0]["init_args"]["ratio"] == 0.75
 
 

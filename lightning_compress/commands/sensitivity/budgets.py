@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from lightning_compress.commands.exits import UsageError
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.report import units
 
@@ -54,7 +55,7 @@ def parsed_budget(text: str) -> Budget:
         The budget.
 
     Raises:
-        ValueError: If it is none.
+        UsageError: If it is none.
 
     Example:
         >>> parsed_budget("bytes=200kB")
@@ -62,7 +63,7 @@ def parsed_budget(text: str) -> Budget:
     """
     quantity, sign, amount = text.partition("=")
     if not sign or quantity not in QUANTITIES:
-        raise ValueError(
+        raise UsageError(
             f"--budget {text}: must be bytes=25%, bytes=200kB, macs=50% or the like{did_you_mean(quantity, QUANTITIES)}"
         )
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(%|(?:[kmg]i?)?)(b?)", amount.strip().lower())
@@ -70,14 +71,14 @@ def parsed_budget(text: str) -> Budget:
         accepted = (
             "a percentage, or a number of bytes such as 200kB" if quantity == "bytes" else "a percentage, or 1.2M"
         )
-        raise ValueError(f"--budget {text}: '{amount}' must be {accepted}")
+        raise UsageError(f"--budget {text}: '{amount}' must be {accepted}")
     number = float(match[1])
     if match[2] == "%":
         if not 0 < number < 100:
-            raise ValueError(f"--budget {text}: a percentage must be between 0 and 100, got {amount}")
+            raise UsageError(f"--budget {text}: a percentage must be between 0 and 100, got {amount}")
         return Budget(quantity, number / 100, True)
     if number <= 0:
-        raise ValueError(f"--budget {text}: must be above 0")
+        raise UsageError(f"--budget {text}: must be above 0")
     return Budget(quantity, number * PREFIXES[match[2]], False)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.commands.exits import UsageError, checking
 from lightning_compress.commands.sensitivity.layers import Layer
 from lightning_compress.functional import (
     filter_rows,
@@ -57,7 +58,7 @@ def parsed_levels(methods: Sequence[str], given: Sequence[str]) -> dict[str, tup
         From the mildest on, each once.
 
     Raises:
-        ValueError: If something is no method that is asked for, or no level of it.
+        UsageError: If something is no method that is asked for, or no level of it.
 
     Example:
         >>> parsed_levels(["bits", "sparsity"], ["bits=4,8"])
@@ -67,7 +68,7 @@ def parsed_levels(methods: Sequence[str], given: Sequence[str]) -> dict[str, tup
     for entry in given:
         method, _, text = entry.partition("=")
         if method not in levels:
-            raise ValueError(
+            raise UsageError(
                 f"--levels {entry}: must be METHOD=LEVEL,LEVEL with a method that is measured, one of "
                 f"{', '.join(levels)}{did_you_mean(method, levels)}"
             )
@@ -82,9 +83,10 @@ def _level(method: str, text: str, entry: str) -> float:
     except ValueError:
         level = -1
     if method == "bits":
-        return check_bits(int(level), f"a level of --levels {entry}")
+        with checking(ValueError):
+            return check_bits(int(level), f"a level of --levels {entry}")
     if not 0 < level < 1:
-        raise ValueError(f"--levels {entry}: a level of {method} is a share between 0 and 1, got '{text}'")
+        raise UsageError(f"--levels {entry}: a level of {method} is a share between 0 and 1, got '{text}'")
     return level
 
 

@@ -8,8 +8,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,25 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from lightning_compress.commands.project import load_project
+from lightning_compress.commands.exits import DONE, INTERRUPTED, USAGE, UsageError, checking, ended
+from lightning_compress.commands.project import load_trained
 from lightning_compress.commands.sensitivity.budgets import QUANTITIES, Budget, parsed_budget
 from lightning_compress.commands.sensitivity.changes import Change, applied, parsed_levels, planned
 from lightning_compress.commands.sensitivity.costs import Costs, costs_of
 from lightning_compress.commands.sensitivity.findings import Findings, title_of, to_console, to_json, to_markdown
-from lightning_compress.commands.sensitivity.journal import NAME, Journal, file_hash, files_hash
+from lightning_compress.commands.sensitivity.journal import NAME, Journal, files_hash
 from lightning_compress.commands.sensitivity.layers import Layer, find_layers
 from lightning_compress.commands.sensitivity.metrics import choose_metric
 from lightning_compress.commands.sensitivity.plot import draw
 from lightning_compress.commands.sensitivity.suggest import Suggestion, suggest
 from lightning_compress.export.errors import EvaluationError
 from lightning_compress.export.evaluate import RepeatedValidation, repeatedly
-from lightning_compress.export.shrunk import load_shrunk
 from lightning_compress.export.weights import read_checkpoint
+from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.weights import select_weights
 from lightning_compress.report.cells import shown_path
+from lightning_compress.tracking.exported import file_digest
 
-DONE, USAGE, INTERRUPTED = 0, 2, 130
 METHODS = ("bits", "sparsity")
 """What is measured if nothing else is asked for."""
 
@@ -55,41 +56,28 @@ class _Request:
         budget = None if options.budget is None else parsed_budget(options.budget)
         if budget is not None and not set(QUANTITIES[budget.quantity]) & set(methods):
             able = " or ".join(QUANTITIES[budget.quantity])
-            raise ValueError(f"--budget {options.budget} needs --method {able}; measured are {', '.join(methods)}")
+            raise UsageError(f"--budget {options.budget} needs --method {able}; measured are {', '.join(methods)}")
         if options.minutes is not None and not options.minutes > 0:
-            raise ValueError(f"--minutes must be above 0, got {options.minutes:g}")
+            raise UsageError(f"--minutes must be above 0, got {options.minutes:g}")
         if options.limit_batches is not None and options.limit_batches < 1:
-            raise ValueError(f"--limit-batches must be at least 1, got {options.limit_batches}")
+            raise UsageError(f"--limit-batches must be at least 1, got {options.limit_batches}")
         if not options.config:
-            raise ValueError("--config is missing: the YAML of the project, as LightningCLI takes it")
+            raise UsageError("--config is missing: the YAML of the project, as LightningCLI takes it")
         for path in (options.checkpoint, *options.config):
             if not os.path.isfile(path):
-                raise ValueError(f"'{path}' is not there")
+                raise UsageError(f"'{path}' is not there")
         return cls(options, levels, budget, Path(options.out))
 
     def header(self) -> dict[str, Any]:
         """What measurements depend on."""
         options = self.options
         return {
-            "checkpoint": file_hash(options.checkpoint),
+            "checkpoint": file_digest(options.checkpoint),
             "config": files_hash(options.config),
-            "class": getattr(options, "class"),
+            "class": options.module_class,
             "data-class": options.data_class,
             "limit-batches": options.limit_batches,
         }
-
-
-class _Stop(Exception):  # noqa: N818 - an end, and no error of the program
-    """Bad usage."""
-
-
-@contextmanager
-def _usage() -> Iterator[None]:
-    """What goes wrong within is said in one line; what a project's own validation raises is not within."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, EvaluationError) as error:
-        raise _Stop(str(error)) from error
 
 
 def sensitivity(options: argparse.Namespace) -> int:
@@ -108,26 +96,28 @@ def sensitivity(options: argparse.Namespace) -> int:
     """
     with ExitStack() as stack:
         try:
-            with _usage():
-                request = _Request.of(options)
-                module, journal, validation = _opened(request, stack)
+            request = _Request.of(options)
+            module, journal, validation = _opened(request, stack)
             findings, costs = _measured(request, module, journal, validation)
-            with _usage():
+            with checking(OSError):
                 _write(request, findings, costs, module)
-        except _Stop as stop:
-            return _ended(USAGE, str(stop))
+        except UsageError as error:
+            return ended("sensitivity", USAGE, str(error))
         except KeyboardInterrupt:
             kept = shown_path(Path(options.out) / NAME)
-            return _ended(INTERRUPTED, f"interrupted; what was measured is in {kept}, and the same command goes on")
+            return ended(
+                "sensitivity", INTERRUPTED, f"interrupted; what was measured is in {kept}, and the same command goes on"
+            )
     return DONE
 
 
 def _opened(request: _Request, stack: ExitStack) -> tuple[nn.Module, Journal, RepeatedValidation]:
     """The module with the weights of the checkpoint, what was measured before, and its validation."""
     options = request.options
-    project = load_project(options.config, model=getattr(options, "class"), data=options.data_class)
-    module: nn.Module = load_shrunk(project.module, options.checkpoint)
-    select_weights(module, options.layers, options.exclude)  # selectors that match nothing are told first
+    project = load_trained(options.config, options.checkpoint, model=options.module_class, data=options.data_class)
+    module: nn.Module = project.module
+    with checking(ValueError):
+        select_weights(module, options.layers, options.exclude)  # selectors that match nothing are told first
     validation = repeatedly(
         module,
         project.datamodule,
@@ -135,11 +125,12 @@ def _opened(request: _Request, stack: ExitStack) -> tuple[nn.Module, Journal, Re
         batches=options.limit_batches,
         accelerator=project.trainer.strategy.root_device.type,
     )
-    repeated = stack.enter_context(validation)
+    with checking(EvaluationError):
+        repeated = stack.enter_context(validation)
     try:
         journal = Journal(request.folder, request.header(), restart=options.restart)
     except OSError as error:
-        raise ValueError(f"--out '{request.folder}' cannot be written: {error.strerror}") from error
+        raise UsageError(f"--out '{request.folder}' cannot be written: {error.strerror}") from error
     return module, journal, repeated
 
 
@@ -148,20 +139,19 @@ def _measured(
 ) -> tuple[Findings, dict[str, Costs]]:
     """All measurements that there was time for, and what the choices cost."""
     options = request.options
-    try:
+    with checking(EvaluationError):
         if journal.plain is None:
-            journal.add(None, validation.run())
+            with sign(True, "validating the network as it is"):
+                journal.add(None, validation.run())
         layers = find_layers(validation.module, lambda: validation.run(batches=1), options.layers, options.exclude)
-    except EvaluationError as error:
-        raise _Stop(str(error)) from error
     plain = journal.plain or {}
-    with _usage():
-        metric = choose_metric(plain, options.metric, options.mode)
-        _check_methods(request, layers)
+    metric = choose_metric(plain, options.metric, options.mode)
+    _check_methods(request, layers)
+    with sign(True, "what each choice costs"):  # networks of many weights take long to deflate
         costs = {method: costs_of(method, module, layers, levels) for method, levels in request.levels.items()}
-        for method, own in costs.items():
-            if request.budget is not None and method in QUANTITIES[request.budget.quantity]:
-                own.check(request.budget)
+    for method, own in costs.items():
+        if request.budget is not None and method in QUANTITIES[request.budget.quantity]:
+            own.check(request.budget)
     changes = planned(layers, request.levels)
     missing = [change for change in changes if change not in journal.found]
     _say(f"judged by {metric.said}; {len(changes)} changes, {len(changes) - len(missing)} measured before")
@@ -192,7 +182,7 @@ def _check_methods(request: _Request, layers: Sequence[Layer]) -> None:
     for method in request.levels:
         if not any(method in layer.methods for layer in layers):
             kinds = sorted({layer.type for layer in layers})
-            raise ValueError(f"--method {method} fits none of the selected layers ({', '.join(kinds)})")
+            raise UsageError(f"--method {method} fits none of the selected layers ({', '.join(kinds)})")
 
 
 def _write(request: _Request, findings: Findings, costs: Mapping[str, Costs], module: nn.Module) -> None:
@@ -250,8 +240,3 @@ def _how_to_run(request: _Request, path: Path, method: str) -> str:
 def _say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
-
-
-def _ended(code: int, message: str) -> int:
-    sys.stderr.write(f"lightning-compress sensitivity: {message}\n")
-    return code

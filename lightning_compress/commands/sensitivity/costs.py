@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_compress.commands.exits import UsageError
 from lightning_compress.commands.sensitivity.budgets import Budget, shown_amount
 from lightning_compress.commands.sensitivity.layers import Layer
 from lightning_compress.commands.sensitivity.sizes import FLOAT_BITS, GRAPH, deflated_bytes, integer_bytes, other_bytes
@@ -40,14 +41,14 @@ class Costs:
         """Refuse a budget that nothing fits.
 
         Raises:
-            ValueError: With the smallest that does.
+            UsageError: With the smallest that does.
         """
         if self.smallest > budget.limit(self.whole):
             shown = [
                 shown_amount(budget.quantity, value) for value in (self.smallest, budget.limit(self.whole), self.whole)
             ]
             share = 100 * self.smallest / self.whole
-            raise ValueError(
+            raise UsageError(
                 f"--budget {budget} is {shown[1]} of {shown[2]} ({self.what}), and the smallest that these levels "
                 f"reach is {shown[0]}, {share:.3g}%"
             )

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_compress.commands.exits import UsageError
 from lightning_compress.commands.sensitivity.changes import Change
+from lightning_compress.tracking.exported import file_digest
 
 SCHEMA = 1
 NAME = "sensitivity.jsonl"
@@ -42,7 +44,7 @@ class Journal:
         found: What was measured of each change.
 
     Raises:
-        ValueError: If the file that is there is of something else, or damaged.
+        UsageError: If the file that is there is of something else, or damaged.
         OSError: If it cannot be written.
 
     Example:
@@ -99,7 +101,7 @@ class Journal:
             except ValueError:
                 complete = False
             if not complete and number < len(lines):
-                raise ValueError(
+                raise UsageError(
                     f"{self.path}: line {number} is damaged; begin anew with --restart, or in another --out"
                 )
             if not complete:
@@ -111,26 +113,10 @@ class Journal:
     def _check(self, before: Mapping[str, Any]) -> None:
         different = [name for name in self._header if before.get(name) != self._header[name]]
         if different:
-            raise ValueError(
+            raise UsageError(
                 f"{self.path} holds measurements of another {' and another '.join(different)}: give --restart to throw "
                 "them away, or another --out"
             )
-
-
-def file_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's contents.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.NamedTemporaryFile() as file:
-        ...     file_hash(file.name)[:8]
-        'e3b0c442'
-    """
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def files_hash(paths: Sequence[str]) -> str:
@@ -140,4 +126,4 @@ def files_hash(paths: Sequence[str]) -> str:
         >>> files_hash([])[:8]
         'e3b0c442'
     """
-    return hashlib.sha256("".join(map(file_hash, paths)).encode()).hexdigest()
+    return hashlib.sha256("".join(map(file_digest, paths)).encode()).hexdigest()

@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lightning_compress.commands.exits import UsageError
 from lightning_compress.mechanisms.selection import did_you_mean, listing
-from lightning_compress.report.directions import direction
-
-MODES = ("min", "max")
+from lightning_compress.report.directions import direction, preferred
 
 
 @dataclass(frozen=True)
@@ -49,32 +48,28 @@ def choose_metric(metrics: Mapping[str, float], name: str | None = None, mode: s
         The metric.
 
     Raises:
-        ValueError: If there is no such metric, or its direction cannot be told.
+        UsageError: If there is no such metric, or its direction cannot be told.
 
     Example:
         >>> choose_metric({"val_loss": 0.3, "val_acc": 0.9}).name
         'val_acc'
     """
     if not metrics:
-        raise ValueError("the validation logs no metric, so there is nothing to judge by; let validation_step log one")
+        raise UsageError("the validation logs no metric, so there is nothing to judge by; let validation_step log one")
     if name is not None and name not in metrics:
-        raise ValueError(
+        raise UsageError(
             f"--metric '{name}' is not among the metrics of the validation, {listing(list(metrics))}"
             f"{did_you_mean(name, metrics)}"
         )
-    guessed = {own: direction(own) for own in metrics}
-    chosen = name
-    if chosen is None:
-        by_direction = [own for wanted in ("max", "min", None) for own in metrics if guessed[own] == wanted]
-        chosen = by_direction[0]
-    way = mode or guessed[chosen]
+    chosen = preferred(metrics) if name is None else name
+    way = mode or direction(chosen)
     if way is None:
-        raise ValueError(
+        raise UsageError(
             f"whether '{chosen}' is better when it is higher cannot be told by its name: give --mode min|max"
         )
     value = metrics[chosen]
     if not math.isfinite(value):
-        raise ValueError(f"'{chosen}' of the checkpoint is {value}, before anything was changed; give another --metric")
+        raise UsageError(f"'{chosen}' of the checkpoint is {value}, before anything was changed; give another --metric")
     better = "higher" if way == "max" else "lower"
     others = (
         []

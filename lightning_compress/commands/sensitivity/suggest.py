@@ -106,18 +106,14 @@ def suggest(
         What is suggested; None where the budget is kept as it is.
     """
     budget = budget_of(method, given)
-    limit = budget.limit(costs.whole)
-    notes = []
+    limit, unmet = budget.limit(costs.whole), ""
     if method == "filters":
         return _with_filters(findings, costs, budget, limit)
     try:
         chosen = _chosen(method, findings, costs, limit)
     except BudgetError as error:  # the default, or layers that are not measured yet
         limit = error.smallest + costs.fixed
-        notes.append(
-            f"Budget {budget} is {_shown(budget, budget.limit(costs.whole))}, and out of reach by what was measured: "
-            "this is the smallest."
-        )
+        unmet = _unmet(budget, costs)
         chosen = _chosen(method, findings, costs, limit)
     if all(option.level is None for option in chosen.values()):
         return None
@@ -125,8 +121,8 @@ def suggest(
     levels = {name: option.level for name, option in chosen.items()}
     callbacks, export, more = _bits(levels, module) if method == "bits" else _sparsities(levels)
     said = f"{_shown(budget, cost)} of {_shown(budget, costs.whole)} ({costs.what})"
-    notes += [_header(findings, budget, f"predicted are {said}", loss), *more]
-    said = f"{budget}: {said}, {findings.metric.name} worse by {loss_format(findings)(loss)}, as predicted"
+    notes = [_header(findings, budget, f"{unmet}predicted are {said}", loss), *more]
+    said = f"{budget}: {unmet}{said}, {findings.metric.name} worse by {loss_format(findings)(loss)}, as predicted"
     export = {**export, "metric": findings.metric.name}
     return Suggestion(method, budget, limit, cost, loss, said, levels, callbacks, export, notes)
 
@@ -148,6 +144,11 @@ def _header(findings: Findings, budget: Budget, predicted: str, loss: float) -> 
         f"Budget {budget}: {predicted}. {name} is {units.metric(findings.plain[name])} as it is, and predicted to be "
         f"worse by {show(loss)}; {SUM}"
     )
+
+
+def _unmet(budget: Budget, costs: Costs) -> str:
+    """What is said before the numbers of a choice that is larger than the budget."""
+    return f"{_shown(budget, budget.limit(costs.whole))} is out of reach by what was measured; the smallest: "
 
 
 def _shown(budget: Budget, amount: float) -> str:
@@ -205,29 +206,29 @@ def _with_filters(findings: Findings, costs: Costs, budget: Budget, limit: float
     known = {
         name: own for name, own in losses.items() if any(map(math.isfinite, own.values())) and costs.plain[name] > 0
     }
-    notes = []
+    unmet = ""
     try:
         choice = choose_filters({name: costs.plain[name] for name in known}, known, costs.whole, limit)
     except BudgetError as error:
         limit = math.ceil(error.smallest)
         if limit >= costs.whole:
             return None
-        notes.append(f"Budget {budget} is out of reach by what was measured: this is the smallest.")
+        unmet = _unmet(budget, costs)
         choice = choose_filters({name: costs.plain[name] for name in known}, known, costs.whole, limit)
     levels = {name: choice.share if name in known and name not in choice.left else None for name in costs.levels}
     left = [name for name, level in levels.items() if level is None]
     ratio = round(1 - limit / costs.whole, 4)
     arguments: dict[str, object] = {"ratio": ratio, "budget": "macs", **({"exclude": left} if left else {})}
     said = f"{_shown(budget, limit)} of {_shown(budget, costs.whole)} MACs"
-    notes += [
-        _header(findings, budget, f"{said} are left", choice.loss),
+    notes = [
+        _header(findings, budget, f"{unmet}{said} are left", choice.loss),
         f"Predicted with {units.share(choice.share)} of the filters of each layer gone but those in exclude, as if a "
         "layer saved only what its own filters cost; the callback counts what is left of the whole network, and needs "
         "fewer. What was measured is without training; a fit takes most of the loss back.",
     ]
     show = loss_format(findings)(choice.loss)
     whole = f"{len(left)} layer{'' if len(left) == 1 else 's'} left whole"
-    said = f"{budget}: {said}, {whole}, {findings.metric.name} worse by {show}, as predicted"
+    said = f"{budget}: {unmet}{said}, {whole}, {findings.metric.name} worse by {show}, as predicted"
     export: dict[str, object] = {"path": "model.onnx", "precision": "fp32", "metric": findings.metric.name}
     callbacks = [_callback("StructuredPruningCallback", arguments)]
     return Suggestion("filters", budget, limit, None, choice.loss, said, levels, callbacks, export, notes)

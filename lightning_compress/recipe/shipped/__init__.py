@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from importlib.resources import files
 
+from lightning_compress.commands.exits import DONE, USAGE, ended
 from lightning_compress.mechanisms.selection import did_you_mean
 
-DONE, USAGE = 0, 2
 SUFFIX = ".yaml"
 
 
@@ -46,10 +46,7 @@ def show(name: str | None = None) -> int:
         sys.stdout.write("\n".join([*lines, "", "lightning-compress recipes NAME > recipe.yaml", ""]))
         return DONE
     if name not in texts:
-        sys.stderr.write(
-            f"lightning-compress recipes: there is no recipe '{name}'; there are {', '.join(texts)}"
-            f"{did_you_mean(name, texts)}\n"
-        )
-        return USAGE
+        there = f"there is no recipe '{name}'; there are {', '.join(texts)}{did_you_mean(name, texts)}"
+        return ended("recipes", USAGE, there)
     sys.stdout.write(texts[name])
     return DONE
