@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
-from lightning_compress.export.onnx import ExportResult, checked_folder
+from lightning_compress.export.onnx import ExportResult, checked_folder, path_text
 from lightning_compress.export.sample import Sample
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.grids import Grids
@@ -62,6 +61,7 @@ class CompressionReport(CompressionCallback):
         command: What it keeps as the command that did.
 
     Raises:
+        TypeError: If ``path`` is neither a string nor a path.
         ValueError: If ``path`` is a file or not on this machine.
 
     Example:
@@ -82,9 +82,9 @@ class CompressionReport(CompressionCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        if path is not None and "://" in os.fspath(path):
+        if path is not None and "://" in path_text(path):
             raise ValueError(f"path must be a local directory, got '{os.fspath(path)}'")
-        if path is not None and Path(path).is_file():
+        if path is not None and os.path.isfile(path):
             raise ValueError(f"path must be a directory, and '{os.fspath(path)}' is a file")
         check_flag("latency", latency)
         check_flag("embed_pictures", embed_pictures)
