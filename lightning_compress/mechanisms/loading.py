@@ -181,7 +181,7 @@ def teacher_from_checkpoint(
     _refuse_unknown(make, arguments, path)
     smaller = structures_in(checkpoint) is not None  # than what its class makes
     if _is_lightning_module(make) and "pytorch-lightning_version" in checkpoint:
-        compiled = any(plain_name(name) != name for name in checkpoint["state_dict"])
+        compiled = any(plain_name(name) != name for name in checkpoint.get("state_dict", ()))
         kind = _adapting(make) if smaller or compiled else make
         module = _built(
             lambda **given: kind.load_from_checkpoint(
