@@ -11,7 +11,7 @@ from contract.modules import Batches, Classifier, NormClassifier
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_compress import DCILCallback, DistillationCallback, DPFCallback, PTQCallback
+from lightning_compress import DCILCallback, DistillationCallback, DPFCallback, PTQCallback, StructuredPruningCallback
 from lightning_compress.commands.forecast import forecast
 from lightning_compress.commands.foresight import _hear
 from lightning_compress.mechanisms.step import find_controller
@@ -27,10 +27,10 @@ class Forecasts(L.Callback):
             assert pl_module.training == before
 
 
-def foreseen(*callbacks, module=None):
+def foreseen(*callbacks, module=None, steps=1):
     last = Forecasts()
     L.Trainer(
-        max_steps=1,
+        max_steps=steps,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -53,6 +53,23 @@ def test_shares_and_the_cost_of_a_teacher(recwarn):
     assert found["step"] == {"passes": 1, "teachers": 1, "times": pytest.approx(1 + own)}
     assert found["warnings"] == ["beware"]
     assert list(found["losses"]["terms"]) == ["kd"]
+
+
+def test_sizes_are_those_before_filters_went(recwarn):
+    """Two of four filters go, and with them half of the convolution and of what the head reads."""
+    now = {"min_channels": 1, "layers": ["type:Conv2d"]}
+    found = []
+    for start in (0.0, 0.5):
+        kd = DistillationCallback(nn.Sequential(nn.Linear(8, 3)))  # sees the network
+        found.append(foreseen(kd, StructuredPruningCallback(0.5, start=start, **now), DPFCallback(0.5), steps=2))
+    went, later = found
+    assert (went["parameters"], went["macs"]) == (later["parameters"], later["macs"]) == (139, 288 + 96)
+    for own in (went["callbacks"]["structured"], later["callbacks"]["structured"]):
+        assert own["share_of_parameters"] == 40 / 139
+        assert own["share_of_macs"] == 288 / (288 + 96)
+    assert went["callbacks"]["dpf"]["share_of_parameters"] == (18 + 48) / (20 + 51)
+    assert went["callbacks"]["dpf"]["share_of_macs"] == 1
+    assert "went before the first step" in went["callbacks"]["structured"]["notes"][0]
 
 
 def test_a_second_pass_costs_as_much_as_the_first(recwarn):

@@ -16,7 +16,7 @@ from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import Choices, evaluate, evaluate_forward, evaluate_quantized, has_validation
-from lightning_compress.export.onnx import ExportResult, checked_path, checked_precision, write_onnx
+from lightning_compress.export.onnx import ExportResult, checked_path, checked_precision, path_text, write_onnx
 from lightning_compress.export.runtime import require_onnx
 from lightning_compress.export.sample import Sample, check_sample
 from lightning_compress.export.scales import HOW, Scales
@@ -59,6 +59,7 @@ class ExportCallback(CompressionCallback):
         name: As in the base class; default "export".
 
     Raises:
+        TypeError: If ``path`` is neither a string nor a path.
         ValueError: If ``precision``, ``tolerance`` or ``path`` is not accepted.
         ImportError: At the start of the fit, if the extra ``onnx`` is not installed.
 
@@ -99,9 +100,7 @@ class ExportCallback(CompressionCallback):
             raise TypeError(f"metric must be the name of a metric, got {metric!r}")
         if tolerance is not None and metric is None:
             raise ValueError(f"tolerance={tolerance} says how far a metric may move, but metric is not given")
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"path must be a path that ends in '.onnx', got {path!r}")
-        self.path = os.path.abspath(path)
+        self.path = os.path.abspath(path_text(path))
         self.precision = precision
         self.metric = metric
         self.tolerance = tolerance

@@ -6,6 +6,7 @@ channels are chosen; another copy is made smaller, and what it returns is compar
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +86,7 @@ class Rehearsal:
         after, whole = self._measured(shrinkage), [group.channels for group in groups]
         after["filters"] = costs.of("filters", kept)
         share = 1 - after[wanted.budget] / costs.original(wanted.budget)
-        self._check_share(share)
+        self._check_share(share, groups, costs)
         return Plan(
             shrinkage=shrinkage,
             layers=self._layers(shrinkage, sizes),
@@ -249,7 +250,8 @@ class Rehearsal:
             raise StructureError(
                 f"ratio={wanted.ratio} of the {BUDGETS[wanted.budget]} cannot go: with "
                 f"min_channels={wanted.min_channels}{self._rounded(', ')} and what is left alone {most:.4f} is the "
-                f"most; ask for less, or lower min_channels. Left alone: {'; '.join(by_reason(left)) or 'nothing'}"
+                f"most; {self._remedies(most, groups, costs)}, or lower min_channels. Left alone: "
+                f"{'; '.join(by_reason(left)) or 'nothing'}"
             )
         uniform = wanted.budget == "filters"
         kept = kept_channels(
@@ -259,13 +261,27 @@ class Rehearsal:
             raise StructureError(f"ratio={wanted.ratio} takes none of the channels away; ask for more")
         return kept
 
-    def _check_share(self, share: float) -> None:
+    def _check_share(self, share: float, groups: Sequence[ChannelGroup], costs: Costs) -> None:
         wanted = self._wanted
         if wanted.last and wanted.budget != "filters" and not abs(share - wanted.ratio) <= POINTS:
             raise StructureError(
                 f"ratio={wanted.ratio} of the {BUDGETS[wanted.budget]} cannot be met within {POINTS:.0%}: {share:.4f} "
-                f"is the nearest{self._rounded(' with ')}"
+                f"is the nearest{self._rounded(' with ')}; {self._remedies(share, groups, costs)}"
             )
+
+    def _remedies(self, possible: float, groups: Sequence[ChannelGroup], costs: Costs) -> str:
+        """What to ask for instead: a share that can be had, or the coarsest divisor of ``round_to`` that meets it."""
+        wanted, cost = self._wanted, functools.partial(costs.of, self._wanted.budget)
+        original = costs.original(wanted.budget)
+
+        def meets(round_to: int) -> bool:
+            limits = {"at_least": wanted.min_channels, "multiple_of": round_to}
+            kept = kept_channels(groups, cost, wanted.ratio, original, **limits)
+            return abs(1 - cost(kept) / original - wanted.ratio) <= POINTS
+
+        divisors = [own for own in range(wanted.round_to - 1, 0, -1) if wanted.round_to % own == 0]
+        finer = next(filter(meets, divisors), None)
+        return f"ask for ratio={possible:.3g}" + ("" if finer is None else f", or give round_to={finer}")
 
     def _rounded(self, before: str) -> str:
         return "" if self._wanted.round_to == 1 else f"{before}round_to={self._wanted.round_to}"

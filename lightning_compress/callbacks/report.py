@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
-from lightning_compress.export.onnx import ExportResult, checked_folder
+from lightning_compress.export.onnx import ExportResult, checked_folder, path_text
 from lightning_compress.export.sample import Sample
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.grids import Grids
@@ -49,7 +48,8 @@ class CompressionReport(CompressionCallback):
 
     Args:
         path: Directory of the three files, relative to the working directory when the callback is made. ``None``: the
-            Trainer's log directory, or ``compression_report`` under its root directory where there is none.
+            folder of the run that the first logger has or, as for Lightning's checkpoints, ``<name>/<version>`` of that
+            logger under its ``save_dir``; without loggers ``compression_report`` under the Trainer's root directory.
         latency: Whether to measure times; this takes about 10 seconds, or more where one call takes seconds.
         embed_pictures: Whether the report holds the pictures of the other callbacks. Those of attention transfer show
             samples of the validation data.
@@ -62,6 +62,7 @@ class CompressionReport(CompressionCallback):
         command: What it keeps as the command that did.
 
     Raises:
+        TypeError: If ``path`` is neither a string nor a path.
         ValueError: If ``path`` is a file or not on this machine.
 
     Example:
@@ -82,9 +83,9 @@ class CompressionReport(CompressionCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        if path is not None and "://" in os.fspath(path):
+        if path is not None and "://" in path_text(path):
             raise ValueError(f"path must be a local directory, got '{os.fspath(path)}'")
-        if path is not None and Path(path).is_file():
+        if path is not None and os.path.isfile(path):
             raise ValueError(f"path must be a directory, and '{os.fspath(path)}' is a file")
         check_flag("latency", latency)
         check_flag("embed_pictures", embed_pictures)
@@ -163,6 +164,8 @@ class CompressionReport(CompressionCallback):
         if self.path is not None:
             return self.path
         root = str(trainer.default_root_dir)
+        if trainer.loggers and log_directory == trainer.loggers[0].save_dir:  # which other runs share
+            log_directory = _of_the_run(trainer.loggers[0], log_directory or root)
         roots = [os.path.abspath(entry) for entry in (root, os.curdir)]
         if log_directory is None or os.path.abspath(log_directory) in roots:  # not to be littered with our files
             log_directory = os.path.join(root, FILE_STEM)
@@ -280,6 +283,12 @@ class _Pipeline(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return Teacher(self.teacher, self.transform)(NetworkCall(args, kwargs, None))
+
+
+def _of_the_run(logger: Any, save_dir: str) -> str:
+    """Where ``ModelCheckpoint`` has the folder of its checkpoints."""
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return os.path.join(save_dir, str(logger.name), version)
 
 
 def _teachers(trainer: Any) -> dict[str, nn.Module]:

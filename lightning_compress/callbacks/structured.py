@@ -162,6 +162,8 @@ class StructuredPruningCallback(CompressionCallback):
         self.layers, self.exclude, self.reestimate_batchnorm = layers, exclude, reestimate_batchnorm
         self.plan: Plan | None = None
         """What the last round did, or what the first batch has shown that will be done."""
+        self.went: Plan | None = None
+        """What the last round of this fit did; None before the first."""
         self._progress: Progress | None = None
         self._begun = False  # whether the network was looked at in this fit
         self._files, self._saving = ExitStack(), False
@@ -195,7 +197,10 @@ class StructuredPruningCallback(CompressionCallback):
             return Intent(kind, aims=aims, notes=("the first batch shows what can go",))
         takes = tuple(plan.filters)
         parts = [find_module(pl_module, name, argument="layers") for name in takes]
-        elements = sum(own.numel() for part in parts for own in part.parameters())
+        if plan is self.went:  # these layers are smaller by now
+            elements = sum(plan.layers[name].parameters[0] for name in takes)
+        else:
+            elements = sum(own.numel() for part in parts for own in part.parameters())
         went = "went before the first step" if self._state.done else "will go"
         notes = (f"of the {BUDGETS[self.budget]} {plan.share:.1%} {went}: {', '.join(plan.totals())}",)
         return Intent(kind, takes, plan.left, elements, aims, notes=notes)
@@ -284,7 +289,7 @@ class StructuredPruningCallback(CompressionCallback):
             self._check_state()
         else:
             self._state = _State(structure=structure, whole=structure)
-        self._begun, self._skipped = False, 0
+        self._begun, self._skipped, self.went = False, 0, None
         stack.callback(setattr, self, "_progress", None)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -457,6 +462,7 @@ class StructuredPruningCallback(CompressionCallback):
                     callback.follow_shrinkage(shrinkage, pl_module)
             self._require_controller().weights.resized()
             _compat.reset_compiled_code()
+        self.went = plan
         self._forget_scores(trainer, "a larger network", "the smaller network")
         numbers = {"share": plan.share, "parameters": plan.parameters[1], "macs": plan.macs[1]}
         # past self.log, which keeps what falls between two steps that are logged

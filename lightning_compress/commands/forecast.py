@@ -12,6 +12,7 @@ from torch import nn
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.intents import Intent
+from lightning_compress.callbacks.structured import StructuredPruningCallback
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.controller import StepRecord
 from lightning_compress.mechanisms.isolation import evaluating
@@ -34,25 +35,30 @@ def forecast(trainer: Any, pl_module: Any, step: StepRecord, warned: Sequence[st
 
     Returns:
         Numbers, words, lists and dicts: ``module``, ``parameters``, ``macs`` (of one sample; None where they cannot be
-        counted), ``callbacks``, ``files``, ``step``, ``losses``, ``warnings``.
+        counted), ``callbacks``, ``files``, ``step``, ``losses``, ``warnings``. Where filters went before the first
+        step, sizes are those before; shares of callbacks that work on what is left are shares of that.
     """
     ours = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
     layers, problems = _macs(trainer, pl_module, ours)
     macs = sum(layers.values()) or None
     parameters = count_parameters(pl_module)
+    went = next((own.went for own in ours if isinstance(own, StructuredPruningCallback) and own.went is not None), None)
+    whole = parameters if went is None else parameters + went.parameters[0] - went.parameters[1]
+    before = layers if went is None else layers | {name: own.macs[0] for name, own in went.layers.items()}
     callbacks = {}
     for callback in ours:
-        intent = callback.intent(trainer, pl_module)
+        intent, takes_away = callback.intent(trainer, pl_module), isinstance(callback, StructuredPruningCallback)
+        total = whole if takes_away else parameters
         callbacks[callback.name] = intent.to_dict() | {
-            "share_of_parameters": intent.elements / parameters if parameters else None,
-            "share_of_macs": _share(layers, intent) if macs else None,
+            "share_of_parameters": intent.elements / total if total else None,
+            "share_of_macs": _share(before if takes_away else layers, intent) if macs else None,
         }
     losses = {name: float(term) for name, term in step.terms.items()}
     task = None if step.task_loss is None else float(step.task_loss)
     return {
         "module": type(pl_module).__name__,
-        "parameters": parameters,
-        "macs": macs,
+        "parameters": whole,
+        "macs": sum(before.values()) if macs else None,
         "callbacks": callbacks,
         "files": [_file(callback, ours) for callback in ours if isinstance(callback, ExportCallback)],
         "step": _step(trainer, ours, step, macs),

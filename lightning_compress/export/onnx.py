@@ -213,21 +213,26 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
         The target.
 
     Raises:
+        TypeError: If it is neither a string nor a path.
         ValueError: If it does not end in ".onnx" or cannot be written.
 
     Example:
         >>> checked_path("model.onnx").name
         'model.onnx'
     """
-    target = Path(path)
+    target = Path(path_text(path))
     if target.suffix != ".onnx":
         raise ValueError(f"path must end in '.onnx', got '{target}'")
+    _check_lengths(target, spare=len(_draft(target).name) - len(target.name))
     if target.is_dir():
         raise ValueError(f"path '{target}' is a directory; a file name ending in '.onnx' is accepted")
     _check_writable(target, target.absolute().parents)
     if target.exists() and not target.stat().st_mode & stat.S_IWUSR:
         raise ValueError(f"path '{target}' is a read-only file; remove it or choose another name")
-    return target.resolve() if target.is_symlink() else target
+    if target.is_symlink():
+        target = target.resolve()
+        _check_lengths(target, spare=len(_draft(target).name) - len(target.name))
+    return target
 
 
 def checked_folder(path: str | os.PathLike[str]) -> Path:
@@ -240,15 +245,60 @@ def checked_folder(path: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
+        TypeError: If it is neither a string nor a path.
         ValueError: If it cannot be made, or not be written into.
 
     Example:
         >>> checked_folder("reports/first").name
         'first'
     """
-    target = Path(path)
+    target = Path(path_text(path))
+    _check_lengths(target)
     _check_writable(target, (target.absolute(), *target.absolute().parents))
     return target
+
+
+def path_text(path: Any) -> str:
+    """Check that something can be a path at all.
+
+    Args:
+        path: What the user gave.
+
+    Returns:
+        The path as a string.
+
+    Raises:
+        TypeError: If it is neither a string nor a path.
+        ValueError: If it holds a NUL character.
+
+    Example:
+        >>> path_text(Path("model.onnx"))
+        'model.onnx'
+    """
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        raise TypeError(f"path must be a string or a path, got {path!r}")
+    if "\0" in text:
+        raise ValueError(f"path must not hold a NUL character, got {text!r}")
+    return text
+
+
+def _draft(target: Path) -> Path:
+    """Where a file is written until it is checked; ``lightning-compress run`` knows these names."""
+    return target.with_name(f".{target.stem}-{uuid.uuid4().hex}.onnx")
+
+
+def _check_lengths(target: Path, spare: int = 0) -> None:
+    """Refuse a path with a part that is longer than its file system takes, less what is to spare for the last."""
+    folder = next(parent for parent in target.absolute().parents if os.path.exists(parent))
+    try:
+        most = os.pathconf(folder, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # as on Windows
+        most = 255
+    *folders, name = target.absolute().relative_to(folder).parts
+    for part, accepted in [*((part, most) for part in folders), (name, most - spare)]:
+        if (length := len(os.fsencode(part))) > accepted:
+            raise ValueError(f"path '{target}' has a name of {length} bytes; at most {accepted} are accepted")
 
 
 def _check_writable(target: Path, folders: Iterable[Path]) -> None:
@@ -423,7 +473,7 @@ def _metadata(name: str, precision: str, call: Call) -> dict[str, str]:
 def _write_checked(graph: bytes, target: Path, check: Callable[[OnnxNetwork], float]) -> float:
     """Write beside the target, compare, and only then take the target's place."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.stem}-{uuid.uuid4().hex}.onnx")
+    draft = _draft(target)
     try:
         draft.write_bytes(graph)
         difference = check(OnnxNetwork(draft))

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.checkpoints import resize_, structures_in
-from lightning_compress.mechanisms.selection import did_you_mean, find_module
+from lightning_compress.mechanisms.selection import did_you_mean, find_module, plain_name
 from lightning_compress.mechanisms.shrinking import restructure_, structure_told_by
 
 
@@ -182,7 +182,8 @@ def teacher_from_checkpoint(
     _refuse_unknown(make, arguments, path)
     smaller = structures_in(checkpoint) is not None  # than what its class makes
     if _is_lightning_module(make) and "pytorch-lightning_version" in checkpoint:
-        kind = _resizing(make) if smaller else make
+        compiled = any(plain_name(name) != name for name in checkpoint.get("state_dict", ()))
+        kind = _adapting(make) if smaller or compiled else make
         module = _built(
             lambda **given: kind.load_from_checkpoint(
                 ckpt_path, map_location="cpu", strict=True, weights_only=weights_only, **given
@@ -195,13 +196,13 @@ def teacher_from_checkpoint(
         module.__class__ = make
         return find_module(module, submodule, argument="submodule").eval()
     module = _built(make, arguments, path=path, argument="class_path")
-    weights = checkpoint.get("state_dict", checkpoint)
+    weights = {plain_name(name): value for name, value in checkpoint.get("state_dict", checkpoint).items()}
     if submodule and all(name != submodule for name, _ in module.named_modules()):
         weights, submodule = _below(weights, submodule, ckpt_path), ""  # of the LightningModule around the network
     if smaller:
         restructure_(module, structure_told_by(module, weights), weights)
     try:
-        module.load_state_dict(weights, strict=True)
+        module.load_state_dict(_as_named_in(module, weights), strict=True)
     except RuntimeError as error:
         raise ValueError(
             f"the weights in {os.fspath(ckpt_path)} do not fit {type(module).__name__}: {error}"
@@ -209,14 +210,22 @@ def teacher_from_checkpoint(
     return find_module(module, submodule, argument="submodule").eval()
 
 
-def _resizing(make: Any) -> Any:
-    """The same class, but that an instance takes the sizes of a checkpoint that is loaded into it."""
+def _adapting(make: Any) -> Any:
+    """The same class, but that an instance takes sizes and names of a checkpoint that is loaded into it."""
 
     def on_load_checkpoint(self: nn.Module, checkpoint: dict[str, Any]) -> None:
-        resize_(self, checkpoint)
+        if structures_in(checkpoint) is not None:
+            resize_(self, checkpoint)
         make.on_load_checkpoint(self, checkpoint)
+        checkpoint["state_dict"] = _as_named_in(self, checkpoint["state_dict"])
 
     return type(make.__name__, (make,), {"on_load_checkpoint": on_load_checkpoint, "__module__": make.__module__})
+
+
+def _as_named_in(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights under the names of a module, where one of the two is compiled."""
+    here = {plain_name(name): name for name in module.state_dict()}
+    return {here.get(plain_name(name), name): value for name, value in weights.items()}
 
 
 def _as_annotated(make: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

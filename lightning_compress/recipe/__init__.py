@@ -160,11 +160,14 @@ def check_outputs(recipe: Recipe) -> None:
     Example:
         >>> check_outputs(Recipe(1, export={"path": "model.onnx"}))
     """
-    for path in export_paths(recipe):
-        checked_path(path)
-    for init_args in arguments_of(recipe, CompressionReport):
-        if init_args.get("path") is not None:
-            checked_folder(init_args["path"])
+    try:
+        for path in export_paths(recipe):
+            checked_path(path)
+        for init_args in arguments_of(recipe, CompressionReport):
+            if init_args.get("path") is not None:
+                checked_folder(init_args["path"])
+    except TypeError as error:  # a number or a date: jsonargparse takes it for text
+        raise RecipeError(f"{recipe.path}: {error}") from error
 
 
 def arguments_of(recipe: Recipe, cls: type[Callback]) -> list[Mapping[str, Any]]:

@@ -21,6 +21,7 @@ WIDE, NARROW = (720, 420), (340, 340)  # pixels: for a desk, and for a phone
 _SMALL = 12  # pixels: the text at the axes
 _RADIUS = 5.0
 _NAME = 200  # pixels of a name
+_NAMED = 40  # points, at most: more names are unreadable, and finding places for them takes minutes
 _DECADE = 8.0  # ratio of the largest to the smallest cost from which on the axis is logarithmic
 
 FORMATS: dict[Cost, Callable[[float | None], str]] = {
@@ -71,7 +72,8 @@ def scatter_svg(pareto: Pareto, size: tuple[int, int] = WIDE) -> str:
 
     Args:
         pareto: The table.
-        size: Width and height in pixels; in narrow ones only the front and references have names.
+        size: Width and height in pixels; in narrow ones only the front and references have names, of which there are
+            40 at most.
 
     Returns:
         One SVG element.
@@ -113,7 +115,7 @@ def scatter_legend(pareto: Pareto) -> str:
         pareto: The table.
 
     Returns:
-        One or two sentences.
+        A few sentences.
     """
     parts = [f"{pareto.direction}."]
     if len(pareto.front) < sum(point.placed and not point.reference for point in pareto.points):
@@ -121,6 +123,8 @@ def scatter_legend(pareto: Pareto) -> str:
     away = [point_label(pareto, point) for point in _references(pareto) if point not in _shown(pareto)]
     if any(point.reference for point in _shown(pareto)):
         parts.append("Diamonds: what the models came from.")
+    if (count := len(_shown(pareto))) > _NAMED:
+        parts.append(f"At most {_NAMED} of the {count} have their names here, the front first.")
     if away:
         parts.append(f"Out of the picture: {', '.join(away)}.")
     return " ".join(parts)
@@ -159,7 +163,7 @@ def _drawn(pareto: Pareto, size: tuple[int, int], colours: Colours, background: 
     order = sorted(places, key=lambda index: (not shown[index].front, not shown[index].reference))
     for index in reversed(order):
         _draw_point(axes, *places[index], shown[index], colours, background)
-    named = [index for index in order if size[0] >= WIDE[0] or shown[index].front or shown[index].reference]
+    named = [index for index in order if size[0] >= WIDE[0] or shown[index].front or shown[index].reference][:_NAMED]
     room = Box(across.start + 1, down.end - 8, size[0] - 2, down.start - 2)
     texts = {index: fitting(point_label(pareto, shown[index]), min(_NAME, size[0] / 3), _SMALL) for index in named}
     labels = [

@@ -55,7 +55,9 @@ class Tracker:
     @property
     def takes_pictures(self) -> bool:
         """Whether a picture would be seen: drawing takes time."""
-        return any(sink.takes_pictures for sink in self.sinks)
+        found: list[bool] = []
+        self._each("pictures", lambda sink: found.append(sink.takes_pictures))
+        return any(found)
 
     def define(self, goals: Mapping[str, Mode]) -> None:
         """Say what is going to be logged, and which metrics count.

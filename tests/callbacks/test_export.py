@@ -70,7 +70,7 @@ def test_what_cannot_be_exported_stops_at_the_first_batch(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"path": 3}, TypeError, "path must be a path that ends in '.onnx', got 3"),
+        ({"path": 3}, TypeError, "path must be a string or a path, got 3"),
         ({"precision": "fp16"}, ValueError, "precision must be one of"),
         ({"precision": "int9"}, ValueError, "did you mean 'int8'"),
         ({"metric": "a", "tolerance": -1}, ValueError, "tolerance must be a number of at least 0, got -1"),

@@ -204,6 +204,26 @@ def test_without_a_logger_the_files_have_a_folder_of_their_own(lightning, tmp_pa
     ]
 
 
+class Service:
+    """A logger whose ``save_dir`` holds all runs, as that of Weights & Biases does."""
+
+    def __new__(cls, pl, **settings):
+        base = importlib.import_module(f"{pl.__name__}.loggers.logger").Logger
+        methods = {"log_metrics": lambda *_, **__: None, "log_hyperparams": lambda *_, **__: None}
+        return type("Service", (base,), {**methods, **settings})()
+
+
+@pytest.mark.parametrize(("saves", "versions"), [(True, ["a1", "b2"]), (False, [0, 1])])
+def test_runs_that_share_a_folder_each_have_a_report(pl, tmp_path, saves, versions):
+    found = []
+    for version in versions:
+        logger = Service(pl, save_dir=str(tmp_path / "all") if saves else None, name="net", version=version)
+        report = CompressionReport(latency=False)
+        make_trainer(pl, tmp_path, [report], logger=logger).fit(make_module(pl, validates=False))
+        found.append(report.files.json.parent.relative_to(tmp_path).as_posix())
+    assert found == (["all/net/a1", "all/net/b2"] if saves else ["net/version_0", "net/version_1"])
+
+
 def test_fast_dev_run_prints_and_writes_nothing(lightning, tmp_path, capsys, caplog):
     report = CompressionReport(latency=False)
     with caplog.at_level(logging.INFO, logger="lightning_compress"):
@@ -316,6 +336,10 @@ def test_bad_paths(tmp_path):
         CompressionReport(path=tmp_path / "file")
     with pytest.raises(ValueError, match="path must be a local directory, got 's3://bucket/runs'"):
         CompressionReport(path="s3://bucket/runs")
+    with pytest.raises(TypeError, match="path must be a string or a path, got 5"):
+        CompressionReport(path=5)
+    with pytest.raises(ValueError, match="path must not hold a NUL character"):
+        CompressionReport(path="a\0b")
 
 
 def test_relative_paths_are_taken_from_where_the_callback_was_made(tmp_path, monkeypatch):

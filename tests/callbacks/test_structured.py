@@ -253,6 +253,22 @@ def test_each_layer_loses_the_share_of_its_filters(ratio, expected):
     assert callback.plan.filters == {"net.conv1": (16, expected[0]), "net.conv2": (24, expected[1])}
 
 
+@pytest.mark.parametrize(
+    ("ratio", "arguments"), [(0.4, {"budget": "params", "round_to": 16}), (0.8, {"budget": "macs", "round_to": 16})]
+)
+def test_what_a_refusal_names_can_be_had(ratio, arguments):
+    with pytest.raises(StructureError, match="ask for ratio=") as caught:
+        shrunk(Net(32, 16), ratio=ratio, **arguments)
+    words = re.search(
+        r"(0\.\d+) is the (?:nearest|most).*; ask for ratio=(0\.\d+), or give round_to=(\d+)", str(caught.value)
+    )
+    assert words is not None, str(caught.value)
+    _, other = shrunk(Net(32, 16), ratio=float(words[2]), **arguments)
+    assert other.reached == pytest.approx(float(words[1]), abs=1e-4)
+    _, finer = shrunk(Net(32, 16), ratio=ratio, **{**arguments, "round_to": int(words[3])})
+    assert finer.reached == pytest.approx(ratio, abs=0.02)
+
+
 def test_numbers_of_channels_are_rounded_for_the_runtime():
     module, _ = shrunk(Net(40, 60), ratio=0.45, round_to=8)
     assert (module.net.conv1.out_channels, module.net.conv2.out_channels) == (24, 32)
@@ -555,9 +571,18 @@ def normed(old):
         (Net, {"layers": ["net.fc"]}, "no filters can go: 'net.fc': is what the network returns"),
         (Net, {"layers": ["net.bn1"]}, "without any"),
         (Net, {"min_channels": 24}, "no filters can go: .*has no more than min_channels=24"),
-        (Net, {"ratio": 0.8, "min_channels": 14}, r"ratio=0.8 of the filters cannot go: .*=14 .* the most"),
+        (
+            Net,
+            {"ratio": 0.8, "min_channels": 14},
+            "ratio=0.8 of the filters cannot go: .*=14 .* is the most; ask for ratio=0.3, or lower min_channels",
+        ),
         (Net, {"ratio": 0.99, "budget": "macs"}, r"of the MACs cannot go"),
-        (lambda: Net(32, 16), {"ratio": 0.4, "budget": "params", "round_to": 16}, "of the parameters"),
+        (
+            lambda: Net(32, 16),
+            {"ratio": 0.4, "budget": "params", "round_to": 16},
+            r"of the parameters cannot be met within 2%: 0\.\d+ is the nearest with round_to=16; ask for ratio=0\.\d+, "
+            "or give round_to=4",
+        ),
         (Net, {"ratio": 0.01}, "takes none of the channels away"),
         (Net, {"network": "nett"}, "network names 'nett'.*did you mean 'net'"),
         (Net, {"time_limit": 1e-4}, "stopped after time_limit=0.0001 s"),

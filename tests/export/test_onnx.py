@@ -351,6 +351,37 @@ def test_bad_paths(tmp_path, monkeypatch):
         to_onnx(mlp(), tmp_path / "n.onnx", torch.ones(2, FEATURES))
 
 
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        (5, TypeError, "path must be a string or a path, got 5"),
+        (True, TypeError, "path must be a string or a path, got True"),
+        (["a.onnx"], TypeError, r"path must be a string or a path, got \['a.onnx'\]"),
+        (b"a.onnx", TypeError, "path must be a string or a path, got b'a.onnx'"),
+        ("a\0b.onnx", ValueError, r"path must not hold a NUL character, got 'a\\x00b.onnx'"),
+        ("\u00e9" * 109 + ".onnx", ValueError, "has a name of 223 bytes; at most 221 are accepted"),
+        ("a" * 256 + "/a.onnx", ValueError, "has a name of 256 bytes; at most 255 are accepted"),
+    ],
+)
+def test_what_no_file_can_be_called(tmp_path, monkeypatch, path, error, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "pathconf", lambda folder, name: 255)
+    with pytest.raises(error, match=message):
+        to_onnx(mlp(), path, torch.ones(2, FEATURES))
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_longest_name_is_written(tmp_path):
+    most = os.pathconf(tmp_path, "PC_NAME_MAX") - len("-.") - 32
+    name = "a" * (most - len(".onnx")) + ".onnx"
+    assert to_onnx(mlp(), tmp_path / name, torch.ones(2, FEATURES)).path.name == name
+    with pytest.raises(ValueError, match=f"has a name of {most + 1} bytes; at most {most} are accepted"):
+        to_onnx(mlp(), tmp_path / f"a{name}", torch.ones(2, FEATURES))
+    (tmp_path / "link.onnx").symlink_to(tmp_path / f"a{name}")
+    with pytest.raises(ValueError, match=f"has a name of {most + 1} bytes"):
+        to_onnx(mlp(), tmp_path / "link.onnx", torch.ones(2, FEATURES))
+
+
 def test_module_without_a_forward(tmp_path):
     for module in (networks.lightning_module("lightning.pytorch"), nn.ModuleDict({"model": mlp()})):
         if hasattr(type(module), "training_step"):

@@ -383,10 +383,10 @@ def mine(monkeypatch):
     monkeypatch.setitem(sys.modules, "mine", module)
 
 
-def saved(module: L.LightningModule, path) -> str:
+def saved(module: L.LightningModule, path, *callbacks) -> str:
     trainer = L.Trainer(
         max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        accelerator="cpu",
+        accelerator="cpu", callbacks=list(callbacks),
     )  # fmt: skip
     trainer.fit(module, torch.utils.data.DataLoader(torch.ones(2, 2)))
     trainer.save_checkpoint(path)
@@ -420,6 +420,37 @@ def test_a_plain_network_from_the_checkpoint_of_the_module_around_it(tmp_path):
     assert torch.equal(network.weight, lit.model.weight)
     with pytest.raises(ValueError, match=r"submodule names 'modle', .*holds no weights below it; did you mean 'model'"):
         teacher_from_checkpoint(nn.Linear, path, init_args=arguments, submodule="modle")
+
+
+class SelfCompiling(Lit):
+    """Compiles its network itself."""
+
+    def __init__(self, width: int = 2, *, bias: bool = True) -> None:
+        super().__init__(width, bias=bias)
+        self.model = torch.compile(self.model, backend="eager")
+
+
+@pytest.mark.parametrize("kind", ["plain", "masked", "quantised"])
+@pytest.mark.parametrize("cls", [Lit, SelfCompiling])
+def test_a_checkpoint_of_a_compiled_network(tmp_path, kind, cls):
+    callbacks = {
+        "masked": [lightning_compress.PruningCallback(0.5, schedule="one_shot")],
+        "quantised": [lightning_compress.QATCallback(layers=None)],
+    }
+    lit = cls(8, bias=False)
+    if cls is Lit:
+        lit.model = torch.compile(lit.model, backend="eager")
+    path = saved(lit, tmp_path / "t.ckpt", *callbacks.get(kind, []))
+    [(name, weight)] = torch.load(path, weights_only=True)["state_dict"].items()
+    assert name == "model._orig_mod.weight"
+    assert kind != "masked" or weight.eq(0).float().mean() == 0.5
+    loaded = teacher_from_checkpoint(cls, path)
+    assert type(loaded) is cls
+    assert torch.equal(loaded.model.weight, weight)
+    network = teacher_from_checkpoint(
+        nn.Linear, path, init_args={"in_features": 2, "out_features": 8, "bias": False}, submodule="model"
+    )
+    assert torch.equal(network.weight, weight)
 
 
 def test_a_file_of_plain_weights(tmp_path):

@@ -133,6 +133,19 @@ def test_a_logger_that_fails_is_told_of_once_and_others_go_on():
     assert len(plain.seen) == 3
 
 
+def test_a_logger_whose_attributes_fail_is_told_of_once():
+    class Failing(Plain):
+        def __getattr__(self, name):
+            raise ConnectionError(f"no {name} here")
+
+    own = tracker(Failing(), Rich())
+    with pytest.warns(UserWarning, match="Failing did not take pictures: ConnectionError: no log_image here") as caught:
+        takes = own.takes_pictures
+    everything(own)  # with warnings as errors
+    assert takes
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize(
     ("bases", "kind"),
     [
