@@ -35,6 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         0
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _code(arguments)
+    except KeyboardInterrupt:  # also while heavy modules are imported
+        return ended(arguments[0], INTERRUPTED, "interrupted")
+
+
+def _code(arguments: list[str]) -> int:
+    """Run the command, and give its exit code."""
     if arguments and arguments[0] in LIGHTNING_COMMANDS:
         return _called("lightning_compress.commands.project", "main", arguments[0], arguments[1:])
     cut = arguments.index("--") if "--" in arguments else len(arguments)
@@ -52,10 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"'{options.command}' takes no command behind --")
     except SystemExit as stop:  # argparse has written what it had to say
         return stop.code if isinstance(stop.code, int) else 0
-    try:
-        return _DISPATCH[options.command](options, command)
-    except KeyboardInterrupt:
-        return ended(options.command, INTERRUPTED, "interrupted")
+    return _DISPATCH[options.command](options, command)
 
 
 def _called(module: str, function: str, *arguments: object, **options: object) -> int:

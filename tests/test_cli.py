@@ -114,6 +114,9 @@ def test_ctrl_c_in_any_command_is_told_and_has_its_code(monkeypatch, capsys):
     monkeypatch.setattr("lightning_compress.recipe.shipped.show", show)
     assert main(["recipes"]) == 130
     assert capsys.readouterr().err == "lightning-compress recipes: interrupted\n"
+    monkeypatch.setattr("lightning_compress.cli.import_module", show)  # while heavy modules are imported
+    assert main(["fit", "--config", "c.yaml"]) == 130
+    assert capsys.readouterr().err == "lightning-compress fit: interrupted\n"
 
 
 def test_how_a_command_ends_is_said_where_it_belongs(capsys):

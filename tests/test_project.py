@@ -16,6 +16,7 @@ from projects import NAMESPACES, Project, callback
 
 import lightning_compress
 from lightning_compress import CompressionCallback, PruningCallback
+from lightning_compress.cli import main as command
 from lightning_compress.commands.project import _accelerator_here, load_project, load_trained, main
 
 PUBLIC = sorted(
@@ -238,7 +239,7 @@ def test_ctrl_c_is_told_and_has_its_code(project, capsys, monkeypatch):
 
     monkeypatch.setattr(import_module(project.name).LitNet, "training_step", interrupted)
     handler = signal.getsignal(signal.SIGINT)
-    assert main("fit", ["--config", project.base]) == 130
+    assert command(["fit", "--config", project.base]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "lightning-compress fit: interrupted"
     assert signal.getsignal(signal.SIGINT) is handler
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning_compress.commands.run import DONE, FAILED, Event, attached, ended_with, failures_of, nothing_done
+from lightning_compress.commands.exits import DONE, FAILED
+from lightning_compress.commands.run import Event, attached, ended_with, failures_of, nothing_done
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.report import units
 from lightning_compress.report.cells import shown_path

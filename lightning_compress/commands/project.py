@@ -23,7 +23,7 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.commands.config_errors import ConfigError, explanation, innermost, of_configuration, refused
-from lightning_compress.commands.exits import DONE, FAILED, INTERRUPTED, USAGE, UsageError, checking, ended, one_line
+from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended, one_line
 from lightning_compress.export.copying import make_plain_
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import interruptible
@@ -94,10 +94,11 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
 
     Returns:
         0: done. 1: a callback of this package says that its result failed a check. 2: bad usage or configuration.
-        130: interrupted. What the training gives to ``sys.exit``, if it ends so.
+        What the training gives to ``sys.exit``, if it ends so.
 
     Raises:
         Exception: What the training itself raises.
+        KeyboardInterrupt: On Ctrl-C, of which Lightning makes an exit.
 
     Example:
         >>> main("fit", ["--config", "missing.yaml"])
@@ -107,8 +108,6 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
         trainer = _called(_read(arguments), subcommand, run=True).trainer
     except ConfigError as error:
         return ended(subcommand, USAGE, str(error))
-    except KeyboardInterrupt:
-        return ended(subcommand, INTERRUPTED, "interrupted")
     except SystemExit as stop:  # of --help and --print_config, or of the user's code
         if not isinstance(stop.code, (int, NoneType)):  # a message, which Python shows
             raise

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_compress.commands.attachment import VARIABLE, Events, Order
+from lightning_compress.commands.exits import DONE, FAILED, USAGE, ended
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe import Recipe, check_outputs, export_paths, load_recipe
 from lightning_compress.recipe.shipped import shipped
@@ -27,7 +28,6 @@ from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size
 
-DONE, FAILED, USAGE = 0, 1, 2
 PROGRAMS = ("python", "python3", "torchrun", "bash", "sh", "env")  # what a training is started with
 Event = dict[str, Any]
 
@@ -78,7 +78,7 @@ def attached(
         _check_command(command, mode)
         loaded = checked_recipe(recipe, command, settings)
     except ValueError as error:  # RecipeError is one
-        return _ended(mode, USAGE, str(error))
+        return ended(mode, USAGE, str(error))
     with tempfile.TemporaryDirectory(prefix="lightning-compress-", ignore_cleanup_errors=True) as folder:
         events = Events(os.path.join(folder, "events.jsonl"))
         called = shlex.join(
@@ -90,9 +90,9 @@ def attached(
                 quiet = {"WANDB_MODE": "disabled"} if mode == "plan" else {}  # if the script itself begins a run
                 code, interrupted = _exit_code(command, {**quiet, **os.environ, VARIABLE: order.to_json()})
         except OSError as error:
-            return _ended(mode, USAGE, f"'{command[0]}' cannot be started: {error.strerror}")
+            return ended(mode, USAGE, f"'{command[0]}' cannot be started: {error.strerror}")
         code, message = comes_to(events.read(), code)
-        return _ended(mode, code, f"interrupted; {message}" if interrupted else message)
+        return ended(mode, code, f"interrupted; {message}" if interrupted else message)
 
 
 def outcome(events: Sequence[Event], code: int) -> tuple[int, str]:
@@ -293,10 +293,3 @@ def _written(exports: Sequence[dict[str, Any]], reports: Sequence[str]) -> str:
             parts.append(f"wrote {shown_path(export['path'])} ({size(export['bytes'])}{metric})")
     parts += [f"report in {shown_path(report)}" for report in reports]
     return ", ".join(parts) or "the recipe was attached to the fit; it writes no file"
-
-
-def _ended(mode: str, code: int, message: str) -> int:
-    stream = sys.stdout if code == DONE else sys.stderr
-    stream.write(f"lightning-compress {mode}: {message}\n")
-    stream.flush()
-    return code
