@@ -117,11 +117,21 @@ BROKEN = {
     '{"schema": 1, "rows": [{"name": "a", "bytes": "x"}]}': "'bytes' in 'rows' of a compression report must be a",
     '{"schema": 1, "rows": [{"name": "a", "metrics": [1]}]}': "'metrics' of a compression report must be an object",
     '{"schema": 1, "rows": [{"name": "a", "metrics": {"m": "x"}}]}': "'m' in 'metrics' of a compression report",
+    '{"schema": 1, "rows": [{"name": "a", "bytes": 1%s}]}'
+    % (400 * "0"): "'bytes' in 'rows' of a compression report must",
+    '{"schema": 1, "rows": [{"name": "a", "metrics": {"m": 1%s}}]}' % (400 * "0"): "'m' in 'metrics' of a compression",
+    '{"schema": 1, "rows": [{"name": 5}]}': "'name' in 'rows' of a compression report must be text, got 5",
+    '{"schema": 1, "rows": [{"name": "\\ud800"}]}': "must be text, and holds half a character",
+    '{"schema": 1, "layers": [{"name": "a", "type": "b", "sparsity": null, "bits": 8}]}': "'sparsity' in 'layers' of a",
+    '{"schema": 1, "versions": [1]}': "'versions' of a compression report must be an object, got [1]",
+    '{"schema": 1, "recipe": "x"}': "'recipe' of a compression report must be an object, got 'x'",
+    '{"schema": 1, "command": {}}': "'command' of a compression report must be text, got {}",
+    "[" * 100_000: "nested too deeply",
     '{"schema": 1, "pictures": [{"title": "a", "legend": "", "png": "!"}]}': "is no base64",
 }
 
 
-@pytest.mark.parametrize("text", BROKEN)
+@pytest.mark.parametrize("text", BROKEN, ids=[text[:70] for text in BROKEN])
 def test_a_damaged_file_is_named(here, capsys, text):
     (here / "run").mkdir()
     (here / "run" / "compression_report.json").write_text(text)
@@ -129,6 +139,16 @@ def test_a_damaged_file_is_named(here, capsys, text):
     error = capsys.readouterr().err
     assert error.startswith("lightning-compress report: 'run/compression_report.json': ")
     assert BROKEN[text] in error
+
+
+def test_a_link_to_nothing_is_left_out_and_told_of(here, capsys, caplog):
+    left(here / "runs" / "a")
+    (here / "runs" / "b").mkdir()
+    (here / "runs" / "b" / "compression_report.json").symlink_to(here / "gone.json")
+    assert main(["report", "runs"]) == 0
+    assert caplog.messages == [
+        "'runs/b/compression_report.json' is left out: it is a link to a file that does not exist"
+    ]
 
 
 def test_where_there_is_no_report_it_says_what_there_is(here, capsys):

@@ -36,6 +36,7 @@ from lightning_compress.mechanisms.tree import children, named_tensors, unique_n
 PRECISIONS = ("fp32", "int8", "int4")
 DEFAULT_OPSET = 20
 INT4_OPSET = 21  # the first with integers of 4 bits
+_NAMED = 3  # networks that an error proposes
 LOWEST_OPSET = 18  # below, the exporter's version converter fails and leaves 18 without a word
 
 
@@ -363,7 +364,7 @@ def _network_and_sample(
     """Dotted name of the network, a copy of it that is ready for export, and its input on the CPU."""
     name, recorded = captured(module, network)
     part = _compat.uncompiled(find_module(module, name, argument="network"))
-    _require_forward(module, part, name)
+    _require_forward(part, name)
     if sample is not None:
         given = as_sample(sample, inspect.signature(part.forward))
     elif recorded is not None:
@@ -385,13 +386,15 @@ def _network_and_sample(
     return name, widen_(duplicate).to("cpu").eval(), on_cpu(given)
 
 
-def _require_forward(module: nn.Module, part: nn.Module, name: str) -> None:
+def _require_forward(part: nn.Module, name: str) -> None:
     if defines(part, "forward"):
         return
-    named = [child for child, _ in part.named_children()]
+    inside = [f"{name}.{child}" if name else child for child, own in part.named_children() if defines(own, "forward")]
+    given = f"'{name}' ({type(part).__name__})" if name else type(part).__name__
+    instead = " or ".join(f"network='{child}'" for child in inside[:_NAMED])
     raise ValueError(
-        f"'{name}' ({type(part).__name__}) has no forward; pass network= with the dotted name of the network inside "
-        f"{type(module).__name__}, for instance one of {[f'{name}.{child}' if name else child for child in named]}"
+        f"{given} has no forward; pass the dotted name of a network inside it"
+        + (f", such as {instead}" if inside else ", which none of its children is")
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from lightning_compress.report.cells import shown_path
 from lightning_compress.report.table import Report, from_json
 from lightning_compress.report.write import FILE_STEM
 
+log = logging.getLogger("lightning_compress")
+
 
 def find_reports(directory: str | os.PathLike[str]) -> list[Path]:
     """The reports below a directory, the newest one of each folder.
@@ -19,7 +22,7 @@ def find_reports(directory: str | os.PathLike[str]) -> list[Path]:
         directory: A directory, or the JSON file of one report.
 
     Returns:
-        Paths of JSON files, in the order of their folders.
+        Paths of JSON files, in the order of their folders. A link to a file that is gone is left out and told of.
 
     Raises:
         ValueError: If it does not exist or holds no report; the message says what is there.
@@ -42,7 +45,12 @@ def find_reports(directory: str | os.PathLike[str]) -> list[Path]:
         beside = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
         raise ValueError(f"'{root}' does not exist{did_you_mean(root.name, beside)}")
     newest: dict[Path, Path] = {}
-    for path in sorted(root.rglob(f"{FILE_STEM}*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
+    paths = list(root.rglob(f"{FILE_STEM}*.json"))
+    for path in paths:
+        if not path.exists():
+            log.warning("'%s' is left out: it is a link to a file that does not exist", shown_path(path))
+    present = [path for path in paths if path.exists()]
+    for path in sorted(present, key=lambda path: (path.stat().st_mtime_ns, path.name)):
         newest[path.parent] = path
     if not newest:
         there = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in root.iterdir())

@@ -10,11 +10,14 @@ import binascii
 import json
 import math
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 SCHEMA = 1
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_BRIEF = 60  # characters of a wrong value in an error message
 
 # JSON has no number for these; strings keep them apart from null, which means "not measured".
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -226,6 +229,13 @@ def from_json(text: str) -> Report:
         document = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"a compression report must be JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("a compression report must be JSON, and this is nested too deeply") from error
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(document, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a compression report must be text, and holds half a character: {error}") from error
     schema = document.get("schema") if isinstance(document, dict) else None
     if not isinstance(schema, int) or schema < 1:
         raise ValueError(f"a compression report has a whole number from 1 under 'schema', got {schema!r}")
@@ -239,9 +249,9 @@ def from_json(text: str) -> Report:
         layers=tuple(_record(Layer, entry, "layers") for entry in _list(document, "layers")),
         files=tuple(_read_file(entry) for entry in _list(document, "files")),
         notes=tuple(str(note) for note in _list(document, "notes")),
-        versions=dict(document.get("versions") or {}),
-        recipe=document.get("recipe"),
-        command=document.get("command"),
+        versions={name: str(version) for name, version in (_object(document, "versions") or {}).items()},
+        recipe=_object(document, "recipe"),
+        command=_text(document.get("command"), "command"),
         pictures=tuple(_read_picture(entry) for entry in _list(document, "pictures")),
     )
 
@@ -281,6 +291,29 @@ def _list(document: dict[str, Any], key: str) -> list[Any]:
     return value
 
 
+def _object(document: dict[str, Any], key: str) -> dict[str, Any] | None:
+    value = document.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"'{key}' of a compression report must be an object, got {_brief(value)}")
+    return value
+
+
+def _text(value: Any, key: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"'{key}' of a compression report must be text, got {_brief(value)}")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that can be computed with: JSON has whole numbers of any length."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."
+
+
 def _record(kind: type[Any], entry: Any, where: str) -> Any:
     """Build ``kind`` from the keys of ``entry`` that it knows; a missing required key is named."""
     if not isinstance(entry, dict):
@@ -291,8 +324,13 @@ def _record(kind: type[Any], entry: Any, where: str) -> Any:
         key: value if "str" in str(known[key].type) else _number(value) for key, value in entry.items() if key in known
     }
     for key, value in values.items():
-        if re.match("int|float", str(known[key].type)) and not isinstance(value, (int, float, type(None))):
-            raise ValueError(f"'{key}' in '{where}' of a compression report must be a number, got {value!r}")
+        accepted = str(known[key].type)
+        if value is None and "None" in accepted:
+            continue
+        if re.match("int|float", accepted) and not _is_number(value):
+            raise ValueError(f"'{key}' in '{where}' of a compression report must be a number, got {_brief(value)}")
+        if re.match("str", accepted) and not isinstance(value, str):
+            raise ValueError(f"'{key}' in '{where}' of a compression report must be text, got {_brief(value)}")
     try:
         return kind(**values)
     except TypeError as error:
@@ -303,18 +341,15 @@ def _record(kind: type[Any], entry: Any, where: str) -> Any:
 def _read_row(entry: Any) -> Row:
     row: Row = _record(Row, entry, "rows")
     latency = None if row.latency_ms is None else _record(Latency, row.latency_ms, "latency_ms")
-    metrics = entry.get("metrics") or {}
-    if not isinstance(metrics, dict):
-        raise ValueError(f"'metrics' of a compression report must be an object, got {metrics!r}")
-    metrics = {name: _number(value) for name, value in metrics.items()}
-    if wrong := [name for name, value in metrics.items() if not isinstance(value, (int, float))]:
+    metrics = {name: _number(value) for name, value in (_object(entry, "metrics") or {}).items()}
+    if wrong := [name for name, value in metrics.items() if not _is_number(value)]:
         raise ValueError(f"'{wrong[0]}' in 'metrics' of a compression report must be a number")
     return replace(row, latency_ms=latency, metrics=metrics)
 
 
 def _read_file(entry: Any) -> ExportedFile:
     file: ExportedFile = _record(ExportedFile, entry, "files")
-    return replace(file, left_in_float=tuple(file.left_in_float))
+    return replace(file, left_in_float=tuple(str(name) for name in _list(entry, "left_in_float")))
 
 
 def _read_picture(entry: Any) -> Picture:

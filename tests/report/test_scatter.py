@@ -35,6 +35,16 @@ def test_front_is_filled_and_named_and_the_rest_is_muted():
     assert re.findall(r">([abc])</text>", narrow) == ["a"]
 
 
+def test_of_many_points_forty_have_names():
+    few = table(**{f"r{index}": [row("m", 100 + index, 1 - index / 100)] for index in range(40)})
+    assert "names" not in scatter_legend(few)
+    many = table(**{f"r{index}": [row("m", 1000 + 37 * index % 997, index % 17)] for index in range(200)})
+    assert "At most 40 of the 200 have their names here, the front first." in scatter_legend(many)
+    names = re.findall(r">(r\d+)</text>", scatter_svg(many))
+    assert 0 < len(names) <= 40
+    assert {point.run for point in many.front} <= set(names)
+
+
 def test_names_are_as_short_as_they_can_be():
     one = table(kd=[row("after", 2, 0.5), row("m.onnx", 1, 0.4)])
     assert [point_label(one, point) for point in one.points] == ["m.onnx", "after"]
