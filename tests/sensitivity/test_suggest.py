@@ -60,7 +60,7 @@ def test_bits(tmp_path):
     assert found.cost == (4096 + 64 * 5) + 2 * (64 * (32 + 4)) + 3 * (256 + 640) <= found.limit
     assert written(tmp_path, found) == (
         [("PTQCallback", {"weight_bits": 4, "activation_bits": None, "edge_bits": None, "layer_bits": {"0": 8}})],
-        {"path": "model.onnx", "precision": "int4", "metric": "val_acc"},
+        {"path": "model-bits.onnx", "precision": "int4", "metric": "val_acc"},
     )
     text = " ".join((tmp_path / "r.yaml").read_text().split("\n#   "))
     assert "Budget bytes=11.8kB: predicted are 11.7 kB of " in text
@@ -111,7 +111,7 @@ def test_sparsity(tmp_path):
         ("PruningCallback", 0.5, ["0"], "pruning_50"),
         ("PruningCallback", 0.9, ["2"], "pruning_90"),
     ]
-    assert export == {"path": "model.onnx", "precision": "fp32", "metric": "val_acc"}
+    assert export == {"path": "model-sparsity.onnx", "precision": "fp32", "metric": "val_acc"}
 
 
 def test_filters(tmp_path):
@@ -216,14 +216,13 @@ def test_suggestions_keep_their_budgets_when_they_are_run(tmp_path, monkeypatch)
         again = [*fit, "--ckpt_path", "kept/trained.ckpt", "--trainer.max_epochs", epochs, "--trainer.callbacks=[]"]
         ran("-c", RUN, f"sensitivity/{name}.yaml", sys.executable, *again)
         reports[method] = json.loads(Path("compression_report/compression_report.json").read_text())
-        size = len(Path("model.onnx").read_bytes())
-        if method == "sparsity":
-            size = len(zlib.compress(Path("model.onnx").read_bytes(), 9))
+        file = Path(f"model-{method}.onnx").read_bytes()
+        size = len(zlib.compress(file, 9)) if method == "sparsity" else len(file)
         if method != "filters":
             assert size <= found[method]["limit"]
             assert size == pytest.approx(found[method]["predicted"], rel={"bits": 0.02, "sparsity": 0.1}[method])
     rows = {own["name"]: own for own in reports["bits"]["rows"]}
-    plain, file = (rows[name]["metrics"]["val_acc"] for name in ("before", "model.onnx"))
+    plain, file = (rows[name]["metrics"]["val_acc"] for name in ("before", "model-bits.onnx"))
     assert plain > 0.95
     assert plain - file <= found["bits"]["predicted_loss"] + 0.01  # batch norm is estimated anew there
     bits = {own["name"]: own["bits"] for own in reports["bits"]["layers"]}

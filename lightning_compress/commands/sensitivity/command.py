@@ -21,6 +21,7 @@ from lightning_compress.commands.project import load_trained
 from lightning_compress.commands.sensitivity.budgets import QUANTITIES, Budget, parsed_budget
 from lightning_compress.commands.sensitivity.changes import Change, applied, parsed_levels, planned
 from lightning_compress.commands.sensitivity.costs import Costs, costs_of
+from lightning_compress.commands.sensitivity.coupling import Coupling, find_coupling
 from lightning_compress.commands.sensitivity.findings import Findings, title_of, to_console, to_json, to_markdown
 from lightning_compress.commands.sensitivity.journal import NAME, Journal, file_hash, files_hash
 from lightning_compress.commands.sensitivity.layers import Layer, find_layers
@@ -30,6 +31,7 @@ from lightning_compress.commands.sensitivity.suggest import Suggestion, suggest
 from lightning_compress.export.errors import EvaluationError
 from lightning_compress.export.evaluate import RepeatedValidation, repeatedly
 from lightning_compress.export.weights import read_checkpoint
+from lightning_compress.mechanisms.channel_graph import StructureError
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.weights import select_weights
 from lightning_compress.report.cells import shown_path
@@ -160,7 +162,10 @@ def _measured(
         metric = choose_metric(plain, options.metric, options.mode)
         _check_methods(request, layers)
         with sign(True, "what each choice costs"):  # networks of many weights take long to deflate
-            costs = {method: costs_of(method, module, layers, levels) for method, levels in request.levels.items()}
+            coupling = _coupling(validation, layers) if "filters" in request.levels else None
+            costs = {
+                method: costs_of(method, module, layers, levels, coupling) for method, levels in request.levels.items()
+            }
         for method, own in costs.items():
             if request.budget is not None and method in QUANTITIES[request.budget.quantity]:
                 own.check(request.budget)
@@ -170,6 +175,14 @@ def _measured(
     _measure(missing, {layer.name: layer for layer in layers}, journal, validation, options.minutes)
     found = {change: journal.found[change] for change in changes if change in journal.found}
     return Findings(layers, request.levels, metric, plain, found, len(changes)), costs
+
+
+def _coupling(validation: RepeatedValidation, layers: Sequence[Layer]) -> Coupling | None:
+    try:
+        return find_coupling(validation.module, lambda: validation.run(batches=1), layers)
+    except (ImportError, StructureError) as error:
+        _say(f"which layers can only lose filters together is not known, so the recipe may be refused: {error}")
+        return None
 
 
 def _measure(

@@ -7,15 +7,26 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import yaml
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lightning_compress.callbacks.rehearsal import POINTS
 from lightning_compress.commands.sensitivity.budgets import DEFAULTS, QUANTITIES, Budget, shown_amount
 from lightning_compress.commands.sensitivity.changes import Change
-from lightning_compress.commands.sensitivity.choose import BudgetError, Option, choose, choose_filters, options_of
+from lightning_compress.commands.sensitivity.choose import (
+    BudgetError,
+    Option,
+    choose,
+    choose_filters,
+    interpolated,
+    loss_curve,
+    options_of,
+)
 from lightning_compress.commands.sensitivity.costs import Costs
+from lightning_compress.commands.sensitivity.coupling import Coupling, Shares, choose_groups
 from lightning_compress.commands.sensitivity.findings import Findings, loss_format
 from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.report import units
@@ -26,6 +37,13 @@ RESUMED = 0.5
 SUM = (
     "that is the sum of what each layer loses when it alone is changed. Losses of several layers do not simply add up, "
     "so it is an approximation, and so is the size: the report of the run has both measured."
+)
+
+
+TOGETHER = "layers whose channels can only go together are chosen or left together."
+UNCOUPLED = (
+    "as if each layer could lose filters by itself, and saved only what these cost. Which layers can only lose them "
+    "together is not known, so the run may refuse the recipe, and says then what to ask for."
 )
 
 
@@ -122,7 +140,7 @@ def suggest(
     callbacks, export, more = _bits(levels, module) if method == "bits" else _sparsities(levels)
     said = f"{_shown(budget, cost)} of {_shown(budget, costs.whole)} ({costs.what})"
     notes = [_header(findings, budget, f"{unmet}predicted are {said}", loss), *more]
-    said = f"{budget}: {unmet}{said}, {findings.metric.name} worse by {loss_format(findings)(loss)}, as predicted"
+    said = f"{budget}: {unmet}{said}, {_worse(findings, loss)}"
     export = {**export, "metric": findings.metric.name}
     return Suggestion(method, budget, limit, cost, loss, said, levels, callbacks, export, notes)
 
@@ -144,6 +162,10 @@ def _header(findings: Findings, budget: Budget, predicted: str, loss: float) -> 
         f"Budget {budget}: {predicted}. {name} is {units.metric(findings.plain[name])} as it is, and predicted to be "
         f"worse by {show(loss)}; {SUM}"
     )
+
+
+def _worse(findings: Findings, loss: float) -> str:
+    return f"{findings.metric.name} worse by {loss_format(findings)(loss)}, as predicted"
 
 
 def _unmet(budget: Budget, costs: Costs) -> str:
@@ -178,7 +200,7 @@ def _bits(
         "Weights only, as it was measured: activations stay float. QATCallback in the place of PTQCallback takes the "
         "same layer_bits, and trains on these grids."
     )
-    return [_callback("PTQCallback", arguments)], {"path": "model.onnx", "precision": precision}, [note]
+    return [_callback("PTQCallback", arguments)], {"path": "model-bits.onnx", "precision": precision}, [note]
 
 
 def _sparsities(
@@ -196,7 +218,7 @@ def _sparsities(
         f"training; a fit takes most of the loss back. start={RESUMED} is where the checkpoint ends when the epochs "
         "are doubled; for a training from the start give 0."
     )
-    return callbacks, {"path": "model.onnx", "precision": "fp32"}, [note]
+    return callbacks, {"path": "model-sparsity.onnx", "precision": "fp32"}, [note]
 
 
 def _with_filters(findings: Findings, costs: Costs, budget: Budget, limit: float) -> Suggestion | None:
@@ -206,32 +228,56 @@ def _with_filters(findings: Findings, costs: Costs, budget: Budget, limit: float
     known = {
         name: own for name, own in losses.items() if any(map(math.isfinite, own.values())) and costs.plain[name] > 0
     }
-    unmet = ""
+    coupled = costs.coupling is not None
+    chosen = _coupled(costs.coupling, known, 1 - limit / costs.whole) if costs.coupling else _alone(costs, known, limit)
+    if chosen is None:
+        return None
+    gone, shares, loss = chosen
+    ratio = 1 - limit / costs.whole
+    unmet = _unmet(budget, costs) if gone < ratio - POINTS else ""
+    ratio = ratio if abs(gone - ratio) <= POINTS else gone
+    cost = math.ceil((1 - ratio) * costs.whole)
+    levels = {name: shares.get(name) for name in costs.levels}
+    left = [name for name, level in levels.items() if level is None]
+    exclude = left + [name for name in (costs.coupling.unmeasured if costs.coupling else ()) if name not in left]
+    arguments = {"ratio": round(ratio, 4), "budget": "macs", **({"exclude": exclude} if exclude else {})}
+    said = f"{_shown(budget, cost)} of {_shown(budget, costs.whole)} MACs"
+    notes = [
+        _header(findings, budget, f"{unmet}{said} are left", loss),
+        f"Predicted with {units.share(max(shares.values()))} of the filters gone in each layer but those in exclude; "
+        f"{TOGETHER if coupled else UNCOUPLED} Which filters go is the callback's choice, by their norm. What was "
+        "measured is without training; a fit takes most of the loss back.",
+    ]
+    whole = f"{len(left)} layer{'' if len(left) == 1 else 's'} left whole"
+    said = f"{budget}: {unmet}{said}, {whole}, {_worse(findings, loss)}"
+    export: dict[str, object] = {"path": "model-filters.onnx", "precision": "fp32", "metric": findings.metric.name}
+    callbacks = [_callback("StructuredPruningCallback", arguments)]
+    return Suggestion("filters", budget, limit, None, loss, said, levels, callbacks, export, notes)
+
+
+def _coupled(
+    coupling: Coupling, known: Mapping[str, Mapping[float, float]], ratio: float
+) -> tuple[float, Shares, float] | None:
+    """The share of the work that goes, of the filters of each layer, and the loss; None: nothing can go."""
+    points = {name: loss_curve(own) for name, own in known.items()}
+    curves = {name: partial(interpolated, own) for name, own in points.items()}
+    return choose_groups(coupling, curves, {name: own[0][-1] for name, own in points.items()}, ratio)
+
+
+def _alone(
+    costs: Costs, known: Mapping[str, Mapping[float, float]], limit: float
+) -> tuple[float, Shares, float] | None:
+    """The same as if each layer could lose filters by itself, and saved only what these cost."""
+    plain = {name: costs.plain[name] for name in known}
     try:
-        choice = choose_filters({name: costs.plain[name] for name in known}, known, costs.whole, limit)
+        choice = choose_filters(plain, known, costs.whole, limit)
     except BudgetError as error:
         limit = math.ceil(error.smallest)
         if limit >= costs.whole:
             return None
-        unmet = _unmet(budget, costs)
-        choice = choose_filters({name: costs.plain[name] for name in known}, known, costs.whole, limit)
-    levels = {name: choice.share if name in known and name not in choice.left else None for name in costs.levels}
-    left = [name for name, level in levels.items() if level is None]
-    ratio = round(1 - limit / costs.whole, 4)
-    arguments: dict[str, object] = {"ratio": ratio, "budget": "macs", **({"exclude": left} if left else {})}
-    said = f"{_shown(budget, limit)} of {_shown(budget, costs.whole)} MACs"
-    notes = [
-        _header(findings, budget, f"{unmet}{said} are left", choice.loss),
-        f"Predicted with {units.share(choice.share)} of the filters of each layer gone but those in exclude, as if a "
-        "layer saved only what its own filters cost; the callback counts what is left of the whole network, and needs "
-        "fewer. What was measured is without training; a fit takes most of the loss back.",
-    ]
-    show = loss_format(findings)(choice.loss)
-    whole = f"{len(left)} layer{'' if len(left) == 1 else 's'} left whole"
-    said = f"{budget}: {unmet}{said}, {whole}, {findings.metric.name} worse by {show}, as predicted"
-    export: dict[str, object] = {"path": "model.onnx", "precision": "fp32", "metric": findings.metric.name}
-    callbacks = [_callback("StructuredPruningCallback", arguments)]
-    return Suggestion("filters", budget, limit, None, choice.loss, said, levels, callbacks, export, notes)
+        choice = choose_filters(plain, known, costs.whole, limit)
+    shares = {name: choice.share for name in known if name not in choice.left}
+    return 1 - limit / costs.whole, shares, choice.loss
 
 
 def _callback(name: str, arguments: Mapping[str, object]) -> dict[str, object]:
