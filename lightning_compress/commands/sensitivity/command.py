@@ -224,7 +224,7 @@ def _write(request: _Request, findings: Findings, costs: Mapping[str, Costs], mo
     notes = _notes(request, findings)
     for place, found in enumerate(suggestions):
         path = folder / ("recipe.yaml" if place == 0 else f"recipe-{found.method}.yaml")
-        path.write_text(found.recipe([*notes, _how_to_run(request, path, found.method)]), encoding="utf-8")
+        path.write_text(found.recipe(notes, _how_to_run(request, path, found.method)), encoding="utf-8")
         _say(f"{shown_path(path)}: {found.said}")
     (folder / "sensitivity.md").write_text(
         to_markdown(findings, [*notes, *(own.said for own in suggestions)]), encoding="utf-8"
@@ -254,12 +254,13 @@ def _notes(request: _Request, findings: Findings) -> list[str]:
 def _how_to_run(request: _Request, path: Path, method: str) -> str:
     """Bits need no training, so the fit is resumed at its end; the others go on for as many epochs as there were."""
     options = request.options
-    configs = [part for config in options.config for part in ("--config", config)]
-    fit = ["lightning-compress", "fit", *configs, "--ckpt_path", options.checkpoint]
+    named = [*(("--config", config) for config in options.config), ("--class", getattr(options, "class"))]
+    parts = [part for name, value in (*named, ("--data-class", options.data_class)) if value for part in (name, value)]
+    fit = ["lightning-compress", "fit", *parts, "--ckpt_path", options.checkpoint]
     epochs = read_checkpoint(options.checkpoint, or_weights=True).get("epoch")
     if epochs is not None:
         fit += ["--trainer.max_epochs", str((epochs + 1) * (1 if method == "bits" else 2))]
-    return f"To run it: {shlex.join(['lightning-compress', 'run', shown_path(path), '--', *fit])}"
+    return shlex.join(["lightning-compress", "run", shown_path(path), "--", *fit])
 
 
 def _say(text: str) -> None:

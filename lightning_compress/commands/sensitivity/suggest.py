@@ -80,11 +80,12 @@ class Suggestion:
         numbers = {"limit": self.limit, "predicted": self.cost, "predicted_loss": self.loss}
         return {"method": self.method, "budget": str(self.budget), **numbers, "levels": dict(self.levels)}
 
-    def recipe(self, notes: Sequence[str] = ()) -> str:
+    def recipe(self, notes: Sequence[str] = (), command: str = "") -> str:
         """The text of the recipe, with what was predicted as comments.
 
         Args:
             notes: Sentences that come first.
+            command: What runs it, on a line of its own, to be pasted.
         """
         lines = [
             line
@@ -93,6 +94,7 @@ class Suggestion:
                 note, WIDTH, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False
             )
         ]
+        lines += [f"# To run it: {command}"] if command else []
         content = {"version": 1, "callbacks": list(self.callbacks), "export": dict(self.export)}
         return "\n".join([*lines, yaml.safe_dump(content, sort_keys=False, width=WIDTH)])
 
