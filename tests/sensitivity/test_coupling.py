@@ -93,7 +93,7 @@ def test_the_callback_does_what_is_suggested(losses, layers):
 
 def test_the_nearest_is_suggested_where_coupled_layers_do_not_reach_the_budget():
     found = suggestion(Lit(), {}, Budget("macs", 0.01, True))
-    assert "is out of reach by what was measured; the smallest: " in found.said
+    assert "is out of reach by what was measured; taken instead is the smallest: " in found.said
     assert max(share for share in found.levels.values() if share) <= LEVELS[-1]
     ratio = found.callbacks[0]["init_args"]["ratio"]
     assert 0.5 < ratio < 0.9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -97,9 +98,43 @@ def test_a_default_budget_out_of_reach_gives_the_smallest():
     found = suggestion("bits", dict.fromkeys("024", (0.1,)), (8,), None)
     assert set(found.levels.values()) == {8}
     assert found.cost == found.limit
-    unmet = "bytes=25%: 13.0 kB is out of reach by what was measured; the smallest: "
+    unmet = "bytes=25%: the default, 13.0 kB, is out of reach by what was measured; taken instead is the smallest: "
     assert found.said.startswith(f"{unmet}15.9 kB of 51.8 kB (")
     assert f"# Budget {unmet}predicted are" in found.recipe()
+
+
+@pytest.mark.parametrize("method", ["bits", "sparsity", "filters"])
+def test_no_more_is_predicted_than_a_metric_can_lose(method):
+    """0.9 is what there is to lose: 3 layers with 0.5 each lose more, and that is said in the place of a number."""
+    levels = (4,) if method == "bits" else (0.75,)
+    budget = Budget("macs", 0.3, True) if method == "filters" else Budget("bytes", 0.4, True)
+    found = suggestion(method, dict.fromkeys("024", (0.5,)), levels, budget)
+    assert found.summary()["predicted_loss"] is None
+    assert found.said.endswith("no usable prediction, as the losses of the layers add up to more than val_acc itself")
+    text = found.recipe().replace("\n#   ", " ")
+    assert "no usable prediction" in text
+    assert "a budget that leaves more is safer" in text
+    assert "worse by" not in f"{found.said}{text}"
+    assert suggestion(method, dict.fromkeys("024", (0.2,)), levels, budget).summary()["predicted_loss"] > 0.3
+
+
+def test_a_default_that_would_lose_all_is_not_taken():
+    found = suggestion("bits", {"0": (0.0, 0.5), "2": (0.0, 0.5), "4": (0.0, 0.5)}, (8, 4), None)
+    assert found.budget == Budget("bytes", 0.375, True)
+    assert (set(found.levels.values()), found.loss) == ({8}, 0.0)
+    told = "with the default, bytes=25%, the losses of the layers add up to more than val_acc itself; "
+    assert found.said.startswith(f"bytes=37.5%: {told}")
+    assert f"# Budget bytes=37.5%: {told}" in found.recipe().replace("\n#   ", " ")
+
+
+def test_a_loss_has_no_end():
+    own = findings("bits", dict.fromkeys("024", (0.5,)), (4,))
+    own = dataclasses.replace(own, metric=Metric("val_acc", "min"))
+    found = {change: Measurement({"val_acc": 1.4}, 0.1) for change in own.found}
+    own = dataclasses.replace(own, found=found)
+    module = net()
+    told = suggest("bits", own, costs_of("bits", module, own.layers, (4,)), module, None)
+    assert told.said.endswith("val_acc worse by 1.5000, as predicted")
 
 
 def test_sparsity(tmp_path):
@@ -122,7 +157,9 @@ def test_filters(tmp_path):
     callbacks, _ = written(tmp_path, found)
     assert callbacks == [("StructuredPruningCallback", {"ratio": 0.4, "budget": "macs", "exclude": ["0"]})]
     found = suggestion("filters", losses, (0.5, 0.75), Budget("macs", 0.2, True))
-    unmet = "macs=20%: 2.46 k is out of reach by what was measured; the smallest: 3.07 k of 12.3 k MACs"
+    unmet = (
+        "macs=20%: 2.46 k is out of reach by what was measured; taken instead is the smallest: 3.07 k of 12.3 k MACs"
+    )
     assert found.said.startswith(f"{unmet}, 0 layers left whole")
     assert f"# Budget {unmet} are left." in found.recipe()
     assert found.callbacks[0]["init_args"]["ratio"] == 0.75
