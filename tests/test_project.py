@@ -12,7 +12,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from projects import NAMESPACES, Project, callback
+from projects import NAMESPACES, TRAINER, Project, callback
 
 import lightning_compress
 from lightning_compress import CompressionCallback, PruningCallback
@@ -283,6 +283,44 @@ def test_a_project_is_built_and_not_run(project):
     assert [own.sparsity for own in built.trainer.callbacks if isinstance(own, PruningCallback)] == [0.5]
     assert type(built.trainer).__module__.startswith(import_module(project.name).L.__name__)
     assert not (project.folder / "out").exists()
+
+
+@BOTH
+@pytest.mark.parametrize("own", ["plain", "cli"])
+def test_a_checkpoint_whose_hyperparameters_name_no_class(project, own, monkeypatch):
+    """Of a plain Trainer, or of the project's own ``LightningCLI(Net, Data)``: the config says what is built."""
+    code, settings = import_module(project.name), {**TRAINER, "limit_train_batches": 1, "limit_val_batches": 1}
+    if own == "plain":
+        trainer = code.L.Trainer(**settings)
+        trainer.fit(code.LitNet(width=12), code.Data())
+    else:
+        cli = import_module(f"{code.L.__name__}.cli").LightningCLI
+        arguments = ["--model.width=12", *(f"--trainer.{key}={str(value).lower()}" for key, value in settings.items())]
+        trainer = cli(code.LitNet, code.Data, save_config_callback=None, args=["fit", *arguments]).trainer
+    trainer.save_checkpoint("last.ckpt")
+    hyperparameters = torch.load("last.ckpt", weights_only=True)["hyper_parameters"]
+    assert hyperparameters["width"] == 12
+    assert "_class_path" not in hyperparameters
+    built = []
+    monkeypatch.setattr(code.LitNet, "setup", lambda self, stage: built.append(dict(self.hparams)))
+    path = project.yaml("wide.yaml", project.config(width=12, fail=True))
+    for subcommand in ("validate", "test", "predict", "fit"):
+        root = f"--trainer.default_root_dir={subcommand}"
+        assert main(subcommand, ["--config", path, "--ckpt_path", "last.ckpt", root]) == 0  # the fit was at its end
+    assert [(own["width"], own["fail"]) for own in built] == 4 * [(12, True)]
+
+
+def test_hyperparameters_with_a_class_count(project, monkeypatch):
+    code = import_module(project.name)
+    path = project.yaml("wide.yaml", project.config(width=12))
+    module = load_project([path]).module
+    trainer = code.L.Trainer(**TRAINER)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint("last.ckpt")
+    found = []
+    monkeypatch.setattr(code.LitNet, "on_validation_start", lambda self: found.append(self.hparams), raising=False)
+    assert main("validate", ["--config", project.base, "--ckpt_path", "last.ckpt"]) == 0
+    assert [dict(own)["width"] for own in found] == [12]
 
 
 def test_a_config_without_classes_needs_them(project):

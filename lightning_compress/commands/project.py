@@ -15,6 +15,7 @@ from importlib import import_module
 from types import NoneType
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, DefaultHelpFormatter
 
@@ -366,6 +367,16 @@ def _namespace(arguments: Arguments) -> str:
     return "lightning.pytorch"
 
 
+def _without_class(path: str) -> bool:
+    """Whether a checkpoint has hyperparameters that do not say of which class they are."""
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        hyperparameters = contents.get("hyper_parameters", {})
+    except Exception:  # "last", or what is no file, or cannot be read: Lightning will tell
+        return False
+    return "_class_path" not in hyperparameters
+
+
 def _cli(namespace: str, subcommand: str, arguments: Arguments, run: bool) -> Any:
     """LightningCLI with one subcommand, short help, and errors that say what to change."""
     package: Any = import_module(f"{namespace}.cli")
@@ -412,6 +423,15 @@ def _cli(namespace: str, subcommand: str, arguments: Arguments, run: bool) -> An
                 self.config = parser.parse_args(args)
             except (ArgumentError, TypeError, ValueError, KeyError) as error:
                 raise self.explained(error) from error
+
+        def _parse_ckpt_path(self) -> None:
+            """Take hyperparameters from a checkpoint, as Lightning does, only where they say of which class they are.
+
+            Those that a plain Trainer, or a project's own ``LightningCLI(Net)``, has saved do not: the config counts.
+            """
+            path = self.config[subcommand].get("ckpt_path")
+            if not (self.subclass_mode_model and path and _without_class(path)):
+                super()._parse_ckpt_path()
 
         def instantiate_classes(self) -> None:
             try:

@@ -127,6 +127,18 @@ def test_another_checkpoint_or_config_is_refused(project, capsys):
     assert "another limit-batches" in capsys.readouterr().err
 
 
+def test_the_line_that_runs_a_recipe_is_whole_and_names_the_classes(project):
+    given = ("--class", "a.long.package.of.Net", "--data-class", "a.long.package.of.Data", "--config", "config.yaml")
+    assert project("--method", "bits", "--levels", "bits=8", *given) == 0
+    [line] = [line for line in Path("sensitivity/recipe.yaml").read_text().splitlines() if "To run it" in line]
+    configs = "--config config.yaml --config config.yaml"
+    assert line == (
+        "# To run it: lightning-compress run sensitivity/recipe.yaml -- lightning-compress fit "
+        f"{configs} --class a.long.package.of.Net --data-class a.long.package.of.Data "
+        "--ckpt_path last.ckpt --trainer.max_epochs 3"
+    )
+
+
 def test_when_the_time_is_up(project, monkeypatch, capsys):
     now = iter(range(1000))
     monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: 60.0 * next(now)))
@@ -205,7 +217,7 @@ def test_a_change_that_gives_no_number_is_never_suggested(project, capsys):
         (["--out", "config.yaml"], "--out 'config.yaml' cannot be written: "),
         (["--method", "filters", "--layers", "net.head"], "--method filters fits none of the selected layers (Linear)"),
         (["--method", "bits", "--budget", "bytes=1%"], "and the smallest that these levels reach is "),
-        (["--method", "filters", "--levels", "filters=.1", "--budget", "macs=50%"], "reach is 1.13 k, 90.4%"),
+        (["--method", "filters", "--levels", "filters=.1", "--budget", "macs=50%"], "reach is 1.20 k, 95.9%"),
         (["--config", "missing.yaml"], "'missing.yaml' is not there"),
     ],
 )

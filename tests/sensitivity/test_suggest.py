@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def test_bits(tmp_path):
     assert found.cost == (4096 + 64 * 5) + 2 * (64 * (32 + 4)) + 3 * (256 + 640) <= found.limit
     assert written(tmp_path, found) == (
         [("PTQCallback", {"weight_bits": 4, "activation_bits": None, "edge_bits": None, "layer_bits": {"0": 8}})],
-        {"path": "model.onnx", "precision": "int4", "metric": "val_acc"},
+        {"path": "model-bits.onnx", "precision": "int4", "metric": "val_acc"},
     )
     text = " ".join((tmp_path / "r.yaml").read_text().split("\n#   "))
     assert "Budget bytes=11.8kB: predicted are 11.7 kB of " in text
@@ -97,9 +98,43 @@ def test_a_default_budget_out_of_reach_gives_the_smallest():
     found = suggestion("bits", dict.fromkeys("024", (0.1,)), (8,), None)
     assert set(found.levels.values()) == {8}
     assert found.cost == found.limit
-    unmet = "bytes=25%: 13.0 kB is out of reach by what was measured; the smallest: "
+    unmet = "bytes=25%: the default, 13.0 kB, is out of reach by what was measured; taken instead is the smallest: "
     assert found.said.startswith(f"{unmet}15.9 kB of 51.8 kB (")
-    assert f"# Budget {unmet}predicted are" in found.recipe()
+    assert f"# Budget {unmet}predicted are" in found.recipe().replace("\n#   ", " ")
+
+
+@pytest.mark.parametrize("method", ["bits", "sparsity", "filters"])
+def test_no_more_is_predicted_than_a_metric_can_lose(method):
+    """0.9 is what there is to lose: 3 layers with 0.5 each lose more, and that is said in the place of a number."""
+    levels = (4,) if method == "bits" else (0.75,)
+    budget = Budget("macs", 0.3, True) if method == "filters" else Budget("bytes", 0.4, True)
+    found = suggestion(method, dict.fromkeys("024", (0.5,)), levels, budget)
+    assert found.summary()["predicted_loss"] is None
+    assert found.said.endswith("no usable prediction, as the losses of the layers add up to more than val_acc itself")
+    text = found.recipe().replace("\n#   ", " ")
+    assert "no usable prediction" in text
+    assert "a budget that leaves more is safer" in text
+    assert "worse by" not in f"{found.said}{text}"
+    assert suggestion(method, dict.fromkeys("024", (0.2,)), levels, budget).summary()["predicted_loss"] > 0.3
+
+
+def test_a_default_that_would_lose_all_is_not_taken():
+    found = suggestion("bits", {"0": (0.0, 0.5), "2": (0.0, 0.5), "4": (0.0, 0.5)}, (8, 4), None)
+    assert found.budget == Budget("bytes", 0.375, True)
+    assert (set(found.levels.values()), found.loss) == ({8}, 0.0)
+    told = "with the default, bytes=25%, the losses of the layers add up to more than val_acc itself; "
+    assert found.said.startswith(f"bytes=37.5%: {told}")
+    assert f"# Budget bytes=37.5%: {told}" in found.recipe().replace("\n#   ", " ")
+
+
+def test_a_loss_has_no_end():
+    own = findings("bits", dict.fromkeys("024", (0.5,)), (4,))
+    own = dataclasses.replace(own, metric=Metric("val_acc", "min"))
+    found = {change: Measurement({"val_acc": 1.4}, 0.1) for change in own.found}
+    own = dataclasses.replace(own, found=found)
+    module = net()
+    told = suggest("bits", own, costs_of("bits", module, own.layers, (4,)), module, None)
+    assert told.said.endswith("val_acc worse by 1.5000, as predicted")
 
 
 def test_sparsity(tmp_path):
@@ -111,7 +146,7 @@ def test_sparsity(tmp_path):
         ("PruningCallback", 0.5, ["0"], "pruning_50"),
         ("PruningCallback", 0.9, ["2"], "pruning_90"),
     ]
-    assert export == {"path": "model.onnx", "precision": "fp32", "metric": "val_acc"}
+    assert export == {"path": "model-sparsity.onnx", "precision": "fp32", "metric": "val_acc"}
 
 
 def test_filters(tmp_path):
@@ -122,9 +157,11 @@ def test_filters(tmp_path):
     callbacks, _ = written(tmp_path, found)
     assert callbacks == [("StructuredPruningCallback", {"ratio": 0.4, "budget": "macs", "exclude": ["0"]})]
     found = suggestion("filters", losses, (0.5, 0.75), Budget("macs", 0.2, True))
-    unmet = "macs=20%: 2.46 k is out of reach by what was measured; the smallest: 3.07 k of 12.3 k MACs"
+    unmet = (
+        "macs=20%: 2.46 k is out of reach by what was measured; taken instead is the smallest: 3.07 k of 12.3 k MACs"
+    )
     assert found.said.startswith(f"{unmet}, 0 layers left whole")
-    assert f"# Budget {unmet} are left." in found.recipe()
+    assert f"# Budget {unmet} are left." in found.recipe().replace("\n#   ", " ")
     assert found.callbacks[0]["init_args"]["ratio"] == 0.75
 
 
@@ -216,14 +253,13 @@ def test_suggestions_keep_their_budgets_when_they_are_run(tmp_path, monkeypatch)
         again = [*fit, "--ckpt_path", "kept/trained.ckpt", "--trainer.max_epochs", epochs, "--trainer.callbacks=[]"]
         ran("-c", RUN, f"sensitivity/{name}.yaml", sys.executable, *again)
         reports[method] = json.loads(Path("compression_report/compression_report.json").read_text())
-        size = len(Path("model.onnx").read_bytes())
-        if method == "sparsity":
-            size = len(zlib.compress(Path("model.onnx").read_bytes(), 9))
+        file = Path(f"model-{method}.onnx").read_bytes()
+        size = len(zlib.compress(file, 9)) if method == "sparsity" else len(file)
         if method != "filters":
             assert size <= found[method]["limit"]
             assert size == pytest.approx(found[method]["predicted"], rel={"bits": 0.02, "sparsity": 0.1}[method])
     rows = {own["name"]: own for own in reports["bits"]["rows"]}
-    plain, file = (rows[name]["metrics"]["val_acc"] for name in ("before", "model.onnx"))
+    plain, file = (rows[name]["metrics"]["val_acc"] for name in ("before", "model-bits.onnx"))
     assert plain > 0.95
     assert plain - file <= found["bits"]["predicted_loss"] + 0.01  # batch norm is estimated anew there
     bits = {own["name"]: own["bits"] for own in reports["bits"]["layers"]}

@@ -166,7 +166,7 @@ def choose_filters(
         >>> choose_filters({"a": 10, "b": 10}, {"a": {0.5: 0.0}, "b": {0.5: 0.3}}, 20, 15)
         FilterChoice(left=('b',), share=0.5, loss=0.0)
     """
-    curves = {name: _curve(own) for name, own in losses.items()}
+    curves = {name: loss_curve(own) for name, own in losses.items()}
     highest = min((shares[-1] for shares, _ in curves.values()), default=0.0)
     order = sorted(macs, key=lambda name: -curves[name][1][-1] / macs[name])
     choices = []
@@ -175,14 +175,40 @@ def choose_filters(
         share = (total - budget) / sum(macs[name] for name in rest)
         if share > highest:
             break
-        loss = sum(float(np.interp(share, *curves[name])) for name in rest)
+        loss = sum(interpolated(curves[name], share) for name in rest)
         choices.append(FilterChoice(tuple(sorted(order[:count], key=list(macs).index)), share, loss))
     if not choices:
         raise BudgetError(total - highest * sum(macs.values()))
     return min(choices, key=lambda choice: (choice.loss, len(choice.left)))
 
 
-def _curve(levels: Mapping[float, float]) -> tuple[list[float], list[float]]:
-    """Shares and losses, from nothing on, never falling."""
+Curve = tuple[list[float], list[float]]
+"""Shares and losses."""
+
+
+def loss_curve(levels: Mapping[float, float]) -> Curve:
+    """Shares and losses, from nothing on, never falling.
+
+    Args:
+        levels: Level to loss, from the mildest on.
+
+    Example:
+        >>> loss_curve({0.5: 0.2, 0.75: 0.1})
+        ([0.0, 0.5, 0.75], [0.0, 0.2, 0.2])
+    """
     options = options_of(0, {level: (0, loss, 0.0) for level, loss in levels.items()})
     return [option.level or 0.0 for option in options], [option.loss for option in options]
+
+
+def interpolated(curve: Curve, share: float) -> float:
+    """The loss between levels, on a line.
+
+    Args:
+        curve: From :func:`loss_curve`.
+        share: Of the filters that go.
+
+    Example:
+        >>> interpolated(([0.0, 0.5], [0.0, 0.2]), 0.25)
+        0.1
+    """
+    return float(np.interp(share, *curve))

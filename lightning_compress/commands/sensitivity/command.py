@@ -22,6 +22,7 @@ from lightning_compress.commands.project import load_trained
 from lightning_compress.commands.sensitivity.budgets import QUANTITIES, Budget, parsed_budget
 from lightning_compress.commands.sensitivity.changes import Change, applied, parsed_levels, planned
 from lightning_compress.commands.sensitivity.costs import Costs, costs_of
+from lightning_compress.commands.sensitivity.coupling import Coupling, find_coupling
 from lightning_compress.commands.sensitivity.findings import Findings, title_of, to_console, to_json, to_markdown
 from lightning_compress.commands.sensitivity.journal import NAME, Journal, files_hash
 from lightning_compress.commands.sensitivity.layers import Layer, find_layers
@@ -31,6 +32,7 @@ from lightning_compress.commands.sensitivity.suggest import Suggestion, suggest
 from lightning_compress.export.errors import EvaluationError
 from lightning_compress.export.evaluate import RepeatedValidation, repeatedly
 from lightning_compress.export.weights import read_checkpoint
+from lightning_compress.mechanisms.channel_graph import StructureError
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.weights import select_weights
 from lightning_compress.report.cells import shown_path
@@ -148,7 +150,10 @@ def _measured(
     metric = choose_metric(plain, options.metric, options.mode)
     _check_methods(request, layers)
     with sign(True, "what each choice costs"):  # networks of many weights take long to deflate
-        costs = {method: costs_of(method, module, layers, levels) for method, levels in request.levels.items()}
+        coupling = _coupling(validation, layers) if "filters" in request.levels else None
+        costs = {
+            method: costs_of(method, module, layers, levels, coupling) for method, levels in request.levels.items()
+        }
     for method, own in costs.items():
         if request.budget is not None and method in QUANTITIES[request.budget.quantity]:
             own.check(request.budget)
@@ -158,6 +163,14 @@ def _measured(
     _measure(missing, {layer.name: layer for layer in layers}, journal, validation, options.minutes)
     found = {change: journal.found[change] for change in changes if change in journal.found}
     return Findings(layers, request.levels, metric, plain, found, len(changes)), costs
+
+
+def _coupling(validation: RepeatedValidation, layers: Sequence[Layer]) -> Coupling | None:
+    try:
+        return find_coupling(validation.module, lambda: validation.run(batches=1), layers)
+    except (ImportError, StructureError) as error:
+        _say(f"which layers can only lose filters together is not known, so the recipe may be refused: {error}")
+        return None
 
 
 def _measure(
@@ -199,7 +212,7 @@ def _write(request: _Request, findings: Findings, costs: Mapping[str, Costs], mo
     notes = _notes(request, findings)
     for place, found in enumerate(suggestions):
         path = folder / ("recipe.yaml" if place == 0 else f"recipe-{found.method}.yaml")
-        path.write_text(found.recipe([*notes, _how_to_run(request, path, found.method)]), encoding="utf-8")
+        path.write_text(found.recipe(notes, _how_to_run(request, path, found.method)), encoding="utf-8")
         _say(f"{shown_path(path)}: {found.said}")
     (folder / "sensitivity.md").write_text(
         to_markdown(findings, [*notes, *(own.said for own in suggestions)]), encoding="utf-8"
@@ -229,12 +242,13 @@ def _notes(request: _Request, findings: Findings) -> list[str]:
 def _how_to_run(request: _Request, path: Path, method: str) -> str:
     """Bits need no training, so the fit is resumed at its end; the others go on for as many epochs as there were."""
     options = request.options
-    configs = [part for config in options.config for part in ("--config", config)]
-    fit = ["lightning-compress", "fit", *configs, "--ckpt_path", options.checkpoint]
+    named = [*(("--config", config) for config in options.config), ("--class", getattr(options, "class"))]
+    parts = [part for name, value in (*named, ("--data-class", options.data_class)) if value for part in (name, value)]
+    fit = ["lightning-compress", "fit", *parts, "--ckpt_path", options.checkpoint]
     epochs = read_checkpoint(options.checkpoint, or_weights=True).get("epoch")
     if epochs is not None:
         fit += ["--trainer.max_epochs", str((epochs + 1) * (1 if method == "bits" else 2))]
-    return f"To run it: {shlex.join(['lightning-compress', 'run', shown_path(path), '--', *fit])}"
+    return shlex.join(["lightning-compress", "run", shown_path(path), "--", *fit])
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from lightning_compress.commands.exits import UsageError
 from lightning_compress.commands.sensitivity.budgets import Budget, shown_amount
+from lightning_compress.commands.sensitivity.coupling import Coupling
 from lightning_compress.commands.sensitivity.layers import Layer
 from lightning_compress.commands.sensitivity.sizes import FLOAT_BITS, GRAPH, deflated_bytes, integer_bytes, other_bytes
 from lightning_compress.mechanisms.weights import named_weights
@@ -24,6 +26,7 @@ class Costs:
         plain: Of each layer as it is.
         levels: Of each layer at each level.
         what: What ``whole`` is, in words.
+        coupling: Of filters, what can only go together; None: not known.
     """
 
     whole: int
@@ -31,10 +34,14 @@ class Costs:
     plain: Mapping[str, int]
     levels: Mapping[str, Mapping[float, int]]
     what: str
+    coupling: Coupling | None = None
 
     @property
     def smallest(self) -> int:
         """The least that all layers together can cost."""
+        if self.coupling is not None:
+            highest = {name: max(own) for name, own in self.levels.items()}
+            return math.ceil(self.whole * (1 - self.coupling.reach(self.coupling.groups, highest)[0]))
         return self.fixed + sum(min(self.plain[name], *own.values()) for name, own in self.levels.items())
 
     def check(self, budget: Budget) -> None:
@@ -85,7 +92,13 @@ MAKERS: Mapping[str, Callable[[nn.Module, Sequence[Layer], Sequence[float]], Cos
 }
 
 
-def costs_of(method: str, module: nn.Module, layers: Sequence[Layer], levels: Sequence[float]) -> Costs:
+def costs_of(
+    method: str,
+    module: nn.Module,
+    layers: Sequence[Layer],
+    levels: Sequence[float],
+    coupling: Coupling | None = None,
+) -> Costs:
     """What each choice of a method costs.
 
     Args:
@@ -93,6 +106,7 @@ def costs_of(method: str, module: nn.Module, layers: Sequence[Layer], levels: Se
         module: The LightningModule, with the weights of the checkpoint.
         layers: All layers.
         levels: Of the method.
+        coupling: Of filters, what can only go together.
 
     Returns:
         Bytes of a file with integers ("bits"), of the deflated weights ("sparsity"), or the multiply-accumulates that a
@@ -108,4 +122,4 @@ def costs_of(method: str, module: nn.Module, layers: Sequence[Layer], levels: Se
     if method != "filters":
         return costs
     rest = sum(layer.macs or 0 for layer in layers if method not in layer.methods)
-    return Costs(costs.whole + rest, rest, costs.plain, costs.levels, costs.what)
+    return Costs(costs.whole + rest, rest, costs.plain, costs.levels, costs.what, coupling)

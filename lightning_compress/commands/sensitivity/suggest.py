@@ -7,15 +7,26 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import yaml
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lightning_compress.callbacks.rehearsal import POINTS
 from lightning_compress.commands.sensitivity.budgets import DEFAULTS, QUANTITIES, Budget, shown_amount
 from lightning_compress.commands.sensitivity.changes import Change
-from lightning_compress.commands.sensitivity.choose import BudgetError, Option, choose, choose_filters, options_of
+from lightning_compress.commands.sensitivity.choose import (
+    BudgetError,
+    Option,
+    choose,
+    choose_filters,
+    interpolated,
+    loss_curve,
+    options_of,
+)
 from lightning_compress.commands.sensitivity.costs import Costs
+from lightning_compress.commands.sensitivity.coupling import Coupling, Shares, choose_groups
 from lightning_compress.commands.sensitivity.findings import Findings, loss_format
 from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.report import units
@@ -29,6 +40,19 @@ SUM = (
 )
 
 
+UNUSABLE = (
+    "So much at once may leave nothing of what the network has learned; a budget that leaves more is safer, and a fit "
+    "may take some of it back: the report of the run has it measured."
+)
+MILDER = (0.375, 0.5, 0.625, 0.75, 0.875)
+"""Shares that are tried where a default budget would lose all."""
+TOGETHER = "layers whose channels can only go together are chosen or left together."
+UNCOUPLED = (
+    "as if each layer could lose filters by itself, and saved only what these cost. Which layers can only lose them "
+    "together is not known, so the run may refuse the recipe, and says then what to ask for."
+)
+
+
 @dataclass(frozen=True)
 class Suggestion:
     """A recipe.
@@ -38,7 +62,8 @@ class Suggestion:
         budget: For what.
         limit: The same in bytes, or multiply-accumulates.
         cost: What is predicted; None: the callback sees to it.
-        loss: By how much the metric is predicted to be worse.
+        loss: By how much the metric is predicted to be worse: the sum of the layers' losses.
+        is_usable: Whether that can be: an accuracy has no more to lose than its value.
         said: The same in words.
         levels: Of each layer; None: it stays as it is.
         callbacks: The recipe's.
@@ -51,6 +76,7 @@ class Suggestion:
     limit: float
     cost: int | None
     loss: float
+    is_usable: bool
     said: str
     levels: Mapping[str, float | None]
     callbacks: Sequence[Mapping[str, object]]
@@ -59,14 +85,16 @@ class Suggestion:
 
     def summary(self) -> dict[str, object]:
         """The same as primitives, for JSON."""
-        numbers = {"limit": self.limit, "predicted": self.cost, "predicted_loss": self.loss}
+        loss = self.loss if self.is_usable else None
+        numbers = {"limit": self.limit, "predicted": self.cost, "predicted_loss": loss}
         return {"method": self.method, "budget": str(self.budget), **numbers, "levels": dict(self.levels)}
 
-    def recipe(self, notes: Sequence[str] = ()) -> str:
+    def recipe(self, notes: Sequence[str] = (), command: str = "") -> str:
         """The text of the recipe, with what was predicted as comments.
 
         Args:
             notes: Sentences that come first.
+            command: What runs it, on a line of its own, to be pasted.
         """
         lines = [
             line
@@ -75,6 +103,7 @@ class Suggestion:
                 note, WIDTH, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False
             )
         ]
+        lines += [f"# To run it: {command}"] if command else []
         content = {"version": 1, "callbacks": list(self.callbacks), "export": dict(self.export)}
         return "\n".join([*lines, yaml.safe_dump(content, sort_keys=False, width=WIDTH)])
 
@@ -106,14 +135,29 @@ def suggest(
         What is suggested; None where the budget is kept as it is.
     """
     budget = budget_of(method, given)
-    limit, unmet = budget.limit(costs.whole), ""
+    found = _suggested(method, findings, costs, module, budget)
+    if found is None or budget is given or _is_usable(findings, found.loss):
+        return found
+    told = f"with the default, {budget}, the losses of the layers add up to more than {findings.metric.name} itself; "
+    for share in MILDER:
+        milder = _suggested(method, findings, costs, module, Budget(budget.quantity, share, True), told)
+        if share > budget.amount and milder is not None and _is_usable(findings, milder.loss):
+            return milder
+    return found
+
+
+def _suggested(
+    method: str, findings: Findings, costs: Costs, module: nn.Module, budget: Budget, told: str = ""
+) -> Suggestion | None:
+    """For one budget; ``told`` says why it is this one."""
+    limit = budget.limit(costs.whole)
     if method == "filters":
-        return _with_filters(findings, costs, budget, limit)
+        return _with_filters(findings, costs, budget, limit, told)
     try:
         chosen = _chosen(method, findings, costs, limit)
     except BudgetError as error:  # the default, or layers that are not measured yet
         limit = error.smallest + costs.fixed
-        unmet = _unmet(budget, costs)
+        told += _unmet(budget, costs)
         chosen = _chosen(method, findings, costs, limit)
     if all(option.level is None for option in chosen.values()):
         return None
@@ -121,10 +165,11 @@ def suggest(
     levels = {name: option.level for name, option in chosen.items()}
     callbacks, export, more = _bits(levels, module) if method == "bits" else _sparsities(levels)
     said = f"{_shown(budget, cost)} of {_shown(budget, costs.whole)} ({costs.what})"
-    notes = [_header(findings, budget, f"{unmet}predicted are {said}", loss), *more]
-    said = f"{budget}: {unmet}{said}, {findings.metric.name} worse by {loss_format(findings)(loss)}, as predicted"
+    notes = [_header(findings, budget, f"{told}predicted are {said}", loss), *more]
+    said = f"{budget}: {told}{said}, {_worse(findings, loss)}"
     export = {**export, "metric": findings.metric.name}
-    return Suggestion(method, budget, limit, cost, loss, said, levels, callbacks, export, notes)
+    usable = _is_usable(findings, loss)
+    return Suggestion(method, budget, limit, cost, loss, usable, said, levels, callbacks, export, notes)
 
 
 def _chosen(method: str, findings: Findings, costs: Costs, limit: float) -> dict[str, Option]:
@@ -140,15 +185,32 @@ def _chosen(method: str, findings: Findings, costs: Costs, limit: float) -> dict
 
 def _header(findings: Findings, budget: Budget, predicted: str, loss: float) -> str:
     name, show = findings.metric.name, loss_format(findings)
-    return (
-        f"Budget {budget}: {predicted}. {name} is {units.metric(findings.plain[name])} as it is, and predicted to be "
-        f"worse by {show(loss)}; {SUM}"
-    )
+    before = f"Budget {budget}: {predicted}. {name} is {units.metric(findings.plain[name])} as it is"
+    if not _is_usable(findings, loss):
+        return f"{before}. {_worse(findings, loss)}. {UNUSABLE}"
+    return f"{before}, and predicted to be worse by {show(loss)}; {SUM}"
+
+
+def _is_usable(findings: Findings, loss: float) -> bool:
+    """Whether a sum of losses can be one loss: a share, such as an accuracy, has no more to lose than its value."""
+    name = findings.metric.name
+    plain, others = findings.plain[name], [own.metrics.get(name, math.nan) for own in findings.found.values()]
+    is_share = findings.metric.mode == "max" and all(0 <= own <= 1 or math.isnan(own) for own in (plain, *others))
+    return not is_share or loss < plain
+
+
+def _worse(findings: Findings, loss: float) -> str:
+    name = findings.metric.name
+    if not _is_usable(findings, loss):
+        return f"no usable prediction, as the losses of the layers add up to more than {name} itself"
+    return f"{name} worse by {loss_format(findings)(loss)}, as predicted"
 
 
 def _unmet(budget: Budget, costs: Costs) -> str:
     """What is said before the numbers of a choice that is larger than the budget."""
-    return f"{_shown(budget, budget.limit(costs.whole))} is out of reach by what was measured; the smallest: "
+    amount = _shown(budget, budget.limit(costs.whole))
+    amount = f"the default, {amount}," if budget == DEFAULTS[budget.quantity] else amount
+    return f"{amount} is out of reach by what was measured; taken instead is the smallest: "
 
 
 def _shown(budget: Budget, amount: float) -> str:
@@ -178,7 +240,7 @@ def _bits(
         "Weights only, as it was measured: activations stay float. QATCallback in the place of PTQCallback takes the "
         "same layer_bits, and trains on these grids."
     )
-    return [_callback("PTQCallback", arguments)], {"path": "model.onnx", "precision": precision}, [note]
+    return [_callback("PTQCallback", arguments)], {"path": "model-bits.onnx", "precision": precision}, [note]
 
 
 def _sparsities(
@@ -196,42 +258,67 @@ def _sparsities(
         f"training; a fit takes most of the loss back. start={RESUMED} is where the checkpoint ends when the epochs "
         "are doubled; for a training from the start give 0."
     )
-    return callbacks, {"path": "model.onnx", "precision": "fp32"}, [note]
+    return callbacks, {"path": "model-sparsity.onnx", "precision": "fp32"}, [note]
 
 
-def _with_filters(findings: Findings, costs: Costs, budget: Budget, limit: float) -> Suggestion | None:
+def _with_filters(findings: Findings, costs: Costs, budget: Budget, limit: float, told: str = "") -> Suggestion | None:
     if limit >= costs.whole:
         return None
     losses = {name: findings.losses("filters", name) for name in costs.levels}
     known = {
         name: own for name, own in losses.items() if any(map(math.isfinite, own.values())) and costs.plain[name] > 0
     }
-    unmet = ""
+    coupled = costs.coupling is not None
+    chosen = _coupled(costs.coupling, known, 1 - limit / costs.whole) if costs.coupling else _alone(costs, known, limit)
+    if chosen is None:
+        return None
+    gone, shares, loss = chosen
+    ratio = 1 - limit / costs.whole
+    told += _unmet(budget, costs) if gone < ratio - POINTS else ""
+    ratio = ratio if abs(gone - ratio) <= POINTS else gone
+    cost = math.ceil((1 - ratio) * costs.whole)
+    levels = {name: shares.get(name) for name in costs.levels}
+    left = [name for name, level in levels.items() if level is None]
+    exclude = left + [name for name in (costs.coupling.unmeasured if costs.coupling else ()) if name not in left]
+    arguments = {"ratio": round(ratio, 4), "budget": "macs", **({"exclude": exclude} if exclude else {})}
+    said = f"{_shown(budget, cost)} of {_shown(budget, costs.whole)} MACs"
+    notes = [
+        _header(findings, budget, f"{told}{said} are left", loss),
+        f"Predicted with {units.share(max(shares.values()))} of the filters gone in each layer but those in exclude; "
+        f"{TOGETHER if coupled else UNCOUPLED} Which filters go is the callback's choice, by their norm. What was "
+        "measured is without training; a fit takes most of the loss back.",
+    ]
+    whole = f"{len(left)} layer{'' if len(left) == 1 else 's'} left whole"
+    said = f"{budget}: {told}{said}, {whole}, {_worse(findings, loss)}"
+    export: dict[str, object] = {"path": "model-filters.onnx", "precision": "fp32", "metric": findings.metric.name}
+    callbacks = [_callback("StructuredPruningCallback", arguments)]
+    usable = _is_usable(findings, loss)
+    return Suggestion("filters", budget, limit, None, loss, usable, said, levels, callbacks, export, notes)
+
+
+def _coupled(
+    coupling: Coupling, known: Mapping[str, Mapping[float, float]], ratio: float
+) -> tuple[float, Shares, float] | None:
+    """The share of the work that goes, of the filters of each layer, and the loss; None: nothing can go."""
+    points = {name: loss_curve(own) for name, own in known.items()}
+    curves = {name: partial(interpolated, own) for name, own in points.items()}
+    return choose_groups(coupling, curves, {name: own[0][-1] for name, own in points.items()}, ratio)
+
+
+def _alone(
+    costs: Costs, known: Mapping[str, Mapping[float, float]], limit: float
+) -> tuple[float, Shares, float] | None:
+    """The same as if each layer could lose filters by itself, and saved only what these cost."""
+    plain = {name: costs.plain[name] for name in known}
     try:
-        choice = choose_filters({name: costs.plain[name] for name in known}, known, costs.whole, limit)
+        choice = choose_filters(plain, known, costs.whole, limit)
     except BudgetError as error:
         limit = math.ceil(error.smallest)
         if limit >= costs.whole:
             return None
-        unmet = _unmet(budget, costs)
-        choice = choose_filters({name: costs.plain[name] for name in known}, known, costs.whole, limit)
-    levels = {name: choice.share if name in known and name not in choice.left else None for name in costs.levels}
-    left = [name for name, level in levels.items() if level is None]
-    ratio = round(1 - limit / costs.whole, 4)
-    arguments: dict[str, object] = {"ratio": ratio, "budget": "macs", **({"exclude": left} if left else {})}
-    said = f"{_shown(budget, limit)} of {_shown(budget, costs.whole)} MACs"
-    notes = [
-        _header(findings, budget, f"{unmet}{said} are left", choice.loss),
-        f"Predicted with {units.share(choice.share)} of the filters of each layer gone but those in exclude, as if a "
-        "layer saved only what its own filters cost; the callback counts what is left of the whole network, and needs "
-        "fewer. What was measured is without training; a fit takes most of the loss back.",
-    ]
-    show = loss_format(findings)(choice.loss)
-    whole = f"{len(left)} layer{'' if len(left) == 1 else 's'} left whole"
-    said = f"{budget}: {unmet}{said}, {whole}, {findings.metric.name} worse by {show}, as predicted"
-    export: dict[str, object] = {"path": "model.onnx", "precision": "fp32", "metric": findings.metric.name}
-    callbacks = [_callback("StructuredPruningCallback", arguments)]
-    return Suggestion("filters", budget, limit, None, choice.loss, said, levels, callbacks, export, notes)
+        choice = choose_filters(plain, known, costs.whole, limit)
+    shares = {name: choice.share for name in known if name not in choice.left}
+    return 1 - limit / costs.whole, shares, choice.loss
 
 
 def _callback(name: str, arguments: Mapping[str, object]) -> dict[str, object]:
