@@ -11,7 +11,6 @@ import textwrap
 import warnings
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -46,10 +45,10 @@ def lightning_project():
 @pytest.fixture
 def order(tmp_path, monkeypatch):
     """What `run` would set in the child's environment, with a recipe that distils."""
-    found = Order(str(tmp_path / "recipe.yaml"), str(tmp_path), str(tmp_path / "events.jsonl"))
+    found = Order("my.yaml", str(tmp_path), str(tmp_path / "events.jsonl"))
     monkeypatch.setenv(VARIABLE, found.to_json())
     monkeypatch.chdir(tmp_path)
-    Path(found.recipe).write_text(KD)
+    found.held.write_text(KD)
     return found
 
 
@@ -197,7 +196,7 @@ def test_a_callback_of_another_package_can_log(order, lightning_project, tmp_pat
         "        self.log('mine', 7.0)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    Path(order.recipe).write_text("version: 1\ncallbacks: [{class_path: own_callback.Mine}]")
+    order.held.write_text("version: 1\ncallbacks: [{class_path: own_callback.Mine}]")
     trainer = lightning_project.trainer(callbacks=[CompressionReport(latency=False)])
     fit(trainer, lightning_project.Lit(), lightning_project)
     assert float(trainer.callback_metrics["mine"]) == 7.0
@@ -207,7 +206,7 @@ def test_a_callback_of_another_package_can_log(order, lightning_project, tmp_pat
 def test_a_name_that_the_script_has_taken(order, lightning_project):
     project = lightning_project
     trainer = project.trainer(callbacks=[DistillationCallback(torch.nn.Linear(8, 3))])
-    with pytest.raises(RecipeError, match=r"recipe.yaml: there are two callbacks DistillationCallback\[kd\]"):
+    with pytest.raises(RecipeError, match=r"my.yaml: there are two callbacks DistillationCallback\[kd\]"):
         fit(trainer, project.Lit(), project)
     assert "two callbacks DistillationCallback[kd]" in events(order, "failed")[0]["message"]
 
@@ -229,7 +228,7 @@ def test_a_second_fit_is_an_error_that_names_apply_to(order, project):
 @pytest.mark.parametrize("name", ["Other", "untouched_lightning_pytorch.Other"])
 def test_apply_to_a_class(order, lightning_project, name):
     project = lightning_project
-    Path(order.recipe).write_text(f"{KD}apply_to: {{module: {name}}}")
+    order.held.write_text(f"{KD}apply_to: {{module: {name}}}")
     first, second = project.trainer(), project.trainer()
     fit(first, project.Lit(), project)
     fit(second, project.Other(), project)
@@ -240,7 +239,7 @@ def test_apply_to_a_class(order, lightning_project, name):
 
 
 def test_apply_to_a_number_also_on_one_trainer(order, project):
-    Path(order.recipe).write_text(f"{KD}apply_to: {{fit: 2}}")
+    order.held.write_text(f"{KD}apply_to: {{fit: 2}}")
     trainer, seen = project.trainer(), []
     for epochs in (1, 2, 3):
         trainer.fit_loop.max_epochs = epochs
@@ -252,7 +251,7 @@ def test_apply_to_a_number_also_on_one_trainer(order, project):
 
 def test_a_number_counts_the_fits_of_the_class(order, lightning_project):
     project = lightning_project
-    Path(order.recipe).write_text(f"{KD}apply_to: {{module: Other, fit: 2}}")
+    order.held.write_text(f"{KD}apply_to: {{module: Other, fit: 2}}")
     for module in (project.Other(), project.Lit(), project.Other(), project.Other()):
         fit(project.trainer(), module, project)
     assert [event["attached"] for event in events(order, "fit")] == [False, False, True, False]
@@ -260,7 +259,7 @@ def test_a_number_counts_the_fits_of_the_class(order, lightning_project):
 
 def test_a_list_of_callbacks_that_serves_two_trainers(order, lightning_project):
     project = lightning_project
-    Path(order.recipe).write_text(f"{KD}apply_to: {{fit: 2}}")
+    order.held.write_text(f"{KD}apply_to: {{fit: 2}}")
     shared = [project.L.callbacks.LambdaCallback()]
     for _ in range(2):
         trainer = project.trainer(callbacks=shared)
@@ -312,7 +311,7 @@ def test_what_was_written(order, lightning_project, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "table").touch()  # a file here, and a folder where the command was called
     recipe = KD.replace("latency: false", "latency: false, path: table")
-    Path(order.recipe).write_text(f"{recipe}export: {{path: net.onnx, metric: val_loss, tolerance: 0.001}}")
+    order.held.write_text(f"{recipe}export: {{path: net.onnx, metric: val_loss, tolerance: 0.001}}")
     os.chdir(tmp_path / "elsewhere")  # as Hydra does
     fit(project.trainer(), project.Lit(), project)
     (done,) = events(order, "done")
@@ -325,7 +324,7 @@ def test_what_was_written(order, lightning_project, tmp_path):
 
 def test_a_tolerance_that_is_exceeded(order, lightning_project):
     project = lightning_project
-    Path(order.recipe).write_text(f"{KD}export: {{path: net.onnx, metric: val_round, tolerance: 0}}")
+    order.held.write_text(f"{KD}export: {{path: net.onnx, metric: val_round, tolerance: 0}}")
     with pytest.warns(UserWarning, match="beyond the tolerance of 0"):
         fit(project.trainer(), project.Lit(), project)
     (export,) = events(order, "done")[0]["exports"]
@@ -351,7 +350,7 @@ def test_a_fit_that_fails(order, lightning_project, exception):
 
 def test_a_failing_fit_that_the_recipe_does_not_mean_is_not_ours(order, lightning_project):
     project = lightning_project
-    Path(order.recipe).write_text(f"{KD}apply_to: {{module: Other}}")
+    order.held.write_text(f"{KD}apply_to: {{module: Other}}")
 
     class Failing(project.Lit):
         def training_step(self, batch, batch_idx):
@@ -364,12 +363,12 @@ def test_a_failing_fit_that_the_recipe_does_not_mean_is_not_ours(order, lightnin
 
 def test_a_teacher_that_cannot_be_built_stops_before_the_first_batch(order, lightning_project):
     project = lightning_project
-    Path(order.recipe).write_text(
+    order.held.write_text(
         "version: 1\ncallbacks: [{class_path: DistillationCallback, init_args: {teacher: torch.nn.Lineer}}]"
     )
     module = project.Lit()
     before = [parameter.clone() for parameter in module.parameters()]
-    with pytest.raises(RecipeError, match=r"recipe.yaml: callbacks\[0\] \(DistillationCallback\) could not be built"):
+    with pytest.raises(RecipeError, match=r"my.yaml: callbacks\[0\] \(DistillationCallback\) could not be built"):
         fit(project.trainer(), module, project)
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
     assert "'Lineer'; did you mean 'Linear'?" in events(order, "failed")[0]["message"]
@@ -395,7 +394,7 @@ def test_other_ranks_say_nothing_when_a_trainer_is_made(order, monkeypatch):
 
 def test_each_process_counts_the_fits_of_its_own(order, lightning_project):
     """Another process of the training has repeated, and told, a fit that comes before the one that is meant."""
-    Path(order.recipe).write_text(f"{KD}apply_to: {{fit: 1}}")
+    order.held.write_text(f"{KD}apply_to: {{fit: 1}}")
     Events(order.events).append("fit", module="Lit", matches=True, attached=True, script=-1)
     trainer = lightning_project.trainer()
     fit(trainer, lightning_project.Lit(), lightning_project)

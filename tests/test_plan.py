@@ -400,13 +400,14 @@ QUIET = {"loggers": [], "callbacks": [], "strategy": SimpleNamespace(launcher=No
 
 @pytest.fixture
 def attachment(tmp_path):
-    Path(tmp_path, "recipe.yaml").write_text(RECIPE)
-    return PlanAttachment(Order(f"{tmp_path}/recipe.yaml", str(tmp_path), f"{tmp_path}/events.jsonl", mode="plan"))
+    order = Order("recipe.yaml", str(tmp_path), f"{tmp_path}/events.jsonl", mode="plan")
+    order.held.write_text(RECIPE)
+    return PlanAttachment(order)
 
 
 def test_relative_paths_of_the_recipe_start_where_the_command_was_called(attachment, tmp_path, monkeypatch):
     reports = "callbacks: [{class_path: CompressionReport, init_args: {path: table}}]"
-    Path(attachment.order.recipe).write_text(f"version: 1\n{reports}\napply_to: {{module: Other}}\n")
+    attachment.order.held.write_text(f"version: 1\n{reports}\napply_to: {{module: Other}}\n")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "table").touch()  # a folder where the command was called
     monkeypatch.chdir(tmp_path / "elsewhere")  # as Hydra does
@@ -463,20 +464,20 @@ def test_an_error_is_told_and_shown_and_the_process_ends(attachment, ends, capsy
 
 
 def test_an_error_of_the_recipe_ends_the_process_too(attachment, ends):
-    Path(attachment.order.recipe).unlink()
+    attachment.order.held.write_text("version: 1")
     with attachment.telling():
         attachment.begin(None, nn.Linear(1, 1))
     assert ends == [1]
     (failed,) = Events(attachment.order.events).read()
     assert failed["message"].startswith("RecipeError: ")
-    assert "the recipe cannot be read" in failed["message"]
+    assert "the recipe asks for nothing" in failed["message"]
 
 
 @pytest.mark.parametrize(
     ("apply_to", "error"), [("{module: Other}", ValueError), ("{module: Linear}", KeyboardInterrupt)]
 )
 def test_other_errors_are_the_scripts(attachment, ends, apply_to, error):
-    Path(attachment.order.recipe).write_text(f"{RECIPE}apply_to: {apply_to}")
+    attachment.order.held.write_text(f"{RECIPE}apply_to: {apply_to}")
     attachment.begin(SimpleNamespace(**QUIET), nn.Linear(1, 1))
     with pytest.raises(error), attachment.telling():
         raise error

@@ -270,6 +270,24 @@ def test_the_child_has_the_streams_the_arguments_and_the_order(project, capfd, t
     assert files(tmp_path) == ["recipe.yaml", "train.py"]
 
 
+def test_the_child_gets_the_recipe_as_it_was_checked(project, capfd):
+    """The user may write the next recipe meanwhile; and a pipe can be read only once."""
+    shows = (
+        "open('recipe.yaml', 'w'); print(open(os.path.join(os.path.dirname(order['events']), 'recipe.yaml')).read())"
+    )
+    assert project(EXPORT, f"{TELLS}\n{shows}; print(order['recipe'])\nraise SystemExit(9)") == 9
+    assert capfd.readouterr().out == f"{EXPORT}\nrecipe.yaml\n"
+    os.remove("recipe.yaml")
+    os.mkfifo("recipe.yaml")
+    writer = threading.Thread(target=lambda: Path("recipe.yaml").write_text(EXPORT))
+    writer.start()
+    shows = shows.partition("; ")[2]
+    Path("train.py").write_text(f"{TELLS}\n{shows}\nraise SystemExit(9)")
+    assert main(["run", "recipe.yaml", "--", sys.executable, "train.py"]) == 9
+    writer.join()
+    assert capfd.readouterr().out == f"{EXPORT}\n"
+
+
 def test_standard_input_reaches_the_child(project, tmp_path):
     (tmp_path / "typed").write_text("6\n")
     before = os.dup(0)

@@ -73,7 +73,7 @@ class Order:
     """What the parent asks of every Trainer in the child; the value of the environment variable.
 
     Attributes:
-        recipe: Absolute path of the recipe.
+        recipe: Path of the recipe, for messages and the report; what is attached is the :attr:`held` text.
         cwd: Where the command was called; relative paths in the recipe start there.
         events: Path of the file of events.
         settings: ``KEY=VALUE`` each, which change the recipe.
@@ -87,6 +87,11 @@ class Order:
     settings: Sequence[str] = ()
     mode: str = "run"
     command: str | None = None
+
+    @property
+    def held(self) -> Path:
+        """The recipe's text as the parent checked it; the user may write the next recipe while this one trains."""
+        return Path(self.events).with_name("recipe.yaml")
 
     def to_json(self) -> str:
         """The value of the environment variable."""
@@ -194,7 +199,8 @@ class RecipeAttachment(TrainerCallback):
 
     def _recipe(self) -> Recipe:
         """What the parent asked for, wherever the script has gone since."""
-        return load_recipe(self.order.recipe, settings=self.order.settings, cwd=self.order.cwd)
+        text = self.order.held.read_text(encoding="utf-8")
+        return load_recipe(self.order.recipe, settings=self.order.settings, cwd=self.order.cwd, text=text)
 
     def _tell(self, trainer: Any, event: str, **fields: Any) -> None:
         if trainer.is_global_zero:

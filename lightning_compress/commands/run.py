@@ -22,6 +22,7 @@ from typing import Any
 from lightning_compress.commands.attachment import VARIABLE, Events, Order
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe import Recipe, check_outputs, export_paths, load_recipe
+from lightning_compress.recipe.file import naming, read_text
 from lightning_compress.recipe.shipped import shipped
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
@@ -76,7 +77,7 @@ def attached(
     """
     try:
         _check_command(command, mode)
-        loaded = checked_recipe(recipe, command, settings)
+        loaded, text = checked_recipe(recipe, command, settings)
     except ValueError as error:  # RecipeError is one
         return _ended(mode, USAGE, str(error))
     with tempfile.TemporaryDirectory(prefix="lightning-compress-", ignore_cleanup_errors=True) as folder:
@@ -84,7 +85,8 @@ def attached(
         called = shlex.join(
             ["lightning-compress", mode, recipe, *(["--set", *settings] if settings else []), "--", *command]
         )
-        order = Order(os.path.abspath(recipe), os.getcwd(), events.path, settings, mode, called)
+        order = Order(recipe, os.getcwd(), events.path, settings, mode, called)
+        order.held.write_text(text, encoding="utf-8")
         try:
             with _no_new_drafts(loaded):
                 quiet = {"WANDB_MODE": "disabled"} if mode == "plan" else {}  # if the script itself begins a run
@@ -195,7 +197,7 @@ def _check_command(command: Sequence[str], mode: str) -> None:
         )
 
 
-def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] = ()) -> Recipe:
+def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] = ()) -> tuple[Recipe, str]:
     """The recipe, and the places of its files, checked with the modules that the command will find.
 
     Args:
@@ -204,7 +206,7 @@ def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] 
         settings: ``KEY=VALUE`` each, which change the recipe.
 
     Returns:
-        The recipe.
+        The recipe, and the text of its file, which is read once: it may be a pipe.
 
     Raises:
         ValueError: If it cannot be used, or its files cannot be written.
@@ -214,6 +216,8 @@ def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] 
             f"'{recipe}' is no file here, but a recipe of this package; write it into one, and say there what it asks "
             f"for: lightning-compress recipes {recipe} > {recipe}.yaml"
         )
+    with naming(recipe):
+        text = read_text(recipe)
     scripts = [Path(argument) for argument in command if argument.endswith(".py") and os.path.isfile(argument)]
     roots = [str(script.parent.absolute()) for script in scripts] or [os.getcwd()]
     unseen = ["__main__", *(script.stem for script in scripts)]
@@ -221,11 +225,11 @@ def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] 
     before = list(sys.path)
     sys.path[:0] = roots
     try:
-        loaded = load_recipe(recipe, settings=settings, unseen=unseen)
+        loaded = load_recipe(recipe, settings=settings, unseen=unseen, text=text)
     finally:
         sys.path[:] = before  # what is imported may have added to it
     check_outputs(loaded)
-    return loaded
+    return loaded, text
 
 
 def _exit_code(command: Sequence[str], environment: dict[str, str]) -> tuple[int, bool]:
