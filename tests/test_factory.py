@@ -392,10 +392,52 @@ def test_other_ranks_say_nothing_when_a_trainer_is_made(order, monkeypatch):
     assert Events(order.events).read() == []
 
 
-def test_each_process_counts_the_fits_of_its_own(order, lightning_project):
-    """Another process of the training has repeated, and told, a fit that comes before the one that is meant."""
-    order.held.write_text(f"{KD}apply_to: {{fit: 1}}")
-    Events(order.events).append("fit", module="Lit", matches=True, attached=True, script=-1)
+def told_by_another(order, script, *, rank=0, done=False):
+    """Another process has begun a fit with the recipe, and may have come to its end."""
+    events = Events(order.events)
+    events.append("fit", module="Lit", matches=True, attached=True, script=script, rank=rank)
+    if done:
+        events.append("done", exports=[], reports=[], script=script)
+
+
+def dead_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize(("rank", "done", "apply_to"), [(1, True, "{fit: 1}"), (0, False, "{module: Lit}")])
+def test_each_process_counts_the_fits_of_its_own(order, lightning_project, rank, done, apply_to):
+    """Another rank has repeated a fit that comes before the one that is meant; or another attempt has died."""
+    order.held.write_text(f"{KD}apply_to: {apply_to}")
+    told_by_another(order, dead_process(), rank=rank, done=done)
     trainer = lightning_project.trainer()
     fit(trainer, lightning_project.Lit(), lightning_project)
     assert "DistillationCallback" in names(trainer)
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_fit_in_another_process_has_the_recipe(order, lightning_project, runs):
+    order.held.write_text(f"{KD}apply_to: {{fit: 1}}")
+    told_by_another(order, os.getppid() if runs else dead_process(), done=not runs)
+    trainer = lightning_project.trainer()
+    with pytest.raises(RecipeError, match=r"a fit of .*Lit begins, and a fit in another process .* has the recipe"):
+        fit(trainer, lightning_project.Lit(), lightning_project)
+    assert "DistillationCallback" not in names(trainer)
+    assert len(events(order, "failed")) == 1
+
+
+def test_the_first_of_two_processes_has_the_recipe(order, lightning_project):
+    """They may begin at the same time: what counts is whose line came first."""
+    read = Events.read
+
+    def late(self):
+        if not read(self)[1:]:  # when ours is decided, before it is told
+            return read(self)
+        told_by_another(order, os.getppid())
+        return read(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Events, "read", late)
+        fit(lightning_project.trainer(), lightning_project.Lit(), lightning_project)
+    assert len(events(order, "done")) == 1

@@ -445,6 +445,44 @@ def test_a_teacher_that_each_process_of_a_distributed_training_trains_first(proj
 
 
 @pytest.mark.slow
+def test_a_fit_that_other_ranks_repeat_may_have_the_recipe(project, capfd):
+    body = f"{FIT}\nfresh = trainer(strategy='ddp', devices=2)\nfresh.fit(Other(), loader(), loader())"
+    recipe = "version: 1\ncallbacks: [{class_path: CompressionReport, init_args: {latency: false, path: report}}]\n"
+    assert project(f"{recipe}apply_to: {{module: Lit}}", script(body, guarded=True)) == 0
+    assert capfd.readouterr().out.splitlines()[-1].count("run: report in report") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["run", "plan"])
+def test_fits_of_several_processes_do_not_share_a_recipe(project, capfd, mode):
+    Path("train.py").write_text(script(FIT))
+    Path("recipe.yaml").write_text(EXPORT)
+    both = f"{sys.executable} train.py; mv out/model.onnx first.onnx; {sys.executable} train.py"
+    code = main([mode, "recipe.yaml", "--", "sh", "-c", both])
+    last = capfd.readouterr()
+    if mode == "plan":
+        assert code == 0
+        assert last.out.count("what the recipe would do to Lit") == 1
+        return
+    assert code == 1
+    assert "a fit of __main__.Lit begins, and a fit in another process of" in last.err.splitlines()[-1]
+    assert "first.onnx" in files(".")
+    assert "out/model.onnx" not in files(".")
+
+
+@pytest.mark.slow
+def test_fits_in_a_pool_do_not_share_a_recipe(project, capfd):
+    body = (
+        "import multiprocessing\n"
+        "with multiprocessing.get_context('spawn').Pool(2) as pool:\n    print(pool.map(train, [1, 2], chunksize=1))"
+    )
+    functions = "def train(number):\n    trainer(max_epochs=number * 20).fit(Lit(), loader())\n    return number\n"
+    text = script(body, guarded=True)
+    assert project(EXPORT, text.replace("if __name__", f"{functions}\nif __name__")) == 1
+    assert "a fit in another process of the command has the recipe" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_the_other_namespace(project, capfd):
     assert project(f"{KD}export: {{path: model.onnx, metric: val_loss}}", script(FIT, package="pytorch_lightning")) == 0
     assert "wrote model.onnx (1." in capfd.readouterr().out

@@ -6,6 +6,7 @@ and only then builds the recipe's callbacks. What happened is written to a file 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -204,7 +205,7 @@ class RecipeAttachment(TrainerCallback):
 
     def _tell(self, trainer: Any, event: str, **fields: Any) -> None:
         if trainer.is_global_zero:
-            self._events.append(event, **fields)
+            self._events.append(event, script=self._script, **fields)
 
     def _repeats_another(self, trainer: Any) -> bool:
         """Whether the list that the user gave to several Trainers holds one of us already: Lightning extends it."""
@@ -231,13 +232,38 @@ class RecipeAttachment(TrainerCallback):
         earlier = sum(event["matches"] for event in fits)
         meant = matches and apply_to.get("fit", earlier + 1) == earlier + 1
         name = class_names(module_class)[0]
-        self._events.append("fit", module=name, matches=matches, attached=meant, script=self._script)
+        rank = getattr(rank_zero_only, "rank", 0)
+        self._events.append("fit", module=name, matches=matches, attached=meant, script=self._script, rank=rank)
+        if meant and rank == 0 and self._is_taken():
+            return False, (
+                f"a fit of {name} begins, and a fit in another process of the command has the recipe already: both "
+                "would write the same files; start the fits one by one, or say which one is meant with apply_to: "
+                "{module: <class>}"
+            )
         if meant and earlier and "fit" not in apply_to:
             return False, (
                 f"the script fits {name} now, and the recipe was attached to an earlier fit already; say which one is "
                 "meant with apply_to: {module: <class>}, or by its number with apply_to: {fit: 1}"
             )
         return meant, ""
+
+    def _is_taken(self) -> bool:
+        """Whether a fit in another process, that began earlier, runs with the recipe or came to its end with it.
+
+        Other ranks of this training repeat what comes before it. Of a process that died, this may be the next attempt.
+        """
+        fits = [event for event in self._events.read() if event["event"] == "fit" and event["attached"]]
+        before = itertools.takewhile(lambda fit: fit["script"] != self._script, fits)
+        return any(self._has_fitted(fit["script"]) for fit in before if fit["rank"] == 0)
+
+    def _has_fitted(self, script: int) -> bool:
+        try:
+            os.kill(script, 0)
+        except ProcessLookupError:
+            return any(event["event"] == "done" and event["script"] == script for event in self._events.read())
+        except PermissionError:
+            pass
+        return True
 
     def _insert(self, built: list[Callback], trainer: Any, pl_module: Any) -> None:
         taken = {callback.state_key for callback in trainer.callbacks}
