@@ -1,4 +1,4 @@
-"""Private and version-bound uses of torch, lightning and wandb; each has a canary in tests/test_compat.py.
+"""Private and version-bound uses of other packages; each has a canary in tests/test_compat.py.
 
 Traced on lightning 2.6, torch 2.13 and 2.14 and wandb 0.31. When a canary falls after an upgrade, this is the file to
 mend.
@@ -12,7 +12,9 @@ import gc
 import inspect
 import itertools
 import logging
+import netrc
 import os
+import re
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -21,6 +23,7 @@ from datetime import timedelta
 from importlib import import_module
 from types import CodeType, SimpleNamespace
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 import torch.utils.checkpoint
@@ -356,6 +359,12 @@ def wrap_fits(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         if module is not None and not hasattr(module.Trainer.fit, "_lightning_compress"):  # others wrap it too
             module.Trainer.fit = functools.wraps(module.Trainer.fit)(wrap(module.Trainer.fit))
             module.Trainer.fit._lightning_compress = True
+
+
+def instantiated(parser: Any, parsed: Any) -> Any:
+    """What a parser of jsonargparse makes of what it has parsed: objects, where classes were named."""
+    make = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in jsonargparse 4.49
+    return make(parsed)
 
 
 def before_children_fail(trainer: Any, act: Callable[[], None]) -> None:
@@ -699,3 +708,51 @@ def wandb_input(run: Any, artifact: Any) -> None:
         run._log_artifact(artifact, aliases=["latest"], is_user_created=True, use_after_commit=True)
     else:
         run.use_artifact(artifact, aliases=["latest"])
+
+
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+"""Where wandb logs in if it is not told another server; a key for one serves for both."""
+
+
+def wandb_would_fail() -> bool:
+    """Whether wandb would find no API key if it began a run now, and could not ask for one.
+
+    Wandb itself is not asked: that takes a second, and fixes its settings. False where it is set up already, as the
+    script may have logged in, and where its files of settings say something of it.
+    """
+    told = ("WANDB_MODE", "WANDB_DISABLED", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    if any(os.environ.get(name) for name in told) or (os.isatty(0) and os.isatty(2)):
+        return False
+    setup = sys.modules.get("wandb.sdk.wandb_setup")
+    if getattr(setup, "_singleton", None) is not None:
+        return False
+    return not (_wandb_settings_say() or _wandb_key_in_netrc())
+
+
+def _wandb_settings_say() -> bool:
+    """Whether a file of settings, of the user or of this folder, says where, how or with which key."""
+    folder = os.environ.get("WANDB_DIR") or "."
+    config = os.environ.get("WANDB_CONFIG_DIR") or os.path.join("~", ".config", "wandb")
+    for parent in (config, os.path.join(folder, "wandb"), os.path.join(folder, ".wandb")):
+        with suppress(OSError, ValueError), open(os.path.expanduser(os.path.join(parent, "settings"))) as file:
+            if re.search(r"^\s*(api_key|base_url|mode)\s*[=:]", file.read(), flags=re.MULTILINE):
+                return True
+    return False
+
+
+def _wandb_key_in_netrc() -> bool:
+    given, server = os.environ.get("NETRC"), urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc
+    hosts = [server] if server and server not in WANDB_HOSTS else WANDB_HOSTS
+    for file in [given] if given else ["~/.netrc", "~/_netrc"]:
+        with suppress(OSError, ValueError, netrc.NetrcParseError):
+            entries = netrc.netrc(os.path.expanduser(file))
+            if any(entry and entry[2] for entry in map(entries.authenticators, hosts)):
+                return True
+    return False
+
+
+def asks_wandb(logger: Any) -> bool:
+    """Whether a logger is a ``WandbLogger`` that leaves it to wandb whether its run is online."""
+    if not any(base.__name__ == "WandbLogger" for base in type(logger).__mro__):
+        return False
+    return not logger._offline and logger._wandb_init.get("mode") is None

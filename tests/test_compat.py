@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import pickle
 import subprocess
 import sys
 from importlib import import_module
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
 import torch
 import torchmetrics
+from jsonargparse import ArgumentParser
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -845,6 +848,81 @@ def test_an_offline_run_can_have_an_input(tmp_path, monkeypatch):
     assert (found.use_after_commit, found.user_created, list(found.aliases)) == (True, True, ["latest"])
 
 
+KEY = "0123456789abcdef" * 3
+KEYS = {
+    "nothing": ({}, {}),
+    "a key": ({"WANDB_API_KEY": KEY}, {}),
+    "a token": ({"WANDB_IDENTITY_TOKEN_FILE": "token"}, {}),
+    "netrc": ({}, {".netrc": f"machine api.wandb.ai login user password {KEY}"}),
+    "netrc of the other name": ({}, {"_netrc": f"machine api.wandb.ai login user password {KEY}"}),
+    "netrc elsewhere": ({"NETRC": "own"}, {"own": f"default login user password {KEY}"}),
+    "netrc that is not looked at": ({"NETRC": "own"}, {".netrc": f"default login user password {KEY}"}),
+    "netrc that is none": ({}, {".netrc": "machine"}),
+    "another host": ({}, {".netrc": f"machine example.org login user password {KEY}"}),
+    "another server": (
+        {"WANDB_BASE_URL": "https://wandb.example.org:8080"},
+        {".netrc": f"machine api.wandb.ai login user password {KEY}"},
+    ),
+    "a key for another server": (
+        {"WANDB_BASE_URL": "https://wandb.example.org:8080"},
+        {".netrc": f"machine wandb.example.org:8080 login user password {KEY}"},
+    ),
+    "settings": ({}, {".config/wandb/settings": f"[default]\napi_key = {KEY}\n"}),
+    "settings elsewhere": ({"WANDB_CONFIG_DIR": "own"}, {"own/settings": f"[default]\napi_key = {KEY}\n"}),
+    "settings of the folder": ({}, {"wandb/settings": f"[default]\napi_key = {KEY}\n"}),
+    "settings of a project": ({}, {"wandb/settings": "[default]\nproject = own\n"}),
+}
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_wandb_finds_a_key_where_it_is_looked_for(case, tmp_path, monkeypatch):
+    setup = import_module("wandb.sdk.wandb_setup")
+    auth = import_module("wandb.sdk.lib.wbauth")
+    variables, files = KEYS[case]
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
+        monkeypatch.delenv(name)
+    for name, value in {"HOME": str(tmp_path), **variables}.items():
+        monkeypatch.setenv(name, value)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(setup, "_singleton", None)
+    monkeypatch.setattr(import_module("wandb.sdk.lib.wbauth.authenticate"), "_session_auth", None)
+    fails = _compat.wandb_would_fail()
+    host = setup.singleton().settings.base_url
+    assert "WANDB_BASE_URL" in variables or urlsplit(host).netloc in _compat.WANDB_HOSTS
+    found = auth.authenticate_session(host=host, source="a test", prompt=False, update_session=False)
+    assert fails == (found is None)
+    assert not _compat.wandb_would_fail()  # now it is set up
+
+
+@pytest.mark.parametrize("variable", ["WANDB_MODE", "WANDB_DISABLED"])
+def test_wandb_does_not_fail_where_it_is_not_online(variable, tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(import_module("wandb.sdk.wandb_setup"), "_singleton", None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.chdir(tmp_path)
+    assert _compat.wandb_would_fail()
+    monkeypatch.setenv(variable, "true")
+    assert not _compat.wandb_would_fail()
+    monkeypatch.delenv(variable)
+    monkeypatch.setattr(os, "isatty", lambda _: True)
+    assert not _compat.wandb_would_fail()
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_loggers_that_leave_it_to_wandb_whether_they_are_online(namespace, tmp_path):
+    loggers = import_module(f"{namespace}.loggers")
+    kind = type("Own", (loggers.WandbLogger,), {})
+    assert _compat.asks_wandb(kind(save_dir=tmp_path))
+    assert not _compat.asks_wandb(kind(save_dir=tmp_path, offline=True))
+    assert not _compat.asks_wandb(kind(save_dir=tmp_path, mode="disabled"))
+    assert not _compat.asks_wandb(loggers.CSVLogger(tmp_path))
+
+
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_a_quietened_fit_writes_nothing(namespace, tmp_path, monkeypatch):
     """Loggers that begin a run to say their version are not asked; what it takes to find a learning rate is nothing."""
@@ -891,6 +969,16 @@ def test_fits_are_wrapped_once(monkeypatch):
         assert trainer.fit(None, 1) == ("wrapped", trainer.fit.__wrapped__, 1)
         assert trainer.fit.__wrapped__(None, 1) == "another"
         assert list(inspect.signature(trainer.fit).parameters)[:2] == ["self", "model"]
+
+
+def test_a_parser_makes_objects_of_what_it_has_parsed():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(_takes_a_module)
+    made = _compat.instantiated(parser, parser.parse_object({"module": {"class_path": "torch.nn.Identity"}}))
+    assert type(made["module"]) is nn.Identity
+
+
+def _takes_a_module(module: nn.Module): ...
 
 
 def test_a_failing_launch_is_noticed_before_any_hook():

@@ -20,7 +20,15 @@ from scripts import definitions, script
 import lightning_compress
 from lightning_compress import CompressionReport, DistillationCallback
 from lightning_compress._factory import callbacks
-from lightning_compress.commands.attachment import VARIABLE, Events, Order, RecipeAttachment, attachments, class_names
+from lightning_compress.commands.attachment import (
+    KEPT_OFFLINE,
+    VARIABLE,
+    Events,
+    Order,
+    RecipeAttachment,
+    attachments,
+    class_names,
+)
 from lightning_compress.export.evaluate import RUN_VARIABLE
 from lightning_compress.recipe import RecipeError
 
@@ -47,6 +55,7 @@ def order(tmp_path, monkeypatch):
     """What `run` would set in the child's environment, with a recipe that distils."""
     found = Order("my.yaml", str(tmp_path), str(tmp_path / "events.jsonl"))
     monkeypatch.setenv(VARIABLE, found.to_json())
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # left as it is
     monkeypatch.chdir(tmp_path)
     found.held.write_text(KD)
     return found
@@ -295,6 +304,23 @@ def test_names_of_a_class_of_the_script(monkeypatch):
 
 
 # What the parent is told
+
+
+@pytest.mark.parametrize("kind", ["WandbLogger", "Another"])
+def test_who_is_not_logged_in_is_told_once_by_the_first_fit_with_such_a_logger(order, project, monkeypatch, kind):
+    monkeypatch.setenv(KEPT_OFFLINE, "")  # to be put back
+    failing = iter([True, False, False])  # it is offline then
+    monkeypatch.setattr("lightning_compress.commands.attachment.wandb_would_fail", lambda: next(failing))
+    package = project.L.__name__
+    fields = {"_offline": False, "_wandb_init": {}}
+    logger = type(kind, (import_module(f"{package}.loggers.logger").DummyLogger,), fields)()
+    Path(order.recipe).write_text(f"{KD}apply_to: {{module: Other}}")
+    for loggers, told in ((False, 0), ([logger], int(kind == "WandbLogger")), ([logger], 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(project.trainer(logger=loggers), project.Lit(), project)
+        assert sum("the run is kept offline" in str(warning.message) for warning in caught) == told
+    assert os.environ["WANDB_MODE"] == "offline"
 
 
 def test_an_event_that_was_not_written_to_its_end_is_passed_over(order):

@@ -489,6 +489,29 @@ def test_the_other_namespace(project, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_a_run_of_weights_and_biases_is_kept_offline_where_nobody_is_logged_in(
+    project, capfd, monkeypatch, tmp_path, package
+):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
+    body = (
+        f"from {package}.loggers import WandbLogger\n"
+        "trainer().fit(Other(), loader())\n"
+        "for _ in range(2):\n"
+        "    fresh = trainer(logger=WandbLogger(project='own', save_dir='runs'))\n"
+        "    fresh.fit(Lit(), loader(), loader())\n"
+    )
+    once = f"{EXPORT}apply_to: {{module: Lit, fit: 1}}"
+    assert project(once, script(body, package=package)) == 0
+    assert capfd.readouterr().err.count("so the run is kept offline: `wandb sync` sends it later") == 1
+    assert len(list(Path("runs/wandb").glob("offline-run-*"))) >= 1
+
+
+@pytest.mark.slow
 def test_a_tolerance_that_is_exceeded(project, capfd):
     assert project("version: 1\nexport: {path: a.onnx, metric: val_round, tolerance: 0}", script(FIT)) == 1
     assert "run: a.onnx: val_round is " in capfd.readouterr().err.splitlines()[-1]

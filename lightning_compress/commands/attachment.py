@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from lightning_compress._compat import is_tuner_fit
+from lightning_compress._compat import asks_wandb, is_tuner_fit, wandb_would_fail
 from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport
@@ -30,6 +31,8 @@ from lightning_compress.recipe.file import naming
 
 VARIABLE = "LIGHTNING_COMPRESS_RUN"
 """Of the environment of the child; ``_factory`` knows it by heart, as it imports nothing of this package."""
+KEPT_OFFLINE = "LIGHTNING_COMPRESS_OFFLINE"
+"""Of the environment too: that it was not the user who keeps wandb offline, and that nobody has been told."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ class Order:
 def attachments(value: str) -> list[Callback]:
     """The callbacks for a Trainer under construction.
 
+    For a run, Weights & Biases is kept offline in this process if a run of it would fail, as nobody is logged in.
+
     Args:
         value: Of the environment variable that ``lightning-compress run`` sets.
 
@@ -128,7 +133,8 @@ def attachments(value: str) -> list[Callback]:
 
     Example:
         >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
+        >>> from unittest.mock import patch
+        >>> with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ):
         ...     order = Order("recipe.yaml", ".", os.path.join(folder, "events.jsonl"))
         ...     names = [type(callback).__name__ for callback in attachments(order.to_json())]
         ...     names, Events(order.events).read()
@@ -142,6 +148,8 @@ def attachments(value: str) -> list[Callback]:
 
         foreseeing_fits()
         return [PlanAttachment(order)]
+    if wandb_would_fail():  # in the first look at a logger, before any hook
+        os.environ.update(WANDB_MODE="offline", **{KEPT_OFFLINE: "1"})
     return [RecipeAttachment(order)]
 
 
@@ -169,6 +177,7 @@ class RecipeAttachment(TrainerCallback):
         """Decide whether the recipe means this fit, and attach it."""
         if stage != "fit" or is_tuner_fit(trainer) or self._repeats_another(trainer):
             return
+        _tell_of_offline_runs(trainer)
         # in place: Lightning is iterating this list
         trainer.callbacks[:] = [callback for callback in trainer.callbacks if callback not in self._inserted]
         self._inserted = []
@@ -278,6 +287,17 @@ class RecipeAttachment(TrainerCallback):
         position = trainer.callbacks.index(self) + 1
         trainer.callbacks[position:position] = built
         self._inserted = built
+
+
+def _tell_of_offline_runs(trainer: Any) -> None:
+    """Warn once, if a run would be online had there been a key."""
+    if not (trainer.is_global_zero and any(map(asks_wandb, trainer.loggers)) and os.environ.pop(KEPT_OFFLINE, None)):
+        return
+    warnings.warn(
+        "nobody is logged in to Weights & Biases, and there is no terminal to ask for a key, so the run is kept "
+        "offline: `wandb sync` sends it later. Log in with `wandb login`, or set WANDB_API_KEY",
+        stacklevel=2,
+    )
 
 
 def described(error: BaseException) -> str:

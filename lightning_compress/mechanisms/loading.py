@@ -13,6 +13,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
+from lightning_compress import _compat
 from lightning_compress.mechanisms.checkpoints import resize_, structures_in
 from lightning_compress.mechanisms.selection import did_you_mean, find_module
 from lightning_compress.mechanisms.shrinking import restructure_, structure_told_by
@@ -233,8 +234,7 @@ def _as_annotated(make: Callable[..., Any], arguments: Mapping[str, Any]) -> dic
         if any(isinstance(value, Mapping) and "class_path" in value for value in nested.values()):
             raise _first_cause(error) from None
         return dict(arguments)  # the class may know better than its annotations
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in jsonargparse 4.49
-    built = instantiate(parsed)
+    built = _compat.instantiated(parser, parsed)
     return {**arguments, **{name: built[name] for name in known}}
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 import lightning_compress
+from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
 from lightning_compress.callbacks.teaching import TeacherCallback
 from lightning_compress.mechanisms.loading import check_source, import_path
@@ -172,8 +173,7 @@ def _parsed(cls: type[Callback], init_args: Mapping[str, Any], where: str) -> tu
 
 
 def _made(cls: type[Callback], arguments: Mapping[str, Any], parser: ArgumentParser, parsed: Namespace) -> Callback:
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in jsonargparse 4.49
-    typed = instantiate(parsed)
+    typed = _compat.instantiated(parser, parsed)
     return cls(**{key: typed.get(key, value) for key, value in arguments.items()})
 
 
