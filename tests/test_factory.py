@@ -314,7 +314,7 @@ def test_who_is_not_logged_in_is_told_once_by_the_first_fit_with_such_a_logger(o
     package = project.L.__name__
     fields = {"_offline": False, "_wandb_init": {}}
     logger = type(kind, (import_module(f"{package}.loggers.logger").DummyLogger,), fields)()
-    Path(order.recipe).write_text(f"{KD}apply_to: {{module: Other}}")
+    order.held.write_text(f"{KD}apply_to: {{module: Other}}")
     for loggers, told in ((False, 0), ([logger], int(kind == "WandbLogger")), ([logger], 0)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -325,12 +325,7 @@ def test_signals_reach_the_child_and_the_parent_waits(project, capfd, monkeypatc
     monkeypatch.setattr("lightning_compress.commands.run._in_foreground", lambda: False)
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 
-    def send():
-        while not Path("started").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=send)
+    thread = threading.Thread(target=send_when_started, args=(number,))
     thread.start()
     assert project(EXPORT, SLEEPS, mode=mode) == code
     thread.join()
@@ -361,15 +356,48 @@ def test_a_signal_while_the_child_is_started_ends_it_too(project, capfd, monkeyp
     assert "interrupted; the command ended with exit code" in capfd.readouterr().err
 
 
+REQUEUED = """
+import pathlib, signal, time
+signal.signal(signal.{0}, lambda *_: pathlib.Path("saved").touch())
+pathlib.Path("started").touch()
+while not pathlib.Path("saved").exists():
+    time.sleep(0.01)
+raise SystemExit(5)
+"""
+
+
+@pytest.mark.parametrize(("name", "said"), [("SIGUSR1", ""), ("SIGUSR2", ""), ("SIGHUP", "interrupted; ")])
+def test_signals_of_schedulers_and_terminals_reach_the_child(project, capfd, name, said):
+    thread = threading.Thread(target=send_when_started, args=(getattr(signal, name),))
+    thread.start()
+    assert project(EXPORT, REQUEUED.format(name)) == 5
+    thread.join()
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last == f"lightning-compress run: {said}the command ended with exit code 5"
+
+
+def test_a_signal_that_is_ignored_stays_so(project):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        text = "import os, signal; os.kill(os.getppid(), signal.SIGHUP)\nraise SystemExit(5)"
+        assert project(EXPORT, text) == 5
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def send_when_started(number):
+    while not Path("started").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), number)
+
+
 def test_a_terminal_sends_ctrl_c_to_the_child_itself(project, monkeypatch):
     monkeypatch.setattr("lightning_compress.commands.run._in_foreground", lambda: True)
 
-    def send():
-        while not Path("started").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)  # what the parent gets; the child gets its own, not sent here
-
-    thread = threading.Thread(target=send)
+    # what the parent gets; the child gets its own, not sent here
+    thread = threading.Thread(target=send_when_started, args=(signal.SIGINT,))
     thread.start()
     text = SLEEPS.replace("time.sleep(60)", "time.sleep(0.5); pathlib.Path('undisturbed').touch()")
     assert project(EXPORT, text) == 2

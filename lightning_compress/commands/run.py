@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ from lightning_compress.report.units import size
 
 DONE, FAILED, USAGE = 0, 1, 2
 PROGRAMS = ("python", "python3", "torchrun", "bash", "sh", "env")  # what a training is started with
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+GRACE = 10.0
+"""Seconds that a command has to end in, when nothing more is expected of it."""
+POLL = 0.2
 Event = dict[str, Any]
 
 
@@ -58,6 +62,7 @@ def attached(
     command: Sequence[str],
     settings: Sequence[str],
     comes_to: Callable[[Sequence[Event], int], tuple[int, str]],
+    is_over: Callable[[Sequence[Event]], bool] | None = None,
 ) -> int:
     """Start a command with a recipe attached to it, wait for its end, and say how it went.
 
@@ -67,6 +72,8 @@ def attached(
         command: The program and its arguments.
         settings: ``KEY=VALUE`` each, which change the recipe.
         comes_to: From the events in the child and its exit code to ours, and what people are told.
+        is_over: Whether nothing more is expected after the events so far: a command that goes on is ended; None: the
+            command is waited for.
 
     Returns:
         The exit code.
@@ -90,7 +97,9 @@ def attached(
         try:
             with _no_new_drafts(loaded):
                 quiet = {"WANDB_MODE": "disabled"} if mode == "plan" else {}  # if the script itself begins a run
-                code, interrupted = _exit_code(command, {**quiet, **os.environ, VARIABLE: order.to_json()})
+                environment = {**quiet, **os.environ, VARIABLE: order.to_json()}
+                over = None if is_over is None else lambda: is_over(events.read())
+                code, interrupted = _exit_code(command, environment, over)
         except OSError as error:
             return _ended(mode, USAGE, f"'{command[0]}' cannot be started: {error.strerror}")
         code, message = comes_to(events.read(), code)
@@ -232,10 +241,13 @@ def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] 
     return loaded, text
 
 
-def _exit_code(command: Sequence[str], environment: dict[str, str]) -> tuple[int, bool]:
+def _exit_code(
+    command: Sequence[str], environment: dict[str, str], is_over: Callable[[], bool] | None
+) -> tuple[int, bool]:
     """Run the command to its end, whatever signals come; a child that a signal ended has 128 and its number.
 
-    Whether a signal came is said too.
+    Whether it was interrupted is said too. Once ``is_over``, a command that does not end is ended, with all that it
+    has started, and has 0; for that it gets a group of its own.
     """
     child: subprocess.Popen[bytes] | None = None
     came: list[int] = []
@@ -245,19 +257,44 @@ def _exit_code(command: Sequence[str], environment: dict[str, str]) -> tuple[int
         came.append(number)
         if child is None:
             early.append(number)
-        elif number == signal.SIGTERM or not _in_foreground():
+        elif number == signal.SIGINT and is_over is not None:  # the terminal does not reach that group
+            _send_to_group(child, number)
+        elif number != signal.SIGINT or not _in_foreground():
             child.send_signal(number)
 
-    handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    taken = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]  # as under nohup
+    handlers = {number: signal.signal(number, forward) for number in taken}
     try:
-        child = subprocess.Popen(command, env=environment)
+        child = subprocess.Popen(command, env=environment, start_new_session=is_over is not None)
         for number in early:
             child.send_signal(number)
-        code = child.wait()
+        code = child.wait() if is_over is None else _wait_or_end(child, is_over)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return code if code >= 0 else 128 - code, bool(came)
+    interrupted = not {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}.isdisjoint(came)
+    return code if code >= 0 else 128 - code, interrupted
+
+
+def _wait_or_end(child: subprocess.Popen[bytes], is_over: Callable[[], bool]) -> int:
+    """Wait for a child; a pool, for one, waits without end for a worker of it that has ended."""
+    left = GRACE
+    while left > 0:
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=POLL)
+        if is_over():
+            left -= POLL
+    _send_to_group(child, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(timeout=GRACE)
+    _send_to_group(child, signal.SIGKILL)
+    child.wait()
+    return 0
+
+
+def _send_to_group(child: subprocess.Popen[bytes], number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
 
 
 def _in_foreground() -> bool:
