@@ -67,7 +67,7 @@ def fit_event(module="train.Lit", attached=True):
 
 
 def done_event(failure=None, **changes):
-    export = {"path": "/a/net.onnx", "bytes": 1500, "metric": "acc", "in_file": 0.5, "in_module": 0.75}
+    export = {"path": "/a/net.onnx", "bytes": 1500, "metric": "acc", "in_file": 0.5, "in_module": 0.75, "kept": True}
     return {"event": "done", "exports": [{**export, "failure": failure, **changes}], "reports": ["/a/logs"]}
 
 
@@ -88,6 +88,12 @@ OUTCOMES = {
         0,
         0,
         "wrote /a/net.onnx (1.50 kB), report in /a/logs",
+    ),
+    "nothing kept": (
+        [FACTORY, fit_event(), {**done_event(kept=False), "reports": []}],
+        0,
+        0,
+        "checked /a/net.onnx, and did not keep it (fast_dev_run)",
     ),
     "nothing to write": (
         [FACTORY, fit_event(), {"event": "done", "exports": [], "reports": []}],

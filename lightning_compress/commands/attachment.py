@@ -382,6 +382,7 @@ def _exports(trainer: Any) -> list[dict[str, Any]]:
                 {
                     "path": callback.path,
                     "bytes": None if result is None else result.bytes,
+                    "kept": not trainer.fast_dev_run,
                     "metric": metric,
                     "in_file": callback.file_metrics.get(metric) if metric else None,
                     "in_module": callback.module_metrics.get(metric) if metric else None,

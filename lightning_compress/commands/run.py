@@ -330,8 +330,10 @@ def _written(exports: Sequence[dict[str, Any]], reports: Sequence[str]) -> str:
         if export["in_file"] is not None and export["in_module"] is not None:
             in_file, in_module = shown_metric(export["in_file"]), shown_metric(export["in_module"])
             metric = f"; {export['metric']} {in_file} in the file, {in_module} in the module"
+        path = shown_path(export["path"])
         if export["bytes"] is not None:
-            parts.append(f"wrote {shown_path(export['path'])} ({size(export['bytes'])}{metric})")
+            written = f"wrote {path} ({size(export['bytes'])}{metric})"
+            parts.append(written if export["kept"] else f"checked {path}, and did not keep it (fast_dev_run)")
     parts += [f"report in {shown_path(report)}" for report in reports]
     return ", ".join(parts) or "the recipe was attached to the fit; it writes no file"
 
