@@ -343,9 +343,18 @@ def test_what_was_written(order, lightning_project, tmp_path):
     (done,) = events(order, "done")
     (export,) = done["exports"]
     assert (export["path"], export["metric"], export["failure"]) == (str(tmp_path / "net.onnx"), "val_loss", None)
+    assert export["kept"]
     assert export["bytes"] == (tmp_path / "net.onnx").stat().st_size
     assert export["in_file"] == pytest.approx(export["in_module"], abs=1e-4)
     assert done["reports"] == [str(tmp_path / "table")]
+
+
+def test_what_was_checked_and_not_kept(order, lightning_project, tmp_path):
+    order.held.write_text("version: 1\nexport: {path: net.onnx}")
+    fit(lightning_project.trainer(fast_dev_run=1), lightning_project.Lit(), lightning_project)
+    (export,) = events(order, "done")[0]["exports"]
+    assert (export["kept"], export["failure"]) == (False, None)
+    assert not (tmp_path / "net.onnx").exists()
 
 
 def test_a_tolerance_that_is_exceeded(order, lightning_project):
@@ -394,7 +403,7 @@ def test_a_teacher_that_cannot_be_built_stops_before_the_first_batch(order, ligh
     )
     module = project.Lit()
     before = [parameter.clone() for parameter in module.parameters()]
-    with pytest.raises(RecipeError, match=r"my.yaml: callbacks\[0\] \(DistillationCallback\) could not be built"):
+    with pytest.raises(RecipeError, match=r"my.yaml: callbacks\[0\] \(DistillationCallback\): teacher names"):
         fit(project.trainer(), module, project)
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
     assert "'Lineer'; did you mean 'Linear'?" in events(order, "failed")[0]["message"]
