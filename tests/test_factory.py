@@ -11,7 +11,6 @@ import textwrap
 import warnings
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -54,11 +53,11 @@ def lightning_project():
 @pytest.fixture
 def order(tmp_path, monkeypatch):
     """What `run` would set in the child's environment, with a recipe that distils."""
-    found = Order(str(tmp_path / "recipe.yaml"), str(tmp_path), str(tmp_path / "events.jsonl"))
+    found = Order("my.yaml", str(tmp_path), str(tmp_path / "events.jsonl"))
     monkeypatch.setenv(VARIABLE, found.to_json())
     monkeypatch.setenv("WANDB_MODE", "disabled")  # left as it is
     monkeypatch.chdir(tmp_path)
-    Path(found.recipe).write_text(KD)
+    found.held.write_text(KD)
     return found
 
 
@@ -206,7 +205,7 @@ def test_a_callback_of_another_package_can_log(order, lightning_project, tmp_pat
         "        self.log('mine', 7.0)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    Path(order.recipe).write_text("version: 1\ncallbacks: [{class_path: own_callback.Mine}]")
+    order.held.write_text("version: 1\ncallbacks: [{class_path: own_callback.Mine}]")
     trainer = lightning_project.trainer(callbacks=[CompressionReport(latency=False)])
     fit(trainer, lightning_project.Lit(), lightning_project)
     assert float(trainer.callback_metrics["mine"]) == 7.0
@@ -216,7 +215,7 @@ def test_a_callback_of_another_package_can_log(order, lightning_project, tmp_pat
 def test_a_name_that_the_script_has_taken(order, lightning_project):
     project = lightning_project
     trainer = project.trainer(callbacks=[DistillationCallback(torch.nn.Linear(8, 3))])
-    with pytest.raises(RecipeError, match=r"recipe.yaml: there are two callbacks DistillationCallback\[kd\]"):
+    with pytest.raises(RecipeError, match=r"my.yaml: there are two callbacks DistillationCallback\[kd\]"):
         fit(trainer, project.Lit(), project)
     assert "two callbacks DistillationCallback[kd]" in events(order, "failed")[0]["message"]
 
@@ -238,7 +237,7 @@ def test_a_second_fit_is_an_error_that_names_apply_to(order, project):
 @pytest.mark.parametrize("name", ["Other", "untouched_lightning_pytorch.Other"])
 def test_apply_to_a_class(order, lightning_project, name):
     project = lightning_project
-    Path(order.recipe).write_text(f"{KD}apply_to: {{module: {name}}}")
+    order.held.write_text(f"{KD}apply_to: {{module: {name}}}")
     first, second = project.trainer(), project.trainer()
     fit(first, project.Lit(), project)
     fit(second, project.Other(), project)
@@ -249,7 +248,7 @@ def test_apply_to_a_class(order, lightning_project, name):
 
 
 def test_apply_to_a_number_also_on_one_trainer(order, project):
-    Path(order.recipe).write_text(f"{KD}apply_to: {{fit: 2}}")
+    order.held.write_text(f"{KD}apply_to: {{fit: 2}}")
     trainer, seen = project.trainer(), []
     for epochs in (1, 2, 3):
         trainer.fit_loop.max_epochs = epochs
@@ -261,7 +260,7 @@ def test_apply_to_a_number_also_on_one_trainer(order, project):
 
 def test_a_number_counts_the_fits_of_the_class(order, lightning_project):
     project = lightning_project
-    Path(order.recipe).write_text(f"{KD}apply_to: {{module: Other, fit: 2}}")
+    order.held.write_text(f"{KD}apply_to: {{module: Other, fit: 2}}")
     for module in (project.Other(), project.Lit(), project.Other(), project.Other()):
         fit(project.trainer(), module, project)
     assert [event["attached"] for event in events(order, "fit")] == [False, False, True, False]
@@ -269,7 +268,7 @@ def test_a_number_counts_the_fits_of_the_class(order, lightning_project):
 
 def test_a_list_of_callbacks_that_serves_two_trainers(order, lightning_project):
     project = lightning_project
-    Path(order.recipe).write_text(f"{KD}apply_to: {{fit: 2}}")
+    order.held.write_text(f"{KD}apply_to: {{fit: 2}}")
     shared = [project.L.callbacks.LambdaCallback()]
     for _ in range(2):
         trainer = project.trainer(callbacks=shared)
@@ -315,7 +314,7 @@ def test_who_is_not_logged_in_is_told_once_by_the_first_fit_with_such_a_logger(o
     package = project.L.__name__
     fields = {"_offline": False, "_wandb_init": {}}
     logger = type(kind, (import_module(f"{package}.loggers.logger").DummyLogger,), fields)()
-    Path(order.recipe).write_text(f"{KD}apply_to: {{module: Other}}")
+    order.held.write_text(f"{KD}apply_to: {{module: Other}}")
     for loggers, told in ((False, 0), ([logger], int(kind == "WandbLogger")), ([logger], 0)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -338,20 +337,29 @@ def test_what_was_written(order, lightning_project, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "table").touch()  # a file here, and a folder where the command was called
     recipe = KD.replace("latency: false", "latency: false, path: table")
-    Path(order.recipe).write_text(f"{recipe}export: {{path: net.onnx, metric: val_loss, tolerance: 0.001}}")
+    order.held.write_text(f"{recipe}export: {{path: net.onnx, metric: val_loss, tolerance: 0.001}}")
     os.chdir(tmp_path / "elsewhere")  # as Hydra does
     fit(project.trainer(), project.Lit(), project)
     (done,) = events(order, "done")
     (export,) = done["exports"]
     assert (export["path"], export["metric"], export["failure"]) == (str(tmp_path / "net.onnx"), "val_loss", None)
+    assert export["kept"]
     assert export["bytes"] == (tmp_path / "net.onnx").stat().st_size
     assert export["in_file"] == pytest.approx(export["in_module"], abs=1e-4)
     assert done["reports"] == [str(tmp_path / "table")]
 
 
+def test_what_was_checked_and_not_kept(order, lightning_project, tmp_path):
+    order.held.write_text("version: 1\nexport: {path: net.onnx}")
+    fit(lightning_project.trainer(fast_dev_run=1), lightning_project.Lit(), lightning_project)
+    (export,) = events(order, "done")[0]["exports"]
+    assert (export["kept"], export["failure"]) == (False, None)
+    assert not (tmp_path / "net.onnx").exists()
+
+
 def test_a_tolerance_that_is_exceeded(order, lightning_project):
     project = lightning_project
-    Path(order.recipe).write_text(f"{KD}export: {{path: net.onnx, metric: val_round, tolerance: 0}}")
+    order.held.write_text(f"{KD}export: {{path: net.onnx, metric: val_round, tolerance: 0}}")
     with pytest.warns(UserWarning, match="beyond the tolerance of 0"):
         fit(project.trainer(), project.Lit(), project)
     (export,) = events(order, "done")[0]["exports"]
@@ -377,7 +385,7 @@ def test_a_fit_that_fails(order, lightning_project, exception):
 
 def test_a_failing_fit_that_the_recipe_does_not_mean_is_not_ours(order, lightning_project):
     project = lightning_project
-    Path(order.recipe).write_text(f"{KD}apply_to: {{module: Other}}")
+    order.held.write_text(f"{KD}apply_to: {{module: Other}}")
 
     class Failing(project.Lit):
         def training_step(self, batch, batch_idx):
@@ -390,12 +398,12 @@ def test_a_failing_fit_that_the_recipe_does_not_mean_is_not_ours(order, lightnin
 
 def test_a_teacher_that_cannot_be_built_stops_before_the_first_batch(order, lightning_project):
     project = lightning_project
-    Path(order.recipe).write_text(
+    order.held.write_text(
         "version: 1\ncallbacks: [{class_path: DistillationCallback, init_args: {teacher: torch.nn.Lineer}}]"
     )
     module = project.Lit()
     before = [parameter.clone() for parameter in module.parameters()]
-    with pytest.raises(RecipeError, match=r"recipe.yaml: callbacks\[0\] \(DistillationCallback\) could not be built"):
+    with pytest.raises(RecipeError, match=r"my.yaml: callbacks\[0\] \(DistillationCallback\): teacher names"):
         fit(project.trainer(), module, project)
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
     assert "'Lineer'; did you mean 'Linear'?" in events(order, "failed")[0]["message"]
@@ -419,10 +427,52 @@ def test_other_ranks_say_nothing_when_a_trainer_is_made(order, monkeypatch):
     assert Events(order.events).read() == []
 
 
-def test_each_process_counts_the_fits_of_its_own(order, lightning_project):
-    """Another process of the training has repeated, and told, a fit that comes before the one that is meant."""
-    Path(order.recipe).write_text(f"{KD}apply_to: {{fit: 1}}")
-    Events(order.events).append("fit", module="Lit", matches=True, attached=True, script=-1)
+def told_by_another(order, script, *, rank=0, done=False):
+    """Another process has begun a fit with the recipe, and may have come to its end."""
+    events = Events(order.events)
+    events.append("fit", module="Lit", matches=True, attached=True, script=script, rank=rank)
+    if done:
+        events.append("done", exports=[], reports=[], script=script)
+
+
+def dead_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize(("rank", "done", "apply_to"), [(1, True, "{fit: 1}"), (0, False, "{module: Lit}")])
+def test_each_process_counts_the_fits_of_its_own(order, lightning_project, rank, done, apply_to):
+    """Another rank has repeated a fit that comes before the one that is meant; or another attempt has died."""
+    order.held.write_text(f"{KD}apply_to: {apply_to}")
+    told_by_another(order, dead_process(), rank=rank, done=done)
     trainer = lightning_project.trainer()
     fit(trainer, lightning_project.Lit(), lightning_project)
     assert "DistillationCallback" in names(trainer)
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_fit_in_another_process_has_the_recipe(order, lightning_project, runs):
+    order.held.write_text(f"{KD}apply_to: {{fit: 1}}")
+    told_by_another(order, os.getppid() if runs else dead_process(), done=not runs)
+    trainer = lightning_project.trainer()
+    with pytest.raises(RecipeError, match=r"a fit of .*Lit begins, and a fit in another process .* has the recipe"):
+        fit(trainer, lightning_project.Lit(), lightning_project)
+    assert "DistillationCallback" not in names(trainer)
+    assert len(events(order, "failed")) == 1
+
+
+def test_the_first_of_two_processes_has_the_recipe(order, lightning_project):
+    """They may begin at the same time: what counts is whose line came first."""
+    read = Events.read
+
+    def late(self):
+        if not read(self)[1:]:  # when ours is decided, before it is told
+            return read(self)
+        told_by_another(order, os.getppid())
+        return read(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Events, "read", late)
+        fit(lightning_project.trainer(), lightning_project.Lit(), lightning_project)
+    assert len(events(order, "done")) == 1

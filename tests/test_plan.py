@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +45,7 @@ def planned(**changes):
     ("events", "child", "code", "message"),
     [
         ([FACTORY, FIT, FAILED], 1, 1, "the command ended with exit code 1; the fit failed: ValueError: layers has"),
+        ([FACTORY, FIT, FAILED], 79, 1, "the fit failed: ValueError: layers has 'nix'"),
         ([FACTORY, FIT, FAILED], 0, 1, "the fit failed: ValueError: layers has 'nix'"),
         ([FACTORY, FIT], 7, 7, "the command ended with exit code 7"),
         ([FACTORY, FIT], 139, 139, "the command ended with exit code 139 (SIGSEGV)"),
@@ -165,6 +167,36 @@ def test_the_child_is_told_the_mode_and_the_settings(project, capfd):
     assert capfd.readouterr().out == "plan\n"
 
 
+TELLS = """
+import json, os, pathlib, signal, subprocess, sys, time
+order = json.loads(os.environ["LIGHTNING_COMPRESS_RUN"])
+with open(order["events"], "a") as file:
+    file.write({event!r})
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+pathlib.Path("pids").write_text(f"{{os.getpid()}} {{child.pid}}")
+{before}
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("before", ["", "signal.signal(signal.SIGTERM, signal.SIG_IGN)"])
+@pytest.mark.parametrize(("event", "code"), [(planned(), 0), (FAILED, 1)])
+def test_a_command_that_goes_on_after_the_plan_is_ended(project, monkeypatch, event, code, before):
+    monkeypatch.setattr("lightning_compress.commands.run.GRACE", 0.5)
+    text = TELLS.format(event=json.dumps(event) + "\n", before=before)
+    assert project("version: 1\nexport: {path: a.onnx}", text) == code
+    pids = [int(pid) for pid in Path("pids").read_text().split()]
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+    status = Path(f"/proc/{pids[1]}/status")  # nobody may be there to wait for it, so it may stay as a zombie
+    for _ in range(500):
+        if not status.exists() or "zombie" in status.read_text():
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("what the command has started goes on")
+
+
 # Whole plans
 
 RECIPE = """
@@ -237,6 +269,16 @@ def test_all_processes_of_a_distributed_training_end(project, capfd, strategy):
     assert plan_of(capfd).count("dpf (DPFCallback)") == 1
     assert project(RECIPE.replace("[model]", "[nix]"), script(body, guarded=True)) == 1
     assert "the fit failed: ValueError: layers has 'nix', which" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_shell_does_not_go_on(project, capfd):
+    Path("train.py").write_text(script("trainer().fit(Lit(), loader())"))
+    Path("recipe.yaml").write_text(RECIPE)
+    command = f"{sys.executable} train.py && touch deployed"
+    assert main(["plan", "recipe.yaml", "--", "sh", "-c", command]) == 0
+    assert files() == ["recipe.yaml", "train.py"]
+    assert "takes     'model.0'" in plan_of(capfd)
 
 
 @pytest.mark.slow
@@ -347,6 +389,24 @@ def test_workers_of_loaders_end_too(project, capfd, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("layers", "code"), [("[model]", 0), ("[nix]", 1)])
+def test_a_fit_in_a_worker_of_a_pool(project, capfd, monkeypatch, layers, code):
+    """The pool waits for its worker without end."""
+    monkeypatch.setattr("lightning_compress.commands.run.GRACE", 2.0)
+    body = (
+        "import multiprocessing\nwith multiprocessing.get_context('spawn').Pool(1) as pool:\n    pool.map(train, [1])"
+    )
+    train = "def train(_):\n    trainer().fit(Lit(), loader())\n\nif __name__"
+    text = script(body, guarded=True).replace("if __name__", train)
+    assert project(RECIPE.replace("[model]", layers), text) == code
+    captured = capfd.readouterr()
+    if code == 0:
+        assert "takes     'model.0'" in captured.out
+    else:
+        assert "plan: the fit failed: ValueError: layers has 'nix'" in captured.err.splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_strength_of_terms_and_adaptive_optimizers(project, capfd):
     strong = RECIPE.replace("{hidden: 64}}", "{hidden: 64}}, kd_weight: 1e5")
     strong += "- {class_path: PSGDCallback, init_args: {bits: 4}}\n"
@@ -400,13 +460,14 @@ QUIET = {"loggers": [], "callbacks": [], "strategy": SimpleNamespace(launcher=No
 
 @pytest.fixture
 def attachment(tmp_path):
-    Path(tmp_path, "recipe.yaml").write_text(RECIPE)
-    return PlanAttachment(Order(f"{tmp_path}/recipe.yaml", str(tmp_path), f"{tmp_path}/events.jsonl", mode="plan"))
+    order = Order("recipe.yaml", str(tmp_path), f"{tmp_path}/events.jsonl", mode="plan")
+    order.held.write_text(RECIPE)
+    return PlanAttachment(order)
 
 
 def test_relative_paths_of_the_recipe_start_where_the_command_was_called(attachment, tmp_path, monkeypatch):
     reports = "callbacks: [{class_path: CompressionReport, init_args: {path: table}}]"
-    Path(attachment.order.recipe).write_text(f"version: 1\n{reports}\napply_to: {{module: Other}}\n")
+    attachment.order.held.write_text(f"version: 1\n{reports}\napply_to: {{module: Other}}\n")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "table").touch()  # a folder where the command was called
     monkeypatch.chdir(tmp_path / "elsewhere")  # as Hydra does
@@ -463,20 +524,20 @@ def test_an_error_is_told_and_shown_and_the_process_ends(attachment, ends, capsy
 
 
 def test_an_error_of_the_recipe_ends_the_process_too(attachment, ends):
-    Path(attachment.order.recipe).unlink()
+    attachment.order.held.write_text("version: 1")
     with attachment.telling():
         attachment.begin(None, nn.Linear(1, 1))
     assert ends == [1]
     (failed,) = Events(attachment.order.events).read()
     assert failed["message"].startswith("RecipeError: ")
-    assert "the recipe cannot be read" in failed["message"]
+    assert "the recipe asks for nothing" in failed["message"]
 
 
 @pytest.mark.parametrize(
     ("apply_to", "error"), [("{module: Other}", ValueError), ("{module: Linear}", KeyboardInterrupt)]
 )
 def test_other_errors_are_the_scripts(attachment, ends, apply_to, error):
-    Path(attachment.order.recipe).write_text(f"{RECIPE}apply_to: {apply_to}")
+    attachment.order.held.write_text(f"{RECIPE}apply_to: {apply_to}")
     attachment.begin(SimpleNamespace(**QUIET), nn.Linear(1, 1))
     with pytest.raises(error), attachment.telling():
         raise error

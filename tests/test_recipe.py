@@ -343,10 +343,49 @@ def test_what_a_constructor_refuses_is_found_without_a_teacher(write, monkeypatc
     assert message in str(error.value)
 
 
-def test_a_teacher_that_cannot_be_built_names_the_entry(write):
-    path = write("version: 1\ncallbacks:\n- {class_path: DistillationCallback, init_args: {teacher: torch.nn.Lineer}}")
-    with pytest.raises(RecipeError, match=r"callbacks\[0\] \(DistillationCallback\) could not be built: .*'Linear'\?"):
+UNBUILT = {
+    "torch.nn.Lineer": ": teacher names 'torch.nn.Lineer', but 'torch.nn' has no class or function 'Lineer'; did you m",
+    "{class_path: lightning_compress.teacher_from_checkpoint, init_args: {class_path: torch.nn.ReLU, ckpt_path: a}}": (
+        ".teacher: ckpt_path: there is no file a"
+    ),
+    "{class_path: lightning_compress.teacher_from_checkpoint, init_args: {class_path: my_project.A, ckpt_path: a}}": (
+        ".teacher: class_path names 'my_project.A', but 'my_project' cannot be imported: ModuleNotFoundError: No module"
+    ),
+    "{class_path: torch.nn.Linear, init_args: {in_features: 2}}": (
+        ": teacher could not be built: torch.nn.Linear(**{'in_features': 2}) raised TypeError: "
+    ),
+}
+
+
+@pytest.mark.parametrize("teacher", UNBUILT)
+def test_a_teacher_that_cannot_be_built_names_the_entry(write, teacher):
+    path = write(f"version: 1\ncallbacks:\n- {{class_path: DistillationCallback, init_args: {{teacher: {teacher}}}}}")
+    with pytest.raises(RecipeError) as error:
         build_callbacks(load_recipe(path), ".")
+    assert str(error.value).startswith(f"{path}: callbacks[0] (DistillationCallback){UNBUILT[teacher]}")
+    assert error.value.__cause__ is None
+    assert error.value.__suppress_context__
+
+
+def test_what_the_users_own_class_raises_keeps_its_trace(tmp_path, write, monkeypatch):
+    (tmp_path / "own.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class Mine(Callback):\n"
+        "    def __init__(self): raise ValueError('no')\n"
+        "def network(): raise ValueError('none')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = write("version: 1\ncallbacks: [{class_path: own.Mine}]")
+    with pytest.raises(RecipeError, match=r"callbacks\[0\] \(Mine\) could not be built: ValueError: no$") as error:
+        build_callbacks(load_recipe(path), ".")
+    assert isinstance(error.value.__cause__, ValueError)
+    path = write("version: 1\ncallbacks: [{class_path: DistillationCallback, init_args: {teacher: own.network}}]")
+    with pytest.raises(
+        RecipeError, match=r"teacher could not be built: own.network\(.*\) raised ValueError: n"
+    ) as error:
+        build_callbacks(load_recipe(path), ".")
+    assert str(error.value.__cause__) == "none"
+    sys.modules.pop("own")
 
 
 def test_arguments_of_a_class_that_takes_any(tmp_path, write, monkeypatch):

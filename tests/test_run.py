@@ -67,7 +67,7 @@ def fit_event(module="train.Lit", attached=True):
 
 
 def done_event(failure=None, **changes):
-    export = {"path": "/a/net.onnx", "bytes": 1500, "metric": "acc", "in_file": 0.5, "in_module": 0.75}
+    export = {"path": "/a/net.onnx", "bytes": 1500, "metric": "acc", "in_file": 0.5, "in_module": 0.75, "kept": True}
     return {"event": "done", "exports": [{**export, "failure": failure, **changes}], "reports": ["/a/logs"]}
 
 
@@ -88,6 +88,12 @@ OUTCOMES = {
         0,
         0,
         "wrote /a/net.onnx (1.50 kB), report in /a/logs",
+    ),
+    "nothing kept": (
+        [FACTORY, fit_event(), {**done_event(kept=False), "reports": []}],
+        0,
+        0,
+        "checked /a/net.onnx, and did not keep it (fast_dev_run)",
     ),
     "nothing to write": (
         [FACTORY, fit_event(), {"event": "done", "exports": [], "reports": []}],
@@ -277,6 +283,24 @@ def test_the_child_has_the_streams_the_arguments_and_the_order(project, capfd, t
     assert files(tmp_path) == ["recipe.yaml", "train.py"]
 
 
+def test_the_child_gets_the_recipe_as_it_was_checked(project, capfd):
+    """The user may write the next recipe meanwhile; and a pipe can be read only once."""
+    shows = (
+        "open('recipe.yaml', 'w'); print(open(os.path.join(os.path.dirname(order['events']), 'recipe.yaml')).read())"
+    )
+    assert project(EXPORT, f"{TELLS}\n{shows}; print(order['recipe'])\nraise SystemExit(9)") == 9
+    assert capfd.readouterr().out == f"{EXPORT}\nrecipe.yaml\n"
+    os.remove("recipe.yaml")
+    os.mkfifo("recipe.yaml")
+    writer = threading.Thread(target=lambda: Path("recipe.yaml").write_text(EXPORT))
+    writer.start()
+    shows = shows.partition("; ")[2]
+    Path("train.py").write_text(f"{TELLS}\n{shows}\nraise SystemExit(9)")
+    assert main(["run", "recipe.yaml", "--", sys.executable, "train.py"]) == 9
+    writer.join()
+    assert capfd.readouterr().out == f"{EXPORT}\n"
+
+
 def test_standard_input_reaches_the_child(project, tmp_path):
     (tmp_path / "typed").write_text("6\n")
     before = os.dup(0)
@@ -314,12 +338,7 @@ def test_signals_reach_the_child_and_the_parent_waits(project, capfd, monkeypatc
     monkeypatch.setattr("lightning_compress.commands.run._in_foreground", lambda: False)
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 
-    def send():
-        while not Path("started").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=send)
+    thread = threading.Thread(target=send_when_started, args=(number,))
     thread.start()
     assert project(EXPORT, SLEEPS, mode=mode) == code
     thread.join()
@@ -350,15 +369,48 @@ def test_a_signal_while_the_child_is_started_ends_it_too(project, capfd, monkeyp
     assert "interrupted; the command ended with exit code" in capfd.readouterr().err
 
 
+REQUEUED = """
+import pathlib, signal, time
+signal.signal(signal.{0}, lambda *_: pathlib.Path("saved").touch())
+pathlib.Path("started").touch()
+while not pathlib.Path("saved").exists():
+    time.sleep(0.01)
+raise SystemExit(5)
+"""
+
+
+@pytest.mark.parametrize(("name", "said"), [("SIGUSR1", ""), ("SIGUSR2", ""), ("SIGHUP", "interrupted; ")])
+def test_signals_of_schedulers_and_terminals_reach_the_child(project, capfd, name, said):
+    thread = threading.Thread(target=send_when_started, args=(getattr(signal, name),))
+    thread.start()
+    assert project(EXPORT, REQUEUED.format(name)) == 5
+    thread.join()
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last == f"lightning-compress run: {said}the command ended with exit code 5"
+
+
+def test_a_signal_that_is_ignored_stays_so(project):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        text = "import os, signal; os.kill(os.getppid(), signal.SIGHUP)\nraise SystemExit(5)"
+        assert project(EXPORT, text) == 5
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def send_when_started(number):
+    while not Path("started").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), number)
+
+
 def test_a_terminal_sends_ctrl_c_to_the_child_itself(project, monkeypatch):
     monkeypatch.setattr("lightning_compress.commands.run._in_foreground", lambda: True)
 
-    def send():
-        while not Path("started").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)  # what the parent gets; the child gets its own, not sent here
-
-    thread = threading.Thread(target=send)
+    # what the parent gets; the child gets its own, not sent here
+    thread = threading.Thread(target=send_when_started, args=(signal.SIGINT,))
     thread.start()
     text = SLEEPS.replace("time.sleep(60)", "time.sleep(0.5); pathlib.Path('undisturbed').touch()")
     assert project(EXPORT, text) == 2
@@ -431,6 +483,44 @@ def test_a_teacher_that_each_process_of_a_distributed_training_trains_first(proj
     out = capfd.readouterr().out
     assert len([line for line in out.splitlines() if line.startswith("Compression report")]) == 1
     assert out.splitlines()[-1].endswith("run: report in report")
+
+
+@pytest.mark.slow
+def test_a_fit_that_other_ranks_repeat_may_have_the_recipe(project, capfd):
+    body = f"{FIT}\nfresh = trainer(strategy='ddp', devices=2)\nfresh.fit(Other(), loader(), loader())"
+    recipe = "version: 1\ncallbacks: [{class_path: CompressionReport, init_args: {latency: false, path: report}}]\n"
+    assert project(f"{recipe}apply_to: {{module: Lit}}", script(body, guarded=True)) == 0
+    assert capfd.readouterr().out.splitlines()[-1].count("run: report in report") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["run", "plan"])
+def test_fits_of_several_processes_do_not_share_a_recipe(project, capfd, mode):
+    Path("train.py").write_text(script(FIT))
+    Path("recipe.yaml").write_text(EXPORT)
+    both = f"{sys.executable} train.py; mv out/model.onnx first.onnx; {sys.executable} train.py"
+    code = main([mode, "recipe.yaml", "--", "sh", "-c", both])
+    last = capfd.readouterr()
+    if mode == "plan":
+        assert code == 0
+        assert last.out.count("what the recipe would do to Lit") == 1
+        return
+    assert code == 1
+    assert "a fit of __main__.Lit begins, and a fit in another process of" in last.err.splitlines()[-1]
+    assert "first.onnx" in files(".")
+    assert "out/model.onnx" not in files(".")
+
+
+@pytest.mark.slow
+def test_fits_in_a_pool_do_not_share_a_recipe(project, capfd):
+    body = (
+        "import multiprocessing\n"
+        "with multiprocessing.get_context('spawn').Pool(2) as pool:\n    print(pool.map(train, [1, 2], chunksize=1))"
+    )
+    functions = "def train(number):\n    trainer(max_epochs=number * 20).fit(Lit(), loader())\n    return number\n"
+    text = script(body, guarded=True)
+    assert project(EXPORT, text.replace("if __name__", f"{functions}\nif __name__")) == 1
+    assert "a fit in another process of the command has the recipe" in capfd.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

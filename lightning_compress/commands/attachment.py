@@ -6,6 +6,7 @@ and only then builds the recipe's callbacks. What happened is written to a file 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -76,7 +77,7 @@ class Order:
     """What the parent asks of every Trainer in the child; the value of the environment variable.
 
     Attributes:
-        recipe: Absolute path of the recipe.
+        recipe: Path of the recipe, for messages and the report; what is attached is the :attr:`held` text.
         cwd: Where the command was called; relative paths in the recipe start there.
         events: Path of the file of events.
         settings: ``KEY=VALUE`` each, which change the recipe.
@@ -90,6 +91,11 @@ class Order:
     settings: Sequence[str] = ()
     mode: str = "run"
     command: str | None = None
+
+    @property
+    def held(self) -> Path:
+        """The recipe's text as the parent checked it; the user may write the next recipe while this one trains."""
+        return Path(self.events).with_name("recipe.yaml")
 
     def to_json(self) -> str:
         """The value of the environment variable."""
@@ -203,11 +209,12 @@ class RecipeAttachment(TrainerCallback):
 
     def _recipe(self) -> Recipe:
         """What the parent asked for, wherever the script has gone since."""
-        return load_recipe(self.order.recipe, settings=self.order.settings, cwd=self.order.cwd)
+        text = self.order.held.read_text(encoding="utf-8")
+        return load_recipe(self.order.recipe, settings=self.order.settings, cwd=self.order.cwd, text=text)
 
     def _tell(self, trainer: Any, event: str, **fields: Any) -> None:
         if trainer.is_global_zero:
-            self._events.append(event, **fields)
+            self._events.append(event, script=self._script, **fields)
 
     def _repeats_another(self, trainer: Any) -> bool:
         """Whether the list that the user gave to several Trainers holds one of us already: Lightning extends it."""
@@ -234,13 +241,38 @@ class RecipeAttachment(TrainerCallback):
         earlier = sum(event["matches"] for event in fits)
         meant = matches and apply_to.get("fit", earlier + 1) == earlier + 1
         name = class_names(module_class)[0]
-        self._events.append("fit", module=name, matches=matches, attached=meant, script=self._script)
+        rank = getattr(rank_zero_only, "rank", 0)
+        self._events.append("fit", module=name, matches=matches, attached=meant, script=self._script, rank=rank)
+        if meant and rank == 0 and self._is_taken():
+            return False, (
+                f"a fit of {name} begins, and a fit in another process of the command has the recipe already: both "
+                "would write the same files; start the fits one by one, or say which one is meant with apply_to: "
+                "{module: <class>}"
+            )
         if meant and earlier and "fit" not in apply_to:
             return False, (
                 f"the script fits {name} now, and the recipe was attached to an earlier fit already; say which one is "
                 "meant with apply_to: {module: <class>}, or by its number with apply_to: {fit: 1}"
             )
         return meant, ""
+
+    def _is_taken(self) -> bool:
+        """Whether a fit in another process, that began earlier, runs with the recipe or came to its end with it.
+
+        Other ranks of this training repeat what comes before it. Of a process that died, this may be the next attempt.
+        """
+        fits = [event for event in self._events.read() if event["event"] == "fit" and event["attached"]]
+        before = itertools.takewhile(lambda fit: fit["script"] != self._script, fits)
+        return any(self._has_fitted(fit["script"]) for fit in before if fit["rank"] == 0)
+
+    def _has_fitted(self, script: int) -> bool:
+        try:
+            os.kill(script, 0)
+        except ProcessLookupError:
+            return any(event["event"] == "done" and event["script"] == script for event in self._events.read())
+        except PermissionError:
+            pass
+        return True
 
     def _insert(self, built: list[Callback], trainer: Any, pl_module: Any) -> None:
         taken = {callback.state_key for callback in trainer.callbacks}
@@ -350,6 +382,7 @@ def _exports(trainer: Any) -> list[dict[str, Any]]:
                 {
                     "path": callback.path,
                     "bytes": None if result is None else result.bytes,
+                    "kept": not trainer.fast_dev_run,
                     "metric": metric,
                     "in_file": callback.file_metrics.get(metric) if metric else None,
                     "in_module": callback.module_metrics.get(metric) if metric else None,

@@ -33,7 +33,7 @@ from lightning_compress.commands.attachment import (
 from lightning_compress.commands.forecast import forecast
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.step import find_controller
-from lightning_compress.recipe import Recipe
+from lightning_compress.recipe import Recipe, RecipeError
 
 PLANNED = 79
 """What spawned processes exit with: 0 would let their parent wait for a result."""
@@ -84,12 +84,15 @@ class PlanAttachment(RecipeAttachment):
             model: As the script gave it.
 
         Raises:
-            RecipeError: If the recipe cannot be read here.
+            RecipeError: If the recipe cannot be read here, or another process has a fit with it.
         """
         self._begun = self._meant = True  # whatever is raised from here on is told
         with script_under_its_name():
             recipe = self._recipe()
-        self._meant, _ = self._decided(recipe, type(_compat.uncompiled(model)))  # there is no second one
+        self._meant, problem = self._decided(recipe, type(_compat.uncompiled(model)))
+        if problem:
+            self._meant = True
+            raise RecipeError(problem)
         if self._meant:
             _compat.quieten_(trainer, str(Path(self.order.events).parent / "quiet"))
             if _compat.runs_in_children(trainer):

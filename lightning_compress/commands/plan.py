@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_compress.commands.exits import DONE, FAILED
+from lightning_compress.commands.foresight import PLANNED
 from lightning_compress.commands.run import Event, attached, ended_with, failures_of, nothing_done
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.report import units
@@ -30,7 +31,23 @@ def plan(recipe: str, command: Sequence[str], *, settings: Sequence[str] = ()) -
         >>> plan("missing.yaml", ["python", "train.py"])
         2
     """
-    return attached("plan", recipe, command, settings, outcome)
+    return attached("plan", recipe, command, settings, outcome, is_told)
+
+
+def is_told(events: Sequence[Event]) -> bool:
+    """Whether the child has told what it was started for; it ends after that.
+
+    Args:
+        events: As the child wrote them.
+
+    Returns:
+        Whether there is a plan, or the reason why there is none.
+
+    Example:
+        >>> is_told([{"event": "factory"}]), is_told([{"event": "failed", "message": "OSError: the disk is full"}])
+        (False, True)
+    """
+    return any(event["event"] in ("planned", "failed") for event in events)
 
 
 def outcome(events: Sequence[Event], code: int) -> tuple[int, str]:
@@ -38,7 +55,7 @@ def outcome(events: Sequence[Event], code: int) -> tuple[int, str]:
 
     Args:
         events: As the child wrote them.
-        code: The child's exit code; it says nothing once there is a plan.
+        code: The child's exit code; it says nothing once there is a plan. A process that we ended has one of its own.
 
     Returns:
         The exit code of ``plan``, and the plan, or one line for people.
@@ -51,7 +68,7 @@ def outcome(events: Sequence[Event], code: int) -> tuple[int, str]:
     if found is not None:
         return DONE, "\n".join(lines_of(found))
     failures = failures_of(events)
-    if code != 0:
+    if code not in (0, PLANNED):
         return code, "; ".join([ended_with(code), *failures])
     return (FAILED, "; ".join(failures)) if failures else nothing_done(events)
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,17 @@ from lightning_compress.commands.attachment import VARIABLE, Events, Order
 from lightning_compress.commands.exits import DONE, FAILED, USAGE, ended
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe import Recipe, check_outputs, export_paths, load_recipe
+from lightning_compress.recipe.file import naming, read_text
 from lightning_compress.recipe.shipped import shipped
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size
 
 PROGRAMS = ("python", "python3", "torchrun", "bash", "sh", "env")  # what a training is started with
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+GRACE = 10.0
+"""Seconds that a command has to end in, when nothing more is expected of it."""
+POLL = 0.2
 Event = dict[str, Any]
 
 
@@ -57,6 +62,7 @@ def attached(
     command: Sequence[str],
     settings: Sequence[str],
     comes_to: Callable[[Sequence[Event], int], tuple[int, str]],
+    is_over: Callable[[Sequence[Event]], bool] | None = None,
 ) -> int:
     """Start a command with a recipe attached to it, wait for its end, and say how it went.
 
@@ -66,6 +72,8 @@ def attached(
         command: The program and its arguments.
         settings: ``KEY=VALUE`` each, which change the recipe.
         comes_to: From the events in the child and its exit code to ours, and what people are told.
+        is_over: Whether nothing more is expected after the events so far: a command that goes on is ended; None: the
+            command is waited for.
 
     Returns:
         The exit code.
@@ -76,7 +84,7 @@ def attached(
     """
     try:
         _check_command(command, mode)
-        loaded = checked_recipe(recipe, command, settings)
+        loaded, text = checked_recipe(recipe, command, settings)
     except ValueError as error:  # RecipeError is one
         return ended(mode, USAGE, str(error))
     with tempfile.TemporaryDirectory(prefix="lightning-compress-", ignore_cleanup_errors=True) as folder:
@@ -84,11 +92,14 @@ def attached(
         called = shlex.join(
             ["lightning-compress", mode, recipe, *(["--set", *settings] if settings else []), "--", *command]
         )
-        order = Order(os.path.abspath(recipe), os.getcwd(), events.path, settings, mode, called)
+        order = Order(recipe, os.getcwd(), events.path, settings, mode, called)
+        order.held.write_text(text, encoding="utf-8")
         try:
             with _no_new_drafts(loaded):
                 quiet = {"WANDB_MODE": "disabled"} if mode == "plan" else {}  # if the script itself begins a run
-                code, interrupted = _exit_code(command, {**quiet, **os.environ, VARIABLE: order.to_json()})
+                environment = {**quiet, **os.environ, VARIABLE: order.to_json()}
+                over = None if is_over is None else lambda: is_over(events.read())
+                code, interrupted = _exit_code(command, environment, over)
         except OSError as error:
             return ended(mode, USAGE, f"'{command[0]}' cannot be started: {error.strerror}")
         code, message = comes_to(events.read(), code)
@@ -195,7 +206,7 @@ def _check_command(command: Sequence[str], mode: str) -> None:
         )
 
 
-def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] = ()) -> Recipe:
+def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] = ()) -> tuple[Recipe, str]:
     """The recipe, and the places of its files, checked with the modules that the command will find.
 
     Args:
@@ -204,7 +215,7 @@ def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] 
         settings: ``KEY=VALUE`` each, which change the recipe.
 
     Returns:
-        The recipe.
+        The recipe, and the text of its file, which is read once: it may be a pipe.
 
     Raises:
         ValueError: If it cannot be used, or its files cannot be written.
@@ -214,6 +225,8 @@ def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] 
             f"'{recipe}' is no file here, but a recipe of this package; write it into one, and say there what it asks "
             f"for: lightning-compress recipes {recipe} > {recipe}.yaml"
         )
+    with naming(recipe):
+        text = read_text(recipe)
     scripts = [Path(argument) for argument in command if argument.endswith(".py") and os.path.isfile(argument)]
     roots = [str(script.parent.absolute()) for script in scripts] or [os.getcwd()]
     unseen = ["__main__", *(script.stem for script in scripts)]
@@ -221,17 +234,20 @@ def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] 
     before = list(sys.path)
     sys.path[:0] = roots
     try:
-        loaded = load_recipe(recipe, settings=settings, unseen=unseen)
+        loaded = load_recipe(recipe, settings=settings, unseen=unseen, text=text)
     finally:
         sys.path[:] = before  # what is imported may have added to it
     check_outputs(loaded)
-    return loaded
+    return loaded, text
 
 
-def _exit_code(command: Sequence[str], environment: dict[str, str]) -> tuple[int, bool]:
+def _exit_code(
+    command: Sequence[str], environment: dict[str, str], is_over: Callable[[], bool] | None
+) -> tuple[int, bool]:
     """Run the command to its end, whatever signals come; a child that a signal ended has 128 and its number.
 
-    Whether a signal came is said too.
+    Whether it was interrupted is said too. Once ``is_over``, a command that does not end is ended, with all that it
+    has started, and has 0; for that it gets a group of its own.
     """
     child: subprocess.Popen[bytes] | None = None
     came: list[int] = []
@@ -241,19 +257,44 @@ def _exit_code(command: Sequence[str], environment: dict[str, str]) -> tuple[int
         came.append(number)
         if child is None:
             early.append(number)
-        elif number == signal.SIGTERM or not _in_foreground():
+        elif number == signal.SIGINT and is_over is not None:  # the terminal does not reach that group
+            _send_to_group(child, number)
+        elif number != signal.SIGINT or not _in_foreground():
             child.send_signal(number)
 
-    handlers = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    taken = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]  # as under nohup
+    handlers = {number: signal.signal(number, forward) for number in taken}
     try:
-        child = subprocess.Popen(command, env=environment)
+        child = subprocess.Popen(command, env=environment, start_new_session=is_over is not None)
         for number in early:
             child.send_signal(number)
-        code = child.wait()
+        code = child.wait() if is_over is None else _wait_or_end(child, is_over)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return code if code >= 0 else 128 - code, bool(came)
+    interrupted = not {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}.isdisjoint(came)
+    return code if code >= 0 else 128 - code, interrupted
+
+
+def _wait_or_end(child: subprocess.Popen[bytes], is_over: Callable[[], bool]) -> int:
+    """Wait for a child; a pool, for one, waits without end for a worker of it that has ended."""
+    left = GRACE
+    while left > 0:
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=POLL)
+        if is_over():
+            left -= POLL
+    _send_to_group(child, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(timeout=GRACE)
+    _send_to_group(child, signal.SIGKILL)
+    child.wait()
+    return 0
+
+
+def _send_to_group(child: subprocess.Popen[bytes], number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
 
 
 def _in_foreground() -> bool:
@@ -289,7 +330,9 @@ def _written(exports: Sequence[dict[str, Any]], reports: Sequence[str]) -> str:
         if export["in_file"] is not None and export["in_module"] is not None:
             in_file, in_module = shown_metric(export["in_file"]), shown_metric(export["in_module"])
             metric = f"; {export['metric']} {in_file} in the file, {in_module} in the module"
+        path = shown_path(export["path"])
         if export["bytes"] is not None:
-            parts.append(f"wrote {shown_path(export['path'])} ({size(export['bytes'])}{metric})")
+            written = f"wrote {path} ({size(export['bytes'])}{metric})"
+            parts.append(written if export["kept"] else f"checked {path}, and did not keep it (fast_dev_run)")
     parts += [f"report in {shown_path(report)}" for report in reports]
     return ", ".join(parts) or "the recipe was attached to the fit; it writes no file"

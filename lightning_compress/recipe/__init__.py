@@ -18,7 +18,7 @@ from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.export.onnx import checked_folder, checked_path
 from lightning_compress.recipe.classes import built, callback_class, check_arguments, found_class
-from lightning_compress.recipe.file import RecipeError, check_content, naming, read_file
+from lightning_compress.recipe.file import RecipeError, check_content, naming, parse, read_text
 from lightning_compress.recipe.settings import changed
 
 __all__ = ["Recipe", "RecipeError", "arguments_of", "build_callbacks", "check_outputs", "export_paths", "load_recipe"]
@@ -58,6 +58,7 @@ def load_recipe(
     settings: Sequence[str] = (),
     unseen: Collection[str] = (),
     cwd: str | os.PathLike[str] = ".",
+    text: str | None = None,
 ) -> Recipe:
     r"""Read a recipe and check its keys, classes and arguments; no network is built.
 
@@ -68,6 +69,7 @@ def load_recipe(
         unseen: Modules that must not be imported here, such as the script that is about to run; what a recipe names
             of them is left for the process that builds.
         cwd: Where relative paths in the recipe start.
+        text: What the file held when it was read; None: it is read now.
 
     Returns:
         The recipe.
@@ -85,7 +87,7 @@ def load_recipe(
     """
     file = os.fspath(path)
     with naming(file):
-        content = read_file(file)
+        content = parse(read_text(file) if text is None else text)
         check_content(content)
         if settings:
             content = changed(content, settings)

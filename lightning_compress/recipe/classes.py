@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -151,7 +153,29 @@ def built(class_path: str, init_args: Mapping[str, Any], where: str) -> Callback
     try:
         return _made(cls, init_args, parser, parsed)
     except Exception as error:  # a constructor may raise anything; the user needs to know which one it was
-        raise RecipeError(f"{place} could not be built: {type(error).__name__}: {error}") from error
+        problem, cause = _explained(error, place)
+        raise RecipeError(problem) from cause
+
+
+def _explained(error: Exception, place: str) -> tuple[str, BaseException | None]:
+    """What is wrong, said once, and the cause if its trace says more.
+
+    That is the reason that our own functions have told, not the calls that led to it.
+    """
+    if not _is_own(error):
+        return f"{place} could not be built: {type(error).__name__}: {error}", error
+    while isinstance(cause := error.__cause__, (ValueError, OSError)) and _is_own(cause):
+        argument = re.match(r"(\w+) could not be built: ", str(error))
+        place += f".{argument[1]}" if argument else ""
+        error = cause
+    says_no_more = cause is None or _is_own(cause) or isinstance(cause, ModuleNotFoundError)
+    return f"{place}: {error}", None if says_no_more else cause
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether this package raised it, so that its message needs no more."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__", "")).startswith("lightning_compress.")
 
 
 def _parsed(cls: type[Callback], init_args: Mapping[str, Any], where: str) -> tuple[ArgumentParser, Namespace]:

@@ -67,26 +67,30 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_file(file: str) -> Any:
-    """Read a YAML file.
+def read_text(file: str) -> str:
+    """Read a file.
 
     Args:
         file: Its path.
 
     Returns:
-        What it holds, unchecked.
+        Its text.
 
     Raises:
-        RecipeError: If it cannot be read or is not YAML.
+        RecipeError: If it cannot be read or is no text.
+
+    Example:
+        >>> read_text("none.yaml")
+        Traceback (most recent call last):
+        lightning_compress.recipe.file.RecipeError: the recipe cannot be read: No such file or directory
     """
     try:
         with open(file, encoding="utf-8") as stream:
-            text = stream.read()
+            return stream.read()
     except OSError as error:
         raise RecipeError(f"the recipe cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"not YAML: {error}") from error
-    return parse(text)
 
 
 def parse(text: str) -> Any:
