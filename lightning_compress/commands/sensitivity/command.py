@@ -242,7 +242,7 @@ def _notes(request: _Request, findings: Findings) -> list[str]:
 def _how_to_run(request: _Request, path: Path, method: str) -> str:
     """Bits need no training, so the fit is resumed at its end; the others go on for as many epochs as there were."""
     options = request.options
-    named = [*(("--config", config) for config in options.config), ("--class", getattr(options, "class"))]
+    named = [*(("--config", config) for config in options.config), ("--class", options.module_class)]
     parts = [part for name, value in (*named, ("--data-class", options.data_class)) if value for part in (name, value)]
     fit = ["lightning-compress", "fit", *parts, "--ckpt_path", options.checkpoint]
     epochs = read_checkpoint(options.checkpoint, or_weights=True).get("epoch")
