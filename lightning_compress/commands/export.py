@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 import uuid
 from collections.abc import Iterator
@@ -91,10 +92,15 @@ def export(options: argparse.Namespace) -> int:
         with quiet([*LIGHTNING_LOGGERS, "lightning_fabric"]):
             line = _exported(options)
     except (ExportError, EvaluationError, CheckError) as error:
-        return _ended(FAILED, str(error))
+        return _ended(FAILED, _as_option(error))
     except (ValueError, TypeError, OSError, ImportError, CaptureError) as error:
-        return _ended(USAGE, str(error))
+        return _ended(USAGE, _as_option(error))
     return _ended(DONE, line)
+
+
+def _as_option(error: Exception) -> str:
+    """An error, with the argument of ``to_onnx`` as the shell has it."""
+    return re.sub(r"\bnetwork='([^']+)'", r"--network \1", str(error))
 
 
 def _exported(options: argparse.Namespace) -> str:
