@@ -275,8 +275,9 @@ class Rehearsal:
         original = costs.original(wanted.budget)
 
         def meets(round_to: int) -> bool:
-            limits = {"at_least": wanted.min_channels, "multiple_of": round_to}
-            kept = kept_channels(groups, cost, wanted.ratio, original, **limits)
+            kept = kept_channels(
+                groups, cost, wanted.ratio, original, at_least=wanted.min_channels, multiple_of=round_to
+            )
             return abs(1 - cost(kept) / original - wanted.ratio) <= POINTS
 
         divisors = [own for own in range(wanted.round_to - 1, 0, -1) if wanted.round_to % own == 0]
