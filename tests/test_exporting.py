@@ -7,6 +7,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from lightning_compress.cli import main
 from lightning_compress.commands.project import load_project
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.runtime import OnnxNetwork
+
+VERSION = {"pytorch-lightning_version": "2.6.6"}
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def saved(project, name="last.ckpt", **model):
         {
             "state_dict": module.state_dict(),
             "hyper_parameters": dict(module.hparams),
-            "pytorch-lightning_version": "2.6.6",
+            **VERSION,
         },
         name,
     )
@@ -303,3 +306,24 @@ def test_a_file_that_fails_is_not_kept_and_the_old_one_stays(what, project, caps
     assert re.search(messages[what][1], line), line
     assert old.read_bytes() == b"the old one"
     assert not list(project.folder.glob(".*.onnx"))
+
+
+def test_a_module_without_a_forward_names_the_network_inside_as_the_shell_does(tmp_path, monkeypatch, capsys):
+    """The project of the first page of the documentation."""
+    page = Path(lightning_compress.__file__).parents[1] / "docs" / "start.md"
+    code = page.read_text(encoding="utf-8").partition("```python\n")[2].partition("from sklearn")[0]
+    (tmp_path / "first_page.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    module = import_module("first_page").LitNet(width=16).eval()
+    torch.save({"state_dict": module.state_dict(), "hyper_parameters": {"width": 16}, **VERSION}, "last.ckpt")
+    arguments = ["last.ckpt", "--class", "first_page.LitNet", "--shape", "1,64"]
+    code, line = exported(capsys, *arguments)
+    assert code == 2
+    assert line.endswith(
+        ": LitNet has no forward; pass the dotted name of a network inside it, such as --network model"
+    )
+    code, line = exported(capsys, *arguments, "--network", "model")
+    assert code == 0, line
+    images = torch.randn(3, 64)
+    assert np.allclose(outputs("last.onnx", images), module.model(images).detach(), atol=1e-5)

@@ -69,6 +69,7 @@ class ExportCallback(CompressionCallback):
     """
 
     default_name = "export"
+    places = ("path",)
     result = Returned[ExportResult | None](None)
     module_metrics = Returned[dict[str, float]]({})
     """Of the compressed module: quantised as the file is."""

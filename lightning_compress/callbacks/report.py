@@ -71,6 +71,7 @@ class CompressionReport(CompressionCallback):
     """
 
     default_name = "report"
+    places = ("path",)
     result = Returned[Report | None](None)
     files = Returned[ReportFiles | None](None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,10 +82,15 @@ def export(options: argparse.Namespace) -> int:
     try:
         line = _exported(options)
     except (ExportError, EvaluationError, CheckError) as error:
-        return ended("export", FAILED, str(error))
+        return ended("export", FAILED, _as_option(error))
     except (UsageError, OSError) as error:
-        return ended("export", USAGE, str(error))
+        return ended("export", USAGE, _as_option(error))
     return ended("export", DONE, line)
+
+
+def _as_option(error: Exception) -> str:
+    """An error, with the argument of ``to_onnx`` as the shell has it."""
+    return re.sub(r"\bnetwork='([^']+)'", r"--network \1", str(error))
 
 
 def _exported(options: argparse.Namespace) -> str:
