@@ -32,6 +32,7 @@ from lightning_compress.export.errors import EvaluationError
 from lightning_compress.export.evaluate import RepeatedValidation, repeatedly
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.channel_graph import StructureError
+from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.weights import select_weights
 from lightning_compress.report.cells import shown_path
@@ -62,11 +63,11 @@ class _Request:
             raise ValueError(f"--minutes must be above 0, got {options.minutes:g}")
         if options.limit_batches is not None and options.limit_batches < 1:
             raise ValueError(f"--limit-batches must be at least 1, got {options.limit_batches}")
-        if not options.config:
-            raise ValueError("--config is missing: the YAML of the project, as LightningCLI takes it")
         for path in (options.checkpoint, *options.config):
             if not os.path.isfile(path):
                 raise ValueError(f"'{path}' is not there")
+        if not options.config:
+            raise ValueError("--config is missing: the YAML of the project, as LightningCLI takes it")
         return cls(options, levels, budget, Path(options.out))
 
     def header(self) -> dict[str, Any]:
@@ -129,7 +130,13 @@ def _opened(request: _Request, stack: ExitStack) -> tuple[nn.Module, Journal, Re
     options = request.options
     project = load_trained(options.config, options.checkpoint, model=getattr(options, "class"), data=options.data_class)
     module: nn.Module = project.module
-    select_weights(module, options.layers, options.exclude)  # selectors that match nothing are told first
+    weights = select_weights(module, options.layers, options.exclude).weights  # selectors that match nothing first
+    broken = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
+    if broken:
+        raise ValueError(
+            f"the weights in '{options.checkpoint}' are not finite, so there is nothing to measure: NaN or infinity in "
+            f"{len(broken)} of {len(weights)}, {listing(broken)}"
+        )
     validation = repeatedly(
         module,
         project.datamodule,
