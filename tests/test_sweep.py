@@ -103,6 +103,13 @@ def test_what_is_said_on_the_command_line_counts(tmp_path):
         (("--vary", "pruning.end=0.9..0.5", *TRAIN), "a range goes from a number to a larger one, as in 0.5..0.9"),
         (("--vary", "pruning.end=a..b", *TRAIN), "a range goes from a number to a larger one, as in 0.5..0.9"),
         (("--vary", "pruning.end=0.5,", *TRAIN), "a value is missing; write pruning.end=min..max or pruning.end=a,b,c"),
+        (
+            ("--vary", "PruningCallback.sparsity=0.8..1.5", *TRAIN),
+            "--vary PruningCallback.sparsity=0.8..1.5: 1.5 cannot be: callbacks[0] (PruningCallback): ",
+        ),
+        (("--vary", "pruning.sparsity=-1..0.9", *TRAIN), "--vary pruning.sparsity=-1..0.9: -1.0 cannot be: "),
+        (("--vary", "PTQCallback.weight_bits=4,8,33", *TRAIN), "--vary PTQCallback.weight_bits=4,8,33: 33 cannot be: "),
+        (("--vary", "export.precision=int8,int7", *TRAIN), "--vary export.precision=int8,int7: int7 cannot be: "),
         (("--out", "recipe.yaml", *TRAIN), "'recipe.yaml' exists already; remove it, or give another --out"),
         (("--out", "gone/sweep.yaml", *TRAIN), "No such file or directory: 'gone/sweep.yaml'"),
     ],
@@ -197,17 +204,25 @@ def test_every_key_is_one_that_wandb_takes():
     [
         ("update_interval=4..16", {"min": 4, "max": 16}),
         ("end=0..1", {"min": 0.0, "max": 1.0}),
-        ("freeze_at=1e-1..1", {"min": 0.1, "max": 1.0}),
+        ("freeze_at=8e-1..1", {"min": 0.8, "max": 1.0}),
         ("schedule=cubic,linear", {"values": ["cubic", "linear"]}),
         ("guard_checkpoints=true,false", {"values": [True, False]}),
         ("end=0.5,1e-3,1", {"values": [0.5, 0.001, 1]}),
-        ("layers=[", {"values": ["["]}),
+        ("name=[", {"values": ["["]}),
     ],
 )
 def test_what_is_written_behind_a_key(wish, entry):
     assert chosen(recipe(("DPFCallback", {"sparsity": 0.5})), [f"dpf.{wish}"]) == {
         f"DPFCallback.{wish.partition('=')[0]}": entry
     }
+
+
+def test_what_is_varied_together_may_go_with_one_another_only():
+    wishes = ["dpf.end=0.2..0.95", "dpf.freeze_at=0.5..1"]
+    own = recipe(("DPFCallback", {"sparsity": 0.5}))
+    assert list(chosen(own, wishes)) == ["DPFCallback.end", "DPFCallback.freeze_at"]
+    with pytest.raises(ValueError, match=r"--vary dpf\.freeze_at=0\.5\.\.1: 0\.5 cannot be: .*must be at least end"):
+        chosen(own, wishes[1:])
 
 
 def test_a_grid_has_values_and_no_ranges():

@@ -15,6 +15,7 @@ from lightning_compress.commands.exits import UsageError
 from lightning_compress.mechanisms.loading import import_path
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe import Recipe
+from lightning_compress.recipe.classes import callback_class, check_arguments
 from lightning_compress.report.units import significant
 
 
@@ -56,6 +57,8 @@ class OneOf:
         return {"values": list(self.values)}
 
 
+MOST_OTHERS = 3
+"""Arguments that are varied together, of one callback, and are tried beside another."""
 BITS = OneOf((4, 6, 8))
 RANGES: Mapping[str, Mapping[str, Around | Remaining | OneOf]] = {
     # kd_weight and not task_weight: what counts is the one beside the other
@@ -85,13 +88,20 @@ class Field:
         key: As ``lightning-compress run --set`` takes it, in the characters that W&B allows.
         others: Other ways to write the key.
         value: What the recipe says, or the argument's default.
+        where: The entry of the recipe that has it.
         usual: Its range from the table; None: it has none, or not with this value.
     """
 
     key: str
     others: tuple[str, ...]
     value: Any
+    where: str
     usual: dict[str, Any] | None
+
+    @property
+    def argument(self) -> str:
+        """Its name alone."""
+        return self.key.rpartition(".")[2]
 
 
 def chosen(recipe: Recipe, vary: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -105,7 +115,8 @@ def chosen(recipe: Recipe, vary: Sequence[str]) -> dict[str, dict[str, Any]]:
         Key to what W&B knows of a parameter.
 
     Raises:
-        UsageError: If a key is unknown or has no range, or there is nothing to vary.
+        UsageError: If a key is unknown or has no range, a value is none that the recipe could have, or there is nothing
+            to vary.
 
     Example:
         >>> recipe = Recipe(1, callbacks=({"class_path": "DCILCallback", "init_args": {"sparsity": 0.9}},))
@@ -121,7 +132,7 @@ def chosen(recipe: Recipe, vary: Sequence[str]) -> dict[str, dict[str, Any]]:
             )
         return found
     known = {key: field for field in fields for key in (field.key, *field.others)}
-    parameters = {}
+    parameters, wishes = {}, []
     for wish in vary:
         key, equals, text = wish.partition("=")
         if key not in known:
@@ -131,7 +142,39 @@ def chosen(recipe: Recipe, vary: Sequence[str]) -> dict[str, dict[str, Any]]:
         if entry is None:
             raise UsageError(f"--vary {key} needs a range, as {key}=min..max or {key}=a,b,c: it has no usual one here")
         parameters[field.key] = entry
+        wishes += [(wish, field)] if equals else []
+    for wish, field in wishes:
+        _check(recipe, field, wish, parameters, [other for other in fields if other.key in parameters])
     return parameters
+
+
+def _check(
+    recipe: Recipe, field: Field, wish: str, parameters: Mapping[str, Mapping[str, Any]], varied: Sequence[Field]
+) -> None:
+    """Refuse what ``run --set`` would refuse: a value, or an end, that goes with nothing that the callback is given."""
+    [(class_path, init_args)] = [(path, given) for where, path, given in recipe.entries if where == field.where]
+    others = [own for own in varied if own.where == field.where and own.key != field.key]
+    beside = [dict(init_args)]
+    for other in others[:MOST_OTHERS]:
+        values = _values(parameters[other.key])
+        beside += [{**own, other.argument: value} for own in beside for value in values]
+    for value in _values(parameters[field.key]):
+        refusals = [_refusal(class_path, field.where, {**own, field.argument: value}) for own in beside]
+        if all(refusals):
+            raise UsageError(f"--vary {wish}: {value} cannot be: {refusals[0]}")
+
+
+def _values(entry: Mapping[str, Any]) -> Sequence[Any]:
+    """All of a list, or both ends of a range."""
+    return entry["values"] if "values" in entry else (entry["min"], entry["max"])
+
+
+def _refusal(class_path: str, where: str, init_args: Mapping[str, Any]) -> str:
+    try:
+        check_arguments(callback_class(class_path, where), init_args, where)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def fields_of(recipe: Recipe) -> list[Field]:
@@ -156,7 +199,8 @@ def fields_of(recipe: Recipe) -> list[Field]:
             usual = RANGES.get(cls.__name__, {}).get(argument)
             varies = usual is not None and argument not in bits and _has_effect(argument, init_args)
             entry = usual.of(value) if usual is not None and varies else None
-            fields.append(Field(f"{names[0]}.{argument}", tuple(f"{path}.{argument}" for path in paths), value, entry))
+            others = tuple(f"{path}.{argument}" for path in paths)
+            fields.append(Field(f"{names[0]}.{argument}", others, value, where, entry))
     return fields
 
 

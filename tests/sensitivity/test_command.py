@@ -230,6 +230,30 @@ def test_bad_usage(project, validations, capsys, arguments, message):
     assert len(validations) <= 1
 
 
+def test_weights_that_are_not_finite(project, validations, capsys):
+    broken = projects.Lit()
+    nn.init.constant_(broken.net.hidden.weight, math.nan)
+    projects.checkpoint("last.ckpt", broken)
+    assert project("--method", "bits") == 2
+    message = "the weights in 'last.ckpt' are not finite, so there is nothing to measure: NaN or infinity in 1 of 3, "
+    assert f"{message}'net.hidden.weight'\n" in capsys.readouterr().err
+    assert validations == []
+    assert not Path("sensitivity").exists()
+    assert project("--method", "bits", "--levels", "bits=8", "--exclude", "net.hidden", "--metric", "val_loss") == 2
+    assert "'val_loss' of the checkpoint is nan, before anything was changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [("lost.ckpt", "--config", "config.yaml"), ("lost.ckpt",)])
+def test_a_file_that_is_not_there_is_told_before_anything_is_built(project, capsys, given):
+    assert project(given=given) == 2
+    assert "'lost.ckpt' is not there" in capsys.readouterr().err
+    assert project.made == []
+    Path("lost.ckpt").write_text("no checkpoint")
+    assert project(given=("lost.ckpt", "--config", "config.yaml")) == 2
+    assert "lost.ckpt" in capsys.readouterr().err
+    assert project.made == []
+
+
 def test_other_bad_input(project, capsys):
     assert project(given=["last.ckpt"]) == 2
     assert "--config is missing" in capsys.readouterr().err

@@ -43,11 +43,23 @@ def test_a_header_that_was_cut_off_begins_anew(tmp_path):
     assert json.loads((tmp_path / NAME).read_text()) == {"schema": 1, **HEADER}
 
 
-def test_a_damaged_line_is_told(tmp_path):
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "{}",
+        "[]",
+        '{"metrics": {"val_acc": null}}',
+        '{"metrics": 0.5}',
+        '{"method": "bits", "level": 4, "moved": 0.1, "metrics": {"val_acc": 0.5}}',
+        '{"method": "bits", "layer": "a", "level": null, "moved": 0.1, "metrics": {"val_acc": 0.5}}',
+    ],
+)
+def test_a_damaged_line_is_told(tmp_path, line):
     path = filled(tmp_path).path
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], "{", lines[2]]) + "\n")
-    with pytest.raises(ValueError, match="line 2 is damaged; begin anew with --restart"):
+    path.write_text("\n".join([lines[0], line, lines[2]]) + "\n")
+    with pytest.raises(ValueError, match=rf"{NAME}: line 2 is damaged; begin anew with --restart"):
         Journal(tmp_path, HEADER)
 
 

@@ -33,6 +33,7 @@ from lightning_compress.export.errors import EvaluationError
 from lightning_compress.export.evaluate import RepeatedValidation, repeatedly
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.channel_graph import StructureError
+from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.weights import select_weights
 from lightning_compress.report.cells import shown_path
@@ -119,7 +120,13 @@ def _opened(request: _Request, stack: ExitStack) -> tuple[nn.Module, Journal, Re
     project = load_trained(options.config, options.checkpoint, model=options.module_class, data=options.data_class)
     module: nn.Module = project.module
     with checking(ValueError):
-        select_weights(module, options.layers, options.exclude)  # selectors that match nothing are told first
+        weights = select_weights(module, options.layers, options.exclude).weights  # selectors that match nothing first
+    broken = [name for name, weight in weights.items() if not bool(weight.isfinite().all())]
+    if broken:
+        raise UsageError(
+            f"the weights in '{options.checkpoint}' are not finite, so there is nothing to measure: NaN or infinity in "
+            f"{len(broken)} of {len(weights)}, {listing(broken)}"
+        )
     validation = repeatedly(
         module,
         project.datamodule,

@@ -97,7 +97,7 @@ class Journal:
         for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
-                complete = isinstance(entry, dict) and line.endswith(b"\n")
+                complete = line.endswith(b"\n") and (_is_measurement(entry) if number > 1 else isinstance(entry, dict))
             except ValueError:
                 complete = False
             if not complete and number < len(lines):
@@ -117,6 +117,15 @@ class Journal:
                 f"{self.path} holds measurements of another {' and another '.join(different)}: give --restart to throw "
                 "them away, or another --out"
             )
+
+
+def _is_measurement(entry: Any) -> bool:
+    """Whether a line below the header says what was changed, if anything, and what the validation gave then."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("metrics"), dict):
+        return False
+    numbers = [*entry["metrics"].values(), *([entry.get("level"), entry.get("moved")] if "method" in entry else [])]
+    names = [entry["method"], entry.get("layer")] if "method" in entry else []
+    return all(isinstance(own, (int, float)) for own in numbers) and all(isinstance(own, str) for own in names)
 
 
 def files_hash(paths: Sequence[str]) -> str:

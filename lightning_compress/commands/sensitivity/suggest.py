@@ -276,7 +276,7 @@ def _with_filters(findings: Findings, costs: Costs, budget: Budget, limit: float
     ratio = 1 - limit / costs.whole
     told += _unmet(budget, costs) if gone < ratio - POINTS else ""
     ratio = ratio if abs(gone - ratio) <= POINTS else gone
-    cost = math.ceil((1 - ratio) * costs.whole)
+    cost = math.ceil(round((1 - gone) * costs.whole, 6))
     levels = {name: shares.get(name) for name in costs.levels}
     left = [name for name, level in levels.items() if level is None]
     exclude = left + [name for name in (costs.coupling.unmeasured if costs.coupling else ()) if name not in left]
