@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     try:
         _check_name(parser, own)
+        _check_order(parser, own, command)
         options, unknown = parser.parse_known_args(own)
         _check_unknown(parser, options, own, command, unknown)
         if command and options.command not in (*CHILD_COMMANDS, "sweep"):
@@ -82,6 +83,16 @@ def _check_name(parser: argparse.ArgumentParser, own: Sequence[str]) -> None:
     close = get_close_matches(own[0], COMMANDS, n=1)
     nearest = f"; did you mean '{close[0]}'?" if close else ""
     parser.error(f"unknown command '{own[0]}'; accepted are {', '.join(COMMANDS)}{nearest}")
+
+
+def _check_order(parser: argparse.ArgumentParser, own: Sequence[str], command: Sequence[str]) -> None:
+    """Refuse options before the recipe: those with several values would take it for one of them."""
+    if own[0] not in (*CHILD_COMMANDS, "sweep") or own[1:2] not in (["--set"], ["--vary"]):
+        return
+    recipe = next((word for word in own[2:] if word.endswith((".yaml", ".yml"))), "RECIPE.yaml")
+    options = [word for word in own[1:] if word != recipe]
+    corrected = shlex.join([parser.prog, own[0], recipe, *options, "--", *(command or ["COMMAND"])])
+    parser.error(f"RECIPE.yaml comes first, before {own[1]}, as in: {corrected}")
 
 
 def _check_unknown(

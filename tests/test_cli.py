@@ -59,6 +59,17 @@ def test_help_of_a_command(capsys, name):
             "error: the command to run, 'python train.py --epochs 3', comes behind --, as in: "
             "lightning-compress run a.yaml -- python train.py --epochs 3\n",
         ),
+        (
+            ["run", "--set", "A=1", "B=2", "a.yaml", "--", "python", "train.py"],
+            "error: RECIPE.yaml comes first, before --set, as in: "
+            "lightning-compress run a.yaml --set A=1 B=2 -- python train.py\n",
+        ),
+        (
+            ["sweep", "--vary", "A=1..2", "--", "make"],
+            "error: RECIPE.yaml comes first, before --vary, as in: "
+            "lightning-compress sweep RECIPE.yaml --vary A=1..2 -- make\n",
+        ),
+        (["plan", "--set", "A=1"], "lightning-compress plan RECIPE.yaml --set A=1 -- COMMAND\n"),
         (["run", "a.yaml", "--fast", "--", "python"], "error: unrecognized arguments: --fast"),
         (["run", "a.yaml", "--fast"], "error: unrecognized arguments: --fast"),
         (["demo", "--data", "mnist"], "invalid choice: 'mnist'"),
