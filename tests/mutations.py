@@ -373,7 +373,7 @@ MUTATIONS = (
     ),
     Mutation(
         "plan: a teacher costs as much as the student",
-        f"{PACKAGE}/forecast.py",
+        f"{PACKAGE}/commands/forecast.py",
         "times = step.passes + own / (3 * macs)",
         "times = step.passes + own / macs",
         "tests/test_forecast.py::test_shares_and_the_cost_of_a_teacher",
@@ -394,7 +394,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the processes of a distributed fit count each other's fits",
-        f"{PACKAGE}/attachment.py",
+        f"{PACKAGE}/commands/attachment.py",
         'event["event"] == "fit" and event["script"] == self._script]',
         'event["event"] == "fit"]',
         "tests/test_factory.py::test_each_process_counts_the_fits_of_its_own",
@@ -543,6 +543,34 @@ MUTATIONS = (
         "settings=self.order.settings",
         "settings=()",
         "tests/test_factory.py::test_settings_change_what_is_attached_and_what_the_report_says",
+    ),
+    Mutation(
+        "plan: a script goes on after an error",
+        f"{PACKAGE}/commands/foresight.py",
+        "            _end_process(_shown(error))\n",
+        "            raise\n",
+        "tests/test_plan.py::test_an_error_is_told_and_shown_and_the_process_ends",
+    ),
+    Mutation(
+        "plan: relative paths start where the script has gone",
+        f"{PACKAGE}/commands/attachment.py",
+        "settings=self.order.settings, cwd=self.order.cwd",
+        "settings=self.order.settings",
+        "tests/test_plan.py::test_relative_paths_of_the_recipe_start_where_the_command_was_called",
+    ),
+    Mutation(
+        "run: a signal that comes early is lost",
+        f"{PACKAGE}/commands/run.py",
+        "            early.append(number)\n",
+        "            pass\n",
+        "tests/test_run.py::test_a_signal_while_the_child_is_started_ends_it_too",
+    ),
+    Mutation(
+        "run: netrc is not looked at before a run is kept offline",
+        COMPAT,
+        "_wandb_settings_say() or _wandb_key_in_netrc()",
+        "_wandb_settings_say()",
+        "tests/test_compat.py::test_wandb_finds_a_key_where_it_is_looked_for",
     ),
     Mutation(
         "recipes: the folder of a report is not looked at before",

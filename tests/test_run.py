@@ -190,6 +190,11 @@ def started(project, recipe=EXPORT):
             "version: 1\ncallbacks: [{class_path: CompressionReport, init_args: {path: true}}]",
             "recipe.yaml: path must be a string or a path, got True",
         ),
+        (
+            "version: 1\nexport: {path: ./a.onnx}\n"
+            "callbacks: [{class_path: ExportCallback, init_args: {path: a.onnx, name: b}}]",
+            "two exports of the recipe write './a.onnx'; give each a path of its own",
+        ),
         ("version: [", "line 1, column 11: not YAML"),
     ],
 )
@@ -245,6 +250,28 @@ def test_a_bad_command(project, capsys, arguments, message):
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_without_programs_none_is_suggested(project, capsys, monkeypatch):
+    Path("recipe.yaml").write_text(EXPORT)
+    monkeypatch.setenv("PATH", "")
+    assert main(["run", "recipe.yaml", "--", "python", "train.py"]) == 2
+    assert capsys.readouterr().err.endswith("'python' is not a program that can be run here\n")
+
+
+@pytest.mark.parametrize("mode", ["run", "plan"])
+def test_within_another_run(project, capsys, monkeypatch, mode):
+    monkeypatch.setenv(VARIABLE, "{}")
+    assert project(EXPORT, "open('mark', 'w').close()", mode=mode) == 2
+    assert "it was started by a command of `lightning-compress run` or `plan`" in capsys.readouterr().err
+    assert not Path("mark").exists()
+
+
+def test_drafts_of_a_file_with_signs_of_a_pattern(project):
+    Path("out").mkdir()
+    draft = f"out/.m[0]-{'0' * 32}.onnx"
+    assert project("version: 1\nexport: {path: 'out/m[0].onnx'}", f"open('{draft}', 'w')\nraise SystemExit(5)") == 5
+    assert files("out") == []
 
 
 def test_callbacks_are_looked_for_where_the_script_will_look(project, capsys):

@@ -36,7 +36,7 @@ from lightning_compress.mechanisms.step import find_controller
 from lightning_compress.recipe import Recipe, RecipeError
 
 PLANNED = 79
-"""What spawned processes exit with: 0 would let their parent wait for a result."""
+"""What a planned process exits with: 0 would let a shell go on behind ``&&``, and the parent of spawned ones wait."""
 PAST_US = "the fit began without Trainer.fit of Lightning: something in the script keeps or replaces that method"
 
 
@@ -224,14 +224,21 @@ def _step_ends(pl_module: Any) -> None:
 def _end_if_planned(events: Events) -> None:
     """In the process that has started others, one of which has ended: that was all."""
     if any(event["event"] == "planned" for event in events.read()):
-        _end_process(0)
+        _end_process(_ended_code())
 
 
 def _end(trainer: Any) -> None:
     """End this process of the fit."""
     if trainer.is_global_zero:
         sys.stdout.write("\n")  # below a progress bar
-    _end_process(PLANNED if _compat.runs_in_children(trainer) else 0)
+    if _compat.runs_in_children(trainer):
+        _end_process(PLANNED)
+    _end_process(_ended_code() if trainer.is_global_zero else 0)  # a launcher need not see others fail
+
+
+def _ended_code() -> int:
+    """Torchrun would take its ranks for failed, and say so at length."""
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else PLANNED
 
 
 def _shown(error: BaseException) -> int:

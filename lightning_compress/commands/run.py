@@ -6,6 +6,7 @@ The parent never sees a module: export, evaluation and report happen in the chil
 
 from __future__ import annotations
 
+import glob
 import os
 import shlex
 import shutil
@@ -199,11 +200,16 @@ def _check_command(command: Sequence[str], mode: str) -> None:
             f"the command to run is missing; it comes behind --, as in: lightning-compress {mode} recipe.yaml -- "
             "python train.py"
         )
-    if shutil.which(command[0]) is None:
-        hint = f"; to run a script: python {command[0]}" if command[0].endswith(".py") else ""
+    if VARIABLE in os.environ:
         raise ValueError(
-            f"'{command[0]}' is not a program that can be run here{hint or did_you_mean(command[0], PROGRAMS)}"
+            f"it was started by a command of `lightning-compress run` or `plan`, which has the environment variable "
+            f"{VARIABLE}; only one of them can attach a recipe: start this one by itself, or unset the variable"
         )
+    if shutil.which(command[0]) is None:
+        is_script = command[0].endswith(".py")
+        nearest = did_you_mean(command[0], filter(shutil.which, PROGRAMS))
+        hint = f"; to run a script: python {command[0]}" if is_script else nearest
+        raise ValueError(f"'{command[0]}' is not a program that can be run here{hint}")
 
 
 def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] = ()) -> tuple[Recipe, str]:
@@ -320,7 +326,7 @@ def _no_new_drafts(recipe: Recipe) -> Iterator[None]:
 def _drafts(recipe: Recipe) -> set[Path]:
     """The export writes beside its target, under the target's name and 32 hexadecimal digits."""
     paths = [Path(path) for path in export_paths(recipe)]
-    return {draft for path in paths for draft in path.parent.glob(f".{path.stem}-{'[0-9a-f]' * 32}.onnx")}
+    return {draft for path in paths for draft in path.parent.glob(f".{glob.escape(path.stem)}-{'[0-9a-f]' * 32}.onnx")}
 
 
 def _written(exports: Sequence[dict[str, Any]], reports: Sequence[str]) -> str:

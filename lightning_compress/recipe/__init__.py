@@ -157,14 +157,18 @@ def check_outputs(recipe: Recipe) -> None:
         recipe: A checked recipe.
 
     Raises:
-        ValueError: If a file or a folder cannot be written.
+        ValueError: If a file or a folder cannot be written, or a file would be written twice.
 
     Example:
         >>> check_outputs(Recipe(1, export={"path": "model.onnx"}))
     """
+    seen: set[str] = set()
     try:
         for path in export_paths(recipe):
             checked_path(path)
+            if os.path.realpath(path) in seen:
+                raise ValueError(f"two exports of the recipe write '{path}'; give each a path of its own")
+            seen.add(os.path.realpath(path))
         for init_args in arguments_of(recipe, CompressionReport):
             if init_args.get("path") is not None:
                 checked_folder(init_args["path"])
