@@ -64,11 +64,11 @@ class _Request:
             raise UsageError(f"--minutes must be above 0, got {options.minutes:g}")
         if options.limit_batches is not None and options.limit_batches < 1:
             raise UsageError(f"--limit-batches must be at least 1, got {options.limit_batches}")
-        if not options.config:
-            raise UsageError("--config is missing: the YAML of the project, as LightningCLI takes it")
         for path in (options.checkpoint, *options.config):
             if not os.path.isfile(path):
                 raise UsageError(f"'{path}' is not there")
+        if not options.config:
+            raise UsageError("--config is missing: the YAML of the project, as LightningCLI takes it")
         return cls(options, levels, budget, Path(options.out))
 
     def header(self) -> dict[str, Any]:
