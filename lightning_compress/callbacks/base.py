@@ -130,7 +130,6 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self._stack: ExitStack | None = None
         self._controller: StepController | None = None
         self._trainer: Any = None  # while at work
-        self._stage: str | None = None  # between setup and teardown
         self._owned: list[OwnedParameters] = []
         self._owned_step: int | None = None  # number of the step in which these moved last
         self._verified = False
@@ -247,7 +246,6 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work before anything happens."""
-        self._stage = stage
         if stage != "fit":
             return
         if any(other is not self and other.name == self.name for other in self._ours(trainer)):
@@ -383,7 +381,6 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Close the mechanisms, if ``on_fit_end`` was never reached."""
         self._close()
-        self._stage = None
         self._tracker = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -396,7 +393,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         return {"schema": SCHEMA, "arguments": self._arguments(), **self.extra_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state back; where a fit is resumed, arguments that differ are named in a warning.
+        """Take the state back; arguments that differ are named in a warning, but for those that say where files go.
 
         Raises:
             ValueError: If a newer version of this package wrote it.
@@ -412,7 +409,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             for key in now
             if key in saved and saved[key] != now[key] and key not in self.places
         ]
-        if changed and self._stage in (None, "fit"):
+        if changed:
             warnings.warn(
                 f"{type(self).__name__} '{self.name}' resumes with other arguments than in the checkpoint: "
                 f"{'; '.join(changed)}",

@@ -227,7 +227,8 @@ def test_with_other_arguments_a_file_can_be_validated(tmp_path):
     fitted(module, structured(), steps=8).save_checkpoint(tmp_path / "a.ckpt")
     fresh = Lit()
     tester = L.Trainer(callbacks=[structured(0.3)], logger=False, accelerator="cpu", enable_progress_bar=False)
-    tester.validate(fresh, fresh.val_dataloader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    with pytest.warns(UserWarning, match="other arguments"):
+        tester.validate(fresh, fresh.val_dataloader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
     assert difference(fresh, module) == 0
 
 
