@@ -65,11 +65,18 @@ def test_links_inside_the_repository_lead_somewhere(page):
     assert broken == []
 
 
+SECONDS = ("docs/techniques/ptq.md", "docs/techniques/qat.md")
+"""Pages that train and export for so long that they are not among the fast tests."""
+
+
 def test_every_page_with_python_is_run():
     assert {name_of(page) for page in PAGES if blocks(page, "python")} == {*RUNS, "README.md"}
 
 
-@each([ROOT / name for name in RUNS])
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(ROOT / name, id=name, marks=[pytest.mark.slow] if name in SECONDS else []) for name in RUNS],
+)
 def test_python_runs(page, tmp_path, monkeypatch, capsys):
     run_python(page, monkeypatch, tmp_path)
     leaves, prints = RUNS[name_of(page)]

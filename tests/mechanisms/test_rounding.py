@@ -742,12 +742,13 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "in_place"),
     [
         ("residual", True),
-        pytest.param("residual", False, marks=pytest.mark.slow),
-        pytest.param("joined", True, marks=pytest.mark.slow),
+        ("residual", False),
+        ("joined", True),
     ],
 )
 def test_compiled_networks_compute_the_same_in_one_graph(fresh_compiler, name, in_place):
