@@ -88,7 +88,7 @@ def test_without_the_variable_there_is_nothing(monkeypatch, project):
 
 BROKEN = {
     "__init__.py": "raise ImportError('broken on purpose')",
-    "attachment.py": "import torch.a_part_that_is_not_there",
+    "commands/attachment.py": "import torch.a_part_that_is_not_there",
 }
 
 
@@ -104,8 +104,9 @@ def broken_package(request, tmp_path):
     assert len(groups) == 2
     (metadata / "entry_points.txt").write_text("".join(f"[{group}]\n{name} = {at}\n" for group, name, at in groups))
     (path / "_lightning_compress_factory.py").write_text((ROOT / "lightning_compress" / "_factory.py").read_text())
-    (path / "lightning_compress").mkdir()
-    (path / "lightning_compress" / "__init__.py").touch()
+    (path / "lightning_compress" / "commands").mkdir(parents=True)
+    for folder in ("", "commands"):
+        (path / "lightning_compress" / folder / "__init__.py").touch()
     (path / "lightning_compress" / request.param).write_text(BROKEN[request.param])
     return path
 

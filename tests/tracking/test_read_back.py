@@ -81,7 +81,10 @@ def fit(folder, loggers, *callbacks, package=None, **settings):
 
 @pytest.fixture(scope="module", autouse=True)
 def wandb_at_home(tmp_path_factory):
-    """All that wandb writes is below a temporary folder, and nothing is sent."""
+    """All that wandb writes is below a temporary folder, and nothing is sent, whatever other tests have set up."""
+    import wandb
+
+    wandb.teardown()
     folder = tmp_path_factory.mktemp("wandb")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("DATA", "CACHE", "CONFIG", "ARTIFACT"):
@@ -89,6 +92,7 @@ def wandb_at_home(tmp_path_factory):
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
         yield
+        wandb.teardown()
 
 
 @pytest.fixture(scope="module")
