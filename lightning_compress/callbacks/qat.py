@@ -125,19 +125,19 @@ class QATCallback(QuantisedCallback):
         activation_bits: Bits of an activation, 2 to 8; an affine grid that contains 0. None: weights only.
         step_size: "mse": grids of the least squared error, which stay. "observed": they follow magnitudes, of
             activations a moving average, until ``freeze_observers_at``. "learned": LSQ, from "mse" on.
-        start: Fraction of optimizer steps from which the network is quantised, in [0, 1].
+        start: Fraction of optimizer steps from which it is quantised, in [0, 1].
         freeze_batchnorm_at: Fraction from which batch norm keeps its running statistics; 1: never. "auto": halfway from
             ``start``, or later, once the learning rate is a quarter of its largest.
         freeze_observers_at: Fraction from which "observed" grids stay. "auto": 3/4 of the way from ``start``.
         step_lr: Learning rate of learned steps, relative to them; it falls with the user's.
         max_loss_growth: The training ends in an error when the loss of 20 batches is so many times what it was when
-            quantisation, or frozen batch norm, began. None: it goes on.
+            quantisation, or frozen batch norm, began. None: never.
         grids_from: Checkpoint of a run with a ``PSGDCallback`` of the same bits, whose grids are taken. None: those of
             one beside this, else calibrated ones.
         max_samples: Training samples to calibrate with, at least 1.
         edge_bits: Of the first and last weight, and the input. "auto": 8 below 4 bits. None: as the others.
         layer_bits: Selectors of layers to other bits of their weights; the last that matches counts.
-        network: Dotted name of the network. None: the one that the step calls.
+        network: Dotted name of the network. None: what the step calls.
         layers: As for ``PruningCallback``. None: convolutions, linear layers, attention.
         exclude: Selectors of layers that stay in float.
         name: As in the base class; default "qat".
