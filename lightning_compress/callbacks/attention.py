@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_compress import _compat
 from lightning_compress import functional as F
 from lightning_compress.callbacks.arguments import check_choice, check_positive, check_whole
+from lightning_compress.callbacks.base import callbacks_of
 from lightning_compress.callbacks.features import FeatureCallback, Pair
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.teaching import samples_of
@@ -204,7 +205,7 @@ class AttentionTransferCallback(FeatureCallback):
         total = functools.reduce(torch.add, terms.values())
         self.log_quantity("loss", total, batch_size=samples_of(call), validation=True)
         every, epoch = self.pictures_every_n_epochs, self._trainer.current_epoch
-        wanted = every is not None or any(own.embed_pictures for own in self._ours(self._trainer))
+        wanted = every is not None or any(own.embed_pictures for own in callbacks_of(self._trainer))
         if not wanted or epoch == self._mapped or not self._trainer.is_global_zero:
             return
         self._mapped, self._last_maps = epoch, self._maps_of(seen, call)

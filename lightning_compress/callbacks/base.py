@@ -233,7 +233,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def tracker(self, trainer: Any) -> Tracker:
         """What writes to the loggers; one for all callbacks of a fit, which tells of a failure once."""
         if self._tracker is None or self._tracker.trainer is not trainer:
-            shared = (own._tracker for own in self._ours(trainer) if own._tracker is not None)
+            shared = (own._tracker for own in callbacks_of(trainer) if own._tracker is not None)
             self._tracker = next((own for own in shared if own.trainer is trainer), None) or Tracker(trainer)
         return self._tracker
 
@@ -248,7 +248,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Refuse what cannot work before anything happens."""
         if stage != "fit":
             return
-        if any(other is not self and other.name == self.name for other in self._ours(trainer)):
+        if any(other is not self and other.name == self.name for other in callbacks_of(trainer)):
             raise ValueError(
                 f"two callbacks are named '{self.name}'; give one another name=, for example '{self.name}2'"
             )
@@ -276,7 +276,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self._controller = self._stack.enter_context(step_controller(pl_module))
         self.attach(self._controller, self._stack, trainer, pl_module)
         self._fitted = weakref.ref(pl_module)
-        ours = self._ours(trainer)
+        ours = callbacks_of(trainer)
         if ours and ours[-1] is self:
             self._introduce(ours, trainer)
 
@@ -311,7 +311,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         with _compat.patient_group(trainer.world_size) as tell:
             together(tell, self.verify, trainer, pl_module)
         self._verified = True
-        if self._ours(trainer)[-1] is self:
+        if callbacks_of(trainer)[-1] is self:
             self.tracker(trainer).settings(lambda: {"plan": _plan(trainer, pl_module)})
 
     def own(self, parameters: OwnedParameters) -> OwnedParameters:
@@ -368,13 +368,13 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Tell loggers of the best values so far."""
-        if self._controller is not None and not trainer.sanity_checking and self._ours(trainer)[-1] is self:
+        if self._controller is not None and not trainer.sanity_checking and callbacks_of(trainer)[-1] is self:
             self.tracker(trainer).validated(trainer.callback_metrics)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the mechanisms; the last of our callbacks runs the end of fit for all of them."""
         self._close()
-        ours = self._ours(trainer)
+        ours = callbacks_of(trainer)
         if ours and ours[-1] is self:
             run_end_of_fit(ours, trainer, pl_module)
 
@@ -426,10 +426,6 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def has_fitted(self, pl_module: Any) -> bool:
         """Whether the last fit, or the one that goes on, is of this module."""
         return self._fitted is not None and self._fitted() is pl_module
-
-    @staticmethod
-    def _ours(trainer: Any) -> list[CompressionCallback]:
-        return [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
 
     def _introduce(self, ours: list[CompressionCallback], trainer: Any) -> None:
         """Tell the loggers what is coming."""
@@ -516,6 +512,11 @@ def _plan(trainer: Any, pl_module: Any) -> dict[str, Any]:
 def _versions(module: nn.Module) -> list[int]:
     """How often each parameter was written to."""
     return [parameter._version for parameter in module.parameters()]
+
+
+def callbacks_of(trainer: Any) -> list[CompressionCallback]:
+    """The callbacks of this package in a Trainer, in its order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
 
 
 def averaging(trainer: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_flag
-from lightning_compress.callbacks.base import CapturedSample, CompressionCallback, log
+from lightning_compress.callbacks.base import CapturedSample, CompressionCallback, callbacks_of, log
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.errors import ExportError
@@ -333,7 +333,7 @@ class ExportCallback(CompressionCallback):
 
     def _trial_scales(self, trainer: Any) -> Scales | None:
         """Those that can be had after the first step; None: what is found then is what counts."""
-        ours = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+        ours = callbacks_of(trainer)
         pl_module = trainer.lightning_module
         found = [own for callback in ours if (own := callback.trial_scales(trainer, pl_module)) is not None]
         return Scales(found, provisional=True) if found and self.precision != "fp32" else None

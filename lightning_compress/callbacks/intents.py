@@ -71,10 +71,9 @@ def intents(trainer: Any, pl_module: Any) -> dict[str, Intent]:
         >>> list(intents(trainer, None))
         ['report']
     """
-    from lightning_compress.callbacks.base import CompressionCallback
+    from lightning_compress.callbacks.base import callbacks_of
 
-    ours = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
-    return {callback.name: callback.intent(trainer, pl_module) for callback in ours}
+    return {callback.name: callback.intent(trainer, pl_module) for callback in callbacks_of(trainer)}
 
 
 def layers_of(weights: Iterable[str]) -> tuple[str, ...]:

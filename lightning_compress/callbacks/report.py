@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_compress.callbacks.arguments import check_flag
-from lightning_compress.callbacks.base import CompressionCallback, announce, log
+from lightning_compress.callbacks.base import CompressionCallback, announce, callbacks_of, log
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.copying import independent_copy, widen_
@@ -177,7 +177,7 @@ class CompressionReport(CompressionCallback):
 
     def _measured(self, trainer: Any, pl_module: Any) -> Report:
         network, sample = self._network_and_sample(trainer, pl_module)
-        callbacks = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+        callbacks = callbacks_of(trainer)
         notes = [*self._notes, *(remark for callback in callbacks for remark in callback.remarks())]
         if sample is None and self._capture is not None and self._capture.problem is not None:
             notes.append(f"No network was found: {self._capture.problem}.")
@@ -223,7 +223,7 @@ class CompressionReport(CompressionCallback):
 
     def _network_and_sample(self, trainer: Any, pl_module: Any) -> tuple[str, Sample | None]:
         """The network that the other callbacks worked on, else the one found here, and what it received last."""
-        others = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+        others = callbacks_of(trainer)
         others.sort(key=lambda callback: (callback.teacher_network is None, callback is self))
         for callback in others:
             seen = callback.captured_sample

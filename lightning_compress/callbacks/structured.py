@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_positive, check_whole
-from lightning_compress.callbacks.base import CompressionCallback, announce, log, together
+from lightning_compress.callbacks.base import CompressionCallback, announce, callbacks_of, log, together
 from lightning_compress.callbacks.copies import Copies, SkippedBatchError
 from lightning_compress.callbacks.intents import Aim, Intent
 from lightning_compress.callbacks.planning import BUDGETS, Plan, Wanted
@@ -457,9 +457,8 @@ class StructuredPruningCallback(CompressionCallback):
                 asked=target,
                 done=before.done + 1,
             )
-            for callback in trainer.callbacks:
-                if isinstance(callback, CompressionCallback):
-                    callback.follow_shrinkage(shrinkage, pl_module)
+            for callback in callbacks_of(trainer):
+                callback.follow_shrinkage(shrinkage, pl_module)
             self._require_controller().weights.resized()
             _compat.reset_compiled_code()
         self.went = plan

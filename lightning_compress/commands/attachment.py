@@ -23,7 +23,7 @@ from lightning.pytorch import Callback
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from lightning_compress._compat import asks_wandb, is_tuner_fit, wandb_would_fail
-from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
+from lightning_compress.callbacks.base import TrainerCallback, callbacks_of
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.recipe import Recipe, RecipeError, build_callbacks, load_recipe
@@ -141,7 +141,7 @@ def attachments(value: str) -> list[Callback]:
         (['RecipeAttachment'], [{'event': 'factory'}])
     """
     order = Order.from_json(value)
-    if getattr(rank_zero_only, "rank", 0) == 0:
+    if process_rank() == 0:
         Events(order.events).append("factory")
     if order.mode == "plan":
         from lightning_compress.commands.foresight import PlanAttachment, foreseeing_fits
@@ -151,6 +151,11 @@ def attachments(value: str) -> list[Callback]:
     if wandb_would_fail():  # in the first look at a logger, before any hook
         os.environ.update(WANDB_MODE="offline", **{KEPT_OFFLINE: "1"})
     return [RecipeAttachment(order)]
+
+
+def process_rank() -> int:
+    """The rank of this process, also where no Trainer has been set up."""
+    return int(getattr(rank_zero_only, "rank", 0))
 
 
 class RecipeAttachment(TrainerCallback):
@@ -241,7 +246,7 @@ class RecipeAttachment(TrainerCallback):
         earlier = sum(event["matches"] for event in fits)
         meant = matches and apply_to.get("fit", earlier + 1) == earlier + 1
         name = class_names(module_class)[0]
-        rank = getattr(rank_zero_only, "rank", 0)
+        rank = process_rank()
         self._events.append("fit", module=name, matches=matches, attached=meant, script=self._script, rank=rank)
         if meant and rank == 0 and self._is_taken():
             return False, (
@@ -394,8 +399,7 @@ def _exports(trainer: Any) -> list[dict[str, Any]]:
 
 def _checks(trainer: Any) -> list[str]:
     """What went wrong with the other techniques."""
-    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
-    others = [callback for callback in callbacks if not isinstance(callback, ExportCallback)]
+    others = [callback for callback in callbacks_of(trainer) if not isinstance(callback, ExportCallback)]
     return [f"{callback.name}: {callback.failure}" for callback in others if callback.failure]
 
 

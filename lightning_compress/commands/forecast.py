@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_compress.callbacks.base import CompressionCallback
+from lightning_compress.callbacks.base import CompressionCallback, callbacks_of
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.structured import StructuredPruningCallback
@@ -38,7 +38,7 @@ def forecast(trainer: Any, pl_module: Any, step: StepRecord, warned: Sequence[st
         counted), ``callbacks``, ``files``, ``step``, ``losses``, ``warnings``. Where filters went before the first
         step, sizes are those before; shares of callbacks that work on what is left are shares of that.
     """
-    ours = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+    ours = callbacks_of(trainer)
     layers, problems = _macs(trainer, pl_module, ours)
     macs = sum(layers.values()) or None
     parameters = count_parameters(pl_module)

@@ -19,15 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-
 from lightning_compress import _compat
-from lightning_compress.callbacks.base import CompressionCallback, together
+from lightning_compress.callbacks.base import callbacks_of, together
 from lightning_compress.commands.attachment import (
     Events,
     Order,
     RecipeAttachment,
     described,
+    process_rank,
     script_under_its_name,
 )
 from lightning_compress.commands.forecast import forecast
@@ -108,7 +107,7 @@ class PlanAttachment(RecipeAttachment):
         except BaseException as error:
             if not self._meant:
                 raise
-            if _is_first() and not any(event["event"] == "failed" for event in self._events.read()):
+            if process_rank() == 0 and not any(event["event"] == "failed" for event in self._events.read()):
                 self._events.append("failed", message=described(error))
             _end_process(_shown(error))
         finally:
@@ -123,7 +122,7 @@ class PlanAttachment(RecipeAttachment):
             if self._meant:
                 _hear(self._heard)
         super().setup(trainer, pl_module, stage)
-        for callback in _ours(trainer):
+        for callback in callbacks_of(trainer):
             callback.planning = self._active
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -137,7 +136,7 @@ class PlanAttachment(RecipeAttachment):
             return
         if getattr(pl_module, "automatic_optimization", True):
             self._finish(trainer, pl_module)
-        for callback in _ours(trainer):  # out of the step first, whatever it has open
+        for callback in callbacks_of(trainer):  # out of the step first, whatever it has open
             if callback.student_capture is not None:
                 callback.student_capture.drain()
         self._enough = True
@@ -167,9 +166,9 @@ class PlanAttachment(RecipeAttachment):
         controller = _controller(pl_module)
         if controller.weights.active:
             controller.weights.drop()
-        for callback in _ours(trainer):
+        for callback in callbacks_of(trainer):
             callback.foresee(trainer, pl_module)
-        for callback in _ours(trainer):
+        for callback in callbacks_of(trainer):
             callback.check_first_step(trainer, pl_module)
 
         def tell(trainer: Any, pl_module: Any) -> None:
@@ -179,15 +178,6 @@ class PlanAttachment(RecipeAttachment):
         with _compat.patient_group(trainer.world_size) as said:
             together(said, tell, trainer, pl_module)
         _end(trainer)
-
-
-def _is_first() -> bool:
-    """Whether this is the process, of those that run the script, that speaks for them."""
-    return bool(getattr(rank_zero_only, "rank", 0) == 0)
-
-
-def _ours(trainer: Any) -> list[CompressionCallback]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
 
 
 def _controller(pl_module: Any) -> StepController:

@@ -21,7 +21,7 @@ from jsonargparse import ArgumentError, DefaultHelpFormatter
 
 import lightning_compress
 from lightning_compress import _compat
-from lightning_compress.callbacks.base import CompressionCallback
+from lightning_compress.callbacks.base import callbacks_of
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.commands.config_errors import ConfigError, explanation, innermost, of_configuration, refused
 from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended, one_line
@@ -31,6 +31,7 @@ from lightning_compress.export.evaluate import interruptible
 from lightning_compress.export.onnx import checked_path, load_checkpoint_
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.loading import import_path
+from lightning_compress.recipe.file import yaml_problem
 
 CLASS_OPTIONS = ("--class", "--data-class")
 """Classes for a config that names none, as those are that a project's own ``LightningCLI(Net, Data)`` has saved."""
@@ -117,8 +118,7 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
         if not refused(error):
             raise
         return ended(subcommand, USAGE, refused(error))
-    ours = [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
-    failures = [f"{callback.name}: {callback.failure}" for callback in ours if callback.failure]
+    failures = [f"{callback.name}: {callback.failure}" for callback in callbacks_of(trainer) if callback.failure]
     if failures and trainer.is_global_zero:
         ended(subcommand, FAILED, "; ".join(failures))
     return FAILED if failures else DONE
@@ -274,9 +274,7 @@ def _contents(path: str) -> Any:
     except OSError as error:
         raise ConfigError(f"the config '{path}' cannot be read: {error.strerror}") from error
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-        raise ConfigError(f"{path}: {place}not YAML: {error.problem}") from error
+        raise ConfigError(f"{path}: {yaml_problem(error)}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):

@@ -10,9 +10,7 @@ from typing import Any, TypeGuard
 
 import yaml
 
-import lightning_compress
 from lightning_compress.commands.exits import UsageError
-from lightning_compress.mechanisms.loading import import_path
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe import Recipe
 from lightning_compress.recipe.classes import callback_class, check_arguments
@@ -187,7 +185,7 @@ def fields_of(recipe: Recipe) -> list[Field]:
         >>> fields_of(Recipe(1, export={"path": "model.onnx"}))[0].key
         'ExportCallback.path'
     """
-    classes = [_class(class_path) for _, class_path, _ in recipe.entries]
+    classes = [callback_class(class_path, where) for where, class_path, _ in recipe.entries]
     bits = _linked_bits(recipe)
     fields = []
     for (where, _, init_args), cls in zip(recipe.entries, classes, strict=True):
@@ -202,13 +200,6 @@ def fields_of(recipe: Recipe) -> list[Field]:
             others = tuple(f"{path}.{argument}" for path in paths)
             fields.append(Field(f"{names[0]}.{argument}", others, value, where, entry))
     return fields
-
-
-def _class(class_path: str) -> type:
-    found: type = (
-        import_path(class_path, argument="class_path") if "." in class_path else getattr(lightning_compress, class_path)
-    )
-    return found
 
 
 def _has_effect(argument: str, init_args: Mapping[str, Any]) -> bool:

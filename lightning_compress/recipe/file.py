@@ -112,15 +112,34 @@ def parse(text: str) -> Any:
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-        raise RecipeError(f"{place}not YAML: {error.problem}") from error
+        raise RecipeError(yaml_problem(error)) from error
     except (RecursionError, MemoryError) as error:
         raise RecipeError("the recipe is too large or nested too deeply to be read") from error
     except Exception as error:  # PyYAML lets through what its constructors raise for numbers, dates and tags
         raise RecipeError(f"not YAML: {' '.join(str(error).split())}") from error
     _check_size(value)
     return value
+
+
+def yaml_problem(error: yaml.MarkedYAMLError) -> str:
+    """What is wrong with a text that is not YAML, and where.
+
+    Args:
+        error: What PyYAML says of it.
+
+    Returns:
+        Line and column, from 1 on, and the problem.
+
+    Example:
+        >>> try:
+        ...     yaml.safe_load("a: [")
+        ... except yaml.MarkedYAMLError as error:
+        ...     yaml_problem(error)[:17]
+        'line 1, column 5:'
+    """
+    mark = error.problem_mark or error.context_mark
+    place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+    return f"{place}not YAML: {error.problem}"
 
 
 def _check_size(value: Any) -> None:
