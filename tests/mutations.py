@@ -1774,11 +1774,11 @@ MUTATIONS = (
         f"{TRACKING_TEST}/test_read_back.py::test_the_artifact_comes_from_the_checkpoint",
     ),
     Mutation(
-        "tracking: dots in names of metrics lead into dictionaries",
-        SINKS,
-        r'.replace(".", r"\.")',
-        "",
-        f"{TRACKING_TEST}/test_read_back.py::test_metrics_are_defined_with_their_step_and_their_best_value",
+        "tracking: the best of a metric is the worst",
+        TRACKER,
+        '(max if way == "max" else min)',
+        '(min if way == "max" else max)',
+        f"{TRACKING_TEST}/test_tracker.py::test_the_best_of_each_metric_that_counts",
     ),
     Mutation(
         "tracking: a sweep of bits that have to agree",
