@@ -35,12 +35,12 @@ class Parts(NamedTuple):
 
     Attributes:
         rank: Of this process.
-        count: Of processes.
+        ranks: How many processes there are.
         total: Sums a tensor over them, and gives the sum to each; all must call it alike.
     """
 
     rank: int
-    count: int
+    ranks: int
     total: Callable[[Tensor], Tensor]
 
     def totals(self, counts: Sequence[int]) -> list[int]:
@@ -262,7 +262,7 @@ def _own_ties(
     found = [0] * len(scores)
     for index, keys, _ in _keys(scores, kept, scores):
         found[index] += int((keys == bound).sum())
-    everywhere = torch.zeros(len(scores), parts.count, dtype=torch.int64)
+    everywhere = torch.zeros(len(scores), parts.ranks, dtype=torch.int64)
     everywhere[:, parts.rank] = torch.tensor(found)
     everywhere = parts.total(everywhere)
     before = everywhere.flatten().cumsum(0).view(everywhere.shape) - everywhere
@@ -272,8 +272,7 @@ def _own_ties(
 def _keys(
     scores: Sequence[Tensor], kept: Sequence[Tensor] | None, masks: Sequence[Tensor]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield piece by piece, in row-major order, which tensor it is of, integers in the order of the magnitudes, and
-    that piece of ``masks``.
+    """Yield piece by piece, in row-major order: which tensor, integers in the order of the magnitudes, of ``masks``.
 
     The bits of a float without its sign are such an integer. What is pruned already has the key 0. The next piece
     overwrites the keys.
