@@ -123,8 +123,7 @@ class MaskCallback(MaskedWeightsCallback):
         """The masks of a sparsity, never below the one there is; None if they stay as they are."""
         masks = self._require_masks()
         zeros = max(self.zeros_at(sparsity), masks.zeros)
-        weights = [weight.detach() for weight in masks.weights.values()]
-        return smallest_masks(weights, zeros, limits=masks.limits) if zeros else None
+        return smallest_masks(masks.values(), zeros, limits=masks.limits, parts=masks.parts) if zeros else None
 
     def updated(self, changed: float, *, more: bool) -> None:
         """Called after an update of the masks, with the share of entries that changed, and whether training goes on."""
@@ -249,13 +248,15 @@ class MaskCallback(MaskedWeightsCallback):
         progress = self._require_progress()
         self._history.show(self.tracker(trainer), self.name, progress.steps, progress.fraction)
         many = trainer.world_size > 1  # the same on all ranks; Lightning wants to be told
-        with torch.no_grad():
-            for name, weight in masks.weights.items():
-                masked = masks.masked(name, weight.detach())
-                zeros = ((masked == 0).sum() / masked.numel()).float()
-                pl_module.log(f"compress/{self.name}/sparsity/{name}", zeros, sync_dist=many, batch_size=1)
-                norm = torch.linalg.vector_norm(masked.float())
-                pl_module.log(f"compress/{self.name}/norm/{name}", norm, sync_dist=many, batch_size=1)
+        for (name, weight), own in zip(masks.weights.items(), masks.values(), strict=True):
+            masked = masks.masked(name, own)
+            zeros, norm = (masked == 0).sum(), torch.linalg.vector_norm(masked.float())
+            if masks.parts is not None:
+                zeros, square = masks.parts.total(torch.stack([zeros, norm.square()])).unbind()
+                norm = square.sqrt()
+            share = (zeros / weight.numel()).float()
+            pl_module.log(f"compress/{self.name}/sparsity/{name}", share, sync_dist=many, batch_size=1)
+            pl_module.log(f"compress/{self.name}/norm/{name}", norm, sync_dist=many, batch_size=1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Reach the final sparsity if the training was shorter than foreseen; say so if it was stopped."""
