@@ -210,6 +210,11 @@ def refresh_flat_weights(module: nn.Module) -> None:
         module._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in weights]
 
 
+def shards_parameters(trainer: Any) -> bool:
+    """Whether a Trainer has the strategy with which modules shard their parameters by FSDP2."""
+    return any(base.__name__ == "ModelParallelStrategy" for base in type(trainer.strategy).__mro__)
+
+
 def shard(tensor: torch.Tensor) -> torch.Tensor:
     """The very tensor that this process holds of one that is split over processes; any other tensor is given back."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -20,7 +20,7 @@ from lightning_compress.functional.masks import Filters, count_dead_filters
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_, statistics_kept
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.selection import listing
-from lightning_compress.mechanisms.shards import shard_of
+from lightning_compress.mechanisms.shards import is_sharded, shard_of
 from lightning_compress.mechanisms.weights import filters_of, sites_of, weights_replaced
 
 
@@ -70,11 +70,23 @@ class DynamicMaskCallback(MaskCallback):
 
     # What the base asks
 
+    def problem_with_shards(self) -> str | None:
+        """As the base; a second validation runs on one rank."""
+        if self.reestimated_validation:
+            return "reestimated_validation=True validates on one rank, with whole weights; leave it out"
+        return super().problem_with_shards()
+
     def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """All; and note where their filters are: those of linear layers count where batch norm may follow."""
         sites = sites_of(pl_module)
         widths = {module.num_features for module in pl_module.modules() if isinstance(module, _NormBase)}
         found = {name: filters_of(sites[id(weight)]) for name, weight in weights.items()}
+        split = [name for name, filters in found.items() if filters is not None and filters.groups]
+        if split and is_sharded(pl_module):
+            raise ValueError(
+                f"{listing(split)} are of transposed convolutions, whose filters lie across the rows that FSDP2 splits "
+                f"over processes, so {type(self).__name__} cannot tell which are dead; leave them out with exclude="
+            )
         self._filters = {
             name: filters
             for name, filters in found.items()

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.intents import Intent, layers_of, left_out
 from lightning_compress.callbacks.returned import Returned
@@ -76,6 +77,19 @@ class MaskedWeightsCallback(CompressionCallback):
         self._usage: Callable[[], Usage] | None = None
 
     # For techniques
+
+    def problem_with_shards(self) -> str | None:
+        """Nothing: masks are chosen, and act, where the shards are."""
+        return None
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse manual optimisation of sharded weights, in which gradients do not come at one time."""
+        super().check(trainer, pl_module)
+        if _compat.shards_parameters(trainer) and not getattr(pl_module, "automatic_optimization", True):
+            raise ValueError(
+                f"with {type(trainer.strategy).__name__} {type(self).__name__} works where Lightning optimises, and "
+                f"{type(pl_module).__name__} optimises manually; use one device or DDP"
+            )
 
     def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """Those of the selected weights that can be masked; an error if there are none."""

@@ -102,6 +102,12 @@ class MaskCallback(MaskedWeightsCallback):
 
     # For techniques
 
+    def problem_with_shards(self) -> str | None:
+        """As the base; statistics of batch norm are estimated with whole weights."""
+        if self.reestimate_batchnorm:
+            return "reestimate_batchnorm=True needs whole weights; leave it out"
+        return super().problem_with_shards()
+
     def schedules(self) -> dict[str, Schedule]:
         """The schedules by name."""
         return SCHEDULES
@@ -176,14 +182,8 @@ class MaskCallback(MaskedWeightsCallback):
         super().attach(controller, stack, trainer, pl_module)
         self._history = LayerHistory(list(self._require_masks().weights))
         self._check_target()
-        guarded = self._guarded(trainer)
-        forgotten = [] if self._has_target() else [_compat.forget_best(callback) for callback in guarded]
-        if any(forgotten):
-            self._warn_once(
-                "the best checkpoints so far have not the final sparsity, so they are not compared with what follows; "
-                "their files stay"
-            )
-        for callback in guarded:
+        self._forget_best(trainer)
+        for callback in self._guarded(trainer):
             stack.enter_context(shadowed(callback, "check_monitor_top_k", partial(self._guarding, callback)))
 
     def forget(self) -> None:
@@ -210,10 +210,16 @@ class MaskCallback(MaskedWeightsCallback):
             # another target than then is still to be reached
             self._finished = bool(state["finished"]) and state["arguments"].get("sparsity") == self.sparsity
 
+    def go_on_late(self) -> None:
+        """As the base; refuse a final sparsity below the one that was reached."""
+        super().go_on_late()
+        self._check_target()
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how long the training is; mask at once if the schedule begins here."""
         self._progress = Progress(trainer, pl_module)
         self._steps = self._progress.steps
+        self._forget_best(trainer)  # a strategy with shards has loaded them since the start of the fit
         if not self._begun:
             self._update()
         loses = self._guarded(trainer) and not any(map(_compat.keeps_last, trainer.callbacks))
@@ -347,6 +353,15 @@ class MaskCallback(MaskedWeightsCallback):
     def _guarded(self, trainer: Any) -> list[Any]:
         """The callbacks that keep no checkpoint before the final sparsity."""
         return [own for own in trainer.callbacks if self.guard_checkpoints and _compat.keeps_best(own)]
+
+    def _forget_best(self, trainer: Any) -> None:
+        """Compare nothing with what was best before the final sparsity."""
+        forgotten = [] if self._has_target() else [_compat.forget_best(callback) for callback in self._guarded(trainer)]
+        if any(forgotten):
+            self._warn_once(
+                "the best checkpoints so far have not the final sparsity, so they are not compared with what follows; "
+                "their files stay"
+            )
 
     def _guarding(self, callback: Any, original: Callable[..., bool]) -> Callable[..., bool]:
         """Keep no monitored checkpoint before the final sparsity, but for the last, to resume from."""

@@ -31,7 +31,7 @@ from lightning_compress.functional.schedules import Schedule, iterative_schedule
 from lightning_compress.mechanisms.importance import TaylorScores
 from lightning_compress.mechanisms.rewinding import TrainingStart
 from lightning_compress.mechanisms.selection import listing
-from lightning_compress.mechanisms.shards import rows_of
+from lightning_compress.mechanisms.shards import is_sharded, rows_of
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.weights import sites_of
 
@@ -175,6 +175,11 @@ class PruningCallback(MaskCallback):
         if self._n_m is None:
             return weights
         m = self._n_m[1]
+        if is_sharded(pl_module) and (split := [name for name, dim in self._input_dims.items() if dim == 0]):
+            raise ValueError(
+                f"pattern='{self.pattern}' groups the input channels of {listing(split)}, transposed convolutions, "
+                "across the rows that FSDP2 splits over processes; leave them out with exclude="
+            )
         fitting = {
             name: weight
             for name, weight in weights.items()
