@@ -814,3 +814,35 @@ def asks_wandb(logger: Any) -> bool:
     if not any(base.__name__ == "WandbLogger" for base in type(logger).__mro__):
         return False
     return not logger._offline and logger._wandb_init.get("mode") is None
+
+
+SHARDING = "torch.distributed.fsdp"
+"""Where the classes and the hooks of FSDP2 come from."""
+
+
+@contextmanager
+def without_sharding(root: nn.Module) -> Iterator[None]:
+    """Let modules be of the user's classes, without the hooks and marks of FSDP2, meanwhile; the shards stay.
+
+    For a copy: FSDP2 refuses to be copied, and its hooks hold process groups.
+    """
+    kept = [(part, type(part), dict(vars(part))) for part in root.modules()]
+    try:
+        for part, kind, attributes in kept:
+            part.__class__ = next(base for base in kind.__mro__ if not base.__module__.startswith(SHARDING))
+            for name, value in attributes.items():
+                if name.endswith("_hooks") and isinstance(value, dict):
+                    left = {key: hook for key, hook in value.items() if not _is_of_sharding(hook)}
+                    vars(part)[name] = type(value)(left)
+                elif name.startswith(("__composable_api_state_key", "_is_fsdp_", "_fsdp_")):
+                    del vars(part)[name]
+        yield
+    finally:
+        for part, kind, attributes in kept:
+            part.__class__ = kind
+            vars(part).clear()
+            vars(part).update(attributes)
+
+
+def _is_of_sharding(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(SHARDING)

@@ -110,6 +110,10 @@ class TeacherCallback(CompressionCallback):
             raise RuntimeError(f"{type(self).__name__} shares the teacher of '{self._teacher_of}', known in a fit")
         return self.teacher
 
+    def problem_with_shards(self) -> str | None:
+        """None: each rank has all of the teacher, and what layers return is whole."""
+        return None
+
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Capture the student, prepare the teacher, add the term."""
         self.student_capture = controller.capture(self.student)

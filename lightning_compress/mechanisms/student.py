@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
@@ -82,7 +83,7 @@ class Detector(AbstractContextManager["Detector"]):
             inside = {name: inner for name, inner in found.items() if self._outermost[name]}
             outside = {name: inner for name, inner in found.items() if not self._outermost[name]}
             network = next((name for name, inner in inside.items() if _hands_on(root_calls, inner)), "")
-            found = {network: root_calls, **outside}
+            found = {network: inside.get(network, root_calls), **outside}
         return _trained_first(self._root, found)
 
     def _count(self, name: str, module: nn.Module, stack: ExitStack) -> None:
@@ -334,6 +335,12 @@ def _hands_on(own: list[NetworkCall], inner: list[NetworkCall]) -> bool:
 
 
 def _same_tensors(first: NetworkCall, second: NetworkCall) -> bool:
-    """Whether two calls received the same tensors."""
-    ours, theirs = first.tensors, second.tensors
-    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
+    """Whether two calls received the same tensors, or, as under a policy of FSDP2, the first one casts of them."""
+    pairs = list(zip_longest(first.tensors, second.tensors))
+    return all(a is not None and b is not None and (a is b or _is_cast(a, b)) for a, b in pairs)
+
+
+def _is_cast(tensor: Tensor, other: Tensor) -> bool:
+    return (
+        tensor.dtype != other.dtype and tensor.shape == other.shape and torch.equal(tensor, other.to(tensor.dtype))
+    )

@@ -15,6 +15,8 @@ from lightning_compress.mechanisms.capture import Capture, NetworkCall, only_cal
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.tree import named_tensors, rebuild
 
+HALVES = (torch.float16, torch.bfloat16)
+
 
 class Teacher:
     """A network that is only ever run, on what the student received.
@@ -110,6 +112,8 @@ class Teacher:
                 module.eval()
         args: tuple[Any, ...] = call.args
         kwargs: Mapping[str, Any] = dict(call.kwargs)
+        if self._is_full_precision() and not any(map(torch.is_autocast_enabled, {own.device.type for own in call.tensors})):
+            args, kwargs = rebuild((args, kwargs), _widened)  # a policy of FSDP2 narrows what the student receives
         given = _tensors((args, kwargs))
         if self._copies:
             args, kwargs = rebuild((args, kwargs), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
@@ -134,6 +138,9 @@ class Teacher:
             self.layers = {name: capture.stop() for name, capture in self._captures.items()}
         self._note_writing(used, versions)
         return output
+
+    def _is_full_precision(self) -> bool:
+        return not any(parameter.dtype in HALVES for parameter in self.module.parameters())
 
     def _note_writing(self, used: list[Tensor], versions: list[int | None]) -> None:
         """Learn whether the teacher writes into its input, which is the user's own batch unless it is copied."""
@@ -243,6 +250,10 @@ def _check_callable(module: Any, argument: str) -> None:
             f"{argument} {type(module).__name__} has no forward, so it cannot be called; give the network inside it "
             f"({', '.join(name for name, _ in module.named_children()) or 'it holds none'})"
         )
+
+
+def _widened(leaf: Any) -> Any:
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALVES else leaf
 
 
 def _tensors(tree: Any) -> list[Tensor]:

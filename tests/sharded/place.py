@@ -1,8 +1,9 @@
 """Scenarios under FSDP2: each a function that is run by gloo ranks on the CPU, and by one process as their reference.
 
 A scenario takes a :class:`Place` and returns what its rank has found. It is a function of a module of this folder,
-named "MODULE:FUNCTION"; ``python place.py FOLDER RANKS SCENARIO...`` runs several, and forks for each rank of each, so
-that the imports are paid for once. Tests use :func:`in_ranks` and :func:`alone`.
+named "MODULE:FUNCTION", or "MODULE:FUNCTION:WORD:..." where it takes words after the place. ``python place.py FOLDER
+RANKS SCENARIO...`` runs several, and forks for each rank of each, so that the imports are paid for once. Tests use
+:func:`in_ranks` and :func:`alone`.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ class Classifier(L.LightningModule):
     """
 
     def __init__(
-        self, *, reshard: bool | int = True, policy: MixedPrecisionPolicy | None = None, sharded: bool = True
+        self, *, reshard: bool | int | None = True, policy: MixedPrecisionPolicy | None = None, sharded: bool = True
     ) -> None:
         super().__init__()
-        self.reshard, self.policy, self.sharded = reshard, policy, sharded
+        self.resharding, self.policy, self.sharded = reshard, policy, sharded  # a unit has a method "reshard"
         self.build()
 
     def build(self) -> None:
@@ -80,7 +81,7 @@ class Classifier(L.LightningModule):
             return
         settings: Any = {} if self.policy is None else {"mp_policy": self.policy}
         for unit in self.units():
-            fully_shard(unit, mesh=self.device_mesh["data_parallel"], reshard_after_forward=self.reshard, **settings)
+            fully_shard(unit, mesh=self.device_mesh["data_parallel"], reshard_after_forward=self.resharding, **settings)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -237,7 +238,7 @@ def in_ranks(folder: Path, *scenarios: str, ranks: int = 2, seconds: float = PAT
 
     Args:
         folder: For files; a scenario's are in a folder of its own.
-        scenarios: "MODULE:FUNCTION" each.
+        scenarios: "MODULE:FUNCTION" each, with more words if it takes them.
         ranks: How many.
         seconds: For all of them; a hang is an error.
 
@@ -254,12 +255,13 @@ def in_ranks(folder: Path, *scenarios: str, ranks: int = 2, seconds: float = PAT
 
 
 def _function(scenario: str) -> Any:
-    module, _, function = scenario.partition(":")
-    return getattr(importlib.import_module(f"sharded.{module}"), function)
+    module, name, *words = scenario.split(":")
+    function = getattr(importlib.import_module(f"sharded.{module}"), name)
+    return lambda place: function(place, *words)
 
 
 def _folder(folder: Path, scenario: str) -> Path:
-    return folder / scenario.replace(":", "-")
+    return folder / scenario.replace(":", "-").replace(" ", "_")
 
 
 def _left_by(folder: Path, scenario: str, rank: int) -> Path:
