@@ -210,11 +210,6 @@ def refresh_flat_weights(module: nn.Module) -> None:
         module._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in weights]
 
 
-def shards_parameters(trainer: Any) -> bool:
-    """Whether a Trainer has the strategy with which modules shard their parameters by FSDP2."""
-    return any(base.__name__ == "ModelParallelStrategy" for base in type(trainer.strategy).__mro__)
-
-
 def shard(tensor: torch.Tensor) -> torch.Tensor:
     """The very tensor that this process holds of one that is split over processes; any other tensor is given back."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
@@ -226,7 +221,7 @@ def fsdp_parameters(module: nn.Module) -> list[Any]:
     return [known for state in states for group in state._fsdp_param_groups for known in group.fsdp_params]
 
 
-def refuse_unpresentable(known: Any) -> str | None:
+def why_not_gathered_as(known: Any) -> str | None:
     """Why another tensor cannot be gathered in the place of a parameter, of which FSDP2 knows this; None if it can."""
     if known.offload_to_cpu:
         return "is offloaded to the CPU between steps (offload_policy=)"

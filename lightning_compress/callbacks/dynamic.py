@@ -20,7 +20,7 @@ from lightning_compress.functional.masks import Filters, count_dead_filters
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_, statistics_kept
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.selection import listing
-from lightning_compress.mechanisms.shards import is_sharded, shard_of
+from lightning_compress.mechanisms.sharding import own_part, sharded_units
 from lightning_compress.mechanisms.weights import filters_of, sites_of, weights_replaced
 
 
@@ -82,7 +82,7 @@ class DynamicMaskCallback(MaskCallback):
         widths = {module.num_features for module in pl_module.modules() if isinstance(module, _NormBase)}
         found = {name: filters_of(sites[id(weight)]) for name, weight in weights.items()}
         split = [name for name, filters in found.items() if filters is not None and filters.groups]
-        if split and is_sharded(pl_module):
+        if split and sharded_units(pl_module):
             raise ValueError(
                 f"{listing(split)} are of transposed convolutions, whose filters lie across the rows that FSDP2 splits "
                 f"over processes, so {type(self).__name__} cannot tell which are dead; leave them out with exclude="
@@ -155,7 +155,7 @@ class DynamicMaskCallback(MaskCallback):
     def _count_dead(self) -> dict[str, int]:
         masks = self.masks
         known = {name: where for name, where in self._filters.items() if name in masks}  # since the last fit began
-        dead = {name: count_dead_filters(shard_of(masks[name]), where) for name, where in known.items()}
+        dead = {name: count_dead_filters(own_part(masks[name]), where) for name, where in known.items()}
         if self._masks is not None and self._masks.parts is not None:
             dead = dict(zip(dead, self._masks.parts.totals([*dead.values()]), strict=True))
         return {name: count for name, count in dead.items() if count}
@@ -166,7 +166,7 @@ class DynamicMaskCallback(MaskCallback):
         kept, pruned = [], []
         for name, weight in masks.weights.items():
             if weight.grad is not None and masks.views[name].mask is not None:
-                gradient = shard_of(weight.grad)
+                gradient = own_part(weight.grad)
                 lost = masks.views[name].lost(gradient)
                 wide = torch.promote_types(lost.dtype, torch.float32)
                 pruned.append(torch.linalg.vector_norm(lost, dtype=wide))

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_compress import _compat
-from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.callbacks.base import CompressionCallback, log, shards
 from lightning_compress.callbacks.intents import Intent, layers_of, left_out
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.mechanisms.checkpoints import (
@@ -24,17 +23,15 @@ from lightning_compress.mechanisms.checkpoints import (
     saving_compressed,
 )
 from lightning_compress.mechanisms.controller import StepController
-from lightning_compress.mechanisms.masking import MaskedWeight, Masks
-from lightning_compress.mechanisms.selection import listing, plain_name
-from lightning_compress.mechanisms.shards import (
+from lightning_compress.mechanisms.gathering import (
     gathered,
-    is_split,
-    refuse_layout,
-    reshard,
+    refuse_unpresentable,
     rows_of,
-    shard_of,
     sharded_as,
 )
+from lightning_compress.mechanisms.masking import MaskedWeight, Masks
+from lightning_compress.mechanisms.selection import listing, plain_name
+from lightning_compress.mechanisms.sharding import is_shard, own_part, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.views import Usage
 from lightning_compress.mechanisms.weights import PLAIN_LAYERS, named_weights, select_weights
@@ -85,7 +82,7 @@ class MaskedWeightsCallback(CompressionCallback):
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse manual optimisation of sharded weights, in which gradients do not come at one time."""
         super().check(trainer, pl_module)
-        if _compat.shards_parameters(trainer) and not getattr(pl_module, "automatic_optimization", True):
+        if shards(trainer) and not getattr(pl_module, "automatic_optimization", True):
             raise ValueError(
                 f"with {type(trainer.strategy).__name__} {type(self).__name__} works where Lightning optimises, and "
                 f"{type(pl_module).__name__} optimises manually; use one device or DDP"
@@ -132,12 +129,11 @@ class MaskedWeightsCallback(CompressionCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Select the weights, and present them masked from here on."""
-        reshard(pl_module)
         selected = select_weights(pl_module, self.layers, self.exclude, default=self.default_layers)
         if selected.idle:
             self._warn_once(f"exclude={selected.idle} leaves out nothing that was selected")
         weights = self.suited(selected.weights, pl_module)
-        refuse_layout(pl_module, weights)
+        refuse_unpresentable(pl_module, weights)
         last = self.state_dict()
         earlier, self._masks = self._masks, Masks(weights, self.view)
         first = {id(weight): name for name, weight in weights.items()}
@@ -229,7 +225,7 @@ class MaskedWeightsCallback(CompressionCallback):
 
     def bake(self, trainer: Any, pl_module: Any) -> None:
         """Leave the compressed weights in the module; the dense ones are kept here."""
-        reshard(pl_module)
+        shards_in_place(pl_module)
         if replaced := self._replaced(pl_module):
             raise RuntimeError(
                 f"{listing(replaced)} are not the weights any more that '{self.name}' masks: they were replaced after "
@@ -310,7 +306,7 @@ class MaskedWeightsCallback(CompressionCallback):
         masks = self._require_masks()
         self._dense = {}
         for name, weight in masks.weights.items():
-            own = shard_of(weight)
+            own = own_part(weight)
             self._dense[name] = sharded_as(own.clone() if masks.parts else own.cpu().clone(), weight)
             own.copy_(masks.masked(name, own))
         masks.retire()
@@ -345,7 +341,7 @@ class MaskedWeightsCallback(CompressionCallback):
         masked: Callable[[str, Tensor], Tensor] | None = None
         if self._masks is not None and self.masks:
             masked, state = self._masks.masked, checkpoint["state_dict"].values()
-            if self._masks.parts is not None and not any(is_split(value) for value in state):  # whole, on rank 0
+            if self._masks.parts is not None and not any(is_shard(value) for value in state):  # whole, on rank 0
                 whole = gathered(self.masks)
                 masked = lambda name, value: value.masked_fill(~whole[name], 0.0)  # noqa: E731
 
@@ -388,7 +384,7 @@ class MaskedWeightsCallback(CompressionCallback):
         if same:
             self._undo, self._undo_bakes = last, dense is not None
             for name, value in (dense or {}).items():
-                shard_of(weights[name]).copy_(rows_of(value, weights[name]))
+                own_part(weights[name]).copy_(rows_of(value, weights[name]))
         return same
 
     def _holds(self, earlier: Masks, dense: Mapping[str, Tensor]) -> bool:
@@ -397,7 +393,7 @@ class MaskedWeightsCallback(CompressionCallback):
         others = 0
         for name, weight in now.weights.items():
             left = rows_of(dense[name], weight).masked_fill(~rows_of(masks[name], weight), 0.0)
-            others += not torch.equal(left, shard_of(weight))
+            others += not torch.equal(left, own_part(weight))
         return (others if now.parts is None else now.parts.totals([others])[0]) == 0
 
     def _announce(self) -> None:

@@ -28,10 +28,11 @@ from lightning_compress.functional.masks import (
     smallest_masks,
 )
 from lightning_compress.functional.schedules import Schedule, iterative_schedule
+from lightning_compress.mechanisms.gathering import rows_of
 from lightning_compress.mechanisms.importance import TaylorScores
 from lightning_compress.mechanisms.rewinding import TrainingStart
 from lightning_compress.mechanisms.selection import listing
-from lightning_compress.mechanisms.shards import is_sharded, rows_of
+from lightning_compress.mechanisms.sharding import sharded_units
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.weights import sites_of
 
@@ -175,7 +176,7 @@ class PruningCallback(MaskCallback):
         if self._n_m is None:
             return weights
         m = self._n_m[1]
-        if is_sharded(pl_module) and (split := [name for name, dim in self._input_dims.items() if dim == 0]):
+        if sharded_units(pl_module) and (split := [name for name, dim in self._input_dims.items() if dim == 0]):
             raise ValueError(
                 f"pattern='{self.pattern}' groups the input channels of {listing(split)}, transposed convolutions, "
                 "across the rows that FSDP2 splits over processes; leave them out with exclude="

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.mechanisms.gathering import gathered, rows_of
 from lightning_compress.mechanisms.selection import plain_name
-from lightning_compress.mechanisms.shards import gathered, rows_of, shard_of
+from lightning_compress.mechanisms.sharding import own_part
 from lightning_compress.mechanisms.shrinking import Structure, restructure_, structure_of, structure_told_by
 from lightning_compress.mechanisms.weights import named_weights
 from lightning_compress.mechanisms.wrapping import shadowed
@@ -48,7 +49,7 @@ def compress_(checkpoint: dict[str, Any], owner: str, compress: Compress) -> Non
     for key, value in checkpoint["state_dict"].items():
         state[key] = value
         if isinstance(value, Tensor):
-            place = (shard_of(value).data_ptr(), value.shape, value.stride())
+            place = (own_part(value).data_ptr(), value.shape, value.stride())
             known = place in done and place[0] != 0  # 0: a shard without rows
             compressed = done[place] if known else compress(plain_name(key), value)
             if compressed is not None:
@@ -165,7 +166,7 @@ def _load_dense_(module: nn.Module, dense: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for key, value in dense.items():
             weight = weights[plain_name(key)]
-            shard_of(weight).copy_(rows_of(value, weight))
+            own_part(weight).copy_(rows_of(value, weight))
 
 
 @contextmanager

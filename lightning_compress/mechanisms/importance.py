@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.functional.masks import taylor_score
+from lightning_compress.mechanisms.gathering import parts_of, rows_of, sharded_as
 from lightning_compress.mechanisms.selection import listing
-from lightning_compress.mechanisms.shards import parts_of, rows_of, shard_of, sharded_as
+from lightning_compress.mechanisms.sharding import own_part
 from lightning_compress.mechanisms.shrinking import Shrinkage
 
 
@@ -47,7 +48,7 @@ class TaylorScores:
         """
         stepping = {id(parameter) for parameter in parameters}
         found = {
-            name: (shard_of(weight), shard_of(weight.grad))
+            name: (own_part(weight), own_part(weight.grad))
             for name, weight in self._weights.items()
             if id(weight) in stepping and weight.grad is not None
         }

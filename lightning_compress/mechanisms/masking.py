@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_compress.functional._selection import dropped
 from lightning_compress.functional.masks import Filters, changes, fewest_kept, live_filters
-from lightning_compress.mechanisms.shards import parts_of, rows_of, shard_of, sharded_as
+from lightning_compress.mechanisms.gathering import parts_of, rows_of, sharded_as
+from lightning_compress.mechanisms.sharding import own_part
 from lightning_compress.mechanisms.shrinking import Shrinkage
 
 
@@ -232,7 +233,7 @@ class Masks:
 
     def values(self) -> list[Tensor]:
         """What this process holds of each weight."""
-        return [shard_of(weight) for weight in self.weights.values()]
+        return [own_part(weight) for weight in self.weights.values()]
 
     def current(self) -> list[Tensor]:
         """One mask for each weight, on its device."""
@@ -290,7 +291,7 @@ class Masks:
         mask = self.views[name].mask
         if mask is None:
             return value
-        own = shard_of(value)
+        own = own_part(value)
         return sharded_as(own.masked_fill(~mask.to(own.device), 0.0), value)
 
     def retire(self) -> None:

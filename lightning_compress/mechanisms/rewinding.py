@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.mechanisms.shards import reshard, rows_of, shard_of, sharded_as
+from lightning_compress.mechanisms.gathering import rows_of, sharded_as
+from lightning_compress.mechanisms.sharding import own_part, shards_in_place
 
 RATES = ("lr", "initial_lr", "momentum", "betas", "max_lr", "min_lr")
 
@@ -50,7 +51,7 @@ class TrainingStart:
             )
         tensors = _tensors(module)
         for name, value in self.state.get("module", {}).items():
-            shard_of(tensors[name]).copy_(rows_of(value, tensors[name]))
+            own_part(tensors[name]).copy_(rows_of(value, tensors[name]))
         for optimizer, state in zip(trainer.optimizers, self.state.get("optimizers", ()), strict=False):
             optimizer.load_state_dict(_sharded(copy.deepcopy(state), optimizer))
         for config, state in zip(trainer.lr_scheduler_configs, self.state["schedulers"], strict=True):
@@ -76,5 +77,5 @@ def _sharded(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    reshard(module)
+    shards_in_place(module)
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -112,7 +112,9 @@ class Teacher:
                 module.eval()
         args: tuple[Any, ...] = call.args
         kwargs: Mapping[str, Any] = dict(call.kwargs)
-        if self._is_full_precision() and not any(map(torch.is_autocast_enabled, {own.device.type for own in call.tensors})):
+        if self._is_full_precision() and not any(
+            map(torch.is_autocast_enabled, {own.device.type for own in call.tensors})
+        ):
             args, kwargs = rebuild((args, kwargs), _widened)  # a policy of FSDP2 narrows what the student receives
         given = _tensors((args, kwargs))
         if self._copies:

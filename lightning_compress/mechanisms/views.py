@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
+from lightning_compress.mechanisms.gathering import Gathered, GatheredWeights
 from lightning_compress.mechanisms.selection import plain_name
-from lightning_compress.mechanisms.shards import Gathered, GatheredWeights, is_sharded
+from lightning_compress.mechanisms.sharding import sharded_units
 from lightning_compress.mechanisms.weights import Site, named_weights, sites_of
 from lightning_compress.mechanisms.wrapping import OWN_MARK
 
@@ -206,7 +207,7 @@ class WeightViews:
                     f"'{other}' and '{owner}' both present the weight '{name}'; leave it to one of them with layers= "
                     "or exclude="
                 )
-        if is_sharded(self.module):
+        if sharded_units(self.module):
             with self.sharded.owned(owner, parameters, views):
                 yield
             return

@@ -15,10 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import distribute_tensor
 
 from lightning_compress import DPFCallback, PruningCallback
-from lightning_compress.callbacks import base
 from sharded.place import BATCH, STEPS, Classifier, Found, Place, full, left, made
-
-base.UNSUPPORTED_STRATEGIES = ()
 
 EVERY: dict[str, Any] = {"end": 1.0, "update_interval": 1}
 CALLBACKS: dict[str, Callable[[], Any]] = {

@@ -1,4 +1,4 @@
-"""Shards: weights that FSDP2 has split over processes by their rows, and views of them.
+"""Gathering: views of weights that FSDP2 has split over processes by their rows.
 
 Each process works on its rows of a weight, and nothing is gathered for that. A view is presented where FSDP2 reads a
 shard to gather it, so that layers receive the presented weight, also where they run again in the backward pass. Its
@@ -13,44 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from lightning_compress import _compat
 from lightning_compress.functional._selection import Parts
+from lightning_compress.mechanisms.sharding import own_part, sharded_units, shards_in_place
 
 if TYPE_CHECKING:
     from lightning_compress.mechanisms.views import WeightView
-
-
-def is_split(value: Any) -> bool:
-    """Whether a value is a tensor of which each process holds a part."""
-    return isinstance(value, DTensor)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 has split parameters of a module over processes."""
-    return any(isinstance(part, FSDPModule) for part in module.modules())
-
-
-def reshard(module: nn.Module) -> None:
-    """Let FSDP2 gather anew, in the next forward pass, what it holds of a module; nothing for other modules.
-
-    While parameters are gathered, the module's are not those that the optimizer has.
-    """
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-
-
-def shard_of(tensor: Tensor) -> Tensor:
-    """The rows that this process holds, detached, on the memory of the tensor; all of one that is not sharded.
-
-    Example:
-        >>> shard_of(torch.ones(2))
-        tensor([1., 1.])
-    """
-    return _compat.shard(tensor).detach()
 
 
 def rows_of(value: Tensor, weight: Tensor) -> Tensor:
@@ -71,7 +41,7 @@ def rows_of(value: Tensor, weight: Tensor) -> Tensor:
         mesh = weight.device_mesh
         each, rank = -(-len(value) // mesh.size()), mesh.get_local_rank()
         value = value[rank * each : (rank + 1) * each]
-    return shard_of(value).to(weight.device)
+    return own_part(value).to(weight.device)
 
 
 def sharded_as(rows: Tensor, weight: Tensor) -> Tensor:
@@ -136,8 +106,8 @@ def parts_of(weights: Iterable[Tensor]) -> Parts | None:
     return Parts(mesh.get_local_rank(), mesh.size(), total)
 
 
-def refuse_layout(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights that lie over processes otherwise than by their rows, where any do.
+def refuse_unpresentable(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that cannot be presented when they are gathered, where a module is sharded.
 
     Args:
         module: The root.
@@ -146,23 +116,17 @@ def refuse_layout(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: If there is one; it is named.
     """
-    if not is_sharded(module):
+    if not sharded_units(module):
         return
     known = {id(own.sharded_param): own for own in _compat.fsdp_parameters(module)}
     for name, weight in weights.items():
-        why = None
-        if not isinstance(weight, DTensor):
-            why = "is whole in each process, while others are sharded"
-        elif weight.device_mesh.ndim > 1 or weight.placements != (Shard(0),):
-            why = f"is split as {weight.placements} over {tuple(weight.device_mesh.shape)} processes"
-        elif id(weight) not in known:
-            why = "is split otherwise than by fully_shard"
-        else:
-            why = _compat.refuse_unpresentable(known[id(weight)])
+        found = known.get(id(weight))
+        why = "is whole in each process" if found is None else _compat.why_not_gathered_as(found)
         if why is not None:
             raise ValueError(
-                f"the weight '{name}' {why}; only weights that fully_shard splits by their rows over one dimension of "
-                f"processes can be presented otherwise: leave it out with exclude={[name.rpartition('.')[0]]}"
+                f"the weight '{name}' {why}, and others are sharded: what is presented in its place would not reach "
+                f"all of its layers; shard it with fully_shard alone, or leave it out with "
+                f"exclude={[name.rpartition('.')[0]]}"
             )
 
 
@@ -216,7 +180,7 @@ class Gathered:
             )
         self._settled = self.gathers
         if not self.view.plain:
-            own = shard_of(gradient)
+            own = own_part(gradient)
             own.copy_(self.view.gradient(own))
 
     def _present(self, shard: Tensor) -> Tensor:
@@ -240,7 +204,7 @@ class GatheredWeights:
     @contextmanager
     def owned(self, owner: str, weights: Mapping[str, nn.Parameter], views: Mapping[str, WeightView]) -> Iterator[None]:
         """Present these weights through these views, while they are shown, for as long as the context lasts."""
-        reshard(self.module)
+        shards_in_place(self.module)
         known = {id(own.sharded_param): own for own in _compat.fsdp_parameters(self.module)}
         added = {name: Gathered(owner, name, weights[name], view) for name, view in views.items()}
         with ExitStack() as stack:
@@ -257,7 +221,7 @@ class GatheredWeights:
         """Present all weights from here on, as they are now."""
         if not self.weights:
             return
-        reshard(self.module)
+        shards_in_place(self.module)
         present = {id(parameter) for parameter in self.module.parameters()}
         for weight in self.weights.values():
             weight.check(present)
@@ -269,7 +233,7 @@ class GatheredWeights:
         for weight in self.weights.values():
             weight.shown = False
         self.shown = False
-        reshard(self.module)
+        shards_in_place(self.module)
 
     def settle(self) -> None:
         """Apply the chain rules of the views to the gradients, once a step; whoever comes first in it does."""
