@@ -215,6 +215,16 @@ def shard(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """What all processes together hold of a tensor, which all ask for; any other tensor is given back."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def users_class(module: nn.Module) -> type:
+    """The class of a module before FSDP2 put one of its own in its place."""
+    return next(base for base in type(module).__mro__ if not base.__module__.startswith(SHARDING))
+
+
 def fsdp_parameters(module: nn.Module) -> list[Any]:
     """What FSDP2 knows of each parameter below a module that it has split over processes."""
     states = [own._get_fsdp_state() for own in module.modules() if isinstance(own, FSDPModule)]

@@ -146,6 +146,7 @@ class Gathered:
         self.gathers = 0
         """How often it was gathered."""
         self._settled = 0  # gathers at the last settlement
+        self._owed: Tensor | None = None  # rows of a gradient that came in a backward pass of its own
         self._shard: Tensor | None = None
 
     @contextmanager
@@ -164,13 +165,18 @@ class Gathered:
             f"exclude={[self.name.rpartition('.')[0]]}"
         )
 
+    def owe(self, gradient: Tensor) -> None:
+        """Add rows to the gradient that is settled next."""
+        self._owed = gradient if self._owed is None else self._owed + gradient
+
     def settle(self) -> None:
         """Apply the chain rule of the view to the gradient that has come back from all processes.
 
         Raises:
             RuntimeError: If the weight was never gathered, so that the gradient is not that of the view.
         """
-        gradient = self.weight.grad
+        gradient, owed = self.weight.grad, self._owed
+        self._owed = None
         if gradient is None:
             return
         if self.gathers == self._settled:
@@ -182,6 +188,8 @@ class Gathered:
         if not self.view.plain:
             own = own_part(gradient)
             own.copy_(self.view.gradient(own))
+        if owed is not None:
+            own_part(gradient).add_(owed)
 
     def _present(self, shard: Tensor) -> Tensor:
         self.gathers += 1
@@ -233,6 +241,44 @@ class GatheredWeights:
         for weight in self.weights.values():
             weight.shown = False
         self.shown = False
+        shards_in_place(self.module)
+
+    @contextmanager
+    def seen_as(self, views: Mapping[str, WeightView]) -> Iterator[None]:
+        """Present some of the weights through other views within the context."""
+        usual = {name: self.weights[name].view for name in views}
+        self._swap(views)
+        try:
+            yield
+        finally:
+            self._swap(usual)
+
+    def learn_apart(self, loss: Tensor, views: Mapping[str, WeightView]) -> None:
+        """Run a backward pass of its own through what was computed under other views, before the step's own.
+
+        FSDP2 keeps one memory for a gathered weight, so what two passes have saved of it cannot both be there. The
+        weights get what their other views give them; no other parameter of the module learns from it.
+
+        Args:
+            loss: What was computed within :meth:`seen_as`.
+            views: The other views.
+        """
+        shards_in_place(self.module)
+        parameters = list(self.module.parameters())
+        earlier = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        with self.seen_as(views):
+            loss.backward()  # type: ignore[no-untyped-call]
+        for name, view in views.items():
+            if (gradient := self.weights[name].weight.grad) is not None:
+                self.weights[name].owe(view.gradient(own_part(gradient)))
+        for parameter, gradient in zip(parameters, earlier, strict=True):
+            parameter.grad = gradient
+
+    def _swap(self, views: Mapping[str, WeightView]) -> None:
+        for name, view in views.items():
+            self.weights[name].view = view
         shards_in_place(self.module)
 
     def settle(self) -> None:

@@ -171,7 +171,9 @@ def test_a_checkpoint_of_a_plain_training_is_loaded_as_it_is():
 
 
 def contexts(module, owner, compress):
-    return saving_compressed(module, owner, lambda _: compress), loading_dense(module, owner, lambda _: None, resumes=True)
+    return saving_compressed(module, owner, lambda _: compress), loading_dense(
+        module, owner, lambda _: None, resumes=True
+    )
 
 
 def test_two_owners_share_a_checkpoint():

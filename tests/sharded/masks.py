@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from lightning_compress import DPFCallback, PruningCallback
-from sharded.place import BATCH, STEPS, Classifier, Found, Place, full, left, made
+from lightning_compress import DCILCallback, DPFCallback, PruningCallback
+from sharded.circumstances import IMAGE, MODULE, NOTHING, TRAINER, Manual
+from sharded.place import BATCH, CLASSES, FEATURES, STEPS, Classifier, Found, Place, full, left, made
 
 EVERY: dict[str, Any] = {"end": 1.0, "update_interval": 1}
 CALLBACKS: dict[str, Callable[[], Any]] = {
@@ -29,13 +29,11 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
     "taylor": lambda: PruningCallback(0.8, score="taylor", start=0.1, **EVERY),
     "random": lambda: PruningCallback(0.8, score="random", **EVERY),
     "pattern": lambda: PruningCallback(pattern="1:4", **EVERY),
+    "dcil": lambda: DCILCallback(0.9, dense_path="shared", kl_start=0.0, **EVERY),
+    "dcil apart": lambda: DCILCallback(0.9, dense_path="shared", kl_start=1.0, **EVERY),
+    "dcil own": lambda: DCILCallback(0.9, dense_path="own", kl_start=0.3, **EVERY),
+    "dcil own norms": lambda: DCILCallback(0.9, dense_path="own_norm", kl_start=1.0, **EVERY),
     "keep": lambda: DPFCallback(0.95, dead_filters="keep", freeze_at=0.8, **{**EVERY, "end": 0.5}),
-}
-CONDITIONS: dict[str, dict[str, Any]] = {
-    "resharding": {},
-    "keeping": {"module": {"reshard": False}},
-    "accumulating": {"accumulate_grad_batches": 3, "count": 3 * BATCH * STEPS},
-    "clipping": {"gradient_clip_val": 0.05},
 }
 
 
@@ -48,11 +46,36 @@ class Falling(Classifier):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def fitted(place: Place, callback: str, *, module: dict[str, Any] | None = None, **settings: Any) -> Found:
-    """A fit, and its masks."""
-    network = made(Falling if callback == "rates" else Classifier, **(module or {}))
+class Normed(Classifier):
+    """Convolutions with norms between them."""
+
+    def build(self) -> None:
+        self.model = nn.Sequential(
+            nn.Unflatten(1, IMAGE),
+            nn.Conv2d(1, 15, 3, padding=1),
+            nn.GroupNorm(3, 15),
+            nn.Tanh(),
+            nn.Conv2d(15, 15, 3, padding=1),
+            nn.GroupNorm(5, 15),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(15 * FEATURES, CLASSES),
+        )
+
+    def units(self) -> Sequence[nn.Module]:
+        return [*(part for part in self.model if next(part.parameters(), None) is not None), self.model]
+
+
+KINDS = {"rates": Falling, **dict.fromkeys(("dcil", "dcil apart", "dcil own", "dcil own norms"), Normed)}
+
+
+def fitted(place: Place, callback: str, circumstance: str) -> Found:
+    """A fit of six optimizer steps, and its masks."""
+    settings = dict(TRAINER.get(circumstance, NOTHING))
+    network = made(KINDS.get(callback, Classifier), **MODULE.get(circumstance, NOTHING))
     own = CALLBACKS[callback]()
-    trainer = place.fit(network, own, **settings)
+    count = BATCH * STEPS * settings.get("accumulate_grad_batches", 1)
+    trainer = place.fit(network, own, count=count, **settings)
     return left(trainer, network, masks=full(own.masks), reached=own.reached)
 
 
@@ -67,19 +90,20 @@ class WeightsAlone(L.Callback):
             trainer.save_checkpoint(self.path, weights_only=True)
 
 
-def saved(place: Place, callback: str, distributed: bool) -> Found:
-    """Two epochs, and a fit that is resumed after the first of them."""
+def saved(place: Place, callback: str, kind: str) -> Found:
+    """Two epochs, and a fit that is resumed after the first of them; checkpoints of a kind, "full" or "sharded"."""
     settings: dict[str, Any] = {
-        "distributed_checkpoint": distributed,
+        "distributed_checkpoint": kind == "sharded",
         "enable_checkpointing": True,
         "max_epochs": 2,
         "count": BATCH * STEPS // 2,
     }
-    network, own = made(), CALLBACKS[callback]()
+    kind = KINDS.get(callback, Classifier)
+    network, own = made(kind), CALLBACKS[callback]()
     epochs = ModelCheckpoint(dirpath=place.folder, filename="{epoch}", save_top_k=-1)
     trainer = place.fit(network, own, epochs, WeightsAlone(place.folder / "weights.ckpt"), **settings)
     trainer.save_checkpoint(place.folder / "last.ckpt")
-    again, other = made(seed=9), CALLBACKS[callback]()
+    again, other = made(kind, seed=9), CALLBACKS[callback]()
     place.fit(again, other, ckpt_path=place.folder / "epoch=0.ckpt", **settings)
     resumed = {"resumed": full(again.state_dict()), "resumed_masks": full(other.masks)}
     return left(trainer, network, masks=full(own.masks), **resumed)
@@ -120,33 +144,113 @@ class ByHand(L.Callback):
         self.put_in()
 
 
-def rounded(place: Place, ours: bool, **settings: Any) -> Found:
+def rounded(place: Place, kind: str, whose: str) -> Found:
     """With bfloat16, by our callback or by hand."""
-    own = PruningCallback(0.6, schedule="one_shot", end=0.0) if ours else ByHand(0.6)
+    settings = dict(ROUNDED[kind])
+    own = PruningCallback(0.6, schedule="one_shot", end=0.0) if whose == "ours" else ByHand(0.6)
     network = made(**settings.pop("module", {}))
     return left(place.fit(network, own, limit_val_batches=0, **settings), network)
 
 
 POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 ROUNDED: dict[str, dict[str, Any]] = {
-    "policy": {"module": {"policy": POLICY}},
-    "kept_policy": {"module": {"policy": POLICY, "reshard": False}},
-    "mixed": {"precision": "bf16-mixed"},
-    "true": {"precision": "bf16-true"},
+    "bf16 policy": {"module": {"policy": POLICY}},
+    "bf16 policy, parameters kept": {"module": {"policy": POLICY, "reshard": False}},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "bf16-true": {"precision": "bf16-true"},
 }
 
-SCENARIOS = {
-    **{
-        f"{callback}_{condition}": partial(fitted, callback=callback, **settings)
-        for callback in CALLBACKS
-        for condition, settings in CONDITIONS.items()
-    },
-    **{
-        f"{callback}_{kind}": partial(saved, callback=callback, distributed=kind == "sharded")
-        for callback in CALLBACKS
-        for kind in ("full", "sharded")
-    },
+
+class Acting(L.Callback):
+    """Does something to the module after the second step, and counts what was gathered of each weight."""
+
+    def __init__(self, own: Any, act: Callable[[Any], Any]) -> None:
+        self.own, self.act = own, act
+        self.gathers: dict[str, int] = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 2:
+            self.act(pl_module)
+        weights = self.own._controller.weights.sharded.weights
+        self.gathers = {name: weight.gathers for name, weight in weights.items()}
+
+
+def interrupt(module: Any) -> None:
+    raise KeyError("interrupted")
+
+
+ACTIONS: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda module: None,
+    "assigned": lambda module: module.load_state_dict(module.state_dict(), assign=True),
+    "loaded": lambda module: module.load_state_dict(module.state_dict()),
+    "cast": lambda module: module.double(),
+    "moved": lambda module: module.to("cpu"),
+    "interrupted": interrupt,
+    "evaluated": lambda module: module.model(torch.ones(2, 8)),
 }
-SCENARIOS |= {f"{kind}_ours": partial(rounded, ours=True, **settings) for kind, settings in ROUNDED.items()}
-SCENARIOS |= {f"{kind}_by_hand": partial(rounded, ours=False, **settings) for kind, settings in ROUNDED.items()}
-globals().update(SCENARIOS)
+
+
+def acted(place: Place, action: str, circumstance: str) -> Found:
+    """A fit in which somebody acts between two steps; what it raised is told."""
+    network, own = made(**MODULE.get(circumstance, NOTHING)), CALLBACKS["dpf"]()
+    acting, error = Acting(own, ACTIONS[action]), None
+    trainer = place.trainer(own, acting, limit_val_batches=0)
+    try:
+        trainer.fit(network, place.loader())
+    except (KeyError, RuntimeError, AttributeError) as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    left_on = [
+        name
+        for name, part in network.named_parameters()
+        for held in [getattr(part, "_local_tensor", part)]
+        if vars(held)
+    ]
+    return left(trainer, network, raised=error, gathers=acting.gathers, left_on=left_on)
+
+
+def twice(place: Place, circumstance: str) -> Found:
+    """A plain fit, then two with the same callback, and a plain one after its validation."""
+    network, own = made(**MODULE.get(circumstance, NOTHING)), CALLBACKS["pruning"]()
+    place.fit(network)
+    place.fit(network, own)
+    masks = full(own.masks)
+    place.fit(network, own)
+    validated = place.trainer(own).validate(network, place.loader(2 * BATCH))
+    trainer = place.fit(network)
+    return left(trainer, network, masks=masks, validated=validated[0]["val_loss"])
+
+
+class Whole(Classifier):
+    """Does not shard its last layer."""
+
+    def units(self) -> Sequence[nn.Module]:
+        return [self.model.first, self.model.second]
+
+
+class Offloading(Classifier):
+    def configure_model(self) -> None:
+        for unit in self.units():
+            fully_shard(unit, mesh=self.device_mesh["data_parallel"], offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+class Transposed(Classifier):
+    def build(self) -> None:
+        self.model = nn.Sequential(nn.ConvTranspose1d(8, 4, 1), nn.Flatten(), nn.Linear(4, 5))
+
+
+def refused(place: Place, what: str) -> Found:
+    """A fit that must not begin."""
+    kinds: dict[str, type[Classifier]] = {
+        "whole": Whole,
+        "offloaded": Offloading,
+        "manual": Manual,
+        "transposed": Transposed,
+        "transposed_pattern": Transposed,
+    }
+    callbacks: dict[str, Callable[[], Any]] = {
+        "reestimated": lambda: PruningCallback(0.5, reestimate_batchnorm=True),
+        "validated": lambda: DPFCallback(0.5, reestimated_validation=True),
+        "transposed_pattern": lambda: PruningCallback(pattern="1:2"),
+    }
+    network = made(kinds.get(what, Classifier), **({"reshard": 1} if what == "fewer" else {}))
+    return left(place.fit(network, callbacks.get(what, CALLBACKS["dpf"])()), network)
