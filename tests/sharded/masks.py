@@ -252,5 +252,5 @@ def refused(place: Place, what: str) -> Found:
         "validated": lambda: DPFCallback(0.5, reestimated_validation=True),
         "transposed_pattern": lambda: PruningCallback(pattern="1:2"),
     }
-    network = made(kinds.get(what, Classifier), **({"reshard": 1} if what == "fewer" else {}))
+    network = made(kinds.get(what, Classifier))
     return left(place.fit(network, callbacks.get(what, CALLBACKS["dpf"])()), network)
