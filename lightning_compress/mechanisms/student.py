@@ -341,6 +341,4 @@ def _same_tensors(first: NetworkCall, second: NetworkCall) -> bool:
 
 
 def _is_cast(tensor: Tensor, other: Tensor) -> bool:
-    return (
-        tensor.dtype != other.dtype and tensor.shape == other.shape and torch.equal(tensor, other.to(tensor.dtype))
-    )
+    return tensor.dtype != other.dtype and tensor.shape == other.shape and torch.equal(tensor, other.to(tensor.dtype))

@@ -269,9 +269,7 @@ def sharding(tensor_parallel=1):
 
 
 def test_shards_are_refused_unless_a_callback_says_that_it_can_work_on_them():
-    with pytest.raises(
-        ValueError, match=r"Adding .* does not work with ModelParallelStrategy \(FSDP2\): .*DDP"
-    ):
+    with pytest.raises(ValueError, match=r"Adding .* does not work with ModelParallelStrategy \(FSDP2\): .*DDP"):
         Adding().setup(sharding(), made(Classifier), "fit")
     DistillationCallback(small_network()).setup(sharding(), made(Classifier), "fit")
 
