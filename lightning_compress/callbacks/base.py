@@ -367,7 +367,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             RuntimeError: If no optimizer has stepped through Lightning so far.
         """
         idle = any(parameters.idle for parameters in self._owned)
-        if idle and self._versions != _versions(pl_module):  # whoever trains nothing in an epoch has his reasons
+        if idle and self.has_moved(pl_module):  # whoever trains nothing in an epoch has his reasons
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' trains helpers of its own with the user's optimizers, and in a "
                 f"whole epoch none of these stepped through Lightning: let {type(pl_module).__name__} step what "
@@ -430,6 +430,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         return {**vars(self), "_fitted": None, "_tracker": None}
 
     # Private
+
+    def has_moved(self, pl_module: Any) -> bool:
+        """Whether a parameter was written to since the fit began."""
+        return self._versions != _versions(pl_module)
 
     def has_fitted(self, pl_module: Any) -> bool:
         """Whether the last fit, or the one that goes on, is of this module."""

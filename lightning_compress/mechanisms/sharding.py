@@ -116,8 +116,12 @@ class Ranks:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        mesh = next((cast(Any, tensor).device_mesh for tensor in tensors if is_shard(tensor)), None)
-        self._group = None if mesh is None else mesh.get_group()
+        self._mesh = next((cast(Any, tensor).device_mesh for tensor in tensors if is_shard(tensor)), None)
+
+    @property
+    def several(self) -> bool:
+        """Whether a rank holds a part only."""
+        return self._mesh is not None
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest of what each rank has, of the same shape."""
@@ -127,9 +131,19 @@ class Ranks:
         """The sum of what each rank has, of the same shape."""
         return self._reduced(values, "SUM")
 
-    def _reduced(self, values: Tensor, operation: str) -> Tensor:
-        if self._group is None:
+    def rows(self, values: Tensor, tensor: Tensor) -> Tensor:
+        """What the ranks have for their own rows of a tensor, of shape ``(rows,)``, for all of its rows."""
+        if not is_shard(tensor):
             return values
-        result = values.clone()
-        torch.distributed.all_reduce(result, getattr(torch.distributed.ReduceOp, operation), group=self._group)
-        return result
+        own: Any = tensor
+        kind: Any = type(own)
+        shared = kind.from_local(values, own.device_mesh, own.placements, shape=own.shape[:1], stride=(1,))
+        return cast(Tensor, shared.full_tensor())
+
+    def _reduced(self, values: Tensor, operation: str) -> Tensor:
+        if self._mesh is None:
+            return values
+        result = values.to(self._mesh.device_type, copy=True)
+        operator = getattr(torch.distributed.ReduceOp, operation)
+        torch.distributed.all_reduce(result, operator, group=self._mesh.get_group())
+        return result.to(values.device)

@@ -112,9 +112,7 @@ class Teacher:
                 module.eval()
         args: tuple[Any, ...] = call.args
         kwargs: Mapping[str, Any] = dict(call.kwargs)
-        if self._is_full_precision() and not any(
-            map(torch.is_autocast_enabled, {own.device.type for own in call.tensors})
-        ):
+        if self._computes_in_full_precision(call):
             args, kwargs = rebuild((args, kwargs), _widened)  # a policy of FSDP2 narrows what the student receives
         given = _tensors((args, kwargs))
         if self._copies:
@@ -141,8 +139,9 @@ class Teacher:
         self._note_writing(used, versions)
         return output
 
-    def _is_full_precision(self) -> bool:
-        return not any(parameter.dtype in HALVES for parameter in self.module.parameters())
+    def _computes_in_full_precision(self, call: NetworkCall) -> bool:
+        mixed = any(torch.is_autocast_enabled(own.device.type) for own in call.tensors)
+        return not mixed and not any(parameter.dtype in HALVES for parameter in self.module.parameters())
 
     def _note_writing(self, used: list[Tensor], versions: list[int | None]) -> None:
         """Learn whether the teacher writes into its input, which is the user's own batch unless it is copied."""

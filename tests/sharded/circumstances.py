@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional as F
 
 from lightning_compress import CompressionMixin
-from sharded.place import CLASSES, FEATURES, Classifier
+from sharded.place import BATCH, CLASSES, FEATURES, Classifier, made, rows
 
 IMAGE = (1, 2, 4)  # of a row of features
 
@@ -95,3 +96,35 @@ def teacher(width: int = 6, seed: int = 3) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return Images(width)
+
+
+def narrowed_by_hand(
+    kind: type[Classifier],
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    scale: Callable[[Mapping[str, nn.Parameter]], None] = lambda weights: None,
+) -> dict[str, Tensor]:
+    """What the bf16 policy does: SGD on float32 weights, whose bf16 copies each of two ranks runs on half of a batch.
+
+    Args:
+        kind: Of the module.
+        loss: Of a narrowed network, its narrowed input, and the targets.
+        scale: Changes the gradients before each step, given the module's weights by name.
+
+    Returns:
+        The module's state.
+    """
+    module = made(kind)
+    optimizer = module.configure_optimizers()
+    inputs, targets = rows().tensors
+    for start in range(0, len(inputs), BATCH):
+        optimizer.zero_grad()
+        for rank in (0, 1):
+            x, y = (own[start + rank : start + BATCH : 2] for own in (inputs, targets))
+            narrow = copy.deepcopy(module.model).bfloat16()
+            loss(narrow, x.bfloat16(), y).backward()
+            for parameter, half in zip(module.model.parameters(), narrow.parameters(), strict=True):
+                gradient = half.grad.float() / 2
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        scale(dict(module.named_parameters()))
+        optimizer.step()
+    return module.state_dict()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 
 import pytest
 from records import record
 from torch.nn import functional as F
 
-from .circumstances import EXACT, Imaging, teacher
-from .place import BATCH, STEPS, alone, farthest, in_ranks, made, rows
+from .circumstances import EXACT, Imaging, narrowed_by_hand, teacher
+from .place import BATCH, STEPS, alone, farthest, in_ranks
 from .teachers import KD
 
 TOLERANCE = 2e-7
@@ -80,27 +79,9 @@ def test_ranks_equal_one_process_with_other_modules(further, name, tmp_path):
         assert [rank["pairs"] for rank in further[name]] == [[["second", "second"]]] * 2
 
 
-def by_hand(loss):
-    """SGD on float32 weights, whose bf16 copies each rank runs on its half of the batch."""
-    module, own = made(Imaging), teacher().eval()
-    optimizer = module.configure_optimizers()
-    inputs, targets = rows().tensors
-    for start in range(0, len(inputs), BATCH):
-        optimizer.zero_grad()
-        for rank in (0, 1):
-            x, y = (own[start + rank : start + BATCH : 2] for own in (inputs, targets))
-            narrow = copy.deepcopy(module.model).bfloat16()
-            loss(narrow, own, x.bfloat16(), y).backward()
-            for parameter, half in zip(module.model.parameters(), narrow.parameters(), strict=True):
-                gradient = half.grad.float() / 2
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        optimizer.step()
-    return module.state_dict()
-
-
-def distilled(narrow, own, x, y):
+def distilled(narrow, x, y):
     """Each loss widens the logits for itself, so their gradients are added in bf16."""
-    logits, theirs = narrow(x), own(x.float())
+    logits, theirs = narrow(x), teacher()(x.float())
     temperature = KD["temperature"]
     ours = F.log_softmax(logits.float() / temperature, 1)
     soft = F.kl_div(ours, F.softmax(theirs / temperature, 1), reduction="batchmean")
@@ -110,7 +91,7 @@ def distilled(narrow, own, x, y):
 @pytest.mark.slow
 def test_under_a_policy_the_teacher_gets_the_narrowed_input(further):
     ranks = further[BF16[0]]
-    d = farthest(ranks[0]["state_dict"], by_hand(distilled))
+    d = farthest(ranks[0]["state_dict"], narrowed_by_hand(Imaging, distilled))
     assert d <= TOLERANCE
     assert ranks[0]["types"] == ["torch.bfloat16"] * STEPS
     record("sharded", "DistillationCallback", "bf16 policy", "exact", f"d = {d:.0e} to a loop by hand")
