@@ -231,6 +231,22 @@ def fsdp_parameters(module: nn.Module) -> list[Any]:
     return [known for state in states for group in state._fsdp_param_groups for known in group.fsdp_params]
 
 
+def gathered_parameter(known: Any) -> torch.Tensor | None:
+    """What a layer is given of a parameter that FSDP2 has gathered, always the same object; None before the first."""
+    return getattr(known, "_unsharded_param", None)
+
+
+def fsdp_names(module: nn.Module) -> dict[str, Any]:
+    """Name of each parameter below a module that FSDP2 has split, also where it is gathered now, to what is known."""
+    names = {id(part): name for name, part in module.named_modules()}
+    found: dict[str, Any] = {}
+    for known in fsdp_parameters(module):
+        info = known._module_info
+        if id(info.module) in names:
+            found[f"{names[id(info.module)]}.{info.param_name}".removeprefix(".")] = known
+    return found
+
+
 def why_not_gathered_as(known: Any) -> str | None:
     """Why another tensor cannot be gathered in the place of a parameter, of which FSDP2 knows this; None if it can."""
     if known.offload_to_cpu:

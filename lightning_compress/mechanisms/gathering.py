@@ -38,10 +38,20 @@ def rows_of(value: Tensor, weight: Tensor) -> Tensor:
         tensor([1., 1.])
     """
     if isinstance(weight, DTensor) and not isinstance(value, DTensor):
-        mesh = weight.device_mesh
-        each, rank = -(-len(value) // mesh.size()), mesh.get_local_rank()
-        value = value[rank * each : (rank + 1) * each]
+        value = value[rows_held(weight)]
     return own_part(value).to(weight.device)
+
+
+def rows_held(weight: Tensor) -> slice:
+    """Which rows this process holds of a weight.
+
+    Example:
+        >>> rows_held(torch.zeros(3, 2))
+        slice(0, 3, None)
+    """
+    mesh = weight.device_mesh if isinstance(weight, DTensor) else None
+    each, rank = (len(weight), 0) if mesh is None else (-(-len(weight) // mesh.size()), mesh.get_local_rank())
+    return slice(min(rank * each, len(weight)), min((rank + 1) * each, len(weight)))
 
 
 def sharded_as(rows: Tensor, weight: Tensor) -> Tensor:
