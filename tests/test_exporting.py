@@ -75,7 +75,10 @@ def outputs(path, images):
 BAD = {
     "no module": (["last.ckpt"], r"the module is missing: give --class pkg.Module, or --config C.yaml"),
     "no file": (["gone.ckpt", "--class", "{P}.LitNet"], r"checkpoint_path 'gone.ckpt' does not exist"),
-    "a truncated file": (["cut.ckpt", "--class", "{P}.LitNet"], r"'cut.ckpt' is not a file that torch.load can read"),
+    "a truncated file": (
+        ["cut.ckpt", "--class", "{P}.LitNet"],
+        r"'cut.ckpt' is damaged, or was not written to its end",
+    ),
     "an unknown class": (["last.ckpt", "--class", "{P}.LitNte"], r"--class names .* did you mean 'LitNet'\?"),
     "another class": (["last.ckpt", "--class", "{P}.Other"], r"--class .*Missing key.*layer.weight"),
     "an unknown argument": (

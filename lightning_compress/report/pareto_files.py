@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_compress.mechanisms.drafts import write_whole
 from lightning_compress.report import units
 from lightning_compress.report.cells import Cell, Column
 from lightning_compress.report.page import pareto_figure
@@ -18,7 +19,6 @@ from lightning_compress.report.render import aligned, escaped, grid
 from lightning_compress.report.scatter import FORMATS, scatter_legend
 from lightning_compress.report.sheet import details, document, numbers, sentences
 from lightning_compress.report.table import encoded
-from lightning_compress.report.write import write_whole
 
 SCHEMA = 1
 _TITLE = "Pareto table"

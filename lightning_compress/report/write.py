@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_compress.mechanisms.drafts import write_whole
 from lightning_compress.report.page import to_html
 from lightning_compress.report.render import to_markdown
 from lightning_compress.report.table import Report, to_json
@@ -52,28 +53,3 @@ def write_report(report: Report, directory: str | os.PathLike[str], name: str = 
     for path, text in zip(files, texts, strict=True):
         write_whole(path, text)
     return files
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one.
-
-    Args:
-        path: Where; its folder exists.
-        text: What to write.
-
-    Raises:
-        OSError: If it cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     write_whole(Path(directory, "notes.txt"), "text")
-        ...     Path(directory, "notes.txt").read_text()
-        'text'
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
