@@ -12,8 +12,8 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 MARK = 16
@@ -61,6 +61,27 @@ def draft_of(target: Path) -> Iterator[Path]:
         if error.errno is None or not unnamed:
             raise
         raise OSError(error.errno, error.strerror, str(target)) from error
+
+
+def write_together(contents: Mapping[Path, str]) -> None:
+    """Write several files that belong together: all are written before the first takes its place.
+
+    Args:
+        contents: Path to text; the folders exist.
+
+    Raises:
+        OSError: If one cannot be written; the error names it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_together({Path(folder, "a.txt"): "text", Path(folder, "b.txt"): "more"})
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['a.txt', 'b.txt']
+    """
+    with ExitStack() as stack:
+        for target, content in contents.items():
+            stack.enter_context(draft_of(target)).write_bytes(content.encode())
 
 
 def write_whole(target: Path, content: str | bytes) -> None:
