@@ -250,6 +250,14 @@ def test_metrics_count_each_batch_once():
     assert len(results[0]["all"]) == STEPS * BATCH
 
 
+def test_no_hook_stays_on_metrics_that_were_there_while_the_classifier_was_looked_for():
+    """They are put back to what they were in the second pass, in which these hooks are taken off."""
+    module, _ = fitted(DCILCallback(0.4, **AT_ONCE), Measured)
+    plain = made(Measured)
+    trainer().fit(plain, loader(Measured), loader(Measured, rows=2 * BATCH))
+    assert traces(module) == traces(plain)
+
+
 class Counting(Logger):
     """What it is given, and how often."""
 
