@@ -158,6 +158,25 @@ def attention_in_python() -> Iterator[None]:
         functional.has_torch_function = original
 
 
+@contextmanager
+def values_unseen() -> Iterator[None]:
+    """Without what torch looks at values for that changes no result: a trace cannot follow it.
+
+    ``nn.Transformer`` asks whether a mask happens to be the causal one, to be faster, and a distribution whether its
+    parameters are valid.
+    """
+    transformer: Any = torch.nn.modules.transformer
+    distribution: Any = torch.distributions.Distribution
+    detect, validate = transformer._detect_is_causal_mask, distribution._validate_args
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = detect
+        distribution.set_default_validate_args(validate)
+
+
 class Traced(NamedTuple):
     """Code that torch.compile traced, and which of its versions; no code where torch hides it."""
 

@@ -176,7 +176,7 @@ class MaskedWeightsCallback(CompressionCallback):
         if len(unused) == len(self._require_masks().weights):
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: the first training step used none of the weights "
-                f"that it masks, {listing(unused)}; choose others with layers="
+                f"that it masks, {listing(unused)}, or under no_grad only; choose others with layers="
             )
         if unused:
             self._warn_once(

@@ -21,7 +21,7 @@ from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.replay import traceless
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.student import StudentCapture
-from lightning_compress.mechanisms.teacher import SharedTeacher, Teacher, refuse_shared
+from lightning_compress.mechanisms.teacher import SharedTeacher, Teacher, own_copies, refuse_shared
 from lightning_compress.mechanisms.views import WeightViews
 from lightning_compress.mechanisms.wrapping import shadowed
 
@@ -171,11 +171,12 @@ class StepController:
             From a call of the student to the teacher's output.
 
         Raises:
-            ValueError: If teacher and student share parameters, buffers or layers: freezing one would freeze the other.
+            ValueError: If teacher and student share parameters or buffers: freezing one would freeze the other.
         """
-        refuse_shared(module, self.module, argument="teacher")
-        if transform is not None:
-            refuse_shared(transform, self.module, argument="teacher_transform")
+        for argument, own in (("teacher", module), ("teacher_transform", transform)):
+            if own is not None:
+                self.stack.enter_context(own_copies(own, self.module))
+                refuse_shared(own, self.module, argument=argument)
         key = (id(module), id(transform))
         if key not in self._teachers:
             teacher = Teacher(module, transform)

@@ -37,7 +37,8 @@ from lightning_compress.mechanisms.wrapping import shadowed
 
 TABLES = ("_parameters", "_buffers", "_modules")
 SIMPLE = (int, float, bool, str)
-TORCHS_OWN = set(vars(nn.Module()))  # modes among them, which are put back
+# Modes among them, which are put back; and what recurrent layers keep of the weights that are presented to them.
+TORCHS_OWN = {*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"}
 
 
 class FurtherPass:

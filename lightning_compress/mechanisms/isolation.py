@@ -97,7 +97,7 @@ LONG = 10_000  # entries; what lies inside of a longer list is data
 LARGE = ("Dataset", "DataLoader", "LightningDataModule", "Trainer", "Callback", "Logger")
 LIBRARIES = {
     *sys.stdlib_module_names,
-    *("torch", "torchmetrics", "torchvision", "numpy"),
+    *("torch", "torchmetrics", "torchvision", "numpy", "pandas"),
     *("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"),
 }
 
