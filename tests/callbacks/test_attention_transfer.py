@@ -541,7 +541,8 @@ def test_a_student_may_write_into_the_input_that_is_differentiated():
 
 
 def test_gradients_refuse_manual_optimisation_that_gives_a_loss_and_not_a_function():
-    refused("map_kind='gradient' of 'at' runs the step once more, with the teacher", made(ConvMixin), gradients())
+    message = "map_kind='gradient' of 'at' runs the step once more, with the teacher"
+    refused(message, made(ConvMixin), gradients(), error=RuntimeError)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
