@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from cases import CASES
-from contract.gans import Accumulating, Clipped, Functions, Gan, Swapped, by_hand, teacher
+from contract.gans import Accumulating, Clipped, Functions, Gan, Swapped, by_hand, teacher, techniques
 from contract.modules import (
     Classifier,
     MixinClassifier,
@@ -188,16 +188,8 @@ def test_everything_at_once(tmp_path):
     """All that goes together, on one of two networks, in two orders."""
 
     def callbacks(folder):
-        return [
-            DistillationCallback(teacher(), loss_kind="mse", task_weight=0.5, **STUDENT),
-            AttentionTransferCallback("kd", pairs={"0": "0"}, weight=20.0, **STUDENT),
-            FactorTransferCallback("kd", pair=("0", "0"), weight=3.0, pretrain_epochs=1, **STUDENT),
-            PSGDCallback(4, layers=["generator"]),
-            DPFCallback(0.5, update_interval=1, layers=["generator"]),
-            QATCallback(weight_bits=4, step_size="observed", network="generator", start=0.25),
-            ExportCallback(folder / "model.onnx", precision="int8", network="generator"),
-            CompressionReport(path=folder / "report", latency=False),
-        ]
+        export = ExportCallback(folder / "model.onnx", precision="int8", network="generator")
+        return [*techniques(), export, CompressionReport(path=folder / "report", latency=False)]
 
     first = fitted(Gan, *callbacks(tmp_path / "1"), validation=loader())
     second = fitted(Gan, *callbacks(tmp_path / "2")[::-1], validation=loader())

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_compress import CompressionMixin
+from lightning_compress import (
+    AttentionTransferCallback,
+    CompressionCallback,
+    CompressionMixin,
+    DistillationCallback,
+    DPFCallback,
+    FactorTransferCallback,
+    PSGDCallback,
+    QATCallback,
+)
 
 from .modules import FEATURES, IMAGE, Classifier, loader, made
 
@@ -28,6 +37,28 @@ def teacher() -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(5)
         return generator(6)
+
+
+ON_THE_GENERATOR: dict[str, Any] = {"layers": ["generator"], "student": "generator", "class_dim": 3}
+"""For collective intelligence; of a row of pixels as classes, as far as losses care."""
+
+
+def techniques(*names: str) -> list[CompressionCallback]:
+    """All that go together in training, on the generator, or those of these names."""
+    every = [
+        DistillationCallback(teacher(), loss_kind="mse", task_weight=0.5, student="generator"),
+        AttentionTransferCallback("kd", pairs={"0": "0"}, weight=20.0, student="generator"),
+        FactorTransferCallback("kd", pair=("0", "0"), weight=3.0, pretrain_epochs=1, student="generator"),
+        PSGDCallback(4, mean_factor=1.0, layers=["generator"]),
+        DPFCallback(0.5, update_interval=1, layers=["generator"]),
+        QATCallback(weight_bits=4, step_size="observed", network="generator", start=0.25),
+    ]
+    return [own for own in every if not names or own.name in names]
+
+
+def alike_on_ranks() -> list[CompressionCallback]:
+    """Those that do not look at batches of their own before the training."""
+    return techniques("kd", "at", "psgd", "dpf")
 
 
 class Gan(CompressionMixin, Classifier):
