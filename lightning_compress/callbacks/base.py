@@ -31,8 +31,9 @@ from lightning_compress.callbacks.returned import Returned, ReturnsResults
 from lightning_compress.export.copying import whole_copy
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.grids import Grids
-from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
+from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs
 from lightning_compress.mechanisms.scores import forget_scores
+from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.sharding import refuse_layout, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.step import StepController, step_controller
@@ -289,7 +290,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             self._introduce(ours, trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After the first whole step, complain about what had no effect."""
+        """After the first whole step, complain about what had no effect; a loss that is asked for may come later."""
         if self._verified or self._controller is None:
             return
         if self._controller.steps == 0:
@@ -299,7 +300,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                     f"{type(pl_module).__name__}.training_step after the start of the fit"
                 )
             return
-        self.check_first_step(trainer, pl_module)
+        if _automatic(pl_module) or not self._missing():
+            self.check_first_step(trainer, pl_module)
 
     def check_first_step(self, trainer: Any, pl_module: Any) -> None:
         """Complain about what the first whole step has shown; on all ranks.
@@ -307,15 +309,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         Raises:
             RuntimeError: If something had no effect.
         """
-        for effect in self.expected_effects:
-            if self.effects[effect] == 0:
-                raise RuntimeError(f"{type(self).__name__} '{self.name}': {effect} had no effect in the first step")
-        capture = self.student_capture
-        if capture is not None and capture.required and capture.last_call is None:
-            raise CaptureError(
-                f"{type(self).__name__} '{self.name}' needs the network's input, and the first training step called "
-                f"no {'module with parameters' if capture.names is None else '/'.join(capture.names)}"
-            )
+        if (missing := self._missing()) is not None:
+            raise missing
         with _compat.patient_group(trainer.world_size) as tell:
             together(tell, self.verify, trainer, pl_module)
         self._verified = True
@@ -338,6 +333,14 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Learning rate of the helpers in the coming step; None: their own optimizers'."""
         return None
 
+    def leads(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the helpers take their step with an optimizer's: with several, with those that train the student."""
+        capture = self.student_capture
+        names = () if capture is None or capture.names is None else capture.names
+        trained = [own for name in names for own in find_module(pl_module, name, argument="student").parameters()]
+        leaders = holders(trainer.optimizers, trained)
+        return not leaders or any(own is optimizer for own in leaders)
+
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Clear the helpers' gradients with the user's."""
         for parameters in self._owned:
@@ -345,7 +348,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Take the helpers' step with the user's: through the same scaler, with gradients averaged over processes."""
-        if not self._owned:
+        if not self._owned or not self.leads(trainer, pl_module, optimizer):
             return
         refuse_lbfgs(trainer.optimizers, f"{type(self).__name__} '{self.name}'")
         if self._owned_step == trainer.global_step:
@@ -361,11 +364,14 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             parameters.zero_grad()  # of several optimizers, only the one that follows the backward pass counts
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """After an epoch, complain about helpers that took part in the loss and were never trained.
+        """After an epoch, complain about what had no effect in it, and about helpers that were never trained.
 
         Raises:
-            RuntimeError: If no optimizer has stepped through Lightning so far.
+            RuntimeError: If no loss of the epoch was what this callback adds to, or no optimizer has stepped through
+                Lightning so far.
         """
+        if not self._verified and self._controller is not None and self._controller.steps > 0:
+            self.check_first_step(trainer, pl_module)
         idle = any(parameters.idle for parameters in self._owned)
         if idle and self.has_moved(pl_module):  # whoever trains nothing in an epoch has his reasons
             raise RuntimeError(
@@ -463,9 +469,30 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 "tensor_parallel_size=1"
             )
 
+    def _missing(self) -> RuntimeError | None:
+        """What there should have been in the first step, or, where each loss is asked for, in the first epoch."""
+        automatic = self._controller is None or _automatic(self._controller.module)
+        period = "step" if automatic else "epoch"
+        for effect in self.expected_effects:
+            if self.effects[effect] == 0:
+                message = f"{type(self).__name__} '{self.name}': {effect} had no effect in the first {period}"
+                if not automatic and self.student_capture is not None:
+                    names = "/".join(self.student_capture.names or ("",)) or "any network"
+                    message += (
+                        f": no loss that self.compressed_loss was asked for was computed from '{names}'; ask for that "
+                        f"which is, or name the terms that belong to a loss, callbacks=['{self.name}']"
+                    )
+                return RuntimeError(message)
+        capture = self.student_capture
+        if capture is not None and capture.required and capture.last_call is None:
+            return CaptureError(
+                f"{type(self).__name__} '{self.name}' needs the network's input, and the first training {period} "
+                f"called no {'module with parameters' if capture.names is None else '/'.join(capture.names)}"
+            )
+        return None
+
     def _check_optimisation(self, trainer: Any, pl_module: Any) -> None:
-        manual = not getattr(pl_module, "automatic_optimization", True)
-        if manual and not getattr(pl_module, "_lightning_compress_mixin", False):
+        if not _automatic(pl_module) and not getattr(pl_module, "_lightning_compress_mixin", False):
             raise ValueError(
                 f"{type(self).__name__} changes the step, and {type(pl_module).__name__} optimises manually: let it "
                 "inherit lightning_compress.CompressionMixin and call self.compressed_loss(task_loss) in its step"
@@ -537,6 +564,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
 def _plan(trainer: Any, pl_module: Any) -> dict[str, Any]:
     return {name: intent.to_dict() for name, intent in intents(trainer, pl_module).items()}
+
+
+def _automatic(pl_module: Any) -> bool:
+    return bool(getattr(pl_module, "automatic_optimization", True))
 
 
 def _versions(module: nn.Module) -> list[int]:

@@ -34,7 +34,7 @@ from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.densepath import OwnLayers, classifiers_named, last_layer, norms_of
 from lightning_compress.mechanisms.masking import DenseWeight
 from lightning_compress.mechanisms.outputs import Locator, find_logits
-from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
+from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.sharding import is_shard, shards_in_place
@@ -159,15 +159,6 @@ class DCILCallback(DynamicMaskCallback):
 
     # Life cycle
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """As the base, but that no mixin helps with manual optimisation."""
-        if stage == "fit" and not getattr(pl_module, "automatic_optimization", True):
-            raise ValueError(
-                f"{type(self).__name__} runs the step twice, and {type(pl_module).__name__} optimises manually, where "
-                "each step does its own backward pass; DPFCallback works there, with CompressionMixin"
-            )
-        super().setup(trainer, pl_module, stage)
-
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what two passes cannot be had with."""
         super().check(trainer, pl_module)
@@ -202,8 +193,9 @@ class DCILCallback(DynamicMaskCallback):
         learn = partial(self._learn_apart, others) if masks.parts is not None else None
         stack.enter_context(self._recording)
         self.student_capture = controller.capture(self.student) if self.kl_start < 1 else None
-        stack.enter_context(controller.view(View(DENSE, self._dense_pass, deployed=False, learn=learn)))
-        stack.enter_context(controller.term(Term(self.name, self._between, view=None)))
+        view = View(DENSE, self._dense_pass, deployed=False, owner=self.name, learn=learn)
+        stack.enter_context(controller.view(view))
+        stack.enter_context(controller.term(Term(self.name, self._between, view=None, student=self.student_capture)))
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """With what the dense path had for itself."""
@@ -244,7 +236,7 @@ class DCILCallback(DynamicMaskCallback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Let the dense path's own layers follow the settings of the user's optimizer, then as the base."""
-        if self._own is not None:
+        if self._own is not None and self.leads(trainer, pl_module, optimizer):
             self._own.follow(optimizer)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
@@ -327,6 +319,12 @@ class DCILCallback(DynamicMaskCallback):
         if self.dense_path == "own":
             if not classifier and self._called is not None:
                 masked = {id(weight) for weight in self._require_masks().weights.values()}
+                if len(self._trainer.optimizers) > 1:
+                    raise ValueError(
+                        f"dense_path='own' of '{self.name}' needs a classifier of its own, and with several optimizers "
+                        "the layer that is called last may be that of another network: name it with classifier=, or "
+                        "choose dense_path='own_norm'"
+                    )
                 classifier = last_layer(module, self._called(), masked)
             self._own.classifier = list(classifier)
         layers = {**norms, **classifier}
@@ -335,11 +333,27 @@ class DCILCallback(DynamicMaskCallback):
         order = {id(part): index for index, part in enumerate(module.modules())}
         chosen = dict(sorted(layers.items(), key=lambda entry: order[id(entry[1])]))
         refuse_lbfgs(self._trainer.optimizers, f"{type(self).__name__} '{self.name}'")
-        owned: OwnedParameters = self._own.copy(chosen, self._trainer.optimizers[0], self._first_statistics)
+        owned: OwnedParameters = self._own.copy(chosen, self._leader(chosen), self._first_statistics)
         self._first_statistics = {}
         self.own(owned)
         others = [name for name in chosen if name not in self._own.classifier]
         log.info("%s: the dense path has its own %s", self.name, self._of_its_own(self._own.classifier, others))
+
+    def leads(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether it trains the layers of which the dense path has its own."""
+        return self._own is None or not self._own.layers or self._leader(self._own.layers) is optimizer
+
+    def _leader(self, layers: Mapping[str, nn.Module]) -> torch.optim.Optimizer:
+        """The optimizer that the dense path's own layers follow: the one that trains those which they are copies of."""
+        every: list[torch.optim.Optimizer] = self._trainer.optimizers
+        found = holders(every, [own for layer in layers.values() for own in layer.parameters(recurse=False)])
+        if len(found) > 1:
+            raise ValueError(
+                f"{listing(list(layers))} are trained by {len(found)} optimizers, and what the dense path of "
+                f"'{self.name}' has for itself follows one: name the layers of the network that is pruned with norms= "
+                "and classifier=, or choose dense_path='shared'"
+            )
+        return (found or every)[0]
 
     def _between(self, passes: Mapping[str, Pass]) -> Tensor | None:
         """What the two passes learn from each other; log both task losses."""
@@ -350,7 +364,7 @@ class DCILCallback(DynamicMaskCallback):
         for name, seen in (("pruned", pruned), ("dense", dense)):
             if seen.task_loss is not None:
                 self.log_quantity(f"{name}_task_loss", seen.task_loss.detach(), batch_size=1)
-        begun = self._require_progress().fraction >= self.kl_start
+        begun = self._require_progress().fraction_before >= self.kl_start
         first_step = self._require_controller().steps == 0  # when what will be needed later is looked for
         if self.student_capture is None or not (begun or first_step):
             return None
