@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
+import torch
 from contract.modules import AUTOMATIC, Classifier, teacher_for
 
 import lightning_compress
@@ -148,6 +149,115 @@ CASES = (
     Case("ExportCallback", _export, heavy=True),
     Case("CompressionReport", _report),
 )
+
+
+NO_END = "the training is, and here it has no end in batches"
+MASKING = ("PruningCallback", "DPFCallback", "DCILCallback")
+CHANGING_STEPS = (
+    "DistillationCallback",
+    "AttentionTransferCallback",
+    "FactorTransferCallback",
+    "PSGDCallback",
+    "QATCallback",
+    *MASKING,
+)
+
+REFUSED: dict[str, dict[str, str]] = {
+    "manual": {
+        **dict.fromkeys(CHANGING_STEPS, "optimises manually: let it inherit lightning_compress.CompressionMixin"),
+        "DCILCallback": "runs the step twice, and ManualClassifier optimises manually",
+        "StructuredPruningCallback": "replays training steps, and ManualClassifier optimises manually",
+    },
+    "two optimizers": {
+        "DCILCallback": "runs the step twice, and TwoOptimizers optimises manually",
+        "StructuredPruningCallback": "replays training steps, and TwoOptimizers optimises manually",
+    },
+    "LBFGS": {
+        "FactorTransferCallback": "has an optimizer of its own and cannot follow LBFGS",
+        "PSGDCallback": "cannot work with LBFGS, which builds its step from gradients that belong together",
+        "DCILCallback": "has an optimizer of its own and cannot follow LBFGS",
+        "StructuredPruningCallback": "cannot take entries out of the state of LBFGS",
+    },
+    "compiled module": {"StructuredPruningCallback": "cannot look into .*, which is compiled as a whole"},
+    "fast_dev_run": {"StructuredPruningCallback": "end=0.5 leaves no step after the last round"},
+    "unsized": dict.fromkeys((*MASKING, "QATCallback", "StructuredPruningCallback"), NO_END),
+    "max_time alone": dict.fromkeys((*MASKING, "QATCallback", "StructuredPruningCallback"), NO_END),
+    "spawn": {"StructuredPruningCallback": "cannot bring a smaller network back from processes that"},
+}
+"""Cells of the reliability matrix that must be refused, before anything of the module has changed: condition, class, what
+the error says. All the others must equal their reference."""
+del REFUSED["manual"]["PSGDCallback"]  # it scales gradients, whoever asks for them
+
+WITHIN: dict[str, dict[str, float]] = {
+    "accumulation": {"FactorTransferCallback": 0.03},  # its paraphraser learns from batches of another size
+}
+"""Cells that may differ from their reference by more than rounding in another order: condition, class, by how much."""
+
+WARNED: dict[str, dict[str, str]] = {
+    "lr finder": dict.fromkeys(CHANGING_STEPS, "LearningRateFinder sets all callbacks aside"),
+    "batch-size finder": dict.fromkeys(CHANGING_STEPS, "BatchSizeFinder sets all callbacks aside"),
+}
+"""Cells in which a callback has to warn; in all the others it must not."""
+
+
+def _rounded(callback: Any, module: torch.nn.Module) -> bool:
+    return callback.quantization is not None and len(callback.quantization.weights) > 0
+
+
+def _masked(callback: Any, module: torch.nn.Module) -> bool:
+    weights = [dict(module.named_parameters())[name] for name in callback.masks]
+    return any(bool((weight == 0).any()) for weight in weights)
+
+
+def _counted(callback: Any, module: torch.nn.Module) -> bool:
+    return sum(callback.effects.values()) > 0
+
+
+def _found(callback: Any, module: torch.nn.Module) -> bool:
+    return callback.result is not None
+
+
+EFFECTS: dict[str, Callable[[Any, torch.nn.Module], bool]] = {
+    "DistillationCallback": _counted,
+    "AttentionTransferCallback": _counted,
+    "FactorTransferCallback": _counted,
+    "PSGDCallback": _counted,
+    "PTQCallback": _rounded,
+    "QATCallback": _rounded,
+    "PruningCallback": _masked,
+    "DPFCallback": _masked,
+    "DCILCallback": lambda callback, module: _masked(callback, module) and _counted(callback, module),
+    "StructuredPruningCallback": lambda callback, module: callback.plan.share > 0,
+    "ExportCallback": _found,
+    "CompressionReport": _found,
+}
+"""Whether a callback did anything in the fit that is over: from it and the trained module."""
+
+
+class Row(Protocol):
+    """What the reliability matrix needs to know of a row: one callback, or several that are attached together."""
+
+    @property
+    def name(self) -> str:
+        """Class, or classes joined by " + "."""
+
+    @property
+    def build(self) -> Callable[[Path, type[Classifier]], Any]:
+        """From a folder and the kind of module to the callback, or to a list of them."""
+
+    @property
+    def changes_loss(self) -> bool:
+        """Whether the trained weights differ from those without it."""
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the network gets smaller."""
+
+
+def callbacks_of(row: Row | None, folder: Path, kind: type[Classifier]) -> list[CompressionCallback]:
+    """The callbacks of a row, made anew; none for no row."""
+    made = [] if row is None else row.build(folder, kind)
+    return made if isinstance(made, list) else [made]
 
 
 def public_callbacks() -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback, log, shards
 from lightning_compress.callbacks.intents import Intent, layers_of, left_out
 from lightning_compress.callbacks.returned import Returned
@@ -232,6 +233,7 @@ class MaskedWeightsCallback(CompressionCallback):
                 "the last training step, so they cannot be compressed"
             )
         self._compress_module()
+        self._compress_averages(trainer, pl_module)
         self._files.close()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -310,6 +312,15 @@ class MaskedWeightsCallback(CompressionCallback):
             self._dense[name] = sharded_as(own.clone() if masks.parts else own.cpu().clone(), weight)
             own.copy_(masks.masked(name, own))
         masks.retire()
+
+    def _compress_averages(self, trainer: Any, pl_module: nn.Module) -> None:
+        """An average of the weights is what its callback puts into a checkpoint after the fit too."""
+        masks = self._require_masks()
+        for average in _compat.averages_of(trainer, pl_module):
+            copies = named_weights(average)
+            with torch.no_grad():
+                for name in masks.weights:
+                    copies[name].copy_(masks.masked(name, copies[name]))
 
     def _go_back(self) -> None:
         """To what this was before the fit, if nothing was trained."""

@@ -87,6 +87,20 @@ def interrupted() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def with_momentum(module: Classifier) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=module.lr, momentum=0.9)
+
+
+def with_schedule(module: Classifier) -> dict[str, Any]:
+    optimizer = with_momentum(module)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def by_lbfgs(module: Classifier) -> torch.optim.Optimizer:
+    return torch.optim.LBFGS(module.parameters(), lr=module.lr, max_iter=2)
+
+
 class Classifier(L.LightningModule):
     """The network is a child, and the step calls the LightningModule."""
 
@@ -96,6 +110,8 @@ class Classifier(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.build()
+        self.lr = 0.1
+        self.optimise: Callable[[Classifier], Any] = with_schedule
         self.fails_at: int | None = None
         self.failure: Callable[[], None] = broken
         self.fails_in_validation = False
@@ -126,9 +142,7 @@ class Classifier(L.LightningModule):
         self.log("test_loss", self.task_loss(batch), batch_size=BATCH)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return self.optimise(self)
 
 
 class NormClassifier(Classifier):
@@ -201,6 +215,30 @@ class MixinClassifier(CompressionMixin, ManualClassifier):
 
     def total(self, task_loss: Tensor) -> Tensor:
         return self.compressed_loss(task_loss)
+
+
+def one_for_each_half(module: Classifier) -> list[torch.optim.Optimizer]:
+    parts = list(module.model.children())
+    return [
+        torch.optim.SGD([entry for part in half for entry in part.parameters()], lr=module.lr, momentum=0.9)
+        for half in (parts[:1], parts[1:])
+    ]
+
+
+class TwoOptimizers(MixinClassifier):
+    """Optimises manually, with our mixin, and with two optimizers that share the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimise = one_for_each_half
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        both = self.optimizers()
+        for optimizer in both:
+            optimizer.zero_grad()
+        self.manual_backward(self.total(Classifier.training_step(self, batch, batch_idx)))
+        for optimizer in both:
+            optimizer.step()
 
 
 AUTOMATIC: tuple[type[Classifier], ...] = (Classifier, NormClassifier, NetworkItself, DictClassifier)

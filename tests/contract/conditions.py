@@ -1,0 +1,484 @@
+"""The circumstances of the reliability matrix: how a project trains, and what a fit is compared with there.
+
+Each condition trains with the callbacks of a row, asserts the contract, and gives the largest difference between what was
+left and what its reference left.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import CASES, Row
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from rows import ROWS
+from torch.utils.data import DataLoader
+
+from .bystanders import (
+    AverageByHand,
+    CountingEpochs,
+    Endless,
+    Evaluations,
+    Leaving,
+    Sized,
+    StopAfter,
+    Watching,
+    clip_norm,
+    clip_value,
+    rank_file,
+)
+from .launched import TOGETHER
+from .modules import (
+    AUTOMATIC,
+    BATCH,
+    Classifier,
+    ManualClassifier,
+    NetworkItself,
+    TwoOptimizers,
+    by_lbfgs,
+    made,
+    scaled,
+    with_momentum,
+)
+from .setups import (
+    EPOCHS,
+    EXAMPLES,
+    PLAIN,
+    Fit,
+    Setup,
+    assert_nothing_of_ours,
+    assert_the_contract,
+    batches,
+    came_home,
+    fitted,
+    gaps,
+    left,
+    results,
+    without,
+)
+
+WITHOUT_NORM = tuple(kind for kind in AUTOMATIC if not kind.norm)
+WITH_CHILD = tuple(kind for kind in AUTOMATIC if kind is not NetworkItself)
+STEPS = EPOCHS * EXAMPLES // BATCH
+DAY = "01:00:00:00"
+ROUNDING = 1e-6
+
+Run = Callable[[Row, "type[Classifier]", Path], "dict[str, float]"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One of the circumstances.
+
+    Attributes:
+        key: In the names of tests, and in what ``cases.py`` expects.
+        title: For readers of the page.
+        reference: What the fit has to equal.
+        run: From a row, a kind of module and a folder to the difference from the reference.
+        kinds: Kinds of module it is tried on.
+        within: The largest difference: 0, or what sums in another order make.
+    """
+
+    key: str
+    title: str
+    reference: str
+    run: Run
+    kinds: tuple[type[Classifier], ...] = AUTOMATIC
+    within: float = 0.0
+
+
+# What a fit is compared with
+
+
+def against(setup: Setup, reference: Setup, *, acts: bool = False) -> Run:
+    """A fit, and another set up as ``reference``; ``acts``: the setup makes a difference without our callbacks too."""
+
+    def run(row: Row, kind: type[Classifier], folder: Path) -> dict[str, float]:
+        first, plain = fitted(row, kind, folder / "first", setup), without(kind, setup)
+        assert_the_contract(first, row, plain)
+        if acts:
+            ordinary = without(kind, PLAIN.but(prepare=setup.prepare))
+            assert gaps(plain.module.state_dict(), ordinary.module.state_dict())
+        return gaps(left(first), left(fitted(row, kind, folder / "second", reference)))
+
+    return run
+
+
+def against_what_it_found(setup: Setup, found: Callable[[Fit], Any], by_hand: Callable[[Any], Setup]) -> Run:
+    """A fit whose tuner finds a value, and another that is given it by hand."""
+
+    def run(row: Row, kind: type[Classifier], folder: Path) -> dict[str, float]:
+        first, plain = fitted(row, kind, folder / "first", setup), without(kind, setup)
+        assert found(first) == found(plain)
+        assert_the_contract(first, row, plain)
+        return gaps(left(first), left(fitted(row, kind, folder / "second", by_hand(found(plain)))))
+
+    return run
+
+
+def against_itself_resumed(dtype: torch.dtype, setup: Setup) -> Run:
+    """A fit whose forward passes really have that precision, and one that goes on from the middle of it."""
+
+    def run(row: Row, kind: type[Classifier], folder: Path) -> dict[str, float]:
+        seen, saver = Watching(), ModelCheckpoint(folder, filename="{step}", save_top_k=-1)
+        first = fitted(row, kind, folder / "first", setup.but(others=lambda: [seen, saver]))
+        assert seen.types.count(dtype) >= STEPS
+        scaler = getattr(first.trainer.precision_plugin, "scaler", None)
+        assert (scaler is not None) == (dtype == torch.float16)
+        assert scaler is None or scaler._growth_tracker.item() > 0  # steps went through it
+        assert_the_contract(first, row, without(kind, setup))
+        middle = folder / f"step={STEPS // 2}.ckpt"
+        return gaps(left(first), left(fitted(row, kind, folder / "second", setup, ckpt_path=middle)))
+
+    return run
+
+
+def against_one_process(row: Row, kind: type[Classifier], folder: Path) -> dict[str, float]:
+    """Two scripts, of which each has half of each batch."""
+    ranks = [torch.load(rank_file(launched(row in CASES) / row.name, rank), weights_only=True) for rank in (0, 1)]
+    for rank in ranks:
+        if "error" in rank:
+            raise RuntimeError(rank["error"])
+        assert rank["ranks"] == 2
+    assert gaps(ranks[0]["weights"], ranks[1]["weights"]) == {}
+    return gaps(ranks[0]["left"], left(fitted(row, kind, folder, TOGETHER)))
+
+
+@functools.cache
+def launched(single: bool) -> Path:
+    """What two scripts leave that train with each row: all those of one callback, or all others.
+
+    They run in one pair of processes, as imports take seconds; an error of one is raised in its own test.
+    """
+    condition = next(condition for condition in CONDITIONS if condition.run is against_one_process)
+    wanted = [f"{row.name}:{kind_of(row, condition).__name__}" for row in ROWS if (row in CASES) == single]
+    folder = Path(tempfile.mkdtemp(prefix="launched-"))
+    subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("launched.py")), str(folder), *wanted],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=900,  # a hang is an error
+        check=True,
+    )
+    return folder
+
+
+def against_one_process_and_complete(row: Row, kind: type[Classifier], folder: Path) -> dict[str, float]:
+    """Spawned processes, after which the parent has all that they found."""
+    first = fitted(row, kind, folder, SPAWNED.but(others=lambda: [Leaving(folder)]))
+    ranks = [torch.load(rank_file(folder, rank), weights_only=True) for rank in (0, 1)]
+    assert gaps(ranks[0]["weights"], ranks[1]["weights"]) == {}
+    assert gaps(ranks[0]["weights"], first.module.state_dict()) == {}
+    assert_nothing_of_ours(first.module)
+    alone = fitted(row, kind, folder / "alone", TOGETHER)
+    assert_the_contract(alone, row, without(kind, TOGETHER))
+    apart = gaps(first.module.state_dict(), alone.module.state_dict())
+    for own, other in zip(first.ours, alone.ours, strict=True):
+        assert ranks[0]["effects"][type(own).__name__] == sum(other.effects.values())
+        assert came_home(own) == came_home(other)
+        apart |= gaps(results(own), results(other))
+    return apart
+
+
+# How a project trains
+
+
+def without_schedule(module: Classifier) -> Classifier:
+    module.optimise = with_momentum
+    return module
+
+
+def with_lbfgs(module: Classifier) -> Classifier:
+    module.optimise = by_lbfgs
+    return module
+
+
+def clipping_its_norm(module: Classifier) -> Classifier:
+    module.configure_gradient_clipping = clip_norm
+    return module
+
+
+def clipping_its_values(module: Classifier) -> Classifier:
+    module.configure_gradient_clipping = clip_value
+    return module
+
+
+def with_a_compiled_network(module: Classifier) -> Classifier:
+    module.model.compile(backend="eager")
+    return module
+
+
+def compiled(module: Classifier) -> Any:
+    return torch.compile(module, backend="eager")
+
+
+def with_learning_rate(found: float) -> Setup:
+    def prepare(module: Classifier) -> Classifier:
+        module.lr = found
+        return without_schedule(module)
+
+    return PLAIN.but(prepare=prepare)
+
+
+def listed(kind: type[Classifier], rows: int) -> DataLoader:
+    """The batches, made before."""
+    return DataLoader(list(batches(kind, rows=rows)), batch_size=None)
+
+
+def endless(kind: type[Classifier]) -> DataLoader:
+    return DataLoader(Endless(EXAMPLES, as_dict=kind.as_dict), batch_size=BATCH)
+
+
+def sized(batch_size: int) -> Setup:
+    return PLAIN.but(batches=functools.partial(Sized, rows=EXAMPLES, batch_size=batch_size))
+
+
+def stopping_after(epochs: int) -> list[EarlyStopping]:
+    settings = {"mode": "max", "stopping_threshold": epochs - 0.5, "check_on_train_epoch_end": True}
+    return [EarlyStopping("epochs", **settings)]
+
+
+def of(rows: int, **settings: Any) -> Callable[[type[Classifier]], Any]:
+    return functools.partial(batches, rows=rows, **settings)
+
+
+STEPS_ONLY = {"max_epochs": None, "max_steps": STEPS}
+ONE_BATCH = PLAIN.but(settings={"max_epochs": 1, "num_sanity_val_steps": 0}, batches=of(BATCH), validation=of(BATCH))
+EMA = PLAIN.but(others=lambda: [EMAWeightAveraging(decay=0.5)])
+SPAWNED = TOGETHER.but(settings={"devices": 2, "strategy": "ddp_spawn", "use_distributed_sampler": False})
+CONSTANT = PLAIN.but(prepare=without_schedule)
+SWA = CONSTANT.but(others=lambda: [StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)])
+QUASI_NEWTON = PLAIN.but(prepare=with_lbfgs)
+LR_FINDER = CONSTANT.but(
+    others=lambda: [LearningRateFinder(min_lr=1e-3, max_lr=0.5, num_training_steps=20, early_stop_threshold=None)],
+)
+SIZE_FINDER = sized(2).but(others=lambda: [BatchSizeFinder(steps_per_trial=1, init_val=2, max_trials=2)])
+FOR_LONG = PLAIN.but(settings={"max_epochs": 4})
+
+
+def against_the_mean_by_hand(row: Row, kind: type[Classifier], folder: Path) -> dict[str, float]:
+    """With batch norm, Lightning goes through the data once more for its statistics, and masks may follow the means."""
+    first, plain = fitted(row, kind, folder / "first", SWA), without(kind, SWA)
+    assert_the_contract(first, row, plain)
+    assert gaps(plain.module.state_dict(), without(kind, CONSTANT).module.state_dict())
+    by_hand = AverageByHand(None)
+    if not kind.norm:
+        return gaps(left(first), left(fitted(row, kind, folder / "second", CONSTANT.but(others=lambda: [by_hand]))))
+    one_more = CONSTANT.but(settings={"max_epochs": EPOCHS + 1})  # so long Lightning makes it, for schedules too
+    fitted(row, kind, folder / "second", one_more.but(others=lambda: [StopAfter(EPOCHS), by_hand]))
+    weights, means = dict(first.module.named_parameters()), dict(by_hand.average.named_parameters())
+    return gaps(weights, {name: means[name] * (weight != 0) for name, weight in weights.items()})
+
+
+def against_an_optimizer_that_is_told_the_same(row: Row, kind: type[Classifier], folder: Path) -> dict[str, float]:
+    """LBFGS evaluates the loss several times a step: its steps, from the gradients of all these evaluations."""
+    seen = Evaluations()
+    first = fitted(row, kind, folder / "first", QUASI_NEWTON.but(others=lambda: [seen]))
+    assert len(seen.losses) > STEPS
+    assert_the_contract(first, row, without(kind, QUASI_NEWTON))
+    start = [entry.detach() for entry in made(kind).parameters()]
+    replayed = seen.replayed(start, lambda weights: torch.optim.LBFGS(weights, lr=0.1, max_iter=2), STEPS)
+    ordinary = Evaluations()
+    fitted(row, kind, folder / "second", PLAIN.but(others=lambda: [ordinary]))
+    assert gaps(ordinary.gradients[0], seen.gradients[0]) == {}
+    return gaps(replayed, seen.weights)
+
+
+SAME = "the plain fit"
+RESUMED = "the fit that goes on from the checkpoint of its middle; the forward pass has that type"
+
+CONDITIONS = (
+    Condition("plain", "one process", "the same fit again", against(PLAIN, PLAIN)),
+    Condition(
+        "popen",
+        "two processes, ddp",
+        "one process with the whole batch; the ranks are identical",
+        against_one_process,
+        WITHOUT_NORM,
+        ROUNDING,
+    ),
+    Condition(
+        "spawn",
+        "two processes, ddp_spawn",
+        "one process with the whole batch; the ranks and the parent are identical",
+        against_one_process_and_complete,
+        WITHOUT_NORM,
+        ROUNDING,
+    ),
+    Condition(
+        "accumulation",
+        "accumulate_grad_batches",
+        "batches of twice the size",
+        against(
+            PLAIN.but(settings={"accumulate_grad_batches": 2}), PLAIN.but(batches=of(EXAMPLES, batch_size=2 * BATCH))
+        ),
+        WITHOUT_NORM,
+        ROUNDING,
+    ),
+    Condition(
+        "clip norm",
+        "gradients clipped by norm",
+        "a module that clips them itself",
+        against(PLAIN.but(settings={"gradient_clip_val": 0.2}), PLAIN.but(prepare=clipping_its_norm), acts=True),
+    ),
+    Condition(
+        "clip value",
+        "gradients clipped by value",
+        "a module that clips them itself",
+        against(
+            PLAIN.but(settings={"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+            PLAIN.but(prepare=clipping_its_values),
+            acts=True,
+        ),
+    ),
+    Condition(
+        "bf16-mixed",
+        "bf16-mixed",
+        RESUMED,
+        against_itself_resumed(torch.bfloat16, PLAIN.but(settings={"precision": "bf16-mixed"})),
+    ),
+    Condition(
+        "16-mixed", "16-mixed, with a scaler", RESUMED, against_itself_resumed(torch.float16, PLAIN.but(plugin=scaled))
+    ),
+    Condition(
+        "bf16-true",
+        "bf16-true",
+        RESUMED,
+        against_itself_resumed(torch.bfloat16, PLAIN.but(settings={"precision": "bf16-true"})),
+    ),
+    Condition(
+        "compiled network",
+        "the network compiled",
+        SAME,
+        against(PLAIN.but(prepare=with_a_compiled_network), PLAIN),
+        WITH_CHILD,
+    ),
+    Condition("compiled module", "the LightningModule compiled", SAME, against(PLAIN.but(prepare=compiled), PLAIN)),
+    Condition(
+        "EMA",
+        "EMAWeightAveraging",
+        "an average kept by hand",
+        against(EMA, PLAIN.but(others=lambda: [AverageByHand(0.5)]), acts=True),
+    ),
+    Condition("SWA", "StochasticWeightAveraging", "a mean kept by hand", against_the_mean_by_hand, within=ROUNDING),
+    Condition(
+        "manual",
+        "manual optimisation",
+        "automatic optimisation",
+        against(PLAIN.but(kind=ManualClassifier), CONSTANT),
+        (Classifier,),
+    ),
+    Condition(
+        "two optimizers",
+        "two optimizers, CompressionMixin",
+        "one optimizer for all, automatic optimisation",
+        against(PLAIN.but(kind=TwoOptimizers), CONSTANT),
+        (Classifier,),
+    ),
+    Condition(
+        "LBFGS",
+        "LBFGS",
+        "LBFGS by hand, from the same gradients",
+        against_an_optimizer_that_is_told_the_same,
+        WITHOUT_NORM,
+    ),
+    Condition(
+        "uneven",
+        "an uneven last batch",
+        "the batches as a list",
+        against(PLAIN.but(batches=of(EXAMPLES - 4)), PLAIN.but(batches=functools.partial(listed, rows=EXAMPLES - 4))),
+    ),
+    Condition(
+        "limit_train_batches",
+        "limit_train_batches",
+        "so many batches",
+        against(PLAIN.but(settings={"limit_train_batches": 3}), PLAIN.but(batches=of(3 * BATCH)), acts=True),
+    ),
+    Condition(
+        "overfit_batches",
+        "overfit_batches",
+        "so many batches",
+        against(PLAIN.but(settings={"overfit_batches": 2}), PLAIN.but(batches=of(2 * BATCH)), acts=True),
+    ),
+    Condition(
+        "fast_dev_run",
+        "fast_dev_run",
+        "a fit of one batch",
+        against(PLAIN.but(settings={"fast_dev_run": True}), ONE_BATCH, acts=True),
+    ),
+    Condition(
+        "barebones",
+        "barebones",
+        SAME,
+        against(PLAIN.but(settings={"barebones": True, "logger": False, "enable_checkpointing": False}), PLAIN),
+    ),
+    Condition("logger=False", "logger=False", SAME, against(PLAIN.but(settings={"logger": False}), PLAIN)),
+    Condition(
+        "no checkpoints",
+        "enable_checkpointing=False",
+        SAME,
+        against(PLAIN.but(settings={"enable_checkpointing": False}), PLAIN),
+    ),
+    Condition("no validation", "no validation", SAME, against(PLAIN.but(validation=None), PLAIN)),
+    Condition("max_steps", "max_steps alone", SAME, against(PLAIN.but(settings=STEPS_ONLY), PLAIN)),
+    Condition(
+        "unsized, max_steps",
+        "data without a length, max_steps",
+        SAME,
+        against(PLAIN.but(batches=endless, settings=STEPS_ONLY), PLAIN),
+    ),
+    Condition("unsized", "data without a length, max_epochs", SAME, against(PLAIN.but(batches=endless), PLAIN)),
+    Condition("max_time", "max_time, max_epochs", SAME, against(PLAIN.but(settings={"max_time": DAY}), PLAIN)),
+    Condition(
+        "max_time alone",
+        "max_time alone",
+        SAME,
+        against(
+            PLAIN.but(settings={"max_time": DAY, "max_epochs": None}, others=lambda: [StopAfter(EPOCHS)]),
+            PLAIN,
+        ),
+    ),
+    Condition(
+        "lr finder",
+        "LearningRateFinder",
+        "a fit with the rate that it found",
+        against_what_it_found(LR_FINDER, lambda fit: fit.module.lr, with_learning_rate),
+    ),
+    Condition(
+        "batch-size finder",
+        "BatchSizeFinder",
+        "a fit with the size that it found",
+        against_what_it_found(SIZE_FINDER, lambda fit: fit.trainer.datamodule.batch_size, sized),
+    ),
+    Condition("configure_callbacks", "configure_callbacks", SAME, against(PLAIN.but(by_module=True), PLAIN)),
+    Condition(
+        "EarlyStopping",
+        "EarlyStopping",
+        "a fit that is ended by hand after the same epoch",
+        against(
+            FOR_LONG.but(others=lambda: [CountingEpochs(), *stopping_after(3)]),
+            FOR_LONG.but(others=lambda: [CountingEpochs(), StopAfter(3)]),
+        ),
+    ),
+)
+
+
+def kind_of(row: Row, condition: Condition) -> type[Classifier]:
+    """The kind of module of a cell: they take turns, along rows and along columns."""
+    turn = ROWS.index(row) + CONDITIONS.index(condition)
+    return condition.kinds[turn % len(condition.kinds)]
