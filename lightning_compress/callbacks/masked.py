@@ -242,6 +242,8 @@ class MaskedWeightsCallback(CompressionCallback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave nothing on the module, once the checkpoints of the exception are written."""
         super().on_exception(trainer, pl_module, exception)
+        if self._masks is not None and self._masks.parts is not None:
+            self._undo = None  # the others may not come: no process goes back alone
         if self._undo is not None and self._undo_bakes:
             self._compress_module()
             self._files.close()

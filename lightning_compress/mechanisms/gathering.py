@@ -248,6 +248,8 @@ class GatheredWeights:
 
     def drop(self) -> None:
         """Let the layers read the weights again."""
+        if not self.weights:
+            return
         for weight in self.weights.values():
             weight.shown = False
         self.shown = False
