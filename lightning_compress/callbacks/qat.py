@@ -619,9 +619,9 @@ class QATCallback(QuantisedCallback):
         for name, grid in moving.grids.weights.items():
             if name not in moving.names.sharded or (grid.axis is None and self.step_size != "mse"):
                 raise ValueError(
-                    f"'{self.name}' cannot round '{joined(moving.grids.network, name)}' in each process: it is not split "
-                    f"by FSDP2, or one step is given for all of its rows, which step_size='{self.step_size}' would move; "
-                    "leave it out with exclude="
+                    f"'{self.name}' cannot round '{joined(moving.grids.network, name)}' in each process: it is not "
+                    "split by FSDP2, or one step is given for all of its rows, which "
+                    f"step_size='{self.step_size}' would move; leave it out with exclude="
                 )
         refuse_unpresentable(moving.network, {name: moving.names.sharded[name] for name in moving.grids.weights})
         return {

@@ -41,6 +41,7 @@ VARIANTS = {
 KINDS = ("full", "sharded")
 SAVED = list(itertools.product(["pruning", "dpf", "dcil own", "taylor", "iterative"], KINDS))
 KEPT = EXACT[1]
+NARROWED = ("dpf", "dcil", "dcil own")
 ACTED = list(itertools.product(ACTIONS, EXACT[:2]))
 
 
@@ -163,6 +164,7 @@ def test_checkpoints_hold_compressed_weights_and_a_fit_goes_on_from_the_dense_on
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory):
     names = [f"masks:rounded:{kind}:{whose}" for kind in ROUNDED for whose in ("ours", "by hand")]
+    names += [f"masks:fitted:{callback}:bf16 policy" for callback in NARROWED]
     return launched(tmp_path_factory, "rounded", names)
 
 
@@ -173,6 +175,19 @@ def test_bfloat16_equals_masks_by_hand(rounded, kind):
     assert farthest(ours["state_dict"], hand["state_dict"]) == 0
     assert sum(int((value == 0).sum()) for value in ours["state_dict"].values()) == 252
     record("sharded", "PruningCallback", kind, "exact", "beside masks by hand")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("callback", NARROWED)
+def test_bfloat16_is_near_float32(rounded, callback, tmp_path):
+    ranks = rounded[f"masks:fitted:{callback}:bf16 policy"]
+    assert [rank.get("error") for rank in ranks] == [None, None]
+    reference = alone(f"masks:fitted:{callback}:{EXACT[0]}", tmp_path)
+    assert farthest(ranks[0]["state_dict"], ranks[1]["state_dict"]) == 0
+    assert ranks[0]["reached"] == reference["reached"] > 0.8
+    other = sum(int((mask != reference["masks"][key]).sum()) for key, mask in ranks[0]["masks"].items())
+    assert other < 0.02 * sum(mask.numel() for mask in reference["masks"].values())
+    record("sharded", type(CALLBACKS[callback]()).__name__, f"bf16 policy, {callback}", "works")
 
 
 @pytest.fixture(scope="module")
