@@ -255,6 +255,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work before anything happens."""
         if stage != "fit":
+            if self.quantises:  # it shows another network there
+                self._check_strategy(trainer.strategy)
             return
         if any(other is not self and other.name == self.name for other in callbacks_of(trainer)):
             raise ValueError(
