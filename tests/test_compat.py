@@ -990,3 +990,29 @@ def test_a_failing_launch_is_noticed_before_any_hook():
     with pytest.raises(AttributeError, match="cluster_environment"):
         strategy.launcher.launch(print)
     assert happened == ["noticed"]
+
+
+def test_what_fsdp2_puts_on_a_module_is_found_and_put_back():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        layer = nn.Linear(2, 2)
+        handle = layer.register_forward_hook(lambda *_: None)
+        before = set(vars(layer))
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        assert isinstance(layer, FSDPModule)
+        assert type(layer).__module__.startswith(_compat.SHARDING)
+        hooks = dict(layer._forward_pre_hooks)
+        assert len(layer._forward_hooks) == 2
+        with _compat.without_sharding(layer):
+            assert type(layer) is nn.Linear
+            assert set(vars(layer)) == before
+            assert not layer._forward_pre_hooks
+            assert list(layer._forward_hooks) == [handle.id]
+        assert isinstance(layer, FSDPModule)
+        assert layer._forward_pre_hooks == hooks
+        assert len(layer._forward_hooks) == 2
+    finally:
+        torch.distributed.destroy_process_group()
