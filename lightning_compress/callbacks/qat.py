@@ -322,6 +322,7 @@ class QATCallback(QuantisedCallback):
     def check(self, trainer: Any, pl_module: Any) -> None:
         """As the base; refuse a checkpoint without grids, channels that go later; tell of arguments without effect."""
         super().check(trainer, pl_module)
+        self._refuse_manual_shards(trainer, pl_module)
         self._refuse_shrinking(
             trainer,
             f"the grids of '{self.name}' are of the network as it is at start={self.start}: let it begin after, with a "
