@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from . import masks as scenarios
 from .circumstances import EXACT
 from .masks import ACTIONS, CALLBACKS, ROUNDED
-from .place import BATCH, STEPS, Classifier, alone, farthest, in_ranks, made, rows
+from .place import BATCH, STEPS, Classifier, Place, alone, farthest, in_ranks, made, rows
 
 TOLERANCE = 1e-6
 ROWS = {"pruning": "PruningCallback", "dpf": "DPFCallback", "dcil": "DCILCallback"}
@@ -159,6 +159,19 @@ def test_checkpoints_hold_compressed_weights_and_a_fit_goes_on_from_the_dense_on
     row = type(CALLBACKS[callback]()).__name__
     which = f"{kind} checkpoints, and a resume" + ("" if callback in ROWS else f" ({callback})")
     record("sharded", row, which, "exact", f"d = {d:.0e}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("callback", sorted({callback for callback, _ in SAVED}))
+def test_one_process_goes_on_from_the_full_checkpoint_of_two(saved, callback, tmp_path):
+    name = f"masks:saved:{callback}:full"
+    path = saved[0] / name.replace(":", "-").replace(" ", "_") / "epoch=0.ckpt"
+    again, other = scenarios.resumed(Place(tmp_path), callback, path, max_epochs=2, count=BATCH * STEPS // 2)
+    whole = saved[1][name][0]
+    assert farthest(again.state_dict(), whole["state_dict"]) <= TOLERANCE
+    assert all(torch.equal(mask, whole["masks"][key]) for key, mask in other.masks.items())
+    which = "resumed in one process" + ("" if callback in ROWS else f" ({callback})")
+    record("sharded", type(other).__name__, which, "exact")
 
 
 @pytest.fixture(scope="module")
