@@ -35,6 +35,8 @@ MASKS = f"{PACKAGE}/callbacks/masks.py"
 MASKED = f"{PACKAGE}/callbacks/masked.py"
 DCIL = f"{PACKAGE}/callbacks/dcil.py"
 FURTHER = f"{PACKAGE}/mechanisms/further.py"
+GATHERING = f"{PACKAGE}/mechanisms/gathering.py"
+GATHERING_TEST = "tests/mechanisms/test_gathering.py"
 STANDINS = f"{PACKAGE}/mechanisms/standins.py"
 SELECTION = f"{PACKAGE}/functional/_selection.py"
 VIEWS = f"{PACKAGE}/mechanisms/views.py"
@@ -222,7 +224,7 @@ MUTATIONS = (
     Mutation(
         "the terms are computed and not added",
         CONTROLLER,
-        "return _with_loss(deployed_output, _sum(totals))",
+        "return _with_loss(deployed_output, _sum([*itertools.chain(*totals.values()), *between.values()]))",
         "return deployed_output",
         f"{EXACT}::test_every_way_to_write_a_step[Classifier]",
     ),
@@ -659,6 +661,41 @@ MUTATIONS = (
         "tests/functional/test_masks.py::test_of_equal_magnitudes_the_earlier_is_pruned_first",
     ),
     Mutation(
+        "each process prunes as many of equal weights as all together",
+        SELECTION,
+        "    return (ties - before[:, parts.rank])",
+        "    return (ties - 0 * before[:, parts.rank])",
+        "tests/functional/test_parts.py::test_masks_equal_those_of_a_stable_sort[zeros-2]",
+    ),
+    Mutation(
+        "a sharded weight gets the gradient of what was presented",
+        GATHERING,
+        "            own.copy_(self.view.gradient(own))",
+        "            pass",
+        f"{GATHERING_TEST}::test_a_layer_is_given_the_view_and_the_weight_its_gradient",
+    ),
+    Mutation(
+        "what was gathered through a view stays when that is dropped",
+        GATHERING,
+        "        self.shown = False\n        shards_in_place(self.module)",
+        "        self.shown = False",
+        f"{GATHERING_TEST}::test_a_layer_is_given_the_view_and_the_weight_its_gradient",
+    ),
+    Mutation(
+        "what a pass with a backward pass of its own has learned is lost",
+        GATHERING,
+        "            own_part(gradient).add_(owed)",
+        "            pass",
+        f"{GATHERING_TEST}::test_a_pass_with_a_backward_pass_of_its_own",
+    ),
+    Mutation(
+        "a gradient past the view of a sharded weight is taken for its own",
+        GATHERING,
+        "        if self.gathers == self._settled:",
+        "        if False:",
+        f"{GATHERING_TEST}::test_a_gradient_that_did_not_come_through_the_view_is_an_error",
+    ),
+    Mutation(
         "the final sparsity is that of the schedule",
         MASKS,
         "        self._take(self.new_masks(self.sparsity), more=more)",
@@ -675,14 +712,14 @@ MUTATIONS = (
     Mutation(
         "a model that is tested gets its dense weights back",
         SAVING,
-        "            if resumes:",
+        '            if resumes and "state_dict" in checkpoint:',
         "            if True:",
         f"{PRUNING_TEST}::test_everything_is_kept_through_fit_test_save_and_load",
     ),
     Mutation(
         "what is resumed goes on from the compressed weights",
         SAVING,
-        "            if resumes:",
+        '            if resumes and "state_dict" in checkpoint:',
         "            if False:",
         f"{CONTRACT}/test_resume.py::test_from_the_middle_of_an_epoch_with_a_stateful_loader",
     ),

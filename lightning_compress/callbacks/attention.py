@@ -148,6 +148,12 @@ class AttentionTransferCallback(FeatureCallback):
         """All of them."""
         return proposals
 
+    def problem_with_shards(self) -> str | None:
+        """FSDP2 hooks into the backward pass; its gradients have no graph of their own."""
+        if self.map_kind == "gradient":
+            return "map_kind='gradient' differentiates twice; choose another map_kind, or use one device or DDP"
+        return super().problem_with_shards()
+
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse layers that do not exist, and steps that cannot be run with another network."""
         super().check(trainer, pl_module)

@@ -215,6 +215,8 @@ class FactorTransferCallback(FeatureCallback):
             key: state[key] for key in ("layer", "paraphraser", "reconstruction_errors", "translator") if key in state
         }
         self.reconstruction_errors = list(self._loaded.get("reconstruction_errors", ()))
+        if self._translator is not None:  # FSDP2 restores a fit that has begun
+            self._translator.load_state_dict(self._loaded.get("translator", {}))
 
     def _term(self, passes: Mapping[str, Pass]) -> Tensor | None:
         [seen] = passes.values()

@@ -150,6 +150,13 @@ class PTQCallback(QuantisedCallback):
 
     # Life cycle
 
+    def problem_with_shards(self) -> str | None:
+        """It calibrates the network as the user's module has it."""
+        return (
+            "it calibrates with whole parameters: train without it, and then, on one device, let a Trainer that has it "
+            "run validate(module, ckpt_path=...), which calibrates the checkpoint"
+        )
+
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """As the base; forget what was found before."""
         super().attach(controller, stack, trainer, pl_module)

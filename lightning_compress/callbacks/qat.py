@@ -23,6 +23,7 @@ from lightning_compress.callbacks.arguments import check_choice, check_fraction,
 from lightning_compress.callbacks.base import CompressionCallback, averaging, log, together
 from lightning_compress.callbacks.calibrating import bits_of_layers, selection
 from lightning_compress.callbacks.intents import Intent
+from lightning_compress.callbacks.masked import MaskedWeightsCallback
 from lightning_compress.callbacks.quantised import QuantisedCallback
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.scales import given_steps, grids_of_ranges, inside, trained_ranges
@@ -46,6 +47,7 @@ from lightning_compress.mechanisms.rounded_weights import RoundedWeight
 from lightning_compress.mechanisms.rounding import Presented, Rounding
 from lightning_compress.mechanisms.selection import find_module, joined, listing, plain_name
 from lightning_compress.mechanisms.sharding import sharded_units
+from lightning_compress.mechanisms.weights import select_weights
 
 StepSize = Literal["mse", "observed", "learned"]
 SMALL_RATE = 0.25
@@ -320,6 +322,7 @@ class QATCallback(QuantisedCallback):
     def check(self, trainer: Any, pl_module: Any) -> None:
         """As the base; refuse a checkpoint without grids, channels that go later; tell of arguments without effect."""
         super().check(trainer, pl_module)
+        self._refuse_manual_shards(trainer, pl_module)
         self._refuse_shrinking(
             trainer,
             f"the grids of '{self.name}' are of the network as it is at start={self.start}: let it begin after, with a "
@@ -342,8 +345,23 @@ class QATCallback(QuantisedCallback):
         self.captured_sample = None
         goes_on = trainer.global_step > 0 and self.quantization is not None and self.has_fitted(pl_module)
         super().attach(controller, stack, trainer, pl_module)
+        if sharded_units(pl_module):
+            self._refuse_masked(trainer, pl_module)
         state = self._loaded or (self.state_dict() if goes_on else None)
         self._begin_with(state, stack, pl_module)
+
+    def _refuse_masked(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse weights that are masked too: of sharded ones one view is presented."""
+        own = selection(pl_module, self.layers, self.exclude)
+        for other in trainer.callbacks:
+            if isinstance(other, MaskedWeightsCallback):
+                chosen = select_weights(pl_module, other.layers, other.exclude, default=other.default_layers).weights
+                if both := [name for name in chosen if own(name)]:
+                    raise ValueError(
+                        f"'{other.name}' masks {listing(both)}, which '{self.name}' would round, and with "
+                        f"{type(trainer.strategy).__name__} (FSDP2) only one of them can: leave weights to either with "
+                        "layers= or exclude="
+                    )
 
     def _begin_with(self, state: dict[str, Any] | None, stack: ExitStack, pl_module: Any) -> None:
         self._loaded = None
@@ -600,10 +618,11 @@ class QATCallback(QuantisedCallback):
         """Views of the weights that are rounded, where FSDP2 has split them."""
         ranks = 1 if moving.parts is None else moving.parts.ranks
         for name, grid in moving.grids.weights.items():
-            if name not in moving.names.sharded or (grid.axis is None and moving.parts is not None):
+            if name not in moving.names.sharded or (grid.axis is None and self.step_size != "mse"):
                 raise ValueError(
-                    f"the weight '{joined(moving.grids.network, name)}' is not split by FSDP2, or has one step for all of "
-                    f"its rows, so '{self.name}' cannot round it in each process; leave it out with exclude="
+                    f"'{self.name}' cannot round '{joined(moving.grids.network, name)}' in each process: it is not "
+                    "split by FSDP2, or one step is given for all of its rows, which "
+                    f"step_size='{self.step_size}' would move; leave it out with exclude="
                 )
         refuse_unpresentable(moving.network, {name: moving.names.sharded[name] for name in moving.grids.weights})
         return {
@@ -720,11 +739,8 @@ class QATCallback(QuantisedCallback):
     def _check_first(self, moving: MovingGrids) -> None:
         """After the first quantised step: did it run what was calibrated?"""
         self._fit.checked = True
-        if (
-            not self._used_shards(moving)
-            if moving.parts is not None
-            else not (self._fit.calls and self._fit.calls.count)
-        ):
+        calls = self._fit.calls
+        if not (self._used_shards(moving) if calls is None else calls.count):
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: the training step never called "
                 f"'{moving.grids.network or 'self'}'; name the part that it calls with network="
@@ -732,8 +748,8 @@ class QATCallback(QuantisedCallback):
 
     def _check_idle(self, trainer: Any, moving: MovingGrids) -> None:
         """After an epoch: complain about layers that no step has run, of any process."""
-        compiled = moving.parts is None and (self._fit.calls is None or self._fit.calls.compiled)
-        if compiled or _compat.holds_compiled_code(moving.network):
+        unknown = moving.parts is None and (self._fit.calls is None or self._fit.calls.compiled)
+        if unknown or _compat.holds_compiled_code(moving.network):
             return  # compiled code keeps no record
         names = list(moving.grids.weights)
         ran = torch.tensor([float(name in self._fit.run) for name in names], device=trainer.strategy.root_device)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_compress.callbacks.arguments import check_flag
-from lightning_compress.callbacks.base import CompressionCallback, announce, callbacks_of, log
+from lightning_compress.callbacks.base import CompressionCallback, announce, callbacks_of, log, shards, whole
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.copying import independent_copy, widen_
@@ -112,10 +112,20 @@ class CompressionReport(CompressionCallback):
         """Keep the module as it is now, and record what its network receives."""
         self.result, self.files, self._before, self._notes = None, None, None, []
         self.student_capture = self._capture = controller.capture(None, required=False)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not shards(trainer):
             self._keep(pl_module)
         if trainer.ckpt_path is not None:
             self._notes.append(f"The fit was resumed from {trainer.ckpt_path}: before is the module as it was there.")
+
+    def problem_with_shards(self) -> str | None:
+        """None: rank 0 measures copies that are not sharded."""
+        return None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Keep the module as it is now where it is sharded: a checkpoint is restored within the fit then."""
+        if shards(trainer):
+            before = whole(trainer, pl_module)
+            self._before = before if trainer.is_global_zero else None
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Drop the copy."""
@@ -183,6 +193,8 @@ class CompressionReport(CompressionCallback):
             notes.append(f"No network was found: {self._capture.problem}.")
         if network:
             notes.append(f"Parameters, bytes and times are those of '{network}' inside {type(pl_module).__name__}.")
+        if self._before is None and shards(trainer):
+            notes.append("before was not measured: the fit ran no step.")
         befores = [] if self._before is None else [("before", self._before)]
         models = {name: find_module(module, network, argument="network") for name, module in befores}
         models["after"] = find_module(pl_module, network, argument="network")

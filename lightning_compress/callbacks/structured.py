@@ -229,6 +229,13 @@ class StructuredPruningCallback(CompressionCallback):
 
     # Life cycle
 
+    def problem_with_shards(self) -> str | None:
+        """Shards have the shapes that the module was sharded with."""
+        return (
+            "channels can only go from whole parameters: let them go in a short fit on one device or DDP first, and "
+            "shard the module that load_shrunk gives"
+        )
+
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what cannot be made smaller while it is trained."""
         require_torch_pruning()

@@ -45,6 +45,12 @@ def rows_of(value: Tensor, weight: Tensor) -> Tensor:
 def rows_held(weight: Tensor) -> slice:
     """Which rows this process holds of a weight.
 
+    Args:
+        weight: Sharded or whole.
+
+    Returns:
+        All of them where it is whole.
+
     Example:
         >>> rows_held(torch.zeros(3, 2))
         slice(0, 3, None)
@@ -102,7 +108,18 @@ def gathered(value: Any) -> Any:
 
 
 def parts_of(weights: Iterable[Tensor]) -> Parts | None:
-    """How processes that hold shards of weights work together; None for weights that are whole."""
+    """How processes that hold shards of weights work together.
+
+    Args:
+        weights: Those weights, all split over the same processes.
+
+    Returns:
+        None for weights that are whole.
+
+    Example:
+        >>> parts_of([torch.ones(1)]) is None
+        True
+    """
     mesh = next((weight.device_mesh for weight in weights if isinstance(weight, DTensor)), None)
     if mesh is None:
         return None
@@ -125,6 +142,9 @@ def refuse_unpresentable(module: nn.Module, weights: Mapping[str, Tensor]) -> No
 
     Raises:
         ValueError: If there is one; it is named.
+
+    Example:
+        >>> refuse_unpresentable(nn.Linear(1, 1), {})  # nothing is sharded
     """
     if not sharded_units(module):
         return
@@ -248,6 +268,8 @@ class GatheredWeights:
 
     def drop(self) -> None:
         """Let the layers read the weights again."""
+        if not self.weights:
+            return
         for weight in self.weights.values():
             weight.shown = False
         self.shown = False

@@ -103,10 +103,16 @@ def saved(place: Place, callback: str, kind: str) -> Found:
     epochs = ModelCheckpoint(dirpath=place.folder, filename="{epoch}", save_top_k=-1)
     trainer = place.fit(network, own, epochs, WeightsAlone(place.folder / "weights.ckpt"), **settings)
     trainer.save_checkpoint(place.folder / "last.ckpt")
-    again, other = made(kind, seed=9), CALLBACKS[callback]()
-    place.fit(again, other, ckpt_path=place.folder / "epoch=0.ckpt", **settings)
-    resumed = {"resumed": full(again.state_dict()), "resumed_masks": full(other.masks)}
-    return left(trainer, network, masks=full(own.masks), **resumed)
+    again, other = resumed(place, callback, place.folder / "epoch=0.ckpt", **settings)
+    found = {"resumed": full(again.state_dict()), "resumed_masks": full(other.masks)}
+    return left(trainer, network, masks=full(own.masks), **found)
+
+
+def resumed(place: Place, callback: str, path: Path, **settings: Any) -> tuple[Classifier, Any]:
+    """Another module and another callback after a fit that goes on from a file."""
+    again, other = made(KINDS.get(callback, Classifier), seed=9), CALLBACKS[callback]()
+    place.fit(again, other, ckpt_path=path, **settings)
+    return again, other
 
 
 class ByHand(L.Callback):
