@@ -498,6 +498,14 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         for kind in {"EarlyStopping", "ReduceLROnPlateau"}.intersection(forgotten):
             log.info("%s: %s begins to wait anew, with %s", self.name, kind, now)
 
+    def _refuse_manual_shards(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse manual optimisation of sharded weights: their gradients do not all come at one time."""
+        if shards(trainer) and not getattr(pl_module, "automatic_optimization", True):
+            raise ValueError(
+                f"with {type(trainer.strategy).__name__} {type(self).__name__} works where Lightning optimises, and "
+                f"{type(pl_module).__name__} optimises manually; use one device or DDP"
+            )
+
     def _tell_without_effect(self, owner: type, because: str, *arguments: str) -> None:
         """Warn of arguments of a class that are not its defaults, and have no effect."""
         usual = inspect.signature(owner).parameters

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -36,6 +37,7 @@ from lightning_compress.mechanisms.outputs import Locator, find_logits
 from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.sharding import is_shard, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
 from lightning_compress.mechanisms.standins import leaves_of, scratch, standing_in, unlearning
@@ -152,6 +154,8 @@ class DCILCallback(DynamicMaskCallback):
         self._called: Callable[[], list[LayerOutput]] | None = None  # the layers, while the classifier is looked for
         self._recording = ExitStack()
         self._first_statistics: dict[int, Tensor] = {}
+        self._dense_kl: Tensor | None = None  # what the dense pass learns from the other, in a backward pass of its own
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []  # gradients that this gave
 
     # Life cycle
 
@@ -195,9 +199,10 @@ class DCILCallback(DynamicMaskCallback):
         others = {name: DenseWeight(view) for name, view in masks.views.items()}
         self._another = stack.enter_context(controller.weights.owned_for_another_pass(self.name, others))
         stack.callback(setattr, self, "_another", None)
+        learn = partial(self._learn_apart, others) if masks.parts is not None else None
         stack.enter_context(self._recording)
         self.student_capture = controller.capture(self.student) if self.kl_start < 1 else None
-        stack.enter_context(controller.view(View(DENSE, self._dense_pass, deployed=False)))
+        stack.enter_context(controller.view(View(DENSE, self._dense_pass, deployed=False, learn=learn)))
         stack.enter_context(controller.term(Term(self.name, self._between, view=None)))
 
     def go_on(self, state: dict[str, Any] | None) -> None:
@@ -228,6 +233,14 @@ class DCILCallback(DynamicMaskCallback):
         if self._own.names is None and self.dense_path == "own" and self.classifier is None:
             self._recording.close()
             self._called = self._recording.enter_context(record_outputs(pl_module))
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """As the base; give the dense path's own layers the gradients of a backward pass of its own."""
+        super().on_after_backward(trainer, pl_module)
+        for leaf, gradient in self._waiting:
+            if gradient is not None:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        self._waiting = []
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Let the dense path's own layers follow the settings of the user's optimizer, then as the base."""
@@ -280,20 +293,25 @@ class DCILCallback(DynamicMaskCallback):
     def _put_away(self) -> None:
         """At the end of a fit, keep what the dense path had for itself, for a fit that goes on."""
         self._own_state = None if self._own is None else self._own.state()
-        self._own = self._called = None
+        self._own = self._called = self._dense_kl = None
+        self._waiting = []
         self._first_statistics = {}
 
     @contextmanager
     def _dense_pass(self) -> Iterator[None]:
         """Present the dense weights, and let nothing else learn or change but what is the path's own."""
         module = self._require_controller().module
+        shards_in_place(module)
         own: Mapping[int, Tensor] = {}
         if self._own is not None:
             if not self._own.layers:
                 self._find_own(module)
             own = self._own.stand_ins()
-        # all parameters, also those that are masked, of which the module sees the views in front
-        rest = [leaf for leaf in module.parameters() if leaf.requires_grad and id(leaf) not in own]
+        # all parameters, also those that are masked, of which the module sees the views in front; not those that
+        # FSDP2 shards, which learn in a backward pass of their own
+        rest = [
+            leaf for leaf in module.parameters() if leaf.requires_grad and id(leaf) not in own and not is_shard(leaf)
+        ]
         buffers = [buffer for buffer in module.buffers() if id(buffer) not in own]
         if self._another is None:
             raise RuntimeError(f"{type(self).__name__} is only active during a fit")
@@ -358,7 +376,25 @@ class DCILCallback(DynamicMaskCallback):
         ]
         for name, loss in zip(("kl_pruned", "kl_dense"), losses, strict=True):
             self.log_quantity(name, loss.detach(), batch_size=1)
-        return losses[0] + losses[1]
+        if self._require_masks().parts is None:
+            return losses[0] + losses[1]
+        self._dense_kl = losses[1]
+        return losses[0]
+
+    def _learn_apart(self, others: Mapping[str, DenseWeight], loss: Tensor) -> Tensor:
+        """The backward pass of the dense pass, where weights are sharded; gives the value of its loss."""
+        total, self._dense_kl = loss if self._dense_kl is None else loss + self._dense_kl, None
+        owned = [] if self._own is None else [*self._own.stand_ins().values()]
+        earlier = [leaf.grad for leaf in owned]
+        for leaf in owned:
+            leaf.grad = None
+        weights = self._require_controller().weights.sharded
+        with torch.autocast(total.device.type, enabled=False):
+            weights.learn_apart(total / self._trainer.accumulate_grad_batches, others)
+        self._waiting = [(leaf, leaf.grad) for leaf in owned]  # until Lightning has cleared gradients for this step
+        for leaf, gradient in zip(owned, earlier, strict=True):
+            leaf.grad = gradient
+        return total.detach()
 
     def _check_what_learns(self, dense: Pass) -> None:
         """Complain in the first step if the dense pass would teach what the pruned pass teaches already."""

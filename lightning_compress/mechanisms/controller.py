@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -315,7 +316,7 @@ class StepController:
         passes: dict[str, Pass] = {}
         losses: list[Tensor] = []  # of the task; the deployed view's first
         terms: dict[str, Tensor] = {}
-        totals: list[Tensor] = []
+        totals: dict[str, list[Tensor]] = {}
         further = self._further((args, kwargs)) if len(views) > 1 else None
         for view in views:
             with nullcontext() if further is None or view.deployed else further.traceless(view.name), view.enter():
@@ -329,14 +330,16 @@ class StepController:
                 losses.append(self._weighted(task_loss))
                 of_view = self._computed(view, passes)
                 terms |= of_view
-                totals += [losses[-1], *of_view.values()]
+                totals[view.name] = [losses[-1], *of_view.values()]
             if view.deployed:
                 deployed_output = output
         between = self._computed(None, passes)
-        totals += between.values()
+        for view in views:
+            if view.learn is not None:
+                totals[view.name] = [view.learn(_sum(totals[view.name]))]
         self.steps += 1
         self._note(len(views), losses[0], terms | between)
-        return _with_loss(deployed_output, _sum(totals))
+        return _with_loss(deployed_output, _sum([*itertools.chain(*totals.values()), *between.values()]))
 
     def _further(self, arguments: Any) -> FurtherPass:
         """Of a step that will run again; now and then it looks closely at what a step may do past autograd."""

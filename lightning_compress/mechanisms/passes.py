@@ -22,11 +22,14 @@ class View:
         enter: Makes the context in which the step runs.
         deployed: Whether this is the network that will be shipped: its output is the step's, and distillation terms
             belong to it alone.
+        learn: Runs a backward pass through the total of this view, when all terms are known, and gives its value; None
+            where one backward pass goes through all views.
     """
 
     name: str
     enter: Callable[[], AbstractContextManager[Any]] = nullcontext
     deployed: bool = True
+    learn: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
