@@ -157,6 +157,7 @@ def test_masks(callback, through, kind):
     assert sum(int((part.weight == 0).sum()) for part in module.generator[::2]) == 36
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("kind", [Gan, Swapped], ids=lambda kind: kind.__name__)
 def test_rounded_weights(kind):
     def shown(module, batch):
@@ -252,6 +253,7 @@ def test_a_function_gives_what_the_automatic_loop_gives(case, kind, manual, tmp_
     assert difference(*modules) == 0
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("path", ["own", "own_norm", "shared"])
 def test_two_passes_give_what_the_automatic_loop_gives(path):
     modules = [made(ConstantNorm), made(FunctionNorm)]
@@ -270,6 +272,7 @@ def test_attention_by_gradients_gives_what_the_automatic_loop_gives():
         fitted(MixinClassifier, AttentionTransferCallback(teacher_for(Classifier), **settings))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("kind", [Functions, type("SwappedFunctions", (Functions, Swapped), {})])
 def test_collective_intelligence_on_one_of_two_networks(kind):
     """The generator's masked weights learn from its dense pass, the discriminator, and all else, from the masked."""
@@ -303,6 +306,7 @@ def test_collective_intelligence_on_one_of_two_networks(kind):
 # Precision, processes, resuming
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_mixed_precision(precision):
     settings = {"plugins": scaled()} if precision == "16-mixed" else {"precision": precision}
