@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from cases import CASES
-from contract.gans import Accumulating, Clipped, Functions, Gan, Swapped, by_hand, teacher, techniques
+from contract.gans import Accumulating, Clipped, Functions, Gan, Swapped, Untoggled, by_hand, teacher, techniques
 from contract.modules import (
     Classifier,
     MixinClassifier,
@@ -207,6 +207,29 @@ def test_gradients_that_the_user_clips_hold_the_terms():
 
     module = fitted(Clipped, DistillationCallback(teacher(), loss_kind="mse", task_weight=0.5, **STUDENT))
     assert difference(module, by_hand(Clipped, total)) <= 1e-7
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("kind", [Gan, Swapped, Untoggled], ids=lambda kind: kind.__name__)
+def test_compiled_networks(kind, in_place):
+    """Compiled code does not tell what made its output; the output does."""
+
+    class Compiled(kind):
+        def build(self):
+            super().build()
+            if in_place:
+                self.generator.compile(backend="eager")
+            else:
+                self.generator = torch.compile(self.generator, backend="eager")
+
+    network = teacher()
+    module = fitted(Compiled, DistillationCallback(teacher(), loss_kind="mse", task_weight=0.5, **STUDENT))
+    reference = by_hand(
+        kind, lambda module, loss, noise, fake: 0.5 * loss + 0.9 * F.mse_loss(fake, network(noise).detach())
+    )
+    found = [float((a - b).abs().max()) for a, b in zip(module.parameters(), reference.parameters(), strict=True)]
+    assert max(found) <= 1e-7
 
 
 # A function that computes the loss: as in the automatic loop
