@@ -44,6 +44,8 @@ MASKING = f"{PACKAGE}/mechanisms/masking.py"
 SAVING = f"{PACKAGE}/mechanisms/checkpoints.py"
 BATCH_NORM = f"{PACKAGE}/mechanisms/batchnorm.py"
 CONTROLLER = f"{PACKAGE}/mechanisms/controller.py"
+LOSSES = f"{PACKAGE}/mechanisms/losses.py"
+MIXINS, MIXINS_EXACT = "tests/callbacks/test_mixins.py", "tests/callbacks/test_mixins_exact.py"
 STUDENT = f"{PACKAGE}/mechanisms/student.py"
 TEACHER = f"{PACKAGE}/mechanisms/teacher.py"
 WRAPPING = f"{PACKAGE}/mechanisms/wrapping.py"
@@ -224,15 +226,15 @@ MUTATIONS = (
     Mutation(
         "the terms are computed and not added",
         CONTROLLER,
-        "return _with_loss(deployed_output, _sum([*itertools.chain(*totals.values()), *between.values()]))",
+        "return _with_loss(deployed_output, self._sum_up(total))",
         "return deployed_output",
         f"{EXACT}::test_every_way_to_write_a_step[Classifier]",
     ),
     Mutation(
         "the task loss is not weighed",
         CONTROLLER,
-        "losses.append(self._weighted(task_loss))",
-        "losses.append(task_loss)",
+        "loss, terms = self._weighted(seen.task_loss, names)",
+        "loss, terms = seen.task_loss",
         f"{EXACT}::test_accumulation[Classifier]",
     ),
     Mutation(
@@ -282,14 +284,14 @@ MUTATIONS = (
     Mutation(
         "manual optimisation is not refused",
         BASE,
-        'if manual and not getattr(pl_module, "_lightning_compress_mixin", False):',
+        'if not _automatic(pl_module) and not getattr(pl_module, "_lightning_compress_mixin", False):',
         "if False:",
         f"{EXACT}::test_manual_optimisation_is_refused_by_name",
     ),
     Mutation(
         "a forgotten compressed_loss is not noticed",
         CONTROLLER,
-        "if waiting and self._explicit_losses == 0:",
+        "if waiting and self._learned and not self._asked:",
         "if False:",
         f"{EXACT}::test_a_step_that_forgets_compressed_loss_is_refused",
     ),
@@ -383,8 +385,8 @@ MUTATIONS = (
     Mutation(
         "plan: a further pass is not counted",
         CONTROLLER,
-        "self._note(len(views), losses[0], terms | between)",
-        "self._note(1, losses[0], terms | between)",
+        "self._note(len(total.losses), total.losses[0], total.terms | between)",
+        "self._note(1, total.losses[0], total.terms | between)",
         "tests/callbacks/test_intents.py::test_masks[dcil]",
     ),
     Mutation(
@@ -796,7 +798,7 @@ MUTATIONS = (
     Mutation(
         "the two learn from each other from the start",
         DCIL,
-        "begun = self._require_progress().fraction >= self.kl_start",
+        "begun = self._require_progress().fraction_before >= self.kl_start",
         "begun = True",
         f"{DYNAMIC_EXACT}::test_dcil",
     ),
@@ -1823,6 +1825,84 @@ MUTATIONS = (
         "argument not in bits and ",
         "",
         "tests/test_sweep.py::test_bits_that_have_to_agree_are_left_alone",
+    ),
+    # Manual optimisation: which terms belong to which loss
+    Mutation(
+        "a loss has the terms of everybody",
+        LOSSES,
+        "if term.student is None or term.student in of_student]",
+        "]",
+        f"{MIXINS}::test_of_two_networks_only_the_student_s_loss_changes[Gan]",
+    ),
+    Mutation(
+        "of two students one is guessed",
+        LOSSES,
+        "if not _related(one, other):",
+        "if False:",
+        f"{MIXINS}::test_what_is_not_said_is_an_error_and_no_guess",
+    ),
+    Mutation(
+        "names of nobody are taken",
+        LOSSES,
+        "if name not in terms:",
+        "if False:",
+        f"{MIXINS}::test_names_are_checked",
+    ),
+    Mutation(
+        "calls of other losses count",
+        LOSSES,
+        "[call for call in own if call in found] or list(own)",
+        "list(own)",
+        f"{MIXINS}::test_of_two_networks_only_the_student_s_loss_changes[Swapped]",
+    ),
+    Mutation(
+        "an unnamed student is whatever the first loss shows",
+        STUDENT,
+        "self._is_one(list(dict.fromkeys((*(self.names or ()), *learning))))",
+        "pass",
+        f"{MIXINS}::test_a_student_that_was_not_named_is_not_guessed_from_the_first_loss[Swapped]",
+    ),
+    Mutation(
+        "a batch that is skipped has to ask",
+        CONTROLLER,
+        "if waiting and self._learned and not self._asked:",
+        "if waiting and not self._asked:",
+        f"{MIXINS}::test_a_step_that_skips_its_batch_need_not_ask",
+    ),
+    Mutation(
+        "a term that no loss had is not noticed",
+        BASE,
+        "if not self._verified and self._controller is not None and self._controller.steps > 0:",
+        "if False:",
+        f"{MIXINS}::test_names_are_checked",
+    ),
+    Mutation(
+        "helpers step with any optimizer",
+        BASE,
+        "return not leaders or any(own is optimizer for own in leaders)",
+        "return True",
+        f"{MIXINS_EXACT}::test_the_translator_steps_with_the_optimizer_of_its_student[Accumulating]",
+    ),
+    Mutation(
+        "a loss is weighed whose it is not",
+        CONTROLLER,
+        "return task_loss * weight if names is None or owner in names else task_loss",
+        "return task_loss * weight",
+        f"{MIXINS}::test_of_two_networks_only_the_student_s_loss_changes[Gan]",
+    ),
+    Mutation(
+        "a view that was written into is no source",
+        CAPTURE,
+        "for tensor in (*tensors, *bases) if",
+        "for tensor in tensors if",
+        "tests/mechanisms/test_capture.py::test_what_a_loss_was_computed_from_is_known",
+    ),
+    Mutation(
+        "what compiled code returns is no source",
+        CAPTURE,
+        "if self._nodes is None else self._nodes",
+        "if False else self._nodes or frozenset()",
+        f"{MIXINS_EXACT}::test_compiled_networks",
     ),
 )
 

@@ -336,7 +336,9 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         return None
 
     def leads(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the helpers take their step with an optimizer's: with several, with those that train the student."""
+        """Whether the helpers take their step with an optimizer's: of several, with those that train the student."""
+        if len(trainer.optimizers) < 2:
+            return True
         capture = self.student_capture
         names = () if capture is None or capture.names is None else capture.names
         trained = [own for name in names for own in find_module(pl_module, name, argument="student").parameters()]

@@ -341,7 +341,9 @@ class DCILCallback(DynamicMaskCallback):
 
     def leads(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> bool:
         """Whether it trains the layers of which the dense path has its own."""
-        return self._own is None or not self._own.layers or self._leader(self._own.layers) is optimizer
+        if len(trainer.optimizers) < 2 or self._own is None or not self._own.layers:
+            return True
+        return self._leader(self._own.layers) is optimizer
 
     def _leader(self, layers: Mapping[str, nn.Module]) -> torch.optim.Optimizer:
         """The optimizer that the dense path's own layers follow: the one that trains those which they are copies of."""

@@ -149,9 +149,9 @@ class DistillationCallback(TeacherCallback):
         teacher = find_logits(self._shared_teacher()(call), self.output, owner="teacher")
         if student.shape != teacher.shape:
             raise ValueError(
-                f"the teacher's logits have shape {tuple(teacher.shape)} and the student's {tuple(student.shape)}; "
-                "they must be equal: another number of classes, another resolution (teacher_transform), or another "
-                "part of the output (output)?"
+                f"the teacher's logits have shape {tuple(teacher.shape)} and those of the student "
+                f"'{self._student_name()}' {tuple(student.shape)}; they must be equal: another number of classes, "
+                "another resolution (teacher_transform), another part of the output (output), or another student?"
             )
         return student, teacher
 

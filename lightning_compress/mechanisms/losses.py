@@ -46,6 +46,11 @@ def sources(seen: Pass) -> list[NetworkCall]:
 
     Returns:
         Those that the graph of the loss leads to.
+
+    Example:
+        >>> from lightning_compress.mechanisms.passes import View
+        >>> sources(Pass(View("plain"), None, None, {}))
+        []
     """
     calls = [call for own in (*seen.calls.values(), *seen.layers.values()) for call in own]
     return [] if seen.task_loss is None else computed_from(seen.task_loss, calls)

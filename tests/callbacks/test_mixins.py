@@ -69,7 +69,10 @@ def test_a_fit_equals_the_loop_by_hand(kind, size):
     assert "training_step" not in vars(module)
 
 
-@pytest.mark.parametrize("kind", [Gan, Swapped, Untoggled, Functions, Shared, Seldom], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind",
+    [Gan, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (Swapped, Untoggled, Functions, Shared, Seldom))],
+)
 def test_of_two_networks_only_the_student_s_loss_changes(kind):
     """Also where the other loss was computed with the student's output too, but without its graph."""
     order = Swapped if kind is Shared else kind
@@ -181,7 +184,7 @@ def test_a_loss_that_is_computed_from_no_student_can_have_a_term_by_name():
     assert difference(fitted(Only, DistillationCallback(network)), module) < 1e-7
 
 
-@pytest.mark.parametrize("kind", [Gan, Swapped, Untoggled], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Swapped, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (Gan, Untoggled))])
 def test_a_student_that_was_not_named_is_not_guessed_from_the_first_loss(kind):
     """While it is toggled, the other looks frozen; and another network may only be called for the next loss."""
 
