@@ -14,11 +14,13 @@ from cases import CASES
 from records import record
 from torch import nn
 
+from lightning_compress.tracking.history import LayerHistory
+
 from .modules import Classifier, fit
 
 FIRST, LAST = 600, 1600
 SELDOM = (LAST - FIRST) // 10
-"""What grows, grows with the steps: less than once in ten is the history of masks, and phases of a technique."""
+"""What grows, grows with the steps; less than once in ten are phases of a technique."""
 
 # Peak of a step over the plain step, on the ResNet and on the network of tokens, rounded up; None where it is refused.
 PEAKS = {
@@ -96,7 +98,9 @@ def entries(values, seen):
         if id(value) in seen or isinstance(value, (str, bytes, torch.Tensor, L.Trainer)):
             continue
         seen.add(id(value))
-        if isinstance(value, Mapping):
+        if isinstance(value, LayerHistory):
+            assert len(value) <= value.most
+        elif isinstance(value, Mapping):
             count += len(value) + entries(list(value.values()), seen)
         elif isinstance(value, (list, tuple, set)):
             count += len(value) + entries(list(value), seen)

@@ -621,6 +621,4 @@ def test_no_weights_are_kept(tmp_path):
     gc.collect()
     shapes = {(300, 301), (301, 300)}
     kept = [value for value in gc.get_objects() if type(value) in (torch.Tensor, nn.Parameter, np.ndarray)]
-    assert [
-        tuple(value.shape) for value in kept if tuple(value.shape) in shapes and value is not network[0].weight
-    ] == []
+    assert [value for value in kept if tuple(value.shape) in shapes and value is not network[0].weight] == []
