@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib.util
 import inspect
 import logging
@@ -650,3 +651,13 @@ def test_arguments_without_tensors_are_constants_of_the_file(tmp_path):
             return activation(x.to(dtype))
 
     assert to_onnx(Casting(), tmp_path / "n.onnx", torch.ones(4, 2)).input_names == ("x",)
+
+
+@pytest.mark.slow
+def test_no_weights_are_kept(tmp_path):
+    network = nn.Sequential(nn.Linear(300, 301), nn.ReLU(), nn.Linear(301, 3))
+    to_onnx(network, tmp_path / "wide.onnx", torch.randn(2, 300))
+    gc.collect()
+    shapes = {(300, 301), (301, 300)}
+    kept = [value for value in gc.get_objects() if type(value) in (torch.Tensor, nn.Parameter, np.ndarray)]
+    assert [value for value in kept if tuple(value.shape) in shapes and value is not network[0].weight] == []
