@@ -46,6 +46,16 @@ def test_data_and_trainer_are_shared(namespace):
     assert module.trainer is module.owner
 
 
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_data_that_holds_the_module_holds_the_copy_in_the_copy(namespace):
+    """As a task does that gives the data, and runs the step of the module that it belongs to."""
+    module, data = lightning_module(namespace), datamodule(namespace)
+    module.data, data.model, data.kept = data, module, []
+    duplicate = independent_copy(module)
+    assert (data.model, duplicate.data.model) == (module, duplicate)
+    assert duplicate.data.kept is data.kept
+
+
 def test_our_hooks_are_absent_and_the_users_are_there():
     network, seen = mlp(), []
 
