@@ -567,7 +567,8 @@ class QATCallback(QuantisedCallback):
             moving = MovingGrids(network, grids, presented)
         self._start_grids, fit.moving, fit.norms = grids, moving, FrozenNorms(network)
         fit.modules = frozenset(map(id, network.modules()))
-        fit.calls = self._stack.enter_context(quantizing(network, moving, when=lambda: controller.deployed))
+        learning = quantizing(network, moving, when=lambda: controller.deployed and not controller.replaying)
+        fit.calls = self._stack.enter_context(learning)
         return moving
 
     def _keep(self) -> None:
