@@ -118,6 +118,8 @@ def _prepared_memo(module: nn.Module) -> dict[int, Any]:
 
 def _is_shared(value: Any) -> bool:
     """Whether a copy should refer to the very same object: data, and Lightning's own machinery."""
+    if isinstance(value, nn.Module):  # a callback that is a part of the module too, say
+        return False
     if isinstance(value, (Dataset, DataLoader, Sampler)):
         return True
     return any(
