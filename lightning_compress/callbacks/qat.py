@@ -611,7 +611,8 @@ class QATCallback(QuantisedCallback):
         if moving.parts is not None:
             self._stack.enter_context(controller.weights.owned(self.name, self._rounded_shards(moving)))
             return moving
-        fit.calls = self._stack.enter_context(quantizing(network, moving, when=lambda: controller.deployed))
+        learning = quantizing(network, moving, when=lambda: controller.deployed and not controller.replaying)
+        fit.calls = self._stack.enter_context(learning)
         return moving
 
     def _rounded_shards(self, moving: MovingGrids) -> dict[str, RoundedWeight]:

@@ -349,6 +349,18 @@ class Idle(Classifier):
         self.model = Validating()
 
 
+def test_where_the_step_is_replayed_nothing_is_quantised():
+    """Of two modes at once, each would see the operations of the other, and take them for the network's."""
+    callback, counts = QATCallback(), []
+
+    class Counting(L.Callback):
+        def on_train_batch_end(self, *_):
+            counts.append(callback._fit.calls.count)
+
+    fitted(callback, NormClassifier, Counting(), validation=False)
+    assert counts == list(range(1, STEPS + 1))  # though the first step is looked at once more after it
+
+
 class Validating(nn.Module):
     def __init__(self):
         super().__init__()
