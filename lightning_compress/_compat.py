@@ -29,6 +29,8 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 from torch._guards import CompileId
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 def attached_trainer(module: nn.Module) -> Any:
@@ -156,6 +158,25 @@ def attention_in_python() -> Iterator[None]:
         functional.has_torch_function = original
 
 
+@contextmanager
+def values_unseen() -> Iterator[None]:
+    """Without what torch looks at values for that changes no result: a trace cannot follow it.
+
+    ``nn.Transformer`` asks whether a mask happens to be the causal one, to be faster, and a distribution whether its
+    parameters are valid.
+    """
+    transformer: Any = torch.nn.modules.transformer
+    distribution: Any = torch.distributions.Distribution
+    detect, validate = transformer._detect_is_causal_mask, distribution._validate_args
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = detect
+        distribution.set_default_validate_args(validate)
+
+
 class Traced(NamedTuple):
     """Code that torch.compile traced, and which of its versions; no code where torch hides it."""
 
@@ -206,6 +227,83 @@ def refresh_flat_weights(module: nn.Module) -> None:
         weights = [getattr(module, name, None) for name in module._flat_weights_names]
         module._flat_weights = weights  # without flatten_parameters, which would move the weights in memory
         module._flat_weight_refs = [None if weight is None else weakref.ref(weight) for weight in weights]
+
+
+def shard(tensor: torch.Tensor) -> torch.Tensor:
+    """The very tensor that this process holds of one that is split over processes; any other tensor is given back."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """What all processes together hold of a tensor, which all ask for; any other tensor is given back."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def users_class(module: nn.Module) -> type:
+    """The class of a module before FSDP2 put one of its own in its place."""
+    return next(base for base in type(module).__mro__ if not base.__module__.startswith(SHARDING))
+
+
+def fsdp_parameters(module: nn.Module) -> list[Any]:
+    """What FSDP2 knows of each parameter below a module that it has split over processes."""
+    states = [own._get_fsdp_state() for own in module.modules() if isinstance(own, FSDPModule)]
+    return [known for state in states for group in state._fsdp_param_groups for known in group.fsdp_params]
+
+
+def gathered_parameter(known: Any) -> torch.Tensor | None:
+    """What a layer is given of a parameter that FSDP2 has gathered, always the same object; None before the first."""
+    return getattr(known, "_unsharded_param", None)
+
+
+def fsdp_names(module: nn.Module) -> dict[str, Any]:
+    """Name of each parameter below a module that FSDP2 has split, also where it is gathered now, to what is known."""
+    names = {id(part): name for name, part in module.named_modules()}
+    found: dict[str, Any] = {}
+    for known in fsdp_parameters(module):
+        info = known._module_info
+        if id(info.module) in names:
+            found[f"{names[id(info.module)]}.{info.param_name}".removeprefix(".")] = known
+    return found
+
+
+def why_not_gathered_as(known: Any) -> str | None:
+    """Why another tensor cannot be gathered in the place of a parameter, of which FSDP2 knows this; None if it can."""
+    if known.offload_to_cpu:
+        return "is offloaded to the CPU between steps (offload_policy=)"
+    smaller = known.post_forward_mesh_info
+    if smaller is not None and smaller.mesh is not known.mesh_info.mesh:
+        return "is kept on fewer processes after the forward pass (reshard_after_forward= a number)"
+    return None
+
+
+@contextmanager
+def gathered_as(known: Any, present: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Let FSDP2 gather something else in the place of a parameter, whenever it does, also again in backward.
+
+    Args:
+        known: What FSDP2 knows of the parameter, while it is sharded.
+        present: From this process's shard to what is gathered, of the same shape.
+
+    Yields:
+        The shard on which this was installed.
+    """
+    shard = known._sharded_local_tensor
+
+    def before(mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> Any:  # FSDP2 counts the arguments
+        shown = present(shard.detach())
+        shown = shown if policy.param_dtype is None else shown.to(policy.param_dtype)
+        missing = -(-size[0] // mesh.size()) - len(shown)  # all processes give as many rows as the first
+        return ((torch.cat([shown, shown.new_zeros(missing, *size[1:])]) if missing else shown),), None
+
+    def after(gathered: Any, metadata: Any, dtype: Any, out: Any = None) -> Any:
+        return None if out is not None else (gathered[0], (gathered[0],))
+
+    shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather = before, after
+    known._init_extensions()  # by itself FSDP2 looks for them before its first forward pass only
+    try:
+        yield shard
+    finally:
+        del shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather
 
 
 def is_tuner_fit(trainer: Any) -> bool:
@@ -756,3 +854,35 @@ def asks_wandb(logger: Any) -> bool:
     if not any(base.__name__ == "WandbLogger" for base in type(logger).__mro__):
         return False
     return not logger._offline and logger._wandb_init.get("mode") is None
+
+
+SHARDING = "torch.distributed.fsdp"
+"""Where the classes and the hooks of FSDP2 come from."""
+
+
+@contextmanager
+def without_sharding(root: nn.Module) -> Iterator[None]:
+    """Let modules be of the user's classes, without the hooks and marks of FSDP2, meanwhile; the shards stay.
+
+    For a copy: FSDP2 refuses to be copied, and its hooks hold process groups.
+    """
+    kept = [(part, type(part), dict(vars(part))) for part in root.modules()]
+    try:
+        for part, kind, attributes in kept:
+            part.__class__ = next(base for base in kind.__mro__ if not base.__module__.startswith(SHARDING))
+            for name, value in attributes.items():
+                if name.endswith("_hooks") and isinstance(value, dict):
+                    left = {key: hook for key, hook in value.items() if not _is_of_sharding(hook)}
+                    vars(part)[name] = type(value)(left)
+                elif name.startswith(("__composable_api_state_key", "_is_fsdp_", "_fsdp_")):
+                    del vars(part)[name]
+        yield
+    finally:
+        for part, kind, attributes in kept:
+            part.__class__ = kind
+            vars(part).clear()
+            vars(part).update(attributes)
+
+
+def _is_of_sharding(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(SHARDING)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from torch import Tensor, nn
 
 from lightning_compress.mechanisms.step import find_controller
@@ -20,23 +22,36 @@ class CompressionMixin:
 
     _lightning_compress_mixin = True
 
-    def compressed_loss(self, task_loss: Tensor) -> Tensor:
+    def compressed_loss(
+        self, task_loss: Tensor | Callable[[], Tensor], *, callbacks: Sequence[str] | None = None
+    ) -> Tensor:
         """The task loss, weighed, plus the terms of the attached callbacks.
 
-        To be called in ``training_step`` after the network was called and before the backward pass. Several calls a
-        step each cover the network calls since the last one.
+        To be called in ``training_step`` for each loss, before its backward pass. A term belongs to the losses that
+        were computed from what its student returned; a loss without any comes back as it is. So of several networks
+        only the student's losses change, whatever the callbacks.
 
         Args:
-            task_loss: The step's own loss, a 0-dim tensor with a graph.
+            task_loss: The step's own loss, a 0-dim tensor with a graph. Or a function without arguments that computes
+                it: it is called at once, and again where a callback runs the step twice, as ``DCILCallback`` does.
+            callbacks: Names of the callbacks whose terms belong to this loss, where it was computed from the students
+                of several, or is computed from none; ``[]`` for no terms. The student's call is then that of which the
+                loss was computed, else the one since the last call of this method.
 
         Returns:
             The loss to give to ``manual_backward``; ``task_loss`` itself where no callback is attached.
 
         Raises:
-            TypeError: If the class is not a module.
-            RuntimeError: If called outside of a training step with manual optimisation while callbacks are attached.
+            TypeError: If the class is not a module, or ``callbacks`` is one name.
+            ValueError: If ``callbacks`` has a name of nobody who adds to a loss.
+            CaptureError: If a student was called several times for the loss, or it is not said which terms belong to
+                it; a ``RuntimeError``.
+            RuntimeError: If called outside of a training step with manual optimisation while callbacks are attached, or
+                with a tensor where a function is needed.
         """
         if not isinstance(self, nn.Module):
             raise TypeError(f"CompressionMixin is for LightningModules; {type(self).__name__} is no torch.nn.Module")
         controller = find_controller(self)
-        return task_loss if controller is None else controller.compressed_loss(task_loss)
+        if controller is None:
+            return task_loss if isinstance(task_loss, Tensor) else task_loss()
+        return controller.compressed_loss(task_loss, callbacks)

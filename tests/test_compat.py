@@ -750,6 +750,19 @@ def test_a_mode_sees_the_operations_of_attention(training):
     assert torch.nn.functional.has_torch_function is torch.overrides.has_torch_function
 
 
+def test_torch_looks_at_values_but_where_it_shall_not():
+    detect = torch.nn.modules.transformer._detect_is_causal_mask
+    mask, wrong = nn.Transformer.generate_square_subsequent_mask(3), torch.tensor([-1.0])
+    assert detect(mask)
+    with _compat.values_unseen():
+        assert not torch.nn.modules.transformer._detect_is_causal_mask(mask, size=3)
+        assert torch.nn.modules.transformer._detect_is_causal_mask(mask, True)
+        assert torch.distributions.Normal(torch.zeros(1), wrong).scale is wrong
+    assert torch.nn.modules.transformer._detect_is_causal_mask is detect
+    with pytest.raises(ValueError, match="to satisfy the constraint"):
+        torch.distributions.Normal(torch.zeros(1), wrong)
+
+
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_averages_are_found_in_the_callbacks_that_keep_them(namespace):
     package = import_module(namespace)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from disks import room_for
 from projects import NAMESPACES, TRAINER, Project, callback
 
 import lightning_compress
@@ -75,7 +76,10 @@ def outputs(path, images):
 BAD = {
     "no module": (["last.ckpt"], r"the module is missing: give --class pkg.Module, or --config C.yaml"),
     "no file": (["gone.ckpt", "--class", "{P}.LitNet"], r"checkpoint_path 'gone.ckpt' does not exist"),
-    "a truncated file": (["cut.ckpt", "--class", "{P}.LitNet"], r"'cut.ckpt' is not a file that torch.load can read"),
+    "a truncated file": (
+        ["cut.ckpt", "--class", "{P}.LitNet"],
+        r"'cut.ckpt' is damaged, or was not written to its end",
+    ),
     "an unknown class": (["last.ckpt", "--class", "{P}.LitNte"], r"--class names .* did you mean 'LitNet'\?"),
     "another class": (["last.ckpt", "--class", "{P}.Other"], r"--class .*Missing key.*layer.weight"),
     "an unknown argument": (
@@ -166,6 +170,17 @@ def test_a_class_and_a_shape(project, capsys):
     assert re.search(r"wrote last\.onnx \(fp32, .* kB; largest difference to the checkpoint \d", line)
     images = torch.rand(5, 64)
     assert torch.allclose(outputs("last.onnx", images), module(images), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_full_disk(project, capsys):
+    saved(project)
+    Path("last.onnx").write_text("an older one")
+    with room_for(500):
+        code, line = exported(capsys, "last.ckpt", "--class", f"{project.name}.LitNet", "--shape", "2,64")
+    assert (code, Path("last.onnx").read_text()) == (2, "an older one")
+    assert line.endswith("File too large: 'last.onnx'")
+    assert not list(Path().glob(".last*"))
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from scripts import script
 from lightning_compress.cli import main
 from lightning_compress.commands.attachment import VARIABLE
 from lightning_compress.commands.run import outcome
+from lightning_compress.mechanisms.drafts import draft_of
 
 KD = """
 version: 1
@@ -269,9 +270,10 @@ def test_within_another_run(project, capsys, monkeypatch, mode):
 
 def test_drafts_of_a_file_with_signs_of_a_pattern(project):
     Path("out").mkdir()
-    draft = f"out/.m[0]-{'0' * 32}.onnx"
-    assert project("version: 1\nexport: {path: 'out/m[0].onnx'}", f"open('{draft}', 'w')\nraise SystemExit(5)") == 5
-    assert files("out") == []
+    draft = f"out/.m[0].onnx-{'0' * 16}"
+    killed = f"import os\nos.mkdir('{draft}')\nopen('{draft}/lock', 'w')\nraise SystemExit(5)"
+    assert project("version: 1\nexport: {path: 'out/m[0].onnx'}", killed) == 5
+    assert list(Path("out").iterdir()) == []
 
 
 def test_callbacks_are_looked_for_where_the_script_will_look(project, capsys):
@@ -478,11 +480,12 @@ def test_a_child_that_is_killed_while_it_writes_the_file(project, capfd, tmp_pat
     )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.onnx").write_text("an older one")
-    draft_of_another = f".model-{'0' * 32}.onnx"
-    (tmp_path / "out" / draft_of_another).write_text("not of this run")
-    assert project(EXPORT, script(body)) == 137
-    assert files(tmp_path / "out") == [draft_of_another, "model.onnx"]
-    assert (tmp_path / "out" / "model.onnx").read_text() == "an older one"
+    with draft_of(tmp_path / "out" / "model.onnx") as draft_of_another:
+        draft_of_another.write_text("not of this run")
+        assert project(EXPORT, script(body)) == 137
+        assert len(list((tmp_path / "out").iterdir())) == 2  # the older file, and the draft of another
+        assert (tmp_path / "out" / "model.onnx").read_text() == "an older one"
+    assert (tmp_path / "out" / "model.onnx").read_text() == "not of this run"
     assert "the command ended with exit code 137" in capfd.readouterr().err
 
 

@@ -153,8 +153,6 @@ class AttentionTransferCallback(FeatureCallback):
         super().check(trainer, pl_module)
         if self.map_kind != "gradient":
             return
-        if not getattr(pl_module, "automatic_optimization", True):
-            raise ValueError("map_kind='gradient' runs the step twice, which manual optimisation does not allow")
         compiled = _compat.compiled_state(pl_module) is not None
         if compiled or any(_compat.is_compiled(part) for part in pl_module.modules()):
             raise ValueError("map_kind='gradient' differentiates twice, which compiled code does not allow")
@@ -311,6 +309,11 @@ class AttentionTransferCallback(FeatureCallback):
     def _gradient_term(self, seen: Pass, call: NetworkCall, first: bool) -> dict[str, Tensor]:
         if seen.task_loss is None or self.weight == "auto":
             raise RuntimeError("attention by gradients needs a task loss and a number as its weight")
+        if seen.again is None:
+            raise RuntimeError(
+                f"map_kind='gradient' of '{self.name}' runs the step once more, with the teacher: give compressed_loss "
+                "a function that computes the loss, lambda: ..."
+            )
         module = self._require_controller().module
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())

@@ -28,10 +28,13 @@ from torch import nn
 from lightning_compress import _compat
 from lightning_compress.callbacks.intents import Intent, intents
 from lightning_compress.callbacks.returned import Returned, ReturnsResults
+from lightning_compress.export.copying import whole_copy
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.grids import Grids
-from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
+from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs
 from lightning_compress.mechanisms.scores import forget_scores
+from lightning_compress.mechanisms.selection import find_module
+from lightning_compress.mechanisms.sharding import refuse_layout, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.step import StepController, step_controller
 from lightning_compress.mechanisms.student import StudentCapture
@@ -44,13 +47,10 @@ SCHEMA = 1
 _TOLD = "_lightning_compress_told"
 """Attribute of an exception that all ranks know of."""
 STAGES = ("bake", "estimate_statistics", "calibrate", "export", "evaluate", "report")
-UNSUPPORTED_STRATEGIES = (
-    "FSDPStrategy",
-    "ModelParallelStrategy",
-    "DeepSpeedStrategy",
-    "XLAStrategy",
-    "XLAFSDPStrategy",
-)
+UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy")
+SHARDING_STRATEGY = "ModelParallelStrategy"
+WHOLE_STAGES = ("export", "evaluate", "report")
+"""Rank 0 works in them, on all of each parameter."""
 
 
 def _callback_bases() -> tuple[type, ...]:
@@ -143,11 +143,20 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what cannot work, before anything is touched; called in ``setup`` of a fit."""
 
+    def problem_with_shards(self) -> str | None:
+        """What keeps it from working where FSDP2 shards the parameters, and the way out; None where nothing does."""
+        return "it reads whole parameters; use one device or DDP"
+
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Enter the mechanisms of the technique; each is closed at the end of the fit."""
 
     def verify(self, trainer: Any, pl_module: Any) -> None:
         """Complain about what the first whole step has shown; called once, after it."""
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether it exports or measures the network at the end of the fit."""
+        return any(getattr(type(self), stage) is not getattr(CompressionCallback, stage) for stage in WHOLE_STAGES)
 
     @property
     def teacher_network(self) -> nn.Module | None:
@@ -252,9 +261,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             raise ValueError(
                 f"two callbacks are named '{self.name}'; give one another name=, for example '{self.name}2'"
             )
-        strategy = type(trainer.strategy).__name__
-        if any(base.__name__ in UNSUPPORTED_STRATEGIES for base in type(trainer.strategy).__mro__):
-            raise ValueError(f"{type(self).__name__} does not support {strategy}; use one device or DDP")
+        self._check_strategy(trainer.strategy)
         if self.changes_step:
             self._check_optimisation(trainer, pl_module)
         self.check(trainer, pl_module)
@@ -266,6 +273,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 f"{type(self).__name__} '{self.name}' is at work in another fit that has not ended; give this one "
                 "a callback of its own"
             )
+        if shards(trainer):
+            refuse_layout(pl_module, type(self).__name__)
         self._close()
         self._trainer, self.failure = trainer, None
         self.effects.clear()
@@ -281,7 +290,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             self._introduce(ours, trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After the first whole step, complain about what had no effect."""
+        """After the first whole step, complain about what had no effect; a loss that is asked for may come later."""
         if self._verified or self._controller is None:
             return
         if self._controller.steps == 0:
@@ -291,7 +300,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                     f"{type(pl_module).__name__}.training_step after the start of the fit"
                 )
             return
-        self.check_first_step(trainer, pl_module)
+        if _automatic(pl_module) or not self._missing():
+            self.check_first_step(trainer, pl_module)
 
     def check_first_step(self, trainer: Any, pl_module: Any) -> None:
         """Complain about what the first whole step has shown; on all ranks.
@@ -299,15 +309,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         Raises:
             RuntimeError: If something had no effect.
         """
-        for effect in self.expected_effects:
-            if self.effects[effect] == 0:
-                raise RuntimeError(f"{type(self).__name__} '{self.name}': {effect} had no effect in the first step")
-        capture = self.student_capture
-        if capture is not None and capture.required and capture.last_call is None:
-            raise CaptureError(
-                f"{type(self).__name__} '{self.name}' needs the network's input, and the first training step called "
-                f"no {'module with parameters' if capture.names is None else '/'.join(capture.names)}"
-            )
+        if (missing := self._missing()) is not None:
+            raise missing
         with _compat.patient_group(trainer.world_size) as tell:
             together(tell, self.verify, trainer, pl_module)
         self._verified = True
@@ -330,6 +333,14 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Learning rate of the helpers in the coming step; None: their own optimizers'."""
         return None
 
+    def leads(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the helpers take their step with an optimizer's: with several, with those that train the student."""
+        capture = self.student_capture
+        names = () if capture is None or capture.names is None else capture.names
+        trained = [own for name in names for own in find_module(pl_module, name, argument="student").parameters()]
+        leaders = holders(trainer.optimizers, trained)
+        return not leaders or any(own is optimizer for own in leaders)
+
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Clear the helpers' gradients with the user's."""
         for parameters in self._owned:
@@ -337,7 +348,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Take the helpers' step with the user's: through the same scaler, with gradients averaged over processes."""
-        if not self._owned:
+        if not self._owned or not self.leads(trainer, pl_module, optimizer):
             return
         refuse_lbfgs(trainer.optimizers, f"{type(self).__name__} '{self.name}'")
         if self._owned_step == trainer.global_step:
@@ -353,13 +364,16 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             parameters.zero_grad()  # of several optimizers, only the one that follows the backward pass counts
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """After an epoch, complain about helpers that took part in the loss and were never trained.
+        """After an epoch, complain about what had no effect in it, and about helpers that were never trained.
 
         Raises:
-            RuntimeError: If no optimizer has stepped through Lightning so far.
+            RuntimeError: If no loss of the epoch was what this callback adds to, or no optimizer has stepped through
+                Lightning so far.
         """
+        if not self._verified and self._controller is not None and self._controller.steps > 0:
+            self.check_first_step(trainer, pl_module)
         idle = any(parameters.idle for parameters in self._owned)
-        if idle and self._versions != _versions(pl_module):  # whoever trains nothing in an epoch has his reasons
+        if idle and self.has_moved(pl_module):  # whoever trains nothing in an epoch has his reasons
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' trains helpers of its own with the user's optimizers, and in a "
                 f"whole epoch none of these stepped through Lightning: let {type(pl_module).__name__} step what "
@@ -423,6 +437,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     # Private
 
+    def has_moved(self, pl_module: Any) -> bool:
+        """Whether a parameter was written to since the fit began."""
+        return self._versions != _versions(pl_module)
+
     def has_fitted(self, pl_module: Any) -> bool:
         """Whether the last fit, or the one that goes on, is of this module."""
         return self._fitted is not None and self._fitted() is pl_module
@@ -433,9 +451,48 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self.tracker(trainer).define(goals(trainer.callbacks))
         self.tracker(trainer).settings(lambda: run_settings(arguments, recipe_of(ours)))
 
+    def _check_strategy(self, strategy: Any) -> None:
+        who, kind = type(self).__name__, type(strategy).__name__
+        if _is_of_kind(strategy, *UNSUPPORTED_STRATEGIES):
+            more = "" if self.problem_with_shards() else f", or FSDP2 with {SHARDING_STRATEGY}"
+            raise ValueError(f"{who} does not support {kind}; use one device or DDP{more}")
+        if not _is_of_kind(strategy, SHARDING_STRATEGY):
+            return
+        problem = self.problem_with_shards()
+        if problem is not None:
+            raise ValueError(f"{who} '{self.name}' does not work with {kind} (FSDP2): {problem}")
+        tensor_parallel = strategy.device_mesh["tensor_parallel"].size()
+        if tensor_parallel > 1:
+            raise ValueError(
+                f"{who} does not support tensor parallelism, and {kind} has tensor_parallel_size={tensor_parallel} "
+                "('auto' takes all devices of a node): give it data_parallel_size=<number of processes> and "
+                "tensor_parallel_size=1"
+            )
+
+    def _missing(self) -> RuntimeError | None:
+        """What there should have been in the first step, or, where each loss is asked for, in the first epoch."""
+        automatic = self._controller is None or _automatic(self._controller.module)
+        period = "step" if automatic else "epoch"
+        for effect in self.expected_effects:
+            if self.effects[effect] == 0:
+                message = f"{type(self).__name__} '{self.name}': {effect} had no effect in the first {period}"
+                if not automatic and self.student_capture is not None:
+                    names = "/".join(self.student_capture.names or ("",)) or "any network"
+                    message += (
+                        f": no loss that self.compressed_loss was asked for was computed from '{names}'; ask for that "
+                        f"which is, or name the terms that belong to a loss, callbacks=['{self.name}']"
+                    )
+                return RuntimeError(message)
+        capture = self.student_capture
+        if capture is not None and capture.required and capture.last_call is None:
+            return CaptureError(
+                f"{type(self).__name__} '{self.name}' needs the network's input, and the first training {period} "
+                f"called no {'module with parameters' if capture.names is None else '/'.join(capture.names)}"
+            )
+        return None
+
     def _check_optimisation(self, trainer: Any, pl_module: Any) -> None:
-        manual = not getattr(pl_module, "automatic_optimization", True)
-        if manual and not getattr(pl_module, "_lightning_compress_mixin", False):
+        if not _automatic(pl_module) and not getattr(pl_module, "_lightning_compress_mixin", False):
             raise ValueError(
                 f"{type(self).__name__} changes the step, and {type(pl_module).__name__} optimises manually: let it "
                 "inherit lightning_compress.CompressionMixin and call self.compressed_loss(task_loss) in its step"
@@ -509,14 +566,50 @@ def _plan(trainer: Any, pl_module: Any) -> dict[str, Any]:
     return {name: intent.to_dict() for name, intent in intents(trainer, pl_module).items()}
 
 
+def _automatic(pl_module: Any) -> bool:
+    return bool(getattr(pl_module, "automatic_optimization", True))
+
+
 def _versions(module: nn.Module) -> list[int]:
     """How often each parameter was written to."""
+    shards_in_place(module)
     return [parameter._version for parameter in module.parameters()]
 
 
 def callbacks_of(trainer: Any) -> list[CompressionCallback]:
     """The callbacks of this package in a Trainer, in its order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
+
+
+def _is_of_kind(strategy: Any, *names: str) -> bool:
+    return any(base.__name__ in names for base in type(strategy).__mro__)
+
+
+def shards(trainer: Any) -> bool:
+    """Whether a Trainer has its parameters sharded by FSDP2."""
+    return _is_of_kind(trainer.strategy, SHARDING_STRATEGY)
+
+
+def whole(trainer: Any, pl_module: Any) -> Any:
+    """What rank 0 exports and measures: the module, or, where it is sharded, a copy without shards.
+
+    Args:
+        trainer: The user's Trainer.
+        pl_module: The module; every rank has to give its shards.
+
+    Returns:
+        On rank 0 the copy; on the others, and where nothing is sharded, the module itself.
+
+    Raises:
+        ExportError: If the module is sharded and cannot be copied.
+    """
+    if not shards(trainer):
+        return pl_module
+    copied = whole_copy(pl_module, wanted=trainer.is_global_zero)
+    if copied is None:
+        return pl_module
+    _compat.attach_trainer_(copied, trainer)
+    return copied
 
 
 def averaging(trainer: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -545,11 +638,14 @@ def run_end_of_fit(callbacks: list[CompressionCallback], trainer: Any, pl_module
         pl_module: The trained module.
     """
     unwritten: list[Exception] = []
+    shown = [pl_module]
     with _compat.patient_group(trainer.world_size) as tell:
         for stage in STAGES:
+            if stage == WHOLE_STAGES[0] and any(own.needs_whole for own in callbacks):
+                together(tell, lambda trainer, module: shown.append(whole(trainer, module)), trainer, pl_module)
             for callback in callbacks:
                 unwritten += _unwritten(
-                    stage, functools.partial(together, tell, getattr(callback, stage)), trainer, pl_module
+                    stage, functools.partial(together, tell, getattr(callback, stage)), trainer, shown[-1]
                 )
     for further in unwritten[1:]:
         warnings.warn(f"one more file was not written: {further}", stacklevel=2)

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_edge_bits, check_layer_bits, check_whole, edge_bits_of
-from lightning_compress.callbacks.base import CompressionCallback, log, together
+from lightning_compress.callbacks.base import CompressionCallback, log, shards, together
 from lightning_compress.callbacks.intents import Aim, Intent, layers_of, left_out
 from lightning_compress.export.sample import defines
 from lightning_compress.export.scales import given_steps, grids_of_steps, inside
@@ -249,8 +249,9 @@ class CalibratingCallback(CompressionCallback):
         Returns:
             The grids.
         """
-        device = next(pl_module.parameters()).device
-        pl_module.to(trainer.strategy.root_device)  # at the end of a fit Lightning has moved the module to the CPU
+        device, shared = next(pl_module.parameters()).device, shards(trainer)  # those stay, and where they are
+        if not shared:
+            pl_module.to(trainer.strategy.root_device)  # at the end of a fit Lightning has moved the module to the CPU
         try:
             network = find_module(pl_module, name, argument="network")
             calibration = self._calibration(trainer, pl_module, name, network)
@@ -267,7 +268,8 @@ class CalibratingCallback(CompressionCallback):
                 together(tell, find, trainer, pl_module)
             self._nothing = calibration.nothing
         finally:
-            pl_module.to(device)
+            if not shared:
+                pl_module.to(device)
         return Grids.from_state(trainer.strategy.broadcast(calibration.grids.state()))
 
     def _reestimate(self, trainer: Any, pl_module: Any, name: str, calibration: Calibration) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,9 +34,10 @@ from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.densepath import OwnLayers, classifiers_named, last_layer, norms_of
 from lightning_compress.mechanisms.masking import DenseWeight
 from lightning_compress.mechanisms.outputs import Locator, find_logits
-from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
+from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.sharding import is_shard, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
 from lightning_compress.mechanisms.standins import leaves_of, scratch, standing_in, unlearning
@@ -152,17 +154,10 @@ class DCILCallback(DynamicMaskCallback):
         self._called: Callable[[], list[LayerOutput]] | None = None  # the layers, while the classifier is looked for
         self._recording = ExitStack()
         self._first_statistics: dict[int, Tensor] = {}
+        self._dense_kl: Tensor | None = None  # what the dense pass learns from the other, in a backward pass of its own
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []  # gradients that this gave
 
     # Life cycle
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """As the base, but that no mixin helps with manual optimisation."""
-        if stage == "fit" and not getattr(pl_module, "automatic_optimization", True):
-            raise ValueError(
-                f"{type(self).__name__} runs the step twice, and {type(pl_module).__name__} optimises manually, where "
-                "each step does its own backward pass; DPFCallback works there, with CompressionMixin"
-            )
-        super().setup(trainer, pl_module, stage)
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what two passes cannot be had with."""
@@ -195,10 +190,12 @@ class DCILCallback(DynamicMaskCallback):
         others = {name: DenseWeight(view) for name, view in masks.views.items()}
         self._another = stack.enter_context(controller.weights.owned_for_another_pass(self.name, others))
         stack.callback(setattr, self, "_another", None)
+        learn = partial(self._learn_apart, others) if masks.parts is not None else None
         stack.enter_context(self._recording)
         self.student_capture = controller.capture(self.student) if self.kl_start < 1 else None
-        stack.enter_context(controller.view(View(DENSE, self._dense_pass, deployed=False)))
-        stack.enter_context(controller.term(Term(self.name, self._between, view=None)))
+        view = View(DENSE, self._dense_pass, deployed=False, owner=self.name, learn=learn)
+        stack.enter_context(controller.view(view))
+        stack.enter_context(controller.term(Term(self.name, self._between, view=None, student=self.student_capture)))
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """With what the dense path had for itself."""
@@ -229,9 +226,17 @@ class DCILCallback(DynamicMaskCallback):
             self._recording.close()
             self._called = self._recording.enter_context(record_outputs(pl_module))
 
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """As the base; give the dense path's own layers the gradients of a backward pass of its own."""
+        super().on_after_backward(trainer, pl_module)
+        for leaf, gradient in self._waiting:
+            if gradient is not None:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        self._waiting = []
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Let the dense path's own layers follow the settings of the user's optimizer, then as the base."""
-        if self._own is not None:
+        if self._own is not None and self.leads(trainer, pl_module, optimizer):
             self._own.follow(optimizer)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
@@ -280,20 +285,25 @@ class DCILCallback(DynamicMaskCallback):
     def _put_away(self) -> None:
         """At the end of a fit, keep what the dense path had for itself, for a fit that goes on."""
         self._own_state = None if self._own is None else self._own.state()
-        self._own = self._called = None
+        self._own = self._called = self._dense_kl = None
+        self._waiting = []
         self._first_statistics = {}
 
     @contextmanager
     def _dense_pass(self) -> Iterator[None]:
         """Present the dense weights, and let nothing else learn or change but what is the path's own."""
         module = self._require_controller().module
+        shards_in_place(module)
         own: Mapping[int, Tensor] = {}
         if self._own is not None:
             if not self._own.layers:
                 self._find_own(module)
             own = self._own.stand_ins()
-        # all parameters, also those that are masked, of which the module sees the views in front
-        rest = [leaf for leaf in module.parameters() if leaf.requires_grad and id(leaf) not in own]
+        # all parameters, also those that are masked, of which the module sees the views in front; not those that
+        # FSDP2 shards, which learn in a backward pass of their own
+        rest = [
+            leaf for leaf in module.parameters() if leaf.requires_grad and id(leaf) not in own and not is_shard(leaf)
+        ]
         buffers = [buffer for buffer in module.buffers() if id(buffer) not in own]
         if self._another is None:
             raise RuntimeError(f"{type(self).__name__} is only active during a fit")
@@ -309,6 +319,12 @@ class DCILCallback(DynamicMaskCallback):
         if self.dense_path == "own":
             if not classifier and self._called is not None:
                 masked = {id(weight) for weight in self._require_masks().weights.values()}
+                if len(self._trainer.optimizers) > 1:
+                    raise ValueError(
+                        f"dense_path='own' of '{self.name}' needs a classifier of its own, and with several optimizers "
+                        "the layer that is called last may be that of another network: name it with classifier=, or "
+                        "choose dense_path='own_norm'"
+                    )
                 classifier = last_layer(module, self._called(), masked)
             self._own.classifier = list(classifier)
         layers = {**norms, **classifier}
@@ -317,11 +333,27 @@ class DCILCallback(DynamicMaskCallback):
         order = {id(part): index for index, part in enumerate(module.modules())}
         chosen = dict(sorted(layers.items(), key=lambda entry: order[id(entry[1])]))
         refuse_lbfgs(self._trainer.optimizers, f"{type(self).__name__} '{self.name}'")
-        owned: OwnedParameters = self._own.copy(chosen, self._trainer.optimizers[0], self._first_statistics)
+        owned: OwnedParameters = self._own.copy(chosen, self._leader(chosen), self._first_statistics)
         self._first_statistics = {}
         self.own(owned)
         others = [name for name in chosen if name not in self._own.classifier]
         log.info("%s: the dense path has its own %s", self.name, self._of_its_own(self._own.classifier, others))
+
+    def leads(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether it trains the layers of which the dense path has its own."""
+        return self._own is None or not self._own.layers or self._leader(self._own.layers) is optimizer
+
+    def _leader(self, layers: Mapping[str, nn.Module]) -> torch.optim.Optimizer:
+        """The optimizer that the dense path's own layers follow: the one that trains those which they are copies of."""
+        every: list[torch.optim.Optimizer] = self._trainer.optimizers
+        found = holders(every, [own for layer in layers.values() for own in layer.parameters(recurse=False)])
+        if len(found) > 1:
+            raise ValueError(
+                f"{listing(list(layers))} are trained by {len(found)} optimizers, and what the dense path of "
+                f"'{self.name}' has for itself follows one: name the layers of the network that is pruned with norms= "
+                "and classifier=, or choose dense_path='shared'"
+            )
+        return (found or every)[0]
 
     def _between(self, passes: Mapping[str, Pass]) -> Tensor | None:
         """What the two passes learn from each other; log both task losses."""
@@ -332,7 +364,7 @@ class DCILCallback(DynamicMaskCallback):
         for name, seen in (("pruned", pruned), ("dense", dense)):
             if seen.task_loss is not None:
                 self.log_quantity(f"{name}_task_loss", seen.task_loss.detach(), batch_size=1)
-        begun = self._require_progress().fraction >= self.kl_start
+        begun = self._require_progress().fraction_before >= self.kl_start
         first_step = self._require_controller().steps == 0  # when what will be needed later is looked for
         if self.student_capture is None or not (begun or first_step):
             return None
@@ -358,7 +390,25 @@ class DCILCallback(DynamicMaskCallback):
         ]
         for name, loss in zip(("kl_pruned", "kl_dense"), losses, strict=True):
             self.log_quantity(name, loss.detach(), batch_size=1)
-        return losses[0] + losses[1]
+        if self._require_masks().parts is None:
+            return losses[0] + losses[1]
+        self._dense_kl = losses[1]
+        return losses[0]
+
+    def _learn_apart(self, others: Mapping[str, DenseWeight], loss: Tensor) -> Tensor:
+        """The backward pass of the dense pass, where weights are sharded; gives the value of its loss."""
+        total, self._dense_kl = loss if self._dense_kl is None else loss + self._dense_kl, None
+        owned = [] if self._own is None else [*self._own.stand_ins().values()]
+        earlier = [leaf.grad for leaf in owned]
+        for leaf in owned:
+            leaf.grad = None
+        weights = self._require_controller().weights.sharded
+        with torch.autocast(total.device.type, enabled=False):
+            weights.learn_apart(total / self._trainer.accumulate_grad_batches, others)
+        self._waiting = [(leaf, leaf.grad) for leaf in owned]  # until Lightning has cleared gradients for this step
+        for leaf, gradient in zip(owned, earlier, strict=True):
+            leaf.grad = gradient
+        return total.detach()
 
     def _check_what_learns(self, dense: Pass) -> None:
         """Complain in the first step if the dense pass would teach what the pruned pass teaches already."""

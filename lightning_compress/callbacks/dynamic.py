@@ -20,6 +20,7 @@ from lightning_compress.functional.masks import Filters, count_dead_filters
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_, statistics_kept
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.sharding import own_part, sharded_units
 from lightning_compress.mechanisms.weights import filters_of, sites_of, weights_replaced
 
 
@@ -46,6 +47,8 @@ class DynamicMaskCallback(MaskCallback):
 
     _filters = Returned[Mapping[str, Filters]](MappingProxyType({}))
     """Where the filters of each weight are that has some."""
+    _dead = Returned[Mapping[str, int]](MappingProxyType({}))
+    """Those that were masked completely at the last update; where weights are sharded, no process can tell alone."""
 
     def __init__(
         self,
@@ -62,18 +65,28 @@ class DynamicMaskCallback(MaskCallback):
     @property
     def dead_filters_by_weight(self) -> dict[str, int]:
         """How many filters are masked completely now, of the weights where there are any."""
-        masks = self.masks
-        known = {name: where for name, where in self._filters.items() if name in masks}  # since the last fit began
-        dead = {name: count_dead_filters(masks[name], where) for name, where in known.items()}
-        return {name: count for name, count in dead.items() if count}
+        sharded = self._masks is not None and self._masks.parts is not None
+        return dict(self._dead) if sharded else self._count_dead()
 
     # What the base asks
+
+    def problem_with_shards(self) -> str | None:
+        """As the base; a second validation runs on one rank."""
+        if self.reestimated_validation:
+            return "reestimated_validation=True validates on one rank, with whole weights; leave it out"
+        return super().problem_with_shards()
 
     def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """All; and note where their filters are: those of linear layers count where batch norm may follow."""
         sites = sites_of(pl_module)
         widths = {module.num_features for module in pl_module.modules() if isinstance(module, _NormBase)}
         found = {name: filters_of(sites[id(weight)]) for name, weight in weights.items()}
+        split = [name for name, filters in found.items() if filters is not None and filters.groups]
+        if split and sharded_units(pl_module):
+            raise ValueError(
+                f"{listing(split)} are of transposed convolutions, whose filters lie across the rows that FSDP2 splits "
+                f"over processes, so {type(self).__name__} cannot tell which are dead; leave them out with exclude="
+            )
         self._filters = {
             name: filters
             for name, filters in found.items()
@@ -84,6 +97,7 @@ class DynamicMaskCallback(MaskCallback):
     def updated(self, changed: float, *, more: bool) -> None:
         """As the base; count the filters that are masked completely."""
         super().updated(changed, more=more)
+        self._dead = self._count_dead()
         self._to_log["dead_filters"] = float(sum(self.dead_filters_by_weight.values()))
 
     def remarks(self) -> list[str]:
@@ -105,9 +119,15 @@ class DynamicMaskCallback(MaskCallback):
         self._validated = False
         super().attach(controller, stack, trainer, pl_module)
 
+    def go_on(self, state: dict[str, Any] | None) -> None:
+        """With the filters that are masked completely."""
+        super().go_on(state)
+        self._dead = self._count_dead()
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Measure the gradient in the step before an update, before it is clipped."""
         if self._progress is not None and self._progress.steps_after_this % self.update_interval == 0:
+            self._require_controller().weights.sharded.settle()
             self._to_log.update(self._gradient_norms())
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
@@ -132,18 +152,29 @@ class DynamicMaskCallback(MaskCallback):
 
     # Private
 
+    def _count_dead(self) -> dict[str, int]:
+        masks = self.masks
+        known = {name: where for name, where in self._filters.items() if name in masks}  # since the last fit began
+        dead = {name: count_dead_filters(own_part(masks[name]), where) for name, where in known.items()}
+        if self._masks is not None and self._masks.parts is not None:
+            dead = dict(zip(dead, self._masks.parts.totals([*dead.values()]), strict=True))
+        return {name: count for name, count in dead.items() if count}
+
     def _gradient_norms(self) -> dict[str, float | Tensor]:
         """The norms of the gradient over all kept and over all pruned weights."""
         masks = self._require_masks()
         kept, pruned = [], []
         for name, weight in masks.weights.items():
             if weight.grad is not None and masks.views[name].mask is not None:
-                lost = masks.views[name].lost(weight.grad)
+                gradient = own_part(weight.grad)
+                lost = masks.views[name].lost(gradient)
                 wide = torch.promote_types(lost.dtype, torch.float32)
                 pruned.append(torch.linalg.vector_norm(lost, dtype=wide))
-                kept.append(torch.linalg.vector_norm(weight.grad - lost, dtype=wide))
+                kept.append(torch.linalg.vector_norm(gradient - lost, dtype=wide))
         if not kept:
             return {}
         device = kept[0].device
         norms = [torch.linalg.vector_norm(torch.stack([own.to(device) for own in part])) for part in (kept, pruned)]
+        if masks.parts is not None:
+            norms = [*masks.parts.total(torch.stack(norms).square()).sqrt()]
         return {"gradient_norm_kept": norms[0], "gradient_norm_pruned": norms[1]}

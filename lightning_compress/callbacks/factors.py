@@ -6,8 +6,8 @@ arXiv:1802.04977. The networks, their pre-training and the loss are those of the
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,10 +26,12 @@ from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.callbacks.teaching import samples_of
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
+from lightning_compress.mechanisms.drafts import write_whole
 from lightning_compress.mechanisms.isolation import drawn_from
 from lightning_compress.mechanisms.owned import OwnedParameters, refuse_lbfgs
 from lightning_compress.mechanisms.paraphrasing import authors_optimizer, paraphraser_from, train_paraphraser
 from lightning_compress.mechanisms.passes import Pass
+from lightning_compress.mechanisms.reading import read_saved
 from lightning_compress.mechanisms.replay import Replay
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.stages import Stage
@@ -136,15 +138,18 @@ class FactorTransferCallback(FeatureCallback):
         """Write the trained paraphraser to a file, for the argument ``paraphraser`` of other runs.
 
         Args:
-            path: The file.
+            path: The file; it is written whole or not at all.
 
         Raises:
+            OSError: If it cannot be written.
             RuntimeError: If there is none yet.
         """
         if self._paraphraser is None:
             raise RuntimeError("there is no trained paraphraser yet: it is made when a training starts")
         weights = {key: value.cpu() for key, value in self._paraphraser.state_dict().items()}
-        torch.save({"schema": 1, "factor_ratio": self.factor_ratio, "weights": weights}, path)
+        contents = io.BytesIO()
+        torch.save({"schema": 1, "factor_ratio": self.factor_ratio, "weights": weights}, contents)
+        write_whole(Path(path), contents.getvalue())
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse layers that do not exist, and channels that go meanwhile; forget an earlier fit."""
@@ -358,10 +363,7 @@ def _read(path: str, factor_ratio: float) -> dict[str, Tensor]:
         raise ValueError(
             f"paraphraser names '{path}', which is no file; FactorTransferCallback.save_paraphraser writes one"
         )
-    try:
-        saved: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(f"paraphraser: '{path}' cannot be read as weights: {error}") from error
+    saved = read_saved(path, "paraphraser", trusted="save its state_dict() instead")
     argument = f"paraphraser: '{path}'"
     own = isinstance(saved, dict) and "weights" in saved  # otherwise the weights of a Paraphraser that the user trained
     if own and saved["schema"] > 1:

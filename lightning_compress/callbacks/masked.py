@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.callbacks.base import CompressionCallback, log, shards
 from lightning_compress.callbacks.intents import Intent, layers_of, left_out
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.mechanisms.checkpoints import (
+    Compress,
     close_after_exception,
     compress_,
     dense_of,
@@ -23,8 +24,15 @@ from lightning_compress.mechanisms.checkpoints import (
     saving_compressed,
 )
 from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.gathering import (
+    gathered,
+    refuse_unpresentable,
+    rows_of,
+    sharded_as,
+)
 from lightning_compress.mechanisms.masking import MaskedWeight, Masks
 from lightning_compress.mechanisms.selection import listing, plain_name
+from lightning_compress.mechanisms.sharding import is_shard, own_part, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.views import Usage
 from lightning_compress.mechanisms.weights import PLAIN_LAYERS, named_weights, select_weights
@@ -68,6 +76,19 @@ class MaskedWeightsCallback(CompressionCallback):
 
     # For techniques
 
+    def problem_with_shards(self) -> str | None:
+        """Nothing: masks are chosen, and act, where the shards are."""
+        return None
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse manual optimisation of sharded weights, in which gradients do not come at one time."""
+        super().check(trainer, pl_module)
+        if shards(trainer) and not getattr(pl_module, "automatic_optimization", True):
+            raise ValueError(
+                f"with {type(trainer.strategy).__name__} {type(self).__name__} works where Lightning optimises, and "
+                f"{type(pl_module).__name__} optimises manually; use one device or DDP"
+            )
+
     def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """Those of the selected weights that can be masked; an error if there are none."""
         return weights
@@ -103,7 +124,7 @@ class MaskedWeightsCallback(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         self._files.enter_context(loading_dense(pl_module, self.name, self._receive, resumes=stage == "fit"))
         if stage == "fit":
-            self._files.enter_context(saving_compressed(pl_module, self.name, self._compressed))
+            self._files.enter_context(saving_compressed(pl_module, self.name, self._compressing))
             self._files.callback(setattr, self, "_saving", False)
             self._saving = True
 
@@ -113,6 +134,7 @@ class MaskedWeightsCallback(CompressionCallback):
         if selected.idle:
             self._warn_once(f"exclude={selected.idle} leaves out nothing that was selected")
         weights = self.suited(selected.weights, pl_module)
+        refuse_unpresentable(pl_module, weights)
         last = self.state_dict()
         earlier, self._masks = self._masks, Masks(weights, self.view)
         first = {id(weight): name for name, weight in weights.items()}
@@ -155,7 +177,7 @@ class MaskedWeightsCallback(CompressionCallback):
         if len(unused) == len(self._require_masks().weights):
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: the first training step used none of the weights "
-                f"that it masks, {listing(unused)}; choose others with layers="
+                f"that it masks, {listing(unused)}, or under no_grad only; choose others with layers="
             )
         if unused:
             self._warn_once(
@@ -169,6 +191,8 @@ class MaskedWeightsCallback(CompressionCallback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """From here on the dense weights are others than those that the fit began with."""
+        if self._controller is not None:
+            self._controller.weights.sharded.settle()
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._undo = None
 
@@ -202,6 +226,7 @@ class MaskedWeightsCallback(CompressionCallback):
 
     def bake(self, trainer: Any, pl_module: Any) -> None:
         """Leave the compressed weights in the module; the dense ones are kept here."""
+        shards_in_place(pl_module)
         if replaced := self._replaced(pl_module):
             raise RuntimeError(
                 f"{listing(replaced)} are not the weights any more that '{self.name}' masks: they were replaced after "
@@ -233,16 +258,25 @@ class MaskedWeightsCallback(CompressionCallback):
         close_after_exception(trainer, self._files)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Outside of a fit, where the module's own hook is as it was: keep what a later fit needs."""
+        """Keep masks whole; outside of a fit, where the module's own hook is as it was, also what a later fit needs."""
+        states = checkpoint.get("callbacks", {})
+        if self.state_key in states:
+            states[self.state_key] = gathered(states[self.state_key])
         if self._saving or self._masks is None or not self._masks.state():
             return
         if self._dense is None:  # a fit ended in an exception, and its module holds the dense weights
             if not self._replaced(pl_module):
-                compress_(checkpoint, self.name, self._compressed)
+                compress_(checkpoint, self.name, self._compressing(checkpoint))
             return
         state, dense = checkpoint["state_dict"], self._dense
-        names = {key: name for key, value in state.items() if (name := self._name_of(key, value)) is not None}
-        if all(torch.equal(self._masks.masked(name, dense[name]), state[key].cpu()) for key, name in names.items()):
+        if self._masks.parts is None:
+            names = {key: name for key, value in state.items() if (name := self._name_of(key, value)) is not None}
+            same = all(
+                torch.equal(self._masks.masked(name, dense[name]), state[key].cpu()) for key, name in names.items()
+            )
+        else:  # only some ranks have a state
+            names, same = dict(self._names), self._holds(self._masks, dense)
+        if same:
             keep_dense_(checkpoint, self.name, {key: dense[name] for key, name in names.items()})
         else:
             self._warn_once("the weights have changed since the fit, so they are saved without dense ones")
@@ -259,16 +293,24 @@ class MaskedWeightsCallback(CompressionCallback):
         """Keep them until the fit starts, when the weights are known."""
         if self._saving:  # else a file is tested, and what a fit needs of it was kept when it was read
             self._loaded = state
+            if self._controller is not None and self._controller.weights.sharded.weights:
+                self.go_on_late()
+
+    def go_on_late(self) -> None:
+        """Begin with the loaded state, as a strategy with shards loads it when the fit has started."""
+        self.go_on(self._loaded)
+        self._loaded = None
 
     # Private
 
     def _compress_module(self) -> None:
         self._go_back()
         masks = self._require_masks()
-        self._dense = {name: weight.detach().cpu().clone() for name, weight in masks.weights.items()}
-        with torch.no_grad():
-            for name, weight in masks.weights.items():
-                weight.copy_(masks.masked(name, weight))
+        self._dense = {}
+        for name, weight in masks.weights.items():
+            own = own_part(weight)
+            self._dense[name] = sharded_as(own.clone() if masks.parts else own.cpu().clone(), weight)
+            own.copy_(masks.masked(name, own))
         masks.retire()
 
     def _compress_averages(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -299,16 +341,26 @@ class MaskedWeightsCallback(CompressionCallback):
     def _name_of(self, key: str, value: Any) -> str | None:
         """Which weight an entry of a ``state_dict`` is, also where the module renames its entries."""
         name = self._names.get(plain_name(key))
-        if name is None and isinstance(value, Tensor):
+        if name is None and isinstance(value, Tensor) and self._require_masks().parts is None:
             place = value.data_ptr(), value.shape
             weights = self._require_masks().weights.items() if place[0] != 0 else ()
             name = next((own for own, weight in weights if (weight.data_ptr(), weight.shape) == place), None)
         return name
 
-    def _compressed(self, key: str, value: Tensor) -> Tensor | None:
-        """What is saved of an entry of the module's ``state_dict``."""
-        name = self._name_of(key, value) if self.masks else None
-        return None if name is None else self._require_masks().masked(name, value)
+    def _compressing(self, checkpoint: dict[str, Any]) -> Compress:
+        """What is saved of the entries of the module's ``state_dict``."""
+        masked: Callable[[str, Tensor], Tensor] | None = None
+        if self._masks is not None and self.masks:
+            masked, state = self._masks.masked, checkpoint["state_dict"].values()
+            if self._masks.parts is not None and not any(is_shard(value) for value in state):  # whole, on rank 0
+                whole = gathered(self.masks)
+                masked = lambda name, value: value.masked_fill(~whole[name], 0.0)  # noqa: E731
+
+        def compress(key: str, value: Tensor) -> Tensor | None:
+            name = None if masked is None else self._name_of(key, value)
+            return None if name is None or masked is None else masked(name, value)
+
+        return compress
 
     def _receive(self, checkpoint: dict[str, Any]) -> None:
         """Keep the dense weights of a checkpoint that is loaded to be tested, for a fit that goes on from it."""
@@ -339,14 +391,21 @@ class MaskedWeightsCallback(CompressionCallback):
         if dense is None:  # it was interrupted
             same = all(earlier.weights[name] is weight for name, weight in weights.items())
         else:
-            left = {name: earlier.masked(name, dense[name].to(weight.device)) for name, weight in weights.items()}
-            same = all(torch.equal(left[name], weight.detach()) for name, weight in weights.items())
+            same = self._holds(earlier, dense)
         if same:
             self._undo, self._undo_bakes = last, dense is not None
-            with torch.no_grad():
-                for name, value in (dense or {}).items():
-                    weights[name].copy_(value)
+            for name, value in (dense or {}).items():
+                own_part(weights[name]).copy_(rows_of(value, weights[name]))
         return same
+
+    def _holds(self, earlier: Masks, dense: Mapping[str, Tensor]) -> bool:
+        """Whether the weights, of all processes, are dense ones with zeros where earlier masks say."""
+        now, masks = self._require_masks(), earlier.state()
+        others = 0
+        for name, weight in now.weights.items():
+            left = rows_of(dense[name], weight).masked_fill(~rows_of(masks[name], weight), 0.0)
+            others += not torch.equal(left, own_part(weight))
+        return (others if now.parts is None else now.parts.totals([others])[0]) == 0
 
     def _announce(self) -> None:
         masks = self._require_masks()

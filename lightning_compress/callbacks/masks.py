@@ -102,6 +102,12 @@ class MaskCallback(MaskedWeightsCallback):
 
     # For techniques
 
+    def problem_with_shards(self) -> str | None:
+        """As the base; statistics of batch norm are estimated with whole weights."""
+        if self.reestimate_batchnorm:
+            return "reestimate_batchnorm=True needs whole weights; leave it out"
+        return super().problem_with_shards()
+
     def schedules(self) -> dict[str, Schedule]:
         """The schedules by name."""
         return SCHEDULES
@@ -123,8 +129,7 @@ class MaskCallback(MaskedWeightsCallback):
         """The masks of a sparsity, never below the one there is; None if they stay as they are."""
         masks = self._require_masks()
         zeros = max(self.zeros_at(sparsity), masks.zeros)
-        weights = [weight.detach() for weight in masks.weights.values()]
-        return smallest_masks(weights, zeros, limits=masks.limits) if zeros else None
+        return smallest_masks(masks.values(), zeros, limits=masks.limits, parts=masks.parts) if zeros else None
 
     def updated(self, changed: float, *, more: bool) -> None:
         """Called after an update of the masks, with the share of entries that changed, and whether training goes on."""
@@ -177,14 +182,8 @@ class MaskCallback(MaskedWeightsCallback):
         super().attach(controller, stack, trainer, pl_module)
         self._history = LayerHistory(list(self._require_masks().weights))
         self._check_target()
-        guarded = self._guarded(trainer)
-        forgotten = [] if self._has_target() else [_compat.forget_best(callback) for callback in guarded]
-        if any(forgotten):
-            self._warn_once(
-                "the best checkpoints so far have not the final sparsity, so they are not compared with what follows; "
-                "their files stay"
-            )
-        for callback in guarded:
+        self._forget_best(trainer)
+        for callback in self._guarded(trainer):
             stack.enter_context(shadowed(callback, "check_monitor_top_k", partial(self._guarding, callback)))
 
     def forget(self) -> None:
@@ -211,10 +210,16 @@ class MaskCallback(MaskedWeightsCallback):
             # another target than then is still to be reached
             self._finished = bool(state["finished"]) and state["arguments"].get("sparsity") == self.sparsity
 
+    def go_on_late(self) -> None:
+        """As the base; refuse a final sparsity below the one that was reached."""
+        super().go_on_late()
+        self._check_target()
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how long the training is; mask at once if the schedule begins here."""
         self._progress = Progress(trainer, pl_module)
         self._steps = self._progress.steps
+        self._forget_best(trainer)  # a strategy with shards has loaded them since the start of the fit
         if not self._begun:
             self._update()
         loses = self._guarded(trainer) and not any(map(_compat.keeps_last, trainer.callbacks))
@@ -249,13 +254,15 @@ class MaskCallback(MaskedWeightsCallback):
         progress = self._require_progress()
         self._history.show(self.tracker(trainer), self.name, progress.steps, progress.fraction)
         many = trainer.world_size > 1  # the same on all ranks; Lightning wants to be told
-        with torch.no_grad():
-            for name, weight in masks.weights.items():
-                masked = masks.masked(name, weight.detach())
-                zeros = ((masked == 0).sum() / masked.numel()).float()
-                pl_module.log(f"compress/{self.name}/sparsity/{name}", zeros, sync_dist=many, batch_size=1)
-                norm = torch.linalg.vector_norm(masked.float())
-                pl_module.log(f"compress/{self.name}/norm/{name}", norm, sync_dist=many, batch_size=1)
+        for (name, weight), own in zip(masks.weights.items(), masks.values(), strict=True):
+            masked = masks.masked(name, own)
+            zeros, norm = (masked == 0).sum(), torch.linalg.vector_norm(masked.float())
+            if masks.parts is not None:
+                zeros, square = masks.parts.total(torch.stack([zeros, norm.square()])).unbind()
+                norm = square.sqrt()
+            share = (zeros / weight.numel()).float()
+            pl_module.log(f"compress/{self.name}/sparsity/{name}", share, sync_dist=many, batch_size=1)
+            pl_module.log(f"compress/{self.name}/norm/{name}", norm, sync_dist=many, batch_size=1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Reach the final sparsity if the training was shorter than foreseen; say so if it was stopped."""
@@ -346,6 +353,15 @@ class MaskCallback(MaskedWeightsCallback):
     def _guarded(self, trainer: Any) -> list[Any]:
         """The callbacks that keep no checkpoint before the final sparsity."""
         return [own for own in trainer.callbacks if self.guard_checkpoints and _compat.keeps_best(own)]
+
+    def _forget_best(self, trainer: Any) -> None:
+        """Compare nothing with what was best before the final sparsity."""
+        forgotten = [] if self._has_target() else [_compat.forget_best(callback) for callback in self._guarded(trainer)]
+        if any(forgotten):
+            self._warn_once(
+                "the best checkpoints so far have not the final sparsity, so they are not compared with what follows; "
+                "their files stay"
+            )
 
     def _guarding(self, callback: Any, original: Callable[..., bool]) -> Callable[..., bool]:
         """Keep no monitored checkpoint before the final sparsity, but for the last, to resume from."""

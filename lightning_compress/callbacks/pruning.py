@@ -28,9 +28,11 @@ from lightning_compress.functional.masks import (
     smallest_masks,
 )
 from lightning_compress.functional.schedules import Schedule, iterative_schedule
+from lightning_compress.mechanisms.gathering import rows_of
 from lightning_compress.mechanisms.importance import TaylorScores
 from lightning_compress.mechanisms.rewinding import TrainingStart
 from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.sharding import sharded_units
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.weights import sites_of
 
@@ -174,6 +176,11 @@ class PruningCallback(MaskCallback):
         if self._n_m is None:
             return weights
         m = self._n_m[1]
+        if sharded_units(pl_module) and (split := [name for name, dim in self._input_dims.items() if dim == 0]):
+            raise ValueError(
+                f"pattern='{self.pattern}' groups the input channels of {listing(split)}, transposed convolutions, "
+                "across the rows that FSDP2 splits over processes; leave them out with exclude="
+            )
         fitting = {
             name: weight
             for name, weight in weights.items()
@@ -211,13 +218,13 @@ class PruningCallback(MaskCallback):
             n, m = self._n_m
             oriented = [self._oriented(name, score) for name, score in zip(masks.weights, scores, strict=True)]
             old = None if kept is None else [self._oriented(*pair) for pair in zip(masks.weights, kept, strict=True)]
-            new = n_m_masks(oriented, n, m, zeros // (m - n), kept=old)
+            new = n_m_masks(oriented, n, m, zeros // (m - n), kept=old, parts=masks.parts)
             return [self._oriented(name, mask) for name, mask in zip(masks.weights, new, strict=True)]
         if self.scope == "global":
-            return smallest_masks(scores, zeros, kept=kept, limits=masks.limits)
+            return smallest_masks(scores, zeros, kept=kept, limits=masks.limits, parts=masks.parts)
         counts = self._counts(sparsity, zeros)
         return [
-            smallest_masks([score], count, kept=None if kept is None else [kept[index]])[0]
+            smallest_masks([score], count, kept=None if kept is None else [kept[index]], parts=masks.parts)[0]
             for index, (score, count) in enumerate(zip(scores, counts, strict=True))
         ]
 
@@ -342,13 +349,13 @@ class PruningCallback(MaskCallback):
 
     def _scores(self) -> list[Tensor] | None:
         """What is compared, larger for what is kept; None if nothing is known yet."""
-        weights = [weight.detach() for weight in self._require_masks().weights.values()]
+        masks = self._require_masks()
         if self.score == "random":
-            generator = torch.Generator().manual_seed(self.seed)
-            return [random_score(weight, generator) for weight in weights]
+            generator = torch.Generator().manual_seed(self.seed)  # the same draws in each process
+            return [rows_of(random_score(weight, generator), weight) for weight in masks.weights.values()]
         if self._importance is not None:
             return self._importance.take()
-        return weights
+        return masks.values()
 
     def _oriented(self, name: str, tensor: Tensor) -> Tensor:
         """With the input channels in dimension 1, where a transposed convolution has them in dimension 0."""

@@ -37,7 +37,8 @@ from lightning_compress.mechanisms.optimizers import Way, way_of
 from lightning_compress.mechanisms.order import call_order
 from lightning_compress.mechanisms.scaled_steps import ScaledSteps
 from lightning_compress.mechanisms.selection import listing
-from lightning_compress.mechanisms.warping import EDGES, WarpedWeights, edge_layers, warpable_weights
+from lightning_compress.mechanisms.sharding import shards_in_place
+from lightning_compress.mechanisms.warping import EDGES, Summary, WarpedWeights, edge_layers, warpable_weights
 from lightning_compress.mechanisms.weights import named_weights
 from lightning_compress.mechanisms.wrapping import shadowed
 from lightning_compress.report.pictures import report_picture
@@ -159,6 +160,7 @@ class PSGDCallback(CompressionCallback):
         self.quantized_validation = quantized_validation
         self.layers, self.exclude = layers, exclude
         self._warped: WarpedWeights | None = None
+        self._candidates: dict[str, nn.Parameter] = {}  # the weights that were selected
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
         self._tested: nn.Module | None = None  # the module, while it is not fitted
         self._settled = False  # whether bits and scale are known
@@ -171,6 +173,7 @@ class PSGDCallback(CompressionCallback):
         self._told = 0  # how many optimizers had stepped when it was told what these did not reach
         self._to_log: dict[str, float] = {}
         self._second: SecondValidation | None = None
+        self._end: tuple[float, Summary | None] | None = None  # mean distance, and what rounding does, after the fit
 
     # What users read
 
@@ -179,10 +182,10 @@ class PSGDCallback(CompressionCallback):
         """Name of each weight to the step of its grid, ``max|w| / (2^(bits-1) - 1)`` now, and its bits.
 
         The step is of 0 dimensions, or of shape ``(C,)`` with ``granularity="channel"``. With ``target="zero"`` there
-        are none, and none before the first step.
+        are none, and none before the first step. Where FSDP2 shards the weights, all ranks have to ask during the fit.
         """
         warped = self._warped
-        if warped is None or not self._bits:
+        if warped is None or not self._bits or (warped.ranks.several and self._last_grids):
             return dict(self._last_grids)
         return warped.grids()
 
@@ -223,15 +226,14 @@ class PSGDCallback(CompressionCallback):
     def remarks(self) -> list[str]:
         """How strong the scale was, and what quantisation makes of the weights."""
         warped = self._warped
-        if warped is None or self.lambda_s is None or self._first_mean is None:
+        if warped is None or self._end is None or self.lambda_s is None or self._first_mean is None:
             return []
-        mean = warped.mean()
+        mean, summary = self._end
         factors = f"{self.lambda_s * self._first_mean:.3g} at the first step, {self.lambda_s * mean:.3g} at the end"
         remarks = [f"{self.name}: lambda = {self.lambda_s:.6g}; mean factor {factors}."]
         if self._left:
             remarks.append(f"{self.name}: left as they are: {listing(self._left)}.")
-        if warped.bits is not None and math.isfinite(mean):
-            summary = warped.summary()
+        if warped.bits is not None and summary is not None:
             remarks.append(
                 f"{self.name}: rounded to {_listed_bits(warped.bits)}, {summary.zeros:,} of {summary.total:,} weights "
                 f"({summary.zeros / summary.total:.2%}) are 0, and the relative error is {summary.error:.4f}."
@@ -258,6 +260,10 @@ class PSGDCallback(CompressionCallback):
         super().teardown(trainer, pl_module, stage)
         self._tested = None
 
+    def problem_with_shards(self) -> str | None:
+        """None: each rank scales the gradients of its own rows, by the grids of whole weights."""
+        return None
+
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Say what tuners measure."""
         for callback in trainer.callbacks:
@@ -271,38 +277,25 @@ class PSGDCallback(CompressionCallback):
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Select the weights, and get between gradients and optimizers."""
         super().attach(controller, stack, trainer, pl_module)
-        weights = self._selected(trainer, pl_module)
-        self._refuse_others(trainer, weights)
-        bits = self._continued(trainer, weights)
-        if bits is None:
-            self.lambda_s, self._first_mean, self._bits, self._start = None, None, NOTHING, NOTHING
-            bits = dict.fromkeys(weights, self.bits)
-        goes_on = self.lambda_s is not None
-        self.picture, self._last_grids = None, NOTHING
-        self._warped = self._warp({name: weights[name] for name in bits}, bits)
-        if not goes_on:
-            self._leave_out_resting()
-        self._settled, self._order, self._to_log, self._told = goes_on, [], {}, 0
-        if not goes_on and self._edge_bits() is not None and not _compat.holds_compiled_code(pl_module):
-            layers = [module for module in pl_module.modules() if isinstance(module, EDGES)]
-            self._order = self._watching.enter_context(call_order(layers))
-            stack.callback(self._watching.close)
-        way = None if self.apply_to == "auto" else self.apply_to
-        self._steps = ScaledSteps(self._warped, way=way, told=self._tell_way, passed_by=self._refuse_passing_by)
-        self._steps.scale = self.lambda_s or 1.0
+        self._candidates = self._selected(trainer, pl_module)
+        self._refuse_others(trainer, self._candidates)
+        self._begin(trainer, pl_module)
+        stack.callback(self._watching.close)
         stack.callback(setattr, self, "_steps", None)
-        stack.enter_context(self._steps.attached(trainer.optimizers))
         stack.enter_context(shadowed(pl_module, "on_before_optimizer_step", self._scaling))
         if self.quantized_validation and self.target == "grid" and not getattr(trainer, "barebones", False):
             self._second = SecondValidation("quantised weights", "quantized_validation=False", self._warn_once)
             stack.callback(setattr, self, "_second", None)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """What was called so far, in the sanity check, is no order of the training step."""
+        """From here on optimizers step; what was called in the sanity check is no order of the training step."""
         self._order.clear()
+        if self._stack is not None:  # FSDP2 steps optimizers to restore their states, and does so within the fit
+            self._stack.enter_context(self._require_steps().attached(trainer.optimizers))
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse weights that were replaced; say so if some are trained by now that were frozen when the fit began."""
+        shards_in_place(pl_module)
         present = named_weights(pl_module)
         if replaced := [name for name, own in self._require_warped().weights.items() if present.get(name) is not own]:
             raise RuntimeError(
@@ -330,8 +323,7 @@ class PSGDCallback(CompressionCallback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """As the base; after an epoch in which weights moved, complain if no optimizer stepped."""
         super().on_train_epoch_end(trainer, pl_module)
-        moved = self._versions != [parameter._version for parameter in pl_module.parameters()]
-        if moved and not self._require_steps().optimizers:
+        if self.has_moved(pl_module) and not self._require_steps().optimizers:
             self._refuse_passing_by()
 
     def on_validation_batch_start(
@@ -341,6 +333,7 @@ class PSGDCallback(CompressionCallback):
         if batch_idx or dataloader_idx or not self._validates(trainer):
             return
         warped = self._require_warped()
+        shards_in_place(pl_module)
         names = {id(weight): name for name, weight in warped.weights.items()}
         own = {name: names.get(id(weight)) for name, weight in named_weights(pl_module).items()}
 
@@ -367,13 +360,16 @@ class PSGDCallback(CompressionCallback):
         if warped is None or not self._settled:
             self._warn_once("no training step was run, so no gradient was scaled")
             return
-        if not math.isfinite(warped.mean()):
+        mean = warped.mean()
+        if not math.isfinite(mean):
+            self._end = mean, None
             self._warn_once("the weights hold NaN or infinity")
             return
+        self._end = mean, warped.summary()
         self._last_grids = {name: (step.cpu(), bits) for name, (step, bits) in warped.grids().items()}
-        if not trainer.is_global_zero or not self._start:
+        end = self._histograms() if self._start else {}
+        if not trainer.is_global_zero or not end:
             return
-        end = self._histograms()
         bits = dict.fromkeys(end) if warped.bits is None else warped.bits
         self.picture = positions_picture(
             [LayerPositions(name, bits[name], self._start[name], end[name]) for name in end if name in self._start]
@@ -390,14 +386,37 @@ class PSGDCallback(CompressionCallback):
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Keep it until the fit starts, when the weights are known."""
-        if self._tested is None:
-            self._loaded = state
-        else:
+        """Keep it until the fit starts, when the weights are known; where it has started, go on from it."""
+        if self._tested is not None:
             self._take(state)
             self._bind()
+            return
+        self._loaded = state
+        if self._controller is not None:  # FSDP2 restores a fit that has begun
+            self._begin(self._trainer, self._controller.module)
 
     # Private
+
+    def _begin(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Go on from the state that was loaded, or with the last fit, or begin anew."""
+        self._watching.close()
+        weights = self._candidates
+        bits = self._continued(trainer, weights)
+        if bits is None:
+            self.lambda_s, self._first_mean, self._bits, self._start = None, None, NOTHING, NOTHING
+            bits = dict.fromkeys(weights, self.bits)
+        goes_on = self.lambda_s is not None
+        self.picture, self._last_grids, self._end = None, NOTHING, None
+        self._warped = self._warp({name: weights[name] for name in bits}, bits)
+        if not goes_on:
+            self._leave_out_resting()
+        self._settled, self._order, self._to_log, self._told = goes_on, [], {}, 0
+        if not goes_on and self._edge_bits() is not None and not _compat.holds_compiled_code(pl_module):
+            layers = [module for module in pl_module.modules() if isinstance(module, EDGES)]
+            self._order = self._watching.enter_context(call_order(layers))
+        way = None if self.apply_to == "auto" else self.apply_to
+        self._steps = ScaledSteps(self._warped, way=way, told=self._tell_way, passed_by=self._refuse_passing_by)
+        self._steps.scale = self.lambda_s or 1.0
 
     def _scaling(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The module's hook: after those of all callbacks, which see the gradients of the loss, before clipping."""
@@ -630,7 +649,7 @@ class PSGDCallback(CompressionCallback):
         """Of the positions of each weight; biases are few numbers."""
         warped = self._require_warped()
         return {
-            name: position_histogram(warped.positions(name))
+            name: warped.ranks.total(position_histogram(warped.positions(name), weight.numel()))
             for name, weight in warped.weights.items()
             if weight.ndim > 1
         }

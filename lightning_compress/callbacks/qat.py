@@ -31,19 +31,21 @@ from lightning_compress.mechanisms.batchnorm import FrozenNorms, batch_norms
 from lightning_compress.mechanisms.calibration import Settings, fingerprints
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.divergence import LossWatch
+from lightning_compress.mechanisms.gathering import refuse_unpresentable
 from lightning_compress.mechanisms.grids import Grids, WeightGrid
 from lightning_compress.mechanisms.moving_grids import (
     FollowingGrids,
     LearnedGrids,
     MovingGrids,
     as_they_are,
-    clipped_share,
 )
 from lightning_compress.mechanisms.owned import OwnedParameters
 from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.quantization import GuardedCalls, quantizing
+from lightning_compress.mechanisms.rounded_weights import RoundedWeight
 from lightning_compress.mechanisms.rounding import Presented, Rounding
-from lightning_compress.mechanisms.selection import find_module, listing, plain_name
+from lightning_compress.mechanisms.selection import find_module, joined, listing, plain_name
+from lightning_compress.mechanisms.sharding import sharded_units
 
 StepSize = Literal["mse", "observed", "learned"]
 SMALL_RATE = 0.25
@@ -235,9 +237,15 @@ class QATCallback(QuantisedCallback):
             edge_bits=edge_bits_of(self.edge_bits, self.weight_bits),
         )
 
+    def problem_with_shards(self) -> str | None:
+        """Activations: no process sees what the others' batches reach."""
+        if self.activation_bits is not None:
+            return f"activation_bits={self.activation_bits} quantises activations too; give activation_bits=None"
+        return None
+
     def reestimates(self, network: nn.Module) -> bool:
         """Where there is batch norm: activations are to be seen as training with rounded weights will give them."""
-        return bool(batch_norms(network))
+        return bool(batch_norms(network)) and not sharded_units(network)
 
     def given(self, trainer: Any, name: str, network: nn.Module) -> Mapping[str, WeightGrid]:
         """The grids that PSGD has trained for."""
@@ -335,6 +343,9 @@ class QATCallback(QuantisedCallback):
         goes_on = trainer.global_step > 0 and self.quantization is not None and self.has_fitted(pl_module)
         super().attach(controller, stack, trainer, pl_module)
         state = self._loaded or (self.state_dict() if goes_on else None)
+        self._begin_with(state, stack, pl_module)
+
+    def _begin_with(self, state: dict[str, Any] | None, stack: ExitStack, pl_module: Any) -> None:
         self._loaded = None
         self._fit = _Fit()
         stack.callback(self._fit.thaw)
@@ -378,16 +389,23 @@ class QATCallback(QuantisedCallback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """As the base, which lets steps learn; they stay positive."""
+        self._require_controller().weights.sharded.settle()
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if isinstance(self._fit.moving, LearnedGrids):
             self._fit.moving.clamp_()
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """From here on everybody sees the weights in full precision."""
+        self._drop()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """As the base; after the first quantised step, complain about what it did not reach."""
         fit, moving = self._fit, self._fit.moving
         fit.in_step = False
+        self._drop()  # of a step that was skipped
         ran = self._require_controller().steps > fit.steps_before_grids  # a step that was skipped is no evidence
         if moving is not None:
+            moving.used |= self._used_shards(moving)
             fit.run |= moving.used
             if not fit.checked and ran:
                 self._check_first(moving)  # before anything else runs the network
@@ -438,12 +456,15 @@ class QATCallback(QuantisedCallback):
         if (moving := self._fit.moving) is not None:
             self._check_modules(moving.network)
             moving.evaluating = True
+            if moving.parts is not None:
+                self._require_controller().weights.show()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """As the base; training goes on with biases as they are."""
         super().on_validation_end(trainer, pl_module)
         if self._fit.moving is not None:
             self._fit.moving.evaluating = False
+            self._drop()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """As the base, with the grids as they are at the end."""
@@ -493,6 +514,8 @@ class QATCallback(QuantisedCallback):
         """Keep it until the fit starts; the grids at once, where a checkpoint is tested."""
         if self._stage == "fit":
             self._loaded = state
+            if self._stack is not None:  # a strategy with shards loads it when the fit has started
+                self._begin_with(state, self._stack, self._require_controller().module)
             return
         grids, start = (state[name] for name in ("quantization", "start_grids"))
         self.quantization = None if grids is None else Grids.from_state(grids)
@@ -567,8 +590,38 @@ class QATCallback(QuantisedCallback):
             moving = MovingGrids(network, grids, presented)
         self._start_grids, fit.moving, fit.norms = grids, moving, FrozenNorms(network)
         fit.modules = frozenset(map(id, network.modules()))
+        if moving.parts is not None:
+            self._stack.enter_context(controller.weights.owned(self.name, self._rounded_shards(moving)))
+            return moving
         fit.calls = self._stack.enter_context(quantizing(network, moving, when=lambda: controller.deployed))
         return moving
+
+    def _rounded_shards(self, moving: MovingGrids) -> dict[str, RoundedWeight]:
+        """Views of the weights that are rounded, where FSDP2 has split them."""
+        ranks = 1 if moving.parts is None else moving.parts.ranks
+        for name, grid in moving.grids.weights.items():
+            if name not in moving.names.sharded or (grid.axis is None and moving.parts is not None):
+                raise ValueError(
+                    f"the weight '{joined(moving.grids.network, name)}' is not split by FSDP2, or has one step for all of "
+                    f"its rows, so '{self.name}' cannot round it in each process; leave it out with exclude="
+                )
+        refuse_unpresentable(moving.network, {name: moving.names.sharded[name] for name in moving.grids.weights})
+        return {
+            joined(moving.grids.network, name): RoundedWeight(moving, name, moving.names.sharded[name], ranks)
+            for name in moving.grids.weights
+        }
+
+    def _used_shards(self, moving: MovingGrids) -> set[str]:
+        """Names of the sharded weights that the step used."""
+        if moving.parts is None:
+            return set()
+        unused = self._require_controller().weights.sharded.unused(self.name)
+        return {name for name in moving.grids.weights if joined(moving.grids.network, name) not in unused}
+
+    def _drop(self) -> None:
+        weights = self._require_controller().weights
+        if weights.sharded.shown:
+            weights.drop(evaluation=True)
 
     def _keep(self) -> None:
         """Take the grids, and what it takes to go on with them, from the fit."""
@@ -613,7 +666,7 @@ class QATCallback(QuantisedCallback):
         if self.step_size == "observed" or self._fit.moving is None:
             return
         with self._seen_weights():
-            zero = [name for name in grids.weights if not self._fit.moving.weight(name).any()]
+            zero = self._fit.moving.zeros()
         if nothing := [*zero, *self._nothing]:
             self._warn_once(
                 f"all of {listing(nothing)} was 0 when the grids were found, which then have steps of 1 and may round "
@@ -667,7 +720,11 @@ class QATCallback(QuantisedCallback):
     def _check_first(self, moving: MovingGrids) -> None:
         """After the first quantised step: did it run what was calibrated?"""
         self._fit.checked = True
-        if self._fit.calls is None or self._fit.calls.count == 0:
+        if (
+            not self._used_shards(moving)
+            if moving.parts is not None
+            else not (self._fit.calls and self._fit.calls.count)
+        ):
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: the training step never called "
                 f"'{moving.grids.network or 'self'}'; name the part that it calls with network="
@@ -675,7 +732,8 @@ class QATCallback(QuantisedCallback):
 
     def _check_idle(self, trainer: Any, moving: MovingGrids) -> None:
         """After an epoch: complain about layers that no step has run, of any process."""
-        if self._fit.calls is None or self._fit.calls.compiled or _compat.holds_compiled_code(moving.network):
+        compiled = moving.parts is None and (self._fit.calls is None or self._fit.calls.compiled)
+        if compiled or _compat.holds_compiled_code(moving.network):
             return  # compiled code keeps no record
         names = list(moving.grids.weights)
         ran = torch.tensor([float(name in self._fit.run) for name in names], device=trainer.strategy.root_device)
@@ -725,8 +783,7 @@ class QATCallback(QuantisedCallback):
 
     def _clipped(self, moving: MovingGrids) -> float:
         with self._seen_weights():
-            grids = moving.current()
-            return clipped_share(grids, {name: moving.weight(name) for name in grids.weights})
+            return moving.clipped()
 
 
 class _Factors(nn.Module):

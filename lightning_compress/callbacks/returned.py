@@ -7,6 +7,7 @@ the file and removes it.
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import tempfile
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 import torch
+
+from lightning_compress.mechanisms.drafts import remove_abandoned, write_whole
 
 T = TypeVar("T")
 
@@ -80,9 +83,9 @@ class ReturnsResults:
             for value in attributes.values()
             if isinstance(value, Returned) and value.entry in vars(self)
         }
-        draft = f"{self._parcel}.draft"
-        torch.save(results, draft)
-        os.replace(draft, self._parcel)
+        contents = io.BytesIO()
+        torch.save(results, contents)
+        write_whole(Path(self._parcel), contents.getvalue())
 
     def recall(self) -> None:
         """In the parent: take what a child has left, if it has; in a later child, what the parent never looked at."""
@@ -99,5 +102,6 @@ class ReturnsResults:
 
 def _remove(path: str, process: int) -> None:
     if os.getpid() == process:
+        remove_abandoned(Path(path))
         with suppress(OSError):
             os.remove(path)

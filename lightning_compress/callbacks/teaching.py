@@ -110,6 +110,10 @@ class TeacherCallback(CompressionCallback):
             raise RuntimeError(f"{type(self).__name__} shares the teacher of '{self._teacher_of}', known in a fit")
         return self.teacher
 
+    def problem_with_shards(self) -> str | None:
+        """None: each rank has all of the teacher, and what layers return is whole."""
+        return None
+
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Capture the student, prepare the teacher, add the term."""
         self.student_capture = controller.capture(self.student)
@@ -121,7 +125,7 @@ class TeacherCallback(CompressionCallback):
             convert=trainer.precision_plugin.convert_module,
         )
         stack.callback(setattr, self, "_run_teacher", None)
-        stack.enter_context(controller.term(Term(self.name, self._term)))
+        stack.enter_context(controller.term(Term(self.name, self._term, student=self.student_capture)))
         stack.enter_context(controller.observer(self._observe))
 
     @abstractmethod

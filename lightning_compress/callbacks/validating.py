@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.callbacks.base import found_by_rank_zero
-from lightning_compress.export.copying import independent_copy
+from lightning_compress.callbacks.base import found_by_rank_zero, shards
+from lightning_compress.export.copying import independent_copy, whole_copy
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import evaluate_forward
 from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.mechanisms.weights import sites_of, weights_replaced
 
 LONG = 60.0  # seconds that this may take without a word
+_FAILED = ""  # in the place of a metric: it was not possible
 
 
 class SecondValidation:
@@ -35,6 +36,7 @@ class SecondValidation:
         self.possible = True
         self._what, self._argument, self._warn = what, argument, warn
         self._copy: nn.Module | None = None
+        self._failed = False  # on rank 0
         self._began = 0.0
 
     def begin(self, trainer: Any, pl_module: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:
@@ -46,6 +48,9 @@ class SecondValidation:
             change: From the name of a parameter, and the value of it that is seen, to the value in the copy.
         """
         self._began = time.monotonic()
+        if shards(trainer):
+            self._copy_whole(trainer, pl_module, change)
+            return
         if not trainer.is_global_zero:
             return
         sites = sites_of(pl_module)
@@ -62,6 +67,16 @@ class SecondValidation:
             except ExportError as error:
                 self._give_up(error)
 
+    def _copy_whole(self, trainer: Any, pl_module: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:
+        """The same where each rank has a part of each parameter: a copy of whole ones, then with other values."""
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                self._copy = whole_copy(pl_module, wanted=trainer.is_global_zero)
+            except ExportError as error:
+                self._give_up(error)
+            for name, weight in self._copy.named_parameters() if self._copy is not None else ():
+                weight.copy_(change(name, weight.detach().clone()))
+
     def metrics(self, trainer: Any, pl_module: nn.Module) -> dict[str, float]:
         """Validate the copy; an error in it is a warning, and ends these validations.
 
@@ -73,7 +88,13 @@ class SecondValidation:
             The metrics, on every rank; none where it was not possible.
         """
         took = time.monotonic() - self._began
-        return found_by_rank_zero(trainer, pl_module, lambda: self._measured(trainer, took))
+
+        def measured() -> dict[str, float]:
+            return self._measured(trainer, took) | ({_FAILED: 1.0} if self._failed else {})
+
+        found = found_by_rank_zero(trainer, pl_module, measured)
+        self.possible = found.pop(_FAILED, None) is None  # on all ranks, or some would wait for those who gave up
+        return found
 
     def forget(self) -> None:
         """Drop the copy."""
@@ -96,7 +117,7 @@ class SecondValidation:
         return found
 
     def _give_up(self, error: Exception) -> None:
-        self.possible = False
+        self._failed = True
         self._warn(
             f"{self._what} cannot be validated on a copy of the module on the CPU: {type(error).__name__}: {error}; "
             f"{self._argument} says so without a warning"

@@ -6,6 +6,7 @@ and only then builds the recipe's callbacks. What happened is written to a file 
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -51,13 +52,20 @@ class Events:
         Args:
             event: "factory", "fit", "planned", "done" or "failed".
             **fields: What JSON can hold.
+
+        Raises:
+            OSError: If it cannot be written.
         """
-        line = json.dumps({"event": event, **fields}) + "\n"
+        line = "\n" + json.dumps({"event": event, **fields}) + "\n"  # begun anew: the last one may have been cut off
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(descriptor, line.encode())
+            whole = os.write(descriptor, line.encode()) == len(line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from error
         finally:
             os.close(descriptor)
+        if not whole:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
 
     def read(self) -> list[dict[str, Any]]:
         """All events so far, in their order; none where there is no file.
@@ -218,8 +226,13 @@ class RecipeAttachment(TrainerCallback):
         return load_recipe(self.order.recipe, settings=self.order.settings, cwd=self.order.cwd, text=text)
 
     def _tell(self, trainer: Any, event: str, **fields: Any) -> None:
-        if trainer.is_global_zero:
+        """Tell the parent, if that can be done: what was trained is worth more, and so is the error of the training."""
+        if not trainer.is_global_zero:
+            return
+        try:
             self._events.append(event, script=self._script, **fields)
+        except OSError as error:
+            warnings.warn(f"`lightning-compress run` was not told how the fit ended: {error}", stacklevel=2)
 
     def _repeats_another(self, trainer: Any) -> bool:
         """Whether the list that the user gave to several Trainers holds one of us already: Lightning extends it."""

@@ -6,7 +6,6 @@ import argparse
 import math
 import os
 import re
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from lightning_compress.export.runtime import require_onnx
 from lightning_compress.export.sample import Sample, defines, read_sample
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.capture import CaptureError
+from lightning_compress.mechanisms.drafts import draft_of
 from lightning_compress.mechanisms.isolation import quiet
 from lightning_compress.mechanisms.loading import teacher_from_checkpoint
 from lightning_compress.mechanisms.selection import did_you_mean, plain_name
@@ -101,8 +101,8 @@ def _exported(options: argparse.Namespace) -> str:
         require_onnx()
     with _working(f"Loading {os.path.basename(options.checkpoint)}"):
         loaded, network, sample = _loaded_with_input(options)
-    draft = target.with_name(f".{target.stem}-{uuid.uuid4().hex}.onnx")
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with draft_of(target) as draft:
         with _working(f"Exporting {target.name}"), checking(ValueError, TypeError, CaptureError):
             result = to_onnx(
                 loaded.module,
@@ -113,9 +113,6 @@ def _exported(options: argparse.Namespace) -> str:
                 network=network,
             )
         metrics = _measured(loaded, result, options)
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
     difference = f"largest difference to the checkpoint {result.max_logit_difference:.2g}"
     return f"wrote {shown_path(target)} ({result.precision}, {size(result.bytes)}; {difference}{metrics})"
 

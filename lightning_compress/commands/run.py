@@ -6,7 +6,6 @@ The parent never sees a module: export, evaluation and report happen in the chil
 
 from __future__ import annotations
 
-import glob
 import os
 import shlex
 import shutil
@@ -22,6 +21,7 @@ from typing import Any
 
 from lightning_compress.commands.attachment import VARIABLE, Events, Order
 from lightning_compress.commands.exits import DONE, FAILED, USAGE, ended
+from lightning_compress.mechanisms.drafts import remove_abandoned, write_whole
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe import Recipe, check_outputs, export_paths, load_recipe
 from lightning_compress.recipe.file import naming, read_text
@@ -94,9 +94,12 @@ def attached(
             ["lightning-compress", mode, recipe, *(["--set", *settings] if settings else []), "--", *command]
         )
         order = Order(recipe, os.getcwd(), events.path, settings, mode, called)
-        order.held.write_text(text, encoding="utf-8")
         try:
-            with _no_new_drafts(loaded):
+            write_whole(order.held, text)
+        except OSError as error:
+            return ended(mode, USAGE, f"'{order.held}' cannot be written, and nothing was started: {error.strerror}")
+        try:
+            with _no_drafts(loaded):
                 quiet = {"WANDB_MODE": "disabled"} if mode == "plan" else {}  # if the script itself begins a run
                 environment = {**quiet, **os.environ, VARIABLE: order.to_json()}
                 over = None if is_over is None else lambda: is_over(events.read())
@@ -313,20 +316,13 @@ def _in_foreground() -> bool:
 
 
 @contextmanager
-def _no_new_drafts(recipe: Recipe) -> Iterator[None]:
+def _no_drafts(recipe: Recipe) -> Iterator[None]:
     """Remove what a killed child left of a file it was writing."""
-    before = _drafts(recipe)
     try:
         yield
     finally:
-        for draft in _drafts(recipe) - before:
-            draft.unlink(missing_ok=True)
-
-
-def _drafts(recipe: Recipe) -> set[Path]:
-    """The export writes beside its target, under the target's name and 32 hexadecimal digits."""
-    paths = [Path(path) for path in export_paths(recipe)]
-    return {draft for path in paths for draft in path.parent.glob(f".{glob.escape(path.stem)}-{'[0-9a-f]' * 32}.onnx")}
+        for path in export_paths(recipe):
+            remove_abandoned(Path(path))
 
 
 def _written(exports: Sequence[dict[str, Any]], reports: Sequence[str]) -> str:

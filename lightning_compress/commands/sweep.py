@@ -14,6 +14,7 @@ import yaml
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.commands.exits import DONE, USAGE, UsageError, ended
 from lightning_compress.commands.sweep_fields import chosen
+from lightning_compress.mechanisms.drafts import write_whole
 from lightning_compress.recipe import Recipe, RecipeError, arguments_of, load_recipe
 from lightning_compress.report.directions import direction
 from lightning_compress.report.units import significant
@@ -51,7 +52,7 @@ def sweep(options: argparse.Namespace, command: Sequence[str]) -> int:
         parameters = chosen(recipe, options.vary)
         content = configuration(recipe.path, parameters, metric, options.goal, options.method, command or PLACEHOLDER)
         text = _HEAD.format(file=options.out) + yaml.safe_dump(content, sort_keys=False, width=110)
-        Path(options.out).write_text(text, encoding="utf-8")
+        write_whole(Path(options.out), text)
     except (UsageError, RecipeError, OSError) as error:
         return ended("sweep", USAGE, str(error))
     sys.stdout.write(_summary(content, options.out, given=bool(command)))

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_compress import _compat
 from lightning_compress.export.errors import ExportError
+from lightning_compress.mechanisms.sharding import is_shard, shards_in_place
 from lightning_compress.mechanisms.wrapping import OWN_MARK
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -55,8 +56,48 @@ def independent_copy(module: ModuleT) -> ModuleT:
         >>> independent_copy(network).last_output.requires_grad
         False
     """
+    return _copied(cast(ModuleT, _compat.uncompiled(module)), {})
+
+
+def whole_copy(module: ModuleT, *, wanted: bool = True) -> ModuleT | None:
+    """Copy a module of which FSDP2 shards the parameters, as if it had never been sharded: for all ranks to call.
+
+    Args:
+        module: The module; it is as it was afterwards, with its shards in place.
+        wanted: Whether this rank is to have the copy; the others only give their shards.
+
+    Returns:
+        A copy on the CPU with whole parameters, of the user's classes, whose ``configure_model`` has done its work;
+        None where it is not wanted.
+
+    Raises:
+        ExportError: As :func:`independent_copy`, where it is wanted.
+    """
+    shards_in_place(module)
+    whole: dict[int, Any] = {}
+    for parameter in module.parameters():  # one at a time: a device has room for one
+        if is_shard(parameter):
+            shards: Any = parameter.detach()
+            gathered = shards.full_tensor()
+            if wanted:
+                kept = gathered.to("cpu", copy=True)  # of one rank it is the shard itself
+                whole[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+    if not wanted:
+        return None
     source = cast(ModuleT, _compat.uncompiled(module))
-    memo = _prepared_memo(source)
+    with _compat.without_sharding(source):
+        duplicate = _copied(source, whole).cpu()
+    vars(duplicate).update(configure_model=_nothing, _device_mesh=None)
+    return duplicate
+
+
+def _nothing() -> None:
+    """In the place of a hook that has done its work."""
+
+
+def _copied(source: ModuleT, given: Mapping[int, Any]) -> ModuleT:
+    """A copy of a module, in which what is given stands for the objects of these identities."""
+    memo = {**_prepared_memo(source), **given}
     copies = dict(memo)
     try:
         duplicate = copy.deepcopy(source, copies)
@@ -112,8 +153,8 @@ def _prepared_memo(module: nn.Module) -> dict[int, Any]:
 
 
 def _is_shared(value: Any) -> bool:
-    """Whether a copy should refer to the very same object: data, and Lightning's own machinery."""
-    if isinstance(value, (Dataset, DataLoader, Sampler)):
+    """Whether a copy should refer to the very same object: data, a mesh of ranks, and Lightning's own machinery."""
+    if isinstance(value, (Dataset, DataLoader, Sampler)) or type(value).__name__ == "DeviceMesh":
         return True
     return any(
         base.__name__ in SHARED_LIGHTNING_CLASSES and base.__module__.startswith(("lightning.", "pytorch_lightning."))

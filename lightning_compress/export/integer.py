@@ -263,7 +263,11 @@ def optimised(file: OnnxNetwork) -> list[Any]:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.optimized_model_filepath = os.path.join(folder, "optimised.onnx")
-        onnxruntime.InferenceSession(os.fspath(file.path), options, providers=["CPUExecutionProvider"])
+        try:
+            onnxruntime.InferenceSession(os.fspath(file.path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its own kinds; of a file that it has run before
+            path = options.optimized_model_filepath
+            raise ExportError(f"ONNX Runtime could not write what it makes of the file to '{path}': {error}") from error
         return list(onnx.load(options.optimized_model_filepath).graph.node)
 
 

@@ -9,7 +9,6 @@ import math
 import os
 import stat
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from lightning_compress.export.scales import Scales, for_precision
 from lightning_compress.export.tracing import convert
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.checkpoints import resize_, structures_in
+from lightning_compress.mechanisms.drafts import SPARE, draft_of
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.isolation import random_state_kept
 from lightning_compress.mechanisms.selection import did_you_mean, find_module, plain_name
@@ -224,7 +224,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     target = Path(path_text(path))
     if target.suffix != ".onnx":
         raise ValueError(f"path must end in '.onnx', got '{target}'")
-    _check_lengths(target, spare=len(_draft(target).name) - len(target.name))
+    _check_lengths(target, spare=SPARE)
     if target.is_dir():
         raise ValueError(f"path '{target}' is a directory; a file name ending in '.onnx' is accepted")
     _check_writable(target, target.absolute().parents)
@@ -232,7 +232,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"path '{target}' is a read-only file; remove it or choose another name")
     if target.is_symlink():
         target = target.resolve()
-        _check_lengths(target, spare=len(_draft(target).name) - len(target.name))
+        _check_lengths(target, spare=SPARE)
     return target
 
 
@@ -282,11 +282,6 @@ def path_text(path: Any) -> str:
     if "\0" in text:
         raise ValueError(f"path must not hold a NUL character, got {text!r}")
     return text
-
-
-def _draft(target: Path) -> Path:
-    """Where a file is written until it is checked; ``lightning-compress run`` knows these names."""
-    return target.with_name(f".{target.stem}-{uuid.uuid4().hex}.onnx")
 
 
 def _check_lengths(target: Path, spare: int = 0) -> None:
@@ -476,11 +471,6 @@ def _metadata(name: str, precision: str, call: Call) -> dict[str, str]:
 def _write_checked(graph: bytes, target: Path, check: Callable[[OnnxNetwork], float]) -> float:
     """Write beside the target, compare, and only then take the target's place."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = _draft(target)
-    try:
+    with draft_of(target) as draft:
         draft.write_bytes(graph)
-        difference = check(OnnxNetwork(draft))
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
-    return difference
+        return check(OnnxNetwork(draft))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
+from lightning_compress.mechanisms.reading import read_saved
 from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.mechanisms.tree import is_constant, leaves, rebuild, unique_names
 
@@ -97,11 +98,11 @@ def read_sample(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"sample must be a .pt or a .npy file, got '{file}'")
     if not file.is_file():
         raise ValueError(f"sample: there is no file '{file}'")
+    if file.suffix == ".pt":
+        return read_saved(file, "sample", trusted="load it yourself, and give what is in it")
     try:
-        if file.suffix == ".pt":
-            return torch.load(file, map_location="cpu", weights_only=True)
         return torch.from_numpy(np.load(file))
-    except Exception as error:  # both raise many kinds
+    except Exception as error:  # it raises many kinds
         raise ValueError(f"sample: '{file}' cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 

@@ -73,7 +73,7 @@ def convert(
     batch = batch_size(call.tensors)
     shapes = tuple({0: "batch"} if dynamic_batch and is_batched(tensor, batch) else {} for tensor in call.tensors)
     try:
-        with quiet(EXPORT_LOGGERS), evaluating(network):
+        with quiet(EXPORT_LOGGERS), evaluating(network), _compat.values_unseen():
             program = torch.onnx.export(
                 _Flat(network, call, children).eval(),
                 call.tensors,
@@ -156,6 +156,11 @@ def _explain(name: str, error: BaseException, dynamic_batch: bool) -> str:
     if any("DataDependent" in type(link).__name__ for link in chain):
         code = linecache.getline(frame.filename, frame.lineno or 0).strip() if frame else ""
         where = f" at {place}: `{code}`" if frame else ""
+        if any("specialized integer" in str(link) for link in chain):
+            return (
+                f"{name} cannot be exported because of a number that Python takes from a tensor, used{where}; a file "
+                "holds operations on tensors only: compute the number from shapes, without .item() and .tolist()"
+            )
         return (
             f"{name} cannot be exported because of a data-dependent branch{where}; a file holds one branch only: "
             "use torch.where, or move the decision out of the forward"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from lightning_compress.mechanisms.reading import read_saved
 
 
 def plain_state_dict(checkpoint_path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -49,12 +49,8 @@ def read_checkpoint(checkpoint_path: str | os.PathLike[str], *, or_weights: bool
         )
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint_path '{path}' does not exist")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(_why_unreadable(path, error)) from error
-    except Exception as error:  # the unpickler raises whatever the bytes of another kind of file lead it to
-        raise ValueError(f"checkpoint_path '{path}' is not a file that torch.load can read: {error!r}") from error
+    trusted = "load it with weights_only=False yourself, put its weights into the module, and leave the checkpoint out"
+    checkpoint = read_saved(path, "checkpoint_path", trusted=trusted)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"checkpoint_path '{path}' holds a {type(checkpoint).__name__}, not a Lightning checkpoint")
     weights = checkpoint.get("state_dict")
@@ -69,15 +65,3 @@ def read_checkpoint(checkpoint_path: str | os.PathLike[str], *, or_weights: bool
         )
     keys = sorted(str(key) for key in checkpoint)
     raise ValueError(f"checkpoint_path '{path}' is not a Lightning checkpoint: no 'state_dict' of tensors in {keys}")
-
-
-def _why_unreadable(path: Path, error: pickle.UnpicklingError) -> str:
-    """Tell a checkpoint that holds foreign objects from a file that is no checkpoint at all."""
-    for line in str(error).splitlines():
-        if "GLOBAL" in line or "global" in line:
-            return (
-                f"checkpoint_path '{path}' holds objects other than tensors, which are not unpickled because that can "
-                f"run any code ({line.strip()}); if you trust the file, load it with weights_only=False yourself, "
-                "put its weights into the module, and leave the checkpoint out"
-            )
-    return f"checkpoint_path '{path}' is not a file that torch.load can read: {str(error).splitlines()[0]}"

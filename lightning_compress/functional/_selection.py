@@ -5,12 +5,16 @@ finds the integer of a given rank digit by digit, each digit from a histogram of
 and a last pass writes the masks. Where masks grow by a few entries, as they do from step to step, one pass gathers all
 that come into question, and those are sorted. Time is linear in the number of scores, and the memory beyond the masks
 is that of a few pieces, whatever the number of scores and their values.
+
+Processes that each hold a part of every tensor select together: they sum their histograms, and share out what is equal
+to the bound in the order (tensor, process, index). No score leaves its process.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,32 +30,60 @@ _SAMPLE = 1 << 15
 _MANY = 1 << 16  # from here on counting by eight is faster
 
 
-def smallest(scores: Sequence[Tensor], kept: Sequence[Tensor] | None, pruned: int) -> list[Tensor]:
+class Parts(NamedTuple):
+    """How tensors lie over processes that select together: each holds the rows of its rank, which follow one another.
+
+    Attributes:
+        rank: Of this process.
+        ranks: How many processes there are.
+        total: Sums a tensor over them, and gives the sum to each; all must call it alike.
+    """
+
+    rank: int
+    ranks: int
+    total: Callable[[Tensor], Tensor]
+
+    def totals(self, counts: Sequence[int]) -> list[int]:
+        """Sums numbers over the processes."""
+        return self.total(torch.tensor(counts, dtype=torch.int64)).tolist()
+
+
+def smallest(
+    scores: Sequence[Tensor], kept: Sequence[Tensor] | None, pruned: int, parts: Parts | None = None
+) -> list[Tensor]:
     """Masks of the shapes of ``scores``, with the ``pruned`` smallest False; see ``masks.smallest_masks``."""
-    if len(scores) > 1 and sum(score.numel() for score in scores) <= _PIECE and _are_alike(scores):
-        return _smallest_at_once(scores, kept, pruned)
-    grown = None if kept is None else _grown(scores, kept, pruned)
-    if grown is not None:
-        return grown
+    if parts is None:
+        if len(scores) > 1 and sum(score.numel() for score in scores) <= _PIECE and _are_alike(scores):
+            return _smallest_at_once(scores, kept, pruned)
+        grown = None if kept is None else _grown(scores, kept, pruned)
+        if grown is not None:
+            return grown
     masks = [torch.empty_like(score, dtype=torch.bool) for score in scores]
-    bound, ties = _bound(scores, kept, pruned)
-    for keys, mask in _keys(scores, kept, masks):
-        if ties:
-            places = (keys == bound).nonzero()[:ties, 0]
+    bound, ties = _bound(scores, kept, pruned, parts)
+    pools = [ties] if parts is None or not ties else _own_ties(scores, kept, bound, ties, parts)
+    for index, keys, mask in _keys(scores, kept, masks):
+        pool = min(index, len(pools) - 1)
+        if pools[pool]:
+            places = (keys == bound).nonzero()[: pools[pool], 0]
             keys[places] = -1
-            ties -= len(places)
+            pools[pool] -= len(places)
         torch.ge(keys.view(mask.shape), bound, out=mask)
     return masks
 
 
 def smallest_within(
-    scores: Sequence[Tensor], kept: Sequence[Tensor] | None, pruned: int, limits: Sequence[int]
+    scores: Sequence[Tensor],
+    kept: Sequence[Tensor] | None,
+    pruned: int,
+    limits: Sequence[int],
+    parts: Parts | None = None,
 ) -> list[Tensor]:
     """The same where no tensor loses more than its limit, which nothing that ``kept`` has pruned is beyond."""
 
     def select(indices: list[int], count: int) -> None:
         own = None if kept is None else [kept[index] for index in indices]
-        for index, mask in zip(indices, smallest([scores[index] for index in indices], own, count), strict=True):
+        chosen = smallest([scores[index] for index in indices], own, count, parts)
+        for index, mask in zip(indices, chosen, strict=True):
             masks[index] = mask
 
     masks = list(scores)
@@ -59,7 +91,7 @@ def smallest_within(
     while free:
         select(free, pruned)
         # more will be taken from the others, so what is beyond its limit now would be so in the end
-        lost = dropped(masks[index] for index in free)
+        lost = dropped((masks[index] for index in free), parts)
         beyond = [index for index, own in zip(free, lost, strict=True) if own > limits[index]]
         if not beyond:
             break
@@ -97,10 +129,11 @@ def grouped(values: Tensor, m: int) -> Tensor:
     return values.view(len(values), values.shape[1] // m, m, *values.shape[2:])
 
 
-def dropped(masks: Iterable[Tensor]) -> list[int]:
+def dropped(masks: Iterable[Tensor], parts: Parts | None = None) -> list[int]:
     """How many entries of each mask are False."""
     masks = list(masks)
-    return [mask.numel() - count for mask, count in zip(masks, held(masks), strict=True)]
+    counts = [mask.numel() - count for mask, count in zip(masks, held(masks), strict=True)]
+    return counts if parts is None else parts.totals(counts)
 
 
 def held(masks: Iterable[Tensor]) -> list[int]:
@@ -193,7 +226,7 @@ def _small_places(score: Tensor, kept: Tensor, bound: float) -> Tensor:
     return torch.cat(places)
 
 
-def _bound(scores: Sequence[Tensor], kept: Sequence[Tensor] | None, rank: int) -> tuple[int, int]:
+def _bound(scores: Sequence[Tensor], kept: Sequence[Tensor] | None, rank: int, parts: Parts | None) -> tuple[int, int]:
     """The key below which all are pruned, and how many that equal it are pruned too."""
     if rank == 0:
         return 0, 0
@@ -208,10 +241,12 @@ def _bound(scores: Sequence[Tensor], kept: Sequence[Tensor] | None, rank: int) -
     key = 0
     for shift in reversed(range(0, torch.iinfo(ints).bits - 1, _DIGIT)):
         histogram = torch.zeros(bins + _SINKS, dtype=torch.int64, device="cpu")
-        for keys, _ in _keys(scores, kept, scores):
+        for _, keys, _ in _keys(scores, kept, scores):
             digits = keys.bitwise_xor_(key).bitwise_right_shift_(shift)  # below `bins` where the prefix is the same
             torch.minimum(digits, sinks[keys.device][: len(keys)], out=digits)
             histogram += torch.bincount(digits, minlength=len(histogram)).cpu()
+        if parts is not None:
+            histogram = parts.total(histogram[:bins])
         upto = histogram[:bins].cumsum(0)
         digit = int(torch.searchsorted(upto, rank))
         ties = int(histogram[digit])
@@ -220,10 +255,24 @@ def _bound(scores: Sequence[Tensor], kept: Sequence[Tensor] | None, rank: int) -
     return (key + 1, 0) if rank == ties else (key, rank)
 
 
+def _own_ties(
+    scores: Sequence[Tensor], kept: Sequence[Tensor] | None, bound: int, ties: int, parts: Parts
+) -> list[int]:
+    """How many entries of each tensor that equal the bound are pruned in this process."""
+    found = [0] * len(scores)
+    for index, keys, _ in _keys(scores, kept, scores):
+        found[index] += int((keys == bound).sum())
+    everywhere = torch.zeros(len(scores), parts.ranks, dtype=torch.int64)
+    everywhere[:, parts.rank] = torch.tensor(found)
+    everywhere = parts.total(everywhere)
+    before = everywhere.flatten().cumsum(0).view(everywhere.shape) - everywhere
+    return (ties - before[:, parts.rank]).clamp(min=0).tolist()
+
+
 def _keys(
     scores: Sequence[Tensor], kept: Sequence[Tensor] | None, masks: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield piece by piece, in row-major order, integers in the order of the magnitudes, and that piece of ``masks``.
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield piece by piece, in row-major order: which tensor, integers in the order of the magnitudes, of ``masks``.
 
     The bits of a float without its sign are such an integer. What is pruned already has the key 0. The next piece
     overwrites the keys.
@@ -241,7 +290,7 @@ def _keys(
             torch.bitwise_and(part.to(floats).view(ints), largest, out=keys.view(part.shape)).clamp_(max=nan)
             if kept_part:
                 keys.add_(1).view(part.shape).mul_(kept_part[0].to(keys.device))
-            yield keys, mask_part
+            yield index, keys, mask_part
 
 
 def _types(scores: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype]:

@@ -72,59 +72,62 @@ def zero_scale(weight: Tensor, eps: float) -> Tensor:
     return at_least_float32(weight.detach()).abs() + eps
 
 
-def grid_positions(weight: Tensor, bits: int, *, axis: int | None = None) -> Tensor:
+def grid_positions(weight: Tensor, bits: int, *, axis: int | None = None, step: Tensor | None = None) -> Tensor:
     """Where each weight lies in the cell of its grid.
 
     Args:
         weight: Any shape, floating.
         bits: 2 to 8.
         axis: As in :func:`position_scale`.
+        step: Of the grid, where the weight is a part of a larger one, as of :func:`quantization_grid`. None: its own.
 
     Returns:
         ``(w - wbar) / D`` in [-1/2, 1/2], 0 on the grid; shape of ``weight``, float32 or float64.
 
     Raises:
-        ValueError: If ``bits`` is out of range, or a weight is NaN or infinite.
+        ValueError: If ``bits`` is out of range, or ``step`` is None and a weight is NaN or infinite.
 
     Example:
         >>> grid_positions(torch.tensor([0.70, 0.33, -0.12]), bits=4)
         tensor([ 0.0000,  0.3000, -0.2000])
     """
-    step = quantization_grid(weight, bits, axis=axis)
+    step = quantization_grid(weight, bits, axis=axis) if step is None else step
     weight = at_least_float32(weight.detach())
     positions = (weight - nearest_grid_point(weight, step, bits, axis=axis)) / along(step, weight, axis)
     return positions.clamp_(-0.5, 0.5)  # rounding
 
 
-def mean_scale(
+def total_scale(
     weights: Sequence[Tensor],
     bits: Sequence[int] | None,
     *,
     axes: Sequence[int | None] | None = None,
     eps: float = 0.0,
-) -> float:
-    """Mean of the factors of many tensors over all of their elements.
+    steps: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Sum of the factors of many tensors over all of their elements.
 
     Args:
         weights: Any shapes, floating.
         bits: Of each weight's grid; None: zero is where they should end.
         axes: As ``axis`` in :func:`position_scale`, for each weight; None: one grid for each.
         eps: Added to each distance, at least 0.
+        steps: Of the grids, where weights are parts of larger ones, as of :func:`quantization_grid`. None: their own.
 
     Returns:
-        The mean of ``|w - wbar| + eps``, or of ``|w| + eps``.
+        The sum of ``|w - wbar| + eps``, or of ``|w| + eps``: float64, of 0 dimensions, on the CPU.
 
     Raises:
         ValueError: If ``bits`` is out of range.
 
     Example:
-        >>> round(mean_scale([torch.tensor([0.70, 0.33]), torch.tensor([0.1, -0.06])], bits=[4, 2]), 4)
-        0.0175
+        >>> total_scale([torch.tensor([0.70, 0.33]), torch.tensor([0.1, -0.06])], bits=[4, 2])
+        tensor(0.0700, dtype=torch.float64)
     """
     with torch.no_grad():
-        steps = None if bits is None else _steps(weights, bits, axes)
+        steps = _steps(weights, bits, axes, steps)
         sums = [factor.sum().cpu().double() for (factors,) in _factors(weights, steps, eps, 1.0) for factor in factors]
-    return float(torch.stack(sums).sum()) / sum(weight.numel() for weight in weights)
+    return torch.stack(sums).sum()
 
 
 def scale_gradients_(
@@ -135,6 +138,7 @@ def scale_gradients_(
     axes: Sequence[int | None] | None = None,
     scale: float = 1.0,
     eps: float = 0.0,
+    steps: Sequence[Tensor] | None = None,
 ) -> None:
     """Scale gradients by the positions of their weights, in place.
 
@@ -145,6 +149,7 @@ def scale_gradients_(
         axes: As ``axis`` in :func:`position_scale`, for each weight; None: one grid for each.
         scale: The authors' ``lambda_s``.
         eps: Added to each distance, at least 0.
+        steps: As in :func:`total_scale`.
 
     Raises:
         ValueError: If ``bits`` is out of range.
@@ -156,7 +161,7 @@ def scale_gradients_(
         tensor([0.0000, 0.9000, 0.6000])
     """
     with torch.no_grad():
-        steps = None if bits is None else _steps(weights, bits, axes)
+        steps = _steps(weights, bits, axes, steps)
         for factors, parts in _factors(weights, steps, eps, scale, gradients):
             torch._foreach_mul_(parts, factors)
 
@@ -169,6 +174,7 @@ def scale_updates_(
     axes: Sequence[int | None] | None = None,
     scale: float = 1.0,
     eps: float = 0.0,
+    steps: Sequence[Tensor] | None = None,
     kept: Sequence[float | Tensor] | None = None,
 ) -> None:
     """Scale what an optimizer has added to weights by the positions that these had before, in place.
@@ -181,6 +187,7 @@ def scale_updates_(
         axes: As ``axis`` in :func:`position_scale`, for each weight; None: one grid for each.
         scale: The authors' ``lambda_s``.
         eps: Added to each distance, at least 0.
+        steps: As in :func:`total_scale`.
         kept: For each weight what decoupled weight decay leaves of it, which is not to be scaled. None: all.
 
     Raises:
@@ -193,7 +200,7 @@ def scale_updates_(
         tensor([ 0.7000,  0.3600, -0.1000])
     """
     with torch.no_grad():
-        steps = None if bits is None else _steps(before, bits, axes)
+        steps = _steps(before, bits, axes, steps)
         starts = before if kept is None else [own * keep for own, keep in zip(before, kept, strict=True)]
         for factors, parts, bases in _factors(before, steps, eps, scale, weights, starts):
             moves = torch._foreach_sub([at_least_float32(part) for part in parts], bases)
@@ -264,13 +271,22 @@ def factors_together(weights: list[Tensor], steps: list[Tensor] | None, eps: flo
     return list(factors)
 
 
-def _steps(weights: Sequence[Tensor], bits: Sequence[int], axes: Sequence[int | None] | None) -> list[Tensor]:
-    """The grid of each weight, shaped to broadcast along it.
+def _steps(
+    weights: Sequence[Tensor],
+    bits: Sequence[int] | None,
+    axes: Sequence[int | None] | None,
+    given: Sequence[Tensor] | None,
+) -> list[Tensor] | None:
+    """The grid of each weight, shaped to broadcast along it; None where there are none.
 
     As :func:`quantization_grid`, with few calls for many weights, and without its look for NaN, for which a GPU would
     have to be waited for: the weights of a training that has diverged get the gradient NaN.
     """
+    if bits is None:
+        return None
     axes = [None] * len(weights) if axes is None else axes
+    if given is not None:
+        return [along(step, weight, axis) for step, weight, axis in zip(given, weights, axes, strict=True)]
     magnitudes = [largest_magnitude(weight.detach(), axis) for weight, axis in zip(weights, axes, strict=True)]
     steps = [*magnitudes]
     kinds = [(own.device, own.dtype, entry) for own, entry in zip(magnitudes, bits, strict=True)]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.functional._dtypes import at_least_float32
-from lightning_compress.functional._selection import dropped, grouped, held, n_of_m, smallest, smallest_within
+from lightning_compress.functional._selection import Parts, dropped, grouped, held, n_of_m, smallest, smallest_within
 
 Scope = Literal["global", "layer", "erk"]
 
@@ -70,6 +70,7 @@ def smallest_masks(
     *,
     kept: Sequence[Tensor] | None = None,
     limits: Sequence[int] | None = None,
+    parts: Parts | None = None,
 ) -> list[Tensor]:
     """Prune the smallest scores, as many as asked for, over all tensors together.
 
@@ -80,6 +81,8 @@ def smallest_masks(
         kept: Masks of the same shapes; what is False there is pruned before anything else, so it stays pruned.
         limits: The most entries that each tensor may lose. What a limit holds back is taken from the next smallest
             scores of the tensors that are below theirs.
+        parts: Where processes hold parts of each tensor, which are those given here: how they select together. All
+            else that is given is of the whole tensors.
 
     Returns:
         One mask per tensor, of its shape and device, with ``pruned`` entries False in all. Of equal scores, those of
@@ -97,22 +100,18 @@ def smallest_masks(
     """
     _check_scores("scores", scores)
     scores = [score.detach() for score in scores]
-    sizes = [score.numel() for score in scores]
+    sizes, gone = _sizes_and_gone(scores, kept, parts)
     if not 0 <= pruned <= sum(sizes):
         raise ValueError(f"pruned must be in [0, {sum(sizes)}], the number of scores, got {pruned}")
-    gone = [0] * len(scores)
-    if kept is not None:
-        _check_kept(scores, kept)
-        gone = dropped(kept)
-        if pruned < sum(gone):
-            raise ValueError(f"pruned must be at least {sum(gone)}, what kept has pruned already, got {pruned}")
+    if pruned < sum(gone):
+        raise ValueError(f"pruned must be at least {sum(gone)}, what kept has pruned already, got {pruned}")
     if limits is None:
-        return smallest(scores, kept, pruned)
+        return smallest(scores, kept, pruned, parts)
     limits = _checked_limits(sizes, limits, pruned)
     for index, (lost, limit) in enumerate(zip(gone, limits, strict=True)):
         if lost > limit:
             raise ValueError(f"kept has pruned {lost} entries of tensor {index}, more than its limit of {limit}")
-    return smallest_within(scores, kept, pruned, limits)
+    return smallest_within(scores, kept, pruned, limits, parts)
 
 
 def erk_sparsities(shapes: Sequence[Sequence[int]], sparsity: float) -> list[float]:
@@ -371,7 +370,13 @@ def n_m_mask(weight: Tensor, n: int, m: int) -> Tensor:
 
 
 def n_m_masks(
-    scores: Sequence[Tensor], n: int, m: int, groups: int, *, kept: Sequence[Tensor] | None = None
+    scores: Sequence[Tensor],
+    n: int,
+    m: int,
+    groups: int,
+    *,
+    kept: Sequence[Tensor] | None = None,
+    parts: Parts | None = None,
 ) -> list[Tensor]:
     """Give so many groups an n:m pattern, those first that lose least by it, and leave the others full.
 
@@ -381,6 +386,7 @@ def n_m_masks(
         m: Size of a group: consecutive input channels at one output channel and kernel position.
         groups: How many groups of all tensors together are to be n:m.
         kept: Masks of an earlier call; groups that are n:m there come first and keep their choice.
+        parts: As in :func:`smallest_masks`; each process holds whole groups.
 
     Returns:
         One mask per tensor. The loss of a group is the sum of what it prunes; of equal losses, the earlier tensor and
@@ -403,11 +409,12 @@ def n_m_masks(
     if any(bool(((own != n) & (own != m)).any()) for own in held):
         raise ValueError(f"kept must hold {n} or all of each {m} consecutive input channels")
     full = [own == m for own in held]
-    fewest, most = sum(dropped(full)), sum(own.numel() for own in full)
+    sizes, gone = _sizes_and_gone(full, full, parts)
+    fewest, most = sum(gone), sum(sizes)
     if not fewest <= groups <= most:
         raise ValueError(f"groups must be in [{fewest}, {most}], those of kept to all there are, got {groups}")
     choices, losses = zip(*(n_of_m(score.detach(), n, m) for score in scores), strict=True)
-    stay = smallest(losses, full, groups)  # True where a group stays full
+    stay = smallest(losses, full, groups, parts)  # True where a group stays full
     return [
         mask & (choice | (was_full & ~stays).logical_not_().repeat_interleave(m, dim=1))
         for mask, choice, was_full, stays in zip(kept, choices, full, stay, strict=True)
@@ -509,6 +516,19 @@ def _check_scores(name: str, scores: Any) -> None:
     for score in scores:
         if not score.is_floating_point():
             raise TypeError(f"{name} must be floating point, got dtype {score.dtype}")
+
+
+def _sizes_and_gone(
+    scores: Sequence[Tensor], kept: Sequence[Tensor] | None, parts: Parts | None
+) -> tuple[list[int], list[int]]:
+    """The number of entries of each tensor, and how many of them are pruned already."""
+    if kept is not None:
+        _check_kept(scores, kept)
+    sizes, gone = [score.numel() for score in scores], [0] * len(scores) if kept is None else dropped(kept)
+    if parts is not None:
+        both = parts.totals([*sizes, *gone])
+        sizes, gone = both[: len(sizes)], both[len(sizes) :]
+    return sizes, gone
 
 
 def _check_kept(scores: Sequence[Tensor], kept: Sequence[Tensor]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress import _compat
 from lightning_compress.functional.quantizers import MOST_BITS, mse_grid, quantization_grid, range_grid
 from lightning_compress.mechanisms.batchnorm import batch_norms
 from lightning_compress.mechanisms.grids import COMPUTED, ActivationGrid, Grids, WeightGrid, WeightSite
@@ -27,6 +28,7 @@ from lightning_compress.mechanisms.rounding import (
     spread,
 )
 from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.sharding import Ranks, is_shard, own_part, shards_in_place
 
 LOOKS = 8
 """Batches on which the layers of a network are looked for: it may not take every path with each."""
@@ -167,7 +169,7 @@ class Observing(Rounding):
         if site not in self.grids.sites and not self.names.is_whole(place, weight):
             return None
         self.grids.sites[site] = place
-        self.found[site] = weight.detach()
+        self.found[site] = self.names.sharded.get(place.name, weight).detach()  # what is gathered is freed again
         return place
 
     def grid(self, site: str, place: WeightSite, weight: Tensor) -> WeightGrid | None:
@@ -175,7 +177,7 @@ class Observing(Rounding):
         if self.discovering:
             return WeightGrid(torch.ones(()), self.settings.weight_bits)
         if place.name not in self.grids.weights:
-            whole = self.names.whole(place, weight)
+            whole = weight if is_shard(weight) else self.names.whole(place, weight)
             given = None if site in self.grids.factors else self.given.get(place.name)
             self.grids.weights[place.name] = given or self._grid_of(site, place.name, whole)
         return self.grids.weights[place.name].rows(place.start, place.stop)
@@ -208,10 +210,14 @@ class Observing(Rounding):
         clips = (own or self.settings.weight_bits) < MOST_BITS
         least = self.settings.weight_range == "mse" or (self.settings.weight_range == "auto" and clips)
         find = mse_grid if least else quantization_grid
+        shard = is_shard(weight)
+        if shard and bool(Ranks([weight]).total((~own_part(weight).isfinite()).sum())):  # on all processes at once
+            raise QuantizationError(f"the weight '{name}' cannot be quantised: it is NaN or infinite")
         try:
-            return WeightGrid(find(multiplied(self.grids, site, weight), bits, axis=0).float().cpu(), bits)
+            step = find(multiplied(self.grids, site, own_part(weight)), bits, axis=0).float()
         except ValueError as error:
             raise QuantizationError(f"the weight '{name}' cannot be quantised: {error}") from error
+        return WeightGrid((Ranks([weight]).rows(step, weight) if shard else step).cpu(), bits)
 
 
 class Calibration:
@@ -412,11 +418,13 @@ def fingerprints(network: nn.Module) -> dict[str, int]:
         >>> fingerprints(layer) == before
         False
     """
+    shards_in_place(network)
     found = {}
     for name, value in [*network.named_parameters(), *network.named_buffers()]:
+        value = _compat.whole(value.detach())
         if value.is_floating_point() or value.is_complex():
             value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
-            wide = value.detach().to("cpu", torch.promote_types(value.dtype, torch.float32))
+            wide = value.to("cpu", torch.promote_types(value.dtype, torch.float32))
             found[plain_name(name)] = zlib.crc32(wide.contiguous().view(-1).view(torch.uint8).numpy().data)
     return found
 

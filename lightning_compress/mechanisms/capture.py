@@ -28,12 +28,14 @@ class NetworkCall:
         kwargs: Keyword arguments.
         key: The same object that :attr:`Capture.on_input` was called with, before the network ran.
         output: What it returned, attached to the graph.
+        nodes: What made that, in the graph of autograd; see :func:`computed_from`.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any
     key: object = field(default_factory=object)
+    nodes: frozenset[Any] = frozenset()
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -158,7 +160,7 @@ class Capture(AbstractContextManager["Capture"]):
                     f"{type(self._module).__name__} was given or returned is lost; let the operation work out of place"
                 )
         args, kwargs = given.tree
-        return NetworkCall(args, kwargs, returned.tree, given)
+        return NetworkCall(args, kwargs, returned.tree, given, returned.nodes)
 
     def _shadow(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -196,6 +198,36 @@ def only_call(calls: Sequence[NetworkCall], what: str, *, argument: str) -> Netw
     return calls[0] if calls else None
 
 
+def computed_from(loss: Tensor, calls: Sequence[NetworkCall]) -> list[NetworkCall]:
+    """Those of several calls whose outputs a loss was computed from, by the graph of autograd.
+
+    Args:
+        loss: With its graph; without one it was computed from none.
+        calls: Any calls.
+
+    Returns:
+        Those, in their order.
+
+    Example:
+        >>> network = nn.Linear(2, 1)
+        >>> with Capture(network) as capture:
+        ...     capture.start()
+        ...     first, second = network(torch.ones(3, 2)), network(torch.zeros(3, 2))
+        ...     calls = capture.stop()
+        >>> computed_from(second.sum() + first.detach().sum(), calls) == calls[1:]
+        True
+    """
+    wanted = {node for call in calls for node in call.nodes}
+    seen: set[Any] = set()
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting and not wanted <= seen:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return [call for call in calls if not seen.isdisjoint(call.nodes)]
+
+
 def differentiable(leaf: Any) -> Any:
     """A leaf of a network's arguments such that a loss can be differentiated with respect to it.
 
@@ -219,6 +251,12 @@ def _writable(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_leaf else leaf
 
 
+def _made_by(tensor: Tensor) -> list[Any]:
+    """What made a tensor, in the graph; of a view also what made its base, as writing makes views anew."""
+    made = [tensor.grad_fn, tensor._base.grad_fn if tensor._is_view() and tensor._base is not None else None]
+    return [node for node in made if node is not None]
+
+
 class _Snapshot:
     """A tree of tensors as it is now, in spite of what is written into it later."""
 
@@ -228,9 +266,11 @@ class _Snapshot:
         self._copy: Any = None
         self._versions: list[tuple[Tensor, int]] | None = None  # None: writing leaves no trace that could be read
         self.copied = False
+        self.nodes: frozenset[Any] = frozenset()
         if torch.compiler.is_compiling():
             return
         tensors = [tensor for _, tensor in named_tensors(tree)]
+        self.nodes = frozenset(node for tensor in tensors for node in _made_by(tensor))
         if not any(tensor.is_inference() for tensor in tensors):
             self._versions = [(tensor, tensor._version) for tensor in tensors]
         if copy:

@@ -10,16 +10,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lightning_compress.mechanisms.gathering import gathered, rows_of
 from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.sharding import own_part
 from lightning_compress.mechanisms.shrinking import Structure, restructure_, structure_of, structure_told_by
+from lightning_compress.mechanisms.weights import named_weights
 from lightning_compress.mechanisms.wrapping import shadowed
 
 SECTION = "lightning_compress"
 """Key of a checkpoint under which each callback keeps the dense weights by its name."""
 
 Compress = Callable[[str, Tensor], Tensor | None]
+Compressing = Callable[[dict[str, Any]], Compress]
 
 
 def compress_(checkpoint: dict[str, Any], owner: str, compress: Compress) -> None:
@@ -44,8 +49,9 @@ def compress_(checkpoint: dict[str, Any], owner: str, compress: Compress) -> Non
     for key, value in checkpoint["state_dict"].items():
         state[key] = value
         if isinstance(value, Tensor):
-            place = (value.data_ptr(), value.shape, value.stride())
-            compressed = done[place] if place in done else compress(plain_name(key), value)
+            place = (own_part(value).data_ptr(), value.shape, value.stride())
+            known = place in done and place[0] != 0  # 0: a shard without rows
+            compressed = done[place] if known else compress(plain_name(key), value)
             if compressed is not None:
                 state[key] = done[place] = compressed
                 dense[key] = value
@@ -59,7 +65,7 @@ def keep_dense_(checkpoint: dict[str, Any], owner: str, dense: Mapping[str, Tens
     Args:
         checkpoint: As Lightning saves it.
         owner: Name of the callback.
-        dense: From keys of the ``state_dict`` to dense weights.
+        dense: From keys of the ``state_dict`` to dense weights; those that are sharded are kept whole, on rank 0.
 
     Example:
         >>> checkpoint = {"state_dict": {}, "callbacks": {}}
@@ -68,7 +74,7 @@ def keep_dense_(checkpoint: dict[str, Any], owner: str, dense: Mapping[str, Tens
         {'pruning': {'dense': {}}}
     """
     if "callbacks" in checkpoint:
-        checkpoint.setdefault(SECTION, {})[owner] = {"dense": dict(dense)}
+        checkpoint.setdefault(SECTION, {})[owner] = {"dense": gathered(dense)}
 
 
 def dense_of(checkpoint: Mapping[str, Any], owner: str) -> dict[str, Tensor]:
@@ -89,18 +95,18 @@ def dense_of(checkpoint: Mapping[str, Any], owner: str) -> dict[str, Tensor]:
 
 
 @contextmanager
-def saving_compressed(module: nn.Module, owner: str, compress: Compress) -> Iterator[None]:
+def saving_compressed(module: nn.Module, owner: str, compressing: Compressing) -> Iterator[None]:
     """Let a LightningModule save compressed weights, with the dense ones beside.
 
     Args:
         module: The LightningModule.
         owner: Name of the callback.
-        compress: As in :func:`compress_`; called for each save.
+        compressing: From each checkpoint that is saved, on all ranks, to ``compress`` as in :func:`compress_`.
 
     Example:
         >>> import lightning.pytorch as L
         >>> module, checkpoint = L.LightningModule(), {"state_dict": {}, "callbacks": {}}
-        >>> with saving_compressed(module, "pruning", lambda name, value: None):
+        >>> with saving_compressed(module, "pruning", lambda checkpoint: lambda name, value: None):
         ...     module.on_save_checkpoint(checkpoint)
         >>> "lightning_compress" in checkpoint
         True
@@ -109,7 +115,7 @@ def saving_compressed(module: nn.Module, owner: str, compress: Compress) -> Iter
     def saving(original: Callable[..., Any]) -> Callable[..., Any]:
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
             original(checkpoint)
-            compress_(checkpoint, owner, compress)
+            compress_(checkpoint, owner, compressing(checkpoint))
 
         return on_save_checkpoint
 
@@ -141,15 +147,26 @@ def loading_dense(
     def loading(original: Callable[..., Any]) -> Callable[..., Any]:
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             loaded(checkpoint)
-            if resumes:
+            if resumes and "state_dict" in checkpoint:
                 state = checkpoint["state_dict"]
                 state.update({key: value for key, value in dense_of(checkpoint, owner).items() if key in state})
+            elif resumes:  # a strategy with shards has loaded it already
+                _load_dense_(module, dense_of(checkpoint, owner))
             original(checkpoint)
 
         return on_load_checkpoint
 
     with shadowed(module, "on_load_checkpoint", loading):
         yield
+
+
+def _load_dense_(module: nn.Module, dense: Mapping[str, Tensor]) -> None:
+    """Copy dense weights into a module's shards, in place."""
+    weights = named_weights(module)
+    with torch.no_grad():
+        for key, value in dense.items():
+            weight = weights[plain_name(key)]
+            own_part(weight).copy_(rows_of(value, weight))
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,12 @@ from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, NetworkCall
 from lightning_compress.mechanisms.further import FurtherPass
 from lightning_compress.mechanisms.isolation import RandomState, device_of
+from lightning_compress.mechanisms.losses import belonging, check_named, of_its_own, sources
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.replay import traceless
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.student import StudentCapture
-from lightning_compress.mechanisms.teacher import SharedTeacher, Teacher, refuse_shared
+from lightning_compress.mechanisms.teacher import SharedTeacher, Teacher, own_copies, refuse_shared
 from lightning_compress.mechanisms.views import WeightViews
 from lightning_compress.mechanisms.wrapping import shadowed
 
@@ -42,6 +44,16 @@ class StepRecord:
     task_loss: Tensor | None = None
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     teachers: Sequence[tuple[Teacher, int]] = ()
+
+
+@dataclass
+class _Total:
+    """A loss that is being put together."""
+
+    passes: dict[str, Pass] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)  # of the task; the deployed view's first
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    of_views: dict[str, list[Tensor]] = field(default_factory=dict)  # what is added under each view
 
 
 class StepController:
@@ -77,7 +89,9 @@ class StepController:
         self._task_weights: dict[str, float] = {}
         self._observers: list[Callable[[Pass], None]] = []
         self._running: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
-        self._explicit_losses = 0
+        self._losses = 0  # that a step with manual optimisation has asked for
+        self._learned = 0  # optimizer steps of such a step
+        self._asked = False  # whether it, or one before, has asked for a loss since an optimizer stepped
         self._forwards: dict[Teacher, int] = {}  # of each teacher when the step began
         self._ahead: list[tuple[StudentCapture, SharedTeacher]] = []
         self._teachers_go_first = False
@@ -170,11 +184,12 @@ class StepController:
             From a call of the student to the teacher's output.
 
         Raises:
-            ValueError: If teacher and student share parameters, buffers or layers: freezing one would freeze the other.
+            ValueError: If teacher and student share parameters or buffers: freezing one would freeze the other.
         """
-        refuse_shared(module, self.module, argument="teacher")
-        if transform is not None:
-            refuse_shared(transform, self.module, argument="teacher_transform")
+        for argument, own in (("teacher", module), ("teacher_transform", transform)):
+            if own is not None:
+                self.stack.enter_context(own_copies(own, self.module))
+                refuse_shared(own, self.module, argument=argument)
         key = (id(module), id(transform))
         if key not in self._teachers:
             teacher = Teacher(module, transform)
@@ -288,34 +303,73 @@ class StepController:
             self._inside = False
             self._forget_teachers_outputs()
 
-    def compressed_loss(self, task_loss: Tensor) -> Tensor:
-        """The total loss inside a step with manual optimisation, from the network calls since the last one.
+    def compressed_loss(
+        self, task_loss: Tensor | Callable[[], Tensor], callbacks: Sequence[str] | None = None
+    ) -> Tensor:
+        """The total loss inside a step with manual optimisation.
+
+        Args:
+            task_loss: The loss, with its graph; or a function that computes it, which is run under each view.
+            callbacks: Names of the terms that belong to it. None: those of whose student's calls it was computed.
+
+        Returns:
+            With them, and weighed if the owner of the weight is among them.
 
         Raises:
-            RuntimeError: If called outside of a training step with manual optimisation.
+            CaptureError: If it is not said which terms belong to it, or a student was not called.
+            RuntimeError: If called outside of a training step with manual optimisation, or a function is needed.
+            ValueError: If there is no term of a name.
         """
+        compute = None if isinstance(task_loss, Tensor) else task_loss
         if self.replaying:
-            return task_loss
+            return task_loss if isinstance(task_loss, Tensor) else task_loss()
         if self._running is None:
             raise RuntimeError("compressed_loss is for training_step with automatic_optimization=False only")
-        self._explicit_losses += 1
+        check_named(callbacks, self._terms)
+        self._losses, self._asked = self._losses + 1, True
+        further = self._further(self._running) if self._views and compute is not None else None
+        again = None if compute is None else self._again(compute, (), {})
+        loss = task_loss if isinstance(task_loss, Tensor) else _loss_of(task_loss())
+        seen = Pass(View("plain"), _first(*self._running), loss, *self._drained(), again)
+        found, total = sources(seen), _Total()
+        names = belonging(self._terms.values(), seen, found, callbacks)
+        self._include(total, of_its_own(seen, found), names)
+        for view in self._views_of(names):
+            if compute is None or further is None:
+                raise RuntimeError(
+                    f"'{view.owner or view.name}' runs the step twice, the second time under other weights: give "
+                    "compressed_loss a function that computes the loss, lambda: ..., or, for a loss that is none of "
+                    "its business, callbacks= without it"
+                )
+            with further.traceless(view.name), view.enter():
+                self.deployed = False
+                self._drained()
+                loss = _loss_of(compute())
+                seen = Pass(view, _first(*self._running), loss, *self._drained())
+                self._include(total, of_its_own(seen, sources(seen)), names)
+            self.deployed = True
+        return self._sum_up(total, names)
+
+    def _views_of(self, names: Collection[str]) -> list[View]:
+        """The further views of a loss."""
+        views = [view for view in self._views if not view.owner or view.owner in names]
+        if any(view.deployed for view in views):
+            raise RuntimeError("with manual optimisation the deployed view is what the step sees as it is")
+        return sorted(views, key=lambda view: view.name)
+
+    def _drained(self) -> tuple[dict[StudentCapture, list[NetworkCall]], dict[str, list[NetworkCall]]]:
+        """The calls of students, and of recorded layers, since the last loss; the next counts from here."""
         calls = self._collected(StudentCapture.drain)
         layers = {name: capture.stop() for name, capture in self._layers.items()}
         for capture in self._layers.values():
             capture.start()
-        passes = {"plain": Pass(View("plain"), _first(*self._running), task_loss, calls, layers)}
-        weighted, terms = self._weighted(task_loss), self._computed(passes["plain"].view, passes)
-        self._note(1, weighted, terms)
-        return _sum([weighted, *terms.values()])
+        return calls, layers
 
     def _run_views(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         views = sorted(self._views, key=lambda view: (not view.deployed, view.name))
         if not views or not views[0].deployed:
             views.insert(0, View("plain", self.weights.shown))
-        passes: dict[str, Pass] = {}
-        losses: list[Tensor] = []  # of the task; the deployed view's first
-        terms: dict[str, Tensor] = {}
-        totals: list[Tensor] = []
+        total = _Total()
         further = self._further((args, kwargs)) if len(views) > 1 else None
         for view in views:
             with nullcontext() if further is None or view.deployed else further.traceless(view.name), view.enter():
@@ -324,52 +378,59 @@ class StepController:
                 output, calls, layers = self._recorded(original, args, kwargs)
                 if output is None:
                     return None
-                task_loss = _loss_of(output)
-                passes[view.name] = Pass(view, _first(args, kwargs), task_loss, calls, layers, again)
-                losses.append(self._weighted(task_loss))
-                of_view = self._computed(view, passes)
-                terms |= of_view
-                totals += [losses[-1], *of_view.values()]
+                self._include(total, Pass(view, _first(args, kwargs), _loss_of(output), calls, layers, again))
             if view.deployed:
                 deployed_output = output
-        between = self._computed(None, passes)
-        totals += between.values()
         self.steps += 1
-        self._note(len(views), losses[0], terms | between)
-        return _with_loss(deployed_output, _sum(totals))
+        return _with_loss(deployed_output, self._sum_up(total))
+
+    def _include(self, total: _Total, seen: Pass, names: Collection[str] | None = None) -> None:
+        """Add what a pass gives: its task loss, weighed, and the terms of its view; of these names, None for all."""
+        total.passes[seen.view.name] = seen
+        if seen.task_loss is None:
+            raise RuntimeError("a training pass has a task loss")
+        loss, terms = self._weighted(seen.task_loss, names), self._computed(seen.view, total.passes, names)
+        total.losses.append(loss)
+        total.terms |= terms
+        total.of_views[seen.view.name] = [loss, *terms.values()]
+
+    def _sum_up(self, total: _Total, names: Collection[str] | None = None) -> Tensor:
+        """Add the terms between views, and note what was computed."""
+        between = self._computed(None, total.passes, names)
+        for name, seen in total.passes.items():
+            if seen.view.learn is not None:
+                total.of_views[name] = [seen.view.learn(_sum(total.of_views[name]))]
+        self._note(len(total.losses), total.losses[0], total.terms | between)
+        return _sum([*itertools.chain(*total.of_views.values()), *between.values()])
 
     def _further(self, arguments: Any) -> FurtherPass:
         """Of a step that will run again; now and then it looks closely at what a step may do past autograd."""
         return FurtherPass(self.module, arguments, closely=self.steps < 8 or self.steps % 64 == 0)
 
     def _run_manual(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        between = [name for name, term in self._terms.items() if term.view is None]
-        if self._views or between:
-            raise RuntimeError(
-                f"{[view.name for view in self._views] + between} need several passes a step, which manual "
-                "optimisation does not give"
-            )
-        self._running, self._explicit_losses, self.last = (args, kwargs), 0, StepRecord(passes=1)
+        self._running, self._losses, self._learned, self.last = (args, kwargs), 0, 0, StepRecord(passes=1)
         try:
             with self._following_optimizers():
                 output, *_ = self._recorded(original, args, kwargs, none_skips=False)  # it need return nothing
         finally:
             self._running = None
         waiting = sorted(self._terms) + self.weights.owners
-        if waiting and self._explicit_losses == 0:
+        if waiting and self._learned and not self._asked:
             raise RuntimeError(
                 f"{type(self.module).__name__}.training_step never called self.compressed_loss(task_loss), so "
                 f"{waiting} would have no effect"
             )
-        self.steps += 1
+        self._asked = self._asked and not self._learned
+        self.steps += 1 if self._losses or self._learned else 0  # a skipped batch is no step
         return output
 
     @contextmanager
     def _following_optimizers(self) -> Iterator[None]:
-        """Present the weights for a whole step, anew whenever an optimizer has changed them or was toggled."""
-        if not self.weights.owners:
-            yield
-            return
+        """Count optimizer steps; present the weights for the whole step, anew after each, and when one is toggled."""
+
+        def stepped(*_: Any) -> None:
+            self._learned += 1
+            self.weights.refresh()
 
         def refreshing(toggle: Callable[..., Any]) -> Callable[..., Any]:
             def toggled(*args: Any, **kwargs: Any) -> None:
@@ -379,11 +440,12 @@ class StepController:
             return toggled
 
         with ExitStack() as stack:
-            stack.enter_context(self.weights.presented())
-            stack.callback(register_optimizer_step_post_hook(lambda *_: self.weights.refresh()).remove)
-            for method in ("toggle_optimizer", "untoggle_optimizer"):
-                if hasattr(self.module, method):
-                    stack.enter_context(shadowed(self.module, method, refreshing))
+            stack.callback(register_optimizer_step_post_hook(stepped).remove)
+            if self.weights.owners:
+                stack.enter_context(self.weights.presented())
+                for method in ("toggle_optimizer", "untoggle_optimizer"):
+                    if hasattr(self.module, method):
+                        stack.enter_context(shadowed(self.module, method, refreshing))
             yield
 
     def _recorded(
@@ -453,10 +515,14 @@ class StepController:
             layer.start()
             layer.stop()
 
-    def _computed(self, view: View | None, passes: Mapping[str, Pass]) -> dict[str, Tensor]:
+    def _computed(
+        self, view: View | None, passes: Mapping[str, Pass], names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         """The terms of one view, or with None those between views, in the order of their names."""
         values: dict[str, Tensor] = {}
         for name, term in sorted(self._terms.items()):
+            if names is not None and name not in names:
+                continue
             between = term.view is None and view is None
             if between or (view is not None and (term.view == view.name or (term.view == "" and view.deployed))):
                 value = term.compute(passes if view is None else {view.name: passes[view.name]})
@@ -473,9 +539,9 @@ class StepController:
             [(teacher, count) for teacher, count in ran if count],
         )
 
-    def _weighted(self, task_loss: Tensor) -> Tensor:
-        for weight in self._task_weights.values():
-            return task_loss * weight
+    def _weighted(self, task_loss: Tensor, names: Collection[str] | None = None) -> Tensor:
+        for owner, weight in self._task_weights.items():
+            return task_loss * weight if names is None or owner in names else task_loss
         return task_loss
 
     def _forget_teachers_outputs(self) -> None:

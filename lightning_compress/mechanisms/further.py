@@ -31,12 +31,14 @@ from lightning_compress.mechanisms.isolation import (
     is_users,
 )
 from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.sharding import own_part, shards_in_place
 from lightning_compress.mechanisms.student import is_metric
 from lightning_compress.mechanisms.wrapping import shadowed
 
 TABLES = ("_parameters", "_buffers", "_modules")
 SIMPLE = (int, float, bool, str)
-TORCHS_OWN = set(vars(nn.Module()))  # modes among them, which are put back
+# Modes among them, which are put back; and what recurrent layers keep of the weights that are presented to them.
+TORCHS_OWN = {*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"}
 
 
 class FurtherPass:
@@ -139,7 +141,10 @@ class FurtherPass:
 
     def _fingerprints(self) -> dict[str, Any]:
         """What tells whether an attribute, or a parameter, has changed, by its dotted name."""
-        parameters = {name: (_Same(own), own._version, own.data_ptr()) for name, own in self._module.named_parameters()}
+        shards_in_place(self._module)
+        parameters = {
+            name: (_Same(own), own._version, own_part(own).data_ptr()) for name, own in self._module.named_parameters()
+        }
         seen = set(self._children)  # what several attributes hold is looked into once
         attributes = {place: _fingerprint(value, seen) for place, value in self._attributes()}
         return {**parameters, **attributes, **self._simple_attributes()}
@@ -149,7 +154,7 @@ class FurtherPass:
         return {
             f"{name}.{attribute}": value
             for name, part in self._module.named_modules()
-            if type(part).__module__.partition(".")[0] in LIBRARIES and not is_metric(part)
+            if _compat.users_class(part).__module__.partition(".")[0] in LIBRARIES and not is_metric(part)
             for attribute, value in vars(part).items()
             if type(value) in SIMPLE and attribute != "training"
         }
@@ -157,12 +162,13 @@ class FurtherPass:
     def _frozen_values(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Frozen parameters, such as those of an average of the network, and copies of them."""
         named = self._module.named_parameters() if self._closely else ()
-        return {name: (own, own.detach().clone()) for name, own in named if not own.requires_grad}
+        frozen = {name: own_part(own) for name, own in named if not own.requires_grad}
+        return {name: (own, own.clone()) for name, own in frozen.items()}
 
     def _attributes(self) -> Iterator[tuple[str, Any]]:
         """What the user's modules hold beside parameters, buffers and modules; metrics are put back instead."""
         for name, part in self._module.named_modules():
-            if type(part).__module__.partition(".")[0] not in LIBRARIES and not is_metric(part):
+            if _compat.users_class(part).__module__.partition(".")[0] not in LIBRARIES and not is_metric(part):
                 for attribute, value in list(vars(part).items()):
                     if attribute not in TORCHS_OWN:
                         yield f"{name}.{attribute}" if name else attribute, value

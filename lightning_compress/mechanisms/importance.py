@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.functional.masks import taylor_score
+from lightning_compress.mechanisms.gathering import parts_of, rows_of, sharded_as
 from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.sharding import own_part
 from lightning_compress.mechanisms.shrinking import Shrinkage
 
 
@@ -32,7 +34,8 @@ class TaylorScores:
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self._weights = dict(weights)
-        self._sums: dict[str, Tensor] = {}
+        self._parts = parts_of(weights.values())
+        self._sums: dict[str, Tensor] = {}  # of what this process holds of each weight
         self._steps: dict[str, Tensor] = {}  # counted where the weights are: whether a step counts is known there
         self._taken: set[str] = set()  # what begins anew with its next gradient
 
@@ -45,12 +48,15 @@ class TaylorScores:
         """
         stepping = {id(parameter) for parameter in parameters}
         found = {
-            name: (weight.detach(), weight.grad)
+            name: (own_part(weight), own_part(weight.grad))
             for name, weight in self._weights.items()
             if id(weight) in stepping and weight.grad is not None
         }
         totals = [gradient.sum(dtype=torch.float32) for _, gradient in found.values()]
-        finite = torch.stack([total.to(totals[0].device) for total in totals]).isfinite().all() if totals else None
+        finite = None
+        if totals:
+            sums = torch.stack([total.to(totals[0].device) for total in totals])
+            finite = (sums if self._parts is None else self._parts.total(sums)).isfinite().all()
         for name, (weight, gradient) in found.items():
             if name not in self._sums or name in self._taken:
                 self._sums[name] = torch.zeros_like(weight, dtype=torch.float32)
@@ -92,12 +98,12 @@ class TaylorScores:
 
     def state(self) -> dict[str, Any]:
         """Tensors and primitives, for a checkpoint."""
-        sums = {name: total.clone() for name, total in self._sums.items()}
+        sums = {name: sharded_as(total.clone(), self._weights[name]) for name, total in self._sums.items()}
         steps = dict(zip(self._steps, self._counts(), strict=True)) if self._steps else {}
         return {"sums": sums, "steps": steps, "taken": sorted(self._taken)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
-        self._sums = {name: total.clone().to(self._weights[name].device) for name, total in state["sums"].items()}
+        self._sums = {name: rows_of(total, self._weights[name]).clone() for name, total in state["sums"].items()}
         self._steps = {name: torch.tensor(state["steps"][name], device=own.device) for name, own in self._sums.items()}
         self._taken = set(state["taken"])

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.mechanisms.sharding import shards_in_place
+
 
 class RandomState:
     """The random states of Python, NumPy and torch as they are now.
@@ -95,7 +97,7 @@ LONG = 10_000  # entries; what lies inside of a longer list is data
 LARGE = ("Dataset", "DataLoader", "LightningDataModule", "Trainer", "Callback", "Logger")
 LIBRARIES = {
     *sys.stdlib_module_names,
-    *("torch", "torchmetrics", "torchvision", "numpy"),
+    *("torch", "torchmetrics", "torchvision", "numpy", "pandas"),
     *("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning"),
 }
 
@@ -260,6 +262,7 @@ def module_kept(module: nn.Module, *, parameters: bool = True) -> Iterator[None]
         >>> layer.num_batches_tracked
         tensor(0)
     """
+    shards_in_place(module)  # FSDP2 remembers whether a module holds shards, which are what is put back
     # A tensor of another kind than torch's own is only kept, never written to.
     seen = {id(part) for part in module.modules()}
     snapshot = functools.partial(
@@ -269,6 +272,7 @@ def module_kept(module: nn.Module, *, parameters: bool = True) -> Iterator[None]
     try:
         yield
     finally:
+        shards_in_place(module)
         # All contents first: nothing is cleared before everything that takes its place is at hand.
         restored = [{name: _restored(*entry) for name, entry in saved.items()} for _, saved in before]
         for (attributes, _), values in zip(before, restored, strict=True):

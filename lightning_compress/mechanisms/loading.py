@@ -9,12 +9,12 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, cast
 
-import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.checkpoints import resize_, structures_in
+from lightning_compress.mechanisms.reading import read_saved
 from lightning_compress.mechanisms.selection import did_you_mean, find_module, plain_name
 from lightning_compress.mechanisms.shrinking import restructure_, structure_told_by
 
@@ -316,13 +316,7 @@ def _nearest_module(path: str) -> str:
 def _read_checkpoint(path: str | os.PathLike[str], weights_only: bool) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"ckpt_path: there is no file {os.fspath(path)}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
-    except Exception as error:  # torch.load raises many kinds: unpickling, truncated archives, bad magic numbers
-        raise ValueError(
-            f"ckpt_path: {os.fspath(path)} cannot be read as plain weights: {error}"
-            + ("; if you trust the file, weights_only=False unpickles it" if weights_only else "")
-        ) from error
+    checkpoint = read_saved(path, "ckpt_path", trusted="weights_only=False unpickles it" if weights_only else None)
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"ckpt_path: {os.fspath(path)} holds a {type(checkpoint).__name__}, not a checkpoint")
     return dict(checkpoint)

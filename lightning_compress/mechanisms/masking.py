@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from lightning_compress.functional._selection import dropped
 from lightning_compress.functional.masks import Filters, changes, fewest_kept, live_filters
+from lightning_compress.mechanisms.gathering import parts_of, rows_of, sharded_as
+from lightning_compress.mechanisms.sharding import own_part
 from lightning_compress.mechanisms.shrinking import Shrinkage
 
 
@@ -185,7 +187,7 @@ class DenseWeight:
 
 
 class Masks:
-    """The masks of some weights, all kept at first.
+    """The masks of some weights, all kept at first; where weights are sharded, each process has those of its rows.
 
     Args:
         weights: Name to parameter.
@@ -199,6 +201,8 @@ class Masks:
 
     def __init__(self, weights: Mapping[str, nn.Parameter], make: Callable[[str], MaskedWeight] | None = None) -> None:
         self.weights = dict(weights)
+        self.parts = parts_of(weights.values())
+        """How processes choose masks together; None where weights are whole."""
         self.views = {name: MaskedWeight() if make is None else make(name) for name in weights}
         self.total = sum(weight.numel() for weight in weights.values())
         self.counts = [0] * len(self.weights)
@@ -227,11 +231,15 @@ class Masks:
         """The most weights that each tensor may lose."""
         return [weight.numel() - fewest_kept(weight.numel()) for weight in self.weights.values()]
 
+    def values(self) -> list[Tensor]:
+        """What this process holds of each weight."""
+        return [own_part(weight) for weight in self.weights.values()]
+
     def current(self) -> list[Tensor]:
         """One mask for each weight, on its device."""
         return [
-            torch.ones_like(weight, dtype=torch.bool) if (mask := self.views[name].mask) is None else mask
-            for name, weight in self.weights.items()
+            torch.ones_like(own, dtype=torch.bool) if (mask := view.mask) is None else mask
+            for view, own in zip(self.views.values(), self.values(), strict=True)
         ]
 
     def replace(self, masks: Sequence[Tensor]) -> float:
@@ -243,10 +251,14 @@ class Masks:
         Returns:
             The share of entries that changed.
         """
-        self.changed = changes(self.current(), masks)
+        changed = changes(self.current(), masks)
         for name, mask in zip(self.weights, masks, strict=True):
             self.views[name].mask = mask
-        self.counts = dropped(masks)
+        counts = dropped(masks)
+        if self.parts is not None:
+            both = self.parts.totals([*changed, *counts])
+            changed, counts = both[: len(changed)], both[len(changed) :]
+        self.changed, self.counts = changed, counts
         return sum(self.changed) / max(self.total, 1)
 
     def shares(self, counts: Sequence[int]) -> list[float]:
@@ -271,13 +283,16 @@ class Masks:
 
         Args:
             name: Of the weight.
-            value: Of its shape, on any device.
+            value: Of its shape, on any device, or this process's rows of such a tensor.
 
         Returns:
-            A new tensor; the same if there is no mask yet.
+            A new tensor, sharded as the value is; the same if there is no mask yet.
         """
         mask = self.views[name].mask
-        return value if mask is None else value.masked_fill(~mask.to(value.device), 0.0)
+        if mask is None:
+            return value
+        own = own_part(value)
+        return sharded_as(own.masked_fill(~mask.to(own.device), 0.0), value)
 
     def retire(self) -> None:
         """Keep the masks in main memory, and nothing that is only needed while weights are presented."""
@@ -285,8 +300,12 @@ class Masks:
             view.retire()
 
     def state(self) -> dict[str, Tensor]:
-        """The masks there are, by name."""
-        return {name: view.mask for name, view in self.views.items() if view.mask is not None}
+        """The masks there are, by name; sharded as their weights are."""
+        return {
+            name: sharded_as(view.mask, self.weights[name])
+            for name, view in self.views.items()
+            if view.mask is not None
+        }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take back what :meth:`state` gave.
@@ -310,4 +329,4 @@ class Masks:
                 f"the masks of the checkpoint are of other weights: {'; '.join(problems[:5])}. Select the same with "
                 "layers= and exclude=, or begin a new training"
             )
-        self.replace([state[name].to(weight.device) for name, weight in self.weights.items()])
+        self.replace([rows_of(state[name], weight) for name, weight in self.weights.items()])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
+from lightning_compress.functional._selection import Parts
 from lightning_compress.functional._steps import largest_magnitude, usable
 from lightning_compress.functional.quantizers import (
     along,
@@ -23,8 +24,10 @@ from lightning_compress.functional.quantizers import (
     learned_rounding,
     range_grids,
 )
+from lightning_compress.mechanisms.gathering import parts_of, rows_held, rows_of
 from lightning_compress.mechanisms.grids import ActivationGrid, Grids, WeightGrid, WeightSite
 from lightning_compress.mechanisms.rounding import Presented, Rounding
+from lightning_compress.mechanisms.sharding import Ranks, own_part
 
 SMALLEST_FACTOR = 0.05
 """Of a learned step to where it began: it stays positive."""
@@ -52,6 +55,8 @@ class MovingGrids(Rounding):
         own = replace(grids, weights=dict(grids.weights), activations=dict(grids.activations))
         super().__init__(network, own, presented)
         self.network, self.evaluating = network, False
+        self.parts = parts_of(self.names.sharded.values())
+        """How processes that hold shards of the weights work together; None where weights are whole."""
 
     def current(self) -> Grids:
         """The grids as they are now, on the CPU."""
@@ -81,6 +86,34 @@ class MovingGrids(Rounding):
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` gave."""
+
+    def rows(self, name: str) -> Tensor:
+        """What this process holds of a weight as the network sees it: all, but where FSDP2 has split it."""
+        parameter = self.names.sharded.get(name)
+        return self.weight(name) if parameter is None else own_part(parameter)
+
+    def grid_of_rows(self, name: str) -> WeightGrid:
+        """The grid of these rows, as it is now."""
+        return self._of_rows(name, self.grids.weights[name])
+
+    def _of_rows(self, name: str, grid: WeightGrid) -> WeightGrid:
+        parameter = self.names.sharded.get(name)
+        if parameter is None or grid.axis is None:
+            return grid
+        return WeightGrid(rows_of(grid.step, parameter), grid.bits)
+
+    def clipped(self) -> float:
+        """The share of weights that lie beyond the ends of their grids, over all processes."""
+        names = list(self.grids.weights)
+        own = replace(self.grids, weights={name: self.grid_of_rows(name) for name in names})
+        return clipped_share(own, {name: self.rows(name) for name in names}, self.parts)
+
+    def zeros(self) -> list[str]:
+        """The weights that are 0 throughout."""
+        names = list(self.grids.weights)
+        found = [int(self.rows(name).any()) for name in names]
+        found = found if self.parts is None else self.parts.totals(found)
+        return [name for name, some in zip(names, found, strict=True) if not some]
 
     def weight(self, name: str) -> Tensor:
         """A weight as the network sees it."""
@@ -178,6 +211,11 @@ class FollowingGrids(MovingGrids):
         """Where it is; a CPU takes the number."""
         return grid.scale if device.type == "cpu" else self._scales[key]
 
+    def grid_of_rows(self, name: str) -> WeightGrid:
+        """That of the largest magnitudes of the rows now."""
+        grid = self.grids.weights[name]
+        return self._of_rows(name, grid) if self.frozen else _followed(grid, self.rows(name))
+
     def freeze(self) -> None:
         """Keep all grids as they are now."""
         self.grids.weights.update(self.current().weights)
@@ -189,7 +227,11 @@ class FollowingGrids(MovingGrids):
         """The grids as they are now; those of weights from the weights."""
         if self.frozen:
             return self.grids
-        weights = {name: _followed(grid, self.weight(name), "cpu") for name, grid in self.grids.weights.items()}
+        weights = {}
+        for name, grid in self.grids.weights.items():
+            followed, parameter = _followed(grid, self.rows(name)), self.names.sharded.get(name)
+            step = followed.step if parameter is None else Ranks([parameter]).rows(followed.step, parameter)
+            weights[name] = WeightGrid(step.cpu(), grid.bits)
         return replace(self.grids, weights=weights, activations=dict(self.grids.activations), following=True)
 
     def state(self) -> dict[str, Any]:
@@ -261,6 +303,29 @@ class LearnedGrids(MovingGrids):
         step = self._step(place.name).reshape(self.grids.weights[place.name].step.shape)
         return WeightGrid(step, known.bits).rows(place.start, place.stop)
 
+    def grid_of_rows(self, name: str) -> WeightGrid:
+        """With the learned steps as they are now."""
+        return self.of_rows_with(name, self.factors_of_rows(name).detach())
+
+    def factors_of_rows(self, name: str) -> Tensor:
+        """The factors of the steps of the rows that this process holds, as a view of all factors."""
+        return self._of_own(name, self.factors)
+
+    def add_gradient(self, name: str, gradient: Tensor) -> None:
+        """Add to the gradient of these factors."""
+        if self.factors.grad is None:
+            self.factors.grad = torch.zeros_like(self.factors)
+        self._of_own(name, self.factors.grad).add_(gradient)
+
+    def _of_own(self, name: str, values: Tensor) -> Tensor:
+        part, parameter = values[self._places[name]], self.names.sharded.get(name)
+        return part if parameter is None else part[rows_held(parameter)]
+
+    def of_rows_with(self, name: str, factors: Tensor) -> WeightGrid:
+        """The grid of the rows that this process holds, with other factors for their steps."""
+        grid = self._of_rows(name, self.grids.weights[name])
+        return WeightGrid(grid.step.to(factors) * factors.reshape(grid.step.shape), grid.bits)
+
     def scale_now(self, key: str) -> Tensor | float:
         """The learned scale."""
         return self._step(key)[0].detach()
@@ -270,7 +335,7 @@ class LearnedGrids(MovingGrids):
         if not torch.is_grad_enabled():
             return super().rounded(site, WeightGrid(grid.step.detach(), grid.bits), weight)
         lowest, highest = grid.limits
-        members = weight.numel() // max(1, grid.step.numel())
+        members = weight.shape[1:].numel() if grid.step.ndim else weight.numel()
         step = gradient_scaled(grid.step, 1 / math.sqrt(members * highest))
         return learned_rounding(weight, step, lowest, highest, axis=grid.axis).to(weight.dtype)
 
@@ -335,12 +400,13 @@ def as_they_are(grids: Grids, network: nn.Module) -> Grids:
     return FollowingGrids(network, grids, watching=bool).current() if grids.following else grids
 
 
-def clipped_share(grids: Grids, weights: Mapping[str, Tensor]) -> float:
+def clipped_share(grids: Grids, weights: Mapping[str, Tensor], parts: Parts | None = None) -> float:
     """The share of weights that lie beyond the ends of their grids.
 
     Args:
         grids: The grids.
         weights: Name to weight, of those that have grids.
+        parts: How processes work together that each have other rows of grids and weights; None where they have all.
 
     Returns:
         From 0 to 1; 0 without weights.
@@ -356,4 +422,6 @@ def clipped_share(grids: Grids, weights: Mapping[str, Tensor]) -> float:
         step = along(grid.step.to(weight.device), weight, grid.axis)
         beyond += float((weight.detach().abs() > (grid.limits[1] + 0.5) * step).sum())
         total += weight.numel()
+    if parts is not None:
+        beyond, total = parts.totals([int(beyond), total])
     return beyond / total if total else 0.0

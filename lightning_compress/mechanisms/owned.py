@@ -143,6 +143,26 @@ def _reduce_together(parameters: Sequence[Tensor], reduce: Callable[[Tensor], Te
             parameter.grad = part.view_as(parameter)
 
 
+def holders(optimizers: Sequence[torch.optim.Optimizer], parameters: Iterable[Tensor]) -> list[torch.optim.Optimizer]:
+    """The optimizers that train some of several parameters.
+
+    Args:
+        optimizers: Those there are.
+        parameters: Of a network, say.
+
+    Returns:
+        Those that have at least one of them.
+
+    Example:
+        >>> first, second = torch.ones(1), torch.ones(1)
+        >>> optimizers = [torch.optim.SGD([own], lr=0.1) for own in (first, second)]
+        >>> holders(optimizers, [second]) == optimizers[1:]
+        True
+    """
+    wanted = {id(own) for own in parameters}
+    return [own for own in optimizers if any(id(p) in wanted for group in own.param_groups for p in group["params"])]
+
+
 def refuse_lbfgs(optimizers: Sequence[torch.optim.Optimizer], what: str) -> None:
     """Refuse an optimizer that evaluates the step several times.
 

@@ -22,11 +22,16 @@ class View:
         enter: Makes the context in which the step runs.
         deployed: Whether this is the network that will be shipped: its output is the step's, and distillation terms
             belong to it alone.
+        owner: The term without which a loss does not run under it; "": there is none.
+        learn: Runs a backward pass through the total of this view, when all terms are known, and gives its value; None
+            where one backward pass goes through all views.
     """
 
     name: str
     enter: Callable[[], AbstractContextManager[Any]] = nullcontext
     deployed: bool = True
+    owner: str = ""
+    learn: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +79,10 @@ class Term:
         name: Unique; terms are summed in the order of their names, so that no list's order changes a bit of the sum.
         compute: From the passes it belongs to, by view name, to the weighted loss; None for nothing this time.
         view: Name of the view it belongs to; "" for the deployed one, None for a term between views.
+        student: Of whose calls it is computed: with manual optimisation it belongs to the losses that are, too.
     """
 
     name: str
     compute: Callable[[Mapping[str, Pass]], Tensor | None]
     view: str | None = ""
+    student: StudentCapture | None = None

@@ -22,6 +22,7 @@ from lightning_compress.mechanisms.capture import Capture, CaptureError, Network
 from lightning_compress.mechanisms.isolation import MUTED, attributes_kept, device_of, module_kept, random_state_kept
 from lightning_compress.mechanisms.loaders import data_kept, independent_loaders
 from lightning_compress.mechanisms.selection import find_module
+from lightning_compress.mechanisms.sharding import sharded_units
 from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.mechanisms.wrapping import shadowed
@@ -88,6 +89,7 @@ class Replay:
         self.batches = batches
         self._hooked: tuple[str, ...] = ()
         self._differentiates = False  # whether the step asks for gradients itself
+        self._breaks_off = not sharded_units(self._module)  # in a forward pass FSDP2 is in the midst of things
 
     def students(self, argument: str = "student") -> tuple[str, ...]:
         """Find the student: the network that the first step calls.
@@ -129,7 +131,8 @@ class Replay:
 
         def stop(key: object, args: tuple[Any, ...], kwargs: Any) -> None:
             reached.append(NetworkCall(args, kwargs, None))
-            raise _Reached
+            if self._breaks_off:
+                raise _Reached
 
         reached: list[NetworkCall] = []
         if student != self._hooked:  # compiled code knows only the hooks that it was compiled with
@@ -177,7 +180,8 @@ class Replay:
         last = find_module(self._module, student[-1], argument="student")
 
         def stop() -> None:
-            raise _Reached
+            if self._breaks_off:
+                raise _Reached
 
         with record_outputs(root) as outputs, Capture(last, direct=last is self._module) as capture:
             capture.on_output = stop

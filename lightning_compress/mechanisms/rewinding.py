@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_compress.mechanisms.gathering import rows_of, sharded_as
+from lightning_compress.mechanisms.sharding import own_part, shards_in_place
+
 RATES = ("lr", "initial_lr", "momentum", "betas", "max_lr", "min_lr")
 
 
@@ -47,11 +50,10 @@ class TrainingStart:
                 "than then, as BackboneFinetuning adds some; use rewind=None"
             )
         tensors = _tensors(module)
-        with torch.no_grad():
-            for name, value in self.state.get("module", {}).items():
-                tensors[name].copy_(value)
+        for name, value in self.state.get("module", {}).items():
+            own_part(tensors[name]).copy_(rows_of(value, tensors[name]))
         for optimizer, state in zip(trainer.optimizers, self.state.get("optimizers", ()), strict=False):
-            optimizer.load_state_dict(copy.deepcopy(state))
+            optimizer.load_state_dict(_sharded(copy.deepcopy(state), optimizer))
         for config, state in zip(trainer.lr_scheduler_configs, self.state["schedulers"], strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
         for optimizer, groups in zip(trainer.optimizers, self.state["rates"], strict=True):
@@ -63,5 +65,17 @@ def _rates(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [{key: group[key] for key in RATES if key in group} for group in optimizer.param_groups]
 
 
+def _sharded(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer, whose tensors a checkpoint may have whole, as its parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entries in state["state"].items():
+        parameter = parameters[index]
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                entries[key] = sharded_as(rows_of(value, parameter), parameter)
+    return state
+
+
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    shards_in_place(module)
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_compress import _compat
 from lightning_compress.functional.quantizers import along, fake_quantize
 from lightning_compress.mechanisms.grids import COMPUTED, ActivationGrid, Grids, WeightGrid, WeightSite
 from lightning_compress.mechanisms.kernels import FoldedNorm, kernel_of
@@ -37,6 +38,9 @@ class WeightNames:
     """
 
     def __init__(self, network: nn.Module, presented: Presented | None = None) -> None:
+        self.sharded: dict[str, nn.Parameter] = {}
+        """Those of the parameters that FSDP2 has split over processes."""
+        self._gathered: dict[str, Tensor] = {}  # what layers are given of them
         self._names: dict[int, str] = {}
         self._storages: dict[int, list[tuple[str, Tensor]]] = {}  # several parameters may lie in one
         self._computed: set[str] = set()  # modules whose weight is
@@ -52,7 +56,15 @@ class WeightNames:
         """Look for the parameters again: they, or what they hold, may have been replaced."""
         self._names.clear()
         self._storages.clear()
+        for name, known in _compat.fsdp_names(self._network).items():
+            self.sharded[plain_name(name)] = known.sharded_param
+            self._names[id(known.sharded_param)] = plain_name(name)
+            if (gathered := _compat.gathered_parameter(known)) is not None:
+                self._gathered[plain_name(name)] = gathered
+                self._names[id(gathered)] = plain_name(name)
         for name, parameter in self._network.named_parameters():
+            if plain_name(name) in self.sharded:
+                continue
             self._names[id(parameter)] = plain_name(name)
             self._storages.setdefault(parameter.untyped_storage().data_ptr(), []).append((plain_name(name), parameter))
 
@@ -93,6 +105,8 @@ class WeightNames:
         Returns:
             Its name and rows; None for what is no parameter, nor computed from some by weight norm or the like.
         """
+        if self.sharded and len(self._gathered) < len(self.sharded):
+            self.renew()  # they are made when they are first needed
         name = self._names.get(id(weight))
         whole = None if name is not None else self._whole_of(weight)
         if whole is not None and whole[1] is weight:
@@ -112,6 +126,9 @@ class WeightNames:
         source = None if self._presented is None else self._presented(weight)
         if source is None:
             pointer, place = weight.untyped_storage().data_ptr(), weight.storage_offset()
+            for name, own in self._gathered.items():
+                if own.untyped_storage().data_ptr() == pointer != 0:
+                    return name, own
             there = [own for own in self._storages.get(pointer, []) if own[1].untyped_storage().data_ptr() == pointer]
             return next((own for own in there if 0 <= place - own[1].storage_offset() < max(1, own[1].numel())), None)
         name = self._names.get(id(source.weight))

@@ -101,7 +101,7 @@ class ScaledSteps:
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
         self._before = {}
         if self.way(optimizer) == "update":  # the closure that makes the gradients is still to come
-            self._before = {name: self.warped.weights[name].detach().clone() for name in self._held(optimizer)}
+            self._before = {name: self.warped.part(name).clone() for name in self._held(optimizer)}
 
     def _end(self, optimizer: torch.optim.Optimizer) -> None:
         before, self._before = self._before, {}

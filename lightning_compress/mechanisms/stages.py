@@ -16,6 +16,7 @@ from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _Av
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.student import is_metric
 from lightning_compress.mechanisms.wrapping import marked
 
 MAP_LAYERS = (_ConvNd, _BatchNorm, _MaxPoolNd, _AvgPoolNd, _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, nn.GroupNorm)
@@ -74,7 +75,7 @@ class Stage:
 
 @contextmanager
 def record_outputs(root: nn.Module) -> Iterator[Callable[[], list[LayerOutput]]]:
-    """Record the shape of what each layer below a network returns.
+    """Record the shape of what each layer below a network returns; a metric is no layer.
 
     Args:
         root: The network.
@@ -107,7 +108,7 @@ def record_outputs(root: nn.Module) -> Iterator[Callable[[], list[LayerOutput]]]
         layers.setdefault(plain_name(own_name), module)  # of a compiled layer the wrapper, not what is inside
     with ExitStack() as stack:
         for name, layer in layers.items():
-            if layer is not root and not isinstance(layer, torch.jit.ScriptModule):
+            if layer is not root and not isinstance(layer, torch.jit.ScriptModule) and not is_metric(layer):
                 stack.callback(layer.register_forward_hook(marked(hook(name))).remove)
         _compat.reset_compiled_code()
         yield lambda: [

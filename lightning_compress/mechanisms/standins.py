@@ -38,13 +38,18 @@ def standing_in(root: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None
         >>> layer.weight is other
         False
     """
+    types = {id(own.sharded_param): own.mp_policy.param_dtype for own in _compat.fsdp_parameters(root)}
     with ExitStack() as stack:
         for module in root.modules():
             stack.callback(_compat.refresh_flat_weights, module)
             tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for table in tables:
                 for name, tensor in list(table.items()):
-                    if tensor is not None and id(tensor) in tensors:
+                    if tensor is not None and id(tensor) in tensors and id(tensor) in types:
+                        stand_in = tensors[id(tensor)].to(types[id(tensor)] or tensor.dtype)
+                        vars(module)[name] = stand_in  # in front of the table, into which FSDP2 writes what it gathers
+                        stack.callback(_take_away, module, name, stand_in)
+                    elif tensor is not None and id(tensor) in tensors:
                         table[name] = tensors[id(tensor)]
                         stack.callback(_put_back, table, name, tensor, table[name])
             _compat.refresh_flat_weights(module)
@@ -221,11 +226,17 @@ def _put_back(table: dict[str, Any], name: str, tensor: Tensor, stand_in: Tensor
         stand_in.data.copy_(now.detach())
 
 
+def _take_away(module: nn.Module, name: str, stand_in: Tensor) -> None:
+    if vars(module).pop(name, None) is not stand_in:
+        raise RuntimeError(f"'{name}' of a {type(module).__name__} was replaced while another tensor stood in for it")
+
+
 def _twin(layer: nn.Module) -> nn.Module:
     twin = nn.Module()
     for name, own in layer._parameters.items():
         if own is not None:
-            twin.register_parameter(name, nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad))
+            value = _compat.whole(own.detach()).clone()
+            twin.register_parameter(name, nn.Parameter(value, requires_grad=own.requires_grad))
     for name, buffer in layer._buffers.items():
         if buffer is not None:
             twin.register_buffer(name, buffer.detach().clone())

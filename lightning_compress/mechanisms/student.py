@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
@@ -82,7 +83,7 @@ class Detector(AbstractContextManager["Detector"]):
             inside = {name: inner for name, inner in found.items() if self._outermost[name]}
             outside = {name: inner for name, inner in found.items() if not self._outermost[name]}
             network = next((name for name, inner in inside.items() if _hands_on(root_calls, inner)), "")
-            found = {network: root_calls, **outside}
+            found = {network: inside.get(network, root_calls), **outside}
         return _trained_first(self._root, found)
 
     def _count(self, name: str, module: nn.Module, stack: ExitStack) -> None:
@@ -141,6 +142,8 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
         self._argument = argument
         self._stack = ExitStack()
         self._detector: Detector | None = None
+        self._further = ExitStack()  # of a detector that goes on to the end of the step
+        self._others: Detector | None = None
         self._ends: tuple[Capture, ...] = ()
         self.names: tuple[str, ...] | None = None if student is None else _names(student, argument)
         self.required = False
@@ -172,7 +175,8 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        self._detector, self._ends = None, ()
+        self._further.close()
+        self._detector, self._others, self._ends = None, None, ()
 
     def use(self, names: tuple[str, ...]) -> None:
         """Record these modules instead of looking for the student.
@@ -205,6 +209,8 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
         Raises:
             CaptureError: If the student is required and cannot be told, or a chain was called in part only.
         """
+        if self._others is not None:
+            self._look_further(self._others)
         if self._detector is not None:
             calls = self._detected(self._detector.stop())
         elif len(self._ends) == 2:
@@ -218,6 +224,8 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
 
     def abort(self) -> None:
         """Stop recording and forget the step."""
+        self._further.close()
+        self._others = None
         if self._detector is not None:
             self._detector.start()  # forgets
             self._detector.stop()
@@ -228,18 +236,32 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
     def drain(self) -> list[NetworkCall]:
         """Give back the calls so far and go on recording: for steps that compute several losses.
 
+        If the student was not known, what else the step calls up to :meth:`stop` may still show that there are two.
+
         Returns:
             The calls since the last one.
         """
-        calls = self.stop()
+        others, self._others = self._others, None
+        unknown, calls = self._detector is not None, self.stop()
+        if unknown and self._detector is None:
+            others = self._further.enter_context(Detector(self._root))
+            others.start()
+        self._others = others
         self.start(detect=True)
         return calls
 
-    def _detected(self, found: dict[str, list[NetworkCall]]) -> list[NetworkCall]:
-        if not found:
-            return []
-        if len(found) > 1:
-            ends = [plain_name(name) for name in found]
+    def _look_further(self, others: Detector) -> None:
+        """At the end of the step in which the student was found: was it the only network that learns?"""
+        found = [plain_name(name) for name in others.stop()]
+        self._further.close()
+        self._others = None
+        parts = dict(self._root.named_modules())
+        learning = [name for name in found if any(own.requires_grad for own in parts[name].parameters())]
+        self._is_one(list(dict.fromkeys((*(self.names or ()), *learning))))
+
+    def _is_one(self, ends: Sequence[str]) -> bool:
+        """Whether a step has called one network; several are a problem."""
+        if len(ends) > 1:
             names = ", ".join(f"'{name}'" if name else "the LightningModule itself ('')" for name in ends)
             choose = f"choose the network with {self._argument}="
             if self._argument == "student":  # others take one network
@@ -247,6 +269,10 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
             self.problem = f"the step calls {len(ends)} modules with parameters: {names}; {choose}"
             if self.required:
                 raise CaptureError(self.problem)
+        return len(ends) == 1
+
+    def _detected(self, found: dict[str, list[NetworkCall]]) -> list[NetworkCall]:
+        if not self._is_one([plain_name(name) for name in found]):
             return []
         [(name, calls)] = found.items()
         self.use((plain_name(name),))
@@ -259,7 +285,7 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
                 f"the step calls '{start}' {len(first)} times and '{end}' {len(last)} times, so they are not the ends "
                 f"of one chain; choose others with {self._argument}="
             )
-        return [NetworkCall(a.args, a.kwargs, b.output, a.key) for a, b in zip(first, last, strict=True)]
+        return [NetworkCall(a.args, a.kwargs, b.output, a.key, b.nodes) for a, b in zip(first, last, strict=True)]
 
     def _open(self, names: tuple[str, ...]) -> None:
         modules = [find_module(self._root, name, argument=self._argument) for name in names]
@@ -334,6 +360,10 @@ def _hands_on(own: list[NetworkCall], inner: list[NetworkCall]) -> bool:
 
 
 def _same_tensors(first: NetworkCall, second: NetworkCall) -> bool:
-    """Whether two calls received the same tensors."""
-    ours, theirs = first.tensors, second.tensors
-    return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
+    """Whether two calls received the same tensors, or, as under a policy of FSDP2, the first one casts of them."""
+    pairs = list(zip_longest(first.tensors, second.tensors))
+    return all(a is not None and b is not None and (a is b or _is_cast(a, b)) for a, b in pairs)
+
+
+def _is_cast(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.dtype != other.dtype and tensor.shape == other.shape and torch.equal(tensor, other.to(tensor.dtype))

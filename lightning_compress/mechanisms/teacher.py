@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,6 +16,8 @@ from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, NetworkCall, only_call
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.tree import named_tensors, rebuild
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class Teacher:
@@ -110,6 +114,8 @@ class Teacher:
                 module.eval()
         args: tuple[Any, ...] = call.args
         kwargs: Mapping[str, Any] = dict(call.kwargs)
+        if self._computes_in_full_precision(call):
+            args, kwargs = rebuild((args, kwargs), _widened)  # a policy of FSDP2 narrows what the student receives
         given = _tensors((args, kwargs))
         if self._copies:
             args, kwargs = rebuild((args, kwargs), lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
@@ -134,6 +140,10 @@ class Teacher:
             self.layers = {name: capture.stop() for name, capture in self._captures.items()}
         self._note_writing(used, versions)
         return output
+
+    def _computes_in_full_precision(self, call: NetworkCall) -> bool:
+        mixed = any(torch.is_autocast_enabled(own.device.type) for own in call.tensors)
+        return not mixed and not any(parameter.dtype in HALVES for parameter in self.module.parameters())
 
     def _note_writing(self, used: list[Tensor], versions: list[int | None]) -> None:
         """Learn whether the teacher writes into its input, which is the user's own batch unless it is copied."""
@@ -190,6 +200,36 @@ class SharedTeacher:
         return self._seen[call.key]
 
 
+@contextmanager
+def own_copies(module: nn.Module, trained: nn.Module) -> Iterator[None]:
+    """Give a teacher, for a time, copies of the layers without weights that it shares with the module being trained.
+
+    A loss that is made in a default argument, or an activation, is in all instances of a class; whoever switched the
+    teacher to evaluation would switch it in the other too.
+
+    Args:
+        module: The teacher, or its transform.
+        trained: The module being trained.
+
+    Example:
+        >>> dropout = nn.Dropout()
+        >>> teacher, trained = nn.Sequential(dropout), nn.Sequential(dropout)
+        >>> with own_copies(teacher, trained):
+        ...     teacher[0] is trained[0]
+        False
+        >>> teacher[0] is trained[0]
+        True
+    """
+    theirs = set(trained.modules())
+    with ExitStack() as stack:
+        for parent in [part for part in module.modules() if part not in theirs]:
+            for name, child in parent._modules.items():
+                if child in theirs and next(itertools.chain(child.parameters(), child.buffers()), None) is None:
+                    stack.callback(parent._modules.__setitem__, name, child)
+                    parent._modules[name] = copy.deepcopy(child)
+        yield
+
+
 def refuse_shared(module: nn.Module, trained: nn.Module, *, argument: str) -> None:
     """Refuse a teacher that has parts in common with the module being trained, which it would freeze.
 
@@ -199,7 +239,7 @@ def refuse_shared(module: nn.Module, trained: nn.Module, *, argument: str) -> No
         argument: The user's argument that gave it, for the error message.
 
     Raises:
-        ValueError: If they share parameters, buffers or layers.
+        ValueError: If they share parameters or buffers, or are one.
 
     Example:
         >>> refuse_shared(nn.Linear(1, 1), nn.Linear(1, 1), argument="teacher")
@@ -219,13 +259,8 @@ def _shared(module: nn.Module, other: nn.Module) -> str | None:
         return "parameters"
     if any(buffer in buffers for buffer in module.buffers()):
         return "buffers"
-    shared = [part for part in module.modules() if part in parts and not _same_in_both_modes(part)]
-    return f"the {type(shared[0]).__name__}" if shared else None
-
-
-def _same_in_both_modes(part: nn.Module) -> bool:
-    """Whether a module is an activation, which may well be shared: it does the same in training and in evaluation."""
-    return type(part).__module__ == "torch.nn.modules.activation" and not isinstance(part, nn.RReLU)
+    shared = next((part for part in module.modules() if part in parts), None)
+    return None if shared is None else f"the {type(shared).__name__}"
 
 
 def _as_arguments(value: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -243,6 +278,10 @@ def _check_callable(module: Any, argument: str) -> None:
             f"{argument} {type(module).__name__} has no forward, so it cannot be called; give the network inside it "
             f"({', '.join(name for name, _ in module.named_children()) or 'it holds none'})"
         )
+
+
+def _widened(leaf: Any) -> Any:
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALVES else leaf
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
+from lightning_compress.mechanisms.gathering import Gathered, GatheredWeights
 from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.sharding import sharded_units
 from lightning_compress.mechanisms.weights import Site, named_weights, sites_of
 from lightning_compress.mechanisms.wrapping import OWN_MARK
 
@@ -167,6 +169,8 @@ class WeightViews:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.sharded = GatheredWeights(module)
+        """Those of its weights that FSDP2 has split over processes, which are presented when they are gathered."""
         self._weights: dict[str, _Presented] = {}
         self._others: list[_Presented] = []  # of a further pass in a step
         self._compare_next = True
@@ -175,12 +179,12 @@ class WeightViews:
     @property
     def active(self) -> bool:
         """Whether the views are presented now."""
-        return any(weight.shown is not None for weight in self._weights.values())
+        return self.sharded.shown or any(weight.shown is not None for weight in self._weights.values())
 
     @property
     def owners(self) -> list[str]:
         """Who presents weights, sorted."""
-        return sorted({weight.owner for weight in self._weights.values()})
+        return sorted({weight.owner for weight in self._all()})
 
     @contextmanager
     def owned(self, owner: str, views: Mapping[str, WeightView]) -> Iterator[None]:
@@ -194,7 +198,7 @@ class WeightViews:
             ValueError: If somebody owns the view of a weight already, also under another of its names.
         """
         parameters = named_weights(self.module)
-        taken = {id(weight.weight): weight.owner for weight in self._weights.values()}
+        taken = {id(weight.weight): weight.owner for weight in self._all()}
         for name in views:
             other = taken.get(id(parameters[name]))
             taken[id(parameters[name])] = owner
@@ -203,6 +207,10 @@ class WeightViews:
                     f"'{other}' and '{owner}' both present the weight '{name}'; leave it to one of them with layers= "
                     "or exclude="
                 )
+        if sharded_units(self.module):
+            with self.sharded.owned(owner, parameters, views):
+                yield
+            return
         sites = sites_of(self.module)
         added = {
             name: _Presented(owner, name, parameters[name], sites[id(parameters[name])], view)
@@ -227,6 +235,7 @@ class WeightViews:
 
     def show(self) -> None:
         """Present all weights, with their values as they are now; nothing if nobody owns any."""
+        self.sharded.show()
         if not self._weights:
             return
         if self.active:
@@ -265,6 +274,7 @@ class WeightViews:
         Raises:
             RuntimeError: If somebody wrote to a presented weight, or replaced it: what they did is lost.
         """
+        self.sharded.drop()
         if evaluation:
             self._remove()
             return
@@ -285,6 +295,7 @@ class WeightViews:
 
     def abandon(self) -> None:
         """Let the module read its parameters again, whatever was done to the views: after an error that says more."""
+        self.sharded.drop()
         for weight in self._weights.values():
             weight.drop()
 
@@ -341,9 +352,13 @@ class WeightViews:
             >>> layer.weight.grad
             tensor([[ 1., 20.]])
         """
+        owned = {weight.name: weight.owner for weight in self._all()}
         for name in views:
-            if name not in self._weights or self._weights[name].owner != owner:
+            if owned.get(name) != owner:
                 raise ValueError(f"the weight '{name}' is not presented by '{owner}'")
+        if self.sharded.weights:  # whose layers may run again: there is a backward pass for each of the passes
+            yield partial(self.sharded.seen_as, views)
+            return
         others = [
             _Presented(owner, name, self._weights[name].weight, self._weights[name].sites, view)
             for name, view in views.items()
@@ -392,6 +407,9 @@ class WeightViews:
             A function to be called after the backward pass, once: says how the step used the weights. It raises
             RuntimeError if a gradient, or a call, went past a view, or requires_grad was changed after it was shown.
         """
+        if self.sharded.weights:  # which no gradient passes by: each step sees to that
+            yield lambda: Usage(self.sharded.unused(owner), [])
+            return
         own = {name: weight for name, weight in self._weights.items() if weight.owner == owner}
         called: set[int] = set()
         past: dict[str, str] = {}  # weights that were used otherwise than through their views
@@ -460,6 +478,9 @@ class WeightViews:
                     "in its place, so the change would be lost. Make it between steps, for example in "
                     f"on_train_batch_end, or leave the layer out with {_excluding(name)}"
                 )
+
+    def _all(self) -> list[_Presented | Gathered]:
+        return [*self._weights.values(), *self.sharded.weights.values()]
 
     def _all_sites(self) -> Iterator[tuple[_Presented, Site]]:
         for weight in self._weights.values():

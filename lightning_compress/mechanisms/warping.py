@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,15 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress.functional._dtypes import at_least_float32
-from lightning_compress.functional.gradients import (
-    grid_positions,
-    mean_scale,
-    position_scale,
-    scale_gradients_,
-    scale_updates_,
-)
-from lightning_compress.functional.quantizers import nearest_grid_point, quantization_grid
+from lightning_compress.functional._steps import largest_magnitude, usable
+from lightning_compress.functional.gradients import grid_positions, scale_gradients_, scale_updates_, total_scale
+from lightning_compress.functional.quantizers import integer_limits, nearest_grid_point, quantization_grid
 from lightning_compress.mechanisms.selection import listing, plain_name
+from lightning_compress.mechanisms.sharding import Ranks, own_part
 from lightning_compress.mechanisms.weights import named_weights, select_weights, sites_of
 
 EDGES = (_ConvNd, nn.Linear)
@@ -56,6 +53,9 @@ class WarpableWeights(NamedTuple):
 class WarpedWeights:
     """Weights with the places where they should end: points of their own grids, or zero.
 
+    Where FSDP2 shards the weights, each rank works on its own rows, with the grids of whole weights; then all methods
+    but :meth:`quantised` and :meth:`part` are for all ranks to call.
+
     Args:
         weights: Name to parameter.
         bits: Of each grid; None: zero is where they should end.
@@ -83,6 +83,11 @@ class WarpedWeights:
         self.bits = None if bits is None else dict(bits)
         self.axes = {name: 0 if by_channel and weight.ndim > 1 else None for name, weight in weights.items()}
         self.eps = eps
+        self.ranks = Ranks(list(weights.values()))
+
+    def part(self, name: str) -> Tensor:
+        """What this rank has of a weight, without autograd: all of it, unless it is sharded."""
+        return own_part(self.weights[name])
 
     @property
     def total(self) -> int:
@@ -91,26 +96,28 @@ class WarpedWeights:
 
     def mean(self) -> float:
         """The mean distance, ``eps`` included, over all elements."""
-        return mean_scale(list(self.weights.values()), **self._settings(self.weights))
+        parts = [self.part(name) for name in self.weights]
+        return float(self.ranks.total(total_scale(parts, **self._settings(self.weights, parts)))) / self.total
 
     def scale_gradients(self, names: Sequence[str], scale: float) -> None:
         """Scale the gradients of some weights, in place."""
-        weights = [self.weights[name] for name in names]
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        scale_gradients_(weights, gradients, scale=scale, **self._settings(names))
+        parts = [self.part(name) for name in names]
+        gradients = [own_part(own) for name in names if (own := self.weights[name].grad) is not None]
+        scale_gradients_(parts, gradients, scale=scale, **self._settings(names, parts))
 
     def scale_updates(
         self, names: Sequence[str], before: Sequence[Tensor], scale: float, kept: Sequence[float | Tensor]
     ) -> None:
-        """Scale the last step of some weights, in place, given what they were before it."""
-        weights = [self.weights[name].detach() for name in names]
-        scale_updates_(weights, before, scale=scale, kept=kept, **self._settings(names))
+        """Scale the last step of some weights, in place, given what this rank had of them before it."""
+        parts = [self.part(name) for name in names]
+        scale_updates_(parts, before, scale=scale, kept=kept, **self._settings(names, before))
 
     def grids(self) -> dict[str, tuple[Tensor, int]]:
         """The step of each grid as it is now, and its bits; none where zero is where weights should end."""
+        steps = self._steps(list(self.bits or {}))
         return {
-            name: (quantization_grid(self.weights[name], own, axis=self.axes[name]), own)
-            for name, own in (self.bits or {}).items()
+            name: (self.ranks.rows(step, self.weights[name]) if step.ndim else step, own)
+            for (name, own), step in zip((self.bits or {}).items(), steps, strict=True)
         }
 
     def quantised(self, name: str, value: Tensor) -> Tensor:
@@ -121,41 +128,76 @@ class WarpedWeights:
         return nearest_grid_point(value, quantization_grid(value, bits, axis=axis), bits, axis=axis)
 
     def positions(self, name: str) -> Tensor:
-        """Where the elements of a weight lie in the cells of its grid; or, of twice the range around zero."""
-        weight = self.weights[name].detach()
+        """Where the elements of this rank lie in the cells of a weight's grid; or, of twice the range around zero."""
+        part = self.part(name)
         if self.bits is not None:
-            return grid_positions(weight, self.bits[name], axis=self.axes[name])
-        largest = weight.abs().amax()
-        return weight / (2 * torch.where(largest > 0, largest, 1.0))
+            [step] = self._steps([name])
+            return grid_positions(part, self.bits[name], axis=self.axes[name], step=step)
+        [largest] = self._largest([name], [part])
+        return part / (2 * torch.where(largest > 0, largest, 1.0))
 
     def summary(self) -> Summary:
         """What quantisation would do now."""
-        errors, norms, zeros = [], [], []
+        found = []
         with torch.no_grad():
-            for name, weight in self.weights.items():
-                value = at_least_float32(weight.detach())
-                quantised = self.quantised(name, value)
-                errors.append(torch.linalg.vector_norm(value - quantised).cpu())
-                norms.append(torch.linalg.vector_norm(value).cpu())
-                zeros.append((quantised == 0).sum().cpu())
-        error, norm = (torch.linalg.vector_norm(torch.stack(own).double()).item() for own in (errors, norms))
-        return Summary(error / norm if norm else 0.0, int(torch.stack(zeros).sum()), self.total)
+            names = list(self.weights)
+            for name, step in zip(names, self._steps(names) if self.bits else [None] * len(names), strict=True):
+                value = at_least_float32(self.part(name))
+                quantised = value if step is None else self._nearest(name, value, step)
+                norms = (torch.linalg.vector_norm(own).double() for own in (value - quantised, value))
+                found.append(torch.stack([*(own.square() for own in norms), (quantised == 0).sum()]).cpu())
+        error, norm, zeros = self.ranks.total(torch.stack(found).sum(dim=0)).tolist()
+        return Summary(math.sqrt(error / norm) if norm else 0.0, int(zeros), self.total)
 
     def resting(self) -> list[str]:
         """The weights of which each element is on the grid, so that with ``eps=0`` none would ever move."""
         if self.bits is None or self.eps:
             return []
-        return [name for name in self.weights if self._rests(name, self.bits[name])]
+        names = list(self.weights)
+        parts = [at_least_float32(self.part(name)) for name in names]
+        moving = []
+        for name, part, step, largest in zip(
+            names, parts, self._steps(names), self._largest(names, parts, by_channel=False), strict=True
+        ):
+            tolerance = 4 * torch.finfo(torch.float32).eps * largest.float()  # rounding is no distance
+            moving.append(((part - self._nearest(name, part, step)).abs() > tolerance).sum().cpu())
+        counts = self.ranks.total(torch.stack(moving)).tolist() if moving else []
+        return [name for name, count in zip(names, counts, strict=True) if not count]
 
-    def _rests(self, name: str, bits: int) -> bool:
-        weight = self.weights[name].detach()
-        tolerance = 4 * torch.finfo(torch.float32).eps * weight.abs().amax().float()  # rounding is no distance
-        return bool((position_scale(weight, bits, axis=self.axes[name]) <= tolerance).all())
+    def _nearest(self, name: str, value: Tensor, step: Tensor) -> Tensor:
+        bits = 0 if self.bits is None else self.bits[name]
+        return nearest_grid_point(value, step, bits, axis=self.axes[name])
 
-    def _settings(self, names: Iterable[str]) -> dict[str, Any]:
+    def _steps(self, names: Sequence[str], parts: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The step of each grid; of those by channel, for the rows of this rank."""
+        bits = self.bits or {}
+        largest = self._largest(names, [self.part(name) for name in names] if parts is None else parts)
+        if parts is None and not all(
+            bool(own.isfinite().all()) for own in largest
+        ):  # in a step there is no time for it
+            raise ValueError("a weight is NaN or infinite, and has no place on a grid")
+        return [usable(own / integer_limits(bits[name])[1]) for name, own in zip(names, largest, strict=True)]
+
+    def _largest(self, names: Sequence[str], parts: Sequence[Tensor], *, by_channel: bool = True) -> list[Tensor]:
+        """The largest magnitude of each whole weight, given what this rank has of it; of its own rows, by channel."""
+        axes = [self.axes[name] if by_channel else None for name in names]
+        found = [
+            largest_magnitude(part, axis) if part.numel() or axis is not None else at_least_float32(part.new_zeros(()))
+            for part, axis in zip(parts, axes, strict=True)
+        ]
+        whole = [index for index, axis in enumerate(axes) if axis is None]
+        if whole and self.ranks.several:
+            joined = self.ranks.largest(torch.stack([found[index].double() for index in whole]))
+            for index, own in zip(whole, joined, strict=True):
+                found[index] = own.to(found[index].dtype)
+        return found
+
+    def _settings(self, names: Iterable[str], parts: Sequence[Tensor]) -> dict[str, Any]:
+        """What the functions of many tensors take; of whole weights they find the steps faster themselves."""
         names = list(names)
         bits = None if self.bits is None else [self.bits[name] for name in names]
-        return {"bits": bits, "axes": [self.axes[name] for name in names], "eps": self.eps}
+        steps = self._steps(names, parts) if self.ranks.several and self.bits is not None else None
+        return {"bits": bits, "axes": [self.axes[name] for name in names], "eps": self.eps, "steps": steps}
 
 
 def warpable_weights(root: nn.Module, layers: Sequence[str] | None, exclude: Sequence[str] | None) -> WarpableWeights:
@@ -187,7 +229,9 @@ def warpable_weights(root: nn.Module, layers: Sequence[str] | None, exclude: Seq
             bias = getattr(module, "in_proj_bias" if isinstance(module, nn.MultiheadAttention) else "bias", None)
             if isinstance(module, (nn.Linear, nn.MultiheadAttention)) and isinstance(bias, nn.Parameter):
                 found[first[id(bias)]] = bias
-    if broken := [name for name, weight in found.items() if not weight.detach().isfinite().all()]:
+    infinite = torch.stack([(~own_part(weight).isfinite()).sum().cpu() for weight in found.values()])
+    counts = Ranks(list(found.values())).total(infinite).tolist()
+    if broken := [name for name, count in zip(found, counts, strict=True) if count]:
         raise ValueError(
             f"{listing(broken)} hold NaN or infinity, which have no place on a grid: start from weights that are "
             "finite, or leave the layers out with exclude="

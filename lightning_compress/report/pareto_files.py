@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_compress.mechanisms.drafts import write_together
 from lightning_compress.report import units
 from lightning_compress.report.cells import Cell, Column
 from lightning_compress.report.page import pareto_figure
@@ -18,7 +19,6 @@ from lightning_compress.report.render import aligned, escaped, grid
 from lightning_compress.report.scatter import FORMATS, scatter_legend
 from lightning_compress.report.sheet import details, document, numbers, sentences
 from lightning_compress.report.table import encoded
-from lightning_compress.report.write import write_whole
 
 SCHEMA = 1
 _TITLE = "Pareto table"
@@ -107,7 +107,7 @@ def pareto_console(pareto: Pareto) -> str:
 
 
 def write_pareto(pareto: Pareto, sources: Mapping[str, str], directory: str | os.PathLike[str]) -> ParetoFiles:
-    """Write the table as ``pareto.json``, ``pareto.md`` and ``pareto.html``, each whole or not at all.
+    """Write the table as ``pareto.json``, ``pareto.md`` and ``pareto.html``: all of them, or none.
 
     Args:
         pareto: What to write.
@@ -133,8 +133,7 @@ def write_pareto(pareto: Pareto, sources: Mapping[str, str], directory: str | os
     files = ParetoFiles(*(folder / f"pareto{suffix}" for suffix in (".json", ".md", ".html")))
     texts = (_json(pareto, sources), _markdown(pareto, sources), _html(pareto, sources))
     folder.mkdir(parents=True, exist_ok=True)
-    for path, text in zip(files, texts, strict=True):
-        write_whole(path, text)
+    write_together(dict(zip(files, texts, strict=True)))
     return files
 
 

@@ -42,21 +42,22 @@ class LayerPositions(NamedTuple):
     end: Tensor
 
 
-def position_histogram(positions: Tensor) -> Tensor:
+def position_histogram(positions: Tensor, of: int | None = None) -> Tensor:
     """How positions are spread over the bins of the picture.
 
     Args:
         positions: Any shape, in [-1/2, 1/2].
+        of: How many there are in all, where these are a part. None: these.
 
     Returns:
-        Share in each of 31 bins, shape ``(31,)``, on the CPU.
+        Share of all in each of 31 bins, shape ``(31,)``, on the CPU.
 
     Example:
         >>> position_histogram(torch.tensor([0.0, 0.01, 0.5])).nonzero().flatten()
         tensor([15, 30])
     """
     counts = torch.histc(positions.detach().float().cpu(), bins=BINS, min=-0.5, max=0.5)
-    return counts / positions.numel()
+    return counts / (positions.numel() if of is None else of)
 
 
 def positions_picture(layers: Sequence[LayerPositions]) -> npt.NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""The three files of a report, each written whole or not at all."""
+"""The three files of a report, all written, or none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_compress.mechanisms.drafts import write_together
 from lightning_compress.report.page import to_html
 from lightning_compress.report.render import to_markdown
 from lightning_compress.report.table import Report, to_json
@@ -25,8 +26,7 @@ class ReportFiles(NamedTuple):
 def write_report(report: Report, directory: str | os.PathLike[str], name: str = FILE_STEM) -> ReportFiles:
     """Write a report as JSON, Markdown and HTML.
 
-    Everything is rendered before the first file is touched, and each file takes its place in one step: a reader sees
-    the old one or the new one.
+    Everything is rendered and written before the first file takes its place: a reader sees the old ones or the new.
 
     Args:
         report: What to write.
@@ -37,7 +37,7 @@ def write_report(report: Report, directory: str | os.PathLike[str], name: str = 
         The paths ``<name>.json``, ``<name>.md`` and ``<name>.html``.
 
     Raises:
-        OSError: If the directory cannot be written to; no partial file is left.
+        OSError: If the directory cannot be written to; the old files stay then, and no partial one is left.
 
     Example:
         >>> import tempfile
@@ -49,31 +49,5 @@ def write_report(report: Report, directory: str | os.PathLike[str], name: str = 
     files = ReportFiles(*(folder / f"{name}{suffix}" for suffix in (".json", ".md", ".html")))
     texts = (to_json(report), to_markdown(report), to_html(report))
     folder.mkdir(parents=True, exist_ok=True)
-    for path, text in zip(files, texts, strict=True):
-        write_whole(path, text)
+    write_together(dict(zip(files, texts, strict=True)))
     return files
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one.
-
-    Args:
-        path: Where; its folder exists.
-        text: What to write.
-
-    Raises:
-        OSError: If it cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     write_whole(Path(directory, "notes.txt"), "text")
-        ...     Path(directory, "notes.txt").read_text()
-        'text'
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

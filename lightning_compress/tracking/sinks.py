@@ -19,6 +19,7 @@ import yaml
 from matplotlib.image import imsave
 
 from lightning_compress import _compat
+from lightning_compress.mechanisms.drafts import draft_of, write_whole
 from lightning_compress.tracking.exported import Exported
 
 Picture = npt.NDArray[np.uint8]
@@ -154,21 +155,22 @@ class CSVSink(Sink):
 
     def settings(self, values: Mapping[str, Any]) -> None:
         """A file of its own: Lightning's ``hparams.yaml`` is for the arguments of the module."""
-        self._file("compress/config", ".yaml").write_text(_as_yaml(values), encoding="utf-8")
+        write_whole(self._file("compress/config", ".yaml"), _as_yaml(values))
 
     def picture(self, key: str, picture: Picture, step: int, newest: bool) -> None:
         """A PNG file, over the last one if it holds all that that did."""
-        imsave(self._file(key, ".png" if newest else f"-step={step}.png"), picture)
+        with draft_of(self._file(key, ".png" if newest else f"-step={step}.png")) as draft:
+            imsave(draft, picture)
 
     def table(self, key: str, table: Table, step: int) -> None:
         """A CSV file."""
-        with self._file(key, ".csv").open("w", newline="", encoding="utf-8") as stream:
+        with draft_of(self._file(key, ".csv")) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([table.columns, *table.rows])
 
     def exported(self, exported: Exported, step: int) -> None:
         """What is known of the file, as JSON."""
         text = json.dumps({**exported.metadata, "step": step}, indent=2, default=str) + "\n"
-        self._file(f"compress/{exported.callback}", ".json").write_text(text, encoding="utf-8")
+        write_whole(self._file(f"compress/{exported.callback}", ".json"), text)
 
     def _file(self, key: str, suffix: str) -> Path:
         """Where a key lies: ``compress/dcil/sparsity`` is ``compress/dcil/sparsity.png`` in the logger's folder."""

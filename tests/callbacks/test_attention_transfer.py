@@ -540,9 +540,9 @@ def test_a_student_may_write_into_the_input_that_is_differentiated():
     assert difference(first, second) == 0
 
 
-def test_gradients_refuse_manual_optimisation():
-    message = "map_kind='gradient' runs the step twice, which manual optimisation does not allow"
-    refused(message, made(ConvMixin), gradients(), before="fit")
+def test_gradients_refuse_manual_optimisation_that_gives_a_loss_and_not_a_function():
+    message = "map_kind='gradient' of 'at' runs the step once more, with the teacher"
+    refused(message, made(ConvMixin), gradients(), error=RuntimeError)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -251,14 +251,34 @@ def test_manual_optimisation_is_refused_by_name():
     assert module.global_step == 8
 
 
-@pytest.mark.parametrize("strategy", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy"])
 def test_unsupported_strategies_are_refused(strategy):
     run = SimpleNamespace(callbacks=[], strategy=type(strategy, (), {})())
-    with pytest.raises(ValueError, match=f"Adding does not support {strategy}; use one device or DDP"):
+    with pytest.raises(ValueError, match=f"Adding does not support {strategy}; use one device or DDP$"):
         Adding().setup(run, made(Classifier), "fit")
+    with pytest.raises(ValueError, match=r"use one device or DDP, or FSDP2 with ModelParallelStrategy$"):
+        DistillationCallback(small_network()).setup(run, made(Classifier), "fit")
     Adding().setup(run, made(Classifier), "test")  # there is nothing to refuse outside of a fit
     run.strategy = type("SingleDeviceStrategy", (), {})()
     Adding().setup(run, made(Classifier), "fit")
+
+
+def sharding(tensor_parallel=1):
+    mesh = {"tensor_parallel": SimpleNamespace(size=lambda: tensor_parallel)}
+    return SimpleNamespace(callbacks=[], strategy=type("ModelParallelStrategy", (), {"device_mesh": mesh})())
+
+
+def test_shards_are_refused_unless_a_callback_says_that_it_can_work_on_them():
+    with pytest.raises(ValueError, match=r"Adding .* does not work with ModelParallelStrategy \(FSDP2\): .*DDP"):
+        Adding().setup(sharding(), made(Classifier), "fit")
+    DistillationCallback(small_network()).setup(sharding(), made(Classifier), "fit")
+
+
+def test_tensor_parallelism_is_refused_with_the_setting_that_turns_it_off():
+    with pytest.raises(
+        ValueError, match=r"tensor_parallel_size=4 .*: give it data_parallel_size=.* tensor_parallel_size=1"
+    ):
+        DistillationCallback(small_network()).setup(sharding(4), made(Classifier), "fit")
 
 
 def test_a_learning_rate_finder_is_warned_of():

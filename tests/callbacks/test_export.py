@@ -229,23 +229,27 @@ def test_a_scripted_part_is_passed_over_and_leaves_nothing(tmp_path):
     assert "training_step" not in vars(module)
 
 
-@pytest.mark.parametrize(
-    ("shared", "what"), [(nn.BatchNorm1d(8, affine=False), "buffers"), (nn.Dropout(), "the Dropout")]
-)
-def test_a_teacher_that_shares_a_layer_is_refused(shared, what):
-    module = made(Classifier)
+def test_a_teacher_that_shares_a_layer_with_buffers_is_refused():
+    shared, module = nn.BatchNorm1d(8, affine=False), made(Classifier)
     module.model = nn.Sequential(shared, nn.Linear(8, 3))
-    teacher = nn.Sequential(shared, nn.Linear(8, 3))
-    with pytest.raises(ValueError, match=f"shares {what} with Classifier"):
-        trainer(DistillationCallback(teacher)).fit(module, loader())
+    with pytest.raises(ValueError, match="shares buffers with Classifier"):
+        trainer(DistillationCallback(nn.Sequential(shared, nn.Linear(8, 3)))).fit(module, loader())
     assert shared.training
 
 
-def test_a_teacher_may_share_an_activation():
-    activation, module = nn.ReLU(), made(Classifier)
-    module.model = nn.Sequential(nn.Linear(8, 3), activation)
-    fitting = trainer(DistillationCallback(nn.Sequential(nn.Linear(8, 3), activation)))
+@pytest.mark.parametrize("shared", [nn.ReLU(), nn.Dropout(), nn.Sequential(nn.Dropout())])
+def test_a_layer_without_weights_that_teacher_and_student_share_is_in_two_modes_at_once(shared):
+    """As a loss that is made in a default argument is: all instances of a class hold it."""
+    module, seen = made(Classifier), []
+    module.model = nn.Sequential(nn.Linear(8, 3), shared)
+    teacher = nn.Sequential(nn.Linear(8, 3), shared)
+    teacher.register_forward_pre_hook(lambda *_: seen.append((teacher[1] is shared, teacher[1].training)))
+    shared.register_forward_pre_hook(lambda *_: seen.append((True, shared.training)))
+    fitting = trainer(DistillationCallback(teacher), max_steps=1)
     fitting.fit(module, loader())
+    assert (False, False) in seen
+    assert (True, True) in seen
+    assert teacher[1] is shared is module.model[1]
     assert "compress/kd/loss" in fitting.callback_metrics
 
 

@@ -452,9 +452,9 @@ def test_other_arguments_that_cannot_be_used_are_refused(settings, error, messag
     ("content", "message"),
     [
         (None, r"paraphraser names '.*p\.pt', which is no file; FactorTransferCallback.save_paraphraser writes one"),
-        (b"garbage", r"paraphraser: '.*p\.pt' cannot be read as weights"),
-        (b"", r"paraphraser: '.*p\.pt' cannot be read as weights"),
-        (Paraphraser(10), r"paraphraser: '.*p\.pt' cannot be read as weights"),
+        (b"garbage", r"paraphraser '.*p\.pt' is not a file that torch\.load can read"),
+        (b"", r"paraphraser '.*p\.pt' is damaged, or was not written to its end"),
+        (Paraphraser(10), r"paraphraser '.*p\.pt' holds objects other than tensors"),
         ([torch.ones(2)], r"paraphraser: '.*p\.pt' holds no weights of a lightning_compress.modules.Paraphraser"),
         (nn.Conv2d(1, 1, 1).state_dict(), r"'.*p\.pt' holds no weights of a lightning_compress.modules.Paraphraser"),
         (Translator(10, 5).state_dict(), r"(?s)another shape than a paraphraser of 10 channels.*Missing key.*decoder"),

@@ -1,15 +1,18 @@
-"""CompressionMixin: manual optimisation with the terms of the callbacks."""
+"""CompressionMixin: which terms belong to which losses of a step that optimises manually."""
 
 from __future__ import annotations
 
+import lightning.pytorch as L
 import pytest
 import torch
+from contract.gans import Functions, Gan, Seldom, Shared, Swapped, Untoggled, by_hand, teacher
 from contract.modules import CLASSES, FEATURES, MixinClassifier, difference, loader, made, trainer
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_compress import CompressionMixin, DistillationCallback
+from lightning_compress import CompressionMixin, DCILCallback, DistillationCallback
 from lightning_compress.functional import distillation_loss
+from lightning_compress.mechanisms.capture import CaptureError
 
 
 class TwoSteps(MixinClassifier):
@@ -29,11 +32,27 @@ class Forgets(MixinClassifier):
         return task_loss
 
 
-def by_hand(module: nn.Module, teacher: nn.Module, size: int) -> nn.Module:
+def kd(**settings):
+    return DistillationCallback(teacher(), student="generator", loss_kind="mse", task_weight=0.5, **settings)
+
+
+def distilled(weight=0.9):
+    """What a generator learns from by :func:`kd`."""
+    network = teacher()
+    return lambda module, loss, noise, fake: 0.5 * loss + weight * F.mse_loss(fake, network(noise).detach())
+
+
+def fitted(kind, *callbacks, **settings):
+    module = made(kind)
+    trainer(*callbacks, **settings).fit(module, loader())
+    return module
+
+
+def classifier_by_hand(module, network, size):
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     for x, y in loader(batch_size=size):
         logits = module.model(x)
-        soft = distillation_loss(logits, teacher(x).detach(), 4.0)
+        soft = distillation_loss(logits, network(x).detach(), 4.0)
         optimizer.zero_grad()
         (0.1 * F.cross_entropy(logits, y) + 0.9 * soft).backward()
         optimizer.step()
@@ -42,24 +61,186 @@ def by_hand(module: nn.Module, teacher: nn.Module, size: int) -> nn.Module:
 
 @pytest.mark.parametrize(("kind", "size"), [(MixinClassifier, 8), (TwoSteps, 4)])
 def test_a_fit_equals_the_loop_by_hand(kind, size):
-    teacher, module = nn.Linear(FEATURES, CLASSES), made(kind)
-    run = trainer(DistillationCallback(teacher))
+    network, module = nn.Linear(FEATURES, CLASSES), made(kind)
+    run = trainer(DistillationCallback(network))
     run.fit(module, loader())
-    assert difference(module, by_hand(made(kind), teacher, size)) < 1e-7
+    assert difference(module, classifier_by_hand(made(kind), network, size)) < 1e-7
     assert run.callback_metrics["compress/kd/loss"] > 0
     assert "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize("kind", [Gan, Swapped, Untoggled, Functions, Shared, Seldom], ids=lambda kind: kind.__name__)
+def test_of_two_networks_only_the_student_s_loss_changes(kind):
+    """Also where the other loss was computed with the student's output too, but without its graph."""
+    order = Swapped if kind is Shared else kind
+    callback = kd()
+    module = fitted(kind, callback)
+    assert difference(module, by_hand(order, distilled())) < 1e-7
+    assert difference(module, by_hand(order)) > 1e-3
+    assert callback.effects[callback.effect] == (4 if kind is Seldom else 8)
+
+
+class Whole(Gan):
+    """Both losses are computed from both networks, and each is judged in one call."""
+
+    named = True
+
+    def total(self, loss, batch):
+        names = ["kd"] if loss == self.generator_loss else ["other"]
+        return self.compressed_loss(loss(batch), callbacks=names if self.named else None)
+
+    def discriminator_loss(self, batch):
+        real, noise = self.images(batch)
+        judged = self.discriminator(torch.cat([real, self.generator(noise).detach()])).chunk(2)
+        return F.softplus(-judged[0]).mean() + F.softplus(judged[1]).mean()
+
+
+class Unnamed(Whole):
+    named = False
+
+
+def judge(network):
+    return DistillationCallback(
+        network, student="discriminator", loss_kind="mse", task_weight=1.0, kd_weight=0.3, name="other"
+    )
+
+
+def test_terms_that_are_named_belong_to_the_loss():
+    judges, taught, losses = made(Gan, seed=9).discriminator, [], []
+
+    class Looks(Whole):
+        def total(self, loss, batch):
+            losses.append((loss(batch).detach(), total := super().total(loss, batch)))
+            taught.append(total.detach())
+            return total
+
+    module = fitted(Looks, kd(), judge(judges))
+    reference = made(Whole)
+    first, second = reference.configure_optimizers()
+    network = teacher()
+    for batch in loader():
+        real, noise = reference.images(batch)
+        fake = reference.generator(noise)
+        first.zero_grad()
+        distilled()(reference, reference.generator_loss(batch), noise, fake).backward()
+        first.step()
+        both = torch.cat([real, reference.generator(noise).detach()])
+        second.zero_grad()
+        soft = F.mse_loss(reference.discriminator(both), judges(both).detach())
+        (reference.discriminator_loss(batch) + 0.3 * soft).backward()
+        second.step()
+    assert difference(module, reference) < 1e-7
+    assert network(noise).shape == noise.shape
+    assert all(bool(total != loss) for loss, total in losses)
+
+
+def test_what_is_not_said_is_an_error_and_no_guess():
+    with pytest.raises(CaptureError, match=r"students of 'kd' and of 'other', so it is not said .*callbacks=\['kd'\]"):
+        fitted(Unnamed, kd(), judge(made(Gan, seed=9).discriminator))
+
+
+class Names(Gan):
+    names = ()
+
+    def total(self, loss, batch):
+        return self.compressed_loss(loss(batch), callbacks=self.names)
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (["kdd"], ValueError, r"callbacks names 'kdd', and no callback .* there are \['kd'\]; did you mean 'kd'\?"),
+        ("kd", TypeError, r"callbacks must be a list of names, got 'kd'; give \['kd'\]"),
+        (["kd"], CaptureError, r"callbacks names 'kd', and its student 'generator' was not called since the last"),
+        ([], RuntimeError, r"had no effect in the first epoch: no loss .* from 'generator'; .*callbacks=\['kd'\]"),
+    ],
+)
+def test_names_are_checked(names, error, message):
+    class Own(Names):
+        def discriminator_loss(self, batch):
+            return F.softplus(-self.discriminator(self.images(batch)[0])).mean()
+
+    Own.names = names
+    with pytest.raises(error, match=message):
+        fitted(Own, kd())
+
+
+def test_a_loss_that_is_computed_from_no_student_can_have_a_term_by_name():
+    """As where nothing is learned but what the teacher says; the call is the one since the last loss."""
+
+    class Only(MixinClassifier):
+        def total(self, task_loss):
+            return self.compressed_loss(task_loss.detach(), callbacks=["kd"])
+
+    network, module = nn.Linear(FEATURES, CLASSES), made(MixinClassifier)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    for x, _ in loader():
+        optimizer.zero_grad()
+        (0.9 * distillation_loss(module.model(x), network(x).detach(), 4.0)).backward()
+        optimizer.step()
+    assert difference(fitted(Only, DistillationCallback(network)), module) < 1e-7
+
+
+@pytest.mark.parametrize("kind", [Gan, Swapped, Untoggled], ids=lambda kind: kind.__name__)
+def test_a_student_that_was_not_named_is_not_guessed_from_the_first_loss(kind):
+    """While it is toggled, the other looks frozen; and another network may only be called for the next loss."""
+
+    class Apart(kind):
+        def discriminator_loss(self, batch):
+            return F.softplus(-self.discriminator(self.images(batch)[0])).mean()
+
+    network = made(Gan, seed=9).discriminator if kind is Swapped else teacher()
+    with pytest.raises(CaptureError, match=r"calls 2 modules with parameters: .*choose the network with student="):
+        fitted(Apart, DistillationCallback(network, loss_kind="mse"))
+
+
+def test_a_student_that_is_called_twice_for_one_loss_is_refused():
+    class Twice(Gan):
+        def generator_loss(self, batch):
+            return super().generator_loss(batch) + super().generator_loss(batch)
+
+    with pytest.raises(CaptureError, match=r"the step calls the student 'generator' 2 times"):
+        fitted(Twice, kd())
 
 
 def test_without_a_callback_the_loss_is_the_task_loss():
     module, loss = made(MixinClassifier), torch.tensor(2.0)
     assert module.compressed_loss(loss) is loss
+    assert module.compressed_loss(lambda: loss, callbacks=["kd"]) is loss
 
 
-def test_a_step_that_never_asks_is_refused():
+def test_a_loss_without_terms_comes_back_as_it_is():
+    class Looks(Gan):
+        def total(self, loss, batch):
+            value = loss(batch)
+            same.append(self.compressed_loss(value) is value)
+            return value
+
+    same = []
+    fitted(Looks, kd())
+    assert same == [False, True] * 8
+
+
+def test_a_step_that_learns_and_never_asks_is_refused():
     module = made(Forgets)
     with pytest.raises(RuntimeError, match=r"Forgets.training_step never called self.compressed_loss.*\['kd'\]"):
         trainer(DistillationCallback(nn.Linear(FEATURES, CLASSES))).fit(module, loader())
     assert "training_step" not in vars(module)
+
+
+def test_a_step_that_skips_its_batch_need_not_ask():
+    class Skips(Gan):
+        def training_step(self, batch, batch_idx):
+            if batch_idx % 4 != 0:
+                super().training_step(batch, batch_idx)
+
+    class Every(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            effects.append(callback.effects[callback.effect])
+
+    effects, callback = [], kd()
+    fitted(Skips, callback, Every())
+    assert effects == [0, 1, 2, 3, 3, 4, 5, 6]
 
 
 def test_it_is_for_modules_only():
@@ -78,3 +259,8 @@ def test_asking_in_a_step_with_automatic_optimisation_is_refused():
 
     with pytest.raises(RuntimeError, match="compressed_loss is for training_step with automatic_optimization=False"):
         trainer(DistillationCallback(nn.Linear(FEATURES, CLASSES))).fit(made(Automatic), loader())
+
+
+def test_a_tensor_where_the_step_has_to_run_twice_is_refused():
+    with pytest.raises(RuntimeError, match=r"'dcil' runs the step twice, .*: give compressed_loss a function"):
+        fitted(MixinClassifier, DCILCallback(0.4, dense_path="shared"))

@@ -22,8 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler
 
+from contract.gans import ON_THE_GENERATOR, Functions, Gan, alike_on_ranks
 from contract.modules import BATCH, Batches, Classifier, NetworkItself, made, teacher_for, trainer
-from lightning_compress import CompressionReport, DistillationCallback, ExportCallback
+from lightning_compress import CompressionReport, DCILCallback, DistillationCallback, ExportCallback
 
 
 class EverySecond(Sampler):
@@ -140,6 +141,10 @@ def scenario(name: str, folder: Path) -> tuple[type[Classifier], list[Any], dict
     if case == "FullDisk":
         callbacks = [FullDisk(folder / "m.onnx"), CompressionReport(latency=False)]
         return kind, callbacks, {"logger": CSVLogger(folder / "logs")}
+    if case == "Gan":
+        return Gan, alike_on_ranks(), {"precision": "64-true"}
+    if case == "Functions":
+        return Functions, [DCILCallback(0.4, update_interval=1, dense_path="shared", **ON_THE_GENERATOR)], {}
     row = next(row for row in CASES if row.name == case)
     settings: dict[str, Any] = {}
     if variant == "logged":
@@ -151,9 +156,8 @@ def run(name: str, folder: Path, *, ranks: int = 2, start_method: str = "fork") 
     """One scenario, in so many processes."""
     kind, callbacks, settings = scenario(name, folder)
     module = made(kind)
-    strategy = DDPStrategy(
-        start_method=start_method, process_group_backend="gloo", find_unused_parameters="Spare" in name
-    )
+    unused = name.startswith(("Gan", "Functions")) or "Spare" in name
+    strategy = DDPStrategy(start_method=start_method, process_group_backend="gloo", find_unused_parameters=unused)
     fitting = trainer(
         *callbacks,
         Recording(folder, callbacks[0]),

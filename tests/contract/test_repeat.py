@@ -17,38 +17,40 @@ from .modules import BATCH, Classifier, NormClassifier, difference, loader, made
 from .traces import traces
 
 
-def trained(kind, callbacks, dense_in=None):
-    """One module through two fits, each with its Trainer and its callback (or none).
+def trained(kind, fits, dense_in=None):
+    """One module through several fits, each with its Trainer and its callbacks.
 
-    If a folder is given, the dense weights that a callback keeps are put into the module between the fits.
+    If a folder is given, the dense weights that callbacks keep are put into the module between the fits.
     """
     module = made(kind)
-    for callback in callbacks:
-        fitting = trainer(*([] if callback is None else [callback]))
+    for callbacks in fits:
+        fitting = trainer(*callbacks)
         fitting.fit(module, loader(kind), loader(kind, rows=2 * BATCH))
-        if dense_in is not None and callback is not callbacks[-1]:
+        if dense_in is not None and callbacks is not fits[-1]:
             fitting.save_checkpoint(dense_in / "dense.ckpt")
-            dense = dense_of(torch.load(dense_in / "dense.ckpt", weights_only=True), callback.name)
-            assert set(dense) == set(callback.masks)
-            module.load_state_dict({**module.state_dict(), **dense})
+            for own in callbacks:
+                if hasattr(own, "masks"):
+                    dense = dense_of(torch.load(dense_in / "dense.ckpt", weights_only=True), own.name)
+                    assert set(dense) == set(own.masks)
+                    module.load_state_dict({**module.state_dict(), **dense})
     return module
 
 
 @functools.cache
 def untouched(kind):
     """The same without any callback of ours; only looked at."""
-    return trained(kind, [None, None])
+    return trained(kind, [[], []])
 
 
 @each_case_and_some_modules()
 def test_a_second_fit_with_the_same_callback_equals_one_with_a_fresh_callback(case, kind, tmp_path):
     callback = case.build(tmp_path, kind)
-    reused = trained(kind, [callback, callback])
+    reused = trained(kind, [[callback], [callback]])
     if case.shrinks:  # it stays as small as it is, while a fresh callback would make it smaller still
-        assert difference(reused, trained(kind, [case.build(tmp_path, kind), None])) == 0
+        assert difference(reused, trained(kind, [[case.build(tmp_path, kind)], []])) == 0
         return
     fresh = trained(
-        kind, [case.build(tmp_path, kind), case.build(tmp_path, kind)], tmp_path if case.keeps_dense else None
+        kind, [[case.build(tmp_path, kind)], [case.build(tmp_path, kind)]], tmp_path if case.keeps_dense else None
     )
     assert difference(reused, fresh) == 0
     assert (difference(reused, untouched(kind)) > 0) == case.changes_loss

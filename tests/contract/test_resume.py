@@ -45,7 +45,9 @@ class Unplug(L.Callback):
 
 
 def build(case, folder, kind=Classifier):
-    return [] if case is None else [case.build(folder, kind)]
+    """The callback of a row, or those of a combination, in a list; none for the control arm."""
+    built = [] if case is None else case.build(folder, kind)
+    return built if isinstance(built, list) else [built]
 
 
 def exact_fit(kind, folder, callbacks, *, ckpt_path=None, stateful=False, epochs=4, rows=16, steps=None, **settings):
@@ -68,10 +70,8 @@ def assert_same_checkpoints(first, second, case, callbacks):
     ours, theirs = (torch.load(folder / "end.ckpt", weights_only=True) for folder in (first, second))
     assert (SECTION in ours, SECTION in theirs) == (case is not None and (case.keeps_dense or case.shrinks),) * 2
     pairs = [(ours[key], theirs[key]) for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")]
-    if case is not None:
-        key = callbacks[0].state_key
-        pairs.append((ours["callbacks"][key], theirs["callbacks"][key]))
-        pairs.append((ours.get(SECTION), theirs.get(SECTION)))
+    pairs += [(ours["callbacks"][own.state_key], theirs["callbacks"][own.state_key]) for own in callbacks]
+    pairs.append((ours.get(SECTION), theirs.get(SECTION)))
     for first_tree, second_tree in pairs:
         for a, b in zip(tree_leaves(first_tree), tree_leaves(second_tree), strict=True):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -415,6 +415,45 @@ def test_infinite_outputs_are_no_difference(tmp_path):
     assert to_onnx(Masked(), tmp_path / "n.onnx", torch.tensor([[1.0, -1.0], [2.0, 0.0]])).max_logit_difference == 0
 
 
+class Causal(nn.Module):
+    """Attention that is given the mask of the causal one, which torch would recognise by its values."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(4, 2, 4, dropout=0.0, batch_first=True), 1, enable_nested_tensor=False
+        )
+
+    def forward(self, x):
+        return self.layers(x, nn.Transformer.generate_square_subsequent_mask(x.shape[1]))
+
+
+class Distributed(nn.Module):
+    """The mean of a distribution, whose parameters torch checks when it is made."""
+
+    def forward(self, x):
+        return torch.distributions.Normal(x, x.exp()).mean * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Causal, Distributed])
+def test_a_network_at_whose_values_only_torch_looks_is_exported(kind, tmp_path):
+    network, x = kind().eval(), torch.randn(2, 3, 4)
+    result = to_onnx(network, tmp_path / "n.onnx", x)
+    [output] = onnxruntime.InferenceSession(str(result.path)).run(None, {result.input_names[0]: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), network(x))
+
+
+def test_a_number_that_python_takes_from_a_tensor_is_named(tmp_path):
+    class Number(nn.Module):
+        def forward(self, x):
+            dimensions = torch.arange(1, x.ndim).tolist()
+            return x.mean(dim=dimensions)
+
+    with pytest.raises(ExportError, match=r"a number that Python takes from a tensor.*\.item\(\) and \.tolist\(\)"):
+        to_onnx(Number(), tmp_path / "n.onnx", torch.ones(2, 3))
+
+
 def test_branch_on_data_names_file_and_line(tmp_path, capfd):
     lines, start = inspect.getsourcelines(Branch.forward)
     line = start + next(number for number, text in enumerate(lines) if "# the branch" in text)

@@ -11,9 +11,9 @@ from lightning_compress.functional import gradients, position_scale, quantizatio
 from lightning_compress.functional.gradients import (
     factors_together,
     grid_positions,
-    mean_scale,
     scale_gradients_,
     scale_updates_,
+    total_scale,
 )
 
 WORKED = torch.tensor([0.70, 0.33, -0.12, 0.05, -0.70])
@@ -148,12 +148,30 @@ def test_mixed_types_keep_their_own_grids(way):
         assert torch.equal(grad, position_scale(weight, 4).to(weight.dtype))
 
 
-def test_the_mean_is_over_all_elements(way):
+def test_the_total_is_over_all_elements(way):
     weights = [random(6, 5, 3), random(9)]
     parts = np.concatenate([in_numpy(weights[0], 4, 0.1).ravel(), in_numpy(weights[1], 2, 0.1).ravel()])
-    assert mean_scale(weights, [4, 2], eps=0.1) == pytest.approx(parts.mean(), rel=1e-6)
+    assert float(total_scale(weights, [4, 2], eps=0.1)) == pytest.approx(parts.sum(), rel=1e-6)
     magnitudes = torch.cat([weight.abs().flatten() for weight in weights])
-    assert mean_scale(weights, None, eps=0.1) == pytest.approx(float(magnitudes.mean()) + 0.1, rel=1e-6)
+    assert float(total_scale(weights, None, eps=0.1)) == pytest.approx(float((magnitudes + 0.1).sum()), rel=1e-6)
+
+
+def test_parts_of_a_weight_with_the_steps_of_the_whole_give_what_the_whole_gives(way):
+    whole, gradient = random(6, 5), random(6, 5)
+    after = whole - 0.1 * gradient
+    step = quantization_grid(whole, 4)
+    expected, moved = gradient.clone(), after.clone()
+    scale_gradients_([whole], [expected], [4], scale=3.0)
+    scale_updates_([moved], [whole], [4], scale=3.0)
+    for rows in (slice(0, 4), slice(4, 6), slice(6, 6)):
+        part, own, new = whole[rows], gradient[rows].clone(), after[rows].clone()
+        scale_gradients_([part], [own], [4], scale=3.0, steps=[step])
+        scale_updates_([new], [part], [4], scale=3.0, steps=[step])
+        assert torch.equal(own, expected[rows])
+        assert torch.equal(new, moved[rows])
+        assert torch.equal(grid_positions(part, 4, step=step), grid_positions(whole, 4)[rows])
+    sums = [total_scale([part], [4], steps=[step]) for part in (whole[:4], whole[4:])]
+    assert float(sum(sums)) == pytest.approx(float(total_scale([whole], [4])), rel=1e-6)
 
 
 def test_weights_of_nothing_but_zero_get_no_gradient(way):
@@ -198,7 +216,7 @@ def test_positions_lie_in_a_cell():
         (lambda: position_scale(WORKED, 4, float("nan")), "eps must be at least 0, got nan"),
         (lambda: zero_scale(WORKED, 0.0), "eps must be positive"),
         (lambda: scale_gradients_([WORKED], [WORKED], [16]), "bits must be a whole number from 2 to 8, got 16"),
-        (lambda: mean_scale([WORKED], [1]), "bits must be a whole number from 2 to 8, got 1"),
+        (lambda: total_scale([WORKED], [1]), "bits must be a whole number from 2 to 8, got 1"),
     ],
 )
 def test_errors(call, message):

@@ -134,7 +134,7 @@ def test_saving_keeps_what_the_user_writes():
     expected = checkpoint_of(module)
     module.on_save_checkpoint(expected)
     checkpoint = checkpoint_of(module)
-    with saving_compressed(module, "pruning", halved("third.weight")):
+    with saving_compressed(module, "pruning", lambda _: halved("third.weight")):
         module.on_save_checkpoint(checkpoint)
     assert checkpoint["mine"] == expected["mine"]
     assert torch.equal(checkpoint["state_dict"]["third.weight"], module.third.weight / 2)
@@ -171,7 +171,9 @@ def test_a_checkpoint_of_a_plain_training_is_loaded_as_it_is():
 
 
 def contexts(module, owner, compress):
-    return saving_compressed(module, owner, compress), loading_dense(module, owner, lambda _: None, resumes=True)
+    return saving_compressed(module, owner, lambda _: compress), loading_dense(
+        module, owner, lambda _: None, resumes=True
+    )
 
 
 def test_two_owners_share_a_checkpoint():
@@ -250,7 +252,7 @@ def test_a_trainer_saves_and_loads_through_the_hooks(tmp_path):
     """Files with weights only too; and what is loaded to be tested stays compressed."""
     module, trainer = Module(), L.Trainer(accelerator="cpu", logger=False, barebones=True)
     trainer.strategy.connect(module)
-    with saving_compressed(module, "pruning", halved("third.weight")):
+    with saving_compressed(module, "pruning", lambda _: halved("third.weight")):
         trainer.save_checkpoint(tmp_path / "whole")
         trainer.save_checkpoint(tmp_path / "weights", weights_only=True)
     for name, dense in (("whole", {"third.weight": module.third.weight}), ("weights", {})):

@@ -566,3 +566,18 @@ def test_a_batch_that_the_first_pass_changes_is_refused(batch, step):
     step(given)
     with pytest.raises(RuntimeError, match="Linear changes its batch, and it runs twice"), further.traceless("dense"):
         raise AssertionError("the pass must not run")
+
+
+def test_what_an_index_of_pandas_remembers_is_no_change_of_the_batch():
+    class Index:
+        """As those of pandas do, it keeps what it has looked up."""
+
+        def look_up(self):
+            self._cache = {"columns": [0, 1]}
+
+    Index.__module__ = "pandas.core.indexes.base"
+    given = {"columns": Index()}
+    further = FurtherPass(nn.Linear(1, 1), ((given,), {}))
+    given["columns"].look_up()
+    with further.traceless("dense"):
+        given["columns"].look_up()

@@ -489,15 +489,17 @@ def test_a_teacher_that_shares_parameters_is_refused(argument):
 class Manual(Net):
     automatic_optimization = False
 
-    def __init__(self, losses: int = 1) -> None:
+    def __init__(self, losses: int = 1, *, learns: bool = False) -> None:
         super().__init__()
-        self.losses = losses
+        self.losses, self.learns = losses, learns
         self.totals = []
 
     def training_step(self, batch, batch_idx=0):
         for factor in range(1, self.losses + 1):
             loss = self.model(batch * factor).sum()
             self.totals.append(find_controller(self).compressed_loss(loss).item())
+        if self.learns:
+            torch.optim.SGD(self.parameters(), lr=0.0).step()
 
 
 def test_manual_optimisation_asks_for_its_total():
@@ -512,7 +514,7 @@ def test_manual_optimisation_asks_for_its_total():
 
 
 def test_manual_optimisation_that_never_asks_is_refused():
-    net = Manual(losses=0)
+    net = Manual(losses=0, learns=True)
     with step_controller(net) as c:
         net.training_step(X)
         with c.term(constant("kd", 1.0)), pytest.raises(RuntimeError, match=r"never called self.compressed_loss.*'kd'"):

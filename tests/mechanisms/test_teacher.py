@@ -468,9 +468,7 @@ def test_a_file_of_plain_weights(tmp_path):
 def test_what_needs_unpickling_is_refused_unless_it_is_asked_for(tmp_path):
     torch.save({"state_dict": nn.Linear(2, 2).state_dict(), "args": argparse.Namespace(a=1)}, tmp_path / "w.pt")
     arguments = {"in_features": 2, "out_features": 2}
-    with pytest.raises(
-        ValueError, match=r"w.pt cannot be read as plain weights: (?s:.*)weights_only=False unpickles it"
-    ):
+    with pytest.raises(ValueError, match=r"w.pt' holds objects other than tensors, .*weights_only=False un"):
         teacher_from_checkpoint(nn.Linear, tmp_path / "w.pt", init_args=arguments)
     teacher = teacher_from_checkpoint(nn.Linear, tmp_path / "w.pt", init_args=arguments, weights_only=False)
     assert teacher.weight.shape == (2, 2)
@@ -491,7 +489,7 @@ def test_a_checkpoint_whose_hyperparameters_need_unpickling(tmp_path):
     ("content", "class_path", "init_args", "error", "message"),
     [
         (None, nn.ReLU, {}, FileNotFoundError, r"ckpt_path: there is no file .*w\.pt"),
-        (b"nonsense", nn.ReLU, {}, ValueError, r"w\.pt cannot be read as plain weights"),
+        (b"nonsense", nn.ReLU, {}, ValueError, r"ckpt_path .*w\.pt. is not a file that torch\.load can read"),
         (torch.ones(2), nn.ReLU, {}, ValueError, "holds a Tensor, not a checkpoint"),
         ({"wrong": torch.ones(2)}, nn.ReLU, {}, ValueError, r"the weights in .*w\.pt do not fit ReLU: .*\s.*wrong"),
         ({}, nn.Linear, {}, ValueError, "class_path could not be built: torch.nn.modules.linear.Linear.*in_features"),

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from lightning_compress.mechanisms import drafts
 from lightning_compress.report import from_json, to_html, to_markdown, write, write_report
 
 from .samples import full_report
@@ -29,7 +30,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_half_written(tmp_path, m
     def full_disk(*paths):
         raise OSError("no space left")
 
-    monkeypatch.setattr(write.os, "replace", full_disk)
+    monkeypatch.setattr(drafts.os, "replace", full_disk)
     with pytest.raises(OSError, match="no space left"):
         write_report(full_report(), tmp_path)
     assert first.json.read_bytes() == before

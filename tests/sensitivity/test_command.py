@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import lightning.pytorch as L
 import pytest
 import torch
+from disks import room_for
 from torch import nn
 
 from lightning_compress.commands.sensitivity import command
@@ -61,6 +62,10 @@ def entries():
     return [json.loads(line) for line in Path("sensitivity", NAME).read_text().splitlines()]
 
 
+def entries_that_are_whole():
+    return [line for line in Path("sensitivity", NAME).read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 def test_each_number_is_that_of_a_validation_with_this_layer_changed(project, capsys, monkeypatch):
     monkeypatch.setattr(projects.Data, "setups", [])
     assert project("--method", "bits", "filters", "--levels", "bits=2", "filters=.5", "--metric", "val_loss") == 0
@@ -98,6 +103,25 @@ def test_it_goes_on_where_it_was(project, validations, capsys):
     assert "6 changes, 5 measured before" in capsys.readouterr().out
     assert project("--method", "bits", "sparsity", "--levels", "bits=8,3", "sparsity=.5", "--metric", "val_loss") == 0
     assert len(validations) == 1 + 6 + 1 + 3 + 3
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_and_it_goes_on_with_room(project, validations, capsys):
+    with room_for(700):
+        assert project("--method", "bits", "--levels", "bits=8,4") == 2
+    assert "sensitivity: [Errno 27] File too large: 'sensitivity/sensitivity.jsonl'" in capsys.readouterr().err
+    measured = len(validations)
+    assert 1 < measured < 1 + 6
+    assert len(entries_that_are_whole()) == measured  # the header, and all but the last
+    with room_for(3000):
+        assert project("--method", "bits", "--levels", "bits=8,4") == 2
+    told = capsys.readouterr().err
+    assert "File too large: 'sensitivity/sensitivity." in told
+    assert "jsonl" not in told
+    assert len(validations) == 1 + 6 + 1
+    assert not list(Path("sensitivity").glob(".*"))
+    assert project("--method", "bits", "--levels", "bits=8,4") == 0
+    assert len(validations) == 1 + 6 + 1
 
 
 def test_what_takes_long_before_the_first_change_gives_a_sign(project, monkeypatch):

@@ -33,6 +33,7 @@ from lightning_compress.export.errors import EvaluationError
 from lightning_compress.export.evaluate import RepeatedValidation, repeatedly
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.channel_graph import StructureError
+from lightning_compress.mechanisms.drafts import draft_of, write_whole
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.weights import select_weights
@@ -151,7 +152,9 @@ def _measured(
     with checking(EvaluationError):
         if journal.plain is None:
             with sign(True, "validating the network as it is"):
-                journal.add(None, validation.run())
+                unchanged = validation.run()
+                with checking(OSError):
+                    journal.add(None, unchanged)
         layers = find_layers(validation.module, lambda: validation.run(batches=1), options.layers, options.exclude)
     plain = journal.plain or {}
     metric = choose_metric(plain, options.metric, options.mode)
@@ -195,7 +198,8 @@ def _measure(
             bar.set_postfix_str(f"{change.layer}, {title_of(change.method, change.level)}")
             with applied(validation.module, layers[change.layer], change.method, change.level) as moved:
                 metrics = validation.run()
-            journal.add(change, metrics, moved)
+            with checking(OSError):
+                journal.add(change, metrics, moved)
 
 
 def _check_methods(request: _Request, layers: Sequence[Layer]) -> None:
@@ -219,15 +223,12 @@ def _write(request: _Request, findings: Findings, costs: Mapping[str, Costs], mo
     notes = _notes(request, findings)
     for place, found in enumerate(suggestions):
         path = folder / ("recipe.yaml" if place == 0 else f"recipe-{found.method}.yaml")
-        path.write_text(found.recipe(notes, _how_to_run(request, path, found.method)), encoding="utf-8")
+        write_whole(path, found.recipe(notes, _how_to_run(request, path, found.method)))
         _say(f"{shown_path(path)}: {found.said}")
-    (folder / "sensitivity.md").write_text(
-        to_markdown(findings, [*notes, *(own.said for own in suggestions)]), encoding="utf-8"
-    )
-    (folder / "sensitivity.json").write_text(
-        to_json(findings, [own.summary() for own in suggestions]), encoding="utf-8"
-    )
-    draw(findings, folder / "sensitivity.png")
+    write_whole(folder / "sensitivity.md", to_markdown(findings, [*notes, *(own.said for own in suggestions)]))
+    write_whole(folder / "sensitivity.json", to_json(findings, [own.summary() for own in suggestions]))
+    with draft_of(folder / "sensitivity.png") as draft:
+        draw(findings, draft)
     _say(f"all numbers: {shown_path(folder / 'sensitivity.md')}, .json and .png")
     if len(findings.found) < findings.total:
         _say(f"the time was up after {len(findings.found)} of {findings.total} changes; the same command goes on")

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_compress.commands.exits import UsageError
 from lightning_compress.commands.sensitivity.changes import Change
+from lightning_compress.mechanisms.drafts import write_whole
 from lightning_compress.tracking.exported import file_digest
 
 SCHEMA = 1
@@ -65,7 +66,7 @@ class Journal:
             self._check(entries[0])
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self._header) + "\n", encoding="utf-8")
+            write_whole(self.path, json.dumps(self._header) + "\n")
         for entry in entries[1:]:
             self._take(entry)
 
@@ -76,11 +77,17 @@ class Journal:
             change: What was changed; None: nothing.
             metrics: What the validation gave.
             moved: How far the weights moved.
+
+        Raises:
+            OSError: If it cannot be written. What stands there stays: a line that was cut off is passed over.
         """
         what = {} if change is None else {**asdict(change), "moved": moved}
         entry = {**what, "metrics": dict(metrics)}
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self._take(entry)
 
     def _take(self, entry: Mapping[str, Any]) -> None:
@@ -105,7 +112,7 @@ class Journal:
                     f"{self.path}: line {number} is damaged; begin anew with --restart, or in another --out"
                 )
             if not complete:
-                self.path.write_bytes(b"".join(lines[:-1]))
+                os.truncate(self.path, sum(map(len, lines[:-1])))
                 break
             entries.append(entry)
         return entries

@@ -1,0 +1,304 @@
+"""Gathering: views of weights that FSDP2 has split over processes by their rows.
+
+Each process works on its rows of a weight, and nothing is gathered for that. A view is presented where FSDP2 reads a
+shard to gather it, so that layers receive the presented weight, also where they run again in the backward pass. Its
+chain rule is applied to the rows of the gradient that come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_compress import _compat
+from lightning_compress.functional._selection import Parts
+from lightning_compress.mechanisms.sharding import own_part, sharded_units, shards_in_place
+
+if TYPE_CHECKING:
+    from lightning_compress.mechanisms.views import WeightView
+
+
+def rows_of(value: Tensor, weight: Tensor) -> Tensor:
+    """The rows of a tensor that belong to those that this process holds of a weight.
+
+    Args:
+        value: Of the weight's shape, whole or sharded alike.
+        weight: The weight.
+
+    Returns:
+        On the weight's device.
+
+    Example:
+        >>> rows_of(torch.ones(2), nn.Parameter(torch.zeros(2)))
+        tensor([1., 1.])
+    """
+    if isinstance(weight, DTensor) and not isinstance(value, DTensor):
+        value = value[rows_held(weight)]
+    return own_part(value).to(weight.device)
+
+
+def rows_held(weight: Tensor) -> slice:
+    """Which rows this process holds of a weight.
+
+    Example:
+        >>> rows_held(torch.zeros(3, 2))
+        slice(0, 3, None)
+    """
+    mesh = weight.device_mesh if isinstance(weight, DTensor) else None
+    each, rank = (len(weight), 0) if mesh is None else (-(-len(weight) // mesh.size()), mesh.get_local_rank())
+    return slice(min(rank * each, len(weight)), min((rank + 1) * each, len(weight)))
+
+
+def sharded_as(rows: Tensor, weight: Tensor) -> Tensor:
+    """The rows of all processes as one tensor, sharded as a weight is; the same rows where that is not sharded.
+
+    Args:
+        rows: What this process has, for its rows of the weight.
+        weight: The weight.
+
+    Returns:
+        Of the weight's shape.
+
+    Example:
+        >>> sharded_as(torch.ones(2), nn.Parameter(torch.zeros(2)))
+        tensor([1., 1.])
+    """
+    if not isinstance(weight, DTensor):
+        return rows
+    return DTensor.from_local(
+        rows.to(weight.device),
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
+
+
+def gathered(value: Any) -> Any:
+    """What a checkpoint can hold of tensors that are sharded: whole, in main memory, on the first rank; None on others.
+
+    Args:
+        value: A tensor, or dicts and lists of such; all processes must call this alike.
+
+    Returns:
+        The same, with all tensors whole.
+
+    Example:
+        >>> gathered({"mask": torch.ones(1), "begun": True})
+        {'mask': tensor([1.]), 'begun': True}
+    """
+    if isinstance(value, DTensor):
+        whole = value.full_tensor()
+        return whole.cpu() if value.device_mesh.get_local_rank() == 0 else None
+    if isinstance(value, Mapping):
+        return {key: gathered(own) for key, own in value.items()}
+    return [gathered(own) for own in value] if isinstance(value, list) else value
+
+
+def parts_of(weights: Iterable[Tensor]) -> Parts | None:
+    """How processes that hold shards of weights work together; None for weights that are whole."""
+    mesh = next((weight.device_mesh for weight in weights if isinstance(weight, DTensor)), None)
+    if mesh is None:
+        return None
+    group, device = mesh.get_group(), mesh.device_type
+
+    def total(tensor: Tensor) -> Tensor:
+        own = tensor.detach().to(device, copy=True)
+        torch.distributed.all_reduce(own, group=group)
+        return own.to(tensor.device)
+
+    return Parts(mesh.get_local_rank(), mesh.size(), total)
+
+
+def refuse_unpresentable(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that cannot be presented when they are gathered, where a module is sharded.
+
+    Args:
+        module: The root.
+        weights: Name to parameter.
+
+    Raises:
+        ValueError: If there is one; it is named.
+    """
+    if not sharded_units(module):
+        return
+    known = {id(own.sharded_param): own for own in _compat.fsdp_parameters(module)}
+    for name, weight in weights.items():
+        found = known.get(id(weight))
+        why = "is whole in each process" if found is None else _compat.why_not_gathered_as(found)
+        if why is not None:
+            raise ValueError(
+                f"the weight '{name}' {why}, and others are sharded: what is presented in its place would not reach "
+                f"all of its layers; shard it with fully_shard alone, or leave it out with "
+                f"exclude={[name.rpartition('.')[0]]}"
+            )
+
+
+class Gathered:
+    """One sharded weight with a view, presented whenever FSDP2 gathers it.
+
+    Args:
+        owner: Name of who presents it, for messages.
+        name: Name of the weight.
+        weight: The parameter, sharded.
+        view: How it is presented.
+    """
+
+    def __init__(self, owner: str, name: str, weight: nn.Parameter, view: WeightView) -> None:
+        self.owner, self.name, self.weight, self.view = owner, name, weight, view
+        self.shown = False
+        self.gathers = 0
+        """How often it was gathered."""
+        self._settled = 0  # gathers at the last settlement
+        self._owed: Tensor | None = None  # rows of a gradient that came in a backward pass of its own
+        self._shard: Tensor | None = None
+
+    @contextmanager
+    def installed(self, known: Any) -> Iterator[None]:
+        """Present it, while :attr:`shown`, for as long as the context lasts; FSDP2 knows this of it."""
+        with _compat.gathered_as(known, self._present) as self._shard:
+            yield
+
+    def check(self, present: Container[int]) -> None:
+        """Complain if its shard, or the parameter, is no more among those present, so that the view would be lost."""
+        if _compat.shard(self.weight) is self._shard and id(self.weight) in present:
+            return
+        raise RuntimeError(
+            f"the weight '{self.name}', which '{self.owner}' presents, was replaced by another since the fit began, as "
+            "load_state_dict(assign=True) and Module.to() do: do so before the fit, or leave it out with "
+            f"exclude={[self.name.rpartition('.')[0]]}"
+        )
+
+    def owe(self, gradient: Tensor) -> None:
+        """Add rows to the gradient that is settled next."""
+        self._owed = gradient if self._owed is None else self._owed + gradient
+
+    def settle(self) -> None:
+        """Apply the chain rule of the view to the gradient that has come back from all processes.
+
+        Raises:
+            RuntimeError: If the weight was never gathered, so that the gradient is not that of the view.
+        """
+        gradient, owed = self.weight.grad, self._owed
+        self._owed = None
+        if gradient is None:
+            return
+        if self.gathers == self._settled:
+            raise RuntimeError(
+                f"the weight '{self.name}' has a gradient, and was never gathered through the view of '{self.owner}': "
+                "somebody has replaced its shard since the fit began"
+            )
+        self._settled = self.gathers
+        if not self.view.plain:
+            own = own_part(gradient)
+            own.copy_(self.view.gradient(own))
+        if owed is not None:
+            own_part(gradient).add_(owed)
+
+    def _present(self, shard: Tensor) -> Tensor:
+        self.gathers += 1
+        return shard if not self.shown or self.view.plain else self.view.value(shard)
+
+
+class GatheredWeights:
+    """All sharded weights of a module that are presented otherwise than they are stored, whoever owns them.
+
+    Args:
+        module: The root.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.weights: dict[str, Gathered] = {}
+        self.shown = False
+        self._settled = True
+
+    @contextmanager
+    def owned(self, owner: str, weights: Mapping[str, nn.Parameter], views: Mapping[str, WeightView]) -> Iterator[None]:
+        """Present these weights through these views, while they are shown, for as long as the context lasts."""
+        shards_in_place(self.module)
+        known = {id(own.sharded_param): own for own in _compat.fsdp_parameters(self.module)}
+        added = {name: Gathered(owner, name, weights[name], view) for name, view in views.items()}
+        with ExitStack() as stack:
+            for name, weight in added.items():
+                stack.enter_context(weight.installed(known[id(weight.weight)]))
+                self.weights[name] = weight
+                stack.callback(self.weights.pop, name)
+            try:
+                yield
+            finally:
+                self.drop()
+
+    def show(self) -> None:
+        """Present all weights from here on, as they are now."""
+        if not self.weights:
+            return
+        shards_in_place(self.module)
+        present = {id(parameter) for parameter in self.module.parameters()}
+        for weight in self.weights.values():
+            weight.check(present)
+            weight.shown = True
+        self.shown, self._settled = True, False
+
+    def drop(self) -> None:
+        """Let the layers read the weights again."""
+        for weight in self.weights.values():
+            weight.shown = False
+        self.shown = False
+        shards_in_place(self.module)
+
+    @contextmanager
+    def seen_as(self, views: Mapping[str, WeightView]) -> Iterator[None]:
+        """Present some of the weights through other views within the context."""
+        usual = {name: self.weights[name].view for name in views}
+        self._swap(views)
+        try:
+            yield
+        finally:
+            self._swap(usual)
+
+    def learn_apart(self, loss: Tensor, views: Mapping[str, WeightView]) -> None:
+        """Run a backward pass of its own through what was computed under other views, before the step's own.
+
+        FSDP2 keeps one memory for a gathered weight, so what two passes have saved of it cannot both be there. The
+        weights get what their other views give them; no other parameter of the module learns from it.
+
+        Args:
+            loss: What was computed within :meth:`seen_as`.
+            views: The other views.
+        """
+        shards_in_place(self.module)
+        parameters = list(self.module.parameters())
+        earlier = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        with self.seen_as(views):
+            loss.backward()  # type: ignore[no-untyped-call]
+        for name, view in views.items():
+            if (gradient := self.weights[name].weight.grad) is not None:
+                self.weights[name].owe(view.gradient(own_part(gradient)))
+        for parameter, gradient in zip(parameters, earlier, strict=True):
+            parameter.grad = gradient
+
+    def _swap(self, views: Mapping[str, WeightView]) -> None:
+        for name, view in views.items():
+            self.weights[name].view = view
+        shards_in_place(self.module)
+
+    def settle(self) -> None:
+        """Apply the chain rules of the views to the gradients, once a step; whoever comes first in it does."""
+        if not self._settled:
+            for weight in self.weights.values():
+                weight.settle()
+        self._settled = True
+
+    def unused(self, owner: str) -> list[str]:
+        """The weights of an owner that the last step did not use: they have no gradient, and could have one."""
+        own = [weight for weight in self.weights.values() if weight.owner == owner]
+        return [weight.name for weight in own if weight.weight.requires_grad and weight.weight.grad is None]

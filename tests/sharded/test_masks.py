@@ -1,0 +1,221 @@
+"""Masks under FSDP2: those of one process on whole batches, in weights, checkpoints and validation."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from records import record
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from . import masks as scenarios
+from .circumstances import EXACT
+from .masks import ACTIONS, CALLBACKS, ROUNDED
+from .place import BATCH, STEPS, Classifier, alone, farthest, in_ranks, made, rows
+
+TOLERANCE = 1e-6
+ROWS = {"pruning": "PruningCallback", "dpf": "DPFCallback", "dcil": "DCILCallback"}
+OF_EACH_RANK = ("task_loss", "kl_pruned", "kl_dense")  # in a training step, of its part of the batch
+FIRST = [("pruning", EXACT[0]), ("dpf", EXACT[1])]
+CELLS = [
+    *[pytest.param(*cell, marks=pytest.mark.sample) for cell in FIRST],
+    *[cell for cell in itertools.product(ROWS, EXACT) if cell not in FIRST],
+    *[(callback, EXACT[0]) for callback in CALLBACKS if callback not in ROWS],
+]
+VARIANTS = {
+    "linear": "schedule='linear', regrow=True",
+    "cosine": "schedule='cosine', scope='layer'",
+    "one_shot": "schedule='one_shot', scope='erk'",
+    "iterative": "schedule='iterative', rewind='weights'",
+    "rates": "schedule='iterative', rewind='lr'",
+    "taylor": "score='taylor'",
+    "random": "score='random'",
+    "pattern": "pattern='1:4'",
+    "keep": "dead_filters='keep', freeze_at=0.8",
+    "dcil apart": "dense_path='shared', kl_start=1",
+    "dcil own": "dense_path='own', kl_start=0.3",
+    "dcil own norms": "dense_path='own_norm', kl_start=1",
+}
+KINDS = ("full", "sharded")
+SAVED = list(itertools.product(["pruning", "dpf", "dcil own", "taylor", "iterative"], KINDS))
+KEPT = EXACT[1]
+ACTED = list(itertools.product(ACTIONS, EXACT[:2]))
+
+
+def launched(tmp_path_factory, name, names, seconds=300):
+    return in_ranks(tmp_path_factory.mktemp(name), *names, seconds=seconds)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    return launched(tmp_path_factory, "first", [f"masks:fitted:{name}:{where}" for name, where in FIRST])
+
+
+@pytest.fixture(scope="module")
+def further(tmp_path_factory):
+    cells = [cell for cell in (getattr(cell, "values", cell) for cell in CELLS) if cell not in FIRST]
+    names = [f"masks:fitted:{name}:{where}" for name, where in cells]
+    return launched(tmp_path_factory, "further", [*names, *(f"masks:twice:{where}" for where in EXACT[:2])])
+
+
+def equal_one_process(ranks, name, folder):
+    """The same weights, masks and metrics, and nothing left on the module; the largest difference of a weight."""
+    assert [rank.get("error") for rank in ranks] == [None, None]
+    reference = alone(name, folder)
+    d = farthest(ranks[0]["state_dict"], reference["state_dict"])
+    assert farthest(ranks[0]["state_dict"], ranks[1]["state_dict"]) == 0
+    assert d <= TOLERANCE
+    assert list(ranks[0]["masks"]) == list(reference["masks"]) != []
+    assert all(torch.equal(mask, reference["masks"][key]) for key, mask in ranks[0]["masks"].items())
+    assert sum(int((~mask).sum()) for mask in ranks[0]["masks"].values()) > 0
+    assert all(not ranks[0]["state_dict"][key][~mask].any() for key, mask in ranks[0]["masks"].items())
+    metrics = [
+        {key: value for key, value in found["metrics"].items() if not key.endswith(OF_EACH_RANK)}
+        for found in (*ranks, reference)
+    ]
+    assert metrics[0] == metrics[1] == pytest.approx(metrics[2], abs=1e-5)
+    assert set(ranks[0]["attributes"]) - set(reference["attributes"]) <= {"_device_mesh"}
+    return d
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("callback", "circumstance"), CELLS)
+def test_ranks_equal_one_process(request, callback, circumstance, tmp_path):
+    ranks = request.getfixturevalue("first" if (callback, circumstance) in FIRST else "further")
+    name = f"masks:fitted:{callback}:{circumstance}"
+    d = equal_one_process(ranks[name], name, tmp_path)
+    row = type(CALLBACKS[callback]()).__name__
+    record("sharded", row, circumstance if callback in ROWS else VARIANTS[callback], "exact", f"d = {d:.0e}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("circumstance", EXACT[:2])
+def test_a_fit_after_a_plain_one_and_after_its_own_goes_on_from_the_dense_weights(further, circumstance, tmp_path):
+    name = f"masks:twice:{circumstance}"
+    found, reference = further[name], alone(name, tmp_path)
+    assert [rank.get("error") for rank in found] == [None, None]
+    assert farthest(found[0]["state_dict"], reference["state_dict"]) <= TOLERANCE
+    assert found[0]["validated"] == pytest.approx(reference["validated"], abs=1e-6)
+    assert all(torch.equal(mask, reference["masks"][key]) for key, mask in found[0]["masks"].items())
+    record("sharded", "PruningCallback", f"a second fit, {circumstance}", "exact")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    names = [f"masks:saved:{callback}:{kind}" for callback, kind in SAVED]
+    return folder, in_ranks(folder, *names, seconds=300)
+
+
+def read(path, kind):
+    """A checkpoint as whoever has no ranks reads it, and the weights that Lightning and torch make of its shards."""
+    if kind == "full":
+        return torch.load(path, weights_only=True)
+    found = torch.load(path / "meta.pt", weights_only=True)
+    whole = path.with_suffix(".whole")
+    dcp_to_torch_save(path, whole)
+    state = torch.load(whole, weights_only=True)["state_dict"]
+    assert farthest(state, _load_distributed_checkpoint(path)["state_dict"]) == 0
+    return {**found, "state_dict": state}
+
+
+def validated(state, callback):
+    """The validation loss of plain weights."""
+    module = made(scenarios.KINDS.get(callback, Classifier))
+    module.load_state_dict(state, strict=True)
+    return float(module.task_loss(rows(2 * BATCH).tensors).detach())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("callback", "kind"), SAVED)
+def test_checkpoints_hold_compressed_weights_and_a_fit_goes_on_from_the_dense_ones(saved, callback, kind, tmp_path):
+    name = f"masks:saved:{callback}:{kind}"
+    folder, ranks = saved[0] / name.replace(":", "-"), saved[1][name]
+    d = equal_one_process(ranks, name, tmp_path)
+    for rank in ranks:
+        assert farthest(rank["resumed"], rank["state_dict"]) == 0
+        assert all(torch.equal(mask, rank["masks"][key]) for key, mask in rank["resumed_masks"].items())
+    [own] = [value for key, value in read(folder / "epoch=1.ckpt", kind)["callbacks"].items() if "Callback[" in key]
+    assert all(torch.equal(mask, ranks[0]["masks"][key]) for key, mask in own["masks"].items())
+    for file in ("epoch=0.ckpt", "epoch=1.ckpt", "last.ckpt"):
+        found = read(folder / file, kind)
+        [section] = found["lightning_compress"].values()
+        masks = next(value for key, value in found["callbacks"].items() if "Callback[" in key)["masks"]
+        for key, mask in masks.items():
+            dense = section["dense"][key]
+            assert torch.equal(found["state_dict"][key], torch.where(mask, dense, 0.0))
+            assert callback == "iterative" or dense[~mask].any()
+        assert sum(int((~mask).sum()) for mask in masks.values()) > 0
+    last = read(folder / "last.ckpt", kind)["state_dict"]
+    assert farthest(last, ranks[0]["state_dict"]) == 0
+    assert validated(last, callback) == pytest.approx(ranks[0]["metrics"]["val_loss"], abs=1e-6)
+    weights = read(folder / "weights.ckpt", kind)
+    assert "lightning_compress" not in weights
+    assert farthest(weights["state_dict"], read(folder / "epoch=0.ckpt", kind)["state_dict"]) == 0
+    row = type(CALLBACKS[callback]()).__name__
+    which = f"{kind} checkpoints, and a resume" + ("" if callback in ROWS else f" ({callback})")
+    record("sharded", row, which, "exact", f"d = {d:.0e}")
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    names = [f"masks:rounded:{kind}:{whose}" for kind in ROUNDED for whose in ("ours", "by hand")]
+    return launched(tmp_path_factory, "rounded", names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_bfloat16_equals_masks_by_hand(rounded, kind):
+    ours, hand = (rounded[f"masks:rounded:{kind}:{whose}"][0] for whose in ("ours", "by hand"))
+    assert farthest(ours["state_dict"], hand["state_dict"]) == 0
+    assert sum(int((value == 0).sum()) for value in ours["state_dict"].values()) == 252
+    record("sharded", "PruningCallback", kind, "exact", "beside masks by hand")
+
+
+@pytest.fixture(scope="module")
+def acted(tmp_path_factory):
+    return launched(tmp_path_factory, "acted", [f"masks:acted:{action}:{where}" for action, where in ACTED])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("action", "circumstance"), ACTED)
+def test_what_would_take_a_view_away_is_an_error_and_nothing_is_left(acted, action, circumstance):
+    for rank in acted[f"masks:acted:{action}:{circumstance}"]:
+        assert rank.get("error") is None
+        assert rank["left_on"] == []
+        zeros = sum(int((value == 0).sum()) for key, value in rank["state_dict"].items() if "weight" in key)
+        if action in ("assigned", "cast", "moved"):
+            assert rank["raised"].startswith("RuntimeError: the weight 'model.first.weight', which 'dpf' presents, was")
+            assert zeros == 0  # no mask was left in the shards
+        elif action == "interrupted":
+            assert (rank["raised"], zeros) == ("KeyError: 'interrupted'", 0)
+        else:
+            assert (rank["raised"], zeros) == (None, 378)
+            again = 1 if circumstance == KEPT else 2
+            assert action == "evaluated" or set(rank["gathers"].values()) == {again * STEPS}
+
+
+REFUSED = {
+    "whole": "the weight 'model.last.weight' is whole in each process",
+    "offloaded": "offload_policy=",
+    "manual": "Manual optimises manually",
+    "reestimated": "reestimate_batchnorm=True needs whole weights",
+    "validated": "reestimated_validation=True validates on one rank",
+    "transposed": "are of transposed convolutions",
+    "transposed_pattern": "pattern='1:2' groups the input channels of",
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    return launched(tmp_path_factory, "refused", [f"masks:refused:{what}" for what in REFUSED])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_is_refused_before_the_first_step(refused, what):
+    for rank in refused[f"masks:refused:{what}"]:
+        assert REFUSED[what] in rank["error"]
+        assert rank["error"].startswith("ValueError")
