@@ -153,18 +153,17 @@ CASES = (
 
 NO_END = "the training is, and here it has no end in batches"
 MASKING = ("PruningCallback", "DPFCallback", "DCILCallback")
-CHANGING_STEPS = (
+NEEDING_STEPS = (
     "DistillationCallback",
     "AttentionTransferCallback",
     "FactorTransferCallback",
-    "PSGDCallback",
     "QATCallback",
     *MASKING,
 )
 
 REFUSED: dict[str, dict[str, str]] = {
     "manual": {
-        **dict.fromkeys(CHANGING_STEPS, "optimises manually: let it inherit lightning_compress.CompressionMixin"),
+        **dict.fromkeys(NEEDING_STEPS, "optimises manually: let it inherit lightning_compress.CompressionMixin"),
         "DCILCallback": "runs the step twice, and ManualClassifier optimises manually",
         "StructuredPruningCallback": "replays training steps, and ManualClassifier optimises manually",
     },
@@ -184,18 +183,20 @@ REFUSED: dict[str, dict[str, str]] = {
     "max_time alone": dict.fromkeys((*MASKING, "QATCallback", "StructuredPruningCallback"), NO_END),
     "spawn": {"StructuredPruningCallback": "cannot bring a smaller network back from processes that"},
 }
-"""Cells of the reliability matrix that must be refused, before anything of the module has changed: condition, class, what
-the error says. All the others must equal their reference."""
-del REFUSED["manual"]["PSGDCallback"]  # it scales gradients, whoever asks for them
+"""Cells of the reliability matrix that must be refused, before anything of the module has changed: condition, class,
+and what the error says. All the others must equal their reference."""
 
-WITHIN: dict[str, dict[str, float]] = {
-    "accumulation": {"FactorTransferCallback": 0.03},  # its paraphraser learns from batches of another size
+RANK_ZERO = "calibrates on the batches of rank 0"
+WITHIN: dict[str, dict[str, tuple[float, str]]] = {
+    "accumulation": {"FactorTransferCallback": (0.03, "its paraphraser learns from batches of another size")},
+    "popen": {"PTQCallback": (1e-3, RANK_ZERO), "QATCallback": (0.06, RANK_ZERO)},
+    "spawn": {"PTQCallback": (1e-3, RANK_ZERO), "QATCallback": (0.06, RANK_ZERO)},
 }
-"""Cells that may differ from their reference by more than rounding in another order: condition, class, by how much."""
+"""Cells that may differ from their reference by more than sums in another order do: condition, class, how much, why."""
 
 WARNED: dict[str, dict[str, str]] = {
-    "lr finder": dict.fromkeys(CHANGING_STEPS, "LearningRateFinder sets all callbacks aside"),
-    "batch-size finder": dict.fromkeys(CHANGING_STEPS, "BatchSizeFinder sets all callbacks aside"),
+    "lr finder": dict.fromkeys((*NEEDING_STEPS, "PSGDCallback"), "LearningRateFinder sets all callbacks aside"),
+    "batch-size finder": dict.fromkeys((*NEEDING_STEPS, "PSGDCallback"), "BatchSizeFinder sets all callbacks aside"),
 }
 """Cells in which a callback has to warn; in all the others it must not."""
 

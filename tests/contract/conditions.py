@@ -1,7 +1,7 @@
 """The circumstances of the reliability matrix: how a project trains, and what a fit is compared with there.
 
-Each condition trains with the callbacks of a row, asserts the contract, and gives the largest difference between what was
-left and what its reference left.
+Each condition trains with the callbacks of a row, asserts the contract, and gives the differences between what was left
+and what its reference left.
 """
 
 from __future__ import annotations

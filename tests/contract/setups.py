@@ -6,7 +6,7 @@ import functools
 import math
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,14 @@ def batches(kind: type[Classifier], **settings: Any) -> Any:
     return loader(kind, **{"rows": EXAMPLES, **settings})
 
 
+def two_batches(kind: type[Classifier]) -> Any:
+    return batches(kind, rows=2 * BATCH)
+
+
+def no_plugin() -> None:
+    return None
+
+
 @dataclass(frozen=True, eq=False)  # one and the same setup is a key of the fits without us
 class Setup:
     """How a project trains.
@@ -52,10 +60,10 @@ class Setup:
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     batches: Callable[[type[Classifier]], Any] = batches
-    validation: Callable[[type[Classifier]], Any] | None = functools.partial(batches, rows=2 * BATCH)
+    validation: Callable[[type[Classifier]], Any] | None = two_batches
     prepare: Callable[[Classifier], Any] = as_it_is
     others: Callable[[], list[L.Callback]] = list
-    plugin: Callable[[], Any] = type(None)
+    plugin: Callable[[], Any] = no_plugin
     by_module: bool = False
     kind: type[Classifier] | None = None
 
@@ -191,7 +199,9 @@ def assert_the_contract(fit: Fit, row: Row, plain: Fit) -> None:
         assert EFFECTS[type(own).__name__](own, fit.module), f"{type(own).__name__} had no effect"
     assert (difference(fit.module, plain.module) > 0) == row.changes_loss
     assert list(fit.module.state_dict()) == list(made(type(fit.module)).state_dict())
-    assert traces(fit.module) == traces(plain.module)
+    seen, expected = traces(fit.module), traces(plain.module)
+    other = {key: (entry, expected.get(key)) for key, entry in seen.items() if entry != expected.get(key)}
+    assert not other, str(other)
     assert _can_be_copied(fit.module) == _can_be_copied(plain.module)
     assert_it_loads(fit, row)
 
@@ -213,15 +223,18 @@ def assert_it_loads(fit: Fit, row: Row) -> None:
     assert difference(module, fit.module) == 0
 
 
-def came_home(callback: Any) -> dict[str, bool]:
-    """Which of its results a callback has."""
-    names = [
+def came_home(callback: Any) -> dict[str, tuple[str, int]]:
+    """Of what kind each result of a callback is, and how many entries it has."""
+    names = {
         name for kind in type(callback).__mro__ for name, value in vars(kind).items() if isinstance(value, Returned)
-    ]
-    return {name: bool(getattr(callback, name)) for name in names}
+    }
+    values = {name: getattr(callback, name) for name in sorted(names)}
+    return {
+        name: (type(value).__name__, len(value) if hasattr(value, "__len__") else 0) for name, value in values.items()
+    }
 
 
 def results(callback: Any) -> Any:
     """What a callback has found, as numbers."""
-    wanted = ("masks", "quantization", "paraphraser", "reconstruction_errors", "bits", "lambda")
-    return _comparable({key: value for key, value in callback.extra_state().items() if key in wanted})
+    found = {"errors": getattr(callback, "reconstruction_errors", None), **callback.extra_state()}
+    return _comparable({key: found[key] for key in ("errors", "masks", "quantization", "bits") if key in found})

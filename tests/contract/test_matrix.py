@@ -5,8 +5,10 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import pytest
-from cases import REFUSED, WARNED, WITHIN
+from cases import CASES, REFUSED, WARNED, WITHIN
+from pages import ROOT
 from records import record
+from reliability import NOT_RUN, heading, shown
 from rows import ROWS
 
 from .conditions import CONDITIONS, kind_of
@@ -18,10 +20,21 @@ def expected(table, row, condition):
     return [entries[name] for name in row.name.split(" + ") if name in entries]
 
 
-CELLS = [pytest.param(row, condition, id=f"{row.name}-{condition.key}") for condition in CONDITIONS for row in ROWS]
+def marks_of(row, condition):
+    """All cells of one callback are a sample; where each takes seconds, one in three."""
+    turn = CONDITIONS.index(condition) + ROWS.index(row)
+    sampled = row in CASES and (turn % 3 == 0 or not (row.heavy or condition.key == "spawn"))
+    together = [pytest.mark.xdist_group("popen")] if condition.key == "popen" else []  # which share two processes
+    return [pytest.mark.slow, *[pytest.mark.sample] * sampled, *together]
 
 
-@pytest.mark.slow
+CELLS = [
+    pytest.param(row, condition, id=f"{row.name}-{condition.key}", marks=marks_of(row, condition))
+    for condition in CONDITIONS
+    for row in ROWS
+]
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("row", "condition"), CELLS)
 def test_cell(row, condition, tmp_path):
@@ -35,6 +48,33 @@ def test_cell(row, condition, tmp_path):
     warnings = expected(WARNED, row, condition)
     with pytest.warns(UserWarning, match="|".join(warnings)) if warnings else nullcontext():
         found = condition.run(row, kind, tmp_path)
-    within = max(expected(WITHIN, row, condition), default=condition.within)
+    within, why = max(expected(WITHIN, row, condition), default=(condition.within, ""))
     assert {key: gap for key, gap in found.items() if gap > within} == {}
-    record("matrix", row.name, condition.title, "exact", f"within {within:g}" if within else "")
+    record("matrix", row.name, condition.title, "exact", f"within {within:g}{why and ': '}{why}" if within else "")
+
+
+def test_each_kind_of_module_is_in_the_sample_of_each_of_the_circumstances():
+    for condition in CONDITIONS:
+        sampled = [cell.values[0] for cell in CELLS if cell.values[1] is condition and pytest.mark.sample in cell.marks]
+        assert {kind_of(row, condition) for row in sampled} == set(condition.kinds)
+
+
+def test_what_is_expected_is_of_rows_and_circumstances_that_there_are():
+    keys, names = {condition.key for condition in CONDITIONS}, {case.name for case in CASES}
+    for table in (REFUSED, WITHIN, WARNED):
+        assert set(table) <= keys
+        assert {name for entries in table.values() for name in entries} <= names
+
+
+def test_the_page_shows_the_cells_that_there_are():
+    """Made anew by ``python -m tests.reliability`` where it does not."""
+    cells = shown((ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
+    refused = {
+        (condition.title, heading(row.name)): bool(expected(REFUSED, row, condition)) for row, condition in grid()
+    }
+    assert {place: text.startswith("refused") for place, text in cells.items()} == refused
+    assert NOT_RUN not in cells.values()
+
+
+def grid():
+    return [(row, condition) for row in ROWS for condition in CONDITIONS]
