@@ -344,8 +344,9 @@ class PSGDCallback(CompressionCallback):
         if not math.isfinite(warped.mean()):
             self._warn_once("the weights hold NaN or infinity, so they are not validated as quantised ones")
         elif self._second is not None:
-            self._require_controller().weights.refresh()  # of masks, whose callback may come later in the list
-            self._second.begin(trainer, pl_module, quantised)
+            views = self._require_controller().weights
+            views.refresh()  # of masks, whose callback may come later in the list
+            self._second.begin(trainer, pl_module, quantised, views.sharded.rows_seen)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Validate the quantised copy, and log its metrics under this callback's name."""

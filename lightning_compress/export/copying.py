@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_compress import _compat
 from lightning_compress.export.errors import ExportError
-from lightning_compress.mechanisms.sharding import is_shard, shards_in_place
+from lightning_compress.mechanisms.gathering import sharded_as
+from lightning_compress.mechanisms.sharding import is_shard, own_part, shards_in_place
 from lightning_compress.mechanisms.wrapping import OWN_MARK
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -59,12 +60,13 @@ def independent_copy(module: ModuleT) -> ModuleT:
     return _copied(cast(ModuleT, _compat.uncompiled(module)), {})
 
 
-def whole_copy(module: ModuleT, *, wanted: bool = True) -> ModuleT | None:
+def whole_copy(module: ModuleT, *, wanted: bool = True, rows: Callable[[Tensor], Tensor] = own_part) -> ModuleT | None:
     """Copy a module of which FSDP2 shards the parameters, as if it had never been sharded: for all ranks to call.
 
     Args:
         module: The module; it is as it was afterwards, with its shards in place.
         wanted: Whether this rank is to have the copy; the others only give their shards.
+        rows: From a parameter to what counts as the rows that this rank has of it.
 
     Returns:
         A copy on the CPU with whole parameters, of the user's classes, whose ``configure_model`` has done its work;
@@ -77,7 +79,7 @@ def whole_copy(module: ModuleT, *, wanted: bool = True) -> ModuleT | None:
     whole: dict[int, Any] = {}
     for parameter in module.parameters():  # one at a time: a device has room for one
         if is_shard(parameter):
-            shards: Any = parameter.detach()
+            shards: Any = sharded_as(rows(parameter), parameter)
             gathered = shards.full_tensor()
             if wanted:
                 kept = gathered.to("cpu", copy=True)  # of one rank it is the shard itself

@@ -195,6 +195,10 @@ class Gathered:
             f"exclude={[self.name.rpartition('.')[0]]}"
         )
 
+    def seen(self, shard: Tensor) -> Tensor:
+        """What a forward pass would see now of a shard."""
+        return shard if not self.shown or self.view.plain else self.view.value(shard)
+
     def owe(self, gradient: Tensor) -> None:
         """Add rows to the gradient that is settled next."""
         self._owed = gradient if self._owed is None else self._owed + gradient
@@ -224,7 +228,7 @@ class Gathered:
 
     def _present(self, shard: Tensor) -> Tensor:
         self.gathers += 1
-        return shard if not self.shown or self.view.plain else self.view.value(shard)
+        return self.seen(shard)
 
 
 class GatheredWeights:
@@ -313,6 +317,11 @@ class GatheredWeights:
         for name, view in views.items():
             self.weights[name].view = view
         shards_in_place(self.module)
+
+    def rows_seen(self, weight: Tensor) -> Tensor:
+        """What forward passes see now of the rows that this process holds of a weight, before a policy casts it."""
+        own = next((entry for entry in self.weights.values() if entry.weight is weight), None)
+        return own_part(weight) if own is None else own.seen(own_part(weight))
 
     def settle(self) -> None:
         """Apply the chain rules of the views to the gradients, once a step; whoever comes first in it does."""
