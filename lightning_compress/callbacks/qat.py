@@ -532,8 +532,8 @@ class QATCallback(QuantisedCallback):
         """Keep it until the fit starts; the grids at once, where a checkpoint is tested."""
         if self._stage == "fit":
             self._loaded = state
-            if self._stack is not None:  # a strategy with shards loads it when the fit has started
-                self._begin_with(state, self._stack, self._require_controller().module)
+            if self._stack is not None and sharded_units(self._require_controller().module):
+                self._begin_with(state, self._stack, self._require_controller().module)  # loaded within the fit
             return
         grids, start = (state[name] for name in ("quantization", "start_grids"))
         self.quantization = None if grids is None else Grids.from_state(grids)

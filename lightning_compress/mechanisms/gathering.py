@@ -212,6 +212,7 @@ class Gathered:
         gradient, owed = self.weight.grad, self._owed
         self._owed = None
         if gradient is None:
+            self.weight.grad = None if owed is None else sharded_as(owed, self.weight)
             return
         if self.gathers == self._settled:
             raise RuntimeError(

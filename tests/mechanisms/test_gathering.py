@@ -175,8 +175,10 @@ def test_what_cannot_be_presented_is_named(mesh, monkeypatch):
 
 def test_why_a_parameter_cannot_be_gathered_as_another():
     here, fewer = SimpleNamespace(mesh="all"), SimpleNamespace(mesh="some")
-    usual = {"offload_to_cpu": False, "post_forward_mesh_info": None, "mesh_info": here}
+    own = SimpleNamespace(fsdp_pre_all_gather=None)
+    usual = {"_sharded_local_tensor": None, "offload_to_cpu": False, "post_forward_mesh_info": None, "mesh_info": here}
     why = lambda **other: _compat.why_not_gathered_as(SimpleNamespace(**{**usual, **other}))  # noqa: E731
     assert (why(), why(post_forward_mesh_info=here)) == (None, None)
+    assert "in a way of its own" in why(_sharded_local_tensor=own)
     assert "offload_policy=" in why(offload_to_cpu=True)
     assert "reshard_after_forward= a number" in why(post_forward_mesh_info=fewer)

@@ -41,6 +41,8 @@ VARIANTS = {
 KINDS = ("full", "sharded")
 SAVED = list(itertools.product(["pruning", "dpf", "dcil own", "taylor", "iterative"], KINDS))
 KEPT = EXACT[1]
+ON_NETWORKS = {"mixed": "attention and tied weights, one unit", "checkpointed": "activation checkpointing"}
+ON = list(itertools.product(ON_NETWORKS, ROWS))
 NARROWED = ("dpf", "dcil", "dcil own")
 ACTED = list(itertools.product(ACTIONS, EXACT[:2]))
 
@@ -58,6 +60,7 @@ def first(tmp_path_factory):
 def further(tmp_path_factory):
     cells = [cell for cell in (getattr(cell, "values", cell) for cell in CELLS) if cell not in FIRST]
     names = [f"masks:fitted:{name}:{where}" for name, where in cells]
+    names += [f"masks:on:{network}:{callback}" for network, callback in ON]
     return launched(tmp_path_factory, "further", [*names, *(f"masks:twice:{where}" for where in EXACT[:2])])
 
 
@@ -90,6 +93,17 @@ def test_ranks_equal_one_process(request, callback, circumstance, tmp_path):
     d = equal_one_process(ranks[name], name, tmp_path)
     row = type(CALLBACKS[callback]()).__name__
     record("sharded", row, circumstance if callback in ROWS else VARIANTS[callback], "exact", f"d = {d:.0e}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "callback"), ON)
+def test_ranks_equal_one_process_on_other_networks(further, network, callback, tmp_path):
+    name = f"masks:on:{network}:{callback}"
+    # in one process DCIL refuses checkpointing, as one backward pass goes through both of its passes there
+    reference = "masks:on:plain:dcil" if (network, callback) == ("checkpointed", "dcil") else name
+    d = equal_one_process(further[name], reference, tmp_path)
+    row = next(row for key, row in ROWS.items() if key == callback)
+    record("sharded", row, ON_NETWORKS[network], "exact", f"d = {d:.0e}")
 
 
 @pytest.mark.slow
