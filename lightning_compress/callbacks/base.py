@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from lightning_compress import _compat
+from lightning_compress.callbacks.arguments import shown
 from lightning_compress.callbacks.intents import Intent, intents
 from lightning_compress.callbacks.returned import Returned, ReturnsResults
 from lightning_compress.export.copying import whole_copy
@@ -122,8 +123,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def __init__(self, *, name: str | None = None) -> None:
         super().__init__()
         if name is not None and (not isinstance(name, str) or not name or "/" in name):
-            raise ValueError(f"name must be a non-empty string without '/', got {name!r}")
-        self.name = self.default_name if name is None else name
+            raise ValueError(f"name must be a non-empty string without '/', got {shown(name)}")
+        self.name = self.default_name if name is None else str(name)
         self.effects: Counter[str] = Counter()
         self.student_capture: StudentCapture | None = None
         self.captured_sample: CapturedSample | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import warnings
@@ -10,15 +9,21 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_flag
+from lightning_compress.callbacks.arguments import (
+    absolute_path,
+    check_at_least_zero,
+    check_flag,
+    check_name,
+    check_path,
+)
 from lightning_compress.callbacks.base import CapturedSample, CompressionCallback, callbacks_of, log, shards, whole
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import Choices, evaluate, evaluate_forward, evaluate_quantized, has_validation
-from lightning_compress.export.onnx import ExportResult, checked_path, checked_precision, path_text, write_onnx
+from lightning_compress.export.onnx import ExportResult, checked_path, checked_precision, write_onnx
 from lightning_compress.export.runtime import require_onnx
-from lightning_compress.export.sample import Sample, check_sample
+from lightning_compress.export.sample import Sample, check_sample, check_sample_type
 from lightning_compress.export.scales import HOW, Scales, given_steps
 from lightning_compress.functional.quantizers import MOST_BITS
 from lightning_compress.mechanisms.replay import replay
@@ -94,22 +99,18 @@ class ExportCallback(CompressionCallback):
     ) -> None:
         super().__init__(name=name)
         checked_precision(precision)
-        number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
-        if tolerance is not None and (not number or not 0 <= tolerance < math.inf):
-            raise ValueError(f"tolerance must be a number of at least 0, got {tolerance!r}")
-        if metric is not None and not isinstance(metric, str):
-            raise TypeError(f"metric must be the name of a metric, got {metric!r}")
+        self.tolerance = None if tolerance is None else check_at_least_zero("tolerance", tolerance)
+        self.metric = check_name("metric", metric, what="the name of a metric", may_be_empty=False)
         if tolerance is not None and metric is None:
             raise ValueError(f"tolerance={tolerance} says how far a metric may move, but metric is not given")
-        self.path = os.path.abspath(path_text(path))
+        self.path = os.path.abspath(check_path("path", path))
         self.precision = precision
-        self.metric = metric
-        self.tolerance = tolerance
-        self.sample = os.path.abspath(sample) if isinstance(sample, (str, os.PathLike)) else sample
-        self.network = network
-        check_flag("dynamic_batch", dynamic_batch)
-        check_flag("fp32_comparison", fp32_comparison)
-        self.dynamic_batch, self.fp32_comparison = dynamic_batch, fp32_comparison
+        if sample is not None:
+            check_sample_type(sample)
+        self.sample = absolute_path("sample", sample) if isinstance(sample, (str, os.PathLike)) else sample
+        self.network = check_name("network", network)
+        self.dynamic_batch = check_flag("dynamic_batch", dynamic_batch)
+        self.fp32_comparison = check_flag("fp32_comparison", fp32_comparison)
         self.module_metrics, self.file_metrics = {}, {}
         self.trial_bytes: int | None = None
         """Of the file that was tried in the first step."""

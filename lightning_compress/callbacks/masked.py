@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
+from lightning_compress.callbacks.arguments import check_layers
 from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.intents import Intent, layers_of, left_out
 from lightning_compress.callbacks.returned import Returned
@@ -65,6 +66,7 @@ class MaskedWeightsCallback(CompressionCallback):
 
     def __init__(self, *, layers: Sequence[str] | None, exclude: Sequence[str] | None, name: str | None) -> None:
         super().__init__(name=name)
+        check_layers(layers, exclude)
         self.layers, self.exclude = layers, exclude
         self._left: list[str] = []  # weights that stay dense
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_positive, edge_bits_of
+from lightning_compress.callbacks.arguments import (
+    absolute_path,
+    check_choice,
+    check_fraction,
+    check_number,
+    check_positive,
+    edge_bits_of,
+    is_auto,
+    shown,
+)
 from lightning_compress.callbacks.base import CompressionCallback, averaging, log, together
 from lightning_compress.callbacks.calibrating import bits_of_layers, selection
 from lightning_compress.callbacks.intents import Intent
@@ -205,23 +214,16 @@ class QATCallback(QuantisedCallback):
             name=name,
         )
         check_choice("step_size", step_size, get_args(StepSize))
-        check_fraction("start", start)
-        for argument, value in (
-            ("freeze_batchnorm_at", freeze_batchnorm_at),
-            ("freeze_observers_at", freeze_observers_at),
-        ):
-            if value == "auto":
-                continue
-            check_fraction(argument, value, or_auto=True)
-            if value < start:
-                raise ValueError(f"{argument} must be from start={start} to 1, or 'auto', got {value}")
-        check_positive("step_lr", step_lr)
-        if max_loss_growth is not None and not (isinstance(max_loss_growth, (int, float)) and max_loss_growth > 1):
-            raise ValueError(f"max_loss_growth must be a number above 1, or None, got {max_loss_growth!r}")
-        self.step_size, self.start = step_size, start
-        self.freeze_batchnorm_at, self.freeze_observers_at = freeze_batchnorm_at, freeze_observers_at
-        self.step_lr, self.max_loss_growth = step_lr, max_loss_growth
-        self.grids_from = None if grids_from is None else os.path.abspath(grids_from)
+        self.step_size, self.start = step_size, check_fraction("start", start)
+        self.freeze_batchnorm_at = _checked_freeze("freeze_batchnorm_at", freeze_batchnorm_at, start)
+        self.freeze_observers_at = _checked_freeze("freeze_observers_at", freeze_observers_at, start)
+        self.step_lr = check_positive("step_lr", step_lr)
+        self.max_loss_growth = None
+        if max_loss_growth is not None:
+            self.max_loss_growth = check_number(
+                "max_loss_growth", max_loss_growth, "a number above 1, or None", lambda number: number > 1
+            )
+        self.grids_from = absolute_path("grids_from", grids_from)
         self._stage: str | None = None
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
         self._fit = _Fit()
@@ -695,7 +697,7 @@ class QATCallback(QuantisedCallback):
 
     def _ranges_from(self, path: str) -> tuple[dict[str, tuple[int, bool, int]], dict[str, Tensor]]:
         """What PSGD has trained the weights of a checkpoint for, and these weights, by their names in the module."""
-        contents = read_checkpoint(path)
+        contents = read_checkpoint(path, argument="grids_from")
         ranges = trained_ranges(contents)
         asked = {given for _, _, given in ranges.values()}
         if not ranges:
@@ -809,6 +811,16 @@ class _Factors(nn.Module):
     def __init__(self, count: int) -> None:
         super().__init__()
         self.factors = nn.Parameter(torch.ones(count))
+
+
+def _checked_freeze(argument: str, value: Any, start: float) -> Any:
+    """A fraction of the training, not before the start of rounding; or "auto"."""
+    if is_auto(value):
+        return value
+    fraction = check_fraction(argument, value, or_auto=True)
+    if fraction < start:
+        raise ValueError(f"{argument} must be from start={start} to 1, or 'auto', got {shown(value)}")
+    return fraction
 
 
 def _changes(start: Grids, end: Grids) -> Tensor:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.callbacks.arguments import check_flag
+from lightning_compress.callbacks.arguments import absolute_path, check_flag
 from lightning_compress.callbacks.base import CompressionCallback, announce, callbacks_of, log, shards, whole
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
-from lightning_compress.export.onnx import ExportResult, checked_folder, path_text
+from lightning_compress.export.onnx import ExportResult, checked_folder
 from lightning_compress.export.sample import Sample
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.grids import Grids
@@ -84,14 +84,13 @@ class CompressionReport(CompressionCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        if path is not None and "://" in path_text(path):
+        self.path = absolute_path("path", path)
+        if path is not None and "://" in os.fspath(path):
             raise ValueError(f"path must be a local directory, got '{os.fspath(path)}'")
-        if path is not None and os.path.isfile(path):
-            raise ValueError(f"path must be a directory, and '{os.fspath(path)}' is a file")
-        check_flag("latency", latency)
-        check_flag("embed_pictures", embed_pictures)
-        self.path = None if path is None else os.path.abspath(path)
-        self.latency, self.embed_pictures = latency, embed_pictures
+        if self.path is not None and os.path.isfile(self.path):
+            raise ValueError(f"path must be a directory, and '{path}' is a file")
+        self.latency = check_flag("latency", latency)
+        self.embed_pictures = check_flag("embed_pictures", embed_pictures)
         self.recipe: dict[str, Any] | None = None
         self.command: str | None = None
         self._before: nn.Module | None = None
