@@ -1824,6 +1824,27 @@ MUTATIONS = (
         "",
         "tests/test_sweep.py::test_bits_that_have_to_agree_are_left_alone",
     ),
+    Mutation(
+        "a copy shares memory with the shard of a single rank",
+        "lightning_compress/export/copying.py",
+        'gathered.to("cpu", copy=True)',
+        'gathered.to("cpu")',
+        "tests/mechanisms/test_sharding.py::test_a_whole_copy_is_as_if_nothing_had_been_sharded",
+    ),
+    Mutation(
+        "whole parameters of a forward pass are taken for the shards",
+        "lightning_compress/mechanisms/sharding.py",
+        "        unit.reshard()",
+        "        unit.children()",
+        "tests/mechanisms/test_sharding.py::test_a_module_that_holds_whole_parameters_gives_its_shards",
+    ),
+    Mutation(
+        "a copy keeps the hooks of FSDP2",
+        "lightning_compress/_compat.py",
+        "if not _is_of_sharding(hook)}",
+        "if hook}",
+        "tests/test_compat.py::test_what_fsdp2_puts_on_a_module_is_found_and_put_back",
+    ),
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_compress import CompressionReport, DistillationCallback, ExportCallback
-from sharded.circumstances import MODULE, NOTHING, Imaging, teacher
+from sharded.circumstances import MODULE, NOTHING, Imaging, Uncopied, teacher
 from sharded.place import Classifier, Found, Place, left, made
 from sharded.scaled import Whole, psgd
 
@@ -61,11 +61,6 @@ def full_disk(place: Place) -> Found:
 
     place.fit(made(Imaging), FullDisk(place.folder / "model.onnx"))
     return {}
-
-
-class Uncopied:
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise TypeError("there is one of me")
 
 
 def _fit(place: Place, circumstance: str, *callbacks: Any, kind: type[Classifier] = Imaging) -> tuple[Any, nn.Module]:

@@ -35,7 +35,7 @@ def columns(name):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     names = [f"combined:fitted:{name}" for name in (*EQUAL_ONE, *EQUAL_DDP, *DDP)]
-    found = in_ranks(tmp_path_factory.mktemp("combined"), *names, seconds=300)
+    found = in_ranks(tmp_path_factory.mktemp("combined"), *names)
     assert [rank.get("error") for ranks in found.values() for rank in ranks] == [None] * 2 * len(names)
     return {name.removeprefix("combined:fitted:"): ranks for name, ranks in found.items()}
 

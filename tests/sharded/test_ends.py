@@ -25,7 +25,7 @@ def first(tmp_path_factory):
 @pytest.fixture(scope="module")
 def further(tmp_path_factory):
     names = [name for name in ROWS if name != "ends:exported"]
-    return in_ranks(tmp_path_factory.mktemp("further"), *names, BF16, "ends:failing", "ends:full_disk", seconds=300)
+    return in_ranks(tmp_path_factory.mktemp("further"), *names, BF16, "ends:failing", "ends:full_disk")
 
 
 @pytest.mark.slow

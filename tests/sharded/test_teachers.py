@@ -45,7 +45,7 @@ def first(tmp_path_factory):
 def further(tmp_path_factory):
     cells = [getattr(cell, "values", cell) for cell in CELLS]
     names = [*(scenario(*cell) for cell in cells if cell not in FIRST), *OTHERS, *BF16, *FACTORS, "teachers:twice"]
-    return in_ranks(tmp_path_factory.mktemp("further"), *names, seconds=300)
+    return in_ranks(tmp_path_factory.mktemp("further"), *names)
 
 
 def check(ranks, name, folder, row, column):
