@@ -6,9 +6,8 @@ The contract in ``tests/contract`` runs every row. A new technique adds a row he
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,9 +42,6 @@ class Case:
         build: From a folder and the kind of module to the callback, the same one each time.
         modules: Kinds of module it works on.
         changes_loss: Whether the trained weights differ from those without it.
-        refuses: What it does not support ("manual", "mixin", "compiled", "compiled module", "accumulation",
-            "scaler", "ranks", "resume"), each with a pattern of the error that says so.
-        pretrains: Whether it learns from the batches before the training, so that their size matters.
         keeps_dense: Whether a second fit goes on from weights that the module does not hold, but the callback does.
         quantises: Whether validation outside of a fit shows a quantised network, which needs training data.
         shrinks: Whether the network gets smaller, so that its weights load into its class with ``load_shrunk`` only.
@@ -56,18 +52,10 @@ class Case:
     build: Callable[[Path, type[Classifier]], CompressionCallback]
     modules: tuple[type[Classifier], ...] = AUTOMATIC
     changes_loss: bool = False
-    refuses: Mapping[str, str] = field(default_factory=dict)
-    pretrains: bool = False
     keeps_dense: bool = False
     quantises: bool = False
     shrinks: bool = False
     heavy: bool = False
-
-    def expects(self, capability: str) -> AbstractContextManager[Any]:
-        """The context in which a capability is used: nothing special, or an error that must come."""
-        if capability not in self.refuses:
-            return nullcontext()
-        return pytest.raises(Exception, match=self.refuses[capability])
 
 
 def _distillation(folder: Path, kind: type[Classifier]) -> CompressionCallback:
@@ -119,33 +107,16 @@ def _report(folder: Path, kind: type[Classifier]) -> CompressionCallback:
 
 
 CASES = (
-    Case("DistillationCallback", _distillation, changes_loss=True, refuses={"manual": "CompressionMixin"}),
-    Case("AttentionTransferCallback", _attention, changes_loss=True, refuses={"manual": "CompressionMixin"}),
-    Case("FactorTransferCallback", _factors, changes_loss=True, pretrains=True, refuses={"manual": "CompressionMixin"}),
+    Case("DistillationCallback", _distillation, changes_loss=True),
+    Case("AttentionTransferCallback", _attention, changes_loss=True),
+    Case("FactorTransferCallback", _factors, changes_loss=True),
     Case("PSGDCallback", _psgd, changes_loss=True),
     Case("PTQCallback", _ptq, quantises=True),
-    Case("QATCallback", _qat, changes_loss=True, quantises=True, refuses={"manual": "CompressionMixin"}),
-    Case("PruningCallback", _pruning, changes_loss=True, keeps_dense=True, refuses={"manual": "CompressionMixin"}),
-    Case("DPFCallback", _dpf, changes_loss=True, keeps_dense=True, refuses={"manual": "CompressionMixin"}),
-    Case(
-        "DCILCallback",
-        _dcil,
-        changes_loss=True,
-        keeps_dense=True,
-        refuses={"manual": "CompressionMixin", "mixin": "runs the step twice"},
-    ),
-    Case(
-        "StructuredPruningCallback",
-        _structured,
-        changes_loss=True,
-        shrinks=True,
-        refuses={
-            "manual": "optimises manually",
-            "mixin": "optimises manually",
-            "ranks": "use strategy='ddp'",
-            "compiled module": "compiled as a whole",
-        },
-    ),
+    Case("QATCallback", _qat, changes_loss=True, quantises=True),
+    Case("PruningCallback", _pruning, changes_loss=True, keeps_dense=True),
+    Case("DPFCallback", _dpf, changes_loss=True, keeps_dense=True),
+    Case("DCILCallback", _dcil, changes_loss=True, keeps_dense=True),
+    Case("StructuredPruningCallback", _structured, changes_loss=True, shrinks=True),
     Case("ExportCallback", _export, heavy=True),
     Case("CompressionReport", _report),
 )

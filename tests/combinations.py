@@ -6,7 +6,7 @@ in ``WORKS`` or in ``REFUSED``: a new callback is added to one of the two for ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,25 +76,14 @@ class Combination:
     members: tuple[Case, ...]
     modules: tuple[type[Classifier], ...] = (Classifier, NormClassifier)
 
-    expects = Case.expects
-
     @property
     def name(self) -> str:
         """The classes, as in the tables of the documentation."""
         return " + ".join(case.name for case in self.members)
 
     @property
-    def refuses(self) -> Mapping[str, str]:
-        """What one of them does not support, with a pattern of the error."""
-        return {what: message for case in self.members for what, message in case.refuses.items()}
-
-    @property
     def changes_loss(self) -> bool:
         return any(case.changes_loss for case in self.members)
-
-    @property
-    def pretrains(self) -> bool:
-        return any(case.pretrains for case in self.members)
 
     @property
     def keeps_dense(self) -> bool:

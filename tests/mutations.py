@@ -308,7 +308,7 @@ MUTATIONS = (
         CONTROLLER,
         "self._recorded(original, args, kwargs, none_skips=False)",
         "self._recorded(original, args, kwargs)",
-        f"{CONTRACT}/test_rows.py::test_manual_optimisation[ExportCallback]",
+        f"{CONTRACT}/test_matrix.py::test_cell[ExportCallback-manual]",
     ),
     # Nothing stays behind
     Mutation(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -101,7 +100,7 @@ def cell(record: Record | None, notes: Notes) -> str:
     figure, remark = "", record.detail
     if remark.startswith("within "):
         figure, _, remark = remark.removeprefix("within ").partition(": ")
-    parts = [figure or record.outcome]
+    parts = [figure.replace("e-0", "e-") or record.outcome]
     if remark:
         parts.append(_plain(remark) if len(remark) <= BRIEF else notes.mark(remark))
     return " ".join(parts)
@@ -124,13 +123,19 @@ def table(found: Iterable[Record], down: Sequence[str], across: Sequence[str], *
 
 def counts(found: Sequence[Record]) -> str:
     """How many cells there are, and what came of them."""
-    outcomes = Counter("exact" if own.outcome == "exact" and own.detail else own.outcome for own in found)
     exact = [own for own in found if own.outcome == "exact"]
-    loose = [own for own in exact if own.detail.startswith("within ")]
-    parts = [f"{len(exact) - len(loose)} exact", f"{len(loose)} exact but for rounding"] if exact else []
-    parts += [f"{outcomes['works']} work"] if outcomes["works"] else []
-    parts += [f"{outcomes['refused']} refused as planned"] if outcomes["refused"] else []
-    return f"{len(found)} cells were run: {', '.join(parts)}."
+    within = [own for own in exact if own.detail.startswith("within ")]
+    noted = [own for own in within if ": " in own.detail]
+    numbers = {
+        "exact": len(exact) - len(within),
+        "exact but for sums in another order": len(within) - len(noted),
+        "different by what their notes say": len(noted),
+        "work": sum(own.outcome == "works" for own in found),
+        "refused as planned": sum(own.outcome == "refused" for own in found),
+    }
+    return (
+        f"{len(found)} cells were run: {', '.join(f'{number} {what}' for what, number in numbers.items() if number)}."
+    )
 
 
 def matrix(found: Sequence[Record]) -> list[str]:

@@ -6,11 +6,15 @@ and what its reference left.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +81,7 @@ WITH_CHILD = tuple(kind for kind in AUTOMATIC if kind is not NetworkItself)
 STEPS = EPOCHS * EXAMPLES // BATCH
 DAY = "01:00:00:00"
 ROUNDING = 1e-6
+SECONDS = 900
 
 Run = Callable[[Row, "type[Classifier]", Path], "dict[str, float]"]
 
@@ -92,6 +97,7 @@ class Condition:
         run: From a row, a kind of module and a folder to the difference from the reference.
         kinds: Kinds of module it is tried on.
         within: The largest difference: 0, or what sums in another order make.
+        heavy: Whether a fit takes seconds: then a cell in three is in the sample.
     """
 
     key: str
@@ -100,6 +106,7 @@ class Condition:
     run: Run
     kinds: tuple[type[Classifier], ...] = AUTOMATIC
     within: float = 0.0
+    heavy: bool = False
 
 
 # What a fit is compared with
@@ -163,18 +170,31 @@ def against_one_process(row: Row, kind: type[Classifier], folder: Path) -> dict[
 def launched(single: bool) -> Path:
     """What two scripts leave that train with each row: all those of one callback, or all others.
 
-    They run in one pair of processes, as imports take seconds; an error of one is raised in its own test.
+    They run in one pair of processes, as imports take seconds, and for all workers of a test run; an error of one row
+    is raised in its own test.
     """
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", secrets.token_hex(8))
+    folder = Path(tempfile.gettempdir()) / f"launched-{run}-{'single' if single else 'together'}"
+    try:
+        folder.mkdir()
+    except FileExistsError:  # another worker is at it
+        for _ in range(SECONDS):
+            if not (folder / "done").exists():
+                time.sleep(1)
+        return folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     condition = next(condition for condition in CONDITIONS if condition.run is against_one_process)
     wanted = [f"{row.name}:{kind_of(row, condition).__name__}" for row in ROWS if (row in CASES) == single]
-    folder = Path(tempfile.mkdtemp(prefix="launched-"))
-    subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("launched.py")), str(folder), *wanted],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=900,  # a hang is an error
-        check=True,
-    )
+    try:
+        subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("launched.py")), str(folder), *wanted],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            timeout=SECONDS,  # a hang is an error
+            check=True,
+        )
+    finally:
+        (folder / "done").touch()
     return folder
 
 
@@ -219,11 +239,13 @@ def clipping_its_values(module: Classifier) -> Classifier:
 
 
 def with_a_compiled_network(module: Classifier) -> Classifier:
+    torch._dynamo.reset()  # what is traced leaves marks on parameters, and what was traced before is not again
     module.model.compile(backend="eager")
     return module
 
 
 def compiled(module: Classifier) -> Any:
+    torch._dynamo.reset()
     return torch.compile(module, backend="eager")
 
 
@@ -319,6 +341,7 @@ CONDITIONS = (
         against_one_process_and_complete,
         WITHOUT_NORM,
         ROUNDING,
+        heavy=True,
     ),
     Condition(
         "accumulation",
@@ -367,8 +390,15 @@ CONDITIONS = (
         SAME,
         against(PLAIN.but(prepare=with_a_compiled_network), PLAIN),
         WITH_CHILD,
+        heavy=True,
     ),
-    Condition("compiled module", "the LightningModule compiled", SAME, against(PLAIN.but(prepare=compiled), PLAIN)),
+    Condition(
+        "compiled module",
+        "the LightningModule compiled",
+        SAME,
+        against(PLAIN.but(prepare=compiled), PLAIN),
+        heavy=True,
+    ),
     Condition(
         "EMA",
         "EMAWeightAveraging",

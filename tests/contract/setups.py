@@ -134,7 +134,12 @@ def assert_nothing_of_ours(module: Classifier) -> None:
 @functools.cache
 def without(kind: type[Classifier], setup: Setup) -> Fit:
     """The same fit without any callback of ours; only looked at."""
-    return fitted(None, kind, Path(tempfile.mkdtemp(prefix="without-")), setup)
+    return fitted(None, kind, Path(_scratch().name) / f"{kind.__name__}-{id(setup)}", setup)
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
 
 
 def saved(fit: Fit) -> Path:
@@ -154,6 +159,7 @@ NOT_COMPARED = {
     "arguments",  # such as folders
     "fingerprints",  # of weights that are compared themselves
     "watch",  # losses of single batches
+    "run",  # layers that were seen to run, which is not known of compiled ones
     "initial_lr",  # what schedulers note down for themselves
     "swa_lr",
 }

@@ -25,19 +25,10 @@ from .traces import traces
 
 # Steps compiled as a whole take seconds to trace; test_distillation_exact.py has one of them among the fast tests.
 CHILD_FIRST = ["child", *(pytest.param(form, marks=pytest.mark.slow) for form in ("in place", "module"))]
-# A row that looks at outputs, one that looks at layers and one that masks weights, each as a compiled child; two passes
-# over compiled graphs are in test_dcil.py. The rest is slow.
+# A row that looks at outputs, one that looks at layers and one that masks weights; two passes over compiled graphs are
+# in test_dcil.py. The rest is slow. Other forms than a compiled child are in the matrix.
 FAST_ROWS = ("DistillationCallback", "AttentionTransferCallback", "PruningCallback")
-ROWS_AND_FORMS = [
-    pytest.param(
-        case,
-        form,
-        id=f"{case.name}-{form}",
-        marks=[pytest.mark.slow] * (form != "child" or case.name not in FAST_ROWS),
-    )
-    for case in CASES
-    for form in ("child", "in place", "module")
-]
+ROWS = [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name not in FAST_ROWS)) for case in CASES]
 
 
 def compiled(module, form):
@@ -61,15 +52,11 @@ def fitted(kind, callbacks, form=None, fits=1):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(("case", "form"), ROWS_AND_FORMS)
-def test_compiled_equals_uncompiled(case, form, tmp_path):
+@pytest.mark.parametrize("case", ROWS)
+def test_compiled_equals_uncompiled(case, tmp_path):
     """With the sanity check on: it runs the network before the first step."""
     plain, _ = fitted(NormClassifier, [case.build(tmp_path / "plain", NormClassifier)])
-    capability = "compiled module" if form == "module" else "compiled"
-    with case.expects(capability):
-        module, fitting = fitted(NormClassifier, [case.build(tmp_path / "compiled", NormClassifier)], form)
-    if capability in case.refuses:
-        return
+    module, fitting = fitted(NormClassifier, [case.build(tmp_path / "compiled", NormClassifier)], "child")
     theirs = [value for _, value in sorted(plain.state_dict().items())]
     ours = {key.replace("_orig_mod.", ""): value for key, value in module.state_dict().items()}
     assert (
@@ -155,12 +142,11 @@ def test_a_compiled_network_that_is_the_module_itself(case, tmp_path):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(("case", "form"), [row for row in ROWS_AND_FORMS if not row.values[0].heavy])
-def test_nothing_stays_on_a_compiled_module(case, form, tmp_path):
-    plain, _ = fitted(Classifier, [], form)
+@pytest.mark.parametrize("case", [row for row in ROWS if not row.values[0].heavy])
+def test_nothing_stays_on_a_compiled_module(case, tmp_path):
+    plain, _ = fitted(Classifier, [], "child")
     torch._dynamo.reset()  # what is traced leaves marks on parameters, and code that is there already is not traced
-    with case.expects("compiled module" if form == "module" else "compiled"):
-        module, _ = fitted(Classifier, [case.build(tmp_path, Classifier)], form)
-        assert traces(module) == traces(plain)
-        inputs = torch.randn(2, 8)
-        assert torch.equal(module(inputs), module.model(inputs))
+    module, _ = fitted(Classifier, [case.build(tmp_path, Classifier)], "child")
+    assert traces(module) == traces(plain)
+    inputs = torch.randn(2, 8)
+    assert torch.equal(module(inputs), module.model(inputs))

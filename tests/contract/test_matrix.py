@@ -21,11 +21,10 @@ def expected(table, row, condition):
 
 
 def marks_of(row, condition):
-    """All cells of one callback are a sample; where each takes seconds, one in three."""
-    turn = CONDITIONS.index(condition) + ROWS.index(row)
-    sampled = row in CASES and (turn % 3 == 0 or not (row.heavy or condition.key == "spawn"))
-    together = [pytest.mark.xdist_group("popen")] if condition.key == "popen" else []  # which share two processes
-    return [pytest.mark.slow, *[pytest.mark.sample] * sampled, *together]
+    """All cells of one callback are a sample; where each takes seconds, one in three, with every kind of module."""
+    turn = ROWS.index(row) // len(condition.kinds) + CONDITIONS.index(condition)
+    sampled = row in CASES and (turn % 3 == 0 or not (row.heavy or condition.heavy))
+    return [pytest.mark.slow, *[pytest.mark.sample] * sampled]
 
 
 CELLS = [

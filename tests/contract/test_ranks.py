@@ -28,7 +28,6 @@ LOGGED = {
     "AttentionTransferCallback": ("compress/at/val_loss",),
 }
 EFFECTS = {"DistillationCallback": "the distillation loss", "AttentionTransferCallback": "the attention loss"}
-MASKING = [case.name for case in CASES if case.keeps_dense]
 HEAVY = [case.name for case in CASES if case.heavy] + ["ExportCallback-logged", "CompressionReport-logged"]
 TOLERANCE = 6e-8
 
@@ -74,27 +73,6 @@ def test_ranks_are_identical_and_equal_one_process(forked, name, tmp_path):
     for key in LOGGED[name.partition("-")[0]]:
         assert first["metrics"][key] == second["metrics"][key]
         assert first["metrics"][key] == pytest.approx(float(alone.trainer.callback_metrics[key]), abs=1e-6)
-
-
-@pytest.fixture(scope="module")
-def masking(tmp_path_factory):
-    return launched(tmp_path_factory.mktemp("masking"), MASKING, "fork", 180)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*masked completely")
-@pytest.mark.parametrize("name", MASKING)
-def test_ranks_with_masks_are_identical_and_equal_one_process(masking, name, tmp_path):
-    first, second = masking[name]
-    alone = run(name, tmp_path, ranks=1)
-    assert difference(first["state_dict"], second["state_dict"]) == 0
-    assert difference(first["state_dict"], alone) <= 1e-6
-    assert first["effects"] == second["effects"]
-    for rank in masking[name]:
-        zeros = [int((value == 0).sum()) for value in rank["state_dict"].values() if value.ndim > 1]
-        assert zeros == [int((value == 0).sum()) for value in alone.state_dict().values() if value.ndim > 1]
-        assert sum(zeros) > 0
-        assert "training_step" not in rank["attributes"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from lightning_compress import CompressionCallback
 from lightning_compress.mechanisms.shrinking import restructure_, structure_of
 
 from .grid import each_case_and_some_modules
-from .modules import Classifier, ManualClassifier, MixinClassifier, difference, fit, loader, made, trainer
+from .modules import Classifier, difference, fit, loader, made, trainer
 
 
 @functools.cache
@@ -35,37 +35,6 @@ def test_the_weights_change_only_if_the_row_says_so(case, kind, tmp_path):
     plain, compressed = untouched(kind), fit(kind, case.build(tmp_path, kind))
     assert (difference(plain, compressed) > 0) == case.changes_loss
     assert list(compressed.state_dict()) == list(made(kind).state_dict())
-
-
-@each_case(heavy_is_slow=True)
-def test_accumulated_batches_equal_one_large_batch(case, tmp_path):
-    def trained(folder, batch_size, windows):
-        module = made(Classifier)
-        with case.expects("accumulation"):
-            trainer(case.build(folder, Classifier), accumulate_grad_batches=windows).fit(
-                module, loader(Classifier, batch_size=batch_size), loader(Classifier)
-            )
-        return module
-
-    small, large = trained(tmp_path / "small", 8, 4), trained(tmp_path / "large", 32, 1)
-    assert difference(small, made(Classifier)) > 0.01
-    assert difference(small, large) < (1e-3 if case.pretrains else 1e-6)
-
-
-@each_case(heavy_is_slow=True)
-def test_manual_optimisation(case, tmp_path):
-    """Without the mixin: refused by name, or harmless; with it: as in the automatic loop."""
-    module, callback = made(ManualClassifier), case.build(tmp_path, Classifier)
-    with case.expects("manual"):
-        trainer(callback).fit(module, loader(), loader())
-    refused = "manual" in case.refuses
-    assert (difference(module, made(ManualClassifier)) == 0) == refused
-    assert "training_step" not in vars(module)
-
-    mixed = made(MixinClassifier)
-    with case.expects("mixin"):
-        trainer(case.build(tmp_path, Classifier)).fit(mixed, loader(), loader())
-        assert (difference(mixed, untouched(ManualClassifier)) > 0) == case.changes_loss
 
 
 @each_case()
