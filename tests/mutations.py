@@ -224,8 +224,8 @@ MUTATIONS = (
     Mutation(
         "the terms are computed and not added",
         CONTROLLER,
-        "return _with_loss(deployed_output, self._sum_up(total))",
-        "return deployed_output",
+        "output = _with_loss(deployed_output, self._sum_up(total))",
+        "output = deployed_output",
         f"{EXACT}::test_every_way_to_write_a_step[Classifier]",
     ),
     Mutation(

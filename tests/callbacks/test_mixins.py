@@ -212,6 +212,23 @@ def test_without_a_callback_the_loss_is_the_task_loss():
     assert module.compressed_loss(lambda: loss, callbacks=["kd"]) is loss
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (0.5, "task_loss must be a tensor, or a function that computes one, got float"),
+        (lambda: {"loss": 0.5}, "task_loss must be a function that returns a tensor, not dict"),
+    ],
+)
+@pytest.mark.parametrize("callbacks", [(), (kd,)])
+def test_what_is_no_loss_is_refused(given, message, callbacks):
+    class Wrong(Gan):
+        def total(self, loss, batch):
+            return self.compressed_loss(given)
+
+    with pytest.raises(TypeError, match=message):
+        fitted(Wrong, *(build() for build in callbacks))
+
+
 def test_a_loss_without_terms_comes_back_as_it_is():
     class Looks(Gan):
         def total(self, loss, batch):
