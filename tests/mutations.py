@@ -1816,7 +1816,7 @@ MUTATIONS = (
         LOSSES,
         "[call for call in own if call in found] or list(own)",
         "list(own)",
-        f"{MIXINS}::test_of_two_networks_only_the_student_s_loss_changes[Swapped]",
+        f"{MIXINS}::test_of_two_networks_only_the_student_s_loss_changes[Silent]",
     ),
     Mutation(
         "an unnamed student is whatever the first loss shows",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as L
 import pytest
 import torch
-from contract.gans import Functions, Gan, Seldom, Shared, Swapped, Untoggled, by_hand, teacher
+from contract.gans import Functions, Gan, Seldom, Shared, Silent, Swapped, Untoggled, by_hand, teacher
 from contract.modules import CLASSES, FEATURES, MixinClassifier, difference, loader, made, trainer
 from torch import nn
 from torch.nn import functional as F
@@ -30,6 +30,9 @@ class TwoSteps(MixinClassifier):
 class Forgets(MixinClassifier):
     def total(self, task_loss):
         return task_loss
+
+
+KINDS = (Swapped, Untoggled, Functions, Shared, Silent, Seldom)
 
 
 def kd(**settings):
@@ -71,11 +74,17 @@ def test_a_fit_equals_the_loop_by_hand(kind, size):
 
 @pytest.mark.parametrize(
     "kind",
-    [Gan, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (Swapped, Untoggled, Functions, Shared, Seldom))],
+    [
+        Gan,
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in (Swapped, Untoggled, Functions, Shared, Silent, Seldom)
+        ),
+    ],
 )
 def test_of_two_networks_only_the_student_s_loss_changes(kind):
     """Also where the other loss was computed with the student's output too, but without its graph."""
-    order = Swapped if kind is Shared else kind
+    order = Swapped if kind in (Shared, Silent) else kind
     callback = kd()
     module = fitted(kind, callback)
     assert difference(module, by_hand(order, distilled())) < 1e-7
