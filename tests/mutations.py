@@ -226,8 +226,8 @@ MUTATIONS = (
     Mutation(
         "the terms are computed and not added",
         CONTROLLER,
-        "return _with_loss(deployed_output, self._sum_up(total))",
-        "return deployed_output",
+        "output = _with_loss(deployed_output, self._sum_up(total))",
+        "output = deployed_output",
         f"{EXACT}::test_every_way_to_write_a_step[Classifier]",
     ),
     Mutation(
@@ -1853,7 +1853,7 @@ MUTATIONS = (
         LOSSES,
         "[call for call in own if call in found] or list(own)",
         "list(own)",
-        f"{MIXINS}::test_of_two_networks_only_the_student_s_loss_changes[Swapped]",
+        f"{MIXINS}::test_of_two_networks_only_the_student_s_loss_changes[Silent]",
     ),
     Mutation(
         "an unnamed student is whatever the first loss shows",
