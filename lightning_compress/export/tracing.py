@@ -180,7 +180,10 @@ def _explain(name: str, error: BaseException, dynamic_batch: bool) -> str:
     lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()] or [type(chain[-1]).__name__]
     reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     hint = f"; {FIXED_HINT}" if dynamic_batch and "batch" in str(chain[-1]) else ""
-    return f"{name} cannot be exported: {reason}{f' (at {place})' if place else ''}{hint}"
+    where = (
+        f" (at {place})" if place else "; torch's exporter fails there: name a part of the network that does without"
+    )
+    return f"{name} cannot be exported: {reason}{where}{hint}"
 
 
 def users_place(error: BaseException) -> str:

@@ -445,6 +445,14 @@ def test_a_network_at_whose_values_only_torch_looks_is_exported(kind, tmp_path):
     torch.testing.assert_close(torch.from_numpy(output), network(x))
 
 
+def test_what_fails_in_the_exporter_itself_says_what_else_to_do():
+    message = tracing_module._explain("Net", RuntimeError("no operation for clamp"), dynamic_batch=False)
+    assert message == (
+        "Net cannot be exported: no operation for clamp; torch's exporter fails there: name a part of the network that "
+        "does without"
+    )
+
+
 def test_a_number_that_python_takes_from_a_tensor_is_named(tmp_path):
     class Number(nn.Module):
         def forward(self, x):

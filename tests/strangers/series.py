@@ -215,7 +215,7 @@ STRANGERS = (
         lambda: _neuralforecast("NHITS", mlp_units=[[16, 16]] * 3),
         _windows,
         arguments=arguments(regression=True, linear=True),
-        refuses=WITHOUT_MAPS,
+        refuses={**WITHOUT_MAPS, "DCILCallback": DONE_TWICE},
         lightning="pytorch_lightning",
     ),
     Stranger(
@@ -227,7 +227,7 @@ STRANGERS = (
         arguments=arguments(
             regression=True, StructuredPruningCallback={"exclude": ["context_adapter", "hist_encoder.tcn.4.conv"]}
         ),
-        refuses=WITHOUT_MAPS,
+        refuses={**WITHOUT_MAPS, "DCILCallback": DONE_TWICE},
         lightning="pytorch_lightning",
     ),
     Stranger(
