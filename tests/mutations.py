@@ -211,8 +211,8 @@ MUTATIONS = (
     Mutation(
         "the other ranks do not hear of a failure",
         BASE,
-        "    if problem is not None:",
-        "    if False:",
+        "    if problem is not None:\n        told",
+        "    if False:\n        told",
         "tests/callbacks/test_base.py::test_work_that_fails_on_one_rank_fails_everywhere",
     ),
     Mutation(
@@ -523,7 +523,7 @@ MUTATIONS = (
     Mutation(
         "recipes: aliases may unfold without end",
         f"{PACKAGE}/recipe/file.py",
-        "    _check_size(value)\n",
+        '    check_size(value, "the recipe")\n',
         "",
         "tests/test_recipe.py::test_a_value_that_unfolds_without_end_is_refused",
     ),
@@ -890,8 +890,8 @@ MUTATIONS = (
     Mutation(
         "the grid of an update is that before the step",
         GRADIENTS,
-        "steps = None if bits is None else _steps(before, bits, axes)",
-        "steps = None if bits is None else _steps(weights, bits, axes)",
+        "steps = _steps(before, bits, axes, steps)",
+        "steps = _steps(weights, bits, axes, steps)",
         f"{PSGD_EXACT}::test_what_adaptive_optimizers_add_is_scaled",
     ),
     Mutation(
