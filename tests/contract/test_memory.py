@@ -18,7 +18,7 @@ from lightning_compress.tracking.history import LayerHistory
 
 from .modules import Classifier, fit
 
-FIRST, LAST = 600, 1600
+WARM, FIRST, LAST = 500, 600, 1600
 SELDOM = (LAST - FIRST) // 10
 """What grows, grows with the steps; less than once in ten are phases of a technique."""
 
@@ -46,6 +46,7 @@ CELLS = [
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*paraphraser random")
 @pytest.mark.parametrize(("name", "title", "most"), CELLS)
 def test_the_peak_of_a_step(name, title, most, tmp_path, monkeypatch):
     """The count of allocations is exact, so a ratio that is beyond is a copy too many."""
@@ -60,13 +61,13 @@ def test_every_callback_is_measured():
 
 
 class Sizes(L.Callback):
-    """All that could grow, at two steps."""
+    """All that could grow, at two steps; and once before, since the first look itself leaves something."""
 
     def __init__(self, watched):
         self.watched, self.seen = watched, {}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step in (FIRST, LAST) and trainer.global_step not in self.seen:
+        if trainer.global_step in (WARM, FIRST, LAST) and trainer.global_step not in self.seen:
             self.seen[trainer.global_step] = sizes(trainer, pl_module, self.watched)
 
 
@@ -114,7 +115,7 @@ def entries(values, seen):
 def test_nothing_grows_over_a_thousand_steps(case, tmp_path):
     callback = case.build(tmp_path, Classifier)
     watch = Sizes([callback])
-    fit(Classifier, callback, watch, max_epochs=-1, max_steps=LAST + 1, check_val_every_n_epoch=100)
+    fit(Classifier, callback, watch, max_epochs=-1, max_steps=LAST + 1, check_val_every_n_epoch=25)
     first, last = watch.seen[FIRST], watch.seen[LAST]
     growth = {key: last[key] - first[key] for key in first}
     assert growth["hooks"] == 0
