@@ -48,7 +48,8 @@ def test_a_module_trains_the_same_twice(name):
     trainer = fit(STRANGERS[name], again)
     assert trainer.global_step == STEPS
     assert largest_difference(plain(name), again) == 0
-    assert largest_difference(STRANGERS[name].made(), again) > 0
+    untrained = dict(STRANGERS[name].made().named_parameters())  # without what is made when a fit starts
+    assert any(not untrained[key].equal(own) for key, own in again.named_parameters() if key in untrained)
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
