@@ -8,6 +8,7 @@ installed after it, with ``--no-deps``.
 from __future__ import annotations
 
 import functools
+import gc
 import re
 from typing import Any
 
@@ -31,6 +32,8 @@ def at_home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "wikitext-2.txt").write_text("a b c\n" * 100)
+    yield
+    gc.collect()  # networks and Trainers hold each other, and some are large
 
 
 @functools.lru_cache(maxsize=2)
