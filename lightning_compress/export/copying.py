@@ -37,9 +37,9 @@ def independent_copy(module: ModuleT) -> ModuleT:
     """Copy a module so that running, training or exporting the copy leaves the original alone.
 
     Differences from ``copy.deepcopy``: attributes that are non-leaf tensors are detached instead of being refused;
-    datasets, loaders, datamodules and trainers are shared, not copied, but for those that hold the module itself, which
-    refer to the copy then; hooks and step wrappers that this package put
-    on the original are absent; nothing in the copy is compiled, because compiled code stays bound to the original.
+    datasets, loaders, datamodules and trainers are shared, not copied (those that hold parts of the module: a shallow
+    copy, which holds their copies); hooks and step wrappers that this package put on the original are absent; nothing
+    in the copy is compiled, because compiled code stays bound to the original.
 
     Args:
         module: Any module. A LightningModule may be attached to a Trainer; its copy is not.

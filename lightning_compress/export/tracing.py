@@ -171,7 +171,7 @@ def _explain(name: str, error: BaseException, dynamic_batch: bool) -> str:
         if any("specialized integer" in str(link) for link in chain):
             return (
                 f"{name} cannot be exported because of a number that Python takes from a tensor, used{where}; a file "
-                "holds operations on tensors only: compute the number from shapes, without .item() and .tolist()"
+                "holds operations on tensors only: compute the number from shapes, without .item(), .tolist() and int()"
             )
         return (
             f"{name} cannot be exported because of a data-dependent branch{where}; a file holds one branch only: "
@@ -181,7 +181,7 @@ def _explain(name: str, error: BaseException, dynamic_batch: bool) -> str:
     reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     hint = f"; {FIXED_HINT}" if dynamic_batch and "batch" in str(chain[-1]) else ""
     where = (
-        f" (at {place})" if place else "; torch's exporter fails there: name a part of the network that does without"
+        f" (at {place})" if place else "; it fails in torch's exporter: name a part of the network that does without"
     )
     return f"{name} cannot be exported: {reason}{where}{hint}"
 

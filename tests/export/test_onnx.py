@@ -448,8 +448,8 @@ def test_a_network_at_whose_values_only_torch_looks_is_exported(kind, tmp_path):
 def test_what_fails_in_the_exporter_itself_says_what_else_to_do():
     message = tracing_module._explain("Net", RuntimeError("no operation for clamp"), dynamic_batch=False)
     assert message == (
-        "Net cannot be exported: no operation for clamp; torch's exporter fails there: name a part of the network that "
-        "does without"
+        "Net cannot be exported: no operation for clamp; it fails in torch's exporter: name a part of the network "
+        "that does without"
     )
 
 
@@ -459,7 +459,9 @@ def test_a_number_that_python_takes_from_a_tensor_is_named(tmp_path):
             dimensions = torch.arange(1, x.ndim).tolist()
             return x.mean(dim=dimensions)
 
-    with pytest.raises(ExportError, match=r"a number that Python takes from a tensor.*\.item\(\) and \.tolist\(\)"):
+    with pytest.raises(
+        ExportError, match=r"a number that Python takes from a tensor.*\.item\(\), \.tolist\(\) and int\(\)"
+    ):
         to_onnx(Number(), tmp_path / "n.onnx", torch.ones(2, 3))
 
 

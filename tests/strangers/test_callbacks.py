@@ -8,6 +8,7 @@ installed after it, with ``--no-deps``.
 from __future__ import annotations
 
 import functools
+import gc
 import re
 from typing import Any
 
@@ -31,6 +32,8 @@ def at_home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "wikitext-2.txt").write_text("a b c\n" * 100)
+    yield
+    gc.collect()  # networks and Trainers hold each other, and some are large
 
 
 @functools.lru_cache(maxsize=2)
@@ -48,7 +51,8 @@ def test_a_module_trains_the_same_twice(name):
     trainer = fit(STRANGERS[name], again)
     assert trainer.global_step == STEPS
     assert largest_difference(plain(name), again) == 0
-    assert largest_difference(STRANGERS[name].made(), again) > 0
+    untrained = dict(STRANGERS[name].made().named_parameters())  # without what is made when a fit starts
+    assert any(not untrained[key].equal(own) for key, own in again.named_parameters() if key in untrained)
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
