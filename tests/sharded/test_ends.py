@@ -18,22 +18,14 @@ BF16 = "ends:exported:bf16 policy"
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
-    return in_ranks(tmp_path_factory.mktemp("first"), "ends:exported")
-
-
-@pytest.fixture(scope="module")
-def further(tmp_path_factory):
-    names = [name for name in ROWS if name != "ends:exported"]
-    return in_ranks(tmp_path_factory.mktemp("further"), *names, BF16, "ends:failing", "ends:full_disk")
+def found(tmp_path_factory):
+    return in_ranks(tmp_path_factory.mktemp("ends"), *ROWS, BF16, "ends:failing", "ends:full_disk")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.sample if name == "ends:exported" else []) for name in ROWS]
-)
-def test_rank_zero_measures_and_writes_what_one_process_does(request, name, tmp_path):
-    ranks = request.getfixturevalue("first" if name == "ends:exported" else "further")[name]
+@pytest.mark.parametrize("name", ROWS)
+def test_rank_zero_measures_and_writes_what_one_process_does(found, name, tmp_path):
+    ranks = found[name]
     assert [rank.get("error") for rank in ranks] == [None, None]
     reference = alone(name, tmp_path)
     assert farthest(ranks[0]["state_dict"], reference["state_dict"]) <= TOLERANCE
@@ -55,30 +47,30 @@ def test_rank_zero_measures_and_writes_what_one_process_does(request, name, tmp_
 
 
 @pytest.mark.slow
-def test_a_report_leaves_the_module_sharded(further):
-    for rank in further["ends:reported"]:
+def test_a_report_leaves_the_module_sharded(found):
+    for rank in found["ends:reported"]:
         assert rank["kinds"] == ["FSDPConv2d", "FSDPImages", "FSDPLinear", "Imaging"]
         assert "configure_model" not in rank["attributes"]
 
 
 @pytest.mark.slow
-def test_under_a_policy_the_file_holds_the_weights_in_full_precision(further):
-    found = further[BF16][0]
-    assert found["bytes"] == further["ends:ended"][0]["bytes"]
-    assert found["in_file"] == pytest.approx(found["in_module"], abs=1e-6)
+def test_under_a_policy_the_file_holds_the_weights_in_full_precision(found):
+    written = found[BF16][0]
+    assert written["bytes"] == found["ends:ended"][0]["bytes"]
+    assert written["in_file"] == pytest.approx(written["in_module"], abs=1e-6)
     record("sharded", "ExportCallback + CompressionReport", "bf16 policy", "works", "the file holds fp32 weights")
 
 
 @pytest.mark.slow
-def test_what_cannot_be_copied_is_told_before_the_first_step_on_all_ranks(further):
-    first, second = further["ends:failing"]
+def test_what_cannot_be_copied_is_told_before_the_first_step_on_all_ranks(found):
+    first, second = found["ends:failing"]
     assert first["error"].startswith("ExportError: Imaging cannot be copied because of its attribute 'lock'")
     assert second["error"].startswith("RuntimeError: rank 0 failed: ExportError: Imaging cannot be copied")
     record("sharded", "CompressionReport", "a module that cannot be copied", "refused", "cannot be copied because of")
 
 
 @pytest.mark.slow
-def test_a_failing_end_of_fit_ends_all_ranks(further):
-    first, second = further["ends:full_disk"]
+def test_a_failing_end_of_fit_ends_all_ranks(found):
+    first, second = found["ends:full_disk"]
     assert first["error"] == "OSError: no room"
     assert second["error"] == "RuntimeError: rank 0 failed: OSError: no room"
