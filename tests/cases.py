@@ -135,11 +135,10 @@ NEEDING_STEPS = (
 REFUSED: dict[str, dict[str, str]] = {
     "manual": {
         **dict.fromkeys(NEEDING_STEPS, "optimises manually: let it inherit lightning_compress.CompressionMixin"),
-        "DCILCallback": "runs the step twice, and ManualClassifier optimises manually",
         "StructuredPruningCallback": "replays training steps, and ManualClassifier optimises manually",
     },
     "two optimizers": {
-        "DCILCallback": "runs the step twice, and TwoOptimizers optimises manually",
+        "DCILCallback": "with several optimizers the layer that is called last may be that of another network",
         "StructuredPruningCallback": "replays training steps, and TwoOptimizers optimises manually",
     },
     "LBFGS": {
@@ -149,13 +148,15 @@ REFUSED: dict[str, dict[str, str]] = {
         "StructuredPruningCallback": "cannot take entries out of the state of LBFGS",
     },
     "compiled module": {"StructuredPruningCallback": "cannot look into .*, which is compiled as a whole"},
-    "fast_dev_run": {"StructuredPruningCallback": "end=0.5 leaves no step after the last round"},
+    "fast_dev_run": {"^StructuredPruningCallback$": "end=0.5 leaves no step after the last round"},
+    "no validation": {"ExportCallback": "metric='val_loss' is measured in validation, and .* has none here"},
     "unsized": dict.fromkeys((*MASKING, "QATCallback", "StructuredPruningCallback"), NO_END),
     "max_time alone": dict.fromkeys((*MASKING, "QATCallback", "StructuredPruningCallback"), NO_END),
     "spawn": {"StructuredPruningCallback": "cannot bring a smaller network back from processes that"},
 }
 """Cells of the reliability matrix that must be refused, before anything of the module has changed: condition, class,
-and what the error says. All the others must equal their reference."""
+and what the error says. A class stands for the rows that it is a member of; with ``^`` and ``$``, for its own row alone.
+All other cells must equal their reference."""
 
 RANK_ZERO = "calibrates on the batches of rank 0"
 WITHIN: dict[str, dict[str, tuple[float, str]]] = {

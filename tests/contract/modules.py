@@ -236,7 +236,7 @@ class TwoOptimizers(MixinClassifier):
         both = self.optimizers()
         for optimizer in both:
             optimizer.zero_grad()
-        self.manual_backward(self.total(Classifier.training_step(self, batch, batch_idx)))
+        self.manual_backward(self.compressed_loss(lambda: Classifier.training_step(self, batch, batch_idx)))
         for optimizer in both:
             optimizer.step()
 
