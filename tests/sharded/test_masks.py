@@ -47,7 +47,7 @@ NARROWED = ("dpf", "dcil", "dcil own")
 ACTED = list(itertools.product(ACTIONS, EXACT[:2]))
 
 
-def launched(tmp_path_factory, name, names, seconds=300):
+def launched(tmp_path_factory, name, names):
     return in_ranks(tmp_path_factory.mktemp(name), *names, seconds=seconds)
 
 
@@ -122,7 +122,7 @@ def test_a_fit_after_a_plain_one_and_after_its_own_goes_on_from_the_dense_weight
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     names = [f"masks:saved:{callback}:{kind}" for callback, kind in SAVED]
-    return folder, in_ranks(folder, *names, seconds=300)
+    return folder, in_ranks(folder, *names)
 
 
 def read(path, kind):

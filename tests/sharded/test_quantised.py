@@ -40,7 +40,7 @@ def further(tmp_path_factory):
     names += [f"quantised:saved:{size}:{kind}" for size, kind in SAVED]
     names += [f"quantised:refused:{what}" for what in REFUSED]
     names += [f"quantised:fitted:{size}:bf16 policy" for size in SIZES]
-    return in_ranks(tmp_path_factory.mktemp("further"), *names, seconds=300)
+    return in_ranks(tmp_path_factory.mktemp("further"), *names)
 
 
 def equal_one_process(ranks, name, folder, kind):
