@@ -155,7 +155,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "spawn": {"StructuredPruningCallback": "cannot bring a smaller network back from processes that"},
 }
 """Cells of the reliability matrix that must be refused, before anything of the module has changed: condition, class,
-and what the error says. A class stands for the rows that it is a member of; with ``^`` and ``$``, for its own row alone.
+and what the error says. A class stands for all rows that it is a member of; with ``^`` and ``$``, for its own alone.
 All other cells must equal their reference."""
 
 RANK_ZERO = "calibrates on the batches of rank 0"

@@ -34,7 +34,7 @@ SHORT = {
 """Headings, in the order of the rows of ``cases.py``."""
 NOT_RUN = "not run"
 BRIEF = 12
-"""A detail of so many characters stands in its cell, a longer one below the table."""
+"""A detail of so many characters stands in its cell; a longer one, and what a refusal says, below the table."""
 
 INTRODUCTION = """# Reliability
 
@@ -102,7 +102,9 @@ def cell(record: Record | None, notes: Notes) -> str:
         figure, _, remark = remark.removeprefix("within ").partition(": ")
     parts = [figure.replace("e-0", "e-") or record.outcome]
     if remark:
-        parts.append(_plain(remark) if len(remark) <= BRIEF else notes.mark(remark))
+        parts.append(
+            notes.mark(remark) if len(remark) > BRIEF or record.outcome == "refused" or figure else _plain(remark)
+        )
     return " ".join(parts)
 
 
@@ -199,7 +201,7 @@ def shown(text: str) -> dict[tuple[str, str], str]:
     part = text.split("## Circumstances")[1].split("What each has to equal")[0]
     cells, across = {}, []
     for line in re.findall(r"^\|(.*)\|$", part, flags=re.MULTILINE):
-        first, *others = (entry.strip() for entry in line.split("|"))
+        first, *others = (entry.strip() for entry in re.split(r"(?<!\\)\|", line))
         if not first:
             across = others
         elif not first.startswith("---"):

@@ -1,0 +1,57 @@
+"""The pages of what was tried say what the records say, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import reliability
+from contract.conditions import CONDITIONS
+from records import Record, record, records
+
+KD, BOTH = "DistillationCallback", "DistillationCallback + DCILCallback"
+FIRST, SECOND = (condition.title for condition in CONDITIONS[:2])
+FOUND = [
+    Record("matrix", KD, FIRST, "exact"),
+    Record("matrix", KD, SECOND, "exact", "within 1e-06"),
+    Record("matrix", "PTQCallback", SECOND, "exact", "within 0.001: rank 0 alone"),
+    Record("matrix", BOTH, FIRST, "refused", "'a' | <b>\nno"),
+    Record("memory", KD, "peak", "works", "1.25"),
+    Record("strangers", KD, "lightly: Sim (images)", "works"),
+    Record("strangers", "PTQCallback", "lightly: Sim (images)", "refused", "of no use"),
+]
+
+
+def test_each_cell_says_what_was_recorded():
+    page = reliability.page(FOUND)
+    cells = reliability.shown(page)
+    assert len(cells) == 3 * len(CONDITIONS)
+    assert (cells[FIRST, "KD"], cells[SECOND, "KD"], cells[SECOND, "PTQ"]) == ("exact", "1e-6", "0.001 (1)")
+    assert (cells[FIRST, "PTQ"], cells[FIRST, "KD + DCIL"]) == ("not run", "refused (1)")
+    assert "- (1) rank 0 alone\n" in page
+    assert r"- (1) 'a' \| \<b\> no" in page
+    told = "1 exact, 1 exact but for sums in another order, 1 different by what their notes say, 1 refused as planned."
+    assert f"4 cells were run: {told}" in page
+    assert "## Memory\n\n1 cells were run: 1 work.\n\n|  | peak |\n|---|---|\n| KD | works 1.25 |" in page
+    assert "lightly" not in page
+
+
+def test_other_peoples_modules_have_a_page_of_their_own():
+    page = reliability.compatibility(FOUND, "lightly==1.6.0  # of images\npytest>=8.2\n")
+    assert "|  | KD | PTQ |\n|---|---|---|\n| lightly: Sim (images) | works | refused (1) |" in page
+    assert page.endswith("Versions: lightly==1.6.0.\n")
+
+
+def test_the_command_writes_both_pages(tmp_path, monkeypatch, capsys):
+    folder, page, other = tmp_path / "records", tmp_path / "page.md", tmp_path / "other.md"
+    monkeypatch.setattr(sys, "argv", ["reliability", str(folder), "--page", str(page)])
+    with pytest.raises(SystemExit):
+        reliability.main()
+    assert f"{folder} holds no records" in capsys.readouterr().err
+    monkeypatch.setenv("COMPRESS_RECORDS", str(folder))
+    for own in FOUND:
+        record(own.table, own.row, own.column, own.outcome, own.detail)
+    monkeypatch.setattr(sys, "argv", ["reliability", str(folder), "--page", str(page), "--compatibility", str(other)])
+    reliability.main()
+    assert page.read_text() == reliability.page(records(folder))
+    assert "lightly: Sim" in other.read_text()
