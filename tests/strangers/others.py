@@ -240,7 +240,7 @@ STRANGERS = (
         arguments=arguments(
             regression=True,
             DCILCallback={"exclude": ["model.masker.mask_net.1"]},
-            StructuredPruningCallback={"layers": ["model.masker.TCN.0.shared_block"]},
+            StructuredPruningCallback={"exclude": ["model.masker.bottleneck.1"]},
         ),
         refuses={
             "ExportCallback": r"ConvTasNet cannot be exported because of a number that Python takes from a tensor"

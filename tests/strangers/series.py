@@ -254,7 +254,7 @@ STRANGERS = (
         arguments=arguments(
             regression=True,
             linear=True,
-            StructuredPruningCallback={"exclude": ["stacks.1.blocks.0.fc_stack.1"]},
+            StructuredPruningCallback={"exclude": ["*.backcast_g"]},
         ),
         refuses=WITHOUT_MAPS,
         lightning="pytorch_lightning",
