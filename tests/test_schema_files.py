@@ -61,7 +61,7 @@ def test_a_newer_state_is_refused_by_name(case, tmp_path):
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_an_old_paraphraser(folder, tmp_path):
     path = folder / "paraphraser.pt"
-    callback = FactorTransferCallback(teacher_for(Classifier), paraphraser=path)
+    callback = FactorTransferCallback(teacher_for(Classifier), weight=3.0, paraphraser=path)
     module = made(Classifier)
     trainer(callback, max_steps=1).fit(module, loader())
     callback.save_paraphraser(tmp_path / "again.pt")

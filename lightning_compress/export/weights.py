@@ -26,7 +26,7 @@ def plain_state_dict(checkpoint_path: str | os.PathLike[str]) -> dict[str, Tenso
         ValueError: If the file is not a Lightning checkpoint, or cannot be read without unpickling arbitrary objects.
 
     Example:
-        >>> import os, tempfile
+        >>> import os, tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = os.path.join(folder, "last.ckpt")
         ...     torch.save({"state_dict": torch.nn.Linear(2, 1).state_dict(), "epoch": 3}, path)

@@ -168,7 +168,7 @@ def teacher_from_checkpoint(
         FileNotFoundError: If there is no such file.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     torch.save(nn.Linear(2, 1).state_dict(), f"{folder}/weights.pt")
         ...     teacher_from_checkpoint(

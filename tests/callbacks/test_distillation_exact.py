@@ -24,6 +24,7 @@ from contract.modules import (
     scaled,
     teacher_for,
     trainer,
+    with_schedule,
 )
 from torch.nn import functional as F
 
@@ -409,7 +410,7 @@ def test_trainer_and_module_of_either_package(namespace):
         def training_step(self, batch, batch_idx):
             return F.cross_entropy(self.model(batch[0]), batch[1])
 
-        configure_optimizers = Classifier.configure_optimizers
+        lr, optimise, configure_optimizers = Classifier.lr, staticmethod(with_schedule), Classifier.configure_optimizers
 
     module = Lit()
     fitting = package.Trainer(

@@ -106,12 +106,12 @@ class Classifier(L.LightningModule):
 
     as_dict = False
     norm = False
+    lr = 0.1
+    optimise: Callable[[Classifier], Any] = staticmethod(with_schedule)
 
     def __init__(self) -> None:
         super().__init__()
         self.build()
-        self.lr = 0.1
-        self.optimise: Callable[[Classifier], Any] = with_schedule
         self.fails_at: int | None = None
         self.failure: Callable[[], None] = broken
         self.fails_in_validation = False

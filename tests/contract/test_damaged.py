@@ -50,10 +50,10 @@ READERS = {
     "teacher_from_checkpoint": ("ckpt_path", lambda path, module: teacher_from_checkpoint(Classifier, path)),
     "load_shrunk": ("checkpoint_path", lambda path, module: load_shrunk(module, path)),
     "to_onnx": (
-        "checkpoint_path",
+        "checkpoint",
         lambda path, module: to_onnx(module, path.parent / "m.onnx", torch.zeros(2, 8), "int8", path),
     ),
-    "grids_from": ("checkpoint_path", grids_from),
+    "grids_from": ("grids_from", grids_from),
     "load_trained": ("checkpoint_path", lambda path, module: load_trained(["none.yaml"], str(path))),
     "paraphraser": (
         "paraphraser",
