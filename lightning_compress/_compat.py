@@ -247,7 +247,12 @@ def users_class(module: nn.Module) -> type:
 def fsdp_parameters(module: nn.Module) -> list[Any]:
     """What FSDP2 knows of each parameter below a module that it has split over processes."""
     states = [own._get_fsdp_state() for own in module.modules() if isinstance(own, FSDPModule)]
-    return [known for state in states for group in state._fsdp_param_groups for known in group.fsdp_params]
+    known: list[Any] = []
+    for state in states:  # which has one group before torch 2.14
+        several = hasattr(state, "_fsdp_param_groups")
+        groups = state._fsdp_param_groups if several else filter(None, [state._fsdp_param_group])
+        known += [own for group in groups for own in group.fsdp_params]
+    return known
 
 
 def gathered_parameter(known: Any) -> torch.Tensor | None:
@@ -268,6 +273,8 @@ def fsdp_names(module: nn.Module) -> dict[str, Any]:
 
 def why_not_gathered_as(known: Any) -> str | None:
     """Why another tensor cannot be gathered in the place of a parameter, of which FSDP2 knows this; None if it can."""
+    if hasattr(known._sharded_local_tensor, "fsdp_pre_all_gather"):
+        return "is gathered in a way of its own, as quantised tensors are"
     if known.offload_to_cpu:
         return "is offloaded to the CPU between steps (offload_policy=)"
     smaller = known.post_forward_mesh_info

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from lightning_compress.mechanisms.losses import loss_of
 from lightning_compress.mechanisms.step import find_controller
 
 
@@ -42,7 +43,7 @@ class CompressionMixin:
             The loss to give to ``manual_backward``; ``task_loss`` itself where no callback is attached.
 
         Raises:
-            TypeError: If the class is not a module, or ``callbacks`` is one name.
+            TypeError: If the class is not a module, ``task_loss`` is no loss, or ``callbacks`` is one name.
             ValueError: If ``callbacks`` has a name of nobody who adds to a loss.
             CaptureError: If a student was called several times for the loss, or it is not said which terms belong to
                 it; a ``RuntimeError``.
@@ -53,5 +54,5 @@ class CompressionMixin:
             raise TypeError(f"CompressionMixin is for LightningModules; {type(self).__name__} is no torch.nn.Module")
         controller = find_controller(self)
         if controller is None:
-            return task_loss if isinstance(task_loss, Tensor) else task_loss()
+            return loss_of(task_loss)
         return controller.compressed_loss(task_loss, callbacks)

@@ -17,6 +17,8 @@ import torch
 import torchmetrics
 from jsonargparse import ArgumentParser
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_compress import _compat
@@ -1003,3 +1005,57 @@ def test_a_failing_launch_is_noticed_before_any_hook():
     with pytest.raises(AttributeError, match="cluster_environment"):
         strategy.launcher.launch(print)
     assert happened == ["noticed"]
+
+
+def test_what_fsdp2_puts_on_a_module_is_found_and_put_back():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        layer = nn.Linear(2, 2)
+        handle = layer.register_forward_hook(lambda *_: None)
+        before = set(vars(layer))
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        assert isinstance(layer, FSDPModule)
+        assert type(layer).__module__.startswith(_compat.SHARDING)
+        hooks = dict(layer._forward_pre_hooks)
+        assert len(layer._forward_hooks) == 2
+        with _compat.without_sharding(layer):
+            assert type(layer) is nn.Linear
+            assert set(vars(layer)) == before
+            assert not layer._forward_pre_hooks
+            assert list(layer._forward_hooks) == [handle.id]
+        assert isinstance(layer, FSDPModule)
+        assert layer._forward_pre_hooks == hooks
+        assert len(layer._forward_hooks) == 2
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.sample
+def test_fsdp2_gathers_what_is_presented_of_a_shard():
+    """Where it keeps parameters and what it knows of them, and when it asks what is to be gathered."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        network = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh())
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        fully_shard(network, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+        assert _compat.users_class(network) is nn.Sequential
+        [known] = _compat.fsdp_parameters(network)
+        weight = network[0].weight
+        assert _compat.fsdp_names(network) == {"0.weight": known}
+        assert (known.sharded_param is weight, _compat.why_not_gathered_as(known)) == (True, None)
+        assert (_compat.gathered_parameter(known), known.mp_policy.param_dtype) == (None, torch.bfloat16)
+        assert torch.equal(_compat.shard(weight), _compat.whole(weight))
+        x = torch.ones(1, 2, dtype=torch.bfloat16)
+        network(x)  # it has looked for what is to be presented, and found nothing
+        network.reshard()
+        with _compat.gathered_as(known, lambda shard: shard * 0) as shard:
+            assert shard is _compat.shard(weight)
+            assert not network(x).any()
+            assert _compat.gathered_parameter(known) is network[0].weight is not weight
+            network.reshard()
+            assert network[0].weight is weight
+        assert network(x).any()
+        assert vars(shard) == {}
+    finally:
+        torch.distributed.destroy_process_group()

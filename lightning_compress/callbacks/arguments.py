@@ -3,39 +3,63 @@
 from __future__ import annotations
 
 import inspect
-import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from lightning_compress.functional._checks import LARGEST
+from lightning_compress.functional._checks import check_at_least_zero as check_at_least_zero
+from lightning_compress.functional._checks import check_choice as check_choice
+from lightning_compress.functional._checks import check_flag as check_flag
+from lightning_compress.functional._checks import check_fraction as check_fraction
+from lightning_compress.functional._checks import check_name as check_name
+from lightning_compress.functional._checks import check_number as check_number
+from lightning_compress.functional._checks import check_path as check_path
+from lightning_compress.functional._checks import check_positive as check_positive
+from lightning_compress.functional._checks import check_whole as check_whole
+from lightning_compress.functional._checks import shown as shown
 from lightning_compress.functional.quantizers import check_bits
-from lightning_compress.mechanisms.selection import did_you_mean
+from lightning_compress.mechanisms.selection import check_selectors
 
 
-def check_choice(argument: str, value: Any, accepted: Sequence[str]) -> None:
-    """Refuse what is not one of the accepted words; the message names the nearest."""
-    if value not in accepted:
-        raise ValueError(
-            f"{argument} must be one of {', '.join(accepted)}, got {value!r}{did_you_mean(str(value), accepted)}"
+def is_auto(value: Any) -> bool:
+    """Whether it is the word "auto"; arrays and tensors, which compare entry by entry, are not."""
+    return isinstance(value, str) and value == "auto"
+
+
+def check_names(argument: str, value: Any) -> Any:
+    """Refuse what is neither a dotted name, a list of some, nor None."""
+    if value is None or isinstance(value, str):
+        return value
+    names = list(value) if isinstance(value, Sequence) and not isinstance(value, bytes) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"{argument} must be the dotted name of a module, a list of such names, or None, got {shown(value)}"
         )
+    return value
 
 
-def check_positive(argument: str, value: Any, accepted: str = "a positive number") -> None:
-    """Refuse what is no positive, finite number."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{argument} must be {accepted}, got {value!r}")
+def check_layers(layers: Any, exclude: Any) -> None:
+    """Refuse selectors that cannot select: no lists of strings, none at all, malformed expressions."""
+    for argument, value in (("layers", layers), ("exclude", exclude)):
+        if value is not None:
+            check_selectors(value, argument, empty=argument == "exclude")
 
 
-def check_whole(argument: str, value: Any, *, at_least: int) -> None:
-    """Refuse what is no whole number, or too small a one."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{argument} must be a whole number of at least {at_least}, got {value!r}")
+def check_locator(argument: str, value: Any) -> None:
+    """Refuse what is no place in the output of a network, or in a batch."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
+        raise TypeError(f"{argument} must be a key, the name of an attribute, an index, or None, got {shown(value)}")
 
 
-def check_flag(argument: str, value: Any) -> None:
-    """Refuse what is neither True nor False, such as "no"."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{argument} must be True or False, got {value!r}")
+def check_dimension(argument: str, value: Any) -> int | None:
+    """Refuse what is neither a whole number, which may be negative, nor None."""
+    return None if value is None else check_whole(argument, value, at_least=-LARGEST)
+
+
+def absolute_path(argument: str, value: Any) -> str | None:
+    """The place of a file, whatever the working directory will be; None stays None."""
+    return None if value is None else os.path.abspath(check_path(argument, value))
 
 
 EDGE_BITS, FEW_BITS = 8, 4
@@ -57,20 +81,23 @@ def edge_bits_of(edge_bits: int | Literal["auto"] | None, bits: int) -> int | No
     return EDGE_BITS if bits < FEW_BITS else None
 
 
-def check_edge_bits(edge_bits: Any) -> None:
+def check_edge_bits(edge_bits: Any) -> Any:
     """Refuse what is neither bits of a grid, "auto", nor None."""
-    if edge_bits is not None and edge_bits != "auto":
-        check_bits(edge_bits, "edge_bits, if neither 'auto' nor None,")
+    if edge_bits is None or is_auto(edge_bits):
+        return edge_bits
+    return check_bits(edge_bits, "edge_bits, if neither 'auto' nor None,")
 
 
-def check_layer_bits(layer_bits: Any) -> None:
+def check_layer_bits(layer_bits: Any) -> dict[str, int] | None:
     """Refuse what is neither None nor a mapping from selectors of layers to bits of a grid."""
     if layer_bits is None:
-        return
-    if not isinstance(layer_bits, Mapping) or not all(isinstance(selector, str) for selector in layer_bits):
-        raise TypeError(f"layer_bits must be a mapping from selectors of layers to bits, or None, got {layer_bits!r}")
-    for selector, bits in layer_bits.items():
-        check_bits(bits, f"layer_bits['{selector}']")
+        return None
+    if not isinstance(layer_bits, Mapping):
+        raise TypeError(
+            f"layer_bits must be a mapping from selectors of layers to bits, or None, got {shown(layer_bits)}"
+        )
+    check_selectors(list(layer_bits), "layer_bits", empty=True)
+    return {selector: check_bits(bits, f"layer_bits['{selector}']") for selector, bits in layer_bits.items()}
 
 
 def takes(function: Callable[..., Any], count: int) -> bool:
@@ -82,16 +109,3 @@ def takes(function: Callable[..., Any], count: int) -> bool:
     except ValueError:
         return True
     return True
-
-
-def check_fraction(
-    argument: str, value: Any, *, below_one: bool = False, above_zero: bool = False, or_auto: bool = False
-) -> None:
-    """Refuse what is no number from 0 to 1; or, if wanted, the ends. What the message says of "auto" is not checked."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value <= 1 or (below_one and value == 1) or (above_zero and value == 0):
-        meant = f"; did you mean {value / 100}?" if number and 1 < value < 100 else ""
-        accepted = (
-            f"a number in {'(' if above_zero else '['}0, 1{')' if below_one else ']'}{', or auto' if or_auto else ''}"
-        )
-        raise ValueError(f"{argument} must be {accepted}, got {value!r}{meant}")

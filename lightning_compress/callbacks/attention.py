@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress import functional as F
-from lightning_compress.callbacks.arguments import check_choice, check_positive, check_whole
+from lightning_compress.callbacks.arguments import check_choice, check_positive, check_whole, is_auto, shown
 from lightning_compress.callbacks.base import callbacks_of
 from lightning_compress.callbacks.features import FeatureCallback, Pair
 from lightning_compress.callbacks.intents import Intent
@@ -103,26 +103,21 @@ class AttentionTransferCallback(FeatureCallback):
         super().__init__(teacher, student=student, teacher_transform=teacher_transform, name=name)
         check_choice("map_kind", map_kind, get_args(MapKind))
         check_choice("mode", mode, get_args(Mode))
-        _check_pairs(pairs)
-        _check_weight(weight, strength, mode, map_kind)
-        check_positive("power", power)
+        self.pairs = _checked_pairs(pairs)
+        self.weight, self.strength = _checked_weight(weight, strength, mode, map_kind)
+        self.power = check_positive("power", power)
         if power != 2.0 and map_kind not in ("power", "max"):
             raise ValueError(f"power={power} has no effect with map_kind='{map_kind}': only 'power' and 'max' use it")
-        check_whole("drop_tokens", drop_tokens, at_least=0)
+        self.drop_tokens = check_whole("drop_tokens", drop_tokens, at_least=0)
         if pictures_every_n_epochs is not None:
-            check_whole("pictures_every_n_epochs", pictures_every_n_epochs, at_least=1)
-        if map_kind == "gradient" and (pairs != "auto" or drop_tokens or pictures_every_n_epochs):
+            pictures_every_n_epochs = check_whole("pictures_every_n_epochs", pictures_every_n_epochs, at_least=1)
+        if map_kind == "gradient" and (not is_auto(pairs) or drop_tokens or pictures_every_n_epochs):
             raise ValueError(
                 "pairs, drop_tokens and pictures_every_n_epochs have no effect with map_kind='gradient', which "
                 "compares no layers"
             )
-        self.pairs = pairs
         self.map_kind = map_kind
-        self.power = power
-        self.weight = weight
-        self.strength = strength
         self.mode = mode
-        self.drop_tokens = drop_tokens
         self.pictures_every_n_epochs = pictures_every_n_epochs
         self.teacher_goes_first = map_kind != "gradient"
         self._pictured: int | None = None  # the last epoch that has its picture
@@ -147,6 +142,12 @@ class AttentionTransferCallback(FeatureCallback):
     def choose(self, proposals: Sequence[tuple[Stage, Stage]]) -> Sequence[tuple[Stage, Stage]]:
         """All of them."""
         return proposals
+
+    def problem_with_shards(self) -> str | None:
+        """FSDP2 hooks into the backward pass; its gradients have no graph of their own."""
+        if self.map_kind == "gradient":
+            return "map_kind='gradient' differentiates twice; choose another map_kind, or use one device or DDP"
+        return super().problem_with_shards()
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse layers that do not exist, and steps that cannot be run with another network."""
@@ -333,9 +334,9 @@ def _positions(feature: Tensor) -> int:
     return feature.shape[1] if feature.ndim == 3 else feature.shape[2:].numel()
 
 
-def _check_pairs(pairs: Any) -> None:
-    if pairs == "auto":
-        return
+def _checked_pairs(pairs: Any) -> Any:
+    if is_auto(pairs):
+        return pairs
     if (
         not isinstance(pairs, Mapping)
         or not pairs
@@ -343,19 +344,21 @@ def _check_pairs(pairs: Any) -> None:
     ):
         raise ValueError(
             "pairs must be 'auto', or a dict from a layer inside the student to a layer inside the teacher, such as "
-            f"{{'layer3': 'layer4'}}; got {pairs!r}"
+            f"{{'layer3': 'layer4'}}; got {shown(pairs)}"
         )
+    return dict(pairs)
 
 
-def _check_weight(weight: Any, strength: Any, mode: str, map_kind: str) -> None:
-    if weight == "auto":
+def _checked_weight(weight: Any, strength: Any, mode: str, map_kind: str) -> tuple[float | Literal["auto"], float]:
+    strength = check_positive("strength", strength)
+    if is_auto(weight):
         if mode == "paper" or map_kind == "gradient":
             raise ValueError(
                 f"weight='auto' is the strength of mode 'code' on maps; with mode='{mode}' and map_kind='{map_kind}' "
                 "give a number"
             )
-    else:
-        check_positive("weight", weight, "'auto' or a positive number")
-        if strength != 1.0:
-            raise ValueError(f"strength={strength} has no effect with weight={weight}: multiply the weight by it")
-    check_positive("strength", strength)
+        return "auto", strength
+    weight = check_positive("weight", weight, "'auto' or a positive number")
+    if strength != 1.0:
+        raise ValueError(f"strength={strength} has no effect with weight={weight}: multiply the weight by it")
+    return weight, strength

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from lightning_compress import _compat
+from lightning_compress.callbacks.arguments import shown
 from lightning_compress.callbacks.intents import Intent, intents
 from lightning_compress.callbacks.returned import Returned, ReturnsResults
 from lightning_compress.export.copying import whole_copy
@@ -122,8 +123,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def __init__(self, *, name: str | None = None) -> None:
         super().__init__()
         if name is not None and (not isinstance(name, str) or not name or "/" in name):
-            raise ValueError(f"name must be a non-empty string without '/', got {name!r}")
-        self.name = self.default_name if name is None else name
+            raise ValueError(f"name must be a non-empty string without '/', got {shown(name)}")
+        self.name = self.default_name if name is None else str(name)
         self.effects: Counter[str] = Counter()
         self.student_capture: StudentCapture | None = None
         self.captured_sample: CapturedSample | None = None
@@ -256,6 +257,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work before anything happens."""
         if stage != "fit":
+            if self.quantises:  # it shows another network there
+                self._check_strategy(trainer.strategy)
             return
         if any(other is not self and other.name == self.name for other in callbacks_of(trainer)):
             raise ValueError(
@@ -334,7 +337,9 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         return None
 
     def leads(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the helpers take their step with an optimizer's: with several, with those that train the student."""
+        """Whether the helpers take their step with an optimizer's: of several, with those that train the student."""
+        if len(trainer.optimizers) < 2:
+            return True
         capture = self.student_capture
         names = () if capture is None or capture.names is None else capture.names
         trained = [own for name in names for own in find_module(pl_module, name, argument="student").parameters()]
@@ -523,6 +528,14 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         for kind in {"EarlyStopping", "ReduceLROnPlateau"}.intersection(forgotten):
             log.info("%s: %s begins to wait anew, with %s", self.name, kind, now)
 
+    def _refuse_manual_shards(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse manual optimisation of sharded weights: their gradients do not all come at one time."""
+        if shards(trainer) and not getattr(pl_module, "automatic_optimization", True):
+            raise ValueError(
+                f"with {type(trainer.strategy).__name__} {type(self).__name__} works where Lightning optimises, and "
+                f"{type(pl_module).__name__} optimises manually; use one device or DDP"
+            )
+
     def _tell_without_effect(self, owner: type, because: str, *arguments: str) -> None:
         """Warn of arguments of a class that are not its defaults, and have no effect."""
         usual = inspect.signature(owner).parameters
@@ -595,21 +608,28 @@ def whole(trainer: Any, pl_module: Any) -> Any:
 
     Args:
         trainer: The user's Trainer.
-        pl_module: The module; every rank has to give its shards.
+        pl_module: The module; every rank has to call, to give its shards.
 
     Returns:
-        On rank 0 the copy; on the others, and where nothing is sharded, the module itself.
+        On rank 0 the copy, attached to the Trainer; on the others, and where nothing is sharded, the module itself.
 
     Raises:
-        ExportError: If the module is sharded and cannot be copied.
+        ExportError: On rank 0, if the module is sharded and cannot be copied.
+        RuntimeError: Then on the others.
     """
     if not shards(trainer):
         return pl_module
-    copied = whole_copy(pl_module, wanted=trainer.is_global_zero)
-    if copied is None:
+    copies: list[Any] = []
+
+    def copy(trainer: Any, pl_module: Any) -> None:
+        copies.append(whole_copy(pl_module, wanted=trainer.is_global_zero))
+
+    with _compat.patient_group(trainer.world_size) as tell:
+        together(tell, copy, trainer, pl_module)
+    if copies[0] is None:
         return pl_module
-    _compat.attach_trainer_(copied, trainer)
-    return copied
+    _compat.attach_trainer_(copies[0], trainer)
+    return copies[0]
 
 
 def averaging(trainer: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -638,14 +658,14 @@ def run_end_of_fit(callbacks: list[CompressionCallback], trainer: Any, pl_module
         pl_module: The trained module.
     """
     unwritten: list[Exception] = []
-    shown = [pl_module]
+    shown = pl_module
     with _compat.patient_group(trainer.world_size) as tell:
         for stage in STAGES:
             if stage == WHOLE_STAGES[0] and any(own.needs_whole for own in callbacks):
-                together(tell, lambda trainer, module: shown.append(whole(trainer, module)), trainer, pl_module)
+                shown = whole(trainer, pl_module)
             for callback in callbacks:
                 unwritten += _unwritten(
-                    stage, functools.partial(together, tell, getattr(callback, stage)), trainer, shown[-1]
+                    stage, functools.partial(together, tell, getattr(callback, stage)), trainer, shown
                 )
     for further in unwritten[1:]:
         warnings.warn(f"one more file was not written: {further}", stacklevel=2)

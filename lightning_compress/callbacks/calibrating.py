@@ -13,7 +13,14 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_edge_bits, check_layer_bits, check_whole, edge_bits_of
+from lightning_compress.callbacks.arguments import (
+    check_edge_bits,
+    check_layer_bits,
+    check_layers,
+    check_name,
+    check_whole,
+    edge_bits_of,
+)
 from lightning_compress.callbacks.base import CompressionCallback, log, shards, together
 from lightning_compress.callbacks.intents import Aim, Intent, layers_of, left_out
 from lightning_compress.export.sample import defines
@@ -68,17 +75,15 @@ class CalibratingCallback(CompressionCallback):
         name: str | None,
     ) -> None:
         super().__init__(name=name)
-        check_bits(weight_bits, "weight_bits")
-        if activation_bits is not None:
-            check_bits(activation_bits, "activation_bits, if not None,")
-        check_edge_bits(edge_bits)
-        check_layer_bits(layer_bits)
-        if network is not None and not isinstance(network, str):
-            raise TypeError(f"network must be the dotted name of a module, or None, got {network!r}")
-        check_whole("max_samples", max_samples, at_least=1)
-        self.weight_bits, self.activation_bits, self.edge_bits = weight_bits, activation_bits, edge_bits
-        self.layer_bits = None if layer_bits is None else dict(layer_bits)
-        self.max_samples, self.network, self.layers, self.exclude = max_samples, network, layers, exclude
+        check_layers(layers, exclude)
+        self.weight_bits = check_bits(weight_bits, "weight_bits")
+        self.activation_bits = (
+            None if activation_bits is None else check_bits(activation_bits, "activation_bits, if not None,")
+        )
+        self.edge_bits, self.layer_bits = check_edge_bits(edge_bits), check_layer_bits(layer_bits)
+        self.max_samples = check_whole("max_samples", max_samples, at_least=1)
+        self.network = check_name("network", network)
+        self.layers, self.exclude = layers, exclude
         self._method = "validation_step"  # what is replayed
         self._nothing: list[str] = []  # activations that were 0 throughout
         self._trial: Grids | None = None  # of the first step

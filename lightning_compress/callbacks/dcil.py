@@ -22,7 +22,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress import _compat
 from lightning_compress import functional as F
-from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_positive
+from lightning_compress.callbacks.arguments import (
+    check_choice,
+    check_dimension,
+    check_fraction,
+    check_locator,
+    check_names,
+    check_positive,
+)
 from lightning_compress.callbacks.base import log
 from lightning_compress.callbacks.dynamic import DynamicMaskCallback
 from lightning_compress.callbacks.intents import Intent
@@ -36,7 +43,7 @@ from lightning_compress.mechanisms.masking import DenseWeight
 from lightning_compress.mechanisms.outputs import Locator, find_logits
 from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs
 from lightning_compress.mechanisms.passes import Pass, Term, View
-from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.selection import check_selectors, listing
 from lightning_compress.mechanisms.sharding import is_shard, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
@@ -140,15 +147,20 @@ class DCILCallback(DynamicMaskCallback):
             name=name,
         )
         check_choice("dense_path", dense_path, DENSE_PATHS)
-        check_fraction("kl_start", kl_start)
-        check_positive("temperature", temperature)
+        check_names("student", student)
+        check_names("classifier", classifier)
+        check_locator("output", output)
+        if norms is not None:
+            check_selectors(norms, "norms")
         if classifier is not None and dense_path != "own":
             raise ValueError(f"classifier={classifier!r} has no effect with dense_path='{dense_path}', only with 'own'")
         if norms is not None and dense_path == "shared":
             raise ValueError(f"norms={norms!r} has no effect with dense_path='shared'")
-        self.dense_path, self.kl_start, self.temperature = dense_path, kl_start, temperature
-        self.classifier, self.norms = classifier, norms
-        self.student, self.output, self.class_dim = student, output, class_dim
+        self.kl_start = check_fraction("kl_start", kl_start)
+        self.temperature = check_positive("temperature", temperature)
+        self.class_dim = check_dimension("class_dim", class_dim)
+        self.dense_path, self.classifier, self.norms = dense_path, classifier, norms
+        self.student, self.output = student, output
         self._own: OwnLayers | None = None
         self._another: Callable[[], AbstractContextManager[None]] | None = None
         self._called: Callable[[], list[LayerOutput]] | None = None  # the layers, while the classifier is looked for
@@ -341,7 +353,9 @@ class DCILCallback(DynamicMaskCallback):
 
     def leads(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> bool:
         """Whether it trains the layers of which the dense path has its own."""
-        return self._own is None or not self._own.layers or self._leader(self._own.layers) is optimizer
+        if len(trainer.optimizers) < 2 or self._own is None or not self._own.layers:
+            return True
+        return self._leader(self._own.layers) is optimizer
 
     def _leader(self, layers: Mapping[str, nn.Module]) -> torch.optim.Optimizer:
         """The optimizer that the dense path's own layers follow: the one that trains those which they are copies of."""

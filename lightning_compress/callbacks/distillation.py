@@ -7,7 +7,6 @@ values of ``loss_kind``.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,7 +16,14 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lightning_compress import functional as F
-from lightning_compress.callbacks.arguments import check_choice
+from lightning_compress.callbacks.arguments import (
+    check_at_least_zero,
+    check_choice,
+    check_dimension,
+    check_locator,
+    check_positive,
+    shown,
+)
 from lightning_compress.callbacks.base import log
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.teaching import TeacherCallback
@@ -87,24 +93,26 @@ class DistillationCallback(TeacherCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(teacher, student=student, teacher_transform=teacher_transform, name=name)
-        _check_weights(task_weight, kd_weight, temperature)
         check_choice("loss_kind", loss_kind, get_args(LossKind))
+        check_locator("output", output)
+        check_locator("labels", labels)
         if labels is not None and ignore_index is None and loss_kind != "dkd":
             raise ValueError(f"labels={labels!r} has no effect: only ignore_index and loss_kind='dkd' look at labels")
-        if class_dim is not None and (loss_kind in PER_ELEMENT or not isinstance(class_dim, int)):
+        if class_dim is not None and loss_kind in PER_ELEMENT:
             raise ValueError(
-                f"class_dim must be a whole number, and is for losses over classes only; got {class_dim!r} with "
-                f"loss_kind={loss_kind!r}"
+                f"class_dim is for losses over classes only; got {shown(class_dim)} with loss_kind={loss_kind!r}"
             )
-        if ignore_index is not None and not isinstance(ignore_index, int):
-            raise ValueError(f"ignore_index must be a whole number, got {ignore_index!r}")
         self.output = output
-        self.temperature = temperature
-        self.task_weight = task_weight
-        self.kd_weight = kd_weight
+        self.temperature = check_positive("temperature", temperature)
+        self.task_weight = check_at_least_zero("task_weight", task_weight)
+        self.kd_weight = check_at_least_zero("kd_weight", kd_weight)
+        if task_weight == 0 and kd_weight == 0:
+            raise ValueError("task_weight and kd_weight are both 0, so nothing would be learned; one must be positive")
+        if kd_weight == 0:
+            warnings.warn("kd_weight is 0: the teacher is measured but not learned from", stacklevel=2)
         self.loss_kind = loss_kind
-        self.class_dim = class_dim
-        self.ignore_index = ignore_index
+        self.class_dim = check_dimension("class_dim", class_dim)
+        self.ignore_index = check_dimension("ignore_index", ignore_index)
         self.labels = labels
         self._kind: str | None = None
 
@@ -149,9 +157,9 @@ class DistillationCallback(TeacherCallback):
         teacher = find_logits(self._shared_teacher()(call), self.output, owner="teacher")
         if student.shape != teacher.shape:
             raise ValueError(
-                f"the teacher's logits have shape {tuple(teacher.shape)} and the student's {tuple(student.shape)}; "
-                "they must be equal: another number of classes, another resolution (teacher_transform), or another "
-                "part of the output (output)?"
+                f"the teacher's logits have shape {tuple(teacher.shape)} and those of the student "
+                f"'{self._student_name()}' {tuple(student.shape)}; they must be equal: another number of classes, "
+                "another resolution (teacher_transform), another part of the output (output), or another student?"
             )
         return student, teacher
 
@@ -226,15 +234,3 @@ class DistillationCallback(TeacherCallback):
         if self._kind != "mse":
             agreement = F.teacher_agreement(student.detach(), teacher, class_dim=self._dimension(student), mask=mask)
             self.log_quantity("agreement", agreement, batch_size=positions, validation=validation)
-
-
-def _check_weights(task_weight: float, kd_weight: float, temperature: float) -> None:
-    for argument, value in (("task_weight", task_weight), ("kd_weight", kd_weight)):
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"{argument} must be a number of at least 0, got {value!r}")
-    if task_weight == 0 and kd_weight == 0:
-        raise ValueError("task_weight and kd_weight are both 0, so nothing would be learned; one must be positive")
-    if not isinstance(temperature, (int, float)) or not math.isfinite(temperature) or temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature!r}")
-    if kd_weight == 0:
-        warnings.warn("kd_weight is 0: the teacher is measured but not learned from", stacklevel=3)

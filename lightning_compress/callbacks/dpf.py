@@ -94,7 +94,7 @@ class DPFCallback(DynamicMaskCallback):
         )
         check_choice("dead_filters", dead_filters, DEAD_FILTERS)
         if freeze_at is not None:
-            check_fraction("freeze_at", freeze_at)
+            freeze_at = check_fraction("freeze_at", freeze_at)
             if freeze_at < end:
                 raise ValueError(
                     f"freeze_at must be at least end, where the sparsity is reached, got freeze_at={freeze_at} and "

@@ -58,8 +58,7 @@ class DynamicMaskCallback(MaskCallback):
         **settings: Any,
     ) -> None:
         super().__init__(sparsity, **settings)
-        check_flag("reestimated_validation", reestimated_validation)
-        self.reestimated_validation = reestimated_validation
+        self.reestimated_validation = check_flag("reestimated_validation", reestimated_validation)
         self._validated = False
 
     @property

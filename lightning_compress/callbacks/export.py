@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import warnings
@@ -10,16 +9,22 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_flag
-from lightning_compress.callbacks.base import CapturedSample, CompressionCallback, callbacks_of, log
+from lightning_compress.callbacks.arguments import (
+    absolute_path,
+    check_at_least_zero,
+    check_flag,
+    check_name,
+    check_path,
+)
+from lightning_compress.callbacks.base import CapturedSample, CompressionCallback, callbacks_of, log, shards, whole
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import Choices, evaluate, evaluate_forward, evaluate_quantized, has_validation
-from lightning_compress.export.onnx import ExportResult, checked_path, checked_precision, path_text, write_onnx
+from lightning_compress.export.onnx import ExportResult, checked_path, checked_precision, write_onnx
 from lightning_compress.export.runtime import require_onnx
-from lightning_compress.export.sample import Sample, check_sample
-from lightning_compress.export.scales import HOW, Scales
+from lightning_compress.export.sample import Sample, check_sample, check_sample_type
+from lightning_compress.export.scales import HOW, Scales, given_steps
 from lightning_compress.functional.quantizers import MOST_BITS
 from lightning_compress.mechanisms.replay import replay
 from lightning_compress.mechanisms.selection import did_you_mean
@@ -94,22 +99,18 @@ class ExportCallback(CompressionCallback):
     ) -> None:
         super().__init__(name=name)
         checked_precision(precision)
-        number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
-        if tolerance is not None and (not number or not 0 <= tolerance < math.inf):
-            raise ValueError(f"tolerance must be a number of at least 0, got {tolerance!r}")
-        if metric is not None and not isinstance(metric, str):
-            raise TypeError(f"metric must be the name of a metric, got {metric!r}")
+        self.tolerance = None if tolerance is None else check_at_least_zero("tolerance", tolerance)
+        self.metric = check_name("metric", metric, what="the name of a metric", may_be_empty=False)
         if tolerance is not None and metric is None:
             raise ValueError(f"tolerance={tolerance} says how far a metric may move, but metric is not given")
-        self.path = os.path.abspath(path_text(path))
+        self.path = os.path.abspath(check_path("path", path))
         self.precision = precision
-        self.metric = metric
-        self.tolerance = tolerance
-        self.sample = os.path.abspath(sample) if isinstance(sample, (str, os.PathLike)) else sample
-        self.network = network
-        check_flag("dynamic_batch", dynamic_batch)
-        check_flag("fp32_comparison", fp32_comparison)
-        self.dynamic_batch, self.fp32_comparison = dynamic_batch, fp32_comparison
+        if sample is not None:
+            check_sample_type(sample)
+        self.sample = absolute_path("sample", sample) if isinstance(sample, (str, os.PathLike)) else sample
+        self.network = check_name("network", network)
+        self.dynamic_batch = check_flag("dynamic_batch", dynamic_batch)
+        self.fp32_comparison = check_flag("fp32_comparison", fp32_comparison)
         self.module_metrics, self.file_metrics = {}, {}
         self.trial_bytes: int | None = None
         """Of the file that was tried in the first step."""
@@ -145,6 +146,10 @@ class ExportCallback(CompressionCallback):
                 "needs a validation_step, validation data and limit_val_batches above 0"
             )
 
+    def problem_with_shards(self) -> str | None:
+        """None: rank 0 exports a copy that is not sharded."""
+        return None
+
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Record what the network receives."""
         self.result, self.trial_bytes = None, None
@@ -155,14 +160,16 @@ class ExportCallback(CompressionCallback):
         """After the first step, export once into a temporary folder: what cannot be written is not trained for."""
         names = self.student_capture.names if self.student_capture is not None else None
         self._refuse_chain(names if self.network is None else None)
+        scales = self._trial_scales(trainer) if trainer.is_global_zero or shards(trainer) else None
+        module = whole(trainer, pl_module)
         if trainer.is_global_zero:
             with (
                 tempfile.TemporaryDirectory() as folder,
                 sign(trainer, f"Trying to export {os.path.basename(self.path)}"),
             ):
-                path, scales = os.path.join(folder, "trial.onnx"), self._trial_scales(trainer)
-                self.trial_bytes = self._written(pl_module, path, self.precision, scales).bytes
-                if self.planning and count_nonzeros(pl_module) < SPARSE * count_parameters(pl_module):
+                path = os.path.join(folder, "trial.onnx")
+                self.trial_bytes = self._written(module, path, self.precision, scales).bytes
+                if self.planning and count_nonzeros(module) < SPARSE * count_parameters(module):
                     self.trial_compressed = compressed_bytes(path, level=6)
 
     def intent(self, trainer: Any, pl_module: Any) -> Intent:
@@ -333,10 +340,13 @@ class ExportCallback(CompressionCallback):
 
     def _trial_scales(self, trainer: Any) -> Scales | None:
         """Those that can be had after the first step; None: what is found then is what counts."""
+        if self.precision == "fp32":
+            return None
         ours = callbacks_of(trainer)
         pl_module = trainer.lightning_module
         found = [own for callback in ours if (own := callback.trial_scales(trainer, pl_module)) is not None]
-        return Scales(found, provisional=True) if found and self.precision != "fp32" else None
+        steps = {name: step for callback in ours for name, step in given_steps(callback).items()}
+        return Scales(found, steps, provisional=True) if found or steps else None
 
     def _written(self, pl_module: Any, path: str, precision: str, scales: Scales | None = None) -> ExportResult:
         """The network that the user named, else the one that was captured, on the user's sample, else on its input."""

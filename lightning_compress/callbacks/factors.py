@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_compress import _compat
 from lightning_compress import functional as F
-from lightning_compress.callbacks.arguments import check_positive, check_whole
+from lightning_compress.callbacks.arguments import absolute_path, check_positive, check_whole, is_auto, shown
 from lightning_compress.callbacks.base import averaging
 from lightning_compress.callbacks.features import FeatureCallback, Pair
 from lightning_compress.callbacks.intents import Intent
@@ -39,6 +39,8 @@ from lightning_compress.mechanisms.step import StepController
 from lightning_compress.modules import Paraphraser, Translator
 
 POOR = 0.9  # relative reconstruction error from which a paraphraser has learned next to nothing
+
+PARAPHRASER_SCHEMA = 1
 
 
 class FactorTransferCallback(FeatureCallback):
@@ -98,22 +100,14 @@ class FactorTransferCallback(FeatureCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(teacher, student=student, teacher_transform=teacher_transform, name=name)
-        _check_pair(pair)
-        check_positive("factor_ratio", factor_ratio)
-        check_positive("weight", weight)
-        if translator_lr is not None:
-            check_positive("translator_lr", translator_lr)
-        check_whole("pretrain_epochs", pretrain_epochs, at_least=0)
-        if paraphraser is not None and not isinstance(paraphraser, (str, os.PathLike)):
-            raise TypeError(f"paraphraser must be None or the path of a file, got {paraphraser!r}")
-        self.pair = pair if pair == "auto" else list(pair)
-        self.factor_ratio = factor_ratio
-        self.weight = weight
-        self.pretrain_epochs = pretrain_epochs
-        self.paraphraser = None if paraphraser is None else os.path.abspath(paraphraser)
-        self.translator_lr = translator_lr
+        self.pair = _checked_pair(pair)
+        self.factor_ratio = check_positive("factor_ratio", factor_ratio)
+        self.weight = check_positive("weight", weight)
+        self.pretrain_epochs = check_whole("pretrain_epochs", pretrain_epochs, at_least=0)
+        self.paraphraser = absolute_path("paraphraser", paraphraser)
+        self.translator_lr = None if translator_lr is None else check_positive("translator_lr", translator_lr)
         self.reconstruction_errors = []
-        self._from_file = None if self.paraphraser is None else _read(self.paraphraser, factor_ratio)
+        self._from_file = None if self.paraphraser is None else _read(self.paraphraser, self.factor_ratio)
         self._loaded: dict[str, Any] = {}
         self._translator: OwnedParameters | None = None
 
@@ -148,7 +142,7 @@ class FactorTransferCallback(FeatureCallback):
             raise RuntimeError("there is no trained paraphraser yet: it is made when a training starts")
         weights = {key: value.cpu() for key, value in self._paraphraser.state_dict().items()}
         contents = io.BytesIO()
-        torch.save({"schema": 1, "factor_ratio": self.factor_ratio, "weights": weights}, contents)
+        torch.save({"schema": PARAPHRASER_SCHEMA, "factor_ratio": self.factor_ratio, "weights": weights}, contents)
         write_whole(Path(path), contents.getvalue())
 
     def check(self, trainer: Any, pl_module: Any) -> None:
@@ -215,6 +209,8 @@ class FactorTransferCallback(FeatureCallback):
             key: state[key] for key in ("layer", "paraphraser", "reconstruction_errors", "translator") if key in state
         }
         self.reconstruction_errors = list(self._loaded.get("reconstruction_errors", ()))
+        if self._translator is not None:  # FSDP2 restores a fit that has begun
+            self._translator.load_state_dict(self._loaded.get("translator", {}))
 
     def _term(self, passes: Mapping[str, Pass]) -> Tensor | None:
         [seen] = passes.values()
@@ -366,8 +362,11 @@ def _read(path: str, factor_ratio: float) -> dict[str, Tensor]:
     saved = read_saved(path, "paraphraser", trusted="save its state_dict() instead")
     argument = f"paraphraser: '{path}'"
     own = isinstance(saved, dict) and "weights" in saved  # otherwise the weights of a Paraphraser that the user trained
-    if own and saved["schema"] > 1:
-        raise ValueError(f"{argument} was written by a newer version of lightning_compress; upgrade the package")
+    if own and saved["schema"] > PARAPHRASER_SCHEMA:
+        raise ValueError(
+            f"{argument} has schema {saved['schema']}, newer than {PARAPHRASER_SCHEMA}, the newest that this version "
+            "of lightning_compress reads; upgrade the package"
+        )
     if own and saved["factor_ratio"] != factor_ratio:
         raise ValueError(
             f"{argument} has factor_ratio={saved['factor_ratio']}, and factor_ratio={factor_ratio} was given"
@@ -377,12 +376,13 @@ def _read(path: str, factor_ratio: float) -> dict[str, Tensor]:
     return state
 
 
-def _check_pair(pair: Any) -> None:
-    if pair == "auto":
-        return
+def _checked_pair(pair: Any) -> Any:
+    if is_auto(pair):
+        return pair
     names = list(pair) if isinstance(pair, (list, tuple)) else []
     if len(names) != 2 or not all(isinstance(name, str) for name in names):
         raise ValueError(
             "pair must be 'auto', or the name of a layer inside the student and of one inside the teacher, such as "
-            f"('layer3', 'layer4'); got {pair!r}"
+            f"('layer3', 'layer4'); got {shown(pair)}"
         )
+    return names

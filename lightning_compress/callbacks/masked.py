@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.base import CompressionCallback, log, shards
+from lightning_compress.callbacks.arguments import check_layers
+from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.intents import Intent, layers_of, left_out
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.mechanisms.checkpoints import (
@@ -65,6 +66,7 @@ class MaskedWeightsCallback(CompressionCallback):
 
     def __init__(self, *, layers: Sequence[str] | None, exclude: Sequence[str] | None, name: str | None) -> None:
         super().__init__(name=name)
+        check_layers(layers, exclude)
         self.layers, self.exclude = layers, exclude
         self._left: list[str] = []  # weights that stay dense
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
@@ -83,11 +85,7 @@ class MaskedWeightsCallback(CompressionCallback):
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse manual optimisation of sharded weights, in which gradients do not come at one time."""
         super().check(trainer, pl_module)
-        if shards(trainer) and not getattr(pl_module, "automatic_optimization", True):
-            raise ValueError(
-                f"with {type(trainer.strategy).__name__} {type(self).__name__} works where Lightning optimises, and "
-                f"{type(pl_module).__name__} optimises manually; use one device or DDP"
-            )
+        self._refuse_manual_shards(trainer, pl_module)
 
     def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """Those of the selected weights that can be masked; an error if there are none."""
@@ -244,6 +242,8 @@ class MaskedWeightsCallback(CompressionCallback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave nothing on the module, once the checkpoints of the exception are written."""
         super().on_exception(trainer, pl_module, exception)
+        if self._masks is not None and self._masks.parts is not None:
+            self._undo = None  # the others may not come: no process goes back alone
         if self._undo is not None and self._undo_bakes:
             self._compress_module()
             self._files.close()

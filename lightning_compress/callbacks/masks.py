@@ -6,6 +6,7 @@ magnitudes of all weights), and from when on they stay.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_whole, takes
+from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_whole, shown, takes
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.masked import MaskedWeightsCallback
 from lightning_compress.callbacks.returned import Returned
@@ -79,21 +80,21 @@ class MaskCallback(MaskedWeightsCallback):
         name: str | None,
     ) -> None:
         super().__init__(layers=layers, exclude=exclude, name=name)
-        check_fraction("sparsity", sparsity, below_one=True)
-        check_fraction("start", start)
-        check_fraction("end", end)
+        self.sparsity = check_fraction("sparsity", sparsity, below_one=True)
+        self.start, self.end = check_fraction("start", start), check_fraction("end", end)
         if start > end:
             raise ValueError(f"start must be at most end, got start={start} and end={end}")
-        check_whole("update_interval", update_interval, at_least=1)
-        check_flag("guard_checkpoints", guard_checkpoints)
-        check_flag("reestimate_batchnorm", reestimate_batchnorm)
+        self.update_interval = check_whole("update_interval", update_interval, at_least=1)
+        self.guard_checkpoints = check_flag("guard_checkpoints", guard_checkpoints)
+        self.reestimate_batchnorm = check_flag("reestimate_batchnorm", reestimate_batchnorm)
         if not callable(schedule):
             check_choice("schedule", schedule, tuple(self.schedules()))
         elif not takes(schedule, 3):
-            raise ValueError(f"schedule must be a function of (progress, start, end), got {schedule!r}")
-        self.sparsity, self.schedule, self.start, self.end = sparsity, schedule, start, end
-        self.update_interval, self.guard_checkpoints = update_interval, guard_checkpoints
-        self.reestimate_batchnorm = reestimate_batchnorm
+            raise ValueError(f"schedule must be a function of (progress, start, end), got {shown(schedule)}")
+        else:
+            for progress in (0.0, 1.0):
+                _value_of(schedule, progress, self.sparsity, f"at progress {progress:g}")
+        self.schedule = schedule
         self._progress: Progress | None = None
         self._steps: int | None = None  # optimizer steps at the last update; None before training
         self._logged: float | None = None
@@ -334,12 +335,8 @@ class MaskCallback(MaskedWeightsCallback):
     def _scheduled(self, fraction: float) -> float:
         """The sparsity at a fraction of the training between start and end."""
         schedule = self.schedule if callable(self.schedule) else self.schedules()[self.schedule]
-        value = float(schedule((fraction - self.start) / (self.end - self.start), 0.0, self.sparsity))
-        if not 0.0 <= value <= self.sparsity + 1e-9:  # NaN included
-            raise ValueError(
-                f"schedule must give a sparsity in [0, {self.sparsity}], and gave {value} at {fraction:.1%} of training"
-            )
-        return min(value, self.sparsity)
+        where = f"at {fraction:.1%} of training"
+        return _value_of(schedule, (fraction - self.start) / (self.end - self.start), self.sparsity, where)
 
     def _take(self, masks: Sequence[Tensor] | None, *, more: bool = True) -> None:
         if masks is not None:
@@ -398,3 +395,18 @@ class MaskCallback(MaskedWeightsCallback):
         if self._progress is None:
             raise RuntimeError(f"{type(self).__name__} is only active during a fit")
         return self._progress
+
+
+def _value_of(schedule: Schedule, progress: float, sparsity: float, where: str) -> float:
+    """The sparsity that a schedule gives; an error that names it where that is none."""
+    try:
+        value = schedule(progress, 0.0, sparsity)
+    except Exception as error:  # the user's function, or something else that can be called
+        raise ValueError(f"schedule {shown(schedule)} failed {where}: {type(error).__name__}: {error}") from error
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # as tensors of many entries raise
+        number = math.nan
+    if not 0.0 <= number <= sparsity + 1e-9:  # NaN included
+        raise ValueError(f"schedule must give a sparsity in [0, {sparsity}], and gave {shown(value)} {where}")
+    return min(number, sparsity)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_whole
+from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_whole, shown
 from lightning_compress.callbacks.intents import Intent, layers_of
 from lightning_compress.callbacks.masks import SCHEDULES, MaskCallback
 from lightning_compress.functional.masks import (
@@ -31,7 +31,7 @@ from lightning_compress.functional.schedules import Schedule, iterative_schedule
 from lightning_compress.mechanisms.gathering import rows_of
 from lightning_compress.mechanisms.importance import TaylorScores
 from lightning_compress.mechanisms.rewinding import TrainingStart
-from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.selection import did_you_mean, listing
 from lightning_compress.mechanisms.sharding import sharded_units
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.weights import sites_of
@@ -110,15 +110,13 @@ class PruningCallback(MaskCallback):
         exclude: Sequence[str] | None = None,
         name: str | None = None,
     ) -> None:
-        check_flag("regrow", regrow)
-        check_whole("rounds", rounds, at_least=1)
-        check_whole("seed", seed, at_least=0)
         check_choice("score", score, SCORES)
         check_choice("scope", scope, SCOPES)
-        self.rounds, self.seed = rounds, seed
-        # YAML 1.1 reads numbers with a colon in base 60
-        self.pattern = f"{pattern // 60}:{pattern % 60}" if isinstance(pattern, int) else pattern
-        self._n_m = _parsed(self.pattern)
+        self.regrow = check_flag("regrow", regrow)
+        self.rounds = check_whole("rounds", rounds, at_least=1)
+        self.seed = check_whole("seed", seed, at_least=0)
+        self._n_m = _parsed(pattern)
+        self.pattern = "unstructured" if self._n_m is None else f"{self._n_m[0]}:{self._n_m[1]}"
         super().__init__(
             _sparsity(sparsity, self.pattern, self._n_m),
             schedule=schedule,
@@ -131,7 +129,7 @@ class PruningCallback(MaskCallback):
             reestimate_batchnorm=reestimate_batchnorm,
             name=name,
         )
-        self.regrow, self.score, self.scope, self.rewind = regrow, score, scope, rewind
+        self.score, self.scope, self.rewind = score, scope, rewind
         self._check_together()
         self._skipped: list[str] = []  # weights that the n:m pattern does not fit
         self._input_dims: dict[str, int | None] = {}
@@ -362,13 +360,19 @@ class PruningCallback(MaskCallback):
         return tensor.transpose(0, 1) if self._input_dims[name] == 0 else tensor
 
 
-def _parsed(pattern: str) -> tuple[int, int] | None:
+def _parsed(pattern: Any) -> tuple[int, int] | None:
     """The two numbers of "n:m"; None for "unstructured"."""
-    if pattern == "unstructured":
+    if isinstance(pattern, int) and not isinstance(pattern, bool) and 60 < pattern < 60**2:
+        pattern = f"{pattern // 60}:{pattern % 60}"  # YAML 1.1 reads numbers with a colon in base 60
+    text = pattern if isinstance(pattern, str) else ""
+    if text == "unstructured":
         return None
-    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
     if match is None or not 0 < int(match[1]) < int(match[2]):
-        raise ValueError(f"pattern must be 'unstructured' or 'n:m' with 0 < n < m, such as '2:4', got {pattern!r}")
+        raise ValueError(
+            f"pattern must be 'unstructured' or 'n:m' with 0 < n < m, such as '2:4', got {shown(pattern)}"
+            f"{did_you_mean(text, ['unstructured'])}"
+        )
     return int(match[1]), int(match[2])
 
 

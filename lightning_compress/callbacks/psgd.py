@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import (
+    check_at_least_zero,
     check_choice,
     check_edge_bits,
     check_flag,
+    check_layers,
     check_positive,
     edge_bits_of,
+    is_auto,
 )
 from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.intents import Intent, layers_of, left_out
@@ -143,21 +146,25 @@ class PSGDCallback(CompressionCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        check_bits(bits)
-        check_edge_bits(edge_bits)
-        if gradient_scale != "auto":
-            check_positive("gradient_scale", gradient_scale, "'auto' or a positive number")
-        check_positive("mean_factor", mean_factor)
-        if gradient_scale != "auto" and mean_factor != 3.0:
+        self.bits, self.edge_bits = check_bits(bits), check_edge_bits(edge_bits)
+        self.gradient_scale: Any = "auto"
+        if not is_auto(gradient_scale):
+            self.gradient_scale = check_positive("gradient_scale", gradient_scale, "'auto' or a positive number")
+        self.mean_factor = check_positive("mean_factor", mean_factor)
+        if self.gradient_scale != "auto" and self.mean_factor != 3.0:
             raise ValueError(f"mean_factor={mean_factor} has no effect: gradient_scale={gradient_scale} is fixed")
         check_choice("granularity", granularity, get_args(Granularity))
         check_choice("target", target, get_args(Target))
         check_choice("apply_to", apply_to, get_args(ApplyTo))
-        check_flag("quantized_validation", quantized_validation)
-        _check_eps(eps, target)
-        self.bits, self.gradient_scale, self.granularity, self.target = bits, gradient_scale, granularity, target
-        self.eps, self.edge_bits, self.mean_factor, self.apply_to = eps, edge_bits, mean_factor, apply_to
-        self.quantized_validation = quantized_validation
+        check_layers(layers, exclude)
+        self.eps = check_at_least_zero("eps", eps)
+        if target == "zero" and eps == 0:
+            raise ValueError(
+                "target='zero' needs a positive eps, such as eps=1e-3: a weight that is 0 would stay so for ever with "
+                "eps=0"
+            )
+        self.granularity, self.target, self.apply_to = granularity, target, apply_to
+        self.quantized_validation = check_flag("quantized_validation", quantized_validation)
         self.layers, self.exclude = layers, exclude
         self._warped: WarpedWeights | None = None
         self._candidates: dict[str, nn.Parameter] = {}  # the weights that were selected
@@ -344,8 +351,9 @@ class PSGDCallback(CompressionCallback):
         if not math.isfinite(warped.mean()):
             self._warn_once("the weights hold NaN or infinity, so they are not validated as quantised ones")
         elif self._second is not None:
-            self._require_controller().weights.refresh()  # of masks, whose callback may come later in the list
-            self._second.begin(trainer, pl_module, quantised)
+            views = self._require_controller().weights
+            views.refresh()  # of masks, whose callback may come later in the list
+            self._second.begin(trainer, pl_module, quantised, views.sharded.rows_seen)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Validate the quantised copy, and log its metrics under this callback's name."""
@@ -667,16 +675,6 @@ class PSGDCallback(CompressionCallback):
         if self._warped is None:
             raise RuntimeError(f"{type(self).__name__} has no weights before a fit")
         return self._warped
-
-
-def _check_eps(eps: float, target: Target) -> None:
-    number = isinstance(eps, (int, float)) and not isinstance(eps, bool)
-    if not number or not math.isfinite(eps) or eps < 0:
-        raise ValueError(f"eps must be a number of at least 0, got {eps!r}")
-    if target == "zero" and eps == 0:
-        raise ValueError(
-            "target='zero' needs a positive eps, such as eps=1e-3: a weight that is 0 would stay so for ever with eps=0"
-        )
 
 
 def _quantity(metric: str) -> str:

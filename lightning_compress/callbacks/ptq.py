@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_choice, check_flag, edge_bits_of
+from lightning_compress.callbacks.arguments import check_choice, check_flag, edge_bits_of, is_auto
 from lightning_compress.callbacks.base import log
 from lightning_compress.callbacks.quantised import QuantisedCallback
 from lightning_compress.export.sample import defines
@@ -104,7 +104,7 @@ class PTQCallback(QuantisedCallback):
         )
         check_choice("observer", observer, OBSERVERS)
         check_choice("weight_range", weight_range, ("auto", "max", "mse"))
-        if reestimate_batchnorm != "auto":
+        if not is_auto(reestimate_batchnorm):
             check_flag("reestimate_batchnorm", reestimate_batchnorm)
         check_flag("cross_layer_equalization", cross_layer_equalization)
         check_flag("bias_correction", bias_correction)
@@ -149,6 +149,13 @@ class PTQCallback(QuantisedCallback):
         return grids
 
     # Life cycle
+
+    def problem_with_shards(self) -> str | None:
+        """It calibrates the network as the user's module has it."""
+        return (
+            "it calibrates with whole parameters: train without it, and then, on one device, let a Trainer that has it "
+            "run validate(module, ckpt_path=...), which calibrates the checkpoint"
+        )
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """As the base; forget what was found before."""

@@ -19,10 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_choice, check_fraction, check_positive, edge_bits_of
+from lightning_compress.callbacks.arguments import (
+    absolute_path,
+    check_choice,
+    check_fraction,
+    check_number,
+    check_positive,
+    edge_bits_of,
+    is_auto,
+    shown,
+)
 from lightning_compress.callbacks.base import CompressionCallback, averaging, log, together
 from lightning_compress.callbacks.calibrating import bits_of_layers, selection
 from lightning_compress.callbacks.intents import Intent
+from lightning_compress.callbacks.masked import MaskedWeightsCallback
 from lightning_compress.callbacks.quantised import QuantisedCallback
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.scales import given_steps, grids_of_ranges, inside, trained_ranges
@@ -46,6 +56,7 @@ from lightning_compress.mechanisms.rounded_weights import RoundedWeight
 from lightning_compress.mechanisms.rounding import Presented, Rounding
 from lightning_compress.mechanisms.selection import find_module, joined, listing, plain_name
 from lightning_compress.mechanisms.sharding import sharded_units
+from lightning_compress.mechanisms.weights import select_weights
 
 StepSize = Literal["mse", "observed", "learned"]
 SMALL_RATE = 0.25
@@ -203,23 +214,16 @@ class QATCallback(QuantisedCallback):
             name=name,
         )
         check_choice("step_size", step_size, get_args(StepSize))
-        check_fraction("start", start)
-        for argument, value in (
-            ("freeze_batchnorm_at", freeze_batchnorm_at),
-            ("freeze_observers_at", freeze_observers_at),
-        ):
-            if value == "auto":
-                continue
-            check_fraction(argument, value, or_auto=True)
-            if value < start:
-                raise ValueError(f"{argument} must be from start={start} to 1, or 'auto', got {value}")
-        check_positive("step_lr", step_lr)
-        if max_loss_growth is not None and not (isinstance(max_loss_growth, (int, float)) and max_loss_growth > 1):
-            raise ValueError(f"max_loss_growth must be a number above 1, or None, got {max_loss_growth!r}")
-        self.step_size, self.start = step_size, start
-        self.freeze_batchnorm_at, self.freeze_observers_at = freeze_batchnorm_at, freeze_observers_at
-        self.step_lr, self.max_loss_growth = step_lr, max_loss_growth
-        self.grids_from = None if grids_from is None else os.path.abspath(grids_from)
+        self.step_size, self.start = step_size, check_fraction("start", start)
+        self.freeze_batchnorm_at = _checked_freeze("freeze_batchnorm_at", freeze_batchnorm_at, start)
+        self.freeze_observers_at = _checked_freeze("freeze_observers_at", freeze_observers_at, start)
+        self.step_lr = check_positive("step_lr", step_lr)
+        self.max_loss_growth = None
+        if max_loss_growth is not None:
+            self.max_loss_growth = check_number(
+                "max_loss_growth", max_loss_growth, "a number above 1, or None", lambda number: number > 1
+            )
+        self.grids_from = absolute_path("grids_from", grids_from)
         self._stage: str | None = None
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
         self._fit = _Fit()
@@ -320,6 +324,7 @@ class QATCallback(QuantisedCallback):
     def check(self, trainer: Any, pl_module: Any) -> None:
         """As the base; refuse a checkpoint without grids, channels that go later; tell of arguments without effect."""
         super().check(trainer, pl_module)
+        self._refuse_manual_shards(trainer, pl_module)
         self._refuse_shrinking(
             trainer,
             f"the grids of '{self.name}' are of the network as it is at start={self.start}: let it begin after, with a "
@@ -342,8 +347,23 @@ class QATCallback(QuantisedCallback):
         self.captured_sample = None
         goes_on = trainer.global_step > 0 and self.quantization is not None and self.has_fitted(pl_module)
         super().attach(controller, stack, trainer, pl_module)
+        if sharded_units(pl_module):
+            self._refuse_masked(trainer, pl_module)
         state = self._loaded or (self.state_dict() if goes_on else None)
         self._begin_with(state, stack, pl_module)
+
+    def _refuse_masked(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse weights that are masked too: of sharded ones one view is presented."""
+        own = selection(pl_module, self.layers, self.exclude)
+        for other in trainer.callbacks:
+            if isinstance(other, MaskedWeightsCallback):
+                chosen = select_weights(pl_module, other.layers, other.exclude, default=other.default_layers).weights
+                if both := [name for name in chosen if own(name)]:
+                    raise ValueError(
+                        f"'{other.name}' masks {listing(both)}, which '{self.name}' would round, and with "
+                        f"{type(trainer.strategy).__name__} (FSDP2) only one of them can: leave weights to either with "
+                        "layers= or exclude="
+                    )
 
     def _begin_with(self, state: dict[str, Any] | None, stack: ExitStack, pl_module: Any) -> None:
         self._loaded = None
@@ -514,8 +534,8 @@ class QATCallback(QuantisedCallback):
         """Keep it until the fit starts; the grids at once, where a checkpoint is tested."""
         if self._stage == "fit":
             self._loaded = state
-            if self._stack is not None:  # a strategy with shards loads it when the fit has started
-                self._begin_with(state, self._stack, self._require_controller().module)
+            if self._stack is not None and sharded_units(self._require_controller().module):
+                self._begin_with(state, self._stack, self._require_controller().module)  # loaded within the fit
             return
         grids, start = (state[name] for name in ("quantization", "start_grids"))
         self.quantization = None if grids is None else Grids.from_state(grids)
@@ -593,17 +613,19 @@ class QATCallback(QuantisedCallback):
         if moving.parts is not None:
             self._stack.enter_context(controller.weights.owned(self.name, self._rounded_shards(moving)))
             return moving
-        fit.calls = self._stack.enter_context(quantizing(network, moving, when=lambda: controller.deployed))
+        learning = quantizing(network, moving, when=lambda: controller.deployed and not controller.replaying)
+        fit.calls = self._stack.enter_context(learning)
         return moving
 
     def _rounded_shards(self, moving: MovingGrids) -> dict[str, RoundedWeight]:
         """Views of the weights that are rounded, where FSDP2 has split them."""
         ranks = 1 if moving.parts is None else moving.parts.ranks
         for name, grid in moving.grids.weights.items():
-            if name not in moving.names.sharded or (grid.axis is None and moving.parts is not None):
+            if name not in moving.names.sharded or (grid.axis is None and self.step_size != "mse"):
                 raise ValueError(
-                    f"the weight '{joined(moving.grids.network, name)}' is not split by FSDP2, or has one step for all of "
-                    f"its rows, so '{self.name}' cannot round it in each process; leave it out with exclude="
+                    f"'{self.name}' cannot round '{joined(moving.grids.network, name)}' in each process: it is not "
+                    "split by FSDP2, or one step is given for all of its rows, which "
+                    f"step_size='{self.step_size}' would move; leave it out with exclude="
                 )
         refuse_unpresentable(moving.network, {name: moving.names.sharded[name] for name in moving.grids.weights})
         return {
@@ -675,7 +697,7 @@ class QATCallback(QuantisedCallback):
 
     def _ranges_from(self, path: str) -> tuple[dict[str, tuple[int, bool, int]], dict[str, Tensor]]:
         """What PSGD has trained the weights of a checkpoint for, and these weights, by their names in the module."""
-        contents = read_checkpoint(path)
+        contents = read_checkpoint(path, argument="grids_from")
         ranges = trained_ranges(contents)
         asked = {given for _, _, given in ranges.values()}
         if not ranges:
@@ -720,11 +742,8 @@ class QATCallback(QuantisedCallback):
     def _check_first(self, moving: MovingGrids) -> None:
         """After the first quantised step: did it run what was calibrated?"""
         self._fit.checked = True
-        if (
-            not self._used_shards(moving)
-            if moving.parts is not None
-            else not (self._fit.calls and self._fit.calls.count)
-        ):
+        calls = self._fit.calls
+        if not (self._used_shards(moving) if calls is None else calls.count):
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: the training step never called "
                 f"'{moving.grids.network or 'self'}'; name the part that it calls with network="
@@ -732,8 +751,8 @@ class QATCallback(QuantisedCallback):
 
     def _check_idle(self, trainer: Any, moving: MovingGrids) -> None:
         """After an epoch: complain about layers that no step has run, of any process."""
-        compiled = moving.parts is None and (self._fit.calls is None or self._fit.calls.compiled)
-        if compiled or _compat.holds_compiled_code(moving.network):
+        unknown = moving.parts is None and (self._fit.calls is None or self._fit.calls.compiled)
+        if unknown or _compat.holds_compiled_code(moving.network):
             return  # compiled code keeps no record
         names = list(moving.grids.weights)
         ran = torch.tensor([float(name in self._fit.run) for name in names], device=trainer.strategy.root_device)
@@ -792,6 +811,16 @@ class _Factors(nn.Module):
     def __init__(self, count: int) -> None:
         super().__init__()
         self.factors = nn.Parameter(torch.ones(count))
+
+
+def _checked_freeze(argument: str, value: Any, start: float) -> Any:
+    """A fraction of the training, not before the start of rounding; or "auto"."""
+    if is_auto(value):
+        return value
+    fraction = check_fraction(argument, value, or_auto=True)
+    if fraction < start:
+        raise ValueError(f"{argument} must be from start={start} to 1, or 'auto', got {shown(value)}")
+    return fraction
 
 
 def _changes(start: Grids, end: Grids) -> Tensor:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.callbacks.arguments import check_flag
-from lightning_compress.callbacks.base import CompressionCallback, announce, callbacks_of, log
+from lightning_compress.callbacks.arguments import absolute_path, check_flag
+from lightning_compress.callbacks.base import CompressionCallback, announce, callbacks_of, log, shards, whole
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
-from lightning_compress.export.onnx import ExportResult, checked_folder, path_text
+from lightning_compress.export.onnx import ExportResult, checked_folder
 from lightning_compress.export.sample import Sample
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.grids import Grids
@@ -84,14 +84,13 @@ class CompressionReport(CompressionCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        if path is not None and "://" in path_text(path):
+        self.path = absolute_path("path", path)
+        if path is not None and "://" in os.fspath(path):
             raise ValueError(f"path must be a local directory, got '{os.fspath(path)}'")
-        if path is not None and os.path.isfile(path):
-            raise ValueError(f"path must be a directory, and '{os.fspath(path)}' is a file")
-        check_flag("latency", latency)
-        check_flag("embed_pictures", embed_pictures)
-        self.path = None if path is None else os.path.abspath(path)
-        self.latency, self.embed_pictures = latency, embed_pictures
+        if self.path is not None and os.path.isfile(self.path):
+            raise ValueError(f"path must be a directory, and '{path}' is a file")
+        self.latency = check_flag("latency", latency)
+        self.embed_pictures = check_flag("embed_pictures", embed_pictures)
         self.recipe: dict[str, Any] | None = None
         self.command: str | None = None
         self._before: nn.Module | None = None
@@ -112,10 +111,20 @@ class CompressionReport(CompressionCallback):
         """Keep the module as it is now, and record what its network receives."""
         self.result, self.files, self._before, self._notes = None, None, None, []
         self.student_capture = self._capture = controller.capture(None, required=False)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not shards(trainer):
             self._keep(pl_module)
         if trainer.ckpt_path is not None:
             self._notes.append(f"The fit was resumed from {trainer.ckpt_path}: before is the module as it was there.")
+
+    def problem_with_shards(self) -> str | None:
+        """None: rank 0 measures copies that are not sharded."""
+        return None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Keep the module as it is now where it is sharded: a checkpoint is restored within the fit then."""
+        if shards(trainer):
+            before = whole(trainer, pl_module)
+            self._before = before if trainer.is_global_zero else None
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Drop the copy."""
@@ -183,6 +192,8 @@ class CompressionReport(CompressionCallback):
             notes.append(f"No network was found: {self._capture.problem}.")
         if network:
             notes.append(f"Parameters, bytes and times are those of '{network}' inside {type(pl_module).__name__}.")
+        if self._before is None and shards(trainer):
+            notes.append("before was not measured: the fit ran no step.")
         befores = [] if self._before is None else [("before", self._before)]
         models = {name: find_module(module, network, argument="network") for name, module in befores}
         models["after"] = find_module(pl_module, network, argument="network")

@@ -15,7 +15,15 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_positive, check_whole
+from lightning_compress.callbacks.arguments import (
+    check_choice,
+    check_flag,
+    check_fraction,
+    check_layers,
+    check_name,
+    check_positive,
+    check_whole,
+)
 from lightning_compress.callbacks.base import CompressionCallback, announce, callbacks_of, log, together
 from lightning_compress.callbacks.copies import Copies, SkippedBatchError
 from lightning_compress.callbacks.intents import Aim, Intent
@@ -142,24 +150,23 @@ class StructuredPruningCallback(CompressionCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        check_fraction("ratio", ratio, below_one=True, above_zero=True)
+        self.ratio = check_fraction("ratio", ratio, below_one=True, above_zero=True)
         check_choice("schedule", schedule, SCHEDULES)
         check_choice("score", score, SCORES)
         check_choice("budget", budget, tuple(BUDGETS))
-        check_fraction("start", start, below_one=True)
-        check_fraction("end", end, below_one=True)
+        self.start = check_fraction("start", start, below_one=True)
+        self.end = check_fraction("end", end, below_one=True)
         if schedule == "iterative" and start > end:
             raise ValueError(f"start must be at most end, got start={start} and end={end}")
-        check_whole("rounds", rounds, at_least=2)
-        check_whole("min_channels", min_channels, at_least=1)
-        check_whole("round_to", round_to, at_least=1)
-        check_whole("seed", seed, at_least=0)
-        check_flag("reestimate_batchnorm", reestimate_batchnorm)
-        check_positive("time_limit", time_limit, "a positive number of seconds")
-        self.ratio, self.schedule, self.start, self.end, self.rounds = ratio, schedule, start, end, rounds
-        self.score, self.budget, self.min_channels, self.round_to = score, budget, min_channels, round_to
-        self.seed, self.time_limit, self.network = seed, time_limit, network
-        self.layers, self.exclude, self.reestimate_batchnorm = layers, exclude, reestimate_batchnorm
+        check_layers(layers, exclude)
+        self.rounds = check_whole("rounds", rounds, at_least=2)
+        self.min_channels = check_whole("min_channels", min_channels, at_least=1)
+        self.round_to = check_whole("round_to", round_to, at_least=1)
+        self.seed = check_whole("seed", seed, at_least=0)
+        self.reestimate_batchnorm = check_flag("reestimate_batchnorm", reestimate_batchnorm)
+        self.time_limit = check_positive("time_limit", time_limit, "a positive number of seconds")
+        self.network = check_name("network", network)
+        self.schedule, self.score, self.budget, self.layers, self.exclude = schedule, score, budget, layers, exclude
         self.plan: Plan | None = None
         """What the last round did, or what the first batch has shown that will be done."""
         self.went: Plan | None = None
@@ -228,6 +235,13 @@ class StructuredPruningCallback(CompressionCallback):
         return remarks
 
     # Life cycle
+
+    def problem_with_shards(self) -> str | None:
+        """Shards have the shapes that the module was sharded with."""
+        return (
+            "channels can only go from whole parameters: let them go in a short fit on one device or DDP first, and "
+            "shard the module that load_shrunk gives"
+        )
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what cannot be made smaller while it is trained."""
@@ -385,7 +399,7 @@ class StructuredPruningCallback(CompressionCallback):
 
     @property
     def _reached_all(self) -> bool:
-        return self._state.asked >= self.ratio - 1e-9
+        return self._state.asked >= self.ratio * (1 - 1e-9)  # relative: any ratio is still to be reached at first
 
     def _target(self, fraction: float) -> float:
         """The share that should be gone at a fraction of the training."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_compress.callbacks.arguments import check_names
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
@@ -57,7 +58,7 @@ class TeacherCallback(CompressionCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        self._teacher_of = teacher if isinstance(teacher, str) and "." not in teacher else None
+        self._teacher_of = teacher if isinstance(teacher, str) and teacher and "." not in teacher else None
         if self._teacher_of is not None and teacher_transform is not None:
             raise ValueError(
                 f"teacher_transform has no effect with teacher='{teacher}': it is that of the callback which is named"
@@ -66,7 +67,7 @@ class TeacherCallback(CompressionCallback):
         self.teacher_transform = (
             None if teacher_transform is None else build_module(teacher_transform, argument="teacher_transform")
         )
-        self.student = student
+        self.student = check_names("student", student)
         self._run_teacher: SharedTeacher | None = None
 
     @property

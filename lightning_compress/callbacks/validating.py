@@ -14,6 +14,7 @@ from lightning_compress.export.copying import independent_copy, whole_copy
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import evaluate_forward
 from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.sharding import own_part
 from lightning_compress.mechanisms.weights import sites_of, weights_replaced
 
 LONG = 60.0  # seconds that this may take without a word
@@ -39,17 +40,24 @@ class SecondValidation:
         self._failed = False  # on rank 0
         self._began = 0.0
 
-    def begin(self, trainer: Any, pl_module: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:
+    def begin(
+        self,
+        trainer: Any,
+        pl_module: nn.Module,
+        change: Callable[[str, Tensor], Tensor],
+        rows: Callable[[Tensor], Tensor] = own_part,
+    ) -> None:
         """Copy the module, as the validation that has just begun sees it, with other values.
 
         Args:
             trainer: The user's Trainer.
             pl_module: The module; it is as it was afterwards.
             change: From the name of a parameter, and the value of it that is seen, to the value in the copy.
+            rows: From a sharded parameter to what is seen of the rows that this process has of it.
         """
         self._began = time.monotonic()
         if shards(trainer):
-            self._copy_whole(trainer, pl_module, change)
+            self._copy_whole(trainer, pl_module, change, rows)
             return
         if not trainer.is_global_zero:
             return
@@ -67,11 +75,17 @@ class SecondValidation:
             except ExportError as error:
                 self._give_up(error)
 
-    def _copy_whole(self, trainer: Any, pl_module: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:
+    def _copy_whole(
+        self,
+        trainer: Any,
+        pl_module: nn.Module,
+        change: Callable[[str, Tensor], Tensor],
+        rows: Callable[[Tensor], Tensor],
+    ) -> None:
         """The same where each rank has a part of each parameter: a copy of whole ones, then with other values."""
         with torch.inference_mode(False), torch.no_grad():
             try:
-                self._copy = whole_copy(pl_module, wanted=trainer.is_global_zero)
+                self._copy = whole_copy(pl_module, wanted=trainer.is_global_zero, rows=rows)
             except ExportError as error:
                 self._give_up(error)
             for name, weight in self._copy.named_parameters() if self._copy is not None else ():

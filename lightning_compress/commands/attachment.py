@@ -38,7 +38,7 @@ KEPT_OFFLINE = "LIGHTNING_COMPRESS_OFFLINE"
 
 @dataclass(frozen=True)
 class Events:
-    """What happened in the child, one JSON object a line.
+    """What happened in the child, one JSON object a line, with empty lines between.
 
     Attributes:
         path: The file; made on the first event.

@@ -41,10 +41,12 @@ from lightning_compress.mechanisms.loading import teacher_from_checkpoint
 from lightning_compress.mechanisms.selection import did_you_mean, plain_name
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.student import StudentCapture
+from lightning_compress.recipe.file import check_size, shown
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size
 
+MOST_NUMBERS = 2**30  # of an input: 4 GB
 SEED = 0  # of the random input that --shape asks for
 
 
@@ -179,10 +181,11 @@ def _mapping(text: str | None) -> dict[str, Any]:
         return {}
     try:
         found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        check_size(found, "the mapping")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"--init-args is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise UsageError(f"--init-args must be a mapping such as '{{width: 16}}', got {text!r}")
+        raise UsageError(f"--init-args must be a mapping such as '{{width: 16}}', got {shown(text)}")
     return found
 
 
@@ -192,14 +195,21 @@ def _mapping(text: str | None) -> dict[str, Any]:
 def _given_sample(options: argparse.Namespace) -> Any:
     """The input that a file or a shape gives; None for neither."""
     if options.shape is not None:
-        parts = options.shape.split(",")
-        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            raise UsageError(f"--shape must be whole numbers such as 1,3,32,32, got '{options.shape}'")
-        return torch.randn(*map(int, parts), generator=torch.Generator().manual_seed(SEED))
+        return torch.randn(*_shape(options.shape), generator=torch.Generator().manual_seed(SEED))
     if options.sample is None:
         return None
     with checking(ValueError):
         return read_sample(options.sample)
+
+
+def _shape(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"0*[1-9][0-9]{0,11}", part) for part in parts):
+        raise UsageError(f"--shape must be whole numbers such as 1,3,32,32, got {shown(text)}")
+    shape = [int(part) for part in parts]
+    if math.prod(shape) > MOST_NUMBERS:
+        raise UsageError(f"--shape must be that of one input, of at most {MOST_NUMBERS} numbers, got {shown(text)}")
+    return shape
 
 
 class _FirstInput(TrainerCallback):

@@ -31,7 +31,7 @@ from lightning_compress.export.evaluate import interruptible
 from lightning_compress.export.onnx import checked_path, load_checkpoint_
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.loading import import_path
-from lightning_compress.recipe.file import yaml_problem
+from lightning_compress.recipe.file import RecipeError, check_size, shown, yaml_problem
 
 CLASS_OPTIONS = ("--class", "--data-class")
 """Classes for a config that names none, as those are that a project's own ``LightningCLI(Net, Data)`` has saved."""
@@ -277,8 +277,16 @@ def _contents(path: str) -> Any:
         raise ConfigError(f"{path}: {yaml_problem(error)}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except (RecursionError, MemoryError) as error:
+        raise ConfigError(f"{path}: the config is too large or nested too deeply to be read") from error
+    try:
+        check_size(content, "the config")
+    except RecipeError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if not isinstance(content, Mapping):
-        raise ConfigError(f"{path}: a config is a mapping with keys such as model, data and trainer, got {content!r}")
+        raise ConfigError(
+            f"{path}: a config is a mapping with keys such as model, data and trainer, got {shown(content)}"
+        )
     return content
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_compress import _compat
 from lightning_compress.export.errors import ExportError
-from lightning_compress.mechanisms.sharding import is_shard, shards_in_place
+from lightning_compress.mechanisms.gathering import sharded_as
+from lightning_compress.mechanisms.sharding import is_shard, own_part, shards_in_place
 from lightning_compress.mechanisms.wrapping import OWN_MARK
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -36,8 +37,9 @@ def independent_copy(module: ModuleT) -> ModuleT:
     """Copy a module so that running, training or exporting the copy leaves the original alone.
 
     Differences from ``copy.deepcopy``: attributes that are non-leaf tensors are detached instead of being refused;
-    datasets, loaders, datamodules and trainers are shared, not copied; hooks and step wrappers that this package put
-    on the original are absent; nothing in the copy is compiled, because compiled code stays bound to the original.
+    datasets, loaders, datamodules and trainers are shared, not copied (those that hold parts of the module: a shallow
+    copy, which holds their copies); hooks and step wrappers that this package put on the original are absent; nothing
+    in the copy is compiled, because compiled code stays bound to the original.
 
     Args:
         module: Any module. A LightningModule may be attached to a Trainer; its copy is not.
@@ -59,12 +61,13 @@ def independent_copy(module: ModuleT) -> ModuleT:
     return _copied(cast(ModuleT, _compat.uncompiled(module)), {})
 
 
-def whole_copy(module: ModuleT, *, wanted: bool = True) -> ModuleT | None:
+def whole_copy(module: ModuleT, *, wanted: bool = True, rows: Callable[[Tensor], Tensor] = own_part) -> ModuleT | None:
     """Copy a module of which FSDP2 shards the parameters, as if it had never been sharded: for all ranks to call.
 
     Args:
         module: The module; it is as it was afterwards, with its shards in place.
         wanted: Whether this rank is to have the copy; the others only give their shards.
+        rows: From a parameter to what counts as the rows that this rank has of it.
 
     Returns:
         A copy on the CPU with whole parameters, of the user's classes, whose ``configure_model`` has done its work;
@@ -77,7 +80,7 @@ def whole_copy(module: ModuleT, *, wanted: bool = True) -> ModuleT | None:
     whole: dict[int, Any] = {}
     for parameter in module.parameters():  # one at a time: a device has room for one
         if is_shard(parameter):
-            shards: Any = parameter.detach()
+            shards: Any = sharded_as(rows(parameter), parameter)
             gathered = shards.full_tensor()
             if wanted:
                 kept = gathered.to("cpu", copy=True)  # of one rank it is the shard itself
@@ -107,6 +110,7 @@ def _copied(source: ModuleT, given: Mapping[int, Any]) -> ModuleT:
         raise ExportError(
             f"{type(source).__name__} cannot be copied because of {where}: {type(error).__name__}: {error}"
         ) from error
+    _refer_to_copies_(memo.values(), source, copies)
     _rebind_functions_(duplicate, copies)
     return make_plain_(duplicate)
 
@@ -130,6 +134,7 @@ def widen_(module: ModuleT) -> ModuleT:
 def _prepared_memo(module: nn.Module) -> dict[int, Any]:
     """What ``copy.deepcopy`` must not copy in its own way, looking through dicts, lists, tuples and modules."""
     memo: dict[int, Any] = {}
+    parts = set(module.modules())
     seen: set[int] = set()
     waiting: list[Any] = [module]
     while waiting:
@@ -140,7 +145,9 @@ def _prepared_memo(module: nn.Module) -> dict[int, Any]:
         if isinstance(value, Tensor):
             if value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
-        elif _is_shared(value) or _is_ours(value):
+        elif _is_shared(value):
+            memo[id(value)] = copy.copy(value) if _held_of(parts, value) else value
+        elif _is_ours(value):
             memo[id(value)] = value
         elif isinstance(value, nn.Module):
             waiting.append(vars(value))
@@ -154,12 +161,28 @@ def _prepared_memo(module: nn.Module) -> dict[int, Any]:
 
 def _is_shared(value: Any) -> bool:
     """Whether a copy should refer to the very same object: data, a mesh of ranks, and Lightning's own machinery."""
+    if isinstance(value, nn.Module):  # a callback that is a part of the module too, say
+        return False
     if isinstance(value, (Dataset, DataLoader, Sampler)) or type(value).__name__ == "DeviceMesh":
         return True
     return any(
         base.__name__ in SHARED_LIGHTNING_CLASSES and base.__module__.startswith(("lightning.", "pytorch_lightning."))
         for base in type(value).__mro__
     )
+
+
+def _held_of(parts: Collection[nn.Module], owner: Any) -> dict[str, nn.Module]:
+    """Those of some modules that are attributes of an object."""
+    attributes = getattr(owner, "__dict__", {}).items()
+    return {name: entry for name, entry in attributes if isinstance(entry, nn.Module) and entry in parts}
+
+
+def _refer_to_copies_(shared: Iterable[Any], source: nn.Module, copies: Mapping[int, Any]) -> None:
+    """Let what would be shared, and holds parts of the module, hold their copies: a task that runs the step, say."""
+    parts = set(source.modules())
+    for owner in shared:
+        for name, part in _held_of(parts, owner).items():
+            vars(owner)[name] = copies.get(id(part), part)
 
 
 def _is_ours(value: Any) -> bool:

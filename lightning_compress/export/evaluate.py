@@ -28,6 +28,7 @@ from lightning_compress.export.copying import independent_copy, make_plain_, wid
 from lightning_compress.export.errors import EvaluationError, ExportError
 from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Call, Sample, bind, defines
+from lightning_compress.functional._checks import check_name, check_path, shown
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.isolation import attributes_kept, evaluating, module_kept, quiet, random_state_kept
 from lightning_compress.mechanisms.loaders import data_kept
@@ -72,7 +73,10 @@ def evaluate(
         TypeError: If ``module`` is not a LightningModule.
         ValueError: If ``network`` names nothing.
     """
-    file = OnnxNetwork(path)
+    check_name("network", network)
+    if seen is not None and not callable(seen):
+        raise TypeError(f"seen must be a function of one output, or None, got {shown(seen)}")
+    file = OnnxNetwork(check_path("path", path))
     name = file.metadata.get("lightning_compress.network", "") if network is None else network
 
     def from_file(root: nn.Module, part: nn.Module, stack: contextlib.ExitStack) -> Forward:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import math
 import os
 import stat
 import tempfile
@@ -26,11 +25,20 @@ from lightning_compress.export.sample import Call, Sample, as_sample, bind, capt
 from lightning_compress.export.scales import Scales, for_precision
 from lightning_compress.export.tracing import convert
 from lightning_compress.export.weights import read_checkpoint
+from lightning_compress.functional._checks import (
+    check_choice,
+    check_flag,
+    check_name,
+    check_path,
+    check_positive,
+    check_whole,
+    shown,
+)
 from lightning_compress.mechanisms.checkpoints import resize_, structures_in
 from lightning_compress.mechanisms.drafts import SPARE, draft_of
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.isolation import random_state_kept
-from lightning_compress.mechanisms.selection import did_you_mean, find_module, plain_name
+from lightning_compress.mechanisms.selection import find_module, plain_name
 from lightning_compress.mechanisms.tree import children, named_tensors, unique_names
 
 PRECISIONS = ("fp32", "int8", "int4")
@@ -161,12 +169,16 @@ def write_onnx(
     opset: int | None = None,
 ) -> ExportResult:
     """As :func:`to_onnx`, with scales that were found elsewhere; a file of provisional ones may be further off."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {shown(module)}")
     target = checked_path(path)
     opset = _checked_options(precision, opset, max_difference)
+    check_name("network", network)
+    check_flag("dynamic_batch", dynamic_batch)
     require_onnx()
     with random_state_kept():
         module = _compat.uncompiled(module)
-        contents = None if checkpoint is None else read_checkpoint(checkpoint)
+        contents = None if checkpoint is None else read_checkpoint(checkpoint, argument="checkpoint")
         if scales is None and precision != "fp32":
             scales = Scales.of(module, contents, precision)
         network = scales.network if network is None and scales is not None else network
@@ -221,7 +233,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
         >>> checked_path("model.onnx").name
         'model.onnx'
     """
-    target = Path(path_text(path))
+    target = Path(check_path("path", path))
     if target.suffix != ".onnx":
         raise ValueError(f"path must end in '.onnx', got '{target}'")
     _check_lengths(target, spare=SPARE)
@@ -253,35 +265,10 @@ def checked_folder(path: str | os.PathLike[str]) -> Path:
         >>> checked_folder("reports/first").name
         'first'
     """
-    target = Path(path_text(path))
+    target = Path(check_path("path", path))
     _check_lengths(target)
     _check_writable(target, (target.absolute(), *target.absolute().parents))
     return target
-
-
-def path_text(path: Any) -> str:
-    """Check that something can be a path at all.
-
-    Args:
-        path: What the user gave.
-
-    Returns:
-        The path as a string.
-
-    Raises:
-        TypeError: If it is neither a string nor a path.
-        ValueError: If it holds a NUL character.
-
-    Example:
-        >>> path_text(Path("model.onnx"))
-        'model.onnx'
-    """
-    text = os.fspath(path) if isinstance(path, os.PathLike) else path
-    if not isinstance(text, str):
-        raise TypeError(f"path must be a string or a path, got {path!r}")
-    if "\0" in text:
-        raise ValueError(f"path must not hold a NUL character, got {text!r}")
-    return text
 
 
 def _check_lengths(target: Path, spare: int = 0) -> None:
@@ -331,20 +318,14 @@ def checked_precision(precision: str) -> str:
         >>> checked_precision("fp32")
         'fp32'
     """
-    if precision not in PRECISIONS:
-        nearest = did_you_mean(str(precision), PRECISIONS)
-        raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}{nearest}")
-    return precision
+    return check_choice("precision", precision, PRECISIONS)
 
 
 def _checked_options(precision: str, opset: int | None, max_difference: float | None) -> int:
     lowest = INT4_OPSET if checked_precision(precision) == "int4" else LOWEST_OPSET
-    number = isinstance(max_difference, (int, float)) and not isinstance(max_difference, bool)
-    if max_difference is not None and not (number and 0 < max_difference < math.inf):
-        raise ValueError(f"max_difference must be a positive number, or None, got {max_difference!r}")
-    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int)):
-        raise TypeError(f"opset must be a whole number or None, got {opset!r}")
-    if opset is not None and opset < lowest:
+    if max_difference is not None:
+        check_positive("max_difference", max_difference, "a positive number, or None")
+    if opset is not None and check_whole("opset", opset, at_least=0) < lowest:
         raise ValueError(f"opset must be at least {lowest} for precision '{precision}', got {opset}")
     return max(DEFAULT_OPSET, lowest) if opset is None else opset
 

@@ -115,23 +115,32 @@ def as_sample(sample: Any, signature: inspect.Signature) -> Sample:
     """
     if isinstance(sample, (str, os.PathLike)):
         sample = read_sample(sample)
+    check_sample_type(sample)
     if isinstance(sample, Sample):
         result = sample
     elif isinstance(sample, Tensor):
         result = Sample((sample,))
     elif isinstance(sample, tuple):
         result = Sample(sample)
-    elif isinstance(sample, Mapping):
+    else:
         named = _are_keywords(sample, signature)
         result = Sample(kwargs={str(key): value for key, value in sample.items()}) if named else Sample((sample,))
-    else:
+    if not any(isinstance(leaf, Tensor) for _, leaf in leaves([list(result.args), dict(result.kwargs)])):
+        raise ValueError(f"sample holds no tensor: {sample!r}")
+    return result
+
+
+def check_sample_type(sample: Any) -> None:
+    """Refuse what is no sample, whatever a file that it names holds.
+
+    Raises:
+        TypeError: If it is neither a tensor, a tuple, a dict, a :class:`Sample` nor a path.
+    """
+    if not isinstance(sample, (str, os.PathLike, Sample, Tensor, tuple, Mapping)):
         raise TypeError(
             "sample must be a tensor, a tuple of arguments, a dict, a Sample(args, kwargs) or a file of one, "
             f"got {type(sample).__name__}"
         )
-    if not any(isinstance(leaf, Tensor) for _, leaf in leaves([list(result.args), dict(result.kwargs)])):
-        raise ValueError(f"sample holds no tensor: {sample!r}")
-    return result
 
 
 def check_sample(sample: Any) -> None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from lightning_compress.export.weights import read_checkpoint
+from lightning_compress.functional._checks import shown
 from lightning_compress.mechanisms.checkpoints import resize_
 from lightning_compress.mechanisms.selection import plain_name
 
@@ -50,7 +51,7 @@ def load_shrunk(module: ModuleT, checkpoint_path: str | os.PathLike[str]) -> Mod
         )
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, built as for the training, got {module!r}")
+        raise TypeError(f"module must be a torch.nn.Module, built as for the training, got {shown(module)}")
     checkpoint = read_checkpoint(checkpoint_path, or_weights=True)
     state = checkpoint["state_dict"]
     names, saved = ({plain_name(name) for name in own} for own in (module.state_dict(), state))

@@ -86,6 +86,7 @@ def convert(
                 verbose=False,
             )
             serialised = _tidy(program.model, metadata)  # type: ignore[union-attr]
+            _let_go()
     except Exception as error:  # the exporter lets through what tracing, decomposition and conversion raise
         raise ExportError(_explain(type(network).__name__, error, dynamic_batch)) from error
     _check_opset(program.model, opset)  # type: ignore[union-attr]
@@ -117,6 +118,17 @@ def _check_opset(model: Any, opset: int) -> None:
     written = model.opset_imports.get("")
     if written != opset:
         raise ExportError(f"opset={opset} was asked for, but the exporter wrote {written}; leave opset out")
+
+
+def _let_go() -> None:
+    """Free the weights of the graph: each rule of onnxscript's optimiser holds on to the last one that it looked at."""
+    import onnx_ir
+    from onnxscript.optimizer import optimize_ir
+
+    value = onnx_ir.Value(name="x")
+    node = onnx_ir.Node("", "Identity", [value])
+    graph = onnx_ir.Graph([value], [node.outputs[0]], nodes=[node], opset_imports={"": 18})
+    optimize_ir(onnx_ir.Model(graph, ir_version=10))
 
 
 def _tidy(model: Any, metadata: dict[str, str]) -> bytes:
@@ -159,7 +171,7 @@ def _explain(name: str, error: BaseException, dynamic_batch: bool) -> str:
         if any("specialized integer" in str(link) for link in chain):
             return (
                 f"{name} cannot be exported because of a number that Python takes from a tensor, used{where}; a file "
-                "holds operations on tensors only: compute the number from shapes, without .item() and .tolist()"
+                "holds operations on tensors only: compute the number from shapes, without .item(), .tolist() and int()"
             )
         return (
             f"{name} cannot be exported because of a data-dependent branch{where}; a file holds one branch only: "
@@ -168,7 +180,10 @@ def _explain(name: str, error: BaseException, dynamic_batch: bool) -> str:
     lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()] or [type(chain[-1]).__name__]
     reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     hint = f"; {FIXED_HINT}" if dynamic_batch and "batch" in str(chain[-1]) else ""
-    return f"{name} cannot be exported: {reason}{f' (at {place})' if place else ''}{hint}"
+    where = (
+        f" (at {place})" if place else "; it fails in torch's exporter: name a part of the network that does without"
+    )
+    return f"{name} cannot be exported: {reason}{where}{hint}"
 
 
 def users_place(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_compress.functional._checks import check_path
 from lightning_compress.mechanisms.reading import read_saved
 
 
@@ -36,23 +37,26 @@ def plain_state_dict(checkpoint_path: str | os.PathLike[str]) -> dict[str, Tenso
     return weights
 
 
-def read_checkpoint(checkpoint_path: str | os.PathLike[str], *, or_weights: bool = False) -> dict[str, Any]:
-    """The whole contents of a Lightning checkpoint, tensors on the CPU; arguments and errors as above.
+def read_checkpoint(
+    checkpoint_path: str | os.PathLike[str], *, or_weights: bool = False, argument: str = "checkpoint_path"
+) -> dict[str, Any]:
+    """The whole contents of a Lightning checkpoint, tensors on the CPU; errors as above, under the argument's name.
 
     With ``or_weights``, plain weights are what a checkpoint with weights alone would be.
     """
-    path = Path(checkpoint_path)
-    if path.is_dir():
+    path = Path(check_path(argument, checkpoint_path))
+    what = f"{argument} '{path}'"
+    if os.path.isdir(path):  # unlike Path's own, also of names that are too long
         raise ValueError(
-            f"checkpoint_path '{path}' is a directory (a sharded checkpoint?); a single file is accepted, which "
+            f"{what} is a directory (a sharded checkpoint?); a single file is accepted, which "
             "`python -m lightning.pytorch.utilities.consolidate_checkpoint` makes of it"
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint_path '{path}' does not exist")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{what} does not exist")
     trusted = "load it with weights_only=False yourself, put its weights into the module, and leave the checkpoint out"
-    checkpoint = read_saved(path, "checkpoint_path", trusted=trusted)
+    checkpoint = read_saved(path, argument, trusted=trusted)
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"checkpoint_path '{path}' holds a {type(checkpoint).__name__}, not a Lightning checkpoint")
+        raise ValueError(f"{what} holds a {type(checkpoint).__name__}, not a Lightning checkpoint")
     weights = checkpoint.get("state_dict")
     if isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values()):
         return checkpoint
@@ -60,8 +64,8 @@ def read_checkpoint(checkpoint_path: str | os.PathLike[str], *, or_weights: bool
         if or_weights:
             return {"state_dict": checkpoint}
         raise ValueError(
-            f"checkpoint_path '{path}' already holds plain weights, not a Lightning checkpoint; "
+            f"{what} already holds plain weights, not a Lightning checkpoint; "
             "load it with torch.load(..., weights_only=True)"
         )
     keys = sorted(str(key) for key in checkpoint)
-    raise ValueError(f"checkpoint_path '{path}' is not a Lightning checkpoint: no 'state_dict' of tensors in {keys}")
+    raise ValueError(f"{what} is not a Lightning checkpoint: no 'state_dict' of tensors in {keys}")

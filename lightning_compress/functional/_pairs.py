@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_compress.functional._checks import LARGEST, check_tensor, check_whole
 from lightning_compress.functional._dtypes import at_least_float32
 
 
@@ -31,7 +32,7 @@ def label_column(labels: Tensor, logits: Tensor, class_dim: int, mask: Tensor | 
     """The labels of the positions that ``mask`` keeps, checked, as a column ``(P, 1)``."""
     dimension = _class_dim(logits, class_dim)
     expected = _without(logits.shape, dimension)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if check_tensor("labels", labels).is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integer classes, got dtype {labels.dtype}")
     if tuple(labels.shape) != expected:
         raise ValueError(
@@ -59,7 +60,7 @@ def _without(shape: torch.Size, dimension: int) -> tuple[int, ...]:
 
 def _class_dim(logits: Tensor, class_dim: int) -> int:
     """``class_dim`` counted from the front, after checking that it holds classes to compare."""
-    if not -logits.ndim <= class_dim < logits.ndim:
+    if not -logits.ndim <= check_whole("class_dim", class_dim, at_least=-LARGEST) < logits.ndim:
         raise ValueError(
             f"class_dim must be a dimension of the logits of shape {tuple(logits.shape)}, "
             f"between {-logits.ndim} and {logits.ndim - 1}, got {class_dim}"
@@ -74,7 +75,7 @@ def _class_dim(logits: Tensor, class_dim: int) -> int:
 
 def _check_pair(student: Tensor, teacher: Tensor) -> None:
     for owner, output in (("student", student), ("teacher", teacher)):
-        if not output.is_floating_point():
+        if not check_tensor(f"the {owner}'s output", output).is_floating_point():
             raise TypeError(f"the {owner}'s output must be floating point, got dtype {output.dtype}")
     if student.shape != teacher.shape:
         raise ValueError(
@@ -86,7 +87,7 @@ def _check_pair(student: Tensor, teacher: Tensor) -> None:
 def _check_mask(mask: Tensor | None, expected: Sequence[int]) -> None:
     if mask is None:
         return
-    if mask.dtype != torch.bool:
+    if check_tensor("mask", mask).dtype != torch.bool:
         raise TypeError(f"mask must be bool, True where a position carries a term, got dtype {mask.dtype}")
     if tuple(mask.shape) != tuple(expected):
         raise ValueError(f"mask must have shape {tuple(expected)}, one entry per position, got {tuple(mask.shape)}")

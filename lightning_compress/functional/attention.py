@@ -10,13 +10,13 @@ Maps and losses are dimensionless and computed in float32 or better; losses send
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_compress.functional._checks import check_choice, check_positive, check_tensor, check_whole
 from lightning_compress.functional._features import (
     as_floats,
     both_shapes,
@@ -27,6 +27,7 @@ from lightning_compress.functional._features import (
     unit_rows,
 )
 
+DEEPEST = 64  # no network has as many halvings
 MapKind = Literal["sum", "abs_sum", "power", "max", "edges"]
 
 
@@ -102,8 +103,7 @@ def attention_transfer_loss(
         >>> attention_transfer_loss(student, teacher)
         tensor(0.1300)
     """
-    if mode not in ("code", "paper"):
-        raise ValueError(f"mode must be 'code' or 'paper', got {mode!r}")
+    check_choice("mode", mode, ("code", "paper"))
     _check_kind(kind, power)
     for name, activation in (("student", student), ("teacher", teacher)):
         _check_activation(name, activation)
@@ -134,8 +134,8 @@ def attention_transfer_weight(positions: int, depth: int = 0) -> float:
         >>> attention_transfer_weight(8 * 8), attention_transfer_weight(4 * 4), attention_transfer_weight(14 * 14, 1)
         (1000.0, 250.0, 765.625)
     """
-    if positions < 1 or depth < 0:
-        raise ValueError(f"positions must be positive and depth at least 0, got {positions} and {depth}")
+    check_whole("positions", positions, at_least=1)
+    check_whole("depth", depth, at_least=0, at_most=DEEPEST)
     return 1000.0 * positions / float(8 * 2**depth) ** 2
 
 
@@ -160,6 +160,8 @@ def gradient_transfer_loss(student_gradient: Tensor, teacher_gradient: Tensor) -
         >>> gradient_transfer_loss(torch.tensor([[3.0, 1.0], [0.0, 0.0]]), torch.tensor([[0.0, 5.0], [0.0, 1.0]]))
         tensor(3.)
     """
+    check_tensor("student_gradient", student_gradient)
+    check_tensor("teacher_gradient", teacher_gradient)
     if student_gradient.shape != teacher_gradient.shape or student_gradient.ndim == 0:
         raise ValueError(
             "student_gradient and teacher_gradient must have the same shape (N, ...), "
@@ -224,12 +226,10 @@ def _norms(rows: Tensor) -> Tensor:
 
 
 def _check_activation(name: str, activation: Tensor) -> None:
-    if activation.ndim not in (3, 4):
+    if check_tensor(name, activation).ndim not in (3, 4):
         raise ValueError(f"{name} must be (N, C, H, W) or tokens (N, L, D), got shape {tuple(activation.shape)}")
 
 
 def _check_kind(kind: str, power: float) -> None:
-    if kind not in get_args(MapKind):
-        raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(MapKind)))}, got {kind!r}")
-    if not (math.isfinite(power) and power > 0):
-        raise ValueError(f"power must be positive and finite, got {power}")
+    check_choice("kind", kind, get_args(MapKind))
+    check_positive("power", power, "positive and finite")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_compress.functional._checks import check_tensor
 from lightning_compress.functional._features import as_floats, both_shapes, check_batches, mean, pool_larger, unit_rows
 
 
@@ -40,7 +41,7 @@ def factor_transfer_loss(student_factor: Tensor, teacher_factor: Tensor) -> Tens
         tensor(0.3176)
     """
     for name, factor in (("student_factor", student_factor), ("teacher_factor", teacher_factor)):
-        if factor.ndim != 4:
+        if check_tensor(name, factor).ndim != 4:
             raise ValueError(f"{name} must be (N, C, H, W), got shape {tuple(factor.shape)}")
     check_batches(student_factor, teacher_factor)
     if student_factor.shape[1] != teacher_factor.shape[1]:
@@ -75,6 +76,8 @@ def reconstruction_loss(reconstruction: Tensor, feature: Tensor) -> Tensor:
         >>> reconstruction_loss(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0]))
         tensor(1.5000)
     """
+    check_tensor("reconstruction", reconstruction)
+    check_tensor("feature", feature)
     if reconstruction.shape != feature.shape:
         raise ValueError(
             "reconstruction and feature must have the same shape, "

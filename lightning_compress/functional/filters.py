@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_compress.functional._checks import check_choice, check_tensor, check_whole, shown
 from lightning_compress.functional._dtypes import at_least_float32
 from lightning_compress.functional.masks import Filters
 
@@ -34,6 +35,12 @@ def filter_rows(weight: Tensor, filters: Filters = Filters()) -> Tensor:  # noqa
         tensor([[0., 1.],
                 [2., 3.]])
     """
+    if not isinstance(filters, Filters):
+        raise TypeError(f"filters must be a Filters, got {shown(filters)}")
+    if check_tensor("weight", weight).ndim == 0 or (
+        filters.groups and (weight.ndim < 2 or len(weight) % filters.groups)
+    ):
+        raise ValueError(f"weight must have filters as {filters} says, got shape {tuple(weight.shape)}")
     if not filters.groups:
         return weight.flatten(1) if weight.ndim > 1 else weight[:, None]
     by_group = weight.reshape(filters.groups, weight.shape[0] // filters.groups, weight.shape[1], -1)
@@ -60,10 +67,11 @@ def filter_scores(rows: Tensor, kind: FilterScore = "l2", gradients: Tensor | No
         >>> filter_scores(torch.tensor([[3.0, -4.0], [0.0, 1.0]]))
         tensor([5., 1.])
     """
-    if kind not in get_args(FilterScore):
-        raise ValueError(f"kind must be one of {', '.join(get_args(FilterScore))}, got {kind!r}")
-    if rows.ndim != 2:
+    check_choice("kind", kind, get_args(FilterScore))
+    if check_tensor("rows", rows).ndim != 2:
         raise ValueError(f"rows must be (C, n), got shape {tuple(rows.shape)}")
+    if gradients is not None:
+        check_tensor("gradients", gradients)
     rows = at_least_float32(rows)
     if kind == "l1":
         return rows.abs().sum(dim=1)
@@ -97,11 +105,11 @@ def kept_filters(scores: Tensor, removed: int, blocks: int = 1) -> Tensor:
         >>> kept_filters(torch.tensor([5.0, 1.0, 1.0, 2.0]), 1, blocks=2)  # means 3 and 1.5: the second of each goes
         tensor([0, 2])
     """
-    if scores.ndim != 1 or blocks < 1 or scores.numel() % blocks:
+    check_whole("blocks", blocks, at_least=1)
+    if check_tensor("scores", scores).ndim != 1 or scores.numel() % blocks:
         raise ValueError(f"{tuple(scores.shape)} scores do not fall into {blocks} blocks of equal length")
     length = scores.numel() // blocks
-    if not 0 <= removed <= length:
-        raise ValueError(f"removed must be from 0 to {length}, got {removed}")
+    check_whole("removed", removed, at_least=0, at_most=length)
     order = torch.sort(scores.reshape(blocks, length).mean(dim=0), stable=True).indices
     positions = order[removed:].sort().values
     starts = torch.arange(blocks, device=scores.device) * length

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compress.functional._checks import check_floating, check_number, check_positive
 from lightning_compress.functional._dtypes import at_least_float32
 from lightning_compress.functional._steps import largest_magnitude, usable
 from lightning_compress.functional.quantizers import along, integer_limits, nearest_grid_point, quantization_grid
@@ -44,7 +45,7 @@ def position_scale(weight: Tensor, bits: int, eps: float = 0.0, *, axis: int | N
         >>> position_scale(torch.tensor([0.70, 0.33, -0.12, 0.06, -0.70]), bits=4)
         tensor([0.0000, 0.0300, 0.0200, 0.0400, 0.0000])
     """
-    _check_eps(eps)
+    check_number("eps", eps, "at least 0", lambda number: number >= 0)
     step = quantization_grid(weight, bits, axis=axis)
     weight = at_least_float32(weight.detach())
     return (weight - nearest_grid_point(weight, step, bits, axis=axis)).abs() + eps
@@ -67,9 +68,8 @@ def zero_scale(weight: Tensor, eps: float) -> Tensor:
         >>> zero_scale(torch.tensor([0.5, -0.25, 0.0]), eps=0.01)
         tensor([0.5100, 0.2600, 0.0100])
     """
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, or weights that are 0 could never change, got {eps!r}")
-    return at_least_float32(weight.detach()).abs() + eps
+    check_positive("eps", eps, "positive, or weights that are 0 could never change")
+    return at_least_float32(check_floating("weight", weight).detach()).abs() + eps
 
 
 def grid_positions(weight: Tensor, bits: int, *, axis: int | None = None, step: Tensor | None = None) -> Tensor:
@@ -326,8 +326,3 @@ def _split(row: tuple[Any, ...], most: int) -> Iterator[tuple[Any, ...]]:
         yield tuple(
             own[start : start + length] if own is not None and own.ndim and len(own) == rows else own for own in row
         )
-
-
-def _check_eps(eps: float) -> None:
-    if not eps >= 0:
-        raise ValueError(f"eps must be at least 0, got {eps!r}")

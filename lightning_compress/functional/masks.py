@@ -17,11 +17,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_compress.functional._checks import (
+    LARGEST,
+    check_choice,
+    check_floating,
+    check_numbers,
+    check_tensor,
+    check_tensors,
+    check_unit,
+    check_whole,
+    shown,
+)
 from lightning_compress.functional._dtypes import at_least_float32
 from lightning_compress.functional._selection import Parts, dropped, grouped, held, n_of_m, smallest, smallest_within
 
@@ -49,9 +60,8 @@ def magnitude_mask(weights: Sequence[Tensor], sparsity: float, scope: Scope = "g
         >>> magnitude_mask([torch.tensor([0.1, -0.5]), torch.tensor([[0.3, -0.1]])], 0.5)
         [tensor([False,  True]), tensor([[ True, False]])]
     """
-    if scope not in get_args(Scope):
-        raise ValueError(f"scope must be one of {', '.join(map(repr, get_args(Scope)))}, got {scope!r}")
-    _check_scores("weights", weights)
+    check_choice("scope", scope, get_args(Scope))
+    check_tensors("weights", weights, "floating point")
     _check_sparsity(sparsity)
     sizes = [weight.numel() for weight in weights]
     total = _zeros(sum(sizes), sparsity)
@@ -98,7 +108,8 @@ def smallest_masks(
         >>> smallest_masks([torch.tensor([3.0, -1.0]), torch.tensor([0.0, 2.0])], 2, limits=[2, 0])
         [tensor([False, False]), tensor([True, True])]
     """
-    _check_scores("scores", scores)
+    check_tensors("scores", scores, "floating point")
+    check_whole("pruned", pruned, at_least=-LARGEST)
     scores = [score.detach() for score in scores]
     sizes, gone = _sizes_and_gone(scores, kept, parts)
     if not 0 <= pruned <= sum(sizes):
@@ -135,6 +146,9 @@ def erk_sparsities(shapes: Sequence[Sequence[int]], sparsity: float) -> list[flo
         [0.2857, 0.5536]
     """
     _check_sparsity(sparsity)
+    for shape in check_numbers("shapes", shapes):
+        for entry in check_numbers("each of shapes", shape):
+            check_whole("each of shapes", entry, at_least=0)
     sizes = [math.prod(shape) for shape in shapes]
     ones = [sum(shape) if shape else 1 for shape in shapes]  # weights kept for each unit of the common factor
     dense = {index for index, size in enumerate(sizes) if size == 0}
@@ -182,14 +196,16 @@ def layer_zeros(
         >>> layer_zeros([10, 10, 10], [0.5, 0.5, 0.9], limits=[10, 10, 7])
         [6, 6, 7]
     """
-    if len(sparsities) != len(sizes):
+    for size in check_numbers("sizes", sizes):
+        check_whole("each of sizes", size, at_least=0)
+    if len(check_numbers("sparsities", sparsities)) != len(sizes):
         raise ValueError(f"sparsities must be as many as sizes, {len(sizes)}, got {len(sparsities)}")
     for sparsity in sparsities:
-        _check_sparsity(sparsity)
+        _check_sparsity(sparsity, "each of sparsities")
     if total is None:
         zeros = [_zeros(size, sparsity) for size, sparsity in zip(sizes, sparsities, strict=True)]
         total = sum(zeros)
-    elif total < 0:
+    elif check_whole("total", total, at_least=-LARGEST) < 0:
         raise ValueError(f"total must not be negative, got {total}")
     else:
         zeros = _apportioned(total, [Fraction(own) * size for size, own in zip(sizes, sparsities, strict=True)])
@@ -215,7 +231,7 @@ def fewest_kept(size: int) -> int:
         >>> fewest_kept(27), fewest_kept(100), fewest_kept(101)
         (1, 1, 2)
     """
-    if size < 0:
+    if check_whole("size", size, at_least=-LARGEST) < 0:
         raise ValueError(f"size must not be negative, got {size}")
     return -(-size // 100)
 
@@ -285,7 +301,7 @@ def magnitude_score(weight: Tensor) -> Tensor:
         >>> magnitude_score(torch.tensor([-2.0, 0.5]))
         tensor([2.0000, 0.5000])
     """
-    return weight.detach().abs()
+    return check_floating("weight", weight).detach().abs()
 
 
 def l2_score(weight: Tensor, dims: int | Sequence[int]) -> Tensor:
@@ -302,7 +318,12 @@ def l2_score(weight: Tensor, dims: int | Sequence[int]) -> Tensor:
         >>> l2_score(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 1)
         tensor([5., 1.])
     """
-    norms: Tensor = torch.linalg.vector_norm(at_least_float32(weight.detach()), dim=dims)
+    check_floating("weight", weight)
+    given = [dims] if isinstance(dims, int) else check_numbers("dims", dims)
+    places = [check_whole("dims", own, at_least=-weight.ndim, at_most=weight.ndim - 1) % weight.ndim for own in given]
+    if len({*places}) < len(places):
+        raise ValueError(f"dims must differ from one another, got {shown(dims)}")
+    norms: Tensor = torch.linalg.vector_norm(at_least_float32(weight.detach()), dim=places)
     return norms
 
 
@@ -320,6 +341,9 @@ def random_score(weight: Tensor, generator: torch.Generator) -> Tensor:
         >>> random_score(torch.zeros(2, 3), torch.Generator().manual_seed(0)).shape
         torch.Size([2, 3])
     """
+    check_tensor("weight", weight)
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {shown(generator)}")
     draws = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device=generator.device)
     return draws.to(weight.device)
 
@@ -341,7 +365,8 @@ def taylor_score(weight: Tensor, gradient: Tensor) -> Tensor:
         >>> taylor_score(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]))
         tensor([1., 3.])
     """
-    if weight.shape != gradient.shape:
+    check_floating("weight", weight)
+    if weight.shape != check_tensor("gradient", gradient).shape:
         raise ValueError(f"gradient must have the shape of weight, {tuple(weight.shape)}, got {tuple(gradient.shape)}")
     return (at_least_float32(weight.detach()) * at_least_float32(gradient.detach())).abs_()
 
@@ -411,7 +436,7 @@ def n_m_masks(
     full = [own == m for own in held]
     sizes, gone = _sizes_and_gone(full, full, parts)
     fewest, most = sum(gone), sum(sizes)
-    if not fewest <= groups <= most:
+    if not fewest <= check_whole("groups", groups, at_least=-LARGEST) <= most:
         raise ValueError(f"groups must be in [{fewest}, {most}], those of kept to all there are, got {groups}")
     choices, losses = zip(*(n_of_m(score.detach(), n, m) for score in scores), strict=True)
     stay = smallest(losses, full, groups, parts)  # True where a group stays full
@@ -437,8 +462,7 @@ def sparsity_of(masks: Sequence[Tensor]) -> float:
         >>> sparsity_of([torch.tensor([True, False]), torch.tensor([[False, False]])])
         0.75
     """
-    if not masks:
-        raise ValueError("masks must not be empty")
+    check_tensors("masks", masks, "boolean")
     return sum(dropped(masks)) / max(sum(mask.numel() for mask in masks), 1)
 
 
@@ -480,6 +504,8 @@ def changes(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[int]:
         >>> changes([before, before], [after, before])
         [2, 0]
     """
+    check_tensors("before", before, "boolean")
+    check_tensors("after", after, "boolean")
     shapes = [[tuple(mask.shape) for mask in masks] for masks in (before, after)]
     if not shapes[0] or shapes[0] != shapes[1]:
         raise ValueError(f"before and after must have the same shapes, got {shapes[0]} and {shapes[1]}")
@@ -503,19 +529,8 @@ def _apportioned(total: int, shares: Sequence[int | Fraction]) -> list[int]:
     return counts
 
 
-def _check_sparsity(sparsity: float) -> None:
-    if not 0.0 <= sparsity <= 1.0:
-        raise ValueError(f"sparsity must be in [0, 1], got {sparsity}")
-
-
-def _check_scores(name: str, scores: Any) -> None:
-    if isinstance(scores, Tensor) or not isinstance(scores, Sequence):
-        raise TypeError(f"{name} must be a list of tensors, got {type(scores).__name__}")
-    if not scores:
-        raise ValueError(f"{name} must hold at least one tensor")
-    for score in scores:
-        if not score.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got dtype {score.dtype}")
+def _check_sparsity(sparsity: float, argument: str = "sparsity") -> None:
+    check_unit(argument, sparsity)
 
 
 def _sizes_and_gone(
@@ -532,6 +547,7 @@ def _sizes_and_gone(
 
 
 def _check_kept(scores: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    check_tensors("kept", kept)
     expected, given = ([tuple(tensor.shape) for tensor in tensors] for tensors in (scores, kept))
     if expected != given:
         raise ValueError(f"kept must have the shapes of scores, {expected}, got {given}")
@@ -542,6 +558,8 @@ def _check_kept(scores: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
 
 def _checked_limits(sizes: Sequence[int], limits: Sequence[int], wanted: int) -> list[int]:
     """The limits, none more than the size of its layer."""
+    for limit in check_numbers("limits", limits):
+        check_whole("each of limits", limit, at_least=-LARGEST)
     if len(limits) != len(sizes):
         raise ValueError(f"limits must be one per tensor, {len(sizes)}, got {len(limits)}")
     if any(limit < 0 for limit in limits):
@@ -553,10 +571,10 @@ def _checked_limits(sizes: Sequence[int], limits: Sequence[int], wanted: int) ->
 
 
 def _check_n_m(name: str, scores: Sequence[Tensor], n: int, m: int) -> None:
-    _check_scores(name, scores)
-    if m < 1:
+    check_tensors(name, scores, "floating point")
+    if check_whole("m", m, at_least=-LARGEST) < 1:
         raise ValueError(f"m must be positive, got {m}")
-    if not 1 <= n <= m:
+    if not 1 <= check_whole("n", n, at_least=-LARGEST) <= m:
         raise ValueError(f"n must be in [1, {m}], the size of a group, got {n}")
     for score in scores:
         if score.ndim < 2 or score.shape[1] % m:

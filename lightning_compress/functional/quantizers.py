@@ -16,6 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compress.functional._checks import (
+    LARGEST,
+    check_axis,
+    check_flag,
+    check_floating,
+    check_number,
+    check_positive,
+    check_tensor,
+    check_whole,
+    is_finite,
+)
 from lightning_compress.functional._dtypes import at_least_float32
 from lightning_compress.functional._steps import largest_magnitude, rows, usable
 
@@ -40,9 +51,7 @@ def check_bits(bits: int, argument: str = "bits") -> int:
         >>> check_bits(4)
         4
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not FEWEST_BITS <= bits <= MOST_BITS:
-        raise ValueError(f"{argument} must be a whole number from {FEWEST_BITS} to {MOST_BITS}, got {bits!r}")
-    return bits
+    return check_whole(argument, bits, at_least=FEWEST_BITS, at_most=MOST_BITS)
 
 
 def integer_limits(bits: int, *, signed: bool = True) -> tuple[int, int]:
@@ -63,6 +72,7 @@ def integer_limits(bits: int, *, signed: bool = True) -> tuple[int, int]:
         ((-7, 7), (0, 15))
     """
     check_bits(bits)
+    check_flag("signed", signed)
     highest = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     return (-highest if signed else 0), highest
 
@@ -148,6 +158,8 @@ def nearest_grid_point(weight: Tensor, step: Tensor, bits: int, *, axis: int | N
         tensor([ 0.3000, -0.1000,  0.7000])
     """
     lowest, highest = integer_limits(bits)
+    check_axis(axis, check_floating("weight", weight))
+    _check_along("step", step, weight, axis)
     step = along(step, weight, axis)
     wide = weight.to(step.dtype)
     return torch.div(wide, step).round_().clamp_(lowest, highest).mul_(step).to(weight.dtype)
@@ -172,6 +184,10 @@ def range_grid(minimum: float, maximum: float, bits: int) -> tuple[float, int]:
         >>> range_grid(-1.0, 2.0, bits=2)
         (1.0, 1)
     """
+    minimum = check_number("minimum", minimum, "a finite number", is_finite)
+    maximum = check_number("maximum", maximum, "a finite number", is_finite)
+    if minimum > maximum:
+        raise ValueError(f"minimum must not be above maximum, got {minimum!r} and {maximum!r}")
     [grid] = range_grids([(minimum, maximum)], [bits])
     return grid
 
@@ -233,6 +249,7 @@ def quantize(
         >>> quantize(torch.tensor([-1.0, 0.25, 0.75, 9.0]), 0.5, 1, 0, 3)
         tensor([0, 1, 3, 3], dtype=torch.int32)
     """
+    _check_grid(x, scale, zero_point, quant_min, quant_max, axis)
     step = _step(scale, x, axis)
     offset = along(zero_point, x, axis) if isinstance(zero_point, Tensor) else zero_point
     return (torch.div(x.detach().to(step.dtype), step).round_() + offset).clamp_(quant_min, quant_max).to(torch.int32)
@@ -269,6 +286,7 @@ def fake_quantize(
         >>> y.tolist(), x.grad.tolist()
         ([-0.5, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0])
     """
+    _check_grid(x, scale, zero_point, quant_min, quant_max, axis)
     step = _step(scale, x, axis)
     offset: Any = along(zero_point, x, axis).to(step) if isinstance(zero_point, Tensor) else zero_point
     lowest, highest = quant_min - offset, quant_max - offset  # of round(x / scale), which saves two passes over x
@@ -312,15 +330,20 @@ def learned_step_quantize(
         >>> learned_step_quantize(torch.tensor([0.9, -0.4, 0.1, -2.0]), step, bits=3).tolist()
         [1.0, -0.5, 0.0, -2.0]
     """
+    check_flag("signed", signed)
+    check_flag("narrow", narrow)
     check_bits(bits)
-    if step.ndim != (0 if axis is None else 1) or (axis is not None and len(step) != x.shape[axis]):
+    check_axis(axis, check_floating("x", x))
+    if check_tensor("step", step).ndim != (0 if axis is None else 1) or (
+        axis is not None and len(step) != x.shape[axis]
+    ):
         expected = "of 0 dimensions" if axis is None else f"of shape ({x.shape[axis]},)"
         raise ValueError(f"step must be {expected}, got shape {tuple(step.shape)}")
     if not torch.compiler.is_compiling() and step.device.type == "cpu" and not (step.detach() > 0).all():
         raise ValueError(f"step must be positive, got {step.detach().tolist()}")
     highest = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     lowest = (-highest if narrow else -highest - 1) if signed else 0
-    if not lowest <= zero_point <= highest or (signed and zero_point):
+    if not lowest <= check_whole("zero_point", zero_point, at_least=-LARGEST) <= highest or (signed and zero_point):
         raise ValueError(f"zero_point must be {0 if signed else f'from 0 to {highest}'}, got {zero_point!r}")
     return learned_rounding(x, step, lowest - zero_point, highest - zero_point, axis=axis)
 
@@ -456,8 +479,33 @@ def _within(values: Tensor, where: Tensor, lowest: float, highest: float) -> Ten
     return passed.to(values.dtype)
 
 
+def _check_grid(
+    x: Tensor, scale: Tensor | float, zero_point: Tensor | int, quant_min: int, quant_max: int, axis: int | None
+) -> None:
+    """Refuse what is no grid for a tensor; numbers within tensors are not looked at: a GPU would be waited for."""
+    check_axis(axis, check_floating("x", x))
+    if not isinstance(scale, Tensor):
+        check_positive("scale", scale)
+    if not isinstance(zero_point, Tensor):
+        check_whole("zero_point", zero_point, at_least=-LARGEST)
+    for argument, values in (("scale", scale), ("zero_point", zero_point)):
+        if isinstance(values, Tensor):
+            _check_along(argument, values, x, axis)
+    check_whole("quant_min", quant_min, at_least=-LARGEST)
+    check_whole("quant_max", quant_max, at_least=quant_min)
+
+
+def _check_along(argument: str, values: Tensor, x: Tensor, axis: int | None) -> None:
+    """Refuse what does not belong to a dimension, or to all of a tensor."""
+    shape = check_tensor(argument, values).shape
+    if values.ndim and (axis is None or tuple(shape) != (x.shape[axis],)):
+        expected = "" if axis is None else f", or of shape ({x.shape[axis]},)"
+        raise ValueError(f"{argument} must be of 0 dimensions{expected}, got shape {tuple(shape)}")
+
+
 def _magnitude(weight: Tensor, axis: int | None) -> Tensor:
     """The largest magnitude, of all or along a dimension."""
+    check_axis(axis, check_floating("weight", weight))
     if weight.numel() == 0:
         raise ValueError(f"a grid needs at least one weight, got shape {tuple(weight.shape)}")
     magnitude = largest_magnitude(weight.detach(), axis)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from lightning_compress.functional._checks import check_number, check_unit, check_whole, is_finite
+
 Schedule = Callable[[float, float, float], float]
 """A function ``(progress, start, end)`` that returns the value at this progress."""
 
@@ -34,8 +36,8 @@ def constant_schedule(progress: float, start: float, end: float) -> float:
         >>> constant_schedule(0.0, 0.0, 0.9)
         0.9
     """
-    _check_progress(progress)
-    return float(end)
+    check_unit("progress", progress)
+    return float(check_number("end", end, "a finite number", is_finite))
 
 
 def linear_schedule(progress: float, start: float, end: float) -> float:
@@ -56,7 +58,7 @@ def linear_schedule(progress: float, start: float, end: float) -> float:
         >>> linear_schedule(0.5, 0.0, 0.8)
         0.4
     """
-    _check_progress(progress)
+    check_unit("progress", progress)
     return _between(start, end, 1.0 - progress)
 
 
@@ -78,7 +80,7 @@ def cubic_schedule(progress: float, start: float, end: float) -> float:
         >>> [round(cubic_schedule(progress, 0.0, 0.9), 4) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
         [0.0, 0.5203, 0.7875, 0.8859, 0.9]
     """
-    _check_progress(progress)
+    check_unit("progress", progress)
     return _between(start, end, (1.0 - progress) ** 3)
 
 
@@ -100,7 +102,7 @@ def cosine_schedule(progress: float, start: float, end: float) -> float:
         >>> round(cosine_schedule(0.5, 0.0, 0.9), 6)
         0.45
     """
-    _check_progress(progress)
+    check_unit("progress", progress)
     return _between(start, end, (1.0 + math.cos(math.pi * progress)) / 2.0)
 
 
@@ -123,12 +125,10 @@ def iterative_schedule(progress: float, start: float, end: float, rounds: int = 
         >>> [round(iterative_schedule(progress, 0.0, 0.75, rounds=2), 6) for progress in (0.0, 0.49, 0.5, 1.0)]
         [0.0, 0.0, 0.5, 0.75]
     """
-    _check_progress(progress)
-    for name, value in (("start", start), ("end", end)):
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} is a sparsity and must be in [0, 1], got {value}")
-    if rounds < 1:
-        raise ValueError(f"rounds must be positive, got {rounds}")
+    check_unit("progress", progress)
+    check_unit("start", start)
+    check_unit("end", end)
+    check_whole("rounds", rounds, at_least=1)
     done = math.floor(progress * rounds + 1e-9)  # a progress that was itself divided may lack its last bit
     if done >= rounds:
         return float(end)
@@ -139,9 +139,6 @@ def iterative_schedule(progress: float, start: float, end: float, rounds: int = 
 
 def _between(start: float, end: float, share: float) -> float:
     """What has ``share`` of the start in it; exactly the start at 1, the end at 0, and either where they are equal."""
+    check_number("start", start, "a finite number", is_finite)
+    check_number("end", end, "a finite number", is_finite)
     return float(start) if share == 1.0 else end + (start - end) * share
-
-
-def _check_progress(progress: float) -> None:
-    if not 0.0 <= progress <= 1.0:
-        raise ValueError(f"progress must be in [0, 1], got {progress}")

@@ -14,13 +14,13 @@ All losses are dimensionless scalars, are computed in float32 or better, and sen
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_compress.functional._checks import check_number, check_numbers, check_positive, check_whole, is_finite
 from lightning_compress.functional._pairs import label_column, paired_rows, paired_values
 
 
@@ -187,6 +187,8 @@ def decoupled_distillation_loss(
     """
     _check_temperature(temperature)
     student, teacher = paired_rows(student_logits, teacher_logits, class_dim, mask)
+    check_number("alpha", alpha, "a finite number", is_finite)
+    check_number("beta", beta, "a finite number", is_finite)
     label = label_column(labels, student_logits, class_dim, mask)  # (P, 1)
     student, teacher = student / temperature, teacher / temperature
     student_others = student.scatter(1, label, -torch.inf)  # (P, K), the label's probability is exactly 0
@@ -238,6 +240,8 @@ def dist_loss(
     """
     _check_temperature(temperature)
     student, teacher = paired_rows(student_logits, teacher_logits, class_dim, mask)
+    check_number("beta", beta, "a finite number", is_finite)
+    check_number("gamma", gamma, "a finite number", is_finite)
     if len(student) == 0:
         return student.sum()  # zero with a graph; the mean over no sample would be NaN
     student, teacher = (student / temperature).softmax(dim=1), (teacher / temperature).softmax(dim=1)
@@ -263,6 +267,8 @@ def class_dimension(shape: Sequence[int]) -> int:
         >>> class_dimension((8, 10)), class_dimension((8, 128, 1000)), class_dimension((8, 21, 64, 64))
         (1, 2, 1)
     """
+    for entry in check_numbers("shape", shape):
+        check_whole("each of shape", entry, at_least=0)
     dimension = 2 if len(shape) == 3 else 1
     if len(shape) < 2 or shape[dimension] == 1:
         raise ValueError(
@@ -335,5 +341,4 @@ def _mean(values: Tensor) -> Tensor:
 
 
 def _check_temperature(temperature: float) -> None:
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    check_positive("temperature", temperature, "positive and finite")

@@ -251,10 +251,10 @@ def _writable(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_leaf else leaf
 
 
-def _made_by(tensor: Tensor) -> list[Any]:
-    """What made a tensor, in the graph; of a view also what made its base, as writing makes views anew."""
-    made = [tensor.grad_fn, tensor._base.grad_fn if tensor._is_view() and tensor._base is not None else None]
-    return [node for node in made if node is not None]
+def _makers(tensors: Sequence[Tensor]) -> frozenset[Any]:
+    """What made tensors, in the graph; of views also what made their bases, as writing makes views anew."""
+    bases = [tensor._base for tensor in tensors if tensor._is_view() and tensor._base is not None]
+    return frozenset(tensor.grad_fn for tensor in (*tensors, *bases) if tensor.grad_fn is not None)
 
 
 class _Snapshot:
@@ -266,11 +266,11 @@ class _Snapshot:
         self._copy: Any = None
         self._versions: list[tuple[Tensor, int]] | None = None  # None: writing leaves no trace that could be read
         self.copied = False
-        self.nodes: frozenset[Any] = frozenset()
+        self._nodes: frozenset[Any] | None = None
         if torch.compiler.is_compiling():
             return
         tensors = [tensor for _, tensor in named_tensors(tree)]
-        self.nodes = frozenset(node for tensor in tensors for node in _made_by(tensor))
+        self._nodes = _makers(tensors)
         if not any(tensor.is_inference() for tensor in tensors):
             self._versions = [(tensor, tensor._version) for tensor in tensors]
         if copy:
@@ -283,6 +283,11 @@ class _Snapshot:
         if self._versions is None:
             return None
         return any(tensor._version != version for tensor, version in self._versions)
+
+    @property
+    def nodes(self) -> frozenset[Any]:
+        """What made the tensors; where compiled code made them, which cannot tell, as it is now."""
+        return _makers([tensor for _, tensor in named_tensors(self._tree)]) if self._nodes is None else self._nodes
 
     @property
     def tree(self) -> Any:

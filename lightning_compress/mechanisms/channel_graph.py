@@ -212,10 +212,12 @@ class ChannelGraph:
     def _trace(self, run: Callable[[nn.Module], Any], outputs: Callable[[Any], Any]) -> None:
         flags = [(part, part.training) for part in self._root.modules()]
         by: dict[Any, set[nn.Module]] = {}
+        calls: list[list[Tensor]] = []
         hooks = []
 
         def note(module: nn.Module, _: Any, returned: Any) -> None:
-            for _, tensor in named_tensors(returned):
+            calls.append([tensor for _, tensor in named_tensors(returned)])
+            for tensor in calls[-1]:
                 by.setdefault(tensor.grad_fn, set()).add(module)
 
         def forward(*unused: Any) -> Any:
@@ -223,15 +225,16 @@ class ChannelGraph:
                 part.training = training  # the library calls eval(), which hides what is only there in training
             with _Once():
                 returned = run(self._root)
-            for _, tensor in named_tensors(outputs(returned)):
-                self._returned |= {tensor.grad_fn, *by.get(tensor.grad_fn, ())}
             traced = [tensor for _, tensor in named_tensors(returned) if tensor.grad_fn is not None]
+            ends = _dead_ends(calls, traced)  # the layers that made them run all the same
+            for tensor in [*(tensor for _, tensor in named_tensors(outputs(returned))), *ends]:
+                self._returned |= {tensor.grad_fn, *by.get(tensor.grad_fn, ())}
             if not traced:
                 raise StructureError(
                     f"the network returns no tensor that a gradient could come to, but {type(returned).__name__}, so "
                     "its structure cannot be told"
                 )
-            return traced
+            return [*traced, *ends]
 
         for parameter in self._root.parameters():
             if parameter.is_floating_point():
@@ -327,6 +330,18 @@ class _WithoutMetrics:
     def modules(self) -> Iterator[nn.Module]:
         """All but metrics."""
         return (part for _, part in self.named_modules())
+
+
+def _dead_ends(calls: Sequence[Sequence[Tensor]], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """What those calls returned that carry a gradient, and from which none of the outputs was computed."""
+    waiting, reached = [tensor.grad_fn for tensor in outputs], set[Any]()
+    while waiting:
+        function = waiting.pop()
+        if function is not None and function not in reached:
+            reached.add(function)
+            waiting += [earlier for earlier, _ in function.next_functions]
+    dead = [returned for returned in calls if reached.isdisjoint(tensor.grad_fn for tensor in returned)]
+    return [tensor for returned in dead for tensor in returned if tensor.grad_fn is not None]
 
 
 def _pruners(library: Any) -> dict[type[nn.Module], Any]:

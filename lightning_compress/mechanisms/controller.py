@@ -17,7 +17,7 @@ from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, NetworkCall
 from lightning_compress.mechanisms.further import FurtherPass
 from lightning_compress.mechanisms.isolation import RandomState, device_of
-from lightning_compress.mechanisms.losses import belonging, check_named, of_its_own, sources
+from lightning_compress.mechanisms.losses import belonging, check_named, loss_of, of_its_own, sources
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.replay import traceless
 from lightning_compress.mechanisms.selection import find_module
@@ -322,14 +322,14 @@ class StepController:
         """
         compute = None if isinstance(task_loss, Tensor) else task_loss
         if self.replaying:
-            return task_loss if isinstance(task_loss, Tensor) else task_loss()
+            return loss_of(task_loss)
         if self._running is None:
             raise RuntimeError("compressed_loss is for training_step with automatic_optimization=False only")
         check_named(callbacks, self._terms)
         self._losses, self._asked = self._losses + 1, True
         further = self._further(self._running) if self._views and compute is not None else None
         again = None if compute is None else self._again(compute, (), {})
-        loss = task_loss if isinstance(task_loss, Tensor) else _loss_of(task_loss())
+        loss = loss_of(task_loss)
         seen = Pass(View("plain"), _first(*self._running), loss, *self._drained(), again)
         found, total = sources(seen), _Total()
         names = belonging(self._terms.values(), seen, found, callbacks)
@@ -344,7 +344,7 @@ class StepController:
             with further.traceless(view.name), view.enter():
                 self.deployed = False
                 self._drained()
-                loss = _loss_of(compute())
+                loss = loss_of(compute)
                 seen = Pass(view, _first(*self._running), loss, *self._drained())
                 self._include(total, of_its_own(seen, sources(seen)), names)
             self.deployed = True
@@ -381,8 +381,9 @@ class StepController:
                 self._include(total, Pass(view, _first(args, kwargs), _loss_of(output), calls, layers, again))
             if view.deployed:
                 deployed_output = output
+        output = _with_loss(deployed_output, self._sum_up(total))
         self.steps += 1
-        return _with_loss(deployed_output, self._sum_up(total))
+        return output
 
     def _include(self, total: _Total, seen: Pass, names: Collection[str] | None = None) -> None:
         """Add what a pass gives: its task loss, weighed, and the terms of its view; of these names, None for all."""

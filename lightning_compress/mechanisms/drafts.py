@@ -7,6 +7,7 @@ file knows which folders nobody writes in any more, and removes them.
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -21,6 +22,8 @@ MARK = 16
 SPARE = MARK + 2
 """Characters that the name of a folder has more than that of its file."""
 _LOCK = "lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What writing to a disk raises, without the name of a file."""
 
 
 @contextmanager
@@ -57,8 +60,8 @@ def draft_of(target: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        unnamed = error.filename is None or str(error.filename).startswith(str(folder))
-        if error.errno is None or not unnamed:
+        unnamed = error.filename is None and error.errno in _FULL
+        if not unnamed and not str(error.filename).startswith(str(folder)):
             raise
         raise OSError(error.errno, error.strerror, str(target)) from error
 

@@ -45,6 +45,12 @@ def rows_of(value: Tensor, weight: Tensor) -> Tensor:
 def rows_held(weight: Tensor) -> slice:
     """Which rows this process holds of a weight.
 
+    Args:
+        weight: Sharded or whole.
+
+    Returns:
+        All of them where it is whole.
+
     Example:
         >>> rows_held(torch.zeros(3, 2))
         slice(0, 3, None)
@@ -102,7 +108,18 @@ def gathered(value: Any) -> Any:
 
 
 def parts_of(weights: Iterable[Tensor]) -> Parts | None:
-    """How processes that hold shards of weights work together; None for weights that are whole."""
+    """How processes that hold shards of weights work together.
+
+    Args:
+        weights: Those weights, all split over the same processes.
+
+    Returns:
+        None for weights that are whole.
+
+    Example:
+        >>> parts_of([torch.ones(1)]) is None
+        True
+    """
     mesh = next((weight.device_mesh for weight in weights if isinstance(weight, DTensor)), None)
     if mesh is None:
         return None
@@ -125,6 +142,9 @@ def refuse_unpresentable(module: nn.Module, weights: Mapping[str, Tensor]) -> No
 
     Raises:
         ValueError: If there is one; it is named.
+
+    Example:
+        >>> refuse_unpresentable(nn.Linear(1, 1), {})  # nothing is sharded
     """
     if not sharded_units(module):
         return
@@ -175,6 +195,10 @@ class Gathered:
             f"exclude={[self.name.rpartition('.')[0]]}"
         )
 
+    def seen(self, shard: Tensor) -> Tensor:
+        """What a forward pass would see now of a shard."""
+        return shard if not self.shown or self.view.plain else self.view.value(shard)
+
     def owe(self, gradient: Tensor) -> None:
         """Add rows to the gradient that is settled next."""
         self._owed = gradient if self._owed is None else self._owed + gradient
@@ -188,6 +212,7 @@ class Gathered:
         gradient, owed = self.weight.grad, self._owed
         self._owed = None
         if gradient is None:
+            self.weight.grad = None if owed is None else sharded_as(owed, self.weight)
             return
         if self.gathers == self._settled:
             raise RuntimeError(
@@ -203,7 +228,7 @@ class Gathered:
 
     def _present(self, shard: Tensor) -> Tensor:
         self.gathers += 1
-        return shard if not self.shown or self.view.plain else self.view.value(shard)
+        return self.seen(shard)
 
 
 class GatheredWeights:
@@ -248,6 +273,8 @@ class GatheredWeights:
 
     def drop(self) -> None:
         """Let the layers read the weights again."""
+        if not self.weights:
+            return
         for weight in self.weights.values():
             weight.shown = False
         self.shown = False
@@ -290,6 +317,11 @@ class GatheredWeights:
         for name, view in views.items():
             self.weights[name].view = view
         shards_in_place(self.module)
+
+    def rows_seen(self, weight: Tensor) -> Tensor:
+        """What forward passes see now of the rows that this process holds of a weight, before a policy casts it."""
+        own = next((entry for entry in self.weights.values() if entry.weight is weight), None)
+        return own_part(weight) if own is None else own.seen(own_part(weight))
 
     def settle(self) -> None:
         """Apply the chain rules of the views to the gradients, once a step; whoever comes first in it does."""

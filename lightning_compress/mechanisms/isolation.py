@@ -367,9 +367,19 @@ def _restored(value: Any, contents: Any) -> Any:
     return value
 
 
+def _once(tensor: Tensor, expanded: Tensor | None = None) -> Tensor:
+    """A tensor with each number once, where one was expanded over many places."""
+    strides = (tensor if expanded is None else expanded).stride()
+    for dimension, (stride, size) in enumerate(zip(strides, tensor.shape, strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dimension, 0, 1)
+    return tensor
+
+
 def _restore_tensor(value: Tensor, requires_grad: bool, saved: tuple[Tensor, Tensor] | None) -> None:
     if saved is not None:
         value.data, contents = saved
-        value.data.copy_(contents)  # unseen by autograd: a graph that is still to be used saved the same values
+        # Unseen by autograd: a graph that is still to be used saved the same values.
+        _once(value.data).copy_(_once(contents, value.data))
     if value.is_leaf and value.requires_grad != requires_grad:
         value.requires_grad_(requires_grad)

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
 from lightning_compress import _compat
+from lightning_compress.functional._checks import check_flag, check_path, shown
 from lightning_compress.mechanisms.checkpoints import resize_, structures_in
 from lightning_compress.mechanisms.reading import read_saved
 from lightning_compress.mechanisms.selection import did_you_mean, find_module, plain_name
@@ -175,6 +176,11 @@ def teacher_from_checkpoint(
         ...     )
         Linear(in_features=2, out_features=1, bias=True)
     """
+    _check_source(class_path, init_args)
+    if not isinstance(submodule, str):
+        raise TypeError(f"submodule must be the dotted name of a module, or '', got {shown(submodule)}")
+    check_path("ckpt_path", ckpt_path)
+    check_flag("weights_only", weights_only)
     make: Any = import_path(class_path, argument="class_path") if isinstance(class_path, str) else class_path
     path = class_path if isinstance(class_path, str) else f"{make.__module__}.{make.__qualname__}"
     checkpoint = _read_checkpoint(ckpt_path, weights_only)
@@ -208,6 +214,15 @@ def teacher_from_checkpoint(
             f"the weights in {os.fspath(ckpt_path)} do not fit {type(module).__name__}: {error}"
         ) from error
     return find_module(module, submodule, argument="submodule").eval()
+
+
+def _check_source(class_path: Any, init_args: Any) -> None:
+    if not isinstance(class_path, (str, type)) and not inspect.isroutine(class_path):
+        raise TypeError(f"class_path must be a class, or the dotted path of one, got {shown(class_path)}")
+    if isinstance(init_args, Mapping) and all(isinstance(name, str) for name in init_args):
+        return
+    if init_args is not None:
+        raise TypeError(f"init_args must be a dict from names of arguments to values, or None, got {shown(init_args)}")
 
 
 def _adapting(make: Any) -> Any:

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall, computed_from
 from lightning_compress.mechanisms.passes import Pass, Term
 from lightning_compress.mechanisms.selection import did_you_mean
 
 Key = TypeVar("Key")
+
+
+def loss_of(task_loss: Tensor | Callable[[], Tensor]) -> Tensor:
+    """A loss that was given, or the one that a function which was given computes.
+
+    Args:
+        task_loss: Either.
+
+    Returns:
+        The loss.
+
+    Raises:
+        TypeError: If it is neither, or the function returns something else.
+
+    Example:
+        >>> import torch
+        >>> loss_of(lambda: torch.tensor(2.0))
+        tensor(2.)
+    """
+    if isinstance(task_loss, Tensor):
+        return task_loss
+    given: Any = task_loss
+    if not callable(given):
+        raise TypeError(f"task_loss must be a tensor, or a function that computes one, got {type(given).__name__}")
+    loss = given()
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"task_loss must be a function that returns a tensor, not {type(loss).__name__}")
+    return loss
 
 
 def check_named(callbacks: Sequence[str] | None, terms: Mapping[str, Term]) -> None:
@@ -46,6 +76,11 @@ def sources(seen: Pass) -> list[NetworkCall]:
 
     Returns:
         Those that the graph of the loss leads to.
+
+    Example:
+        >>> from lightning_compress.mechanisms.passes import View
+        >>> sources(Pass(View("plain"), None, None, {}))
+        []
     """
     calls = [call for own in (*seen.calls.values(), *seen.layers.values()) for call in own]
     return [] if seen.task_loss is None else computed_from(seen.task_loss, calls)

@@ -161,9 +161,11 @@ class Replay:
             call = self.received(student, arguments)
             if call is not None:
                 return call, arguments
+        manual = not getattr(self._module, "automatic_optimization", True)
+        when = " before its first backward pass, where a step that is only looked at ends" if manual else ""
         raise CaptureError(
             f"the training step of {type(self._module).__name__} does not call the student "
-            f"'{'/'.join(student)}'; choose another with student="
+            f"'{'/'.join(student)}'{when}; choose another with student=, or name its layers"
         )
 
     def outputs(self, student: tuple[str, ...], arguments: tuple[Any, ...]) -> list[LayerOutput]:

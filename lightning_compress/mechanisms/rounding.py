@@ -126,9 +126,9 @@ class WeightNames:
         source = None if self._presented is None else self._presented(weight)
         if source is None:
             pointer, place = weight.untyped_storage().data_ptr(), weight.storage_offset()
-            for name, own in self._gathered.items():
+            for known, own in self._gathered.items():
                 if own.untyped_storage().data_ptr() == pointer != 0:
-                    return name, own
+                    return known, own
             there = [own for own in self._storages.get(pointer, []) if own[1].untyped_storage().data_ptr() == pointer]
             return next((own for own in there if 0 <= place - own[1].storage_offset() < max(1, own[1].numel())), None)
         name = self._names.get(id(source.weight))

@@ -4,35 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from lightning_compress._compat import COMPILED_CHILD
-
-
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """Suggest the candidate closest to a name that does not exist, as the end of an error message.
-
-    Args:
-        name: What the user wrote.
-        candidates: What would have been accepted.
-
-    Returns:
-        ``"; did you mean '...'?"`` with the candidate spelled most alike, else with one that ends in ``.name``;
-        empty if there is neither.
-
-    Example:
-        >>> did_you_mean("layr1", ["conv1", "layer1", "layer2"])
-        "; did you mean 'layer1'?"
-    """
-    candidates = list(candidates)
-    close = get_close_matches(name, candidates, n=1) or [
-        candidate for candidate in candidates if candidate.lower() == name.lower()
-    ]
-    close += [candidate for candidate in candidates if candidate.endswith(f".{name}")]
-    return f"; did you mean '{close[0]}'?" if close else ""
+from lightning_compress.functional._checks import check_name, shown
+from lightning_compress.functional._checks import did_you_mean as did_you_mean
 
 
 def listing(names: Sequence[str], most: int | None = 5) -> str:
@@ -107,6 +86,7 @@ def find_module(root: nn.Module, name: str, *, argument: str) -> nn.Module:
         >>> find_module(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "1", argument="student")
         ReLU()
     """
+    check_name(argument, name)
     modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))
     if name in modules:
         return modules[name]
@@ -160,7 +140,7 @@ def select_modules(
         raise ValueError(f"{argument} selects nothing: {type(root).__name__} has no {accepted}{more}")
     if layers is not None:
         wanted: set[int] = set()
-        for selector in _checked_list(layers, argument):
+        for selector in check_selectors(layers, argument):
             matched = _matches(named, selector, argument)
             below = chosen & {id(part) for module in matched for part in module.modules()}
             if not below:
@@ -168,7 +148,7 @@ def select_modules(
                 raise ValueError(f"{argument} names '{selector}', of type {found} and without any {accepted} in it")
             wanted |= below
         chosen = wanted
-    for selector in _checked_list([] if exclude is None else exclude, "exclude"):
+    for selector in check_selectors([] if exclude is None else exclude, "exclude", empty=True):
         chosen -= {id(part) for module in _matches(named, selector, "exclude") for part in module.modules()}
     if not chosen:
         given = "all layers" if layers is None else f"{argument}={layers}"
@@ -199,10 +179,7 @@ def _matches(named: list[tuple[str, nn.Module]], selector: str, argument: str) -
 def _name_matcher(selector: str, names: set[str], argument: str) -> Callable[[str], bool]:
     """Whether a dotted name is what a selector (not of types) asks for."""
     if selector.startswith("re:"):
-        try:
-            expression = re.compile(selector.removeprefix("re:"))
-        except re.error as error:
-            raise ValueError(f"{argument} has '{selector}', a malformed regular expression: {error}") from error
+        expression = _compiled(selector, argument)
         # the root's empty name is left out: an expression that may be empty would select everything
         return lambda name: name != "" and expression.fullmatch(name) is not None
     plain = plain_name(selector)
@@ -215,13 +192,46 @@ def _class_names(module: nn.Module) -> set[str]:
     return {kind.__name__ for kind in type(module).__mro__}
 
 
-def _checked_list(selectors: Sequence[str], argument: str) -> Sequence[str]:
+def check_selectors(selectors: Any, argument: str, *, empty: bool = False) -> Sequence[str]:
+    """Check what can be checked of selectors before there is a module.
+
+    Args:
+        selectors: A list of strings, as for :func:`select_modules`.
+        argument: The user's argument, for error messages.
+        empty: Whether there may be none.
+
+    Returns:
+        The same.
+
+    Raises:
+        TypeError: If it is no list of strings.
+        ValueError: If it is empty, or a regular expression is malformed.
+
+    Example:
+        >>> check_selectors(["re:layer[12]"], "layers")
+        ['re:layer[12]']
+    """
     if isinstance(selectors, str):
         raise TypeError(f"{argument} must be a list of names, got the string '{selectors}'; write ['{selectors}']")
+    if not isinstance(selectors, Sequence) or isinstance(selectors, (bytes, bytearray)):
+        raise TypeError(f"{argument} must be a list of names, got {shown(selectors)}")
     for selector in selectors:
         if not isinstance(selector, str):
-            raise TypeError(f"{argument} must hold strings (names, patterns, 're:...', 'type:...'), got {selector!r}")
+            raise TypeError(
+                f"{argument} must hold strings (names, patterns, 're:...', 'type:...'), got {shown(selector)}"
+            )
+        if selector.startswith("re:"):
+            _compiled(selector, argument)
+    if not empty and not selectors:
+        raise ValueError(f"{argument} must name at least one layer, got {shown(selectors)}")
     return selectors
+
+
+def _compiled(selector: str, argument: str) -> re.Pattern[str]:
+    try:
+        return re.compile(selector.removeprefix("re:"))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{argument} has '{selector}', a malformed regular expression: {error}") from error
 
 
 def _listing(names: Iterable[str]) -> str:

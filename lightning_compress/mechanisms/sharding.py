@@ -71,6 +71,9 @@ def shards_in_place(root: nn.Module) -> None:
 
     Args:
         root: A module; nothing happens where it is not sharded. The next forward pass gathers anew.
+
+    Example:
+        >>> shards_in_place(nn.Linear(1, 1))
     """
     for unit in sharded_units(root):
         unit.reshard()
@@ -85,6 +88,9 @@ def refuse_layout(root: nn.Module, who: str) -> None:
 
     Raises:
         ValueError: If a parameter is replicated, as in hybrid sharding, or split by a tensor-parallel plan.
+
+    Example:
+        >>> refuse_layout(nn.Linear(1, 1), "PSGDCallback")  # nothing is sharded
     """
     shards_in_place(root)
     meshes: list[Any] = []

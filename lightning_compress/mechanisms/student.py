@@ -245,6 +245,7 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
         unknown, calls = self._detector is not None, self.stop()
         if unknown and self._detector is None:
             others = self._further.enter_context(Detector(self._root))
+            _compat.reset_compiled_code()
             others.start()
         self._others = others
         self.start(detect=True)

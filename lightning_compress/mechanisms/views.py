@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_compress import _compat
 from lightning_compress.mechanisms.gathering import Gathered, GatheredWeights
 from lightning_compress.mechanisms.selection import plain_name
-from lightning_compress.mechanisms.sharding import sharded_units
+from lightning_compress.mechanisms.sharding import sharded_units, shards_in_place
 from lightning_compress.mechanisms.weights import Site, named_weights, sites_of
 from lightning_compress.mechanisms.wrapping import OWN_MARK
 
@@ -197,6 +197,7 @@ class WeightViews:
         Raises:
             ValueError: If somebody owns the view of a weight already, also under another of its names.
         """
+        shards_in_place(self.module)
         parameters = named_weights(self.module)
         taken = {id(weight.weight): weight.owner for weight in self._all()}
         for name in views:

@@ -7,9 +7,9 @@ a leaky ReLU after the last layer too; the second convolution changes the number
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
+
+from lightning_compress.functional._checks import check_positive, check_whole
 
 
 class Paraphraser(nn.Module):
@@ -40,8 +40,7 @@ class Paraphraser(nn.Module):
     def __init__(self, channels: int, factor_ratio: float = 0.5) -> None:
         super().__init__()
         _check_channels("channels", channels)
-        if not (math.isfinite(factor_ratio) and factor_ratio > 0):
-            raise ValueError(f"factor_ratio must be positive and finite, got {factor_ratio}")
+        check_positive("factor_ratio", factor_ratio, "positive and finite")
         self.factor_channels = max(1, round(channels * factor_ratio))
         self.encoder = _encoder(channels, self.factor_channels)
         self.decoder = nn.Sequential(
@@ -127,5 +126,4 @@ def _layer(convolution: type[nn.Conv2d] | type[nn.ConvTranspose2d], inputs: int,
 
 
 def _check_channels(name: str, channels: int) -> None:
-    if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
-        raise ValueError(f"{name} must be a positive int, got {channels!r}")
+    check_whole(name, channels, at_least=1)

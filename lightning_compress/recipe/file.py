@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,13 +10,14 @@ from typing import Any
 import yaml
 
 import lightning_compress
-from lightning_compress.mechanisms.selection import did_you_mean
+from lightning_compress.functional import _checks
+from lightning_compress.functional._checks import did_you_mean
 
 VERSION = 1
 KEYS = ("version", "callbacks", "export", "apply_to")
 ENTRY_KEYS = ("class_path", "init_args")
 APPLY_TO_KEYS = ("module", "fit")
-MOST_VALUES = 100_000
+MOST_VALUES, MOST_LEVELS = 100_000, 60
 """Of what aliases unfold to, too: an alias within what it names never ends."""
 
 
@@ -117,7 +117,7 @@ def parse(text: str) -> Any:
         raise RecipeError("the recipe is too large or nested too deeply to be read") from error
     except Exception as error:  # PyYAML lets through what its constructors raise for numbers, dates and tags
         raise RecipeError(f"not YAML: {' '.join(str(error).split())}") from error
-    _check_size(value)
+    check_size(value, "the recipe")
     return value
 
 
@@ -142,17 +142,35 @@ def yaml_problem(error: yaml.MarkedYAMLError) -> str:
     return f"{place}not YAML: {error.problem}"
 
 
-def _check_size(value: Any) -> None:
-    left, count = [value], 0
+def check_size(value: Any, what: str) -> None:
+    """Refuse what would take too long, or too much of the stack, to look at; aliases count as what they unfold to.
+
+    Args:
+        value: What YAML gave.
+        what: Where it is from, for the message.
+
+    Raises:
+        RecipeError: If it is too large or nested too deeply.
+
+    Example:
+        >>> loop = []
+        >>> loop.append(loop)
+        >>> check_size(loop, "the recipe")
+        Traceback (most recent call last):
+        lightning_compress.recipe.file.RecipeError: the recipe is too large or nested too deeply: its aliases unfold...
+    """
+    count, left = 0, [(value, 0)]
     while left:
-        node = left.pop()
+        node, depth = left.pop()
         count += 1
-        if count > MOST_VALUES:
-            raise RecipeError("the recipe is too large: its aliases unfold to too many values, or without end")
+        if count > MOST_VALUES or depth > MOST_LEVELS:
+            raise RecipeError(
+                f"{what} is too large or nested too deeply: its aliases unfold to too many values, or without end"
+            )
         if isinstance(node, Mapping):
-            left.extend(node.values())
+            left.extend((inner, depth + 1) for inner in node.values())
         elif isinstance(node, (list, tuple, set)):
-            left.extend(node)
+            left.extend((inner, depth + 1) for inner in node)
 
 
 def check_content(content: Any) -> None:
@@ -258,10 +276,4 @@ def shown(value: Any) -> str:
         >>> shown(None), shown([1, 2])
         ('nothing', '[1, 2]')
     """
-    short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, 80, 80, 80
-    try:
-        text = "nothing" if value is None else short.repr(value)
-    except ValueError:  # an integer of more digits than Python writes
-        text = f"a very large {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return "nothing" if value is None else _checks.shown(value)

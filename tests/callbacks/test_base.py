@@ -263,6 +263,12 @@ def test_unsupported_strategies_are_refused(strategy):
     Adding().setup(run, made(Classifier), "fit")
 
 
+def test_what_shows_another_network_in_evaluation_is_refused_there_too():
+    run = SimpleNamespace(callbacks=[], strategy=type("FSDPStrategy", (), {})())
+    with pytest.raises(ValueError, match="PTQCallback does not support FSDPStrategy"):
+        PTQCallback().setup(run, made(Classifier), "validate")
+
+
 def sharding(tensor_parallel=1):
     mesh = {"tensor_parallel": SimpleNamespace(size=lambda: tensor_parallel)}
     return SimpleNamespace(callbacks=[], strategy=type("ModelParallelStrategy", (), {"device_mesh": mesh})())

@@ -76,6 +76,7 @@ def test_what_cannot_be_exported_stops_at_the_first_batch(tmp_path):
         ({"metric": "a", "tolerance": -1}, ValueError, "tolerance must be a number of at least 0, got -1"),
         ({"metric": "a", "tolerance": float("nan")}, ValueError, "tolerance must be a number of at least 0, got nan"),
         ({"tolerance": 0.1}, ValueError, "metric is not given"),
+        ({"sample": np.ones(3)}, TypeError, "sample must be a tensor"),
     ],
 )
 def test_arguments(tmp_path, arguments, error, message):
@@ -86,7 +87,6 @@ def test_arguments(tmp_path, arguments, error, message):
 def test_refused_before_training(tmp_path):
     for callback, error, message in [
         (ExportCallback(tmp_path / "m.txt"), ValueError, "must end in '.onnx'"),
-        (ExportCallback(tmp_path / "m.onnx", sample=np.ones(3)), TypeError, "sample must be a tensor"),
         (
             ExportCallback(tmp_path / "m.onnx", network="modle"),
             ValueError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as L
 import pytest
 import torch
-from contract.gans import Functions, Gan, Seldom, Shared, Swapped, Untoggled, by_hand, teacher
+from contract.gans import Functions, Gan, Seldom, Shared, Silent, Swapped, Untoggled, by_hand, teacher
 from contract.modules import CLASSES, FEATURES, MixinClassifier, difference, loader, made, trainer
 from torch import nn
 from torch.nn import functional as F
@@ -30,6 +30,9 @@ class TwoSteps(MixinClassifier):
 class Forgets(MixinClassifier):
     def total(self, task_loss):
         return task_loss
+
+
+KINDS = (Swapped, Untoggled, Functions, Shared, Silent, Seldom)
 
 
 def kd(**settings):
@@ -69,10 +72,19 @@ def test_a_fit_equals_the_loop_by_hand(kind, size):
     assert "training_step" not in vars(module)
 
 
-@pytest.mark.parametrize("kind", [Gan, Swapped, Untoggled, Functions, Shared, Seldom], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Gan,
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in (Swapped, Untoggled, Functions, Shared, Silent, Seldom)
+        ),
+    ],
+)
 def test_of_two_networks_only_the_student_s_loss_changes(kind):
     """Also where the other loss was computed with the student's output too, but without its graph."""
-    order = Swapped if kind is Shared else kind
+    order = Swapped if kind in (Shared, Silent) else kind
     callback = kd()
     module = fitted(kind, callback)
     assert difference(module, by_hand(order, distilled())) < 1e-7
@@ -181,7 +193,7 @@ def test_a_loss_that_is_computed_from_no_student_can_have_a_term_by_name():
     assert difference(fitted(Only, DistillationCallback(network)), module) < 1e-7
 
 
-@pytest.mark.parametrize("kind", [Gan, Swapped, Untoggled], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Swapped, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (Gan, Untoggled))])
 def test_a_student_that_was_not_named_is_not_guessed_from_the_first_loss(kind):
     """While it is toggled, the other looks frozen; and another network may only be called for the next loss."""
 
@@ -207,6 +219,23 @@ def test_without_a_callback_the_loss_is_the_task_loss():
     module, loss = made(MixinClassifier), torch.tensor(2.0)
     assert module.compressed_loss(loss) is loss
     assert module.compressed_loss(lambda: loss, callbacks=["kd"]) is loss
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (0.5, "task_loss must be a tensor, or a function that computes one, got float"),
+        (lambda: {"loss": 0.5}, "task_loss must be a function that returns a tensor, not dict"),
+    ],
+)
+@pytest.mark.parametrize("callbacks", [(), (kd,)])
+def test_what_is_no_loss_is_refused(given, message, callbacks):
+    class Wrong(Gan):
+        def total(self, loss, batch):
+            return self.compressed_loss(given)
+
+    with pytest.raises(TypeError, match=message):
+        fitted(Wrong, *(build() for build in callbacks))
 
 
 def test_a_loss_without_terms_comes_back_as_it_is():

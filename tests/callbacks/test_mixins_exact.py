@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from cases import CASES
-from contract.gans import Accumulating, Clipped, Functions, Gan, Swapped, by_hand, teacher, techniques
+from contract.gans import Accumulating, Clipped, Functions, Gan, Swapped, Untoggled, by_hand, teacher, techniques
 from contract.modules import (
     Classifier,
     MixinClassifier,
@@ -157,6 +157,7 @@ def test_masks(callback, through, kind):
     assert sum(int((part.weight == 0).sum()) for part in module.generator[::2]) == 36
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("kind", [Gan, Swapped], ids=lambda kind: kind.__name__)
 def test_rounded_weights(kind):
     def shown(module, batch):
@@ -208,6 +209,29 @@ def test_gradients_that_the_user_clips_hold_the_terms():
     assert difference(module, by_hand(Clipped, total)) <= 1e-7
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("kind", [Gan, Swapped, Untoggled], ids=lambda kind: kind.__name__)
+def test_compiled_networks(kind, in_place):
+    """Compiled code does not tell what made its output; the output does."""
+
+    class Compiled(kind):
+        def build(self):
+            super().build()
+            if in_place:
+                self.generator.compile(backend="eager")
+            else:
+                self.generator = torch.compile(self.generator, backend="eager")
+
+    network = teacher()
+    module = fitted(Compiled, DistillationCallback(teacher(), loss_kind="mse", task_weight=0.5, **STUDENT))
+    reference = by_hand(
+        kind, lambda module, loss, noise, fake: 0.5 * loss + 0.9 * F.mse_loss(fake, network(noise).detach())
+    )
+    found = [float((a - b).abs().max()) for a, b in zip(module.parameters(), reference.parameters(), strict=True)]
+    assert max(found) <= 1e-7
+
+
 # A function that computes the loss: as in the automatic loop
 
 
@@ -252,6 +276,7 @@ def test_a_function_gives_what_the_automatic_loop_gives(case, kind, manual, tmp_
     assert difference(*modules) == 0
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("path", ["own", "own_norm", "shared"])
 def test_two_passes_give_what_the_automatic_loop_gives(path):
     modules = [made(ConstantNorm), made(FunctionNorm)]
@@ -270,6 +295,7 @@ def test_attention_by_gradients_gives_what_the_automatic_loop_gives():
         fitted(MixinClassifier, AttentionTransferCallback(teacher_for(Classifier), **settings))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("kind", [Functions, type("SwappedFunctions", (Functions, Swapped), {})])
 def test_collective_intelligence_on_one_of_two_networks(kind):
     """The generator's masked weights learn from its dense pass, the discriminator, and all else, from the masked."""
@@ -303,6 +329,7 @@ def test_collective_intelligence_on_one_of_two_networks(kind):
 # Precision, processes, resuming
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_mixed_precision(precision):
     settings = {"plugins": scaled()} if precision == "16-mixed" else {"precision": precision}

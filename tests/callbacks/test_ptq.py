@@ -561,7 +561,6 @@ def refused(ptq, kind, match, *callbacks, error=Exception, steps=1):
             r"layers has 'type:Conv3d', which matches no module; did you mean 'type:Conv.*'\?",
         ),
         ({"exclude": ["*.fc"]}, r"exclude has '\*\.fc', which matches no module"),
-        ({"layers": ["re:("]}, r"layers has 're:\(', a malformed regular expression"),
         ({"network": "net"}, "network names 'net', not a module of Classifier"),
     ],
 )

@@ -175,7 +175,6 @@ def test_two_of_them_need_a_part_each():
     [
         ({"layers": ["modle.0"]}, "layers has 'modle.0', which matches no module; did you mean 'model.0'?"),
         ({"exclude": ["*.fc"]}, r"exclude has '\*\.fc', which matches no module"),
-        ({"layers": ["re:("]}, r"layers has 're:\(', a malformed regular expression"),
         ({"network": "net"}, "network names 'net', not a module of Classifier"),
     ],
 )
@@ -347,6 +346,18 @@ class Idle(Classifier):
 
     def build(self):
         self.model = Validating()
+
+
+def test_where_the_step_is_replayed_nothing_is_quantised():
+    """Of two modes at once, each would see the operations of the other, and take them for the network's."""
+    callback, counts = QATCallback(), []
+
+    class Counting(L.Callback):
+        def on_train_batch_end(self, *_):
+            counts.append(callback._fit.calls.count)
+
+    fitted(callback, NormClassifier, Counting(), validation=False)
+    assert counts == list(range(1, STEPS + 1))  # though the first step is looked at once more after it
 
 
 class Validating(nn.Module):

@@ -338,7 +338,7 @@ def test_bad_paths(tmp_path):
         CompressionReport(path="s3://bucket/runs")
     with pytest.raises(TypeError, match="path must be a string or a path, got 5"):
         CompressionReport(path=5)
-    with pytest.raises(ValueError, match="path must not hold a NUL character"):
+    with pytest.raises(ValueError, match="path must not be empty or hold a NUL character"):
         CompressionReport(path="a\0b")
 
 

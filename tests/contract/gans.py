@@ -156,6 +156,13 @@ class Seldom(Gan):
     every = 2
 
 
+class Silent(Swapped):
+    """The discriminator's loss, for which the generator is called too, does not ask."""
+
+    def total(self, loss: Callable[[Any], Tensor], batch: Any) -> Tensor:
+        return super().total(loss, batch) if loss == self.generator_loss else loss(batch)
+
+
 class Shared(Gan):
     """One call of the generator for both losses; the discriminator learns first, and does not ask."""
 

@@ -37,6 +37,7 @@ def row(callbacks):
     return " + ".join(type(own).__name__ for own in callbacks)
 
 
+@pytest.mark.sample
 @EACH
 def test_a_fit_that_is_resumed_equals_a_whole_one(kind, build, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import threading
 
+import lightning.pytorch as L
 import pytest
 import torch
 from torch import nn
@@ -44,6 +45,27 @@ def test_data_and_trainer_are_shared(namespace):
     assert duplicate.owner is module.owner
     assert duplicate._trainer is None
     assert module.trainer is module.owner
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_data_that_holds_the_module_holds_the_copy_in_the_copy(namespace):
+    """As a task does that gives the data, and runs the step of the module that it belongs to."""
+    module, data = lightning_module(namespace), datamodule(namespace)
+    module.data, data.model, data.kept = data, module, []
+    duplicate = independent_copy(module)
+    assert (data.model, duplicate.data.model) == (module, duplicate)
+    assert duplicate.data.kept is data.kept
+
+
+def test_a_part_that_is_a_callback_too_is_copied():
+    class Normaliser(nn.Module, L.Callback):
+        """As preprocessing is that a module gives its Trainer."""
+
+    network = mlp()
+    network.add_module("normaliser", Normaliser())
+    duplicate = independent_copy(network).eval()
+    assert duplicate.normaliser is not network.normaliser
+    assert network.normaliser.training
 
 
 def test_our_hooks_are_absent_and_the_users_are_there():

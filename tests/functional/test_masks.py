@@ -549,7 +549,7 @@ KEPT = [torch.tensor([[True, True, False, False]] * 2)]
         (ValueError, r"sparsity must be in \[0, 1\], got nan", lambda: magnitude_mask(ONES, math.nan)),
         (
             ValueError,
-            r"scope must be one of 'global', 'layer', 'erk', got 'all'",
+            r"scope must be one of global, layer, erk, got 'all'",
             lambda: magnitude_mask(ONES, 0.5, "all"),
         ),
         (
@@ -566,7 +566,7 @@ KEPT = [torch.tensor([[True, True, False, False]] * 2)]
             r"kept must have the shapes of scores.*got \[\(3,\)\]",
             lambda: smallest_masks(ONES, 3, kept=[torch.ones(3).bool()]),
         ),
-        (ValueError, r"kept must have the shapes of scores", lambda: smallest_masks(ONES, 3, kept=[])),
+        (ValueError, r"kept must hold at least one tensor, got \[\]", lambda: smallest_masks(ONES, 3, kept=[])),
         (TypeError, r"kept must be boolean, got dtype torch.float32", lambda: smallest_masks(ONES, 3, kept=ONES)),
         (ValueError, r"limits must be one per tensor, 1, got 2", lambda: smallest_masks(ONES, 3, limits=[3, 3])),
         (ValueError, r"limits must not be negative, got \[-1\]", lambda: smallest_masks(ONES, 0, limits=[-1])),
@@ -578,7 +578,7 @@ KEPT = [torch.tensor([[True, True, False, False]] * 2)]
         ),
         (ValueError, r"sparsity must be in \[0, 1\], got -0.1", lambda: erk_sparsities([(2, 2)], -0.1)),
         (ValueError, r"sparsities must be as many as sizes, 2, got 1", lambda: layer_zeros([1, 2], [0.5])),
-        (ValueError, r"sparsity must be in \[0, 1\], got 2", lambda: layer_zeros([1], [2])),
+        (ValueError, r"each of sparsities must be in \[0, 1\], got 2", lambda: layer_zeros([1], [2])),
         (ValueError, r"limits allow 3 entries", lambda: layer_zeros([1, 2], [0.5, 0.5], total=4)),
         (ValueError, r"limits allow 1 entries", lambda: layer_zeros([2, 2], [1.0, 0.5], limits=[0, 1])),
         (ValueError, r"total must not be negative, got -1", lambda: layer_zeros([2, 2], [0.5, 0.5], total=-1)),
@@ -608,8 +608,8 @@ KEPT = [torch.tensor([[True, True, False, False]] * 2)]
         (ValueError, r"kept must hold 3 or all of each 4 consecutive", lambda: n_m_masks(ONES, 3, 4, 2, kept=KEPT)),
         (ValueError, r"kept must have the shapes of scores", lambda: n_m_masks(ONES, 2, 4, 2, kept=KEPT * 2)),
         (TypeError, r"kept must be boolean", lambda: n_m_masks(ONES, 2, 4, 2, kept=ONES)),
-        (ValueError, r"masks must not be empty", lambda: sparsity_of([])),
-        (ValueError, r"before and after must have the same shapes, got \[\] and \[\]", lambda: churn([], [])),
+        (ValueError, r"masks must hold at least one tensor", lambda: sparsity_of([])),
+        (ValueError, r"before must hold at least one tensor, got \[\]", lambda: churn([], [])),
         (ValueError, r"same shapes.*\(2, 4\).* and \[\(2,\)\]", lambda: churn(KEPT, [torch.ones(2).bool()])),
     ],
 )

@@ -799,7 +799,6 @@ def test_compiled_learned_step(signed):
 # --- errors ---
 
 ONES = torch.ones(2, 3)
-RANGE = r"a range must go from a finite number to one not below it, got "
 PLACE = r"a weight is NaN or infinite"
 
 
@@ -833,11 +832,11 @@ def test_bits_that_no_grid_has(call, bits):
         (PLACE, lambda: mse_grid(torch.tensor([[1.0], [math.inf]]), 4, axis=0)),
         (r"at least one weight, got shape \(0,\)", lambda: quantization_grid(torch.zeros(0), 4)),
         (r"at least one weight, got shape \(2, 0\)", lambda: mse_grid(torch.zeros(2, 0), 4, axis=0)),
-        (rf"{RANGE}2.0 to 1.0", lambda: range_grid(2.0, 1.0, 4)),
-        (rf"{RANGE}nan to 1.0", lambda: range_grid(math.nan, 1.0, 4)),
-        (rf"{RANGE}0.0 to nan", lambda: range_grid(0.0, math.nan, 4)),
-        (rf"{RANGE}-inf to 1.0", lambda: range_grid(-math.inf, 1.0, 4)),
-        (rf"{RANGE}0.0 to inf", lambda: range_grid(0.0, math.inf, 4)),
+        ("minimum must not be above maximum, got 2.0 and 1.0", lambda: range_grid(2.0, 1.0, 4)),
+        ("minimum must be a finite number, got nan", lambda: range_grid(math.nan, 1.0, 4)),
+        ("maximum must be a finite number, got nan", lambda: range_grid(0.0, math.nan, 4)),
+        ("minimum must be a finite number, got -inf", lambda: range_grid(-math.inf, 1.0, 4)),
+        ("maximum must be a finite number, got inf", lambda: range_grid(0.0, math.inf, 4)),
         (r"step must be positive, got 0.0", lambda: learned_step_quantize(ONES, torch.tensor(0.0), 4)),
         (r"step must be positive, got -0.5", lambda: learned_step_quantize(ONES, torch.tensor(-0.5), 4)),
         (r"step must be positive, got nan", lambda: learned_step_quantize(ONES, torch.tensor(math.nan), 4)),

@@ -100,9 +100,9 @@ def test_progress_outside(schedule, progress):
 
 
 def test_errors_of_iterative():
-    with pytest.raises(ValueError, match=r"start is a sparsity and must be in \[0, 1\], got -0.1"):
+    with pytest.raises(ValueError, match=r"start must be in \[0, 1\], got -0.1"):
         iterative_schedule(0.5, -0.1, 0.9)
-    with pytest.raises(ValueError, match=r"end is a sparsity and must be in \[0, 1\], got 1.1"):
+    with pytest.raises(ValueError, match=r"end must be in \[0, 1\], got 1.1"):
         iterative_schedule(0.5, 0.0, 1.1)
-    with pytest.raises(ValueError, match="rounds must be positive, got 0"):
+    with pytest.raises(ValueError, match="rounds must be a whole number of at least 1, got 0"):
         iterative_schedule(0.5, 0.0, 0.9, rounds=0)

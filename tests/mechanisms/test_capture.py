@@ -13,7 +13,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_compress import _compat
-from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall, differentiable, only_call
+from lightning_compress.mechanisms.capture import (
+    Capture,
+    CaptureError,
+    NetworkCall,
+    computed_from,
+    differentiable,
+    only_call,
+)
 from lightning_compress.mechanisms.student import StudentCapture
 
 
@@ -447,3 +454,41 @@ def test_a_student_is_given_differentiable_inputs_whenever_it_is_found(student):
     if isinstance(student, list):
         expected = root["last"].weight @ root["first"].weight
     assert torch.allclose(gradient, expected)
+
+
+class Returns(nn.Module):
+    """Its output in another form."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.layer, self.form = nn.Linear(2, 4), form
+
+    def forward(self, x):
+        return self.form(self.layer(x))
+
+
+FORMS = {
+    "tensor": (lambda y: y, lambda y: y.sum()),
+    "dict": (lambda y: {"logits": y}, lambda y: y["logits"].sum()),
+    "written into": (lambda y: y, lambda y: y.mul_(2).sum()),
+    "a view that is written into": (lambda y: y.view(-1), lambda y: y.mul_(2).sum()),
+    "a base that is written into": (lambda y: y[:, :2], lambda y: y._base.mul_(2).sum() + 0 * y.sum()),
+    "through another network": (lambda y: y, lambda y: nn.Linear(4, 1)(y).sum()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_loss_was_computed_from_is_known(form):
+    returns, use = FORMS[form]
+    network, x = Returns(returns), torch.ones(3, 2)
+    with Capture(network) as capture:
+        for _ in range(3):  # after the first, outputs are not copied any more
+            capture.start()
+            with torch.no_grad():
+                network(x)
+            other, own = network(x), network(x)
+            loss = use(own)
+            calls = capture.stop()
+            assert computed_from(loss, calls) == calls[2:]
+            assert computed_from(loss.detach(), calls) == []
+            assert other is not own

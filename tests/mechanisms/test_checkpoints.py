@@ -207,7 +207,7 @@ def test_nothing_stays_on_the_module(hook, fails):
     module, compress = Module(), broken if fails else halved()
     attributes = set(vars(module))
     context = {
-        "on_save_checkpoint": saving_compressed(module, "pruning", compress),
+        "on_save_checkpoint": saving_compressed(module, "pruning", lambda _: compress),
         "on_load_checkpoint": loading_dense(module, "pruning", compress if fails else lambda _: None, resumes=True),
     }[hook]
     caught = None
@@ -227,7 +227,9 @@ def test_nothing_stays_on_the_module_in_whatever_order_owners_leave():
     attributes, seen = set(vars(module)), []
     module.on_save_checkpoint = seen.append
     own = module.on_save_checkpoint
-    first, second, third = (saving_compressed(module, name, halved()) for name in ("first", "second", "third"))
+    first, second, third = (
+        saving_compressed(module, name, lambda _: halved()) for name in ("first", "second", "third")
+    )
     for context in (first, second, third):
         context.__enter__()
     for context in (second, first, third):
@@ -242,7 +244,7 @@ def test_a_hook_that_the_user_put_on_the_instance_comes_back():
     module, seen = Module(), []
     module.on_save_checkpoint = seen.append
     own, checkpoint = module.on_save_checkpoint, checkpoint_of(module)
-    with saving_compressed(module, "pruning", halved()):
+    with saving_compressed(module, "pruning", lambda _: halved()):
         module.on_save_checkpoint(checkpoint)
     assert seen == [checkpoint]
     assert vars(module)["on_save_checkpoint"] is own

@@ -164,3 +164,27 @@ def test_activations_are_let_go_of():
         assert [features() for features in kept] == [None]
     finally:
         gc.enable()
+
+
+class DeadEnd(nn.Module):
+    """The last layer of one of its two ways runs, and nobody uses what it returns: as in the last of some blocks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.skip, self.residual = nn.Conv2d(2, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        inner = self.first(x).relu()
+        return self.skip(inner), x[:, :, 1:-1, 1:-1] + self.residual(inner)
+
+
+def test_a_layer_whose_output_nobody_uses_takes_what_is_left_all_the_same():
+    own = Dependencies(DeadEnd(), lambda net: net(X)[0], selected=["first", "skip", "residual"])
+    assert [group.name for group in own.groups] == ["first"]
+    assert {name for left in own.left for name in left.layers} == {"skip", "residual"}
+    shrinkage = own.cut({"first": [0, 3, 5]})
+    assert shrinkage.kept["residual.weight"] == {1: [1, 2, 4, 6, 7]}
+    net = DeadEnd()
+    shrink_(net, shrinkage)
+    assert [tuple(part.shape) for part in net(X)] == [(2, 4, 3, 3), (2, 2, 3, 3)]

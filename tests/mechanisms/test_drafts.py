@@ -75,6 +75,15 @@ def test_an_error_about_another_file_stays_as_it_is(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_an_error_that_is_not_of_a_disk_stays_as_it_is(tmp_path):
+    def fail():
+        raise OSError(errno.ETIMEDOUT, "timed out")
+
+    with pytest.raises(OSError, match="timed out") as raised, draft_of(tmp_path / "file"):
+        fail()
+    assert raised.value.filename is None
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"No such file or directory: '{tmp_path}/none/file'"):
         write_whole(tmp_path / "none" / "file", "text")

@@ -299,6 +299,15 @@ def test_tensors_are_put_back_to_the_bit():
     assert "other" not in dict(module.named_modules())
 
 
+def test_a_tensor_that_is_expanded_over_many_places_is_put_back():
+    layer, numbers = nn.Linear(1, 1), torch.arange(3.0)
+    layer.seen = numbers[:, None].expand(3, 4)
+    with module_kept(layer):
+        numbers += 1
+    assert layer.seen.tolist() == [[0.0] * 4, [1.0] * 4, [2.0] * 4]
+    assert layer.seen.stride() == (1, 0)
+
+
 def test_a_tensor_that_carries_a_graph_is_kept_as_it_is():
     module = Holder()
     module.seen = module.layer(torch.ones(1, 2))

@@ -316,7 +316,7 @@ def test_nothing_left_is_an_error():
     assert str(caught.value) == (
         "layers=['net.head'] without exclude=['type:Linear'] selects nothing: no Conv2d or Linear is left"
     )
-    with pytest.raises(ValueError, match=r"layers=\[\] without exclude=None selects nothing"):
+    with pytest.raises(ValueError, match=r"layers must name at least one layer, got \[\]"):
         names([])
 
 

@@ -124,6 +124,31 @@ def test_total_of_two_views_with_terms_in_each_and_between():
     assert "weight" not in vars(net.model)
 
 
+def test_a_view_that_learns_apart_gives_its_value_and_no_gradient_to_the_total():
+    net = Net()
+    learned = []
+
+    def learn(loss):
+        loss.backward()
+        learned.append((loss.item(), net.model.weight.grad.clone()))
+        net.model.weight.grad = None
+        return loss.detach() + 7
+
+    with (
+        step_controller(net) as c,
+        c.view(View("triple", scaled(net.model, 3.0), deployed=False, learn=learn)),
+        c.term(constant("dense", 1000.0, "triple")),
+        c.task_weight("triple", 0.1),
+    ):
+        total = net.training_step(X)
+        total.backward()
+    [(value, gradient)] = learned
+    assert value == pytest.approx(0.1 * 9 + 1000)
+    assert torch.allclose(gradient, 0.3 * X)
+    assert total.item() == pytest.approx(0.1 * 3 + value + 7)
+    assert torch.allclose(net.model.weight.grad, 0.1 * X)
+
+
 def test_a_term_of_a_view_sees_only_that_pass():
     net = Net()
     names = {}

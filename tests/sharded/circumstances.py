@@ -91,6 +91,13 @@ class Twice(Imaging):
         return super().task_loss(batch) + F.mse_loss(self(batch[0] + 1).mean(), torch.ones(()))
 
 
+class Uncopied:
+    """Of which there can be one only."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("there is one of me")
+
+
 def teacher(width: int = 6, seed: int = 3) -> nn.Module:
     """A frozen network for the same rows, from fixed random numbers."""
     with torch.random.fork_rng(devices=[]):

@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_compress import DCILCallback, DPFCallback, PruningCallback
 from sharded.circumstances import IMAGE, MODULE, NOTHING, TRAINER, Manual
@@ -103,10 +105,70 @@ def saved(place: Place, callback: str, kind: str) -> Found:
     epochs = ModelCheckpoint(dirpath=place.folder, filename="{epoch}", save_top_k=-1)
     trainer = place.fit(network, own, epochs, WeightsAlone(place.folder / "weights.ckpt"), **settings)
     trainer.save_checkpoint(place.folder / "last.ckpt")
-    again, other = made(kind, seed=9), CALLBACKS[callback]()
-    place.fit(again, other, ckpt_path=place.folder / "epoch=0.ckpt", **settings)
-    resumed = {"resumed": full(again.state_dict()), "resumed_masks": full(other.masks)}
-    return left(trainer, network, masks=full(own.masks), **resumed)
+    again, other = resumed(place, callback, place.folder / "epoch=0.ckpt", **settings)
+    found = {"resumed": full(again.state_dict()), "resumed_masks": full(other.masks)}
+    return left(trainer, network, masks=full(own.masks), **found)
+
+
+class Mixed(Classifier):
+    """Attention, whose output layer never runs as a module, and a weight that two layers share; one unit."""
+
+    def build(self) -> None:
+        self.model = nn.ModuleDict(
+            {
+                "attention": nn.MultiheadAttention(4, 2, batch_first=True),
+                "first": nn.Linear(FEATURES, FEATURES),
+                "second": nn.Linear(FEATURES, FEATURES),
+                "last": nn.Linear(FEATURES, CLASSES),
+            }
+        )
+        self.model["second"].weight = self.model["first"].weight
+
+    def units(self) -> Sequence[nn.Module]:
+        return [self]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.model["second"](torch.tanh(self.model["first"](x)))
+        steps = x.unflatten(1, (2, 4))
+        return self.model["last"](self.model["attention"](steps, steps, steps)[0].flatten(1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+class Checkpointed(Classifier):
+    """Runs its layers once more in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, last = self.model.children()
+        body = lambda x: torch.tanh(second(torch.tanh(first(x))))  # noqa: E731
+        return last(checkpoint(body, x, use_reentrant=False))
+
+    def units(self) -> Sequence[nn.Module]:
+        return [self]
+
+
+NETWORKS: dict[str, type[Classifier]] = {"plain": Classifier, "mixed": Mixed, "checkpointed": Checkpointed}
+
+
+def on(place: Place, network: str, callback: str) -> Found:
+    """Six steps on a network of another kind, of which the LightningModule is the outermost unit."""
+    module = made(NETWORKS[network])
+    layers = {"layers": ["model"], "exclude": ["model.last"], **EVERY}
+    own = {
+        "pruning": lambda: PruningCallback(0.7, **layers),
+        "dpf": lambda: DPFCallback(0.7, **layers),
+        "dcil": lambda: DCILCallback(0.7, dense_path="shared", kl_start=1.0, **layers),
+    }[callback]()
+    trainer = place.fit(module, own)
+    return left(trainer, module, masks=full(own.masks))
+
+
+def resumed(place: Place, callback: str, path: Path, **settings: Any) -> tuple[Classifier, Any]:
+    """Another module and another callback after a fit that goes on from a file."""
+    again, other = made(KINDS.get(callback, Classifier), seed=9), CALLBACKS[callback]()
+    place.fit(again, other, ckpt_path=path, **settings)
+    return again, other
 
 
 class ByHand(L.Callback):

@@ -233,7 +233,7 @@ def alone(scenario: str, folder: Path) -> Found:
     return found
 
 
-def in_ranks(folder: Path, *scenarios: str, ranks: int = 2, seconds: float = PATIENCE) -> dict[str, list[Found]]:
+def in_ranks(folder: Path, *scenarios: str, ranks: int = 2, seconds: float = 900.0) -> dict[str, list[Found]]:
     """Scenarios in several ranks; what is raised in a rank is under "error" of what it has found.
 
     Args:

@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compress import PruningCallback, QATCallback
-from sharded.circumstances import MODULE, NOTHING, TRAINER, Imaging
-from sharded.place import BATCH, STEPS, Found, Place, full, left, made
+from sharded.circumstances import MODULE, NOTHING, TRAINER, Imaging, Manual
+from sharded.place import BATCH, STEPS, Classifier, Found, Place, full, left, made
 
 
 def quantising(size: Any, **settings: Any) -> QATCallback:
@@ -55,7 +55,8 @@ def refused(place: Place, what: str) -> Found:
     """A fit that must not go on."""
     callbacks = {
         "activations": [QATCallback()],
+        "manual": [quantising("mse")],
         "masked": [quantising("mse"), PruningCallback(0.5)],
     }
-    network = made()
+    network = made(Manual if what == "manual" else Classifier)
     return left(place.fit(network, *callbacks[what]), network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning.pytorch as L
@@ -9,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_compress import PSGDCallback
-from sharded.circumstances import MODULE, NOTHING, TRAINER
+from sharded.circumstances import MODULE, NOTHING, TRAINER, Uncopied
 from sharded.place import BATCH, Classifier, Found, Place, full, left, made, rows
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -74,6 +75,18 @@ def uninterrupted(place: Place) -> Found:
     trainer = place.trainer(callback, max_epochs=2, **THREE)
     trainer.fit(module, place.loader())
     return _left(trainer, module, callback)
+
+
+def uncopied(place: Place) -> Found:
+    """The module cannot be copied, so the first of two validations with rounded weights is the last."""
+    module, callback = made(), psgd()
+    module.lock = Uncopied()
+    trainer = place.trainer(callback, max_epochs=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, datamodule=Whole(place))
+    told = [str(own.message) for own in caught if "cannot be validated on a copy" in str(own.message)]
+    return {"told": told, "epochs": trainer.current_epoch}
 
 
 def broken(place: Place) -> Found:

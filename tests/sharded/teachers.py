@@ -7,12 +7,14 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_compress import (
     AttentionTransferCallback,
     CompressionCallback,
     DistillationCallback,
+    FactorTransferCallback,
     teacher_from_checkpoint,
 )
 from sharded.circumstances import MODULE, NOTHING, TRAINER, Imaging, Itself, Manual, Twice, teacher
@@ -79,6 +81,32 @@ def twice(place: Place) -> Found:
     return _fitted(place, callbacks_of("DistillationCallback"), made(Twice))
 
 
+def factors(place: Place, strategy: str = "") -> Found:
+    """Helpers have batch norm, whose statistics are those of a rank's batches: compared with DDP."""
+    callback = _factors()
+    other = {"strategy": DDPStrategy(process_group_backend="gloo")} if strategy else {}
+    found = _fitted(place, [callback], made(Imaging), **other)
+    return {**found, "errors": callback.reconstruction_errors}
+
+
+def factors_resumed(place: Place, halves: str = "") -> Found:
+    """Two epochs; with a checkpoint between if wanted."""
+    settings: dict[str, Any] = {"limit_train_batches": 3, "limit_val_batches": 0}
+    path = place.folder / "half.ckpt"
+    if halves:
+        first = place.trainer(_factors(), **settings)
+        first.fit(made(Imaging), place.loader())
+        first.save_checkpoint(path)
+    module, callback = made(Imaging), _factors()
+    trainer = place.trainer(callback, **settings, max_epochs=2)
+    trainer.fit(module, place.loader(), ckpt_path=path if halves else None)
+    return left(trainer, module, errors=callback.reconstruction_errors)
+
+
+def _factors() -> FactorTransferCallback:
+    return FactorTransferCallback(teacher(), pair=("second", "second"), weight=3.0, pretrain_epochs=2)
+
+
 def from_checkpoint(place: Place) -> Found:
     """The teacher is a LightningModule that was saved."""
     own = Plain()
@@ -99,9 +127,11 @@ class Plain(L.LightningModule):
         return self.network(x)
 
 
-def _fitted(place: Place, callbacks: Sequence[CompressionCallback], module: Any, circumstance: str = "") -> Found:
+def _fitted(
+    place: Place, callbacks: Sequence[CompressionCallback], module: Any, circumstance: str = "", **settings: Any
+) -> Found:
     shapes = Shapes(callbacks[0])
-    trainer = place.fit(module, *callbacks, shapes, **TRAINER.get(circumstance, NOTHING))
+    trainer = place.fit(module, *callbacks, shapes, **{**TRAINER.get(circumstance, NOTHING), **settings})
     return left(
         trainer,
         module,

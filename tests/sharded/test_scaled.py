@@ -33,8 +33,15 @@ def first(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def further(tmp_path_factory):
-    names = [*(name for name, _ in CELLS if name != FIRST), *RESUMED, BF16, "scaled:uninterrupted", "scaled:broken"]
-    return in_ranks(tmp_path_factory.mktemp("further"), *names, seconds=300)
+    names = [
+        *(name for name, _ in CELLS if name != FIRST),
+        *RESUMED,
+        BF16,
+        "scaled:uninterrupted",
+        "scaled:broken",
+        "scaled:uncopied",
+    ]
+    return in_ranks(tmp_path_factory.mktemp("further"), *names)
 
 
 @pytest.mark.slow
@@ -94,3 +101,12 @@ def test_under_a_policy_positions_are_those_of_the_weights_in_full_precision(fur
 def test_a_weight_that_is_infinite_in_the_rows_of_one_rank_is_refused_on_all(further):
     for rank in further["scaled:broken"]:
         assert rank["error"].startswith("ValueError: 'model.first.weight' hold NaN or infinity")
+
+
+@pytest.mark.slow
+def test_where_the_module_cannot_be_copied_all_ranks_do_without_the_second_validation(further):
+    first, second = further["scaled:uncopied"]
+    assert len(first["told"]) == 1
+    assert "quantized_validation=False says so without a warning" in first["told"][0]
+    assert second["told"] == []
+    assert first["epochs"] == second["epochs"] == 2

@@ -28,6 +28,7 @@ OTHERS = {
     "teachers:proposed": ("AttentionTransferCallback", "pairs proposed"),
     "teachers:from_checkpoint": ("DistillationCallback", "teacher from a checkpoint of a LightningModule"),
 }
+FACTORS = ("teachers:factors", "teachers:factors:ddp", "teachers:factors_resumed", "teachers:factors_resumed:halves")
 BF16 = [f"teachers:fitted:{kind}:bf16 policy" for kind in KINDS]
 
 
@@ -43,8 +44,8 @@ def first(tmp_path_factory):
 @pytest.fixture(scope="module")
 def further(tmp_path_factory):
     cells = [getattr(cell, "values", cell) for cell in CELLS]
-    names = [*(scenario(*cell) for cell in cells if cell not in FIRST), *OTHERS, *BF16, "teachers:twice"]
-    return in_ranks(tmp_path_factory.mktemp("further"), *names, seconds=300)
+    names = [*(scenario(*cell) for cell in cells if cell not in FIRST), *OTHERS, *BF16, *FACTORS, "teachers:twice"]
+    return in_ranks(tmp_path_factory.mktemp("further"), *names)
 
 
 def check(ranks, name, folder, row, column):
@@ -102,3 +103,23 @@ def test_two_calls_of_the_student_are_refused_as_in_one_process(further):
     for rank in further["teachers:twice"]:
         assert "calls the student 'model' 2 times" in rank["error"]
     record("sharded", "DistillationCallback", "two calls of the student", "refused", "calls the student 2 times")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "other", "column"),
+    [
+        (*FACTORS[:2], "parameters resharded after the forward pass"),
+        (*FACTORS[2:], "resumed from a full checkpoint"),
+    ],
+)
+def test_factor_transfer_equals_ddp_and_a_resumed_fit_an_uninterrupted_one(further, name, other, column):
+    """Its helpers are whole on each rank; their batch norm keeps them from equalling one process."""
+    ranks, others = further[name], further[other]
+    assert [rank.get("error") for rank in (*ranks, *others)] == [None] * 4
+    d = farthest(ranks[0]["state_dict"], others[0]["state_dict"])
+    assert d <= TOLERANCE
+    assert farthest(ranks[0]["state_dict"], ranks[1]["state_dict"]) == 0
+    assert ranks[0]["errors"] == ranks[1]["errors"] == pytest.approx(others[0]["errors"], rel=1e-6)
+    against = "two processes under DDP" if "ddp" in other else "a fit that was not interrupted"
+    record("sharded", "FactorTransferCallback", column, "exact", f"d = {d:.0e} to {against}")

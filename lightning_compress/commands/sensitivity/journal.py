@@ -118,6 +118,12 @@ class Journal:
         return entries
 
     def _check(self, before: Mapping[str, Any]) -> None:
+        schema = before.get("schema")
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise UsageError(
+                f"{self.path} has schema {schema}, newer than {SCHEMA}, the newest that this version of "
+                "lightning_compress reads: upgrade the package, or give another --out"
+            )
         different = [name for name in self._header if before.get(name) != self._header[name]]
         if different:
             raise UsageError(

@@ -1,0 +1,184 @@
+"""Views of sharded weights, in one process that has all the rows; tests/sharded has several."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lightning_compress import _compat
+from lightning_compress.mechanisms.gathering import gathered, parts_of, refuse_unpresentable, rows_of, sharded_as
+from lightning_compress.mechanisms.masking import DenseWeight, FeedbackWeight, MaskedWeight, Masks
+from lightning_compress.mechanisms.sharding import is_shard, own_part
+from lightning_compress.mechanisms.standins import standing_in
+from lightning_compress.mechanisms.views import WeightViews
+
+pytestmark = [pytest.mark.slow, pytest.mark.sample]  # a process group, and FSDP2
+
+MASK = torch.tensor([[True, False, True], [False, True, False]])
+X = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.5, 4.0]])
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def network(mesh):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        layer = nn.Linear(3, 2)
+    return fully_shard(layer, mesh=mesh)
+
+
+def test_a_layer_is_given_the_view_and_the_weight_its_gradient(mesh):
+    layer = network(mesh)
+    dense = layer.weight.full_tensor().detach().clone()
+    views = WeightViews(layer)
+    plain = layer(X).detach()
+    with views.owned("example", {"weight": MaskedWeight(MASK)}):
+        assert torch.equal(layer(X), plain)  # nothing is shown yet
+        with views.presented():
+            assert views.active
+            layer(X).square().sum().backward()
+        gradient = layer.weight.grad.full_tensor().clone()
+        views.sharded.settle()
+        assert torch.equal(layer.weight.grad.full_tensor(), gradient * MASK)
+        views.sharded.settle()  # once a step
+        assert not views.active
+        with views.presented():
+            masked = layer(X)
+        assert torch.equal(masked, nn.functional.linear(X, dense * MASK, layer.bias.full_tensor()))
+    reference = (dense * MASK).requires_grad_()
+    nn.functional.linear(X, reference, layer.bias.full_tensor().detach()).square().sum().backward()
+    assert torch.allclose(gradient, reference.grad, atol=1e-6)
+    assert torch.equal(layer(X), plain)
+    layer.reshard()
+    assert torch.equal(layer.weight.full_tensor(), dense)
+    assert vars(_compat.shard(layer.weight)) == {}
+
+
+def test_a_gradient_that_did_not_come_through_the_view_is_an_error(mesh):
+    layer = network(mesh)
+    views = WeightViews(layer)
+    with views.owned("example", {"weight": FeedbackWeight(MASK)}):
+        views.show()
+        layer.weight.grad = sharded_as(torch.ones(2, 3), layer.weight)
+        with pytest.raises(
+            RuntimeError, match="'weight' has a gradient, and was never gathered through the view of 'exa"
+        ):
+            views.sharded.settle()
+
+
+@pytest.mark.parametrize("replace", ["assign", "data"])
+def test_a_replaced_weight_is_an_error(mesh, replace):
+    layer = network(mesh)
+    views = WeightViews(layer)
+    with views.owned("example", {"weight": MaskedWeight(MASK)}):
+        if replace == "assign":
+            layer.load_state_dict(layer.state_dict(), assign=True)
+        else:
+            layer.double()
+        with pytest.raises(RuntimeError, match="'weight', which 'example' presents, was replaced by another since"):
+            views.show()
+
+
+def test_two_owners_of_one_weight_are_an_error(mesh):
+    layer = network(mesh)
+    views = WeightViews(layer)
+    with (
+        views.owned("first", {"weight": MaskedWeight(MASK)}),
+        pytest.raises(ValueError, match="'first' and 'second' both present the weight 'weight'"),
+        views.owned("second", {"weight": MaskedWeight(MASK)}),
+    ):
+        pass
+
+
+def test_a_pass_with_a_backward_pass_of_its_own(mesh):
+    layer = network(mesh)
+    views, masked = WeightViews(layer), MaskedWeight(MASK)
+    others = {"weight": DenseWeight(masked)}
+    dense = layer.weight.full_tensor().detach().clone()
+    bias = layer.bias.full_tensor().detach()
+    with views.owned("example", {"weight": masked}), views.owned_for_another_pass("example", others) as another:
+        with views.presented():
+            first = layer(X).square().sum()
+            with another():
+                second = layer(X).pow(4).sum()
+            views.sharded.learn_apart(second, others)
+            assert layer.weight.grad is None  # it waits
+            first.backward()
+        views.sharded.settle()
+    kept, lost = (dense * MASK).requires_grad_(), dense.clone().requires_grad_()
+    nn.functional.linear(X, kept, bias).square().sum().backward()
+    nn.functional.linear(X, lost, bias).pow(4).sum().backward()
+    assert torch.allclose(layer.weight.grad.full_tensor(), torch.where(MASK, kept.grad, lost.grad), rtol=1e-5)
+    assert torch.allclose(layer.bias.grad.full_tensor(), 2 * nn.functional.linear(X, kept, bias).sum(dim=0), rtol=1e-5)
+
+
+def test_a_stand_in_is_read_before_what_is_gathered(mesh):
+    layer = network(mesh)
+    layer(X)
+    own = nn.Parameter(torch.zeros(2, 3))
+    layer.reshard()
+    with standing_in(layer, {id(layer.weight): own}):
+        assert torch.equal(layer(X), layer.bias.expand(2, 2))
+    assert "weight" not in vars(layer)
+    layer.reshard()
+    assert is_shard(layer.weight)
+
+
+def test_tensors_are_split_and_joined(mesh):
+    weight = network(mesh).weight
+    rows = own_part(weight)
+    assert torch.equal(rows_of(MASK, weight), MASK)
+    mask = sharded_as(MASK, weight)
+    assert is_shard(mask)
+    assert mask.shape == MASK.shape
+    assert torch.equal(rows_of(mask, weight), MASK)
+    found = gathered({"masks": {"weight": mask}, "list": [mask, 1], "begun": True})
+    assert torch.equal(found["masks"]["weight"], MASK)
+    assert (found["list"][1], found["begun"]) == (1, True)
+    parts = parts_of([weight])
+    assert (parts.rank, parts.ranks, parts.totals([3, 4])) == (0, 1, [3, 4])
+    assert parts_of([rows]) is None
+
+
+def test_masks_of_shards_are_saved_as_shards_and_loaded_whole(mesh):
+    weights = {"weight": network(mesh).weight}
+    masks = Masks(weights)
+    masks.replace([MASK])
+    assert (masks.zeros, masks.total, masks.sparsity) == (3, 6, 0.5)
+    assert torch.equal(masks.state()["weight"].full_tensor(), MASK)
+    again = Masks(weights)
+    again.load({"weight": MASK})
+    assert torch.equal(again.views["weight"].mask, MASK)
+    value = masks.masked("weight", weights["weight"].detach())
+    assert torch.equal(value.full_tensor(), weights["weight"].full_tensor() * MASK)
+
+
+def test_what_cannot_be_presented_is_named(mesh, monkeypatch):
+    layer = network(mesh)
+    refuse_unpresentable(layer, {"weight": layer.weight})
+    with pytest.raises(ValueError, match="weight' is whole in each process, and others are sharded"):
+        refuse_unpresentable(layer, {"other.weight": nn.Parameter(torch.ones(1))})
+    monkeypatch.setattr(_compat, "why_not_gathered_as", lambda known: "is elsewhere")
+    with pytest.raises(ValueError, match="the weight 'weight' is elsewhere, and others are sharded"):
+        refuse_unpresentable(layer, {"weight": layer.weight})
+
+
+def test_why_a_parameter_cannot_be_gathered_as_another():
+    here, fewer = SimpleNamespace(mesh="all"), SimpleNamespace(mesh="some")
+    own = SimpleNamespace(fsdp_pre_all_gather=None)
+    usual = {"_sharded_local_tensor": None, "offload_to_cpu": False, "post_forward_mesh_info": None, "mesh_info": here}
+    why = lambda **other: _compat.why_not_gathered_as(SimpleNamespace(**{**usual, **other}))  # noqa: E731
+    assert (why(), why(post_forward_mesh_info=here)) == (None, None)
+    assert "in a way of its own" in why(_sharded_local_tensor=own)
+    assert "offload_policy=" in why(offload_to_cpu=True)
+    assert "reshard_after_forward= a number" in why(post_forward_mesh_info=fewer)
