@@ -58,8 +58,8 @@ How projects train, down; callbacks, across. Each cell is a fit of a small netwo
 circumstances, and another fit that it has to equal: in its weights, in the dense weights beside them, and in the state
 of the callback. Beside that it asserts that the callback had an effect, that the keys of the `state_dict` are as
 before, that the checkpoint loads strictly into the plain module (with `load_shrunk`, where filters went), that no hook
-and no attribute is left, and that nothing was warned of. Four kinds of module take turns: with a network in it, with
-batch norm, one that is the network itself, and one with dict batches and keyword arguments.
+and no attribute is left, and that nothing was warned of but what a note says. Four kinds of module take turns: with a
+network in it, with batch norm, one that is the network itself, and one with dict batches and keyword arguments.
 """
 
 TITLES = {
