@@ -343,13 +343,17 @@ _open_groups: list[Callable[[str | None], str | None]] = []
 
 @contextmanager
 def patient_group(world_size: int) -> Iterator[Callable[[str | None], str | None]]:
-    """A way to tell all processes what the first that has to say something says, that waits for days."""
+    """A way to tell all processes what the first that has to say something says, that waits for days.
+
+    Before that all meet in the default group, with its own time limit: one that fails on the way here never comes.
+    """
     if world_size == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         yield lambda message: message
         return
     if _open_groups:  # within another: who fails on the way here has told it there
         yield _open_groups[-1]
         return
+    torch.distributed.all_gather_object([None] * world_size, None)  # on the devices that the group is for
     group: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def tell(message: str | None) -> str | None:

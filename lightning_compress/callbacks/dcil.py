@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ from lightning_compress.mechanisms.sharding import is_shard, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
 from lightning_compress.mechanisms.standins import leaves_of, scratch, standing_in, unlearning
+from lightning_compress.mechanisms.states import Sometimes
 
 DENSE_PATHS = ("own", "own_norm", "shared")
 DENSE = "dense"
@@ -104,6 +105,9 @@ class DCILCallback(DynamicMaskCallback):
     """
 
     default_name = "dcil"
+    holds: ClassVar[Mapping[str, Any]] = {
+        "own": Sometimes({"names": ([str], None), "classifier": [str], "layers": (dict, None)})
+    }
     default_layers = (_ConvNd,)
     expected_effects = ("the dense pass",)
 

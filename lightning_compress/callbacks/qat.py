@@ -13,7 +13,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ from lightning_compress.mechanisms.rounded_weights import RoundedWeight
 from lightning_compress.mechanisms.rounding import Presented, Rounding
 from lightning_compress.mechanisms.selection import find_module, joined, listing, plain_name
 from lightning_compress.mechanisms.sharding import sharded_units
+from lightning_compress.mechanisms.states import GRIDS, Sometimes
 from lightning_compress.mechanisms.weights import select_weights
 
 StepSize = Literal["mse", "observed", "learned"]
@@ -173,6 +174,19 @@ class QATCallback(QuantisedCallback):
     """
 
     default_name = "qat"
+    holds: ClassVar[Mapping[str, Any]] = {
+        "arguments": {"step_size": str},
+        "start_grids": (GRIDS, None),
+        "highest_lr": Sometimes(float),
+        "moving": Sometimes(dict),
+        "factors": Sometimes(dict, beside="moving"),
+        "top_lr": Sometimes(dict, beside="moving"),
+        "watch": Sometimes(dict, beside="moving"),
+        "froze": Sometimes(bool, beside="moving"),
+        "waits": Sometimes(bool, beside="moving"),
+        "clipped": Sometimes(float, beside="moving"),
+        "run": Sometimes(list, beside="moving"),
+    }
     changes_step = True
 
     _start_grids = Returned[Grids | None](None)
