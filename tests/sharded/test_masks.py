@@ -48,7 +48,7 @@ ACTED = list(itertools.product(ACTIONS, EXACT[:2]))
 
 
 def launched(tmp_path_factory, name, names):
-    return in_ranks(tmp_path_factory.mktemp(name), *names, seconds=seconds)
+    return in_ranks(tmp_path_factory.mktemp(name), *names)
 
 
 @pytest.fixture(scope="module")
