@@ -25,12 +25,7 @@ from lightning_compress.mechanisms.checkpoints import (
     saving_compressed,
 )
 from lightning_compress.mechanisms.controller import StepController
-from lightning_compress.mechanisms.gathering import (
-    gathered,
-    refuse_unpresentable,
-    rows_of,
-    sharded_as,
-)
+from lightning_compress.mechanisms.gathering import gathered, rows_of, sharded_as
 from lightning_compress.mechanisms.masking import MaskedWeight, Masks
 from lightning_compress.mechanisms.selection import listing, plain_name
 from lightning_compress.mechanisms.sharding import is_shard, own_part, shards_in_place
@@ -134,7 +129,6 @@ class MaskedWeightsCallback(CompressionCallback):
         if selected.idle:
             self._warn_once(f"exclude={selected.idle} leaves out nothing that was selected")
         weights = self.suited(selected.weights, pl_module)
-        refuse_unpresentable(pl_module, weights)
         last = self.state_dict()
         earlier, self._masks = self._masks, Masks(weights, self.view)
         first = {id(weight): name for name, weight in weights.items()}

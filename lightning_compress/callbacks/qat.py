@@ -41,7 +41,6 @@ from lightning_compress.mechanisms.batchnorm import FrozenNorms, batch_norms
 from lightning_compress.mechanisms.calibration import Settings, fingerprints
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.divergence import LossWatch
-from lightning_compress.mechanisms.gathering import refuse_unpresentable
 from lightning_compress.mechanisms.grids import Grids, WeightGrid
 from lightning_compress.mechanisms.moving_grids import (
     FollowingGrids,
@@ -641,7 +640,6 @@ class QATCallback(QuantisedCallback):
                     "split by FSDP2, or one step is given for all of its rows, which "
                     f"step_size='{self.step_size}' would move; leave it out with exclude="
                 )
-        refuse_unpresentable(moving.network, {name: moving.names.sharded[name] for name in moving.grids.weights})
         return {
             joined(moving.grids.network, name): RoundedWeight(moving, name, moving.names.sharded[name], ranks)
             for name in moving.grids.weights

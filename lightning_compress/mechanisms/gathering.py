@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_compress import _compat
 from lightning_compress.functional._selection import Parts
-from lightning_compress.mechanisms.sharding import own_part, sharded_units, shards_in_place
+from lightning_compress.mechanisms.sharding import own_part, shards_in_place
 
 if TYPE_CHECKING:
     from lightning_compress.mechanisms.views import WeightView
@@ -133,33 +133,6 @@ def parts_of(weights: Iterable[Tensor]) -> Parts | None:
     return Parts(mesh.get_local_rank(), mesh.size(), total)
 
 
-def refuse_unpresentable(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights that cannot be presented when they are gathered, where a module is sharded.
-
-    Args:
-        module: The root.
-        weights: Name to parameter.
-
-    Raises:
-        ValueError: If there is one; it is named.
-
-    Example:
-        >>> refuse_unpresentable(nn.Linear(1, 1), {})  # nothing is sharded
-    """
-    if not sharded_units(module):
-        return
-    known = {id(own.sharded_param): own for own in _compat.fsdp_parameters(module)}
-    for name, weight in weights.items():
-        found = known.get(id(weight))
-        why = "is whole in each process" if found is None else _compat.why_not_gathered_as(found)
-        if why is not None:
-            raise ValueError(
-                f"the weight '{name}' {why}, and others are sharded: what is presented in its place would not reach "
-                f"all of its layers; shard it with fully_shard alone, or leave it out with "
-                f"exclude={[name.rpartition('.')[0]]}"
-            )
-
-
 class Gathered:
     """One sharded weight with a view, presented whenever FSDP2 gathers it.
 
@@ -207,7 +180,7 @@ class Gathered:
         """Apply the chain rule of the view to the gradient that has come back from all processes.
 
         Raises:
-            RuntimeError: If the weight was never gathered, so that the gradient is not that of the view.
+            RuntimeError: If the weight was not gathered, so that a gradient other than zero is not that of the view.
         """
         gradient, owed = self.weight.grad, self._owed
         self._owed = None
@@ -215,6 +188,8 @@ class Gathered:
             self.weight.grad = None if owed is None else sharded_as(owed, self.weight)
             return
         if self.gathers == self._settled:
+            if not own_part(gradient).any():  # zero_grad(set_to_none=False), and a step that did not use the weight
+                return
             raise RuntimeError(
                 f"the weight '{self.name}' has a gradient, and was never gathered through the view of '{self.owner}': "
                 "somebody has replaced its shard since the fit began"
@@ -246,9 +221,22 @@ class GatheredWeights:
 
     @contextmanager
     def owned(self, owner: str, weights: Mapping[str, nn.Parameter], views: Mapping[str, WeightView]) -> Iterator[None]:
-        """Present these weights through these views, while they are shown, for as long as the context lasts."""
+        """Present these weights through these views, while they are shown, for as long as the context lasts.
+
+        Raises:
+            ValueError: If a weight cannot be presented when it is gathered; it is named.
+        """
         shards_in_place(self.module)
         known = {id(own.sharded_param): own for own in _compat.fsdp_parameters(self.module)}
+        for name in views:
+            found = known.get(id(weights[name]))
+            why = "is whole in each process" if found is None else _compat.why_not_gathered_as(found)
+            if why is not None:
+                raise ValueError(
+                    f"the weight '{name}' {why}, and others are sharded: what '{owner}' presents in its place would "
+                    "not reach all of its layers; shard it with fully_shard alone, or leave it out with "
+                    f"exclude={[name.rpartition('.')[0]]}"
+                )
         added = {name: Gathered(owner, name, weights[name], view) for name, view in views.items()}
         with ExitStack() as stack:
             for name, weight in added.items():
