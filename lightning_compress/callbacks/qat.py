@@ -240,6 +240,7 @@ class QATCallback(QuantisedCallback):
         self._stage: str | None = None
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
         self._fit = _Fit()
+        self._begun = ExitStack()  # what the fit has opened since it began with its grids
 
     # What the base asks
 
@@ -380,8 +381,10 @@ class QATCallback(QuantisedCallback):
 
     def _begin_with(self, state: dict[str, Any] | None, stack: ExitStack, pl_module: Any) -> None:
         self._loaded = None
+        self._begun.close()  # where a checkpoint is loaded within the fit, it had begun with the grids of the last one
+        self._begun = stack.enter_context(ExitStack())
         self._fit = _Fit()
-        stack.callback(self._fit.thaw)
+        self._begun.callback(self._fit.thaw)
         self.quantization, self.metrics, self._start_grids, self._kept, self._highest_lr = None, {}, None, {}, 0.0
         if state is not None:
             self._fit.highest_lr = state.get("highest_lr", 0.0)
@@ -613,6 +616,7 @@ class QATCallback(QuantisedCallback):
         if self.step_size == "learned":
             adam = partial(torch.optim.Adam, lr=self.step_lr, eps=ADAM_EPS)
             fit.factors = self.own(OwnedParameters(_Factors, adam))
+            self._begun.callback(self._owned.remove, fit.factors)
             fit.factors.load_state_dict(factors)
             module: Any = fit.factors.get(LearnedGrids.count(grids), device=next(network.parameters()).device)
             moving: MovingGrids = LearnedGrids(network, grids, presented, factors=module.factors)
@@ -624,10 +628,10 @@ class QATCallback(QuantisedCallback):
         self._start_grids, fit.moving, fit.norms = grids, moving, FrozenNorms(network)
         fit.modules = frozenset(map(id, network.modules()))
         if moving.parts is not None:
-            self._stack.enter_context(controller.weights.owned(self.name, self._rounded_shards(moving)))
+            self._begun.enter_context(controller.weights.owned(self.name, self._rounded_shards(moving)))
             return moving
         learning = quantizing(network, moving, when=lambda: controller.deployed and not controller.replaying)
-        fit.calls = self._stack.enter_context(learning)
+        fit.calls = self._begun.enter_context(learning)
         return moving
 
     def _rounded_shards(self, moving: MovingGrids) -> dict[str, RoundedWeight]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_compress import _compat
 from lightning_compress.functional._selection import Parts
-from lightning_compress.mechanisms.sharding import own_part, shards_in_place
+from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.sharding import own_part, sharded_units, shards_in_place
+from lightning_compress.mechanisms.standins import standing_in
 
 if TYPE_CHECKING:
     from lightning_compress.mechanisms.views import WeightView
@@ -278,7 +281,9 @@ class GatheredWeights:
         finally:
             self._swap(usual)
 
-    def learn_apart(self, loss: Tensor, views: Mapping[str, WeightView]) -> None:
+    def learn_apart(
+        self, loss: Tensor, views: Mapping[str, WeightView], stand_ins: Mapping[int, Tensor] = MappingProxyType({})
+    ) -> None:
         """Run a backward pass of its own through what was computed under other views, before the step's own.
 
         FSDP2 keeps one memory for a gathered weight, so what two passes have saved of it cannot both be there. The
@@ -287,13 +292,15 @@ class GatheredWeights:
         Args:
             loss: What was computed within :meth:`seen_as`.
             views: The other views.
+            stand_ins: What it was computed with besides, as in :func:`standing_in`: layers may run once more here.
         """
+        self._check_exchange()
         shards_in_place(self.module)
         parameters = list(self.module.parameters())
         earlier = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        with self.seen_as(views):
+        with standing_in(self.module, stand_ins), self.seen_as(views):
             loss.backward()  # type: ignore[no-untyped-call]
         for name, view in views.items():
             if (gradient := self.weights[name].weight.grad) is not None:
@@ -314,11 +321,22 @@ class GatheredWeights:
     def settle(self) -> None:
         """Apply the chain rules of the views to the gradients, once a step; whoever comes first in it does."""
         if not self._settled:
+            self._check_exchange()
             for weight in self.weights.values():
                 weight.settle()
         self._settled = True
 
     def unused(self, owner: str) -> list[str]:
         """The weights of an owner that the last step did not use: they have no gradient, and could have one."""
+        self._check_exchange()
         own = [weight for weight in self.weights.values() if weight.owner == owner]
         return [weight.name for weight in own if weight.weight.requires_grad and weight.weight.grad is None]
+
+    def _check_exchange(self) -> None:
+        """Complain if gradients stay where they are: what is done with them is for those of all processes."""
+        if self.weights and not _compat.exchanges_gradients(self.module):
+            owners = sorted({weight.owner for weight in self.weights.values()})
+            raise RuntimeError(
+                f"set_requires_gradient_sync(False) keeps gradients in each process, and {listing(owners)} works with "
+                "those that come back from all: leave it out, and accumulate with Trainer(accumulate_grad_batches=...)"
+            )
