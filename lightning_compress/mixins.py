@@ -30,7 +30,8 @@ class CompressionMixin:
 
         To be called in ``training_step`` for each loss, before its backward pass. A term belongs to the losses that
         were computed from what its student returned; a loss without any comes back as it is. So of several networks
-        only the student's losses change, whatever the callbacks.
+        only the student's losses change, whatever the callbacks. Of several losses of one call of the student each is
+        weighed, and the first that is asked for has the term.
 
         Args:
             task_loss: The step's own loss, a 0-dim tensor with a graph. Or a function without arguments that computes
@@ -45,10 +46,10 @@ class CompressionMixin:
         Raises:
             TypeError: If the class is not a module, ``task_loss`` is no loss, or ``callbacks`` is one name.
             ValueError: If ``callbacks`` has a name of nobody who adds to a loss.
-            CaptureError: If a student was called several times for the loss, or it is not said which terms belong to
-                it; a ``RuntimeError``.
-            RuntimeError: If called outside of a training step with manual optimisation while callbacks are attached, or
-                with a tensor where a function is needed.
+            CaptureError: If a student was called several times for the loss, it is not said which terms belong to it,
+                or an earlier loss has the term that is named; a ``RuntimeError``.
+            RuntimeError: If called outside of a training step with manual optimisation while callbacks are attached,
+                with a tensor where a function is needed, or with what it gave back before.
         """
         if not isinstance(self, nn.Module):
             raise TypeError(f"CompressionMixin is for LightningModules; {type(self).__name__} is no torch.nn.Module")

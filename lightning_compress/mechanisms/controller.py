@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_compress import _compat
-from lightning_compress.mechanisms.capture import Capture, NetworkCall
+from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
 from lightning_compress.mechanisms.further import FurtherPass
 from lightning_compress.mechanisms.isolation import RandomState, device_of
-from lightning_compress.mechanisms.losses import belonging, check_named, loss_of, of_its_own, sources
+from lightning_compress.mechanisms.losses import StepCalls, belonging, check_named, loss_of
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.replay import traceless
 from lightning_compress.mechanisms.selection import find_module
@@ -89,6 +89,7 @@ class StepController:
         self._task_weights: dict[str, float] = {}
         self._observers: list[Callable[[Pass], None]] = []
         self._running: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
+        self._calls = StepCalls()  # of a step with manual optimisation
         self._losses = 0  # that a step with manual optimisation has asked for
         self._learned = 0  # optimizer steps of such a step
         self._asked = False  # whether it, or one before, has asked for a loss since an optimizer stepped
@@ -330,10 +331,18 @@ class StepController:
         further = self._further(self._running) if self._views and compute is not None else None
         again = None if compute is None else self._again(compute, (), {})
         loss = loss_of(task_loss)
-        seen = Pass(View("plain"), _first(*self._running), loss, *self._drained(), again)
-        found, total = sources(seen), _Total()
+        self._calls.add(*self._drained())
+        found, total = self._calls.sources(loss), _Total()
+        seen = Pass(View("plain"), _first(*self._running), loss, {}, {}, again)
+        seen = self._calls.of_its_own(seen, found)
         names = belonging(self._terms.values(), seen, found, callbacks)
-        self._include(total, of_its_own(seen, found), names)
+        for name in callbacks or ():
+            if self._calls.used_up(self._terms[name], seen):
+                raise CaptureError(
+                    f"callbacks names '{name}', whose term was added to an earlier loss of this step: it is added once "
+                    "for each call of its student; leave callbacks= out"
+                )
+        self._include(total, seen, names)
         for view in self._views_of(names):
             if compute is None or further is None:
                 raise RuntimeError(
@@ -344,11 +353,14 @@ class StepController:
             with further.traceless(view.name), view.enter():
                 self.deployed = False
                 self._drained()
-                loss = loss_of(compute)
-                seen = Pass(view, _first(*self._running), loss, *self._drained())
-                self._include(total, of_its_own(seen, sources(seen)), names)
+                again_loss, calls = loss_of(compute), StepCalls()
+                calls.add(*self._drained())
+                shown = Pass(view, _first(*self._running), again_loss, {})
+                self._include(total, calls.of_its_own(shown, calls.sources(again_loss)), names)
             self.deployed = True
-        return self._sum_up(total, names)
+        result = self._sum_up(total, names)
+        self._calls.use([self._terms[name] for name in names], seen, result)
+        return result
 
     def _views_of(self, names: Collection[str]) -> list[View]:
         """The further views of a loss."""
@@ -410,11 +422,12 @@ class StepController:
 
     def _run_manual(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._running, self._losses, self._learned, self.last = (args, kwargs), 0, 0, StepRecord(passes=1)
+        self._calls = StepCalls()
         try:
             with self._following_optimizers():
                 output, *_ = self._recorded(original, args, kwargs, none_skips=False)  # it need return nothing
         finally:
-            self._running = None
+            self._running, self._calls = None, StepCalls()
         waiting = sorted(self._terms) + self.weights.owners
         if waiting and self._learned and not self._asked:
             raise RuntimeError(
@@ -526,7 +539,10 @@ class StepController:
                 continue
             between = term.view is None and view is None
             if between or (view is not None and (term.view == view.name or (term.view == "" and view.deployed))):
-                value = term.compute(passes if view is None else {view.name: passes[view.name]})
+                shown = passes if view is None else {view.name: passes[view.name]}
+                if any(self._calls.used_up(term, seen) for seen in shown.values()):
+                    continue
+                value = term.compute({key: self._calls.left(term, seen) for key, seen in shown.items()})
                 values |= {} if value is None else {name: value}
         return values
 
