@@ -81,6 +81,8 @@ class StepController:
         """Whether what runs is the network that will be shipped, and not a further pass under other weights."""
         self._repeated = 0
         self._inside = False  # of a step
+        self._validating = False
+        self._asking = False  # for a loss
         self._captures: dict[Any, StudentCapture] = {}
         self._layers: dict[str, Capture] = {}
         self._teachers: dict[tuple[int, int], SharedTeacher] = {}
@@ -291,7 +293,7 @@ class StepController:
         """Run the validation step, then show what it called to the observers."""
         if self.replaying or self._inside:
             return original(*args, **kwargs)
-        self._inside = True
+        self._inside = self._validating = True
         try:
             if not self._observers:
                 return original(*args, **kwargs)
@@ -301,7 +303,7 @@ class StepController:
                 observe(seen)
             return output
         finally:
-            self._inside = False
+            self._inside = self._validating = False
             self._forget_teachers_outputs()
 
     def compressed_loss(
@@ -314,26 +316,39 @@ class StepController:
             callbacks: Names of the terms that belong to it. None: those of whose student's calls it was computed.
 
         Returns:
-            With them, and weighed if the owner of the weight is among them.
+            With them, and weighed if the owner of the weight is among them; in a validation step the loss itself.
 
         Raises:
             CaptureError: If it is not said which terms belong to it, or a student was not called.
-            RuntimeError: If called outside of a training step with manual optimisation, or a function is needed.
+            RuntimeError: If called outside of a training step with manual optimisation, or within itself, or a
+                function is needed.
             ValueError: If there is no term of a name.
         """
-        compute = None if isinstance(task_loss, Tensor) else task_loss
-        if self.replaying:
+        if self.replaying or self._validating:
             return loss_of(task_loss)
         if self._running is None:
             raise RuntimeError("compressed_loss is for training_step with automatic_optimization=False only")
+        if self._asking:
+            raise RuntimeError(
+                "task_loss is a function that calls compressed_loss itself; give one that only computes the task loss"
+            )
         check_named(callbacks, self._terms)
-        self._losses, self._asked = self._losses + 1, True
-        further = self._further(self._running) if self._views and compute is not None else None
+        self._losses, self._asked, self._asking = self._losses + 1, True, True
+        try:
+            return self._total_of(task_loss, callbacks, self._running)
+        finally:
+            self._asking, self.deployed = False, True
+
+    def _total_of(
+        self, task_loss: Tensor | Callable[[], Tensor], callbacks: Sequence[str] | None, arguments: Any
+    ) -> Tensor:
+        compute = None if isinstance(task_loss, Tensor) else task_loss
+        further = self._further(arguments) if self._views and compute is not None else None
         again = None if compute is None else self._again(compute, (), {})
         loss = loss_of(task_loss)
         self._calls.add(*self._drained())
         found, total = self._calls.sources(loss), _Total()
-        seen = Pass(View("plain"), _first(*self._running), loss, {}, {}, again)
+        seen = Pass(View("plain"), _first(*arguments), loss, {}, {}, again)
         seen = self._calls.of_its_own(seen, found)
         names = belonging(self._terms.values(), seen, found, callbacks)
         for name in callbacks or ():
@@ -355,7 +370,7 @@ class StepController:
                 self._drained()
                 again_loss, calls = loss_of(compute), StepCalls()
                 calls.add(*self._drained())
-                shown = Pass(view, _first(*self._running), again_loss, {})
+                shown = Pass(view, _first(*arguments), again_loss, {})
                 self._include(total, calls.of_its_own(shown, calls.sources(again_loss)), names)
             self.deployed = True
         result = self._sum_up(total, names)

@@ -28,39 +28,63 @@ def loss_of(task_loss: Tensor | Callable[[], Tensor]) -> Tensor:
 
     Raises:
         TypeError: If it is neither, or the function returns something else.
+        ValueError: If the loss is not one number.
 
     Example:
         >>> import torch
         >>> loss_of(lambda: torch.tensor(2.0))
         tensor(2.)
     """
-    if isinstance(task_loss, Tensor):
-        return task_loss
     given: Any = task_loss
-    if not callable(given):
+    if not isinstance(given, Tensor) and not callable(given):
         raise TypeError(f"task_loss must be a tensor, or a function that computes one, got {type(given).__name__}")
-    loss = given()
+    loss = given if isinstance(given, Tensor) else given()
     if not isinstance(loss, Tensor):
         raise TypeError(f"task_loss must be a function that returns a tensor, not {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"task_loss must be one number, got shape {tuple(loss.shape)}; give its mean, or its sum")
     return loss
+
+
+def names_of(callbacks: Iterable[str] | None) -> list[str] | None:
+    """The names of callbacks that were given, in a list that can be read more than once.
+
+    Args:
+        callbacks: Any iterable of names; None for none given.
+
+    Returns:
+        Them.
+
+    Raises:
+        TypeError: If it is one name, or no names at all.
+
+    Example:
+        >>> names_of(name for name in ("kd", "at"))
+        ['kd', 'at']
+    """
+    if callbacks is None:
+        return None
+    if isinstance(callbacks, str):
+        raise TypeError(f"callbacks must be a list of names, got {callbacks!r}; give [{callbacks!r}]")
+    given: Any = list(callbacks) if isinstance(callbacks, Iterable) else callbacks
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"callbacks must be a list of names, got {given!r}")
+    return given
 
 
 def check_named(callbacks: Sequence[str] | None, terms: Mapping[str, Term]) -> None:
     """Refuse names of callbacks that add nothing to a loss.
 
     Args:
-        callbacks: As they were given; None is fine.
+        callbacks: The names; None is fine.
         terms: The terms by name.
 
     Raises:
-        TypeError: If it is one name and not several.
         ValueError: If there is no term of a name.
 
     Example:
         >>> check_named(["kd"], {"kd": Term("kd", lambda passes: None)})
     """
-    if isinstance(callbacks, str):
-        raise TypeError(f"callbacks must be a list of names, got {callbacks!r}; give [{callbacks!r}]")
     for name in callbacks or ():
         if name not in terms:
             raise ValueError(

@@ -10,7 +10,7 @@ from contract.modules import CLASSES, FEATURES, MixinClassifier, difference, loa
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_compress import CompressionMixin, DCILCallback, DistillationCallback
+from lightning_compress import CompressionMixin, DCILCallback, DistillationCallback, PruningCallback
 from lightning_compress.functional import distillation_loss
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.passes import Term
@@ -228,6 +228,7 @@ def test_without_a_callback_the_loss_is_the_task_loss():
     [
         (0.5, "task_loss must be a tensor, or a function that computes one, got float"),
         (lambda: {"loss": 0.5}, "task_loss must be a function that returns a tensor, not dict"),
+        (torch.ones(3), r"task_loss must be one number, got shape \(3,\); give its mean, or its sum"),
     ],
 )
 @pytest.mark.parametrize("callbacks", [(), (kd,)])
@@ -236,7 +237,7 @@ def test_what_is_no_loss_is_refused(given, message, callbacks):
         def total(self, loss, batch):
             return self.compressed_loss(given)
 
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         fitted(Wrong, *(build() for build in callbacks))
 
 
@@ -395,3 +396,67 @@ def twice(net, x):
 def test_no_call_and_no_loss_counts_twice(step, message):
     with pytest.raises(RuntimeError, match=message):
         looped(step)
+
+
+def within(net, x):
+    return (net.compressed_loss(lambda: net.compressed_loss(net.model(x).sum())),)
+
+
+def test_a_function_that_asks_itself_is_refused():
+    with pytest.raises(RuntimeError, match="task_loss is a function that calls compressed_loss itself; give one"):
+        looped(within)
+
+
+def test_names_may_come_from_a_generator():
+    def step(net, x):
+        return (net.compressed_loss(net.model(x).sum(), callbacks=(name for name in ["kd"])),)
+
+    assert looped(step) == [100.5]
+
+
+@pytest.mark.parametrize("given", [3, True, b"kd", ["kd", 3]])
+@pytest.mark.parametrize("attached", [True, False])
+def test_what_are_no_names_is_refused_by_the_argument_s_name(given, attached):
+    def step(net, x):
+        return (net.compressed_loss(net.model(x).sum(), callbacks=given),)
+
+    with pytest.raises(TypeError, match="callbacks must be a list of names, got "):
+        looped(step) if attached else Loop(step).training_step(torch.ones(1, 1))
+
+
+class Validated(Loop):
+    def validation_step(self, x):
+        return self.training_step(x)
+
+
+def test_in_a_validation_step_the_loss_is_the_task_loss():
+    net = Validated(lambda net, x: (net.compressed_loss(net.model(x).sum()),))
+    with step_controller(net) as controller, controller.task_weight("kd", 0.5):
+        assert net.validation_step(torch.ones(1, 1)) == [1.0]
+        with pytest.raises(RuntimeError, match="compressed_loss is for training_step"):
+            net.compressed_loss(torch.ones(()))
+
+
+class Outside(MixinClassifier):
+    """It never asks, and its optimizer steps after the step."""
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.task_loss(batch))
+
+    def on_train_batch_end(self, *_):
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: DistillationCallback(nn.Linear(FEATURES, CLASSES)),
+        lambda: DCILCallback(0.5, dense_path="shared"),
+        lambda: PruningCallback(0.5),
+    ],
+)
+def test_optimizers_that_step_outside_of_a_step_that_never_asks_are_noticed(build):
+    with pytest.raises(RuntimeError, match=r"had no effect: in a whole epoch Outside.training_step never called self"):
+        fitted(Outside, build())
