@@ -375,11 +375,18 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """After an epoch, complain about what had no effect in it, and about helpers that were never trained.
 
         Raises:
-            RuntimeError: If no loss of the epoch was what this callback adds to, or no optimizer has stepped through
-                Lightning so far.
+            RuntimeError: If no loss of the epoch was what this callback adds to, or none was asked for while optimizers
+                stepped outside of the step, or no optimizer has stepped through Lightning so far.
         """
-        if not self._verified and self._controller is not None and self._controller.steps > 0:
-            self.check_first_step(trainer, pl_module)
+        if not self._verified and self._controller is not None:
+            if self._controller.steps > 0:
+                self.check_first_step(trainer, pl_module)
+            elif self.changes_step and not _automatic(pl_module) and self.has_moved(pl_module):
+                raise RuntimeError(
+                    f"{type(self).__name__} '{self.name}' had no effect: in a whole epoch "
+                    f"{type(pl_module).__name__}.training_step never called self.compressed_loss(task_loss), and the "
+                    "parameters have moved"
+                )
         idle = any(parameters.idle for parameters in self._owned)
         if idle and self.has_moved(pl_module):  # whoever trains nothing in an epoch has his reasons
             raise RuntimeError(
