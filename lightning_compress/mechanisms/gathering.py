@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from lightning_compress import _compat
 from lightning_compress.functional._selection import Parts
 from lightning_compress.mechanisms.selection import listing
-from lightning_compress.mechanisms.sharding import own_part, sharded_units, shards_in_place
+from lightning_compress.mechanisms.sharding import own_part, shards_in_place
 from lightning_compress.mechanisms.standins import standing_in
 
 if TYPE_CHECKING:

@@ -186,7 +186,7 @@ def test_what_cannot_be_presented_is_named(mesh, monkeypatch):
         pass
     monkeypatch.setattr(_compat, "why_not_gathered_as", lambda known: "is elsewhere")
     with (
-        pytest.raises(ValueError, match="the weight '0.weight' is elsewhere, and others are sharded"),
+        pytest.raises(ValueError, match=r"the weight '0\.weight' is elsewhere, and others are sharded"),
         views.owned("some", {"0.weight": MaskedWeight(MASK)}),
     ):
         pass
