@@ -1857,7 +1857,7 @@ MUTATIONS = (
     Mutation(
         "calls of other losses count",
         LOSSES,
-        "[call for call in own if call in found] or list(own)",
+        "[call for call in own if call in found] or list(recent.get(key, ()))",
         "list(own)",
         f"{MIXINS}::test_of_two_networks_only_the_student_s_loss_changes[Silent]",
     ),
@@ -1878,8 +1878,8 @@ MUTATIONS = (
     Mutation(
         "a term that no loss had is not noticed",
         BASE,
-        "if not self._verified and self._controller is not None and self._controller.steps > 0:",
-        "if False:",
+        "if self._controller.steps > 0:\n                self.check_first_step(trainer, pl_module)",
+        "if self._controller.steps > 0:\n                pass",
         f"{MIXINS}::test_names_are_checked",
     ),
     Mutation(
