@@ -151,14 +151,20 @@ class Gathered:
         self.shown = False
         self.gathers = 0
         """How often it was gathered."""
+        self.apart = False
+        """Whether a backward pass runs from which the parameter itself does not learn."""
+        self.passed = False
+        """Whether a gradient has come past the view, as that of a penalty over parameters() does."""
         self._settled = 0  # gathers at the last settlement
-        self._owed: Tensor | None = None  # rows of a gradient that came in a backward pass of its own
+        self._owed: Tensor | None = None  # rows of a gradient that is not to go through the view any more
         self._shard: Tensor | None = None
 
     @contextmanager
     def installed(self, known: Any) -> Iterator[None]:
         """Present it, while :attr:`shown`, for as long as the context lasts; FSDP2 knows this of it."""
-        with _compat.gathered_as(known, self._present) as self._shard:
+        with _compat.gathered_as(known, self._present) as self._shard, ExitStack() as stack:
+            if self.weight.requires_grad:  # FSDP2 puts its gradients in place without autograd, so past this hook
+                stack.enter_context(self.weight.register_hook(self._pass))  # type: ignore[no-untyped-call]
             yield
 
     def check(self, present: Container[int]) -> None:
@@ -190,19 +196,27 @@ class Gathered:
         if gradient is None:
             self.weight.grad = None if owed is None else sharded_as(owed, self.weight)
             return
-        if self.gathers == self._settled:
-            if not own_part(gradient).any():  # zero_grad(set_to_none=False), and a step that did not use the weight
-                return
+        own = own_part(gradient)
+        if self.gathers != self._settled:
+            self._settled = self.gathers
+            if not self.view.plain:
+                own.copy_(self.view.gradient(own))
+        elif own.any():  # else a step did not use the weight, and zero_grad(set_to_none=False) left zeros
             raise RuntimeError(
                 f"the weight '{self.name}' has a gradient, and was never gathered through the view of '{self.owner}': "
                 "somebody has replaced its shard since the fit began"
             )
-        self._settled = self.gathers
-        if not self.view.plain:
-            own = own_part(gradient)
-            own.copy_(self.view.gradient(own))
         if owed is not None:
-            own_part(gradient).add_(owed)
+            own.add_(owed)
+
+    def _pass(self, gradient: Tensor) -> Tensor | None:
+        """Keep a gradient of the parameter itself apart, for the view's chain rule is not for it."""
+        if not self.shown:
+            return None
+        self.passed = True
+        if not self.apart:
+            self.owe(rows_of(gradient, self.weight))
+        return torch.zeros_like(gradient)
 
     def _present(self, shard: Tensor) -> Tensor:
         self.gathers += 1
@@ -300,8 +314,12 @@ class GatheredWeights:
         earlier = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
+        for weight in self.weights.values():
+            weight.apart = True
         with standing_in(self.module, stand_ins), self.seen_as(views):
             loss.backward()  # type: ignore[no-untyped-call]
+        for weight in self.weights.values():
+            weight.apart = False
         for name, view in views.items():
             if (gradient := self.weights[name].weight.grad) is not None:
                 self.weights[name].owe(view.gradient(own_part(gradient)))
@@ -325,6 +343,10 @@ class GatheredWeights:
             for weight in self.weights.values():
                 weight.settle()
         self._settled = True
+
+    def passed(self, owner: str) -> list[str]:
+        """The weights of an owner that got a part of their gradient past their views."""
+        return [weight.name for weight in self.weights.values() if weight.owner == owner and weight.passed]
 
     def unused(self, owner: str) -> list[str]:
         """The weights of an owner that the last step did not use: they have no gradient, and could have one."""

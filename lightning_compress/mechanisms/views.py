@@ -408,8 +408,8 @@ class WeightViews:
             A function to be called after the backward pass, once: says how the step used the weights. It raises
             RuntimeError if a gradient, or a call, went past a view, or requires_grad was changed after it was shown.
         """
-        if self.sharded.weights:  # which no gradient passes by: each step sees to that
-            yield lambda: Usage(self.sharded.unused(owner), [])
+        if self.sharded.weights:  # a step has an error of its own for those that were not presented
+            yield lambda: Usage(self.sharded.unused(owner), self.sharded.passed(owner))
             return
         own = {name: weight for name, weight in self._weights.items() if weight.owner == owner}
         called: set[int] = set()

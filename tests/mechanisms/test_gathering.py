@@ -76,6 +76,30 @@ def test_a_gradient_that_did_not_come_through_the_view_is_an_error(mesh):
             views.sharded.settle()
 
 
+def test_a_penalty_on_the_parameter_itself_does_not_go_through_the_view(mesh):
+    layer = network(mesh)
+    views = WeightViews(layer)
+    with (
+        views.owned("example", {"weight": MaskedWeight(MASK)}),
+        views.watched("example") as usage,
+    ):
+        with views.presented():
+            layer(X).sum().backward()
+            (layer.weight.full_tensor().sum() + layer.weight.to_local().sum()).backward()
+        views.sharded.settle()
+        assert torch.equal(layer.weight.grad.full_tensor(), MASK * X.sum(dim=0) + 2)
+        assert usage() == ([], ["weight"])
+        layer.weight.grad = None
+        layer.weight.full_tensor().sum().backward()  # nothing is presented now
+        assert layer.weight.grad.full_tensor().tolist() == [[1.0] * 3] * 2
+        layer.weight.grad.zero_()
+        views.show()
+        layer.weight.full_tensor().sum().backward()  # in a step that does not use the weight
+        views.sharded.settle()
+        assert layer.weight.grad.full_tensor().tolist() == [[1.0] * 3] * 2
+    assert not layer.weight._backward_hooks
+
+
 def test_a_gradient_of_zero_is_left_by_a_step_that_did_not_use_the_weight(mesh):
     layer = network(mesh)
     views = WeightViews(layer)
@@ -180,7 +204,7 @@ def test_what_cannot_be_presented_is_named(mesh, monkeypatch):
     layer = nn.Sequential(network(mesh), nn.Linear(2, 1))
     views = WeightViews(layer)
     with (
-        pytest.raises(ValueError, match=r"'1.weight' is whole in each process, .* what 'some' presents .*=\['1'\]"),
+        pytest.raises(ValueError, match=r"'1\.weight' is whole in each process, .* what 'some' presents .*=\['1'\]"),
         views.owned("some", {"1.weight": MaskedWeight(MASK)}),
     ):
         pass
