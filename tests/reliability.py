@@ -46,7 +46,10 @@ COMPRESS_RECORDS=records python -m pytest -m slow tests
 python -m tests.reliability records --page docs/reliability.md
 ```
 
-- **exact**: equal to its reference, bit for bit where no figure stands beside it; else the largest difference.
+- **exact**: equal to an independent reference, bit for bit where no figure stands beside it; else the largest
+  difference that was allowed.
+- **repeatable**: equal, bit for bit, to the same fit in other circumstances that must not matter, or to the fit that is
+  resumed from its middle. What both have in common is not checked by that.
 - **works**: the callback had its effect and left nothing behind; there is no reference to be equal to.
 - **refused**: the error that was planned came, before anything of the module had changed.
 """
@@ -132,6 +135,7 @@ def counts(found: Sequence[Record]) -> str:
         "exact": len(exact) - len(within),
         "exact but for sums in another order": len(within) - len(noted),
         "different by what their notes say": len(noted),
+        "repeatable": sum(own.outcome == "repeatable" for own in found),
         "work": sum(own.outcome == "works" for own in found),
         "refused as planned": sum(own.outcome == "refused" for own in found),
     }

@@ -97,6 +97,8 @@ class Condition:
         run: From a row, a kind of module and a folder to the difference from the reference.
         kinds: Kinds of module it is tried on.
         within: The largest difference: 0, or what sums in another order make.
+        repeatable: Whether the reference is the same fit in circumstances that must not matter, or the fit itself from
+            its middle on, so that an error that both have is not seen.
         heavy: Whether a fit takes seconds: then a cell in three is in the sample.
     """
 
@@ -106,6 +108,7 @@ class Condition:
     run: Run
     kinds: tuple[type[Classifier], ...] = AUTOMATIC
     within: float = 0.0
+    repeatable: bool = False
     heavy: bool = False
 
 
@@ -325,7 +328,7 @@ SAME = "the plain fit"
 RESUMED = "the fit that goes on from the checkpoint of its middle; the forward pass has that type"
 
 CONDITIONS = (
-    Condition("plain", "one process", "the same fit again", against(PLAIN, PLAIN)),
+    Condition("plain", "one process", "the same fit again", against(PLAIN, PLAIN), repeatable=True),
     Condition(
         "popen",
         "two processes, ddp",
@@ -374,15 +377,21 @@ CONDITIONS = (
         "bf16-mixed",
         RESUMED,
         against_itself_resumed(torch.bfloat16, PLAIN.but(settings={"precision": "bf16-mixed"})),
+        repeatable=True,
     ),
     Condition(
-        "16-mixed", "16-mixed, with a scaler", RESUMED, against_itself_resumed(torch.float16, PLAIN.but(plugin=scaled))
+        "16-mixed",
+        "16-mixed, with a scaler",
+        RESUMED,
+        against_itself_resumed(torch.float16, PLAIN.but(plugin=scaled)),
+        repeatable=True,
     ),
     Condition(
         "bf16-true",
         "bf16-true",
         RESUMED,
         against_itself_resumed(torch.bfloat16, PLAIN.but(settings={"precision": "bf16-true"})),
+        repeatable=True,
     ),
     Condition(
         "compiled network",
@@ -390,6 +399,7 @@ CONDITIONS = (
         SAME,
         against(PLAIN.but(prepare=with_a_compiled_network), PLAIN),
         WITH_CHILD,
+        repeatable=True,
         heavy=True,
     ),
     Condition(
@@ -397,6 +407,7 @@ CONDITIONS = (
         "the LightningModule compiled",
         SAME,
         against(PLAIN.but(prepare=compiled), PLAIN),
+        repeatable=True,
         heavy=True,
     ),
     Condition(
@@ -432,6 +443,7 @@ CONDITIONS = (
         "an uneven last batch",
         "the batches as a list",
         against(PLAIN.but(batches=of(EXAMPLES - 4)), PLAIN.but(batches=functools.partial(listed, rows=EXAMPLES - 4))),
+        repeatable=True,
     ),
     Condition(
         "limit_train_batches",
@@ -456,24 +468,37 @@ CONDITIONS = (
         "barebones",
         SAME,
         against(PLAIN.but(settings={"barebones": True, "logger": False, "enable_checkpointing": False}), PLAIN),
+        repeatable=True,
     ),
-    Condition("logger=False", "logger=False", SAME, against(PLAIN.but(settings={"logger": False}), PLAIN)),
+    Condition(
+        "logger=False", "logger=False", SAME, against(PLAIN.but(settings={"logger": False}), PLAIN), repeatable=True
+    ),
     Condition(
         "no checkpoints",
         "enable_checkpointing=False",
         SAME,
         against(PLAIN.but(settings={"enable_checkpointing": False}), PLAIN),
+        repeatable=True,
     ),
-    Condition("no validation", "no validation", SAME, against(PLAIN.but(validation=None), PLAIN)),
-    Condition("max_steps", "max_steps alone", SAME, against(PLAIN.but(settings=STEPS_ONLY), PLAIN)),
+    Condition("no validation", "no validation", SAME, against(PLAIN.but(validation=None), PLAIN), repeatable=True),
+    Condition("max_steps", "max_steps alone", SAME, against(PLAIN.but(settings=STEPS_ONLY), PLAIN), repeatable=True),
     Condition(
         "unsized, max_steps",
         "data without a length, max_steps",
         SAME,
         against(PLAIN.but(batches=endless, settings=STEPS_ONLY), PLAIN),
+        repeatable=True,
     ),
-    Condition("unsized", "data without a length, max_epochs", SAME, against(PLAIN.but(batches=endless), PLAIN)),
-    Condition("max_time", "max_time, max_epochs", SAME, against(PLAIN.but(settings={"max_time": DAY}), PLAIN)),
+    Condition(
+        "unsized",
+        "data without a length, max_epochs",
+        SAME,
+        against(PLAIN.but(batches=endless), PLAIN),
+        repeatable=True,
+    ),
+    Condition(
+        "max_time", "max_time, max_epochs", SAME, against(PLAIN.but(settings={"max_time": DAY}), PLAIN), repeatable=True
+    ),
     Condition(
         "max_time alone",
         "max_time alone",
@@ -482,6 +507,7 @@ CONDITIONS = (
             PLAIN.but(settings={"max_time": DAY, "max_epochs": None}, others=lambda: [StopAfter(EPOCHS)]),
             PLAIN,
         ),
+        repeatable=True,
     ),
     Condition(
         "lr finder",
@@ -495,7 +521,9 @@ CONDITIONS = (
         "a fit with the size that it found",
         against_what_it_found(SIZE_FINDER, lambda fit: fit.trainer.datamodule.batch_size, sized),
     ),
-    Condition("configure_callbacks", "configure_callbacks", SAME, against(PLAIN.but(by_module=True), PLAIN)),
+    Condition(
+        "configure_callbacks", "configure_callbacks", SAME, against(PLAIN.but(by_module=True), PLAIN), repeatable=True
+    ),
     Condition(
         "EarlyStopping",
         "EarlyStopping",

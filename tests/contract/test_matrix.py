@@ -49,7 +49,8 @@ def test_cell(row, condition, tmp_path):
         found = condition.run(row, kind, tmp_path)
     within, why = max(expected(WITHIN, row, condition), default=(condition.within, ""))
     assert {key: gap for key, gap in found.items() if gap > within} == {}
-    record("matrix", row.name, condition.title, "exact", f"within {within:g}{why and ': '}{why}" if within else "")
+    outcome = "repeatable" if condition.repeatable else "exact"
+    record("matrix", row.name, condition.title, outcome, f"within {within:g}{why and ': '}{why}" if within else "")
 
 
 def test_each_kind_of_module_is_in_the_sample_of_each_of_the_circumstances():
