@@ -6,7 +6,7 @@ import re
 from contextlib import nullcontext
 
 import pytest
-from cases import CASES, REFUSED, WARNED, WITHIN
+from cases import CASES, REFUSED, WARNED
 from pages import ROOT
 from records import record
 from reliability import NOT_RUN, heading, shown
@@ -47,10 +47,9 @@ def test_cell(row, condition, tmp_path):
     warnings = expected(WARNED, row, condition)
     with pytest.warns(UserWarning, match="|".join(warnings)) if warnings else nullcontext():
         found = condition.run(row, kind, tmp_path)
-    within, why = max(expected(WITHIN, row, condition), default=(condition.within, ""))
-    assert {key: gap for key, gap in found.items() if gap > within} == {}
-    outcome = "repeatable" if condition.repeatable else "exact"
-    record("matrix", row.name, condition.title, outcome, f"within {within:g}{why and ': '}{why}" if within else "")
+    assert {key: gap for key, gap in found.items() if gap > condition.within} == {}
+    detail = f"within {condition.within:g}" if condition.within else ""
+    record("matrix", row.name, condition.title, condition.outcome, detail)
 
 
 def test_each_kind_of_module_is_in_the_sample_of_each_of_the_circumstances():
@@ -61,7 +60,7 @@ def test_each_kind_of_module_is_in_the_sample_of_each_of_the_circumstances():
 
 def test_what_is_expected_is_of_rows_and_circumstances_that_there_are():
     keys, names = {condition.key for condition in CONDITIONS}, {case.name for case in CASES}
-    for table in (REFUSED, WITHIN, WARNED):
+    for table in (REFUSED, WARNED):
         assert set(table) <= keys
         assert {name.strip("^$") for entries in table.values() for name in entries} <= names
 
