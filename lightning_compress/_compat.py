@@ -246,13 +246,21 @@ def users_class(module: nn.Module) -> type:
 
 def fsdp_parameters(module: nn.Module) -> list[Any]:
     """What FSDP2 knows of each parameter below a module that it has split over processes."""
+    return [own for group in _fsdp_groups(module) for own in group.fsdp_params]
+
+
+def exchanges_gradients(module: nn.Module) -> bool:
+    """Whether FSDP2 exchanges gradients after each backward pass; set_requires_gradient_sync(False) says not to."""
+    return all(group.reduce_grads for group in _fsdp_groups(module))
+
+
+def _fsdp_groups(module: nn.Module) -> list[Any]:
     states = [own._get_fsdp_state() for own in module.modules() if isinstance(own, FSDPModule)]
-    known: list[Any] = []
+    found: list[Any] = []
     for state in states:  # which has one group before torch 2.14
         several = hasattr(state, "_fsdp_param_groups")
-        groups = state._fsdp_param_groups if several else filter(None, [state._fsdp_param_group])
-        known += [own for group in groups for own in group.fsdp_params]
-    return known
+        found += state._fsdp_param_groups if several else filter(None, [state._fsdp_param_group])
+    return found
 
 
 def gathered_parameter(known: Any) -> torch.Tensor | None:
@@ -343,13 +351,17 @@ _open_groups: list[Callable[[str | None], str | None]] = []
 
 @contextmanager
 def patient_group(world_size: int) -> Iterator[Callable[[str | None], str | None]]:
-    """A way to tell all processes what the first that has to say something says, that waits for days."""
+    """A way to tell all processes what the first that has to say something says, that waits for days.
+
+    Before that all meet in the default group, with its own time limit: one that fails on the way here never comes.
+    """
     if world_size == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         yield lambda message: message
         return
     if _open_groups:  # within another: who fails on the way here has told it there
         yield _open_groups[-1]
         return
+    torch.distributed.all_gather_object([None] * world_size, None)  # on the devices that the group is for
     group: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def tell(message: str | None) -> str | None:

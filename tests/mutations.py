@@ -296,12 +296,18 @@ MUTATIONS = (
         f"{EXACT}::test_a_step_that_forgets_compressed_loss_is_refused",
     ),
     Mutation(
-        "the second loss of a manual step sees the first one's calls",
+        "a loss that leads to no call takes all of the step, not those since the last",
+        LOSSES,
+        "or list(recent.get(key, ())) for key",
+        "or list(own) for key",
+        f"{MIXINS}::test_no_call_and_no_loss_counts_twice",
+    ),
+    Mutation(
+        "the first loss of a manual step takes the calls of all",
         CONTROLLER,
-        "calls = self._collected(StudentCapture.drain)",
-        "calls = {capture: list(getattr(capture, 'seen', ())) + capture.drain() for capture in self._captures.values()}"
-        "\n        for capture, own in calls.items():\n            capture.seen = own",
-        f"{EXACT}::test_the_mixin_with_two_optimizers",
+        "        self._calls.add(*self._drained())\n",
+        "        self._calls = StepCalls()\n        self._calls.add(*self._drained())\n",
+        f"{MIXINS}::test_losses_may_all_be_computed_before_the_first_is_asked_for",
     ),
     Mutation(
         "a manual step that returns nothing is taken for a skipped one",

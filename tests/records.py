@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,11 +47,19 @@ def record(table: str, row: str, column: str, outcome: Outcome, detail: str = ""
     folder = os.environ.get(VARIABLE)
     if not folder:
         return
-    cell = Record(table, row, column, outcome, detail)
+    cell = Record(table, row, column, outcome, _without_traceback(detail))
     name = hashlib.sha256("\0".join((table, row, column)).encode()).hexdigest()[:20]
     path = Path(folder) / table / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dataclasses.asdict(cell), indent=1))
+
+
+def _without_traceback(text: str) -> str:
+    """What an error of a process says, where its parent repeats all of what led to it."""
+    if "Traceback (most recent call last)" not in text:
+        return text
+    begins = [match.end() for match in re.finditer(r"^[\w.]+: ", text, re.MULTILINE)]
+    return text[begins[-1] :].strip() if begins else text.strip().splitlines()[-1]
 
 
 def records(folder: Path) -> list[Record]:

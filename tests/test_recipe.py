@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 import pytest
@@ -165,6 +166,12 @@ def test_what_cannot_be_used_is_refused_by_name(write, case):
     assert message in str(error.value)
     assert NEAREST.get(case, "") in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", [3, None, b"recipe.yaml", "", "a\0b"])
+def test_what_is_no_path(path):
+    with pytest.raises(RecipeError, match=rf"path must (not )?be .*, got {re.escape(repr(path))}"):
+        load_recipe(path)
 
 
 def test_a_file_that_is_not_there(tmp_path):

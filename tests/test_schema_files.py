@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import schema_files
 import torch
-from cases import each_case
+from cases import CASES, each_case
 from contract.modules import BATCH, STEPS, Classifier, loader, made, teacher_for, trainer
 
 from lightning_compress import FactorTransferCallback
@@ -56,6 +56,55 @@ def test_a_newer_state_is_refused_by_name(case, tmp_path):
     callback = case.build(tmp_path, Classifier)
     with pytest.raises(ValueError, match=f"state of '{callback.name}' has schema 2, newer than 1.*upgrade"):
         callback.load_state_dict({**callback.state_dict(), "schema": 2})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@each_case()
+def test_a_damaged_state_is_refused_by_name_before_it_is_used(case, folder, tmp_path):
+    callback = case.build(tmp_path, Classifier)
+    saved = state_in(folder / f"{case.name}.ckpt", callback.state_key)
+    callback._refuse_damaged(saved)
+    owner = rf"state of '{callback.name}' \({type(callback).__name__}\) is damaged: "
+    for damaged in (None, [1], {}, {**saved, "schema": -1}, {**saved, "schema": "1"}):
+        with pytest.raises(ValueError, match=owner):
+            callback.load_state_dict(damaged)
+    for key in saved:  # each is declared
+        with pytest.raises(ValueError, match=f"{owner}'{key}' must be .*, got <object"):
+            callback.load_state_dict({**saved, key: object()})
+    cut = dict.fromkeys(callback.state_dict(), None)
+    for key in set(saved) & set(cut) - {"pairs", "student", "highest_lr"}:  # without which older ones are read
+        with pytest.raises(ValueError, match=f"{owner}'{key}' is missing"):
+            callback.load_state_dict({name: value for name, value in saved.items() if name != key})
+
+
+@pytest.mark.parametrize("name", ["PSGDCallback", "PruningCallback"])
+def test_a_damaged_entry_of_a_state_is_named(name, tmp_path):
+    callback = next(case for case in CASES if case.name == name).build(tmp_path, Classifier)
+    saved = state_in(FOLDERS[0] / f"{name}.ckpt", callback.state_key)
+    part = "bits" if name == "PSGDCallback" else "masks"
+    first = next(iter(saved[part]))
+    with pytest.raises(ValueError, match=f"damaged: '{part}.{first}' must be a (whole number|tensor), got 'zz'"):
+        callback.load_state_dict({**saved, part: {**saved[part], first: "zz"}})
+    if part == "bits":
+        left = {key: bits for key, bits in saved["bits"].items() if key != first}
+        with pytest.raises(ValueError, match=f"damaged: 'bits.{first}' is missing"):
+            callback.load_state_dict({**saved, "bits": left})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["state", "section"])
+def test_a_fit_does_not_go_on_from_a_damaged_file(part, tmp_path):
+    callback = next(case for case in CASES if case.name == "PruningCallback").build(tmp_path, Classifier)
+    contents = torch.load(FOLDERS[0] / "PruningCallback.ckpt", weights_only=True)
+    if part == "state":
+        contents["callbacks"][callback.state_key] = None  # Lightning passes over it
+    else:
+        contents["lightning_compress"] = {"pruning": {"dense": None}}
+    torch.save(contents, tmp_path / "damaged.ckpt")
+    with pytest.raises(
+        ValueError, match=r"damaged: (it|'lightning_compress.pruning.dense') must be a mapping, got None"
+    ):
+        trainer(callback).fit(made(Classifier), loader(), loader(rows=BATCH), ckpt_path=tmp_path / "damaged.ckpt")
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

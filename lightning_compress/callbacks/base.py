@@ -37,6 +37,7 @@ from lightning_compress.mechanisms.scores import forget_scores
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.sharding import refuse_layout, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
+from lightning_compress.mechanisms.states import damage
 from lightning_compress.mechanisms.step import StepController, step_controller
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.report.table import Picture
@@ -110,6 +111,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     expected_effects: ClassVar[tuple[str, ...]] = ()
     embed_pictures = False
     """Whether it shows the pictures of the others."""
+    holds: ClassVar[Mapping[str, Any]] = MappingProxyType({"schema": int, "arguments": dict})
+    """What its state holds beside that of its bases; see :func:`lightning_compress.mechanisms.states.damage`."""
     places: ClassVar[tuple[str, ...]] = ()
     """Arguments that only say where files go: a resumed fit may have others."""
     quantises: ClassVar[bool] = False
@@ -372,11 +375,18 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """After an epoch, complain about what had no effect in it, and about helpers that were never trained.
 
         Raises:
-            RuntimeError: If no loss of the epoch was what this callback adds to, or no optimizer has stepped through
-                Lightning so far.
+            RuntimeError: If no loss of the epoch was what this callback adds to, or none was asked for while optimizers
+                stepped outside of the step, or no optimizer has stepped through Lightning so far.
         """
-        if not self._verified and self._controller is not None and self._controller.steps > 0:
-            self.check_first_step(trainer, pl_module)
+        if not self._verified and self._controller is not None:
+            if self._controller.steps > 0:
+                self.check_first_step(trainer, pl_module)
+            elif self.changes_step and not _automatic(pl_module) and self.has_moved(pl_module):
+                raise RuntimeError(
+                    f"{type(self).__name__} '{self.name}' had no effect: in a whole epoch "
+                    f"{type(pl_module).__name__}.training_step never called self.compressed_loss(task_loss), and the "
+                    "parameters have moved"
+                )
         idle = any(parameters.idle for parameters in self._owned)
         if idle and self.has_moved(pl_module):  # whoever trains nothing in an epoch has his reasons
             raise RuntimeError(
@@ -415,14 +425,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Take the state back; arguments that differ are named in a warning, but for those that say where files go.
 
         Raises:
-            ValueError: If a newer version of this package wrote it.
+            ValueError: If a newer version of this package wrote it, or it is damaged.
         """
-        if state_dict.get("schema", 0) > SCHEMA:
-            raise ValueError(
-                f"the checkpoint's state of '{self.name}' has schema {state_dict['schema']}, newer than {SCHEMA}, the "
-                "newest that this version of lightning_compress reads; upgrade the package"
-            )
-        saved, now = state_dict.get("arguments", {}), self._arguments()
+        self._refuse_damaged(state_dict)
+        saved, now = state_dict["arguments"], self._arguments()
         changed = [
             f"{key} was {saved[key]!r} and is {now[key]!r}"
             for key in now
@@ -440,7 +446,31 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """A copy in another process has fitted no module there."""
         return {**vars(self), "_fitted": None, "_tracker": None}
 
+    def _refuse_damaged(self, state: Any) -> None:
+        """Look at a state before any of it is used.
+
+        Raises:
+            ValueError: If a newer version of this package wrote it, or it is damaged.
+        """
+        schema = state.get("schema") if isinstance(state, Mapping) else None
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise ValueError(
+                f"the checkpoint's state of '{self.name}' has schema {schema}, newer than {SCHEMA}, the newest that "
+                "this version of lightning_compress reads; upgrade the package"
+            )
+        problem = damage(state, _holds(type(self)))
+        if problem is None and schema != SCHEMA:
+            problem = f"'schema' must be {SCHEMA}, got {shown(schema)}"
+        if problem is not None:
+            self._refuse_state(problem)
+
     # Private
+
+    def _refuse_state(self, problem: str) -> None:
+        raise ValueError(
+            f"the checkpoint's state of '{self.name}' ({type(self).__name__}) is damaged: {problem}; take another "
+            "checkpoint, or begin a new training"
+        )
 
     def has_moved(self, pl_module: Any) -> bool:
         """Whether a parameter was written to since the fit began."""
@@ -573,6 +603,11 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def _arguments(self) -> dict[str, Any]:
         names = [name for name in inspect.signature(type(self).__init__).parameters if name not in ("self", "name")]
         return {name: _primitive(getattr(self, name)) for name in names if hasattr(self, name)}
+
+
+def _holds(cls: type) -> dict[str, Any]:
+    """What the state of a callback holds, with that of its bases."""
+    return {key: kind for base in reversed(cls.__mro__) for key, kind in vars(base).get("holds", {}).items()}
 
 
 def _plan(trainer: Any, pl_module: Any) -> dict[str, Any]:

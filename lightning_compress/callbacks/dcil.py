@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ from lightning_compress.mechanisms.sharding import is_shard, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
 from lightning_compress.mechanisms.standins import leaves_of, scratch, standing_in, unlearning
+from lightning_compress.mechanisms.states import Sometimes
 
 DENSE_PATHS = ("own", "own_norm", "shared")
 DENSE = "dense"
@@ -104,6 +105,9 @@ class DCILCallback(DynamicMaskCallback):
     """
 
     default_name = "dcil"
+    holds: ClassVar[Mapping[str, Any]] = {
+        "own": Sometimes({"names": ([str], None), "classifier": [str], "layers": (dict, None)})
+    }
     default_layers = (_ConvNd,)
     expected_effects = ("the dense pass",)
 
@@ -166,6 +170,7 @@ class DCILCallback(DynamicMaskCallback):
         self._called: Callable[[], list[LayerOutput]] | None = None  # the layers, while the classifier is looked for
         self._recording = ExitStack()
         self._first_statistics: dict[int, Tensor] = {}
+        self._stand_ins: dict[int, Tensor] = {}  # of a dense pass whose backward pass is to come
         self._dense_kl: Tensor | None = None  # what the dense pass learns from the other, in a backward pass of its own
         self._waiting: list[tuple[Tensor, Tensor | None]] = []  # gradients that this gave
 
@@ -299,7 +304,7 @@ class DCILCallback(DynamicMaskCallback):
         self._own_state = None if self._own is None else self._own.state()
         self._own = self._called = self._dense_kl = None
         self._waiting = []
-        self._first_statistics = {}
+        self._first_statistics, self._stand_ins = {}, {}
 
     @contextmanager
     def _dense_pass(self) -> Iterator[None]:
@@ -319,7 +324,9 @@ class DCILCallback(DynamicMaskCallback):
         buffers = [buffer for buffer in module.buffers() if id(buffer) not in own]
         if self._another is None:
             raise RuntimeError(f"{type(self).__name__} is only active during a fit")
-        with standing_in(module, {**scratch(buffers), **unlearning(rest), **own}), self._another():
+        stand_ins = {**scratch(buffers), **unlearning(rest), **own}
+        self._stand_ins = stand_ins if self._require_masks().parts is not None else {}
+        with standing_in(module, stand_ins), self._another():
             yield
         self.effects["the dense pass"] += 1
 
@@ -418,7 +425,8 @@ class DCILCallback(DynamicMaskCallback):
             leaf.grad = None
         weights = self._require_controller().weights.sharded
         with torch.autocast(total.device.type, enabled=False):
-            weights.learn_apart(total / self._trainer.accumulate_grad_batches, others)
+            weights.learn_apart(total / self._trainer.accumulate_grad_batches, others, self._stand_ins)
+        self._stand_ins = {}
         self._waiting = [(leaf, leaf.grad) for leaf in owned]  # until Lightning has cleared gradients for this step
         for leaf, gradient in zip(owned, earlier, strict=True):
             leaf.grad = gradient

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from lightning_compress.mechanisms.reading import read_saved
 from lightning_compress.mechanisms.replay import Replay
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.stages import Stage
+from lightning_compress.mechanisms.states import Each, Sometimes
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.modules import Paraphraser, Translator
 
@@ -80,6 +81,12 @@ class FactorTransferCallback(FeatureCallback):
     """
 
     default_name = "ft"
+    holds: ClassVar[Mapping[str, Any]] = {
+        "layer": Sometimes(str),
+        "paraphraser": Sometimes(Each(Tensor), beside="layer"),
+        "reconstruction_errors": Sometimes([float], beside="layer"),
+        "translator": Sometimes(dict, beside="layer"),
+    }
     reconstruction_errors = Returned[list[float]]([])
     _paraphraser = Returned[Paraphraser | None](None)
     effect = "the factor loss"

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from lightning_compress.mechanisms.passes import Pass
 from lightning_compress.mechanisms.replay import Replay, replay
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.stages import Stage, match_stages, record_outputs, stages
+from lightning_compress.mechanisms.states import Sometimes
 from lightning_compress.mechanisms.step import StepController
 
 DOMINATES = 3.0  # a term this many times as large as the task loss is what the network will learn
@@ -38,6 +39,8 @@ class FeatureCallback(TeacherCallback):
     Before the first step, the pairs of layers are settled: those that were given, those of the checkpoint, or those
     proposed from one batch, on which the step is replayed without a trace.
     """
+
+    holds: ClassVar[Mapping[str, Any]] = {"pairs": Sometimes([[str]]), "student": Sometimes(([str], None))}
 
     pairs_argument = "pairs"
     """The user's argument that names the layers."""

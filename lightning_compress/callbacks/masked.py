@@ -25,16 +25,12 @@ from lightning_compress.mechanisms.checkpoints import (
     saving_compressed,
 )
 from lightning_compress.mechanisms.controller import StepController
-from lightning_compress.mechanisms.gathering import (
-    gathered,
-    refuse_unpresentable,
-    rows_of,
-    sharded_as,
-)
+from lightning_compress.mechanisms.gathering import gathered, rows_of, sharded_as
 from lightning_compress.mechanisms.masking import MaskedWeight, Masks
 from lightning_compress.mechanisms.selection import listing, plain_name
 from lightning_compress.mechanisms.sharding import is_shard, own_part, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
+from lightning_compress.mechanisms.states import Each
 from lightning_compress.mechanisms.views import Usage
 from lightning_compress.mechanisms.weights import PLAIN_LAYERS, named_weights, select_weights
 
@@ -53,6 +49,7 @@ class MaskedWeightsCallback(CompressionCallback):
     """
 
     changes_step = True
+    holds: ClassVar[Mapping[str, Any]] = {"masks": Each(Tensor)}
     default_layers: ClassVar[tuple[type[nn.Module], ...]] = PLAIN_LAYERS
     """What is selected where ``layers`` is None."""
 
@@ -132,7 +129,6 @@ class MaskedWeightsCallback(CompressionCallback):
         if selected.idle:
             self._warn_once(f"exclude={selected.idle} leaves out nothing that was selected")
         weights = self.suited(selected.weights, pl_module)
-        refuse_unpresentable(pl_module, weights)
         last = self.state_dict()
         earlier, self._masks = self._masks, Masks(weights, self.view)
         first = {id(weight): name for name, weight in weights.items()}
@@ -367,7 +363,10 @@ class MaskedWeightsCallback(CompressionCallback):
         if self._controller is not None:  # a fit looks for a learning rate, and comes back to where it was
             return
         self.forget()
-        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        states = checkpoint.get("callbacks", {})
+        if self.state_key in states:  # as it is in the file: Lightning passes over an empty one
+            self._refuse_damaged(states[self.state_key])
+        state = states.get(self.state_key, {})
         masks = state.get("masks", {})
         if self._saving or not masks:
             return

@@ -7,11 +7,11 @@ magnitudes of all weights), and from when on they stay.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class MaskCallback(MaskedWeightsCallback):
     Raises:
         ValueError: If an argument is out of its range.
     """
+
+    holds: ClassVar[Mapping[str, Any]] = {"begun": bool, "finished": bool}
 
     _begun = Returned(False)
     _finished = Returned(False)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from lightning_compress.mechanisms.rewinding import TrainingStart
 from lightning_compress.mechanisms.selection import did_you_mean, listing
 from lightning_compress.mechanisms.sharding import sharded_units
 from lightning_compress.mechanisms.shrinking import Shrinkage
+from lightning_compress.mechanisms.states import Each, Sometimes
 from lightning_compress.mechanisms.weights import sites_of
 
 SCORES = ("magnitude", "random", "taylor")
@@ -88,6 +89,10 @@ class PruningCallback(MaskCallback):
     """
 
     default_name = "pruning"
+    holds: ClassVar[Mapping[str, Any]] = {
+        "importance": Sometimes({"sums": Each(Tensor), "steps": Each(int), "taken": list}),
+        "start": Sometimes({"rates": list, "schedulers": list}),
+    }
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ from lightning_compress.mechanisms.order import call_order
 from lightning_compress.mechanisms.scaled_steps import ScaledSteps
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.sharding import shards_in_place
+from lightning_compress.mechanisms.states import Each
 from lightning_compress.mechanisms.warping import EDGES, Summary, WarpedWeights, edge_layers, warpable_weights
 from lightning_compress.mechanisms.weights import named_weights
 from lightning_compress.mechanisms.wrapping import shadowed
@@ -116,6 +117,12 @@ class PSGDCallback(CompressionCallback):
     """
 
     default_name = "psgd"
+    holds: ClassVar[Mapping[str, Any]] = {
+        "lambda": (float, None),
+        "first_mean": (float, None),
+        "bits": Each(int),
+        "start": Each(Tensor),
+    }
     effect = "the scaled step"
 
     lambda_s = Returned[float | None](None)
@@ -392,6 +399,12 @@ class PSGDCallback(CompressionCallback):
             "bits": dict(self._bits),
             "start": dict(self._start),
         }
+
+    def _refuse_damaged(self, state: Any) -> None:
+        """As the base; each weight that has a histogram has bits."""
+        super()._refuse_damaged(state)
+        if lost := [name for name in state["start"] if name not in state["bits"]]:
+            self._refuse_state(f"'bits.{lost[0]}' is missing")
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Keep it until the fit starts, when the weights are known; where it has started, go on from it."""

@@ -13,7 +13,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,6 @@ from lightning_compress.mechanisms.batchnorm import FrozenNorms, batch_norms
 from lightning_compress.mechanisms.calibration import Settings, fingerprints
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.divergence import LossWatch
-from lightning_compress.mechanisms.gathering import refuse_unpresentable
 from lightning_compress.mechanisms.grids import Grids, WeightGrid
 from lightning_compress.mechanisms.moving_grids import (
     FollowingGrids,
@@ -56,6 +55,7 @@ from lightning_compress.mechanisms.rounded_weights import RoundedWeight
 from lightning_compress.mechanisms.rounding import Presented, Rounding
 from lightning_compress.mechanisms.selection import find_module, joined, listing, plain_name
 from lightning_compress.mechanisms.sharding import sharded_units
+from lightning_compress.mechanisms.states import GRIDS, Sometimes
 from lightning_compress.mechanisms.weights import select_weights
 
 StepSize = Literal["mse", "observed", "learned"]
@@ -173,6 +173,19 @@ class QATCallback(QuantisedCallback):
     """
 
     default_name = "qat"
+    holds: ClassVar[Mapping[str, Any]] = {
+        "arguments": {"step_size": str},
+        "start_grids": (GRIDS, None),
+        "highest_lr": Sometimes(float),
+        "moving": Sometimes(dict),
+        "factors": Sometimes(dict, beside="moving"),
+        "top_lr": Sometimes(dict, beside="moving"),
+        "watch": Sometimes(dict, beside="moving"),
+        "froze": Sometimes(bool, beside="moving"),
+        "waits": Sometimes(bool, beside="moving"),
+        "clipped": Sometimes(float, beside="moving"),
+        "run": Sometimes(list, beside="moving"),
+    }
     changes_step = True
 
     _start_grids = Returned[Grids | None](None)
@@ -227,6 +240,7 @@ class QATCallback(QuantisedCallback):
         self._stage: str | None = None
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
         self._fit = _Fit()
+        self._begun = ExitStack()  # what the fit has opened since it began with its grids
 
     # What the base asks
 
@@ -367,8 +381,10 @@ class QATCallback(QuantisedCallback):
 
     def _begin_with(self, state: dict[str, Any] | None, stack: ExitStack, pl_module: Any) -> None:
         self._loaded = None
+        self._begun.close()  # where a checkpoint is loaded within the fit, it had begun with the grids of the last one
+        self._begun = stack.enter_context(ExitStack())
         self._fit = _Fit()
-        stack.callback(self._fit.thaw)
+        self._begun.callback(self._fit.thaw)
         self.quantization, self.metrics, self._start_grids, self._kept, self._highest_lr = None, {}, None, {}, 0.0
         if state is not None:
             self._fit.highest_lr = state.get("highest_lr", 0.0)
@@ -600,6 +616,7 @@ class QATCallback(QuantisedCallback):
         if self.step_size == "learned":
             adam = partial(torch.optim.Adam, lr=self.step_lr, eps=ADAM_EPS)
             fit.factors = self.own(OwnedParameters(_Factors, adam))
+            self._begun.callback(self._owned.remove, fit.factors)
             fit.factors.load_state_dict(factors)
             module: Any = fit.factors.get(LearnedGrids.count(grids), device=next(network.parameters()).device)
             moving: MovingGrids = LearnedGrids(network, grids, presented, factors=module.factors)
@@ -611,10 +628,10 @@ class QATCallback(QuantisedCallback):
         self._start_grids, fit.moving, fit.norms = grids, moving, FrozenNorms(network)
         fit.modules = frozenset(map(id, network.modules()))
         if moving.parts is not None:
-            self._stack.enter_context(controller.weights.owned(self.name, self._rounded_shards(moving)))
+            self._begun.enter_context(controller.weights.owned(self.name, self._rounded_shards(moving)))
             return moving
         learning = quantizing(network, moving, when=lambda: controller.deployed and not controller.replaying)
-        fit.calls = self._stack.enter_context(learning)
+        fit.calls = self._begun.enter_context(learning)
         return moving
 
     def _rounded_shards(self, moving: MovingGrids) -> dict[str, RoundedWeight]:
@@ -627,7 +644,6 @@ class QATCallback(QuantisedCallback):
                     "split by FSDP2, or one step is given for all of its rows, which "
                     f"step_size='{self.step_size}' would move; leave it out with exclude="
                 )
-        refuse_unpresentable(moving.network, {name: moving.names.sharded[name] for name in moving.grids.weights})
         return {
             joined(moving.grids.network, name): RoundedWeight(moving, name, moving.names.sharded[name], ranks)
             for name in moving.grids.weights

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.quantization import GuardedCalls, QuantizationError, quantizing
 from lightning_compress.mechanisms.rounding import Rounding
 from lightning_compress.mechanisms.selection import find_module, listing, plain_name
+from lightning_compress.mechanisms.states import GRIDS
 
 
 class QuantisedCallback(CalibratingCallback):
@@ -36,6 +37,7 @@ class QuantisedCallback(CalibratingCallback):
     """
 
     quantises = True
+    holds: ClassVar[Mapping[str, Any]] = {"quantization": (GRIDS, None)}
     quantization = Returned[Grids | None](None)
     metrics = Returned[Mapping[str, float]](MappingProxyType({}))
 

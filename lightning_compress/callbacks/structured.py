@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -50,6 +50,7 @@ from lightning_compress.mechanisms.shrinking import (
     structure_of,
 )
 from lightning_compress.mechanisms.signs import sign
+from lightning_compress.mechanisms.states import Each
 from lightning_compress.mechanisms.time_limit import within
 
 SCORES = ("l1", "l2", "taylor", "bn_scale", "random")
@@ -128,6 +129,17 @@ class StructuredPruningCallback(CompressionCallback):
     """
 
     default_name = "structured"
+    holds: ClassVar[Mapping[str, Any]] = {
+        "arguments": {"budget": str},
+        "shrinkage": {"kept": dict, "attributes": dict, "shapes": dict},
+        "parameters": [int],
+        "macs": [int],
+        "structure": Each(dict),
+        "whole": Each(dict),
+        "reached": float,
+        "asked": float,
+        "done": int,
+    }
 
     def __init__(
         self,

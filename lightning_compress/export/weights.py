@@ -49,7 +49,7 @@ def read_checkpoint(
     if os.path.isdir(path):  # unlike Path's own, also of names that are too long
         raise ValueError(
             f"{what} is a directory (a sharded checkpoint?); a single file is accepted, which "
-            "`python -m lightning.pytorch.utilities.consolidate_checkpoint` makes of it"
+            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE` makes of it"
         )
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{what} does not exist")

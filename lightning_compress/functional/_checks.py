@@ -29,6 +29,8 @@ def shown(value: Any) -> str:
         text = " ".join(short.repr(value).split())
     except ValueError:  # an integer of more digits than Python writes
         text = f"a very large {type(value).__name__}"
+    except Exception:  # it is the user's
+        text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= LENGTH else f"{text[: LENGTH - 3]}..."
 
 

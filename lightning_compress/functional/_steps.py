@@ -19,7 +19,8 @@ def largest_magnitude(weight: Tensor, axis: int | None) -> Tensor:
 
 def rows(weight: Tensor, axis: int) -> Tensor:
     """A weight as a matrix, a row for each entry of a dimension."""
-    return weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
+    entries = weight.movedim(axis, 0)
+    return entries.reshape(len(entries), entries.shape[1:].numel())  # there may be none, of which -1 tells nothing
 
 
 def usable(step: Tensor) -> Tensor:

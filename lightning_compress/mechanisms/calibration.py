@@ -213,8 +213,9 @@ class Observing(Rounding):
         shard = is_shard(weight)
         if shard and bool(Ranks([weight]).total((~own_part(weight).isfinite()).sum())):  # on all processes at once
             raise QuantizationError(f"the weight '{name}' cannot be quantised: it is NaN or infinite")
-        try:
-            step = find(multiplied(self.grids, site, own_part(weight)), bits, axis=0).float()
+        rows = multiplied(self.grids, site, own_part(weight))
+        try:  # a process may have no rows of a weight
+            step = find(rows, bits, axis=0).float() if len(rows) or not shard else rows.new_ones(0).float()
         except ValueError as error:
             raise QuantizationError(f"the weight '{name}' cannot be quantised: {error}") from error
         return WeightGrid((Ranks([weight]).rows(step, weight) if shard else step).cpu(), bits)

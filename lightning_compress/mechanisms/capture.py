@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class NetworkCall:
         key: The same object that :attr:`Capture.on_input` was called with, before the network ran.
         output: What it returned, attached to the graph.
         nodes: What made that, in the graph of autograd; see :func:`computed_from`.
+        seen: What :meth:`current` reads it from; empty for a call that nobody recorded.
     """
 
     args: tuple[Any, ...]
@@ -36,6 +37,20 @@ class NetworkCall:
     output: Any
     key: object = field(default_factory=object)
     nodes: frozenset[Any] = frozenset()
+    seen: tuple[_Snapshot, ...] = field(default=(), repr=False)
+
+    def current(self) -> NetworkCall:
+        """As the network was called, whatever was written into the tensors since the record was read.
+
+        Raises:
+            CaptureError: If that is lost.
+        """
+        if not any(snapshot.written for snapshot in self.seen):
+            return self
+        given, returned = self.seen
+        _refuse_lost(given, returned, "the network")
+        args, kwargs = given.tree
+        return replace(self, args=args, kwargs=kwargs, output=returned.tree)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -153,14 +168,9 @@ class Capture(AbstractContextManager["Capture"]):
         written = given.written or returned.written
         if written is not None:
             self._written[self._module.training] = written
-        for snapshot, what in ((given, "its input"), (returned, "its output")):
-            if snapshot.written and not snapshot.copied:
-                raise CaptureError(
-                    f"{what} was overwritten in place in this step and in no step before, so what "
-                    f"{type(self._module).__name__} was given or returned is lost; let the operation work out of place"
-                )
+        _refuse_lost(given, returned, type(self._module).__name__)
         args, kwargs = given.tree
-        return NetworkCall(args, kwargs, returned.tree, given, returned.nodes)
+        return NetworkCall(args, kwargs, returned.tree, given, returned.nodes, (given, returned))
 
     def _shadow(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -249,6 +259,15 @@ def differentiable(leaf: Any) -> Any:
 def _writable(leaf: Any) -> Any:
     """A leaf that a network may write into: not the tensor by which a loss is to be differentiated."""
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_leaf else leaf
+
+
+def _refuse_lost(given: _Snapshot, returned: _Snapshot, who: str) -> None:
+    for snapshot, what in ((given, "its input"), (returned, "its output")):
+        if snapshot.written and not snapshot.copied:
+            raise CaptureError(
+                f"{what} was overwritten in place in this step and in no step before, so what {who} was given or "
+                "returned is lost; let the operation work out of place"
+            )
 
 
 def _makers(tensors: Sequence[Tensor]) -> frozenset[Any]:

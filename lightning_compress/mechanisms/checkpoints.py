@@ -17,11 +17,20 @@ from lightning_compress.mechanisms.gathering import gathered, rows_of
 from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.mechanisms.sharding import own_part
 from lightning_compress.mechanisms.shrinking import Structure, restructure_, structure_of, structure_told_by
+from lightning_compress.mechanisms.states import Each, Sometimes, damage
 from lightning_compress.mechanisms.weights import named_weights
 from lightning_compress.mechanisms.wrapping import shadowed
 
 SECTION = "lightning_compress"
 """Key of a checkpoint under which each callback keeps the dense weights by its name."""
+
+_KEPT = Each(
+    {
+        "dense": Sometimes(Each(Tensor)),
+        "structure": Sometimes(Each(Mapping)),
+        "whole": Sometimes(Each(Mapping), beside="structure"),
+    }
+)
 
 Compress = Callable[[str, Tensor], Tensor | None]
 Compressing = Callable[[dict[str, Any]], Compress]
@@ -87,11 +96,23 @@ def dense_of(checkpoint: Mapping[str, Any], owner: str) -> dict[str, Tensor]:
     Returns:
         From keys of the ``state_dict`` to dense weights; empty where there are none.
 
+    Raises:
+        ValueError: If our section is damaged.
+
     Example:
         >>> dense_of({"state_dict": {}}, "pruning")
         {}
     """
-    return dict(checkpoint.get(SECTION, {}).get(owner, {}).get("dense", {}))
+    return dict(_section(checkpoint).get(owner, {}).get("dense", {}))
+
+
+def _section(checkpoint: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """What callbacks have kept, by their names."""
+    section: Mapping[str, Mapping[str, Any]] = checkpoint.get(SECTION, {})
+    problem = damage(section, _KEPT, SECTION)
+    if problem is not None:
+        raise ValueError(f"the checkpoint is damaged: {problem}; take another one, or begin a new training")
+    return section
 
 
 @contextmanager
@@ -226,11 +247,14 @@ def structures_in(checkpoint: Mapping[str, Any]) -> tuple[Structure, Structure] 
     Returns:
         Both as :func:`structure_of`; None where it says nothing.
 
+    Raises:
+        ValueError: If our section is damaged.
+
     Example:
         >>> structures_in({"state_dict": {}}) is None
         True
     """
-    entries = [own for own in checkpoint.get(SECTION, {}).values() if "structure" in own]
+    entries = [own for own in _section(checkpoint).values() if "structure" in own]
     return (entries[0]["structure"], entries[0]["whole"]) if entries else None
 
 

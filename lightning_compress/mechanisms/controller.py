@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_compress import _compat
-from lightning_compress.mechanisms.capture import Capture, NetworkCall
+from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
 from lightning_compress.mechanisms.further import FurtherPass
 from lightning_compress.mechanisms.isolation import RandomState, device_of
-from lightning_compress.mechanisms.losses import belonging, check_named, loss_of, of_its_own, sources
+from lightning_compress.mechanisms.losses import StepCalls, belonging, check_named, loss_of
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.replay import traceless
 from lightning_compress.mechanisms.selection import find_module
@@ -81,6 +81,8 @@ class StepController:
         """Whether what runs is the network that will be shipped, and not a further pass under other weights."""
         self._repeated = 0
         self._inside = False  # of a step
+        self._validating = False
+        self._asking = False  # for a loss
         self._captures: dict[Any, StudentCapture] = {}
         self._layers: dict[str, Capture] = {}
         self._teachers: dict[tuple[int, int], SharedTeacher] = {}
@@ -89,6 +91,7 @@ class StepController:
         self._task_weights: dict[str, float] = {}
         self._observers: list[Callable[[Pass], None]] = []
         self._running: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
+        self._calls = StepCalls()  # of a step with manual optimisation
         self._losses = 0  # that a step with manual optimisation has asked for
         self._learned = 0  # optimizer steps of such a step
         self._asked = False  # whether it, or one before, has asked for a loss since an optimizer stepped
@@ -290,7 +293,7 @@ class StepController:
         """Run the validation step, then show what it called to the observers."""
         if self.replaying or self._inside:
             return original(*args, **kwargs)
-        self._inside = True
+        self._inside = self._validating = True
         try:
             if not self._observers:
                 return original(*args, **kwargs)
@@ -300,7 +303,7 @@ class StepController:
                 observe(seen)
             return output
         finally:
-            self._inside = False
+            self._inside = self._validating = False
             self._forget_teachers_outputs()
 
     def compressed_loss(
@@ -313,27 +316,48 @@ class StepController:
             callbacks: Names of the terms that belong to it. None: those of whose student's calls it was computed.
 
         Returns:
-            With them, and weighed if the owner of the weight is among them.
+            With them, and weighed if the owner of the weight is among them; in a validation step the loss itself.
 
         Raises:
             CaptureError: If it is not said which terms belong to it, or a student was not called.
-            RuntimeError: If called outside of a training step with manual optimisation, or a function is needed.
+            RuntimeError: If called outside of a training step with manual optimisation, or within itself, or a
+                function is needed.
             ValueError: If there is no term of a name.
         """
-        compute = None if isinstance(task_loss, Tensor) else task_loss
-        if self.replaying:
+        if self.replaying or self._validating:
             return loss_of(task_loss)
         if self._running is None:
             raise RuntimeError("compressed_loss is for training_step with automatic_optimization=False only")
+        if self._asking:
+            raise RuntimeError(
+                "task_loss is a function that calls compressed_loss itself; give one that only computes the task loss"
+            )
         check_named(callbacks, self._terms)
-        self._losses, self._asked = self._losses + 1, True
-        further = self._further(self._running) if self._views and compute is not None else None
+        self._losses, self._asked, self._asking = self._losses + 1, True, True
+        try:
+            return self._total_of(task_loss, callbacks, self._running)
+        finally:
+            self._asking, self.deployed = False, True
+
+    def _total_of(
+        self, task_loss: Tensor | Callable[[], Tensor], callbacks: Sequence[str] | None, arguments: Any
+    ) -> Tensor:
+        compute = None if isinstance(task_loss, Tensor) else task_loss
+        further = self._further(arguments) if self._views and compute is not None else None
         again = None if compute is None else self._again(compute, (), {})
         loss = loss_of(task_loss)
-        seen = Pass(View("plain"), _first(*self._running), loss, *self._drained(), again)
-        found, total = sources(seen), _Total()
+        self._calls.add(*self._drained())
+        found, total = self._calls.sources(loss), _Total()
+        seen = Pass(View("plain"), _first(*arguments), loss, {}, {}, again)
+        seen = self._calls.of_its_own(seen, found)
         names = belonging(self._terms.values(), seen, found, callbacks)
-        self._include(total, of_its_own(seen, found), names)
+        for name in callbacks or ():
+            if self._calls.used_up(self._terms[name], seen):
+                raise CaptureError(
+                    f"callbacks names '{name}', whose term was added to an earlier loss of this step: it is added once "
+                    "for each call of its student; leave callbacks= out"
+                )
+        self._include(total, seen, names)
         for view in self._views_of(names):
             if compute is None or further is None:
                 raise RuntimeError(
@@ -344,11 +368,14 @@ class StepController:
             with further.traceless(view.name), view.enter():
                 self.deployed = False
                 self._drained()
-                loss = loss_of(compute)
-                seen = Pass(view, _first(*self._running), loss, *self._drained())
-                self._include(total, of_its_own(seen, sources(seen)), names)
+                again_loss, calls = loss_of(compute), StepCalls()
+                calls.add(*self._drained())
+                shown = Pass(view, _first(*arguments), again_loss, {})
+                self._include(total, calls.of_its_own(shown, calls.sources(again_loss)), names)
             self.deployed = True
-        return self._sum_up(total, names)
+        result = self._sum_up(total, names)
+        self._calls.use([self._terms[name] for name in names], seen, result)
+        return result
 
     def _views_of(self, names: Collection[str]) -> list[View]:
         """The further views of a loss."""
@@ -410,11 +437,12 @@ class StepController:
 
     def _run_manual(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._running, self._losses, self._learned, self.last = (args, kwargs), 0, 0, StepRecord(passes=1)
+        self._calls = StepCalls()
         try:
             with self._following_optimizers():
                 output, *_ = self._recorded(original, args, kwargs, none_skips=False)  # it need return nothing
         finally:
-            self._running = None
+            self._running, self._calls = None, StepCalls()
         waiting = sorted(self._terms) + self.weights.owners
         if waiting and self._learned and not self._asked:
             raise RuntimeError(
@@ -526,7 +554,10 @@ class StepController:
                 continue
             between = term.view is None and view is None
             if between or (view is not None and (term.view == view.name or (term.view == "" and view.deployed))):
-                value = term.compute(passes if view is None else {view.name: passes[view.name]})
+                shown = passes if view is None else {view.name: passes[view.name]}
+                if any(self._calls.used_up(term, seen) for seen in shown.values()):
+                    continue
+                value = term.compute({key: self._calls.left(term, seen) for key, seen in shown.items()})
                 values |= {} if value is None else {name: value}
         return values
 

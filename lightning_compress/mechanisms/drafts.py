@@ -3,6 +3,8 @@
 A file is written in a hidden folder beside its place, and moved there once it is complete. The writer holds a lock in
 that folder, which the system takes away when the process ends, with SIGKILL too. So the next one that writes the same
 file knows which folders nobody writes in any more, and removes them.
+
+Where a link is, what it leads to is written, and the link stays.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ import errno
 import glob
 import os
 import shutil
+import stat
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 MARK = 16
@@ -22,6 +26,8 @@ MARK = 16
 SPARE = MARK + 2
 """Characters that the name of a folder has more than that of its file."""
 _LOCK = "lock"
+_DAY = 24 * 60 * 60
+"""Seconds."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What writing to a disk raises, without the name of a file."""
 
@@ -39,7 +45,7 @@ def draft_of(target: Path) -> Iterator[Path]:
         A context with the path to write to, of the same name; at its end that takes the place of the target.
 
     Raises:
-        OSError: If it cannot be written; the error names the target.
+        OSError: If it cannot be written, or is a pipe, a device or the like; the error names the target.
 
     Example:
         >>> import tempfile
@@ -49,14 +55,15 @@ def draft_of(target: Path) -> Iterator[Path]:
         ...     [path.name for path in Path(folder).iterdir()]
         ['notes.txt']
     """
-    folder = target.with_name(f".{target.name}-{uuid.uuid4().hex[:MARK]}")
+    place = _place_of(target)
+    folder = place.with_name(f".{place.name}-{uuid.uuid4().hex[:MARK]}")
     try:
-        remove_abandoned(target)
+        remove_abandoned(place)
         folder.mkdir()
         try:
             with _held(folder):
                 yield folder / target.name
-                os.replace(folder / target.name, target)
+                os.replace(folder / target.name, place)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
@@ -117,14 +124,37 @@ def remove_abandoned(target: Path) -> None:
     Example:
         >>> remove_abandoned(Path("model.onnx"))
     """
-    for folder in target.parent.glob(f".{glob.escape(target.name)}-{'[0-9a-f]' * MARK}"):
+    place = Path(os.path.realpath(target))
+    for folder in place.parent.glob(f".{glob.escape(place.name)}-{'[0-9a-f]' * MARK}"):
         try:
             with open(folder / _LOCK, "r+b") as lock:
                 free = _locked(lock.fileno())
-        except OSError:  # it is not ours, or just gone
+        except FileNotFoundError:
+            free = _was_never_locked(folder)
+        except OSError:  # it is not ours
             continue
         if free:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place_of(target: Path) -> Path:
+    """Where a file is that is written, whatever links lead to it."""
+    with suppress(FileNotFoundError):
+        mode = os.stat(target).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        if not stat.S_ISREG(mode):
+            raise FileExistsError(errno.EEXIST, "There is a pipe, a device or the like, and no file", str(target))
+    return Path(os.path.realpath(target))
+
+
+def _was_never_locked(folder: Path) -> bool:
+    """Whether its process was killed, a day ago or more, before it held the lock and began to write."""
+    try:
+        old = time.time() - os.lstat(folder).st_mtime > _DAY
+        return old and all(own.startswith(f"{_LOCK}-") for own in os.listdir(folder))
+    except OSError:  # it is just gone
+        return False
 
 
 @contextmanager

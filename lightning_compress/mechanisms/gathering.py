@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_compress import _compat
 from lightning_compress.functional._selection import Parts
+from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.sharding import own_part, sharded_units, shards_in_place
+from lightning_compress.mechanisms.standins import standing_in
 
 if TYPE_CHECKING:
     from lightning_compress.mechanisms.views import WeightView
@@ -133,33 +136,6 @@ def parts_of(weights: Iterable[Tensor]) -> Parts | None:
     return Parts(mesh.get_local_rank(), mesh.size(), total)
 
 
-def refuse_unpresentable(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights that cannot be presented when they are gathered, where a module is sharded.
-
-    Args:
-        module: The root.
-        weights: Name to parameter.
-
-    Raises:
-        ValueError: If there is one; it is named.
-
-    Example:
-        >>> refuse_unpresentable(nn.Linear(1, 1), {})  # nothing is sharded
-    """
-    if not sharded_units(module):
-        return
-    known = {id(own.sharded_param): own for own in _compat.fsdp_parameters(module)}
-    for name, weight in weights.items():
-        found = known.get(id(weight))
-        why = "is whole in each process" if found is None else _compat.why_not_gathered_as(found)
-        if why is not None:
-            raise ValueError(
-                f"the weight '{name}' {why}, and others are sharded: what is presented in its place would not reach "
-                f"all of its layers; shard it with fully_shard alone, or leave it out with "
-                f"exclude={[name.rpartition('.')[0]]}"
-            )
-
-
 class Gathered:
     """One sharded weight with a view, presented whenever FSDP2 gathers it.
 
@@ -207,7 +183,7 @@ class Gathered:
         """Apply the chain rule of the view to the gradient that has come back from all processes.
 
         Raises:
-            RuntimeError: If the weight was never gathered, so that the gradient is not that of the view.
+            RuntimeError: If the weight was not gathered, so that a gradient other than zero is not that of the view.
         """
         gradient, owed = self.weight.grad, self._owed
         self._owed = None
@@ -215,6 +191,8 @@ class Gathered:
             self.weight.grad = None if owed is None else sharded_as(owed, self.weight)
             return
         if self.gathers == self._settled:
+            if not own_part(gradient).any():  # zero_grad(set_to_none=False), and a step that did not use the weight
+                return
             raise RuntimeError(
                 f"the weight '{self.name}' has a gradient, and was never gathered through the view of '{self.owner}': "
                 "somebody has replaced its shard since the fit began"
@@ -246,9 +224,22 @@ class GatheredWeights:
 
     @contextmanager
     def owned(self, owner: str, weights: Mapping[str, nn.Parameter], views: Mapping[str, WeightView]) -> Iterator[None]:
-        """Present these weights through these views, while they are shown, for as long as the context lasts."""
+        """Present these weights through these views, while they are shown, for as long as the context lasts.
+
+        Raises:
+            ValueError: If a weight cannot be presented when it is gathered; it is named.
+        """
         shards_in_place(self.module)
         known = {id(own.sharded_param): own for own in _compat.fsdp_parameters(self.module)}
+        for name in views:
+            found = known.get(id(weights[name]))
+            why = "is whole in each process" if found is None else _compat.why_not_gathered_as(found)
+            if why is not None:
+                raise ValueError(
+                    f"the weight '{name}' {why}, and others are sharded: what '{owner}' presents in its place would "
+                    "not reach all of its layers; shard it with fully_shard alone, or leave it out with "
+                    f"exclude={[name.rpartition('.')[0]]}"
+                )
         added = {name: Gathered(owner, name, weights[name], view) for name, view in views.items()}
         with ExitStack() as stack:
             for name, weight in added.items():
@@ -290,7 +281,9 @@ class GatheredWeights:
         finally:
             self._swap(usual)
 
-    def learn_apart(self, loss: Tensor, views: Mapping[str, WeightView]) -> None:
+    def learn_apart(
+        self, loss: Tensor, views: Mapping[str, WeightView], stand_ins: Mapping[int, Tensor] = MappingProxyType({})
+    ) -> None:
         """Run a backward pass of its own through what was computed under other views, before the step's own.
 
         FSDP2 keeps one memory for a gathered weight, so what two passes have saved of it cannot both be there. The
@@ -299,13 +292,15 @@ class GatheredWeights:
         Args:
             loss: What was computed within :meth:`seen_as`.
             views: The other views.
+            stand_ins: What it was computed with besides, as in :func:`standing_in`: layers may run once more here.
         """
+        self._check_exchange()
         shards_in_place(self.module)
         parameters = list(self.module.parameters())
         earlier = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        with self.seen_as(views):
+        with standing_in(self.module, stand_ins), self.seen_as(views):
             loss.backward()  # type: ignore[no-untyped-call]
         for name, view in views.items():
             if (gradient := self.weights[name].weight.grad) is not None:
@@ -326,11 +321,22 @@ class GatheredWeights:
     def settle(self) -> None:
         """Apply the chain rules of the views to the gradients, once a step; whoever comes first in it does."""
         if not self._settled:
+            self._check_exchange()
             for weight in self.weights.values():
                 weight.settle()
         self._settled = True
 
     def unused(self, owner: str) -> list[str]:
         """The weights of an owner that the last step did not use: they have no gradient, and could have one."""
+        self._check_exchange()
         own = [weight for weight in self.weights.values() if weight.owner == owner]
         return [weight.name for weight in own if weight.weight.requires_grad and weight.weight.grad is None]
+
+    def _check_exchange(self) -> None:
+        """Complain if gradients stay where they are: what is done with them is for those of all processes."""
+        if self.weights and not _compat.exchanges_gradients(self.module):
+            owners = sorted({weight.owner for weight in self.weights.values()})
+            raise RuntimeError(
+                f"set_requires_gradient_sync(False) keeps gradients in each process, and {listing(owners)} works with "
+                "those that come back from all: leave it out, and accumulate with Trainer(accumulate_grad_batches=...)"
+            )

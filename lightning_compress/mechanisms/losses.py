@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall, computed_from
 from lightning_compress.mechanisms.passes import Pass, Term
 from lightning_compress.mechanisms.selection import did_you_mean
+from lightning_compress.mechanisms.student import StudentCapture
 
 Key = TypeVar("Key")
 
@@ -27,39 +28,63 @@ def loss_of(task_loss: Tensor | Callable[[], Tensor]) -> Tensor:
 
     Raises:
         TypeError: If it is neither, or the function returns something else.
+        ValueError: If the loss is not one number.
 
     Example:
         >>> import torch
         >>> loss_of(lambda: torch.tensor(2.0))
         tensor(2.)
     """
-    if isinstance(task_loss, Tensor):
-        return task_loss
     given: Any = task_loss
-    if not callable(given):
+    if not isinstance(given, Tensor) and not callable(given):
         raise TypeError(f"task_loss must be a tensor, or a function that computes one, got {type(given).__name__}")
-    loss = given()
+    loss = given if isinstance(given, Tensor) else given()
     if not isinstance(loss, Tensor):
         raise TypeError(f"task_loss must be a function that returns a tensor, not {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"task_loss must be one number, got shape {tuple(loss.shape)}; give its mean, or its sum")
     return loss
+
+
+def names_of(callbacks: Iterable[str] | None) -> list[str] | None:
+    """The names of callbacks that were given, in a list that can be read more than once.
+
+    Args:
+        callbacks: Any iterable of names; None for none given.
+
+    Returns:
+        Them.
+
+    Raises:
+        TypeError: If it is one name, or no names at all.
+
+    Example:
+        >>> names_of(name for name in ("kd", "at"))
+        ['kd', 'at']
+    """
+    if callbacks is None:
+        return None
+    if isinstance(callbacks, str):
+        raise TypeError(f"callbacks must be a list of names, got {callbacks!r}; give [{callbacks!r}]")
+    given: Any = list(callbacks) if isinstance(callbacks, Iterable) else callbacks
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"callbacks must be a list of names, got {given!r}")
+    return given
 
 
 def check_named(callbacks: Sequence[str] | None, terms: Mapping[str, Term]) -> None:
     """Refuse names of callbacks that add nothing to a loss.
 
     Args:
-        callbacks: As they were given; None is fine.
+        callbacks: The names; None is fine.
         terms: The terms by name.
 
     Raises:
-        TypeError: If it is one name and not several.
         ValueError: If there is no term of a name.
 
     Example:
         >>> check_named(["kd"], {"kd": Term("kd", lambda passes: None)})
     """
-    if isinstance(callbacks, str):
-        raise TypeError(f"callbacks must be a list of names, got {callbacks!r}; give [{callbacks!r}]")
     for name in callbacks or ():
         if name not in terms:
             raise ValueError(
@@ -68,43 +93,82 @@ def check_named(callbacks: Sequence[str] | None, terms: Mapping[str, Term]) -> N
             )
 
 
-def sources(seen: Pass) -> list[NetworkCall]:
-    """The calls, of students and of layers, that the loss of a pass was computed from.
-
-    Args:
-        seen: The pass, with all calls since the last loss.
-
-    Returns:
-        Those that the graph of the loss leads to.
+class StepCalls:
+    """The calls of a step, kept to its end: those of a loss may come before another loss is asked for.
 
     Example:
-        >>> from lightning_compress.mechanisms.passes import View
-        >>> sources(Pass(View("plain"), None, None, {}))
-        []
+        >>> kept, call = StepCalls(), NetworkCall((), {}, 1)
+        >>> kept.add({}, {"layer": [call]})
+        >>> kept.add({}, {"layer": []})
+        >>> kept.layers == {"layer": [call]}, kept.recent_layers
+        (True, {'layer': []})
     """
-    calls = [call for own in (*seen.calls.values(), *seen.layers.values()) for call in own]
-    return [] if seen.task_loss is None else computed_from(seen.task_loss, calls)
 
+    def __init__(self) -> None:
+        self.students: dict[StudentCapture, list[NetworkCall]] = {}
+        self.layers: dict[str, list[NetworkCall]] = {}
+        self.recent_students: Mapping[StudentCapture, list[NetworkCall]] = {}
+        """Since the last loss."""
+        self.recent_layers: Mapping[str, list[NetworkCall]] = {}
+        self._used: set[tuple[str, object]] = set()  # names of terms, and the calls that they were computed from
+        self._totals: list[NetworkCall] = []
 
-def of_its_own(seen: Pass, found: Sequence[NetworkCall]) -> Pass:
-    """A pass with the calls that its loss was computed from; where that is so of none, with all there are.
+    def add(
+        self, students: Mapping[StudentCapture, list[NetworkCall]], layers: Mapping[str, list[NetworkCall]]
+    ) -> None:
+        """Add the calls since the last loss."""
+        self.recent_students, self.recent_layers = students, layers
+        self.students = _joined(self.students, students)
+        self.layers = _joined(self.layers, layers)
 
-    Args:
-        seen: The pass, with all calls since the last loss.
-        found: Its :func:`sources`.
+    def sources(self, loss: Tensor) -> list[NetworkCall]:
+        """The calls, of students and of layers, that the graph of a loss leads to.
 
-    Returns:
-        Without calls that only other losses were computed from.
+        Raises:
+            RuntimeError: If it also leads to what was given back for another loss.
+        """
+        calls = [call for own in (*self.students.values(), *self.layers.values()) for call in own]
+        found = computed_from(loss, [*calls, *self._totals])
+        if any(total in found for total in self._totals):
+            raise RuntimeError(
+                "task_loss was computed from a loss that compressed_loss has given back in this step, so that its "
+                "terms and weights would count twice; ask for the task losses, and add what comes back"
+            )
+        return found
 
-    Example:
-        >>> import torch
-        >>> from lightning_compress.mechanisms.passes import View
-        >>> mine, other = NetworkCall((), {}, 1), NetworkCall((), {}, 2)
-        >>> seen = Pass(View("plain"), None, torch.ones(()), {}, {"layer": [mine, other]})
-        >>> of_its_own(seen, [mine]).layers == {"layer": [mine]}, of_its_own(seen, []).layers == seen.layers
-        (True, True)
-    """
-    return replace(seen, calls=_sifted(seen.calls, found), layers=_sifted(seen.layers, found))
+    def of_its_own(self, seen: Pass, found: Sequence[NetworkCall]) -> Pass:
+        """A pass with the calls that its loss was computed from; where that is so of none, with those since the last.
+
+        Args:
+            seen: The pass.
+            found: Its :meth:`sources`.
+
+        Returns:
+            Without calls that only other losses were computed from.
+        """
+        calls = _sifted(self.students, found, self.recent_students)
+        return replace(seen, calls=calls, layers=_sifted(self.layers, found, self.recent_layers))
+
+    def left(self, term: Term, seen: Pass) -> Pass:
+        """A pass with the calls that a term was not computed from before."""
+        calls = {key: self._left(term, own) for key, own in seen.calls.items()}
+        return replace(seen, calls=calls, layers={key: self._left(term, own) for key, own in seen.layers.items()})
+
+    def used_up(self, term: Term, seen: Pass) -> bool:
+        """Whether a term was computed before from all calls of its student in a pass."""
+        calls = () if term.student is None else seen.calls.get(term.student, ())
+        return bool(calls) and not self._left(term, calls)
+
+    def use(self, terms: Iterable[Term], seen: Pass, loss: Tensor) -> None:
+        """Note that terms were computed from a pass, and the loss with them."""
+        for term in terms:
+            students = () if term.student is None else seen.calls.get(term.student, ())
+            self._used |= {(term.name, call.key) for own in (students, *seen.layers.values()) for call in own}
+        if loss is not seen.task_loss and loss.grad_fn is not None:
+            self._totals.append(NetworkCall((), {}, None, nodes=frozenset({loss.grad_fn})))
+
+    def _left(self, term: Term, calls: Sequence[NetworkCall]) -> list[NetworkCall]:
+        return [call.current() for call in calls if (term.name, call.key) not in self._used]
 
 
 def belonging(
@@ -114,8 +178,8 @@ def belonging(
 
     Args:
         terms: All terms.
-        seen: The pass that computed the loss, with all calls since the last.
-        found: Its :func:`sources`.
+        seen: The pass that computed the loss, with the calls of its own.
+        found: Its :meth:`StepCalls.sources`.
         callbacks: Names that were given. None: the terms whose students are among the sources.
 
     Returns:
@@ -151,8 +215,18 @@ def belonging(
     return {term.name for term in connected}
 
 
-def _sifted(calls: Mapping[Key, Sequence[NetworkCall]], found: Sequence[NetworkCall]) -> dict[Key, list[NetworkCall]]:
-    return {key: [call for call in own if call in found] or list(own) for key, own in calls.items()}
+def _joined(
+    earlier: Mapping[Key, list[NetworkCall]], recent: Mapping[Key, list[NetworkCall]]
+) -> dict[Key, list[NetworkCall]]:
+    return {key: [*earlier.get(key, ()), *recent.get(key, ())] for key in (*earlier, *recent)}
+
+
+def _sifted(
+    calls: Mapping[Key, Sequence[NetworkCall]],
+    found: Sequence[NetworkCall],
+    recent: Mapping[Key, Sequence[NetworkCall]],
+) -> dict[Key, list[NetworkCall]]:
+    return {key: [call for call in own if call in found] or list(recent.get(key, ())) for key, own in calls.items()}
 
 
 def _related(one: Term, other: Term) -> bool:

@@ -286,7 +286,10 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
                 f"the step calls '{start}' {len(first)} times and '{end}' {len(last)} times, so they are not the ends "
                 f"of one chain; choose others with {self._argument}="
             )
-        return [NetworkCall(a.args, a.kwargs, b.output, a.key, b.nodes) for a, b in zip(first, last, strict=True)]
+        return [
+            NetworkCall(a.args, a.kwargs, b.output, a.key, b.nodes, (*a.seen[:1], *b.seen[1:]))
+            for a, b in zip(first, last, strict=True)
+        ]
 
     def _open(self, names: tuple[str, ...]) -> None:
         modules = [find_module(self._root, name, argument=self._argument) for name in names]

@@ -18,7 +18,7 @@ from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.export.onnx import checked_folder, checked_path
 from lightning_compress.recipe.classes import built, callback_class, check_arguments, found_class
-from lightning_compress.recipe.file import RecipeError, check_content, naming, parse, read_text
+from lightning_compress.recipe.file import RecipeError, check_content, checked_file, naming, parse, read_text
 from lightning_compress.recipe.settings import changed
 
 __all__ = ["Recipe", "RecipeError", "arguments_of", "build_callbacks", "check_outputs", "export_paths", "load_recipe"]
@@ -85,7 +85,7 @@ def load_recipe(
         ...     load_recipe(file.name, settings=["export.path=small.onnx"]).export
         {'path': 'small.onnx'}
     """
-    file = os.fspath(path)
+    file = checked_file(path)
     with naming(file):
         content = parse(read_text(file) if text is None else text)
         check_content(content)

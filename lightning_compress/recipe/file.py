@@ -67,6 +67,29 @@ _Loader.add_implicit_resolver(
 )
 
 
+def checked_file(path: Any) -> str:
+    """Refuse what cannot be the path of a recipe.
+
+    Args:
+        path: What was given.
+
+    Returns:
+        The path as text.
+
+    Raises:
+        RecipeError: If it is none.
+
+    Example:
+        >>> checked_file(3)
+        Traceback (most recent call last):
+        lightning_compress.recipe.file.RecipeError: path must be a string or a path, got 3
+    """
+    try:
+        return _checks.check_path("path", path)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(str(error)) from error
+
+
 def read_text(file: str) -> str:
     """Read a file.
 

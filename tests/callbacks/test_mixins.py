@@ -10,9 +10,11 @@ from contract.modules import CLASSES, FEATURES, MixinClassifier, difference, loa
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_compress import CompressionMixin, DCILCallback, DistillationCallback
+from lightning_compress import CompressionMixin, DCILCallback, DistillationCallback, PruningCallback
 from lightning_compress.functional import distillation_loss
 from lightning_compress.mechanisms.capture import CaptureError
+from lightning_compress.mechanisms.passes import Term
+from lightning_compress.mechanisms.step import step_controller
 
 
 class TwoSteps(MixinClassifier):
@@ -226,6 +228,7 @@ def test_without_a_callback_the_loss_is_the_task_loss():
     [
         (0.5, "task_loss must be a tensor, or a function that computes one, got float"),
         (lambda: {"loss": 0.5}, "task_loss must be a function that returns a tensor, not dict"),
+        (torch.ones(3), r"task_loss must be one number, got shape \(3,\); give its mean, or its sum"),
     ],
 )
 @pytest.mark.parametrize("callbacks", [(), (kd,)])
@@ -234,7 +237,7 @@ def test_what_is_no_loss_is_refused(given, message, callbacks):
         def total(self, loss, batch):
             return self.compressed_loss(given)
 
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         fitted(Wrong, *(build() for build in callbacks))
 
 
@@ -293,3 +296,167 @@ def test_asking_in_a_step_with_automatic_optimisation_is_refused():
 def test_a_tensor_where_the_step_has_to_run_twice_is_refused():
     with pytest.raises(RuntimeError, match=r"'dcil' runs the step twice, .*: give compressed_loss a function"):
         fitted(MixinClassifier, DCILCallback(0.4, dense_path="shared"))
+
+
+# In a step without a Trainer: a term of 100 times what the student returns, and half of the task loss
+
+
+class Loop(CompressionMixin, nn.Module):
+    automatic_optimization = False
+
+    def __init__(self, step):
+        super().__init__()
+        self.model, self.other, self.step = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False), step
+        nn.init.ones_(self.model.weight)
+        nn.init.ones_(self.other.weight)
+
+    def training_step(self, x):
+        return [float(loss.detach()) for loss in self.step(self, x)]
+
+
+def looped(step, student="model"):
+    net = Loop(step)
+    with step_controller(net) as controller:
+        capture = controller.capture(student)
+        term = Term("kd", lambda passes: 100 * passes["plain"].call(capture).output.sum(), student=capture)
+        with controller.term(term), controller.task_weight("kd", 0.5):
+            return net.training_step(torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("names", [None, ["kd"]])
+@pytest.mark.parametrize("student", [None, "model"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_losses_may_all_be_computed_before_the_first_is_asked_for(order, student, names):
+    def step(net, x):
+        losses = [net.model(x).sum(), net.model(2 * x).sum()]
+        return [net.compressed_loss(losses[index], callbacks=names) for index in order]
+
+    assert looped(step, student) == [[100.5, 201.0][index] for index in order]
+
+
+def test_another_network_s_loss_may_be_asked_for_first():
+    def step(net, x):
+        ours, others = net.model(x).sum(), net.other(3 * x).sum()
+        return net.compressed_loss(others), net.compressed_loss(ours)
+
+    assert looped(step) == [3.0, 100.5]
+
+
+def test_losses_of_one_call_are_all_weighed_and_its_term_is_added_once():
+    def step(net, x):
+        out = net.model(x)
+        first, second = net.compressed_loss(out.sum()), net.compressed_loss(4 * out.sum())
+        return first, second, net.compressed_loss((out + net.model(2 * x)).sum())
+
+    assert looped(step) == [100.5, 2.0, 201.5]
+
+
+def test_a_loss_without_terms_leaves_the_call_to_the_next():
+    def step(net, x):
+        loss = net.model(x).sum()
+        return net.compressed_loss(loss, callbacks=[]), net.compressed_loss(loss)
+
+    assert looped(step) == [1.0, 100.5]
+
+
+def test_what_is_written_between_two_losses_does_not_change_the_term():
+    def step(net, x):
+        out = net.model(x)
+        net.compressed_loss(net.other(x).sum())
+        return (net.compressed_loss(out.mul_(3).sum()),)
+
+    assert looped(step) == [101.5]
+
+
+def again(net, x):
+    loss = net.model(x).sum()
+    return net.compressed_loss(loss), net.compressed_loss(loss, callbacks=["kd"])
+
+
+def older(net, x):
+    out = net.model(x)
+    return net.compressed_loss(net.other(x).sum()), net.compressed_loss(out.detach().sum(), callbacks=["kd"])
+
+
+def twice(net, x):
+    return (net.compressed_loss(net.compressed_loss(net.model(x).sum()) + 1),)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (
+            again,
+            "callbacks names 'kd', whose term was added to an earlier loss of this step: it is added once for each",
+        ),
+        (older, "callbacks names 'kd', and its student 'model' was not called since the last"),
+        (twice, "task_loss was computed from a loss that compressed_loss has given back in this step"),
+    ],
+)
+def test_no_call_and_no_loss_counts_twice(step, message):
+    with pytest.raises(RuntimeError, match=message):
+        looped(step)
+
+
+def within(net, x):
+    return (net.compressed_loss(lambda: net.compressed_loss(net.model(x).sum())),)
+
+
+def test_a_function_that_asks_itself_is_refused():
+    with pytest.raises(RuntimeError, match="task_loss is a function that calls compressed_loss itself; give one"):
+        looped(within)
+
+
+def test_names_may_come_from_a_generator():
+    def step(net, x):
+        return (net.compressed_loss(net.model(x).sum(), callbacks=(name for name in ["kd"])),)
+
+    assert looped(step) == [100.5]
+
+
+@pytest.mark.parametrize("given", [3, True, b"kd", ["kd", 3]])
+@pytest.mark.parametrize("attached", [True, False])
+def test_what_are_no_names_is_refused_by_the_argument_s_name(given, attached):
+    def step(net, x):
+        return (net.compressed_loss(net.model(x).sum(), callbacks=given),)
+
+    with pytest.raises(TypeError, match="callbacks must be a list of names, got "):
+        looped(step) if attached else Loop(step).training_step(torch.ones(1, 1))
+
+
+class Validated(Loop):
+    def validation_step(self, x):
+        return self.training_step(x)
+
+
+def test_in_a_validation_step_the_loss_is_the_task_loss():
+    net = Validated(lambda net, x: (net.compressed_loss(net.model(x).sum()),))
+    with step_controller(net) as controller, controller.task_weight("kd", 0.5):
+        assert net.validation_step(torch.ones(1, 1)) == [1.0]
+        with pytest.raises(RuntimeError, match="compressed_loss is for training_step"):
+            net.compressed_loss(torch.ones(()))
+
+
+class Outside(MixinClassifier):
+    """It never asks, and its optimizer steps after the step."""
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.task_loss(batch))
+
+    def on_train_batch_end(self, *_):
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: DistillationCallback(nn.Linear(FEATURES, CLASSES)),
+        lambda: DCILCallback(0.5, dense_path="shared"),
+        lambda: PruningCallback(0.5),
+    ],
+)
+def test_optimizers_that_step_outside_of_a_step_that_never_asks_are_noticed(build):
+    with pytest.raises(RuntimeError, match=r"had no effect: in a whole epoch Outside.training_step never called self"):
+        fitted(Outside, build())

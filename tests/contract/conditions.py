@@ -126,8 +126,7 @@ def against(setup: Setup, reference: Setup, *, acts: bool = False) -> Run:
         first, plain = fitted(row, kind, folder / "first", setup), without(kind, setup)
         assert_the_contract(first, row, plain)
         if acts:
-            ordinary = without(kind, PLAIN.but(prepare=setup.prepare))
-            assert gaps(plain.module.state_dict(), ordinary.module.state_dict())
+            assert gaps(plain.module.state_dict(), without(kind, PLAIN).module.state_dict())
         return gaps(left(first), left(fitted(row, kind, folder / "second", reference)))
 
     return run

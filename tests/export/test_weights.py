@@ -46,7 +46,7 @@ def test_files_that_are_no_checkpoint(tmp_path, contents, message):
 def test_no_such_file_folder_and_text(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.ckpt' does not exist"):
         plain_state_dict(tmp_path / "none.ckpt")
-    with pytest.raises(ValueError, match=r"is a directory.*consolidate_checkpoint"):
+    with pytest.raises(ValueError, match=r"is a directory.*format_utils dcp_to_torch FOLDER FILE"):
         plain_state_dict(tmp_path)
     damaged = "is damaged, or was not written to its end"
     other = r"is not a file that torch\.load can read: [^.]*$"

@@ -27,6 +27,7 @@ from odd import (
 )
 
 from lightning_compress import functional
+from lightning_compress.functional._checks import shown
 from lightning_compress.functional.masks import Filters
 
 TENSOR, PERHAPS, TENSORS = "a tensor", "a tensor or None", "a list of tensors"
@@ -243,3 +244,12 @@ def test_every_argument_of_every_function_is_tried():
     documented = {name: getattr(functional, name) for name in functional.__all__ if name != "Schedule"}
     arguments = {name: set(inspect.signature(value).parameters) for name, value in documented.items()}
     assert {name: set(row) | IGNORED.get(name, set()) for name, row in FUNCTIONS.items()} == arguments
+
+
+def test_a_value_that_cannot_be_shown_is_told_by_its_class():
+    class Failing:
+        def __len__(self) -> int:
+            raise ArithmeticError("mine")
+
+    Failing.__name__ = "deque"  # by which reprlib goes
+    assert shown(Failing()) == "a deque that cannot be shown"

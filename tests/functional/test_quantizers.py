@@ -24,6 +24,7 @@ from lightning_compress.functional import (
     quantize,
     range_grid,
 )
+from lightning_compress.functional._steps import largest_magnitude
 from lightning_compress.functional.quantizers import along, check_bits
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -224,6 +225,11 @@ def test_grids_of_edge_tensors(function):
     wider = function(torch.tensor([1e-42, 1.4e-41], dtype=torch.float64), 4)  # normal numbers of float64
     assert wider.dtype == torch.float64
     assert wider.item() == pytest.approx(2e-42, rel=0.5)
+
+
+def test_rows_of_which_there_are_none_have_no_magnitude():
+    assert largest_magnitude(torch.zeros(0, 15), 0).shape == (0,)
+    assert largest_magnitude(torch.tensor([3.0, -4.0]), 0).tolist() == [3.0, 4.0]
 
 
 # --- the grid of least squares ---

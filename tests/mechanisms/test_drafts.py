@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -109,6 +110,68 @@ def test_what_is_not_ours_stays(tmp_path):
     strangers.mkdir()
     remove_abandoned(tmp_path / "file")
     assert names(tmp_path) == [strangers.name]
+
+
+@pytest.mark.parametrize("held", [[], [f"lock-{'0' * 16}"]])
+def test_what_was_left_before_it_was_locked_goes_after_a_day(held, tmp_path):
+    left = tmp_path / f".file-{'0' * 16}"
+    left.mkdir()
+    for name in held:
+        (left / name).touch()
+    remove_abandoned(tmp_path / "file")
+    assert names(tmp_path) == [left.name]  # it may be about to be locked
+    yesterday = time.time() - 25 * 60 * 60
+    os.utime(left, (yesterday, yesterday))
+    remove_abandoned(tmp_path / "file")
+    assert names(tmp_path) == []
+
+
+def test_an_old_folder_of_that_name_with_files_is_not_ours_and_stays(tmp_path):
+    strangers = tmp_path / f".file-{'0' * 16}"
+    strangers.mkdir()
+    (strangers / "file").touch()
+    os.utime(strangers, (0, 0))
+    remove_abandoned(tmp_path / "file")
+    assert names(tmp_path) == [strangers.name]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_written(there, tmp_path):
+    (tmp_path / "real").mkdir()
+    if there:
+        (tmp_path / "real" / "file").write_text("old")
+    link = tmp_path / "link"
+    link.symlink_to("real/file")
+    abandoned = tmp_path / "real" / f".file-{'0' * 16}"
+    abandoned.mkdir()
+    os.utime(abandoned, (0, 0))
+    with draft_of(link) as draft:
+        draft.write_text("new")
+        assert draft.name == "link"
+    assert link.is_symlink()
+    assert (tmp_path / "real" / "file").read_text() == "new"
+    assert (names(tmp_path), names(tmp_path / "real")) == (["link", "real"], ["file"])
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_is_not_replaced(linked, tmp_path):
+    pipe = target = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if linked:
+        target = tmp_path / "link"
+        target.symlink_to(pipe)
+    with pytest.raises(FileExistsError, match=f"a pipe, a device or the like, and no file: '{target}'"):
+        write_whole(target, "text")
+    assert pipe.is_fifo()
+
+
+def test_a_folder_and_a_circle_of_links_are_not_replaced(tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(IsADirectoryError, match=f"'{tmp_path}'"):
+        write_whole(tmp_path, "text")
+    with pytest.raises(OSError, match=f"symbolic links: '{tmp_path}/circle'"):
+        write_whole(tmp_path / "circle", "text")
+    assert names(tmp_path) == ["circle"]
 
 
 def test_without_locks_files_are_written_and_nothing_is_removed(tmp_path, monkeypatch):

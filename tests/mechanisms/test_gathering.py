@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_compress import _compat
-from lightning_compress.mechanisms.gathering import gathered, parts_of, refuse_unpresentable, rows_of, sharded_as
+from lightning_compress.mechanisms.gathering import gathered, parts_of, rows_of, sharded_as
 from lightning_compress.mechanisms.masking import DenseWeight, FeedbackWeight, MaskedWeight, Masks
 from lightning_compress.mechanisms.sharding import is_shard, own_part
 from lightning_compress.mechanisms.standins import standing_in
@@ -74,6 +74,19 @@ def test_a_gradient_that_did_not_come_through_the_view_is_an_error(mesh):
             RuntimeError, match="'weight' has a gradient, and was never gathered through the view of 'exa"
         ):
             views.sharded.settle()
+
+
+def test_a_gradient_of_zero_is_left_by_a_step_that_did_not_use_the_weight(mesh):
+    layer = network(mesh)
+    views = WeightViews(layer)
+    with views.owned("example", {"weight": FeedbackWeight(MASK)}):
+        with views.presented():
+            layer(X).square().sum().backward()
+        views.sharded.settle()
+        layer.zero_grad(set_to_none=False)
+        views.show()
+        views.sharded.settle()
+        assert layer.weight.grad.full_tensor().tolist() == [[0.0] * 3] * 2
 
 
 @pytest.mark.parametrize("replace", ["assign", "data"])
@@ -164,13 +177,31 @@ def test_masks_of_shards_are_saved_as_shards_and_loaded_whole(mesh):
 
 
 def test_what_cannot_be_presented_is_named(mesh, monkeypatch):
-    layer = network(mesh)
-    refuse_unpresentable(layer, {"weight": layer.weight})
-    with pytest.raises(ValueError, match="weight' is whole in each process, and others are sharded"):
-        refuse_unpresentable(layer, {"other.weight": nn.Parameter(torch.ones(1))})
+    layer = nn.Sequential(network(mesh), nn.Linear(2, 1))
+    views = WeightViews(layer)
+    with (
+        pytest.raises(ValueError, match=r"'1.weight' is whole in each process, .* what 'some' presents .*=\['1'\]"),
+        views.owned("some", {"1.weight": MaskedWeight(MASK)}),
+    ):
+        pass
     monkeypatch.setattr(_compat, "why_not_gathered_as", lambda known: "is elsewhere")
-    with pytest.raises(ValueError, match="the weight 'weight' is elsewhere, and others are sharded"):
-        refuse_unpresentable(layer, {"weight": layer.weight})
+    with (
+        pytest.raises(ValueError, match="the weight '0.weight' is elsewhere, and others are sharded"),
+        views.owned("some", {"0.weight": MaskedWeight(MASK)}),
+    ):
+        pass
+    assert views.owners == []
+
+
+def test_two_who_present_the_same_weight_are_named(mesh):
+    layer = network(mesh)
+    views = WeightViews(layer)
+    with (
+        views.owned("one", {"weight": MaskedWeight(MASK)}),
+        pytest.raises(ValueError, match="'one' and 'another' both present the weight 'weight'"),
+        views.owned("another", {"weight": MaskedWeight(MASK)}),
+    ):
+        pass
 
 
 def test_why_a_parameter_cannot_be_gathered_as_another():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from typing import Any
 
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from lightning_compress import CompressionReport, DistillationCallback, ExportCallback
@@ -50,6 +54,22 @@ def failing(place: Place) -> Found:
     module = made(Imaging)
     module.lock = Uncopied()
     place.fit(module, CompressionReport(path=place.folder / "report", latency=False))
+    return {}
+
+
+def absent(place: Place) -> Found:
+    """A rank that another callback ends before the end of the fit, and that lives on."""
+
+    class Ending(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            raise KeyError("mine")
+
+    strategy = ModelParallelStrategy(place.ranks, 1, process_group_backend="gloo", timeout=timedelta(seconds=5))
+    try:
+        place.fit(made(), psgd(), *([Ending()] if place.rank == 1 else []), strategy=strategy)
+    except KeyError:
+        time.sleep(8.0)
+        raise
     return {}
 
 

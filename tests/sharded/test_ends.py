@@ -19,7 +19,7 @@ BF16 = "ends:exported:bf16 policy"
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return in_ranks(tmp_path_factory.mktemp("ends"), *ROWS, BF16, "ends:failing", "ends:full_disk")
+    return in_ranks(tmp_path_factory.mktemp("ends"), *ROWS, BF16, "ends:failing", "ends:full_disk", "ends:absent")
 
 
 @pytest.mark.slow
@@ -74,3 +74,10 @@ def test_a_failing_end_of_fit_ends_all_ranks(found):
     first, second = found["ends:full_disk"]
     assert first["error"] == "OSError: no room"
     assert second["error"] == "RuntimeError: rank 0 failed: OSError: no room"
+
+
+@pytest.mark.slow
+def test_who_waits_at_the_end_of_fit_for_a_rank_that_failed_before_does_so_no_longer_than_the_user_says(found):
+    first, second = found["ends:absent"]
+    assert second["error"] == "KeyError: 'mine'"
+    assert "gloo" in first["error"], first["error"]  # time is up; on a slow machine the connection is closed before
