@@ -66,8 +66,8 @@ def _attention(folder: Path, kind: type[Classifier]) -> CompressionCallback:
     return AttentionTransferCallback(teacher_for(kind), strength=0.02)
 
 
-def _factors(folder: Path, kind: type[Classifier]) -> CompressionCallback:
-    return FactorTransferCallback(teacher_for(kind), weight=3.0, pretrain_epochs=2)
+def factors(folder: Path, kind: type[Classifier], **settings: Any) -> CompressionCallback:
+    return FactorTransferCallback(teacher_for(kind), weight=3.0, pretrain_epochs=2, **settings)
 
 
 def _psgd(folder: Path, kind: type[Classifier]) -> CompressionCallback:
@@ -109,7 +109,7 @@ def _report(folder: Path, kind: type[Classifier]) -> CompressionCallback:
 CASES = (
     Case("DistillationCallback", _distillation, changes_loss=True),
     Case("AttentionTransferCallback", _attention, changes_loss=True),
-    Case("FactorTransferCallback", _factors, changes_loss=True),
+    Case("FactorTransferCallback", factors, changes_loss=True),
     Case("PSGDCallback", _psgd, changes_loss=True),
     Case("PTQCallback", _ptq, quantises=True),
     Case("QATCallback", _qat, changes_loss=True, quantises=True),
@@ -157,14 +157,6 @@ REFUSED: dict[str, dict[str, str]] = {
 """Cells of the reliability matrix that must be refused, before anything of the module has changed: condition, class,
 and what the error says. A class stands for all rows that it is a member of; with ``^`` and ``$``, for its own alone.
 All other cells must equal their reference."""
-
-RANK_ZERO = "calibrates on the batches of rank 0"
-WITHIN: dict[str, dict[str, tuple[float, str]]] = {
-    "accumulation": {"FactorTransferCallback": (0.03, "its paraphraser learns from batches of another size")},
-    "popen": {"PTQCallback": (1e-3, RANK_ZERO), "QATCallback": (0.06, RANK_ZERO)},
-    "spawn": {"PTQCallback": (1e-3, RANK_ZERO), "QATCallback": (0.06, RANK_ZERO)},
-}
-"""Cells that may differ from their reference by more than sums in another order do: condition, class, how much, why."""
 
 WARNED: dict[str, dict[str, str]] = {
     "lr finder": dict.fromkeys((*NEEDING_STEPS, "PSGDCallback"), "LearningRateFinder sets all callbacks aside"),

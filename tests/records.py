@@ -18,7 +18,7 @@ from typing import Literal
 
 VARIABLE = "COMPRESS_RECORDS"
 
-Outcome = Literal["exact", "works", "refused"]
+Outcome = Literal["exact", "repeatable", "works", "refused"]
 
 
 @dataclass(frozen=True, order=True)
@@ -29,8 +29,9 @@ class Record:
         table: Which table, such as "matrix", "combinations", "kills", "sharded", "strangers", "memory".
         row: What was attached: the class of a callback, or several joined by " + ".
         column: The circumstances.
-        outcome: "exact": equal to its reference, within a tolerance that ``detail`` names where it is not 0; "works":
-            it had its effect, and there is no reference to be equal to; "refused": the error that was planned.
+        outcome: "exact": equal to an independent reference, within a tolerance that ``detail`` names where it is not 0;
+            "repeatable": equal bit for bit to the same fit in circumstances that must not matter, or to itself resumed;
+            "works": it had its effect, and there is no reference to be equal to; "refused": the error that was planned.
         detail: The largest difference, a ratio, or the message of the refusal, in a few words.
     """
 

@@ -12,9 +12,9 @@ from records import Record, record, records
 KD, BOTH = "DistillationCallback", "DistillationCallback + DCILCallback"
 FIRST, SECOND = (condition.title for condition in CONDITIONS[:2])
 FOUND = [
-    Record("matrix", KD, FIRST, "exact"),
+    Record("matrix", KD, FIRST, "repeatable"),
     Record("matrix", KD, SECOND, "exact", "within 1e-06"),
-    Record("matrix", "PTQCallback", SECOND, "exact", "within 0.001: rank 0 alone"),
+    Record("matrix", "PTQCallback", SECOND, "works", "by a rank of its own"),
     Record("matrix", BOTH, FIRST, "refused", "'a' | <b>\nno"),
     Record("memory", KD, "peak", "works", "1.25"),
     Record("strangers", KD, "lightly: Sim (images)", "works"),
@@ -26,12 +26,12 @@ def test_each_cell_says_what_was_recorded():
     page = reliability.page(FOUND)
     cells = reliability.shown(page)
     assert len(cells) == 3 * len(CONDITIONS)
-    assert (cells[FIRST, "KD"], cells[SECOND, "KD"], cells[SECOND, "PTQ"]) == ("exact", "1e-6", "0.001 (1)")
+    assert (cells[FIRST, "KD"], cells[SECOND, "KD"], cells[SECOND, "PTQ"]) == ("repeatable", "1e-6", "works (1)")
     assert (cells[FIRST, "PTQ"], cells[FIRST, "KD + DCIL"]) == ("not run", "refused (1)")
-    assert "- (1) rank 0 alone\n" in page
+    assert "- (1) by a rank of its own\n" in page
     assert r"- (1) 'a' \| \<b\> no" in page
-    told = "1 exact, 1 exact but for sums in another order, 1 different by what their notes say, 1 refused as planned."
-    assert f"4 cells were run: {told}" in page
+    told = "1 exact but for sums in another order, 1 repeatable, 1 work, 1 refused as"
+    assert f"4 cells were run: {told} planned." in page
     assert "## Memory\n\n1 cells were run: 1 work.\n\n|  | peak |\n|---|---|\n| KD | works 1.25 |" in page
     assert "lightly" not in page
 

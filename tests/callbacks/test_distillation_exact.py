@@ -241,6 +241,25 @@ def test_bfloat16(windows):
     assert difference(by_hand, ByHand(NormClassifier).run(windows=windows)) > 0
 
 
+class InBfloat16(ByHand):
+    """Weights, teacher and inputs have that type."""
+
+    def __init__(self, kind):
+        super().__init__(kind)
+        self.module.bfloat16()
+        self.teacher.bfloat16()
+
+    def loss(self, batch):
+        return super().loss([entry.bfloat16() if entry.is_floating_point() else entry for entry in batch])
+
+
+def test_bfloat16_throughout():
+    by_hand = InBfloat16(NormClassifier).run()
+    module = fitted(NormClassifier, precision="bf16-true")
+    assert {entry.dtype for entry in module.parameters()} == {torch.bfloat16}
+    assert difference(by_hand, module) == 0
+
+
 @pytest.mark.parametrize("windows", [1, 4])
 def test_float16_with_a_scaler(windows):
     scaler = torch.amp.GradScaler("cpu")

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import timer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_compress.callbacks.base import callbacks_of
+from lightning_compress.callbacks.calibrating import CalibratingCallback
 
 from .modules import BATCH, Batches, Classifier, Convolution, loader
 
@@ -57,13 +63,31 @@ def rank_file(folder: Path, rank: int) -> Path:
 
 
 class StopAfter(L.Callback):
-    """Ends the fit after so many epochs."""
+    """Ends the fit after so many epochs, or after a step in the midst of one."""
 
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
+    def __init__(self, epochs: int | None = None, *, steps: int | None = None) -> None:
+        self.epochs, self.steps = epochs, steps
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.steps:
+            trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+        if self.epochs is not None:
+            trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+class Clock(L.Callback):
+    """Lets Lightning's timer see one second pass with each step, and nothing else."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._time, timer.time = timer.time, SimpleNamespace(monotonic=lambda: float(trainer.global_step))
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        timer.time = self._time
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        timer.time = self._time
 
 
 class CountingEpochs(L.Callback):
@@ -85,6 +109,26 @@ class Watching(L.Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._hook.remove()
+
+
+@contextmanager
+def calibrating_as_rank_zero() -> Iterator[None]:
+    """Let one process calibrate on what rank 0 of two sees: every second row of each batch."""
+
+    @contextmanager
+    def replayed(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        with original(self, *args, **kwargs) as again:
+            whole = again.batches
+            again.batches = lambda *epoch: (tree_map(_every_second, arguments) for arguments in whole(*epoch))
+            yield again
+
+    original = CalibratingCallback._replayed
+    with patch.object(CalibratingCallback, "_replayed", replayed):
+        yield
+
+
+def _every_second(leaf: Any) -> Any:
+    return leaf[::2] if isinstance(leaf, Tensor) else leaf
 
 
 def clip_norm(optimizer: torch.optim.Optimizer, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:

@@ -30,11 +30,13 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from records import Outcome
 from rows import ROWS
 from torch.utils.data import DataLoader
 
 from .bystanders import (
     AverageByHand,
+    Clock,
     CountingEpochs,
     Endless,
     Evaluations,
@@ -42,6 +44,7 @@ from .bystanders import (
     Sized,
     StopAfter,
     Watching,
+    calibrating_as_rank_zero,
     clip_norm,
     clip_value,
     rank_file,
@@ -63,8 +66,10 @@ from .setups import (
     EPOCHS,
     EXAMPLES,
     PLAIN,
+    ROUNDING,
     Fit,
     Setup,
+    assert_nothing_else,
     assert_nothing_of_ours,
     assert_the_contract,
     batches,
@@ -79,8 +84,8 @@ from .setups import (
 WITHOUT_NORM = tuple(kind for kind in AUTOMATIC if not kind.norm)
 WITH_CHILD = tuple(kind for kind in AUTOMATIC if kind is not NetworkItself)
 STEPS = EPOCHS * EXAMPLES // BATCH
+MIDST = STEPS + 2  # in an epoch
 DAY = "01:00:00:00"
-ROUNDING = 1e-6
 SECONDS = 900
 
 Run = Callable[[Row, "type[Classifier]", Path], "dict[str, float]"]
@@ -97,6 +102,7 @@ class Condition:
         run: From a row, a kind of module and a folder to the difference from the reference.
         kinds: Kinds of module it is tried on.
         within: The largest difference: 0, or what sums in another order make.
+        outcome: What a cell that passes is called.
         heavy: Whether a fit takes seconds: then a cell in three is in the sample.
     """
 
@@ -106,6 +112,7 @@ class Condition:
     run: Run
     kinds: tuple[type[Classifier], ...] = AUTOMATIC
     within: float = 0.0
+    outcome: Outcome = "exact"
     heavy: bool = False
 
 
@@ -146,7 +153,7 @@ def against_itself_resumed(dtype: torch.dtype, setup: Setup) -> Run:
         assert seen.types.count(dtype) >= STEPS
         scaler = getattr(first.trainer.precision_plugin, "scaler", None)
         assert (scaler is not None) == (dtype == torch.float16)
-        assert scaler is None or scaler._growth_tracker.item() > 0  # steps went through it
+        assert scaler is None or scaler._growth_tracker.item() == STEPS  # through it went all, and none was skipped
         assert_the_contract(first, row, without(kind, setup))
         middle = folder / f"step={STEPS // 2}.ckpt"
         return gaps(left(first), left(fitted(row, kind, folder / "second", setup, ckpt_path=middle)))
@@ -162,7 +169,8 @@ def against_one_process(row: Row, kind: type[Classifier], folder: Path) -> dict[
             raise RuntimeError(rank["error"])
         assert rank["ranks"] == 2
     assert gaps(ranks[0]["weights"], ranks[1]["weights"]) == {}
-    return gaps(ranks[0]["left"], left(fitted(row, kind, folder, TOGETHER)))
+    with calibrating_as_rank_zero():
+        return gaps(ranks[0]["left"], left(fitted(row, kind, folder, TOGETHER)))
 
 
 @functools.cache
@@ -204,7 +212,9 @@ def against_one_process_and_complete(row: Row, kind: type[Classifier], folder: P
     assert gaps(ranks[0]["weights"], ranks[1]["weights"]) == {}
     assert gaps(ranks[0]["weights"], first.module.state_dict()) == {}
     assert_nothing_of_ours(first.module)
-    alone = fitted(row, kind, folder / "alone", TOGETHER)
+    assert_nothing_else(first, row, without(kind, SPAWNED))
+    with calibrating_as_rank_zero():
+        alone = fitted(row, kind, folder / "alone", TOGETHER)
     assert_the_contract(alone, row, without(kind, TOGETHER))
     apart = gaps(first.module.state_dict(), alone.module.state_dict())
     for own, other in zip(first.ours, alone.ours, strict=True):
@@ -324,7 +334,7 @@ SAME = "the plain fit"
 RESUMED = "the fit that goes on from the checkpoint of its middle; the forward pass has that type"
 
 CONDITIONS = (
-    Condition("plain", "one process", "the same fit again", against(PLAIN, PLAIN)),
+    Condition("plain", "one process", "the same fit again", against(PLAIN, PLAIN), outcome="repeatable"),
     Condition(
         "popen",
         "two processes, ddp",
@@ -347,7 +357,8 @@ CONDITIONS = (
         "accumulate_grad_batches",
         "batches of twice the size",
         against(
-            PLAIN.but(settings={"accumulate_grad_batches": 2}), PLAIN.but(batches=of(EXAMPLES, batch_size=2 * BATCH))
+            PLAIN.but(settings={"accumulate_grad_batches": 2}, paraphrased=True),
+            PLAIN.but(batches=of(EXAMPLES, batch_size=2 * BATCH), paraphrased=True),
         ),
         WITHOUT_NORM,
         ROUNDING,
@@ -373,29 +384,37 @@ CONDITIONS = (
         "bf16-mixed",
         RESUMED,
         against_itself_resumed(torch.bfloat16, PLAIN.but(settings={"precision": "bf16-mixed"})),
+        outcome="repeatable",
     ),
     Condition(
-        "16-mixed", "16-mixed, with a scaler", RESUMED, against_itself_resumed(torch.float16, PLAIN.but(plugin=scaled))
+        "16-mixed",
+        "16-mixed, with a scaler",
+        RESUMED,
+        against_itself_resumed(torch.float16, PLAIN.but(plugin=scaled)),
+        outcome="repeatable",
     ),
     Condition(
         "bf16-true",
         "bf16-true",
         RESUMED,
         against_itself_resumed(torch.bfloat16, PLAIN.but(settings={"precision": "bf16-true"})),
+        outcome="repeatable",
     ),
     Condition(
         "compiled network",
-        "the network compiled",
+        "the network compiled, backend='eager'",
         SAME,
         against(PLAIN.but(prepare=with_a_compiled_network), PLAIN),
         WITH_CHILD,
+        outcome="repeatable",
         heavy=True,
     ),
     Condition(
         "compiled module",
-        "the LightningModule compiled",
+        "the LightningModule compiled, backend='eager'",
         SAME,
         against(PLAIN.but(prepare=compiled), PLAIN),
+        outcome="repeatable",
         heavy=True,
     ),
     Condition(
@@ -425,12 +444,14 @@ CONDITIONS = (
         "LBFGS by hand, from the same gradients",
         against_an_optimizer_that_is_told_the_same,
         WITHOUT_NORM,
+        outcome="works",
     ),
     Condition(
         "uneven",
         "an uneven last batch",
         "the batches as a list",
         against(PLAIN.but(batches=of(EXAMPLES - 4)), PLAIN.but(batches=functools.partial(listed, rows=EXAMPLES - 4))),
+        outcome="repeatable",
     ),
     Condition(
         "limit_train_batches",
@@ -455,32 +476,56 @@ CONDITIONS = (
         "barebones",
         SAME,
         against(PLAIN.but(settings={"barebones": True, "logger": False, "enable_checkpointing": False}), PLAIN),
+        outcome="repeatable",
     ),
-    Condition("logger=False", "logger=False", SAME, against(PLAIN.but(settings={"logger": False}), PLAIN)),
+    Condition(
+        "logger=False",
+        "logger=False",
+        SAME,
+        against(PLAIN.but(settings={"logger": False}), PLAIN),
+        outcome="repeatable",
+    ),
     Condition(
         "no checkpoints",
         "enable_checkpointing=False",
         SAME,
         against(PLAIN.but(settings={"enable_checkpointing": False}), PLAIN),
+        outcome="repeatable",
     ),
-    Condition("no validation", "no validation", SAME, against(PLAIN.but(validation=None), PLAIN)),
-    Condition("max_steps", "max_steps alone", SAME, against(PLAIN.but(settings=STEPS_ONLY), PLAIN)),
+    Condition("no validation", "no validation", SAME, against(PLAIN.but(validation=None), PLAIN), outcome="repeatable"),
+    Condition(
+        "max_steps", "max_steps alone", SAME, against(PLAIN.but(settings=STEPS_ONLY), PLAIN), outcome="repeatable"
+    ),
     Condition(
         "unsized, max_steps",
         "data without a length, max_steps",
         SAME,
         against(PLAIN.but(batches=endless, settings=STEPS_ONLY), PLAIN),
+        outcome="repeatable",
     ),
-    Condition("unsized", "data without a length, max_epochs", SAME, against(PLAIN.but(batches=endless), PLAIN)),
-    Condition("max_time", "max_time, max_epochs", SAME, against(PLAIN.but(settings={"max_time": DAY}), PLAIN)),
+    Condition(
+        "unsized",
+        "data without a length, max_epochs",
+        SAME,
+        against(PLAIN.but(batches=endless), PLAIN),
+        outcome="repeatable",
+    ),
+    Condition(
+        "max_time",
+        "max_time that is not reached, max_epochs",
+        SAME,
+        against(PLAIN.but(settings={"max_time": DAY}), PLAIN),
+        outcome="repeatable",
+    ),
     Condition(
         "max_time alone",
         "max_time alone",
         SAME,
         against(
-            PLAIN.but(settings={"max_time": DAY, "max_epochs": None}, others=lambda: [StopAfter(EPOCHS)]),
+            PLAIN.but(settings={"max_time": {"seconds": STEPS}, "max_epochs": None}, others=lambda: [Clock()]),
             PLAIN,
         ),
+        outcome="repeatable",
     ),
     Condition(
         "lr finder",
@@ -494,7 +539,13 @@ CONDITIONS = (
         "a fit with the size that it found",
         against_what_it_found(SIZE_FINDER, lambda fit: fit.trainer.datamodule.batch_size, sized),
     ),
-    Condition("configure_callbacks", "configure_callbacks", SAME, against(PLAIN.but(by_module=True), PLAIN)),
+    Condition(
+        "configure_callbacks",
+        "configure_callbacks",
+        SAME,
+        against(PLAIN.but(by_module=True), PLAIN),
+        outcome="repeatable",
+    ),
     Condition(
         "EarlyStopping",
         "EarlyStopping",
@@ -502,6 +553,16 @@ CONDITIONS = (
         against(
             FOR_LONG.but(others=lambda: [CountingEpochs(), *stopping_after(3)]),
             FOR_LONG.but(others=lambda: [CountingEpochs(), StopAfter(3)]),
+        ),
+    ),
+    Condition(
+        "max_time reached",
+        "max_time that ends the fit, in the midst of an epoch",
+        "a fit that is ended by hand after the same step",
+        against(
+            FOR_LONG.but(settings={"max_time": {"seconds": MIDST}}, others=lambda: [Clock()]),
+            FOR_LONG.but(others=lambda: [StopAfter(steps=MIDST)]),
+            acts=True,
         ),
     ),
 )

@@ -6,7 +6,7 @@ import re
 from contextlib import nullcontext
 
 import pytest
-from cases import CASES, REFUSED, WARNED, WITHIN
+from cases import CASES, REFUSED, WARNED
 from pages import ROOT
 from records import record
 from reliability import NOT_RUN, heading, shown
@@ -47,10 +47,10 @@ def test_cell(row, condition, tmp_path):
     warnings = expected(WARNED, row, condition)
     with pytest.warns(UserWarning, match="|".join(warnings)) if warnings else nullcontext():
         found = condition.run(row, kind, tmp_path)
-    within, why = max(expected(WITHIN, row, condition), default=(condition.within, ""))
+    within = condition.within
     assert {key: gap for key, gap in found.items() if gap > within} == {}
-    detail = f"within {within:g}{why and ': '}{why}" if within else "".join(f"warns: {told}" for told in warnings[:1])
-    record("matrix", row.name, condition.title, "exact", detail)
+    detail = f"within {within:g}" if within else "".join(f"warns: {told}" for told in warnings[:1])
+    record("matrix", row.name, condition.title, condition.outcome, detail)
 
 
 def reason(error, row):
@@ -66,7 +66,7 @@ def test_each_kind_of_module_is_in_the_sample_of_each_of_the_circumstances():
 
 
 def test_what_is_expected_is_of_rows_and_circumstances_that_there_are():
-    for table in (REFUSED, WITHIN, WARNED):
+    for table in (REFUSED, WARNED):
         assert set(table) <= {condition.key for condition in CONDITIONS}
         names = {name for entries in table.values() for name in entries}
         assert [name for name in names if not any(re.search(rf"\b{name}\b", row.name) for row in ROWS)] == []
