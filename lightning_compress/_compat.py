@@ -1,7 +1,7 @@
 """Private and version-bound uses of other packages; each has a canary in tests/test_compat.py.
 
-Traced on lightning 2.6, torch 2.13 and 2.14 and wandb 0.31. When a canary falls after an upgrade, this is the file to
-mend.
+Traced on lightning 2.6, torch 2.13 and 2.14 and wandb 0.24 to 0.31. When a canary falls after an upgrade, this is the
+file to mend.
 """
 
 from __future__ import annotations

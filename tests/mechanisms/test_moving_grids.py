@@ -398,7 +398,10 @@ def test_learned_steps_are_factors_of_where_they_began(values):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_gradient_of_learned_steps(bits):
-    """That of the paper, by autograd: of each factor, each weight and the input."""
+    """That of the paper, by autograd: of each factor, each weight and the input.
+
+    At the ends of a grid it is that of outside, as hardtanh has it; clamp has had it only since torch 2.14.
+    """
     net = network()
     grids = grids_of(net, weight_bits=bits, activation_bits=bits)
     rounding, factors = learned(net, grids, FACTORS)
@@ -412,13 +415,13 @@ def test_the_gradient_of_learned_steps(bits):
     def activation(value, scale, zero):
         scaled = 1 / math.sqrt(value.numel() * last)  # of one sample after another: all that share the step
         scale = scale * scaled + (scale - scale * scaled).detach()
-        ratio = torch.clamp(value / scale, -zero, last - zero)
+        ratio = F.hardtanh(value / scale, -zero, last - zero)
         return (ratio + (ratio.round() - ratio).detach()) * scale
 
     def weight(value, step):
         scaled = 1 / math.sqrt(value[0].numel() * highest)
         step = (step * scaled + (step - step * scaled).detach()).reshape(-1, *[1] * (value.ndim - 1))
-        ratio = torch.clamp(value / step, -highest, highest)
+        ratio = F.hardtanh(value / step, -highest, highest)
         return (ratio + (ratio.round() - ratio).detach()) * step
 
     maps = F.conv2d(activation(y, scales[0], zeros[0]), weight(other[0].weight, one), other[0].bias, padding=1)
