@@ -101,6 +101,7 @@ def test_ranks_equal_one_process(request, callback, circumstance, tmp_path):
     record("sharded", row, circumstance if callback in ROWS else VARIANTS[callback], "exact", f"d = {d:.0e}")
 
 
+@pytest.mark.filterwarnings("ignore:.*get a part of their gradient past the layer")  # a penalty does
 @pytest.mark.slow
 @pytest.mark.parametrize(("network", "callback"), ON)
 def test_ranks_equal_one_process_on_other_networks(further, network, callback, tmp_path):
