@@ -56,7 +56,7 @@ def damage(value: Any, kind: Any, place: str = "") -> str | None:
         A sentence; None where it is as it should be.
 
     Example:
-        >>> damage({"masks": None}, {"masks": Each(Tensor), "begun": bool})
+        >>> damage({"masks": None}, {"masks": Each(Tensor)})
         "'masks' must be a mapping, got None"
         >>> damage({"masks": {}}, {"masks": Each(Tensor), "begun": bool, "own": Sometimes(Mapping)})
         "'begun' is missing"
