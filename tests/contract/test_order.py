@@ -64,7 +64,10 @@ def test_the_order_of_all_rows_does_not_matter(masking, quantising, kind, heavy,
     }
 
 
-@pytest.mark.parametrize("masking", [pytest.param(own, id=own.name) for own in MASKING])
+@pytest.mark.parametrize(
+    "masking",
+    [pytest.param(own, id=own.name, marks=[pytest.mark.slow] * (own is not MASKING[-1])) for own in MASKING],
+)
 def test_the_order_does_not_matter_where_filters_go_before_the_first_step(masking, tmp_path):
     """With all rows that do not quantise in training: their state is made for the larger network, or follows."""
     rows = [case for case in rows_with(masking, "PTQCallback") if not case.heavy]

@@ -22,7 +22,10 @@ FURTHER = [
     "AttentionTransferCallback",
     "AttentionTransferCallback-NetworkItself",
 ]
-FIRST_AND_FURTHER = [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in FURTHER)]
+FIRST_AND_FURTHER = [
+    *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.sample]) for name in FIRST),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in FURTHER),
+]
 LOGGED = {
     "DistillationCallback": ("compress/kd/val_loss", "compress/kd/val_agreement"),
     "AttentionTransferCallback": ("compress/at/val_loss",),
