@@ -94,12 +94,7 @@ class WeightsAlone(L.Callback):
 
 def saved(place: Place, callback: str, kind: str) -> Found:
     """Two epochs, and a fit that is resumed after the first of them; checkpoints of a kind, "full" or "sharded"."""
-    settings: dict[str, Any] = {
-        "distributed_checkpoint": kind == "sharded",
-        "enable_checkpointing": True,
-        "max_epochs": 2,
-        "count": BATCH * STEPS // 2,
-    }
+    settings = place.two_epochs(kind)
     kind = KINDS.get(callback, Classifier)
     network, own = made(kind), CALLBACKS[callback]()
     epochs = ModelCheckpoint(dirpath=place.folder, filename="{epoch}", save_top_k=-1)

@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 import lightning.pytorch as L
 import torch
+from contract.modules import trainer as silent_trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, _fully_shard, fully_shard
@@ -147,18 +148,21 @@ class Place:
             save_distributed_checkpoint=distributed_checkpoint,
         )
         defaults: dict[str, Any] = {
-            "accelerator": "cpu",
             "devices": self.ranks,
             "strategy": strategy if self.ranks > 1 else "auto",
             "use_distributed_sampler": False,
             "default_root_dir": self.folder,
-            "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
         }
-        return L.Trainer(callbacks=list(callbacks), **{**defaults, **settings})
+        return silent_trainer(*callbacks, **{**defaults, **settings})
+
+    def two_epochs(self, kind: str) -> dict[str, Any]:
+        """Settings of a fit of as many steps, in two epochs, with checkpoints of a kind: "full" or "sharded"."""
+        return {
+            "distributed_checkpoint": kind == "sharded",
+            "enable_checkpointing": True,
+            "max_epochs": 2,
+            "count": BATCH * STEPS // 2,
+        }
 
     def fit(
         self,

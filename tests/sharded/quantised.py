@@ -35,12 +35,7 @@ def fitted(place: Place, size: str, circumstance: str) -> Found:
 
 def saved(place: Place, size: str, kind: str) -> Found:
     """Two epochs, and a fit that is resumed after the first of them."""
-    settings: dict[str, Any] = {
-        "distributed_checkpoint": kind == "sharded",
-        "enable_checkpointing": True,
-        "max_epochs": 2,
-        "count": BATCH * STEPS // 2,
-    }
+    settings = place.two_epochs(kind)
     network, own = made(), quantising(size)
     trainer = place.fit(
         network, own, ModelCheckpoint(dirpath=place.folder, filename="{epoch}", save_top_k=-1), **settings
