@@ -887,8 +887,8 @@ def without_sharding(root: nn.Module) -> Iterator[None]:
     """
     kept = [(part, type(part), dict(vars(part))) for part in root.modules()]
     try:
-        for part, kind, attributes in kept:
-            part.__class__ = next(base for base in kind.__mro__ if not base.__module__.startswith(SHARDING))
+        for part, _, attributes in kept:
+            part.__class__ = users_class(part)
             for name, value in attributes.items():
                 if name.endswith("_hooks") and isinstance(value, dict):
                     left = {key: hook for key, hook in value.items() if not _is_of_sharding(hook)}

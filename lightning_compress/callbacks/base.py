@@ -306,7 +306,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                     f"{type(pl_module).__name__}.training_step after the start of the fit"
                 )
             return
-        if _automatic(pl_module) or not self._missing():
+        if optimises_automatically(pl_module) or not self._missing():
             self.check_first_step(trainer, pl_module)
 
     def check_first_step(self, trainer: Any, pl_module: Any) -> None:
@@ -381,7 +381,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if not self._verified and self._controller is not None:
             if self._controller.steps > 0:
                 self.check_first_step(trainer, pl_module)
-            elif self.changes_step and not _automatic(pl_module) and self.has_moved(pl_module):
+            elif self.changes_step and not optimises_automatically(pl_module) and self.has_moved(pl_module):
                 raise RuntimeError(
                     f"{type(self).__name__} '{self.name}' had no effect: in a whole epoch "
                     f"{type(pl_module).__name__}.training_step never called self.compressed_loss(task_loss), and the "
@@ -506,7 +506,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def _missing(self) -> RuntimeError | None:
         """What there should have been in the first step, or, where each loss is asked for, in the first epoch."""
-        automatic = self._controller is None or _automatic(self._controller.module)
+        automatic = self._controller is None or optimises_automatically(self._controller.module)
         period = "step" if automatic else "epoch"
         for effect in self.expected_effects:
             if self.effects[effect] == 0:
@@ -527,7 +527,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         return None
 
     def _check_optimisation(self, trainer: Any, pl_module: Any) -> None:
-        if not _automatic(pl_module) and not getattr(pl_module, "_lightning_compress_mixin", False):
+        if not optimises_automatically(pl_module) and not getattr(pl_module, "_lightning_compress_mixin", False):
             raise ValueError(
                 f"{type(self).__name__} changes the step, and {type(pl_module).__name__} optimises manually: let it "
                 "inherit lightning_compress.CompressionMixin and call self.compressed_loss(task_loss) in its step"
@@ -560,7 +560,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def _refuse_manual_shards(self, trainer: Any, pl_module: Any) -> None:
         """Refuse manual optimisation of sharded weights: their gradients do not all come at one time."""
-        if shards(trainer) and not getattr(pl_module, "automatic_optimization", True):
+        if shards(trainer) and not optimises_automatically(pl_module):
             raise ValueError(
                 f"with {type(trainer.strategy).__name__} {type(self).__name__} works where Lightning optimises, and "
                 f"{type(pl_module).__name__} optimises manually; use one device or DDP"
@@ -614,7 +614,8 @@ def _plan(trainer: Any, pl_module: Any) -> dict[str, Any]:
     return {name: intent.to_dict() for name, intent in intents(trainer, pl_module).items()}
 
 
-def _automatic(pl_module: Any) -> bool:
+def optimises_automatically(pl_module: Any) -> bool:
+    """Whether Lightning runs the backward pass and the optimizers, and not the module's own step."""
     return bool(getattr(pl_module, "automatic_optimization", True))
 
 

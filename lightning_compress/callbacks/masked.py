@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_layers
-from lightning_compress.callbacks.base import CompressionCallback, log
+from lightning_compress.callbacks.base import CompressionCallback, log, optimises_automatically
 from lightning_compress.callbacks.intents import Intent, layers_of, left_out
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.mechanisms.checkpoints import (
@@ -192,7 +192,7 @@ class MaskedWeightsCallback(CompressionCallback):
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """From here on everybody sees the dense weights."""
-        if getattr(pl_module, "automatic_optimization", True):
+        if optimises_automatically(pl_module):
             self._drop()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -345,16 +345,17 @@ class MaskedWeightsCallback(CompressionCallback):
 
     def _compressing(self, checkpoint: dict[str, Any]) -> Compress:
         """What is saved of the entries of the module's ``state_dict``."""
-        masked: Callable[[str, Tensor], Tensor] | None = None
-        if self._masks is not None and self.masks:
-            masked, state = self._masks.masked, checkpoint["state_dict"].values()
-            if self._masks.parts is not None and not any(is_shard(value) for value in state):  # whole, on rank 0
-                whole = gathered(self.masks)
-                masked = lambda name, value: value.masked_fill(~whole[name], 0.0)  # noqa: E731
+        masks, whole = self._masks, None
+        if masks is None or not masks.state():
+            return lambda key, value: None
+        if masks.parts is not None and not any(is_shard(value) for value in checkpoint["state_dict"].values()):
+            whole = gathered(masks.state())  # as the weights are, on rank 0
 
         def compress(key: str, value: Tensor) -> Tensor | None:
-            name = None if masked is None else self._name_of(key, value)
-            return None if name is None or masked is None else masked(name, value)
+            name = self._name_of(key, value)
+            if name is None:
+                return None
+            return masks.masked(name, value) if whole is None else value.masked_fill(~whole[name], 0.0)
 
         return compress
 

@@ -24,7 +24,14 @@ from lightning_compress.callbacks.arguments import (
     check_positive,
     check_whole,
 )
-from lightning_compress.callbacks.base import CompressionCallback, announce, callbacks_of, log, together
+from lightning_compress.callbacks.base import (
+    CompressionCallback,
+    announce,
+    callbacks_of,
+    log,
+    optimises_automatically,
+    together,
+)
 from lightning_compress.callbacks.copies import Copies, SkippedBatchError
 from lightning_compress.callbacks.intents import Aim, Intent
 from lightning_compress.callbacks.planning import BUDGETS, Plan, Wanted
@@ -268,7 +275,7 @@ class StructuredPruningCallback(CompressionCallback):
                 f"{owner} tries steps on the batch at hand, and that of {type(pl_module).__name__} draws its batches "
                 "itself, from dataloader_iter; let it take a batch"
             )
-        if not getattr(pl_module, "automatic_optimization", True):
+        if not optimises_automatically(pl_module):
             raise ValueError(f"{owner} replays training steps, and {type(pl_module).__name__} optimises manually")
         if _compat.runs_in_children(trainer):
             launcher = type(trainer.strategy.launcher).__name__

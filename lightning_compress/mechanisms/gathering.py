@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from lightning_compress import _compat
 from lightning_compress.functional._selection import Parts
 from lightning_compress.mechanisms.selection import listing
-from lightning_compress.mechanisms.sharding import own_part, shards_in_place
+from lightning_compress.mechanisms.sharding import Ranks, own_part, shards_in_place
 from lightning_compress.mechanisms.standins import standing_in
 
 if TYPE_CHECKING:
@@ -123,17 +123,8 @@ def parts_of(weights: Iterable[Tensor]) -> Parts | None:
         >>> parts_of([torch.ones(1)]) is None
         True
     """
-    mesh = next((weight.device_mesh for weight in weights if isinstance(weight, DTensor)), None)
-    if mesh is None:
-        return None
-    group, device = mesh.get_group(), mesh.device_type
-
-    def total(tensor: Tensor) -> Tensor:
-        own = tensor.detach().to(device, copy=True)
-        torch.distributed.all_reduce(own, group=group)
-        return own.to(tensor.device)
-
-    return Parts(mesh.get_local_rank(), mesh.size(), total)
+    ranks = Ranks(list(weights))
+    return None if ranks.mesh is None else Parts(ranks.mesh.get_local_rank(), ranks.mesh.size(), ranks.total)
 
 
 class Gathered:

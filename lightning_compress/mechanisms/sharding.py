@@ -7,15 +7,16 @@ precision policy; whoever looks at parameters asks for the shards first.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
-def sharded_units(root: nn.Module) -> list[Any]:
+def sharded_units(root: nn.Module) -> list[FSDPModule]:
     """The modules below a root, itself included, that ``fully_shard`` was called with.
 
     Args:
@@ -28,8 +29,7 @@ def sharded_units(root: nn.Module) -> list[Any]:
         >>> sharded_units(nn.Linear(1, 1))
         []
     """
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)  # who shards has imported it
-    return [] if kind is None else [module for module in root.modules() if isinstance(module, kind)]
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
 def is_shard(tensor: Any) -> bool:
@@ -45,8 +45,7 @@ def is_shard(tensor: Any) -> bool:
         >>> is_shard(torch.ones(1))
         False
     """
-    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return kind is not None and isinstance(tensor, kind)
+    return isinstance(tensor, DTensor)
 
 
 def own_part(tensor: Tensor) -> Tensor:
@@ -62,8 +61,8 @@ def own_part(tensor: Tensor) -> Tensor:
         >>> own_part(torch.ones(2, requires_grad=True))
         tensor([1., 1.])
     """
-    part: Any = tensor.detach()
-    return cast(Tensor, part.to_local()) if is_shard(part) else part
+    part = tensor.detach()
+    return part.to_local() if isinstance(part, DTensor) else part
 
 
 def shards_in_place(root: nn.Module) -> None:
@@ -95,9 +94,9 @@ def refuse_layout(root: nn.Module, who: str) -> None:
     shards_in_place(root)
     meshes: list[Any] = []
     for name, parameter in root.named_parameters():
-        if not is_shard(parameter):
-            continue
         own: Any = parameter
+        if not isinstance(own, DTensor):
+            continue
         if [str(placement) for placement in own.placements] != ["S(0)"]:
             raise ValueError(
                 f"{who} works with parameters whose rows are shared by the ranks of one mesh dimension, as fully_shard "
@@ -122,12 +121,13 @@ class Ranks:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._mesh = next((cast(Any, tensor).device_mesh for tensor in tensors if is_shard(tensor)), None)
+        self.mesh = next((tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)), None)
+        """What they lie on; None where all is here."""
 
     @property
     def several(self) -> bool:
         """Whether a rank holds a part only."""
-        return self._mesh is not None
+        return self.mesh is not None
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest of what each rank has, of the same shape."""
@@ -139,17 +139,15 @@ class Ranks:
 
     def rows(self, values: Tensor, tensor: Tensor) -> Tensor:
         """What the ranks have for their own rows of a tensor, of shape ``(rows,)``, for all of its rows."""
-        if not is_shard(tensor):
+        if not isinstance(tensor, DTensor):
             return values
-        own: Any = tensor
-        kind: Any = type(own)
-        shared = kind.from_local(values, own.device_mesh, own.placements, shape=own.shape[:1], stride=(1,))
-        return cast(Tensor, shared.full_tensor())
+        shape, mesh = tensor.shape[:1], tensor.device_mesh
+        return DTensor.from_local(values, mesh, tensor.placements, shape=shape, stride=(1,)).full_tensor()
 
     def _reduced(self, values: Tensor, operation: str) -> Tensor:
-        if self._mesh is None:
+        if self.mesh is None:
             return values
-        result = values.to(self._mesh.device_type, copy=True)
+        result = values.detach().to(self.mesh.device_type, copy=True)
         operator = getattr(torch.distributed.ReduceOp, operation)
-        torch.distributed.all_reduce(result, operator, group=self._mesh.get_group())
+        torch.distributed.all_reduce(result, operator, group=self.mesh.get_group())
         return result.to(values.device)
