@@ -300,9 +300,9 @@ def fit(kind: type[Classifier], *callbacks: Any, **settings: Any) -> Classifier:
     return module
 
 
-def scaled() -> MixedPrecision:
+def scaled(begins: float = 2.0**16) -> MixedPrecision:
     """16-mixed with a real scaler; on the CPU the Trainer would silently take bf16 and none."""
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=begins))
 
 
 def twin(kind: type[Classifier], checkpoint: dict[str, Any]) -> Classifier:
