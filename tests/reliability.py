@@ -12,11 +12,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that this runs as a module, and as a script
 
 from contract.conditions import CONDITIONS
-from records import Record, records
+from records import Outcome, Record, records
 
 SHORT = {
     "DistillationCallback": "KD",
@@ -101,12 +102,13 @@ def cell(record: Record | None, notes: Notes) -> str:
     """The outcome, with a short detail beside it or a number that leads to a long one."""
     if record is None:
         return NOT_RUN
-    if record.detail.startswith("within "):
-        return record.detail.removeprefix("within ").replace("e-0", "e-")
-    if not record.detail:
+    detail = re.sub(r"e([+-])0(\d)\b", r"e\1\2", record.detail).replace("0e+0", "0")
+    if detail.startswith("within "):
+        return detail.removeprefix("within ")
+    if not detail:
         return record.outcome
-    long = len(record.detail) > BRIEF or record.outcome == "refused"
-    return f"{record.outcome} {notes.mark(record.detail) if long else _plain(record.detail)}"
+    long = len(detail) > BRIEF or record.outcome == "refused"
+    return f"{record.outcome} {notes.mark(detail) if long else _plain(detail)}"
 
 
 def table(found: Iterable[Record], down: Sequence[str], across: Sequence[str], *, by_row: bool) -> list[str]:
@@ -155,12 +157,29 @@ def matrix(found: Sequence[Record]) -> list[str]:
 
 
 def section(title: str, found: Sequence[Record]) -> list[str]:
-    """Any other table: what was attached, down; what was done to it, across."""
+    """Any other table: what was attached, down; what was done to it, across; a list where few of these cells ran."""
     down = sorted({own.row for own in found}, key=order_of)
     across = sorted({own.column for own in found})
-    wide = len(across) > max(len(down), len(SHORT))
-    body = table(found, across if wide else down, down if wide else across, by_row=not wide)
+    full = len(found) > len(down) * len(across) / 2
+    body = table(found, down, across, by_row=True) if full else listed(found, across)
     return [f"## {title}", "", counts(found), "", *body]
+
+
+def listed(found: Sequence[Record], down: Sequence[str]) -> list[str]:
+    """Markdown: what was done, down; the outcomes, across; in the cells the callbacks, each with its detail."""
+    across = [outcome for outcome in get_args(Outcome) if any(own.outcome == outcome for own in found)]
+    notes = Notes()
+    lines = [f"|  | {' | '.join(across)} |", f"|---|{'---|' * len(across)}"]
+    for column in down:
+        here = sorted((own for own in found if own.column == column), key=lambda own: order_of(own.row))
+        cells = [", ".join(entry(own, notes) for own in here if own.outcome == outcome) for outcome in across]
+        lines.append(f"| {_plain(column)} | {' | '.join(cells)} |")
+    return [*lines, "", *notes.lines(), ""]
+
+
+def entry(record: Record, notes: Notes) -> str:
+    """A callback, with the detail of its outcome beside it or the number that leads to it."""
+    return f"{heading(record.row)} {cell(record, notes).removeprefix(record.outcome).strip()}".strip()
 
 
 def page(found: Sequence[Record]) -> str:

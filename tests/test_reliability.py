@@ -36,6 +36,20 @@ def test_each_cell_says_what_was_recorded():
     assert "lightly" not in page
 
 
+def test_what_was_done_to_few_callbacks_only_is_a_list():
+    found = [
+        Record("sharded", KD, "one", "exact", "d = 1e-08"),
+        Record("sharded", "PTQCallback", "two", "refused", "in whole parts only"),
+        Record("sharded", BOTH, "three", "works", "two processes, and no reference"),
+        Record("sharded", "PSGDCallback", "one", "exact", "d = 0e+00"),
+    ]
+    assert reliability.page(found).partition("4 cells were run: 2 exact, 1 work, 1 refused as planned.")[2] == (
+        "\n\n|  | exact | works | refused |\n|---|---|---|---|\n"
+        "| one | KD d = 1e-8, PSGD d = 0 |  |  |\n| three |  | KD + DCIL (1) |  |\n| two |  |  | PTQ (2) |\n\n"
+        "- (1) two processes, and no reference\n- (2) in whole parts only\n"
+    )
+
+
 def test_other_peoples_modules_have_a_page_of_their_own():
     page = reliability.compatibility(FOUND, "lightly==1.6.0  # of images\npytest>=8.2\n")
     assert "|  | KD | PTQ |\n|---|---|---|\n| lightly: Sim (images) | works | refused (1) |" in page
