@@ -2,12 +2,12 @@
 
 Each process works on its rows of a weight, and nothing is gathered for that. A view is presented where FSDP2 reads a
 shard to gather it, so that layers receive the presented weight, also where they run again in the backward pass. Its
-chain rule is applied to the rows of the gradient that come back.
+chain rule is applied to the rows of the gradient that come back, before the backward pass returns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -147,6 +147,7 @@ class Gathered:
         self.passed = False
         """Whether a gradient has come past the view, as that of a penalty over parameters() does."""
         self._settled = 0  # gathers at the last settlement
+        self._earlier: Tensor | None = None  # the gradient before the backward pass that runs
         self._owed: Tensor | None = None  # rows of a gradient that is not to go through the view any more
         self._shard: Tensor | None = None
 
@@ -176,29 +177,34 @@ class Gathered:
         """Add rows to the gradient that is settled next."""
         self._owed = gradient if self._owed is None else self._owed + gradient
 
+    def begin(self) -> None:
+        """Put aside what earlier backward passes have accumulated, which has come through the view."""
+        self._earlier, self.weight.grad = self.weight.grad, None
+
     def settle(self) -> None:
-        """Apply the chain rule of the view to the gradient that has come back from all processes.
+        """Apply the chain rule of the view to the gradient that has come back from all processes since it began.
 
         Raises:
             RuntimeError: If the weight was not gathered, so that a gradient other than zero is not that of the view.
         """
-        gradient, owed = self.weight.grad, self._owed
-        self._owed = None
-        if gradient is None:
-            self.weight.grad = None if owed is None else sharded_as(owed, self.weight)
-            return
-        own = own_part(gradient)
+        earlier, gradient = (None if own is None else own_part(own) for own in (self._earlier, self.weight.grad))
+        through = None if gradient is None else self._through(gradient)
+        found = [rows for rows in (earlier, through, self._owed) if rows is not None]
+        self._earlier = self._owed = None
+        for rows in found[1:]:
+            found[0].add_(rows)
+        self.weight.grad = sharded_as(found[0], self.weight) if found else None
+
+    def _through(self, rows: Tensor) -> Tensor:
         if self.gathers != self._settled:
             self._settled = self.gathers
-            if not self.view.plain:
-                own.copy_(self.view.gradient(own))
-        elif own.any():  # else a step did not use the weight, and zero_grad(set_to_none=False) left zeros
+            return rows if self.view.plain else self.view.gradient(rows)
+        if rows.any():  # else only a penalty read the weight, and its gradient is kept apart
             raise RuntimeError(
                 f"the weight '{self.name}' has a gradient, and was never gathered through the view of '{self.owner}': "
                 "somebody has replaced its shard since the fit began"
             )
-        if owed is not None:
-            own.add_(owed)
+        return rows
 
     def _pass(self, gradient: Tensor) -> Tensor | None:
         """Keep a gradient of the parameter itself apart, for the view's chain rule is not for it."""
@@ -225,7 +231,7 @@ class GatheredWeights:
         self.module = module
         self.weights: dict[str, Gathered] = {}
         self.shown = False
-        self._settled = True
+        self._learnt = False  # whether a backward pass was settled
 
     @contextmanager
     def owned(self, owner: str, weights: Mapping[str, nn.Parameter], views: Mapping[str, WeightView]) -> Iterator[None]:
@@ -265,7 +271,7 @@ class GatheredWeights:
         for weight in self.weights.values():
             weight.check(present)
             weight.shown = True
-        self.shown, self._settled = True, False
+        self.shown = True
 
     def drop(self) -> None:
         """Let the layers read the weights again."""
@@ -327,13 +333,36 @@ class GatheredWeights:
         own = next((entry for entry in self.weights.values() if entry.weight is weight), None)
         return own_part(weight) if own is None else own.seen(own_part(weight))
 
-    def settle(self) -> None:
-        """Apply the chain rules of the views to the gradients, once a step; whoever comes first in it does."""
-        if not self._settled:
-            self._check_exchange()
-            for weight in self.weights.values():
+    def learning(self, backward: Callable[..., None]) -> Callable[..., None]:
+        """A backward pass after which all gradients have come through the views, so that nobody sees others.
+
+        Args:
+            backward: Runs the backward pass, as LightningModule.backward does.
+
+        Returns:
+            What runs it in its place.
+        """
+
+        def settled(*args: Any, **kwargs: Any) -> None:
+            weights = [*self.weights.values()] if self.shown else []
+            for weight in weights:
+                weight.begin()
+            backward(*args, **kwargs)
+            if weights:
+                self._check_exchange()
+                self._learnt = True
+            for weight in weights:
                 weight.settle()
-        self._settled = True
+
+        return settled
+
+    def check_learnt(self) -> None:
+        """Complain, after a step, if its backward pass was not one of :meth:`learning`."""
+        if self.weights and not self._learnt:
+            raise RuntimeError(
+                "the backward pass of the first step did not call the module's backward(), as Lightning's do, so the "
+                f"gradients of {listing(sorted(self.weights))} are not those of the weights that the optimizer steps"
+            )
 
     def passed(self, owner: str) -> list[str]:
         """The weights of an owner that got a part of their gradient past their views."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.sharding import sharded_units
 from lightning_compress.mechanisms.wrapping import OWN_MARK, marked, shadowed
 
 __all__ = ["StepController", "find_controller", "step_controller"]
@@ -90,3 +91,5 @@ def _install(controller: StepController) -> None:
     # Lightning asks whether validation_step is overridden; the wrapper answers through __wrapped__, as the original.
     if hasattr(module, "validation_step"):
         stack.enter_context(shadowed(module, "validation_step", validation))
+    if sharded_units(module) and hasattr(module, "backward"):
+        stack.enter_context(shadowed(module, "backward", controller.weights.sharded.learning))

@@ -409,7 +409,12 @@ class WeightViews:
             RuntimeError if a gradient, or a call, went past a view, or requires_grad was changed after it was shown.
         """
         if self.sharded.weights:  # a step has an error of its own for those that were not presented
-            yield lambda: Usage(self.sharded.unused(owner), self.sharded.passed(owner))
+
+            def used() -> Usage:
+                self.sharded.check_learnt()
+                return Usage(self.sharded.unused(owner), self.sharded.passed(owner))
+
+            yield used
             return
         own = {name: weight for name, weight in self._weights.items() if weight.owner == owner}
         called: set[int] = set()

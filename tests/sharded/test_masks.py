@@ -125,6 +125,44 @@ def test_a_fit_after_a_plain_one_and_after_its_own_goes_on_from_the_dense_weight
     record("sharded", "PruningCallback", f"a second fit, {circumstance}", "exact")
 
 
+READ = [
+    pytest.param("pruning", EXACT[0], marks=pytest.mark.sample),
+    ("pruning", EXACT[1]),
+    ("dcil", EXACT[0]),
+    ("dcil apart", EXACT[1]),
+    ("qat", EXACT[0]),
+    ("qat", EXACT[1]),
+    ("dpf", "a penalty"),
+    ("qat", "a penalty"),
+]
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory):
+    cells = [getattr(cell, "values", cell) for cell in READ]
+    return launched(tmp_path_factory, "reading", [f"masks:read:{callback}:{where}" for callback, where in cells])
+
+
+@pytest.mark.filterwarnings("ignore:.*get a part of their gradient past the layer")  # a penalty does
+@pytest.mark.slow
+@pytest.mark.parametrize(("callback", "circumstance"), READ)
+def test_whoever_stands_before_ours_reads_the_gradients_of_one_process(reading, callback, circumstance, tmp_path):
+    name = f"masks:read:{callback}:{circumstance}"
+    ranks, reference = reading[name], alone(name, tmp_path)
+    assert [rank.get("error") for rank in ranks] == [None, None]
+    assert sorted({key.partition(" ")[0] for key in reference["seen"]}) == [
+        "on_after_backward",
+        "on_before_optimizer_step",
+    ]
+    assert len(reference["seen"]) == STEPS + STEPS // 2
+    d = max(farthest(rank["seen"], reference["seen"]) for rank in ranks)
+    assert d <= TOLERANCE
+    assert farthest(ranks[0]["state_dict"], reference["state_dict"]) <= TOLERANCE
+    row = {"qat": "QATCallback"}.get(callback) or type(CALLBACKS[callback]()).__name__
+    column = f"gradients that a callback before it reads, {circumstance}"
+    record("sharded", row, column, "exact", f"d = {d:.0e}")
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
