@@ -299,14 +299,13 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """After the first whole step, complain about what had no effect; a loss that is asked for may come later."""
         if self._verified or self._controller is None:
             return
-        if self._controller.steps == 0:
-            if outputs:  # a skipped batch has none
-                raise RuntimeError(
-                    f"{type(self).__name__} '{self.name}' had no effect: somebody replaced "
-                    f"{type(pl_module).__name__}.training_step after the start of the fit"
-                )
-            return
-        if optimises_automatically(pl_module) or not self._missing():
+        automatic = optimises_automatically(pl_module)
+        if self._controller.steps == 0 and outputs:  # a skipped batch has none
+            raise RuntimeError(
+                f"{type(self).__name__} '{self.name}' had no effect: somebody replaced "
+                f"{type(pl_module).__name__}.training_step after the start of the fit"
+            )
+        if self._everywhere(trainer, self._controller.steps > 0 and (automatic or not self._missing())):
             self.check_first_step(trainer, pl_module)
 
     def check_first_step(self, trainer: Any, pl_module: Any) -> None:
@@ -315,10 +314,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         Raises:
             RuntimeError: If something had no effect.
         """
-        if (missing := self._missing()) is not None:
-            raise missing
         with _compat.patient_group(trainer.world_size) as tell:
-            together(tell, self.verify, trainer, pl_module)
+            together(tell, self._check_effects, trainer, pl_module)
         self._verified = True
         if callbacks_of(trainer)[-1] is self:
             self.tracker(trainer).settings(lambda: {"plan": _plan(trainer, pl_module)})
@@ -379,14 +376,11 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 stepped outside of the step, or no optimizer has stepped through Lightning so far.
         """
         if not self._verified and self._controller is not None:
-            if self._controller.steps > 0:
+            if self._everywhere(trainer, self._controller.steps > 0):
                 self.check_first_step(trainer, pl_module)
-            elif self.changes_step and not optimises_automatically(pl_module) and self.has_moved(pl_module):
-                raise RuntimeError(
-                    f"{type(self).__name__} '{self.name}' had no effect: in a whole epoch "
-                    f"{type(pl_module).__name__}.training_step never called self.compressed_loss(task_loss), and the "
-                    "parameters have moved"
-                )
+            else:
+                with _compat.patient_group(trainer.world_size) as tell:
+                    together(tell, self._check_asked, trainer, pl_module)
         idle = any(parameters.idle for parameters in self._owned)
         if idle and self.has_moved(pl_module):  # whoever trains nothing in an epoch has his reasons
             raise RuntimeError(
@@ -502,6 +496,26 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 f"{who} does not support tensor parallelism, and {kind} has tensor_parallel_size={tensor_parallel} "
                 "('auto' takes all devices of a node): give it data_parallel_size=<number of processes> and "
                 "tensor_parallel_size=1"
+            )
+
+    @staticmethod
+    def _everywhere(trainer: Any, decision: bool) -> bool:
+        """Whether all processes say so: what they do together must begin in the same batch on all."""
+        return bool(trainer.strategy.reduce_boolean_decision(decision, all=True))
+
+    def _check_effects(self, trainer: Any, pl_module: Any) -> None:
+        if (missing := self._missing()) is not None:
+            raise missing
+        self.verify(trainer, pl_module)
+
+    def _check_asked(self, trainer: Any, pl_module: Any) -> None:
+        """Complain about an epoch in which this process trained without a step that asked for a loss."""
+        ran = self._controller is not None and self._controller.steps > 0
+        if self.changes_step and not ran and not optimises_automatically(pl_module) and self.has_moved(pl_module):
+            raise RuntimeError(
+                f"{type(self).__name__} '{self.name}' had no effect: in a whole epoch "
+                f"{type(pl_module).__name__}.training_step never called self.compressed_loss(task_loss), and the "
+                "parameters have moved"
             )
 
     def _missing(self) -> RuntimeError | None:
