@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_compress import _compat
 from lightning_compress.functional._selection import Parts
-from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.selection import excluding, listing
 from lightning_compress.mechanisms.sharding import Ranks, own_part, shards_in_place
 from lightning_compress.mechanisms.standins import standing_in
 
@@ -110,6 +110,26 @@ def gathered(value: Any) -> Any:
     return [gathered(own) for own in value] if isinstance(value, list) else value
 
 
+def freed_or_frozen(name: str, owner: str) -> RuntimeError:
+    """The error for a weight whose requires_grad was changed within a step.
+
+    Args:
+        name: Of the weight.
+        owner: Name of who presents it.
+
+    Returns:
+        To be raised.
+
+    Example:
+        >>> freed_or_frozen("fc.weight", "dpf").args[0].partition(";")[0]
+        "requires_grad of the weight 'fc.weight' was changed within a step, after 'dpf' had presented it"
+    """
+    return RuntimeError(
+        f"requires_grad of the weight '{name}' was changed within a step, after '{owner}' had presented it; change it "
+        f"between steps, or leave the layer out with {excluding(name)}"
+    )
+
+
 def parts_of(weights: Iterable[Tensor]) -> Parts | None:
     """How processes that hold shards of weights work together.
 
@@ -146,6 +166,7 @@ class Gathered:
         """Whether a backward pass runs from which the parameter itself does not learn."""
         self.passed = False
         """Whether a gradient has come past the view, as that of a penalty over parameters() does."""
+        self._hook: Any = None  # while shown, if it learns
         self._settled = 0  # gathers at the last settlement
         self._earlier: Tensor | None = None  # the gradient before the backward pass that runs
         self._owed: Tensor | None = None  # rows of a gradient that is not to go through the view any more
@@ -154,10 +175,21 @@ class Gathered:
     @contextmanager
     def installed(self, known: Any) -> Iterator[None]:
         """Present it, while :attr:`shown`, for as long as the context lasts; FSDP2 knows this of it."""
-        with _compat.gathered_as(known, self._present) as self._shard, ExitStack() as stack:
-            if self.weight.requires_grad:  # FSDP2 puts its gradients in place without autograd, so past this hook
-                stack.enter_context(self.weight.register_hook(self._pass))  # type: ignore[no-untyped-call]
+        with _compat.gathered_as(known, self._present) as self._shard:
             yield
+
+    def show(self) -> None:
+        """Present it from here on; a weight that was frozen before may learn by now."""
+        self.shown = True
+        if self._hook is None and self.weight.requires_grad:  # FSDP2's own gradients come without autograd, so past it
+            self._hook = self.weight.register_hook(self._pass)  # type: ignore[no-untyped-call]
+
+    def drop(self) -> None:
+        """Present it no more."""
+        self.shown = False
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def check(self, present: Container[int]) -> None:
         """Complain if its shard, or the parameter, is no more among those present, so that the view would be lost."""
@@ -166,7 +198,7 @@ class Gathered:
         raise RuntimeError(
             f"the weight '{self.name}', which '{self.owner}' presents, was replaced by another since the fit began, as "
             "load_state_dict(assign=True) and Module.to() do: do so before the fit, or leave it out with "
-            f"exclude={[self.name.rpartition('.')[0]]}"
+            f"{excluding(self.name)}"
         )
 
     def seen(self, shard: Tensor) -> Tensor:
@@ -178,7 +210,13 @@ class Gathered:
         self._owed = gradient if self._owed is None else self._owed + gradient
 
     def begin(self) -> None:
-        """Put aside what earlier backward passes have accumulated, which has come through the view."""
+        """Put aside what earlier backward passes have accumulated, which has come through the view.
+
+        Raises:
+            RuntimeError: If the weight was freed since it is presented, so that a penalty would go through the view.
+        """
+        if self._hook is None and self.weight.requires_grad:
+            raise freed_or_frozen(self.name, self.owner)
         self._earlier, self.weight.grad = self.weight.grad, None
 
     def settle(self) -> None:
@@ -208,8 +246,6 @@ class Gathered:
 
     def _pass(self, gradient: Tensor) -> Tensor | None:
         """Keep a gradient of the parameter itself apart, for the view's chain rule is not for it."""
-        if not self.shown:
-            return None
         self.passed = True
         if not self.apart:
             self.owe(rows_of(gradient, self.weight))
@@ -249,7 +285,7 @@ class GatheredWeights:
                 raise ValueError(
                     f"the weight '{name}' {why}, and others are sharded: what '{owner}' presents in its place would "
                     "not reach all of its layers; shard it with fully_shard alone, or leave it out with "
-                    f"exclude={[name.rpartition('.')[0]]}"
+                    f"{excluding(name)}"
                 )
         added = {name: Gathered(owner, name, weights[name], view) for name, view in views.items()}
         with ExitStack() as stack:
@@ -270,7 +306,7 @@ class GatheredWeights:
         present = {id(parameter) for parameter in self.module.parameters()}
         for weight in self.weights.values():
             weight.check(present)
-            weight.shown = True
+            weight.show()
         self.shown = True
 
     def drop(self) -> None:
@@ -278,7 +314,7 @@ class GatheredWeights:
         if not self.weights:
             return
         for weight in self.weights.values():
-            weight.shown = False
+            weight.drop()
         self.shown = False
         shards_in_place(self.module)
 

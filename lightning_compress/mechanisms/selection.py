@@ -66,6 +66,23 @@ def joined(name: str, inner: str) -> str:
     return ".".join(part for part in (plain_name(name), inner) if part)
 
 
+def excluding(name: str) -> str:
+    """How to leave out the layer of a weight; the root itself can only be left out by naming others.
+
+    Args:
+        name: Of the weight.
+
+    Returns:
+        An argument, for a message.
+
+    Example:
+        >>> excluding("model.fc.weight"), excluding("weight")
+        ("exclude=['model.fc']", 'layers=')
+    """
+    layer = name.rpartition(".")[0]
+    return f"exclude={[layer]}" if layer else "layers="
+
+
 def find_module(root: nn.Module, name: str, *, argument: str) -> nn.Module:
     """Find one module by its dotted name.
 

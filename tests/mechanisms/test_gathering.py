@@ -111,6 +111,30 @@ def test_a_penalty_on_the_parameter_itself_does_not_go_through_the_view(mesh):
     assert not layer.weight._backward_hooks
 
 
+def test_a_weight_that_learns_from_a_later_step_on_gets_a_penalty_whole(mesh):
+    layer = network(mesh)
+    layer.weight.requires_grad_(False)
+    views = WeightViews(layer)
+    with views.owned("example", {"weight": MaskedWeight(MASK)}):
+        for _ in range(2):
+            with views.presented():
+                penalty = layer.weight.full_tensor().sum()
+                learn(views, layer(X).sum() + penalty)
+            layer.weight.requires_grad_(True)
+        assert torch.equal(layer.weight.grad.full_tensor(), MASK * X.sum(dim=0) + 1)
+
+
+def test_a_weight_that_is_freed_within_a_step_is_an_error(mesh):
+    layer = network(mesh)
+    layer.weight.requires_grad_(False)
+    views = WeightViews(layer)
+    with views.owned("example", {"weight": MaskedWeight(MASK)}):
+        views.show()
+        layer.weight.requires_grad_(True)
+        with pytest.raises(RuntimeError, match="requires_grad of the weight 'weight' was changed within a step"):
+            learn(views, layer(X).sum())
+
+
 def test_a_gradient_of_zero_is_left_by_a_step_that_did_not_use_the_weight(mesh):
     layer = network(mesh)
     views = WeightViews(layer)

@@ -190,6 +190,24 @@ def read(place: Place, callback: str, circumstance: str) -> Found:
     return left(trainer, network, seen=reading.seen)
 
 
+class Thawing(L.Callback):
+    """Lets the first layer learn from the third step on."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.model.first.requires_grad_(False)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == 2:
+            pl_module.model.first.requires_grad_(True)
+
+
+def thawed(place: Place, callback: str, circumstance: str) -> Found:
+    """With a penalty on weights of which one is frozen when the fit begins."""
+    network, own = made(Penalised, **MODULE.get(circumstance, NOTHING)), CALLBACKS[callback]()
+    trainer = place.fit(network, Thawing(), own)
+    return left(trainer, network, masks=full(own.masks))
+
+
 def on(place: Place, network: str, callback: str) -> Found:
     """Six steps on a network of another kind, of which the LightningModule is the outermost unit."""
     module = made(NETWORKS[network])

@@ -125,6 +125,7 @@ def test_a_fit_after_a_plain_one_and_after_its_own_goes_on_from_the_dense_weight
     record("sharded", "PruningCallback", f"a second fit, {circumstance}", "exact")
 
 
+THAWED = list(itertools.product(["pruning", "dpf"], EXACT[:2]))
 READ = [
     pytest.param("pruning", EXACT[0], marks=pytest.mark.sample),
     ("pruning", EXACT[1]),
@@ -140,7 +141,17 @@ READ = [
 @pytest.fixture(scope="module")
 def reading(tmp_path_factory):
     cells = [getattr(cell, "values", cell) for cell in READ]
-    return launched(tmp_path_factory, "reading", [f"masks:read:{callback}:{where}" for callback, where in cells])
+    names = [f"masks:read:{callback}:{where}" for callback, where in cells]
+    return launched(tmp_path_factory, "reading", [*names, *(f"masks:thawed:{own}:{where}" for own, where in THAWED)])
+
+
+@pytest.mark.filterwarnings("ignore:.*get a part of their gradient past the layer")  # a penalty does
+@pytest.mark.slow
+@pytest.mark.parametrize(("callback", "circumstance"), THAWED)
+def test_a_weight_that_learns_from_a_later_step_on_gets_a_penalty_whole(reading, callback, circumstance, tmp_path):
+    name = f"masks:thawed:{callback}:{circumstance}"
+    d = equal_one_process(reading[name], name, tmp_path)
+    record("sharded", ROWS[callback], f"frozen at first, a penalty, {circumstance}", "exact", f"d = {d:.0e}")
 
 
 @pytest.mark.filterwarnings("ignore:.*get a part of their gradient past the layer")  # a penalty does
