@@ -204,7 +204,7 @@ class Thawing(L.Callback):
 def thawed(place: Place, callback: str, circumstance: str) -> Found:
     """With a penalty on weights of which one is frozen when the fit begins."""
     network, own = made(Penalised, **MODULE.get(circumstance, NOTHING)), CALLBACKS[callback]()
-    trainer = place.fit(network, Thawing(), own)
+    trainer = place.fit(network, Thawing(), own, limit_val_batches=0)
     return left(trainer, network, masks=full(own.masks))
 
 
