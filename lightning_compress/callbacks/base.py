@@ -35,7 +35,7 @@ from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs
 from lightning_compress.mechanisms.scores import forget_scores
 from lightning_compress.mechanisms.selection import find_module
-from lightning_compress.mechanisms.sharding import refuse_layout, shards_in_place
+from lightning_compress.mechanisms.sharding import class_name, refuse_layout, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.states import damage
 from lightning_compress.mechanisms.step import StepController, step_controller
@@ -303,7 +303,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if self._controller.steps == 0 and outputs:  # a skipped batch has none
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: somebody replaced "
-                f"{type(pl_module).__name__}.training_step after the start of the fit"
+                f"{class_name(pl_module)}.training_step after the start of the fit"
             )
         if self._everywhere(trainer, self._controller.steps > 0 and (automatic or not self._missing())):
             self.check_first_step(trainer, pl_module)
@@ -385,7 +385,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if idle and self.has_moved(pl_module):  # whoever trains nothing in an epoch has his reasons
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' trains helpers of its own with the user's optimizers, and in a "
-                f"whole epoch none of these stepped through Lightning: let {type(pl_module).__name__} step what "
+                f"whole epoch none of these stepped through Lightning: let {class_name(pl_module)} step what "
                 "self.optimizers() returns, or what its optimizer_step is given, not the torch optimizer inside"
             )
 
@@ -514,7 +514,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if self.changes_step and not ran and not optimises_automatically(pl_module) and self.has_moved(pl_module):
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: in a whole epoch "
-                f"{type(pl_module).__name__}.training_step never called self.compressed_loss(task_loss), and the "
+                f"{class_name(pl_module)}.training_step never called self.compressed_loss(task_loss), and the "
                 "parameters have moved"
             )
 
@@ -543,7 +543,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def _check_optimisation(self, trainer: Any, pl_module: Any) -> None:
         if not optimises_automatically(pl_module) and not getattr(pl_module, "_lightning_compress_mixin", False):
             raise ValueError(
-                f"{type(self).__name__} changes the step, and {type(pl_module).__name__} optimises manually: let it "
+                f"{type(self).__name__} changes the step, and {class_name(pl_module)} optimises manually: let it "
                 "inherit lightning_compress.CompressionMixin and call self.compressed_loss(task_loss) in its step"
             )
         for callback in trainer.callbacks:
@@ -577,7 +577,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if shards(trainer) and not optimises_automatically(pl_module):
             raise ValueError(
                 f"with {type(trainer.strategy).__name__} {type(self).__name__} works where Lightning optimises, and "
-                f"{type(pl_module).__name__} optimises manually; use one device or DDP"
+                f"{class_name(pl_module)} optimises manually; use one device or DDP"
             )
 
     def _tell_without_effect(self, owner: type, because: str, *arguments: str) -> None:

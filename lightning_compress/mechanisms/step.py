@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.mechanisms.controller import StepController
-from lightning_compress.mechanisms.sharding import sharded_units
+from lightning_compress.mechanisms.sharding import class_name, sharded_units
 from lightning_compress.mechanisms.wrapping import OWN_MARK, marked, shadowed
 
 __all__ = ["StepController", "find_controller", "step_controller"]
@@ -64,7 +64,7 @@ def step_controller(module: nn.Module) -> Iterator[StepController]:
     controller = find_controller(module)
     if controller is None:
         if not callable(getattr(module, "training_step", None)):
-            raise TypeError(f"{type(module).__name__} has no training_step to add to")
+            raise TypeError(f"{class_name(module)} has no training_step to add to")
         controller = StepController(module)
         _install(controller)
     controller.references += 1
