@@ -685,7 +685,7 @@ MUTATIONS = (
     Mutation(
         "what was gathered through a view stays when that is dropped",
         GATHERING,
-        "        self.shown = False\n        shards_in_place(self.module)",
+        "        self.shown = False\n        self._reshard()",
         "        self.shown = False",
         f"{GATHERING_TEST}::test_a_layer_is_given_the_view_and_the_weight_its_gradient",
     ),

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_compress import _compat
 from lightning_compress.functional._selection import Parts
 from lightning_compress.mechanisms.selection import excluding, listing
-from lightning_compress.mechanisms.sharding import Ranks, own_part, shards_in_place
+from lightning_compress.mechanisms.sharding import Ranks, own_part, sharded_units
 from lightning_compress.mechanisms.standins import standing_in
 
 if TYPE_CHECKING:
@@ -268,6 +269,7 @@ class GatheredWeights:
         self.weights: dict[str, Gathered] = {}
         self.shown = False
         self._learnt = False  # whether a backward pass was settled
+        self._units: list[FSDPModule] = []  # as long as the weights are those that were owned, so are these
 
     @contextmanager
     def owned(self, owner: str, weights: Mapping[str, nn.Parameter], views: Mapping[str, WeightView]) -> Iterator[None]:
@@ -276,7 +278,8 @@ class GatheredWeights:
         Raises:
             ValueError: If a weight cannot be presented when it is gathered; it is named.
         """
-        shards_in_place(self.module)
+        self._units = sharded_units(self.module)
+        self._reshard()
         known = {id(own.sharded_param): own for own in _compat.fsdp_parameters(self.module)}
         for name in views:
             found = known.get(id(weights[name]))
@@ -302,7 +305,7 @@ class GatheredWeights:
         """Present all weights from here on, as they are now."""
         if not self.weights:
             return
-        shards_in_place(self.module)
+        self._reshard()
         present = {id(parameter) for parameter in self.module.parameters()}
         for weight in self.weights.values():
             weight.check(present)
@@ -316,7 +319,7 @@ class GatheredWeights:
         for weight in self.weights.values():
             weight.drop()
         self.shown = False
-        shards_in_place(self.module)
+        self._reshard()
 
     @contextmanager
     def seen_as(self, views: Mapping[str, WeightView]) -> Iterator[None]:
@@ -342,7 +345,7 @@ class GatheredWeights:
             stand_ins: What it was computed with besides, as in :func:`standing_in`: layers may run once more here.
         """
         self._check_exchange()
-        shards_in_place(self.module)
+        self._reshard()
         parameters = list(self.module.parameters())
         earlier = [parameter.grad for parameter in parameters]
         for parameter in parameters:
@@ -359,10 +362,15 @@ class GatheredWeights:
         for parameter, gradient in zip(parameters, earlier, strict=True):
             parameter.grad = gradient
 
+    def _reshard(self) -> None:
+        """As :func:`shards_in_place`, without a search for the units in each step."""
+        for unit in self._units:
+            unit.reshard()
+
     def _swap(self, views: Mapping[str, WeightView]) -> None:
         for name, view in views.items():
             self.weights[name].view = view
-        shards_in_place(self.module)
+        self._reshard()
 
     def rows_seen(self, weight: Tensor) -> Tensor:
         """What forward passes see now of the rows that this process holds of a weight, before a policy casts it."""
@@ -412,7 +420,7 @@ class GatheredWeights:
 
     def _check_exchange(self) -> None:
         """Complain if gradients stay where they are: what is done with them is for those of all processes."""
-        if self.weights and not _compat.exchanges_gradients(self.module):
+        if self.weights and not _compat.exchanges_gradients(self._units):
             owners = sorted({weight.owner for weight in self.weights.values()})
             raise RuntimeError(
                 f"set_requires_gradient_sync(False) keeps gradients in each process, and {listing(owners)} works with "
