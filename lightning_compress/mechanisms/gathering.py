@@ -181,8 +181,9 @@ class Gathered:
 
     def show(self) -> None:
         """Present it from here on; a weight that was frozen before may learn by now."""
+        self.drop()
         self.shown = True
-        if self._hook is None and self.weight.requires_grad:  # FSDP2's own gradients come without autograd, so past it
+        if self.weight.requires_grad:  # FSDP2's own gradients come without autograd, so past it
             self._hook = self.weight.register_hook(self._pass)  # type: ignore[no-untyped-call]
 
     def drop(self) -> None:
@@ -214,9 +215,9 @@ class Gathered:
         """Put aside what earlier backward passes have accumulated, which has come through the view.
 
         Raises:
-            RuntimeError: If the weight was freed since it is presented, so that a penalty would go through the view.
+            RuntimeError: If the weight was frozen or freed since it is presented; a penalty would go through the view.
         """
-        if self._hook is None and self.weight.requires_grad:
+        if self.weight.requires_grad != (self._hook is not None):
             raise freed_or_frozen(self.name, self.owner)
         self._earlier, self.weight.grad = self.weight.grad, None
 

@@ -124,13 +124,14 @@ def test_a_weight_that_learns_from_a_later_step_on_gets_a_penalty_whole(mesh):
         assert torch.equal(layer.weight.grad.full_tensor(), MASK * X.sum(dim=0) + 1)
 
 
-def test_a_weight_that_is_freed_within_a_step_is_an_error(mesh):
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_weight_that_is_frozen_or_freed_within_a_step_is_an_error(mesh, learns):
     layer = network(mesh)
-    layer.weight.requires_grad_(False)
+    layer.weight.requires_grad_(learns)
     views = WeightViews(layer)
     with views.owned("example", {"weight": MaskedWeight(MASK)}):
         views.show()
-        layer.weight.requires_grad_(True)
+        layer.weight.requires_grad_(not learns)
         with pytest.raises(RuntimeError, match="requires_grad of the weight 'weight' was changed within a step"):
             learn(views, layer(X).sum())
 
