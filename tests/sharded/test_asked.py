@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 from records import record
@@ -10,9 +11,14 @@ from records import record
 from .place import in_ranks
 
 MESSAGES = {
-    "for nobody": "'kd': the distillation loss had no effect in the first epoch: no loss that self.compressed_loss was",
-    "never": "RuntimeError: Never.training_step never called self.compressed_loss(task_loss)",
+    "for nobody": "'kd': the distillation loss had no effect .*: no loss that self.compressed_loss was asked for",
+    "never": r"Never.training_step never called self.compressed_loss\(task_loss\)",
     "by themselves": "'kd' had no effect: in a whole epoch ByThemselves.training_step never called",
+}
+COLUMNS = {
+    "for nobody": "one process asks for a loss without terms",
+    "never": "one process never asks for a loss",
+    "by themselves": "one process never asks, and steps without an optimizer",
 }
 CELLS = list(itertools.product(MESSAGES, ["fsdp2", "ddp"]))
 
@@ -26,10 +32,9 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize(("kind", "strategy"), CELLS)
 def test_all_ranks_fail_where_one_does_not_ask(ranks, kind, strategy):
     first, second = (rank["error"] for rank in ranks[f"asked:fitted:{kind}:{strategy}"])
-    assert MESSAGES[kind] in second
+    assert re.search(MESSAGES[kind], second)
     assert "hangs" not in first
     if kind != "never":  # in which the second fails within its step, so that the first finds it gone
-        assert first.startswith("RuntimeError: rank 1 failed: ")
-        assert MESSAGES[kind] in first
-    column = f"manual optimisation, one process asks {kind.replace('themselves', 'itself')}"
-    record("sharded", "DistillationCallback", f"{column}, {strategy.upper()}", "refused", MESSAGES[kind])
+        assert re.match(f"RuntimeError: rank 1 failed: .*{MESSAGES[kind]}", first)
+    column = f"manual optimisation, {COLUMNS[kind]}, {strategy.upper()}"
+    record("sharded", "DistillationCallback", column, "refused", second.partition(": ")[2])

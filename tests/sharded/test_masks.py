@@ -58,7 +58,8 @@ def launched(tmp_path_factory, name, names):
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    return launched(tmp_path_factory, "first", [f"masks:fitted:{name}:{where}" for name, where in FIRST])
+    names = [f"masks:fitted:{name}:{where}" for name, where in FIRST]
+    return launched(tmp_path_factory, "first", [*names, "masks:read:{}:{}".format(*READ_FIRST)])
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +141,6 @@ READ = [
 
 
 @pytest.fixture(scope="module")
-def reading_first(tmp_path_factory):
-    return launched(tmp_path_factory, "reading_first", ["masks:read:{}:{}".format(*READ_FIRST)])
-
-
-@pytest.fixture(scope="module")
 def reading(tmp_path_factory):
     names = [f"masks:read:{callback}:{where}" for callback, where in READ[1:]]
     return launched(tmp_path_factory, "reading", [*names, *(f"masks:thawed:{own}:{where}" for own, where in THAWED)])
@@ -164,7 +160,7 @@ def test_a_weight_that_learns_from_a_later_step_on_gets_a_penalty_whole(reading,
 @pytest.mark.parametrize(("callback", "circumstance"), READ)
 def test_whoever_stands_before_ours_reads_the_gradients_of_one_process(request, callback, circumstance, tmp_path):
     name = f"masks:read:{callback}:{circumstance}"
-    launch = request.getfixturevalue("reading_first" if (callback, circumstance) == READ_FIRST else "reading")
+    launch = request.getfixturevalue("first" if (callback, circumstance) == READ_FIRST else "reading")
     ranks, reference = launch[name], alone(name, tmp_path)
     assert [rank.get("error") for rank in ranks] == [None, None]
     assert sorted({key.partition(" ")[0] for key in reference["seen"]}) == [
