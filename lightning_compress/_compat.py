@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
@@ -246,18 +246,18 @@ def users_class(module: nn.Module) -> type:
 
 def fsdp_parameters(module: nn.Module) -> list[Any]:
     """What FSDP2 knows of each parameter below a module that it has split over processes."""
-    return [own for group in _fsdp_groups(module) for own in group.fsdp_params]
+    units = [own for own in module.modules() if isinstance(own, FSDPModule)]
+    return [own for group in _fsdp_groups(units) for own in group.fsdp_params]
 
 
-def exchanges_gradients(module: nn.Module) -> bool:
+def exchanges_gradients(units: Sequence[FSDPModule]) -> bool:
     """Whether FSDP2 exchanges gradients after each backward pass; set_requires_gradient_sync(False) says not to."""
-    return all(group.reduce_grads for group in _fsdp_groups(module))
+    return all(group.reduce_grads for group in _fsdp_groups(units))
 
 
-def _fsdp_groups(module: nn.Module) -> list[Any]:
-    states = [own._get_fsdp_state() for own in module.modules() if isinstance(own, FSDPModule)]
+def _fsdp_groups(units: Sequence[FSDPModule]) -> list[Any]:
     found: list[Any] = []
-    for state in states:  # which has one group before torch 2.14
+    for state in (own._get_fsdp_state() for own in units):  # which has one group before torch 2.14
         several = hasattr(state, "_fsdp_param_groups")
         found += state._fsdp_param_groups if several else filter(None, [state._fsdp_param_group])
     return found

@@ -35,7 +35,7 @@ from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs
 from lightning_compress.mechanisms.scores import forget_scores
 from lightning_compress.mechanisms.selection import find_module
-from lightning_compress.mechanisms.sharding import refuse_layout, shards_in_place
+from lightning_compress.mechanisms.sharding import class_name, refuse_layout, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.states import damage
 from lightning_compress.mechanisms.step import StepController, step_controller
@@ -299,14 +299,13 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """After the first whole step, complain about what had no effect; a loss that is asked for may come later."""
         if self._verified or self._controller is None:
             return
-        if self._controller.steps == 0:
-            if outputs:  # a skipped batch has none
-                raise RuntimeError(
-                    f"{type(self).__name__} '{self.name}' had no effect: somebody replaced "
-                    f"{type(pl_module).__name__}.training_step after the start of the fit"
-                )
-            return
-        if optimises_automatically(pl_module) or not self._missing():
+        automatic = optimises_automatically(pl_module)
+        if self._controller.steps == 0 and outputs:  # a skipped batch has none
+            raise RuntimeError(
+                f"{type(self).__name__} '{self.name}' had no effect: somebody replaced "
+                f"{class_name(pl_module)}.training_step after the start of the fit"
+            )
+        if self._everywhere(trainer, self._controller.steps > 0 and (automatic or not self._missing())):
             self.check_first_step(trainer, pl_module)
 
     def check_first_step(self, trainer: Any, pl_module: Any) -> None:
@@ -315,10 +314,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         Raises:
             RuntimeError: If something had no effect.
         """
-        if (missing := self._missing()) is not None:
-            raise missing
         with _compat.patient_group(trainer.world_size) as tell:
-            together(tell, self.verify, trainer, pl_module)
+            together(tell, self._check_effects, trainer, pl_module)
         self._verified = True
         if callbacks_of(trainer)[-1] is self:
             self.tracker(trainer).settings(lambda: {"plan": _plan(trainer, pl_module)})
@@ -379,19 +376,16 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 stepped outside of the step, or no optimizer has stepped through Lightning so far.
         """
         if not self._verified and self._controller is not None:
-            if self._controller.steps > 0:
+            if self._everywhere(trainer, self._controller.steps > 0):
                 self.check_first_step(trainer, pl_module)
-            elif self.changes_step and not optimises_automatically(pl_module) and self.has_moved(pl_module):
-                raise RuntimeError(
-                    f"{type(self).__name__} '{self.name}' had no effect: in a whole epoch "
-                    f"{type(pl_module).__name__}.training_step never called self.compressed_loss(task_loss), and the "
-                    "parameters have moved"
-                )
+            else:
+                with _compat.patient_group(trainer.world_size) as tell:
+                    together(tell, self._check_asked, trainer, pl_module)
         idle = any(parameters.idle for parameters in self._owned)
         if idle and self.has_moved(pl_module):  # whoever trains nothing in an epoch has his reasons
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' trains helpers of its own with the user's optimizers, and in a "
-                f"whole epoch none of these stepped through Lightning: let {type(pl_module).__name__} step what "
+                f"whole epoch none of these stepped through Lightning: let {class_name(pl_module)} step what "
                 "self.optimizers() returns, or what its optimizer_step is given, not the torch optimizer inside"
             )
 
@@ -504,6 +498,26 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 "tensor_parallel_size=1"
             )
 
+    @staticmethod
+    def _everywhere(trainer: Any, decision: bool) -> bool:
+        """Whether all processes say so: what they do together must begin in the same batch on all."""
+        return bool(trainer.strategy.reduce_boolean_decision(decision, all=True))
+
+    def _check_effects(self, trainer: Any, pl_module: Any) -> None:
+        if (missing := self._missing()) is not None:
+            raise missing
+        self.verify(trainer, pl_module)
+
+    def _check_asked(self, trainer: Any, pl_module: Any) -> None:
+        """Complain about an epoch in which this process trained without a step that asked for a loss."""
+        ran = self._controller is not None and self._controller.steps > 0
+        if self.changes_step and not ran and not optimises_automatically(pl_module) and self.has_moved(pl_module):
+            raise RuntimeError(
+                f"{type(self).__name__} '{self.name}' had no effect: in a whole epoch "
+                f"{class_name(pl_module)}.training_step never called self.compressed_loss(task_loss), and the "
+                "parameters have moved"
+            )
+
     def _missing(self) -> RuntimeError | None:
         """What there should have been in the first step, or, where each loss is asked for, in the first epoch."""
         automatic = self._controller is None or optimises_automatically(self._controller.module)
@@ -529,7 +543,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def _check_optimisation(self, trainer: Any, pl_module: Any) -> None:
         if not optimises_automatically(pl_module) and not getattr(pl_module, "_lightning_compress_mixin", False):
             raise ValueError(
-                f"{type(self).__name__} changes the step, and {type(pl_module).__name__} optimises manually: let it "
+                f"{type(self).__name__} changes the step, and {class_name(pl_module)} optimises manually: let it "
                 "inherit lightning_compress.CompressionMixin and call self.compressed_loss(task_loss) in its step"
             )
         for callback in trainer.callbacks:
@@ -563,7 +577,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if shards(trainer) and not optimises_automatically(pl_module):
             raise ValueError(
                 f"with {type(trainer.strategy).__name__} {type(self).__name__} works where Lightning optimises, and "
-                f"{type(pl_module).__name__} optimises manually; use one device or DDP"
+                f"{class_name(pl_module)} optimises manually; use one device or DDP"
             )
 
     def _tell_without_effect(self, owner: type, because: str, *arguments: str) -> None:

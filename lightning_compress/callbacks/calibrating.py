@@ -35,6 +35,7 @@ from lightning_compress.mechanisms.quantization import QuantizationError, Quanti
 from lightning_compress.mechanisms.replay import replay, traceless
 from lightning_compress.mechanisms.rounding import Presented
 from lightning_compress.mechanisms.selection import find_module, joined, listing, plain_name, select_modules
+from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.step import step_controller
 from lightning_compress.mechanisms.weights import named_weights
@@ -207,7 +208,7 @@ class CalibratingCallback(CompressionCallback):
                 "when they are read once more; let them begin anew each time they are iterated over"
             )
         raise ValueError(
-            f"{type(pl_module).__name__}.training_step calls '{name or 'self'}', and validation_step does not, "
+            f"{class_name(pl_module)}.training_step calls '{name or 'self'}', and validation_step does not, "
             "so the quantised network could not be validated; it probably calls a part of it, or layers inside: "
             "name the part that both call with network="
         )
@@ -318,7 +319,7 @@ class CalibratingCallback(CompressionCallback):
                 chosen = select_modules(pl_module, [selector], None, types=(nn.Module,), argument=argument)
                 if not quantised.isdisjoint(chosen):
                     continue
-                kinds = sorted({type(module).__name__ for module in chosen.values()})
+                kinds = sorted({class_name(module) for module in chosen.values()})
                 raise ValueError(
                     f"{argument} has '{selector}', and nothing of it ({', '.join(kinds[:3])}) runs as a convolution or "
                     "a linear layer that is selected, for which ONNX Runtime has integer kernels"
@@ -364,7 +365,7 @@ class CalibratingCallback(CompressionCallback):
                     except Exception as error:  # whatever the user's step raises
                         raise QuantizationError(
                             f"{type(self).__name__} '{self.name}' calibrates with batches of the training data, and "
-                            f"{type(pl_module).__name__}'s step failed on one: {type(error).__name__}: {error}"
+                            f"{class_name(pl_module)}'s step failed on one: {type(error).__name__}: {error}"
                         ) from error
                     step()
                     yield

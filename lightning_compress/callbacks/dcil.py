@@ -44,7 +44,7 @@ from lightning_compress.mechanisms.outputs import Locator, find_logits
 from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.selection import check_selectors, listing
-from lightning_compress.mechanisms.sharding import is_shard, shards_in_place
+from lightning_compress.mechanisms.sharding import class_name, is_shard, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
 from lightning_compress.mechanisms.standins import leaves_of, scratch, standing_in, unlearning
@@ -188,7 +188,7 @@ class DCILCallback(DynamicMaskCallback):
             )
         if _compat.takes_iterator(trainer, pl_module):
             raise ValueError(
-                f"{type(self).__name__} runs the step twice on each batch, and that of {type(pl_module).__name__} "
+                f"{type(self).__name__} runs the step twice on each batch, and that of {class_name(pl_module)} "
                 "draws its batches itself, from dataloader_iter; let it take a batch"
             )
         for other in trainer.callbacks:
@@ -289,7 +289,7 @@ class DCILCallback(DynamicMaskCallback):
         norms = norms_of(module, self.norms, masked)
         if self.dense_path == "own_norm" and not norms:
             raise ValueError(
-                f"dense_path='own_norm' has no effect: {type(module).__name__} has no norm layers; choose 'shared'"
+                f"dense_path='own_norm' has no effect: {class_name(module)} has no norm layers; choose 'shared'"
             )
         names = self.classifier or self._own.classifier  # those of a checkpoint
         return norms, classifiers_named(module, names, masked) if names else {}
@@ -445,7 +445,7 @@ class DCILCallback(DynamicMaskCallback):
             said = [names.get(id(leaf), f"a tensor of shape {tuple(leaf.shape)}") for leaf in others]
             raise RuntimeError(
                 f"{listing(said)} would learn from both passes of '{self.name}': the step reaches them otherwise than "
-                f"through the layers of {type(module).__name__}, in a list or a hidden module, say; let them be "
+                f"through the layers of {class_name(module)}, in a list or a hidden module, say; let them be "
                 "attributes or children of a module, and read them there"
             )
 

@@ -126,7 +126,6 @@ class DynamicMaskCallback(MaskCallback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Measure the gradient in the step before an update, before it is clipped."""
         if self._progress is not None and self._progress.steps_after_this % self.update_interval == 0:
-            self._require_controller().weights.sharded.settle()
             self._to_log.update(self._gradient_norms())
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 

@@ -28,6 +28,7 @@ from lightning_compress.export.scales import HOW, Scales, given_steps
 from lightning_compress.functional.quantizers import MOST_BITS
 from lightning_compress.mechanisms.replay import replay
 from lightning_compress.mechanisms.selection import did_you_mean
+from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.step import StepController, step_controller
 from lightning_compress.report.measure import compressed_bytes, count_nonzeros, count_parameters, first_line
@@ -142,7 +143,7 @@ class ExportCallback(CompressionCallback):
             check_sample(self.sample)
         if self.metric is not None and not self._validates(trainer, pl_module):
             raise ValueError(
-                f"metric='{self.metric}' is measured in validation, and {type(pl_module).__name__} has none here: it "
+                f"metric='{self.metric}' is measured in validation, and {class_name(pl_module)} has none here: it "
                 "needs a validation_step, validation data and limit_val_batches above 0"
             )
 
@@ -187,7 +188,7 @@ class ExportCallback(CompressionCallback):
         if self.student_capture is None or self.metric is None or self.metric in known or not known:
             return
         message = (
-            f"metric='{self.metric}' is not logged by {type(pl_module).__name__}, which logs {sorted(known)}"
+            f"metric='{self.metric}' is not logged by {class_name(pl_module)}, which logs {sorted(known)}"
             f"{did_you_mean(self.metric, known)}"
         )
         if trainer.sanity_checking:
@@ -255,7 +256,7 @@ class ExportCallback(CompressionCallback):
         if not trainer.is_global_zero or self.result is None:
             return
         if not self._validates(trainer, pl_module):
-            log.info("%s: %s has no validation, so the file has no metrics", self.name, type(pl_module).__name__)
+            log.info("%s: %s has no validation, so the file has no metrics", self.name, class_name(pl_module))
             return
         try:
             if self.result.quantization is None:

@@ -185,8 +185,6 @@ class MaskedWeightsCallback(CompressionCallback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """From here on the dense weights are others than those that the fit began with."""
-        if self._controller is not None:
-            self._controller.weights.sharded.settle()
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._undo = None
 

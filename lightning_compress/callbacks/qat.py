@@ -425,7 +425,6 @@ class QATCallback(QuantisedCallback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """As the base, which lets steps learn; they stay positive."""
-        self._require_controller().weights.sharded.settle()
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if isinstance(self._fit.moving, LearnedGrids):
             self._fit.moving.clamp_()
@@ -759,6 +758,7 @@ class QATCallback(QuantisedCallback):
         """After the first quantised step: did it run what was calibrated?"""
         self._fit.checked = True
         calls = self._fit.calls
+        self._require_controller().weights.sharded.check_learnt()
         if not (self._used_shards(moving) if calls is None else calls.count):
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: the training step never called "

@@ -19,6 +19,7 @@ from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.quantization import GuardedCalls, QuantizationError, quantizing
 from lightning_compress.mechanisms.rounding import Rounding
 from lightning_compress.mechanisms.selection import find_module, listing, plain_name
+from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.states import GRIDS
 
 
@@ -160,7 +161,7 @@ class QuantisedCallback(CalibratingCallback):
         self._evaluation.close()
         if calls is not None and calls.count == 0:
             raise QuantizationError(
-                f"{type(self).__name__} '{self.name}' had no effect: {type(pl_module).__name__} never called "
+                f"{type(self).__name__} '{self.name}' had no effect: {class_name(pl_module)} never called "
                 f"'{(self.quantization or Grids()).network or 'self'}', so what was measured is the plain network; "
                 "name the part that it calls with network="
             )

@@ -24,6 +24,7 @@ from lightning_compress.export.sample import Sample
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.selection import find_module, joined
+from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.mechanisms.student import StudentCapture
@@ -159,7 +160,7 @@ class CompressionReport(CompressionCallback):
         """Copy the module, for the row "before"; the report does without where that is impossible."""
         problem = None
         if any(isinstance(parameter, nn.UninitializedParameter) for parameter in pl_module.parameters()):
-            problem = f"{type(pl_module).__name__} has lazy parameters without a shape"
+            problem = f"{class_name(pl_module)} has lazy parameters without a shape"
         else:
             try:
                 self._before = independent_copy(pl_module).cpu()
@@ -191,7 +192,7 @@ class CompressionReport(CompressionCallback):
         if sample is None and self._capture is not None and self._capture.problem is not None:
             notes.append(f"No network was found: {self._capture.problem}.")
         if network:
-            notes.append(f"Parameters, bytes and times are those of '{network}' inside {type(pl_module).__name__}.")
+            notes.append(f"Parameters, bytes and times are those of '{network}' inside {class_name(pl_module)}.")
         if self._before is None and shards(trainer):
             notes.append("before was not measured: the fit ran no step.")
         befores = [] if self._before is None else [("before", self._before)]
@@ -252,7 +253,7 @@ class CompressionReport(CompressionCallback):
     ) -> dict[str, dict[str, float]]:
         """The metrics of each row; what a callback measured already is taken from there."""
         if not has_validation(pl_module, trainer):
-            notes.append(f"There are no metrics: {type(pl_module).__name__} has no validation here.")
+            notes.append(f"There are no metrics: {class_name(pl_module)} has no validation here.")
             return {}
         metrics: dict[str, dict[str, float]] = {}
         exports = _exports(trainer)

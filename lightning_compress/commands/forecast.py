@@ -17,6 +17,7 @@ from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.controller import StepRecord
 from lightning_compress.mechanisms.isolation import evaluating
 from lightning_compress.mechanisms.selection import find_module, plain_name
+from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.teacher import Teacher
 from lightning_compress.report.measure import count_parameters, first_line, macs_by_layer, single_sample
 
@@ -56,7 +57,7 @@ def forecast(trainer: Any, pl_module: Any, step: StepRecord, warned: Sequence[st
     losses = {name: float(term) for name, term in step.terms.items()}
     task = None if step.task_loss is None else float(step.task_loss)
     return {
-        "module": type(pl_module).__name__,
+        "module": class_name(pl_module),
         "parameters": whole,
         "macs": sum(before.values()) if macs else None,
         "callbacks": callbacks,

@@ -28,7 +28,7 @@ from lightning_compress.mechanisms.rounding import (
     spread,
 )
 from lightning_compress.mechanisms.selection import plain_name
-from lightning_compress.mechanisms.sharding import Ranks, is_shard, own_part, shards_in_place
+from lightning_compress.mechanisms.sharding import Ranks, class_name, is_shard, own_part, shards_in_place
 
 LOOKS = 8
 """Batches on which the layers of a network are looked for: it may not take every path with each."""
@@ -471,7 +471,7 @@ def _refuse_scripted(network: nn.Module) -> None:
     scripted = [name for name, module in network.named_modules() if isinstance(module, torch.jit.ScriptModule)]
     if scripted:
         raise QuantizationError(
-            f"'{scripted[0] or type(network).__name__}' is scripted (torch.jit), and what runs in it cannot be seen, "
+            f"'{scripted[0] or class_name(network)}' is scripted (torch.jit), and what runs in it cannot be seen, "
             "so it cannot be quantised; use it unscripted"
         )
 

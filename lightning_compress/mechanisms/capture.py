@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.mechanisms.pausing import modes_paused
+from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.tree import named_tensors, rebuild
 from lightning_compress.mechanisms.wrapping import marked, shadowed
 
@@ -85,7 +86,7 @@ class Capture(AbstractContextManager["Capture"]):
 
     def __init__(self, module: nn.Module, *, direct: bool = False, when: Callable[[], bool] | None = None) -> None:
         if isinstance(module, torch.jit.ScriptModule):
-            raise CaptureError(f"{type(module).__name__} is a scripted module, which takes no hooks; use it unscripted")
+            raise CaptureError(f"{class_name(module)} is a scripted module, which takes no hooks; use it unscripted")
         self._module = module
         self._direct = direct
         self._when = when
@@ -168,7 +169,7 @@ class Capture(AbstractContextManager["Capture"]):
         written = given.written or returned.written
         if written is not None:
             self._written[self._module.training] = written
-        _refuse_lost(given, returned, type(self._module).__name__)
+        _refuse_lost(given, returned, class_name(self._module))
         args, kwargs = given.tree
         return NetworkCall(args, kwargs, returned.tree, given, returned.nodes, (given, returned))
 

@@ -21,6 +21,7 @@ from lightning_compress.mechanisms.losses import StepCalls, belonging, check_nam
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.replay import traceless
 from lightning_compress.mechanisms.selection import find_module
+from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.mechanisms.teacher import SharedTeacher, Teacher, own_copies, refuse_shared
 from lightning_compress.mechanisms.views import WeightViews
@@ -446,7 +447,7 @@ class StepController:
         waiting = sorted(self._terms) + self.weights.owners
         if waiting and self._learned and not self._asked:
             raise RuntimeError(
-                f"{type(self.module).__name__}.training_step never called self.compressed_loss(task_loss), so "
+                f"{class_name(self.module)}.training_step never called self.compressed_loss(task_loss), so "
                 f"{waiting} would have no effect"
             )
         self._asked = self._asked and not self._learned

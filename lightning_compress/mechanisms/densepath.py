@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from lightning_compress.mechanisms.isolation import LIBRARIES
 from lightning_compress.mechanisms.owned import OwnedParameters
 from lightning_compress.mechanisms.selection import find_module, listing, plain_name, select_modules
+from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.stages import LayerOutput
 from lightning_compress.mechanisms.standins import follow_, optimizer_like, paired, twins
 from lightning_compress.mechanisms.weights import NORMS
@@ -147,13 +148,13 @@ def norms_of(root: nn.Module, selectors: Sequence[str] | None, masked: set[int])
         name: module
         for name, module in named.items()
         if name not in found
-        and re.search(r"norm(alization)?(\dd)?$", type(module).__name__, re.IGNORECASE)
+        and re.search(r"norm(alization)?(\dd)?$", class_name(module), re.IGNORECASE)
         and type(module).__module__.partition(".")[0] not in LIBRARIES
         and _learns_or_counts(module)
         and not _holds(module, masked)
     }
     if others:
-        kinds = sorted({f"type:{type(module).__name__}" for module in (*found.values(), *others.values())})
+        kinds = sorted({f"type:{class_name(module)}" for module in (*found.values(), *others.values())})
         raise ValueError(
             f"{listing(list(others))} may be norm layers, of a kind that is not known: name all norm layers, "
             f"norms={kinds}, or choose dense_path='shared'"
@@ -188,7 +189,7 @@ def classifiers_named(root: nn.Module, names: str | Sequence[str], masked: set[i
             if next(part.parameters(recurse=False), None) is not None
         }
         if not own:
-            raise ValueError(f"classifier names '{name}', a {type(top).__name__} without parameters")
+            raise ValueError(f"classifier names '{name}', a {class_name(top)} without parameters")
         if taken := [part for part, module in own.items() if _holds(module, masked)]:
             raise ValueError(
                 f"classifier names '{name}', and the weights of {listing(taken)} are masked; leave them out with "

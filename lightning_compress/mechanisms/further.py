@@ -31,7 +31,7 @@ from lightning_compress.mechanisms.isolation import (
     is_users,
 )
 from lightning_compress.mechanisms.selection import listing
-from lightning_compress.mechanisms.sharding import own_part, shards_in_place
+from lightning_compress.mechanisms.sharding import class_name, own_part, shards_in_place
 from lightning_compress.mechanisms.student import is_metric
 from lightning_compress.mechanisms.wrapping import shadowed
 
@@ -83,7 +83,7 @@ class FurtherPass:
         module = self._module
         if _fingerprint(self._arguments, set()) != self._batch:
             raise RuntimeError(
-                f"the step of {type(module).__name__} changes its batch, and it runs twice on each batch here (again "
+                f"the step of {class_name(module)} changes its batch, and it runs twice on each batch here (again "
                 f"for the pass '{name}'), the second time on what the first made of it. Change a copy"
             )
         with ExitStack() as stack:
@@ -105,7 +105,7 @@ class FurtherPass:
                 if "require grad" not in str(error):
                     raise
                 raise RuntimeError(
-                    f"the step of {type(module).__name__} takes gradients by parameters that do not learn in the pass "
+                    f"the step of {class_name(module)} takes gradients by parameters that do not learn in the pass "
                     f"'{name}', in which it runs once more: a technique that runs the step once, such as DPFCallback, "
                     f"can have that ({error})"
                 ) from error
@@ -114,7 +114,7 @@ class FurtherPass:
         changed += [name for name, (own, value) in values.items() if name not in changed and not _equal(own, value)]
         if changed:
             raise RuntimeError(
-                f"the step of {type(module).__name__} changes {listing(changed)}, and it runs twice on each batch here "
+                f"the step of {class_name(module)} changes {listing(changed)}, and it runs twice on each batch here "
                 f"(again for the pass '{name}'), so that would be done twice. Change it outside of the step, in "
                 "on_train_batch_end say, or take a technique that runs the step once, such as DPFCallback"
             )

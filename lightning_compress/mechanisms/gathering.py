@@ -2,24 +2,25 @@
 
 Each process works on its rows of a weight, and nothing is gathered for that. A view is presented where FSDP2 reads a
 shard to gather it, so that layers receive the presented weight, also where they run again in the backward pass. Its
-chain rule is applied to the rows of the gradient that come back.
+chain rule is applied to the rows of the gradient that come back, before the backward pass returns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_compress import _compat
 from lightning_compress.functional._selection import Parts
-from lightning_compress.mechanisms.selection import listing
-from lightning_compress.mechanisms.sharding import Ranks, own_part, shards_in_place
+from lightning_compress.mechanisms.selection import excluding, listing
+from lightning_compress.mechanisms.sharding import Ranks, own_part, sharded_units
 from lightning_compress.mechanisms.standins import standing_in
 
 if TYPE_CHECKING:
@@ -110,6 +111,26 @@ def gathered(value: Any) -> Any:
     return [gathered(own) for own in value] if isinstance(value, list) else value
 
 
+def freed_or_frozen(name: str, owner: str) -> RuntimeError:
+    """The error for a weight whose requires_grad was changed within a step.
+
+    Args:
+        name: Of the weight.
+        owner: Name of who presents it.
+
+    Returns:
+        To be raised.
+
+    Example:
+        >>> freed_or_frozen("fc.weight", "dpf").args[0].partition(";")[0]
+        "requires_grad of the weight 'fc.weight' was changed within a step, after 'dpf' had presented it"
+    """
+    return RuntimeError(
+        f"requires_grad of the weight '{name}' was changed within a step, after '{owner}' had presented it; change it "
+        f"between steps, or leave the layer out with {excluding(name)}"
+    )
+
+
 def parts_of(weights: Iterable[Tensor]) -> Parts | None:
     """How processes that hold shards of weights work together.
 
@@ -146,17 +167,31 @@ class Gathered:
         """Whether a backward pass runs from which the parameter itself does not learn."""
         self.passed = False
         """Whether a gradient has come past the view, as that of a penalty over parameters() does."""
+        self._hook: Any = None  # while shown, if it learns
         self._settled = 0  # gathers at the last settlement
+        self._earlier: Tensor | None = None  # the gradient before the backward pass that runs
         self._owed: Tensor | None = None  # rows of a gradient that is not to go through the view any more
         self._shard: Tensor | None = None
 
     @contextmanager
     def installed(self, known: Any) -> Iterator[None]:
         """Present it, while :attr:`shown`, for as long as the context lasts; FSDP2 knows this of it."""
-        with _compat.gathered_as(known, self._present) as self._shard, ExitStack() as stack:
-            if self.weight.requires_grad:  # FSDP2 puts its gradients in place without autograd, so past this hook
-                stack.enter_context(self.weight.register_hook(self._pass))  # type: ignore[no-untyped-call]
+        with _compat.gathered_as(known, self._present) as self._shard:
             yield
+
+    def show(self) -> None:
+        """Present it from here on; a weight that was frozen before may learn by now."""
+        self.drop()
+        self.shown = True
+        if self.weight.requires_grad:  # FSDP2's own gradients come without autograd, so past it
+            self._hook = self.weight.register_hook(self._pass)  # type: ignore[no-untyped-call]
+
+    def drop(self) -> None:
+        """Present it no more."""
+        self.shown = False
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def check(self, present: Container[int]) -> None:
         """Complain if its shard, or the parameter, is no more among those present, so that the view would be lost."""
@@ -165,7 +200,7 @@ class Gathered:
         raise RuntimeError(
             f"the weight '{self.name}', which '{self.owner}' presents, was replaced by another since the fit began, as "
             "load_state_dict(assign=True) and Module.to() do: do so before the fit, or leave it out with "
-            f"exclude={[self.name.rpartition('.')[0]]}"
+            f"{excluding(self.name)}"
         )
 
     def seen(self, shard: Tensor) -> Tensor:
@@ -176,34 +211,43 @@ class Gathered:
         """Add rows to the gradient that is settled next."""
         self._owed = gradient if self._owed is None else self._owed + gradient
 
+    def begin(self) -> None:
+        """Put aside what earlier backward passes have accumulated, which has come through the view.
+
+        Raises:
+            RuntimeError: If the weight was frozen or freed since it is presented; a penalty would go through the view.
+        """
+        if self.weight.requires_grad != (self._hook is not None):
+            raise freed_or_frozen(self.name, self.owner)
+        self._earlier, self.weight.grad = self.weight.grad, None
+
     def settle(self) -> None:
-        """Apply the chain rule of the view to the gradient that has come back from all processes.
+        """Apply the chain rule of the view to the gradient that has come back from all processes since it began.
 
         Raises:
             RuntimeError: If the weight was not gathered, so that a gradient other than zero is not that of the view.
         """
-        gradient, owed = self.weight.grad, self._owed
-        self._owed = None
-        if gradient is None:
-            self.weight.grad = None if owed is None else sharded_as(owed, self.weight)
-            return
-        own = own_part(gradient)
+        earlier, gradient = (None if own is None else own_part(own) for own in (self._earlier, self.weight.grad))
+        through = None if gradient is None else self._through(gradient)
+        found = [rows for rows in (earlier, through, self._owed) if rows is not None]
+        self._earlier = self._owed = None
+        for rows in found[1:]:
+            found[0].add_(rows)
+        self.weight.grad = sharded_as(found[0], self.weight) if found else None
+
+    def _through(self, rows: Tensor) -> Tensor:
         if self.gathers != self._settled:
             self._settled = self.gathers
-            if not self.view.plain:
-                own.copy_(self.view.gradient(own))
-        elif own.any():  # else a step did not use the weight, and zero_grad(set_to_none=False) left zeros
+            return rows if self.view.plain else self.view.gradient(rows)
+        if rows.any():  # else only a penalty read the weight, and its gradient is kept apart
             raise RuntimeError(
                 f"the weight '{self.name}' has a gradient, and was never gathered through the view of '{self.owner}': "
                 "somebody has replaced its shard since the fit began"
             )
-        if owed is not None:
-            own.add_(owed)
+        return rows
 
     def _pass(self, gradient: Tensor) -> Tensor | None:
         """Keep a gradient of the parameter itself apart, for the view's chain rule is not for it."""
-        if not self.shown:
-            return None
         self.passed = True
         if not self.apart:
             self.owe(rows_of(gradient, self.weight))
@@ -225,7 +269,8 @@ class GatheredWeights:
         self.module = module
         self.weights: dict[str, Gathered] = {}
         self.shown = False
-        self._settled = True
+        self._learnt = False  # whether a backward pass was settled
+        self._units: list[FSDPModule] = []  # as long as the weights are those that were owned, so are these
 
     @contextmanager
     def owned(self, owner: str, weights: Mapping[str, nn.Parameter], views: Mapping[str, WeightView]) -> Iterator[None]:
@@ -234,7 +279,8 @@ class GatheredWeights:
         Raises:
             ValueError: If a weight cannot be presented when it is gathered; it is named.
         """
-        shards_in_place(self.module)
+        self._units = sharded_units(self.module)
+        self._reshard()
         known = {id(own.sharded_param): own for own in _compat.fsdp_parameters(self.module)}
         for name in views:
             found = known.get(id(weights[name]))
@@ -243,7 +289,7 @@ class GatheredWeights:
                 raise ValueError(
                     f"the weight '{name}' {why}, and others are sharded: what '{owner}' presents in its place would "
                     "not reach all of its layers; shard it with fully_shard alone, or leave it out with "
-                    f"exclude={[name.rpartition('.')[0]]}"
+                    f"{excluding(name)}"
                 )
         added = {name: Gathered(owner, name, weights[name], view) for name, view in views.items()}
         with ExitStack() as stack:
@@ -260,21 +306,21 @@ class GatheredWeights:
         """Present all weights from here on, as they are now."""
         if not self.weights:
             return
-        shards_in_place(self.module)
+        self._reshard()
         present = {id(parameter) for parameter in self.module.parameters()}
         for weight in self.weights.values():
             weight.check(present)
-            weight.shown = True
-        self.shown, self._settled = True, False
+            weight.show()
+        self.shown = True
 
     def drop(self) -> None:
         """Let the layers read the weights again."""
         if not self.weights:
             return
         for weight in self.weights.values():
-            weight.shown = False
+            weight.drop()
         self.shown = False
-        shards_in_place(self.module)
+        self._reshard()
 
     @contextmanager
     def seen_as(self, views: Mapping[str, WeightView]) -> Iterator[None]:
@@ -300,7 +346,7 @@ class GatheredWeights:
             stand_ins: What it was computed with besides, as in :func:`standing_in`: layers may run once more here.
         """
         self._check_exchange()
-        shards_in_place(self.module)
+        self._reshard()
         parameters = list(self.module.parameters())
         earlier = [parameter.grad for parameter in parameters]
         for parameter in parameters:
@@ -317,23 +363,51 @@ class GatheredWeights:
         for parameter, gradient in zip(parameters, earlier, strict=True):
             parameter.grad = gradient
 
+    def _reshard(self) -> None:
+        """As :func:`shards_in_place`, without a search for the units in each step."""
+        for unit in self._units:
+            unit.reshard()
+
     def _swap(self, views: Mapping[str, WeightView]) -> None:
         for name, view in views.items():
             self.weights[name].view = view
-        shards_in_place(self.module)
+        self._reshard()
 
     def rows_seen(self, weight: Tensor) -> Tensor:
         """What forward passes see now of the rows that this process holds of a weight, before a policy casts it."""
         own = next((entry for entry in self.weights.values() if entry.weight is weight), None)
         return own_part(weight) if own is None else own.seen(own_part(weight))
 
-    def settle(self) -> None:
-        """Apply the chain rules of the views to the gradients, once a step; whoever comes first in it does."""
-        if not self._settled:
-            self._check_exchange()
-            for weight in self.weights.values():
+    def learning(self, backward: Callable[..., None]) -> Callable[..., None]:
+        """A backward pass after which all gradients have come through the views, so that nobody sees others.
+
+        Args:
+            backward: Runs the backward pass, as LightningModule.backward does.
+
+        Returns:
+            What runs it in its place.
+        """
+
+        def settled(*args: Any, **kwargs: Any) -> None:
+            weights = [*self.weights.values()] if self.shown else []
+            for weight in weights:
+                weight.begin()
+            backward(*args, **kwargs)
+            if weights:
+                self._check_exchange()
+                self._learnt = True
+            for weight in weights:
                 weight.settle()
-        self._settled = True
+
+        return settled
+
+    def check_learnt(self) -> None:
+        """Complain, after a step, if its backward pass was not one of :meth:`learning`."""
+        if self.weights and not self._learnt:
+            raise RuntimeError(
+                "the backward pass of the first step did not call the module's backward(), as Lightning's do, so the "
+                f"gradients of {listing(sorted(self.weights))} are not those of the weights that the optimizer steps"
+            )
 
     def passed(self, owner: str) -> list[str]:
         """The weights of an owner that got a part of their gradient past their views."""
@@ -347,7 +421,7 @@ class GatheredWeights:
 
     def _check_exchange(self) -> None:
         """Complain if gradients stay where they are: what is done with them is for those of all processes."""
-        if self.weights and not _compat.exchanges_gradients(self.module):
+        if self.weights and not _compat.exchanges_gradients(self._units):
             owners = sorted({weight.owner for weight in self.weights.values()})
             raise RuntimeError(
                 f"set_requires_gradient_sync(False) keeps gradients in each process, and {listing(owners)} works with "

@@ -22,7 +22,7 @@ from lightning_compress.mechanisms.capture import Capture, CaptureError, Network
 from lightning_compress.mechanisms.isolation import MUTED, attributes_kept, device_of, module_kept, random_state_kept
 from lightning_compress.mechanisms.loaders import data_kept, independent_loaders
 from lightning_compress.mechanisms.selection import find_module
-from lightning_compress.mechanisms.sharding import sharded_units
+from lightning_compress.mechanisms.sharding import class_name, sharded_units
 from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.mechanisms.wrapping import shadowed
@@ -113,7 +113,7 @@ class Replay:
                 capture.abort()  # a skipped batch: whatever it called is no evidence
             if capture.names is None:
                 raise CaptureError(
-                    f"the {self._method.replace('_', ' ')} of {type(self._module).__name__} calls no network"
+                    f"the {self._method.replace('_', ' ')} of {class_name(self._module)} calls no network"
                 )
             return capture.names
 
@@ -164,7 +164,7 @@ class Replay:
         manual = not getattr(self._module, "automatic_optimization", True)
         when = " before its first backward pass, where a step that is only looked at ends" if manual else ""
         raise CaptureError(
-            f"the training step of {type(self._module).__name__} does not call the student "
+            f"the training step of {class_name(self._module)} does not call the student "
             f"'{'/'.join(student)}'{when}; choose another with student=, or name its layers"
         )
 
@@ -275,7 +275,7 @@ def replay(
 
     if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters()):
         raise ValueError(
-            f"{type(module).__name__} has lazy modules, which get their shapes in the first step, and the step would "
+            f"{class_name(module)} has lazy modules, which get their shapes in the first step, and the step would "
             "have to be run before: call the network once on an example before the fit"
         )
     with ExitStack() as stack:

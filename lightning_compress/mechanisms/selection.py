@@ -12,6 +12,7 @@ from torch import nn
 from lightning_compress._compat import COMPILED_CHILD
 from lightning_compress.functional._checks import check_name, shown
 from lightning_compress.functional._checks import did_you_mean as did_you_mean
+from lightning_compress.mechanisms.sharding import class_name
 
 
 def listing(names: Sequence[str], most: int | None = 5) -> str:
@@ -66,6 +67,23 @@ def joined(name: str, inner: str) -> str:
     return ".".join(part for part in (plain_name(name), inner) if part)
 
 
+def excluding(name: str) -> str:
+    """How to leave out the layer of a weight; the root itself can only be left out by naming others.
+
+    Args:
+        name: Of the weight.
+
+    Returns:
+        An argument, for a message.
+
+    Example:
+        >>> excluding("model.fc.weight"), excluding("weight")
+        ("exclude=['model.fc']", 'layers=')
+    """
+    layer = name.rpartition(".")[0]
+    return f"exclude={[layer]}" if layer else "layers="
+
+
 def find_module(root: nn.Module, name: str, *, argument: str) -> nn.Module:
     """Find one module by its dotted name.
 
@@ -94,7 +112,7 @@ def find_module(root: nn.Module, name: str, *, argument: str) -> nn.Module:
         if plain_name(own_name) == plain_name(name):
             return module
     nearest = did_you_mean(name, {plain_name(own_name): None for own_name in modules})
-    raise ValueError(f"{argument} names '{name}', not a module of {type(root).__name__}{nearest}")
+    raise ValueError(f"{argument} names '{name}', not a module of {class_name(root)}{nearest}")
 
 
 def select_modules(
@@ -137,14 +155,14 @@ def select_modules(
     accepted = _listing(kind.__name__ for kind in types)
     if not chosen:
         more = f"; name layers of another kind with {argument}=" if layers is None else ""
-        raise ValueError(f"{argument} selects nothing: {type(root).__name__} has no {accepted}{more}")
+        raise ValueError(f"{argument} selects nothing: {class_name(root)} has no {accepted}{more}")
     if layers is not None:
         wanted: set[int] = set()
         for selector in check_selectors(layers, argument):
             matched = _matches(named, selector, argument)
             below = chosen & {id(part) for module in matched for part in module.modules()}
             if not below:
-                found = _listing(type(module).__name__ for module in matched)
+                found = _listing(class_name(module) for module in matched)
                 raise ValueError(f"{argument} names '{selector}', of type {found} and without any {accepted} in it")
             wanted |= below
         chosen = wanted
@@ -165,7 +183,7 @@ def _matches(named: list[tuple[str, nn.Module]], selector: str, argument: str) -
     if selector.startswith("type:"):
         kind = selector.removeprefix("type:")
         found = [module for _, module in named if kind in _class_names(module)]
-        candidates = {f"type:{type(module).__name__}": None for _, module in named}
+        candidates = {f"type:{class_name(module)}": None for _, module in named}
     else:
         matcher = _name_matcher(selector, {plain_name(name) for name, _ in named}, argument)
         found = [module for name, module in named if matcher(name) or matcher(plain_name(name))]

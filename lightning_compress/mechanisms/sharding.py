@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lightning_compress import _compat
+
 
 def sharded_units(root: nn.Module) -> list[FSDPModule]:
     """The modules below a root, itself included, that ``fully_shard`` was called with.
@@ -30,6 +32,22 @@ def sharded_units(root: nn.Module) -> list[FSDPModule]:
         []
     """
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def class_name(module: nn.Module) -> str:
+    """The class of a module as its author named it, for messages; ``fully_shard`` puts one of its own in its place.
+
+    Args:
+        module: Sharded or not.
+
+    Returns:
+        The name without its module.
+
+    Example:
+        >>> class_name(nn.Linear(1, 1))
+        'Linear'
+    """
+    return _compat.users_class(module).__name__
 
 
 def is_shard(tensor: Any) -> bool:

@@ -19,6 +19,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress import _compat
+from lightning_compress.mechanisms.sharding import class_name
 
 
 @contextmanager
@@ -228,7 +229,7 @@ def _put_back(table: dict[str, Any], name: str, tensor: Tensor, stand_in: Tensor
 
 def _take_away(module: nn.Module, name: str, stand_in: Tensor) -> None:
     if vars(module).pop(name, None) is not stand_in:
-        raise RuntimeError(f"'{name}' of a {type(module).__name__} was replaced while another tensor stood in for it")
+        raise RuntimeError(f"'{name}' of a {class_name(module)} was replaced while another tensor stood in for it")
 
 
 def _twin(layer: nn.Module) -> nn.Module:

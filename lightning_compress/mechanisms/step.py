@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.sharding import class_name, sharded_units
 from lightning_compress.mechanisms.wrapping import OWN_MARK, marked, shadowed
 
 __all__ = ["StepController", "find_controller", "step_controller"]
@@ -63,7 +64,7 @@ def step_controller(module: nn.Module) -> Iterator[StepController]:
     controller = find_controller(module)
     if controller is None:
         if not callable(getattr(module, "training_step", None)):
-            raise TypeError(f"{type(module).__name__} has no training_step to add to")
+            raise TypeError(f"{class_name(module)} has no training_step to add to")
         controller = StepController(module)
         _install(controller)
     controller.references += 1
@@ -90,3 +91,5 @@ def _install(controller: StepController) -> None:
     # Lightning asks whether validation_step is overridden; the wrapper answers through __wrapped__, as the original.
     if hasattr(module, "validation_step"):
         stack.enter_context(shadowed(module, "validation_step", validation))
+    if sharded_units(module) and hasattr(module, "backward"):
+        stack.enter_context(shadowed(module, "backward", controller.weights.sharded.learning))

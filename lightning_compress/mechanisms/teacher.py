@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, NetworkCall, only_call
 from lightning_compress.mechanisms.selection import find_module
+from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.tree import named_tensors, rebuild
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -247,7 +248,7 @@ def refuse_shared(module: nn.Module, trained: nn.Module, *, argument: str) -> No
     shared = _shared(module, trained)
     if shared is not None:
         raise ValueError(
-            f"{argument} {type(module).__name__} shares {shared} with {type(trained).__name__}, the module being "
+            f"{argument} {type(module).__name__} shares {shared} with {class_name(trained)}, the module being "
             f"trained, and would freeze it; give a copy: copy.deepcopy({argument})"
         )
 
@@ -260,7 +261,7 @@ def _shared(module: nn.Module, other: nn.Module) -> str | None:
     if any(buffer in buffers for buffer in module.buffers()):
         return "buffers"
     shared = next((part for part in module.modules() if part in parts), None)
-    return None if shared is None else f"the {type(shared).__name__}"
+    return None if shared is None else f"the {class_name(shared)}"
 
 
 def _as_arguments(value: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

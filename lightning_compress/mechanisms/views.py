@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
-from lightning_compress.mechanisms.gathering import Gathered, GatheredWeights
-from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.gathering import Gathered, GatheredWeights, freed_or_frozen
+from lightning_compress.mechanisms.selection import excluding, plain_name
 from lightning_compress.mechanisms.sharding import sharded_units, shards_in_place
 from lightning_compress.mechanisms.weights import Site, named_weights, sites_of
 from lightning_compress.mechanisms.wrapping import OWN_MARK
@@ -253,7 +253,7 @@ class WeightViews:
                 raise RuntimeError(
                     f"the weight '{weight.name}', which '{weight.owner}' presents, was replaced by another, or its "
                     "layer was, since the fit began: do so before the fit, or leave it out with "
-                    f"{_excluding(weight.name)}"
+                    f"{excluding(weight.name)}"
                 )
         for weight in self._weights.values():
             weight.show(keep_original=self._compare_next)
@@ -282,10 +282,7 @@ class WeightViews:
         for name, weight in self._weights.items():
             if weight.shown is not None and weight.weight.requires_grad != weight.required_grad:
                 self.abandon()
-                raise RuntimeError(
-                    f"requires_grad of the weight '{name}' was changed within a step, after '{weight.owner}' had "
-                    f"presented it; change it between steps, or leave the layer out with {_excluding(name)}"
-                )
+                raise freed_or_frozen(name, weight.owner)
         self._compare_next = False
         self._remove()
 
@@ -409,7 +406,12 @@ class WeightViews:
             RuntimeError if a gradient, or a call, went past a view, or requires_grad was changed after it was shown.
         """
         if self.sharded.weights:  # a step has an error of its own for those that were not presented
-            yield lambda: Usage(self.sharded.unused(owner), self.sharded.passed(owner))
+
+            def used() -> Usage:
+                self.sharded.check_learnt()
+                return Usage(self.sharded.unused(owner), self.sharded.passed(owner))
+
+            yield used
             return
         own = {name: weight for name, weight in self._weights.items() if weight.owner == owner}
         called: set[int] = set()
@@ -453,7 +455,7 @@ class WeightViews:
             for name, what in past.items():
                 raise RuntimeError(
                     f"the weight '{name}' {what}, so what '{owner}' presents in its place has no effect; leave the "
-                    f"layer out with {_excluding(name)}"
+                    f"layer out with {excluding(name)}"
                 )
             used = graded | {weight.name for part in called for weight, _ in read_by.get(part, ())}
             return Usage([] if not called else [name for name in own if name not in used], sorted(partly))
@@ -477,7 +479,7 @@ class WeightViews:
                 raise RuntimeError(
                     f"the weight '{name}' {what} within a step, where '{self._weights[name].owner}' presents another "
                     "in its place, so the change would be lost. Make it between steps, for example in "
-                    f"on_train_batch_end, or leave the layer out with {_excluding(name)}"
+                    f"on_train_batch_end, or leave the layer out with {excluding(name)}"
                 )
 
     def _all(self) -> list[_Presented | Gathered]:
@@ -525,9 +527,3 @@ def _no_hook() -> Callable[..., None]:
 
 def _do_nothing(*_: Any) -> None:
     """In the place of a hook of ours in a copy."""
-
-
-def _excluding(name: str) -> str:
-    """How to leave out the layer of a weight; the root itself can only be left out by naming others."""
-    layer = name.rpartition(".")[0]
-    return f"exclude={[layer]}" if layer else "layers="

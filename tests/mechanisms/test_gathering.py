@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,10 @@ def network(mesh):
     return fully_shard(layer, mesh=mesh)
 
 
+def learn(views, loss):
+    views.sharded.learning(loss.backward)()
+
+
 def test_a_layer_is_given_the_view_and_the_weight_its_gradient(mesh):
     layer = network(mesh)
     dense = layer.weight.full_tensor().detach().clone()
@@ -44,20 +49,18 @@ def test_a_layer_is_given_the_view_and_the_weight_its_gradient(mesh):
     plain = layer(X).detach()
     with views.owned("example", {"weight": MaskedWeight(MASK)}):
         assert torch.equal(layer(X), plain)  # nothing is shown yet
-        with views.presented():
-            assert views.active
-            layer(X).square().sum().backward()
+        for _ in range(2):
+            with views.presented():
+                assert views.active
+                learn(views, layer(X).square().sum())
         gradient = layer.weight.grad.full_tensor().clone()
-        views.sharded.settle()
-        assert torch.equal(layer.weight.grad.full_tensor(), gradient * MASK)
-        views.sharded.settle()  # once a step
         assert not views.active
         with views.presented():
             masked = layer(X)
         assert torch.equal(masked, nn.functional.linear(X, dense * MASK, layer.bias.full_tensor()))
     reference = (dense * MASK).requires_grad_()
     nn.functional.linear(X, reference, layer.bias.full_tensor().detach()).square().sum().backward()
-    assert torch.allclose(gradient, reference.grad, atol=1e-6)
+    assert torch.allclose(gradient, 2 * MASK * reference.grad, atol=1e-6)
     assert torch.equal(layer(X), plain)
     layer.reshard()
     assert torch.equal(layer.weight.full_tensor(), dense)
@@ -69,11 +72,21 @@ def test_a_gradient_that_did_not_come_through_the_view_is_an_error(mesh):
     views = WeightViews(layer)
     with views.owned("example", {"weight": FeedbackWeight(MASK)}):
         views.show()
-        layer.weight.grad = sharded_as(torch.ones(2, 3), layer.weight)
+        arrives = partial(setattr, layer.weight, "grad", sharded_as(torch.ones(2, 3), layer.weight))
         with pytest.raises(
             RuntimeError, match="'weight' has a gradient, and was never gathered through the view of 'exa"
         ):
-            views.sharded.settle()
+            views.sharded.learning(arrives)()
+
+
+def test_a_first_step_whose_backward_pass_went_past_the_views_is_an_error(mesh):
+    layer = network(mesh)
+    views = WeightViews(layer)
+    with views.owned("example", {"weight": MaskedWeight(MASK)}), views.watched("example") as usage:
+        with views.presented():
+            layer(X).square().sum().backward()
+        with pytest.raises(RuntimeError, match=r"did not call the module's backward\(\), .* gradients of 'weight'"):
+            usage()
 
 
 def test_a_penalty_on_the_parameter_itself_does_not_go_through_the_view(mesh):
@@ -84,9 +97,8 @@ def test_a_penalty_on_the_parameter_itself_does_not_go_through_the_view(mesh):
         views.watched("example") as usage,
     ):
         with views.presented():
-            layer(X).sum().backward()
-            (layer.weight.full_tensor().sum() + layer.weight.to_local().sum()).backward()
-        views.sharded.settle()
+            penalty = layer.weight.full_tensor().sum() + layer.weight.to_local().sum()
+            learn(views, layer(X).sum() + penalty)
         assert torch.equal(layer.weight.grad.full_tensor(), MASK * X.sum(dim=0) + 2)
         assert usage() == ([], ["weight"])
         layer.weight.grad = None
@@ -94,10 +106,34 @@ def test_a_penalty_on_the_parameter_itself_does_not_go_through_the_view(mesh):
         assert layer.weight.grad.full_tensor().tolist() == [[1.0] * 3] * 2
         layer.weight.grad.zero_()
         views.show()
-        layer.weight.full_tensor().sum().backward()  # in a step that does not use the weight
-        views.sharded.settle()
+        learn(views, layer.weight.full_tensor().sum())  # in a step that does not use the weight
         assert layer.weight.grad.full_tensor().tolist() == [[1.0] * 3] * 2
     assert not layer.weight._backward_hooks
+
+
+def test_a_weight_that_learns_from_a_later_step_on_gets_a_penalty_whole(mesh):
+    layer = network(mesh)
+    layer.weight.requires_grad_(False)
+    views = WeightViews(layer)
+    with views.owned("example", {"weight": MaskedWeight(MASK)}):
+        for _ in range(2):
+            with views.presented():
+                penalty = layer.weight.full_tensor().sum()
+                learn(views, layer(X).sum() + penalty)
+            layer.weight.requires_grad_(True)
+        assert torch.equal(layer.weight.grad.full_tensor(), MASK * X.sum(dim=0) + 1)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_weight_that_is_frozen_or_freed_within_a_step_is_an_error(mesh, learns):
+    layer = network(mesh)
+    layer.weight.requires_grad_(learns)
+    views = WeightViews(layer)
+    with views.owned("example", {"weight": MaskedWeight(MASK)}):
+        views.show()
+        layer.weight.requires_grad_(not learns)
+        with pytest.raises(RuntimeError, match="requires_grad of the weight 'weight' was changed within a step"):
+            learn(views, layer(X).sum())
 
 
 def test_a_gradient_of_zero_is_left_by_a_step_that_did_not_use_the_weight(mesh):
@@ -105,11 +141,10 @@ def test_a_gradient_of_zero_is_left_by_a_step_that_did_not_use_the_weight(mesh):
     views = WeightViews(layer)
     with views.owned("example", {"weight": FeedbackWeight(MASK)}):
         with views.presented():
-            layer(X).square().sum().backward()
-        views.sharded.settle()
+            learn(views, layer(X).square().sum())
         layer.zero_grad(set_to_none=False)
         views.show()
-        views.sharded.settle()
+        learn(views, layer.bias.full_tensor().sum())
         assert layer.weight.grad.full_tensor().tolist() == [[0.0] * 3] * 2
 
 
@@ -144,14 +179,14 @@ def test_a_pass_with_a_backward_pass_of_its_own(mesh):
     dense = layer.weight.full_tensor().detach().clone()
     bias = layer.bias.full_tensor().detach()
     with views.owned("example", {"weight": masked}), views.owned_for_another_pass("example", others) as another:
-        with views.presented():
-            first = layer(X).square().sum()
-            with another():
-                second = layer(X).pow(4).sum()
-            views.sharded.learn_apart(second, others)
-            assert layer.weight.grad is None  # it waits
-            first.backward()
-        views.sharded.settle()
+        views.show()
+        first = layer(X).square().sum()
+        with another():
+            second = layer(X).pow(4).sum()
+        views.sharded.learn_apart(second, others)
+        assert layer.weight.grad is None  # it waits
+        learn(views, first)
+        views.drop()
     kept, lost = (dense * MASK).requires_grad_(), dense.clone().requires_grad_()
     nn.functional.linear(X, kept, bias).square().sum().backward()
     nn.functional.linear(X, lost, bias).pow(4).sum().backward()

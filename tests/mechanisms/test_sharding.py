@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from lightning_compress.export.copying import whole_copy
+from lightning_compress.mechanisms.selection import find_module, select_modules
 from lightning_compress.mechanisms.sharding import (
     Ranks,
+    class_name,
     is_shard,
     own_part,
     refuse_layout,
@@ -52,6 +54,17 @@ def pair(mesh):
     with torch.no_grad():
         sharded(torch.ones(1, 3))
     return sharded, plain
+
+
+def test_messages_name_the_classes_of_the_user(pair):
+    for network in pair:
+        assert [class_name(part) for part in network.modules()] == ["Network", "Linear", "Linear"]
+        with pytest.raises(ValueError, match="not a module of Network"):
+            find_module(network, "last.norm", argument="layers")
+        with pytest.raises(ValueError, match=r"'type:Linea'.* did you mean 'type:Linear'"):
+            select_modules(network, ["type:Linea"], None, types=(nn.Linear,))
+        with pytest.raises(ValueError, match="selects nothing: Network has no Conv2d"):
+            select_modules(network, None, None, types=(nn.Conv2d,))
 
 
 def test_a_module_that_holds_whole_parameters_gives_its_shards(pair):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_compress import DCILCallback, DPFCallback, PruningCallback
 from sharded.circumstances import IMAGE, MODULE, NOTHING, TRAINER, Manual
 from sharded.place import BATCH, CLASSES, FEATURES, STEPS, Classifier, Found, Place, full, left, made
+from sharded.quantised import quantising
 
 EVERY: dict[str, Any] = {"end": 1.0, "update_interval": 1}
 CALLBACKS: dict[str, Callable[[], Any]] = {
@@ -160,6 +161,51 @@ NETWORKS: dict[str, type[Classifier]] = {
     "checkpointed": Checkpointed,
     "penalised": Penalised,
 }
+
+
+class Reading(L.Callback):
+    """Keeps the gradients that it sees in two hooks of each step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Tensor] = {}
+
+    def read(self, hook: str, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        count = sum(key.startswith(hook) for key in self.seen)
+        gradients = [own.grad for own in pl_module.parameters() if own.grad is not None]
+        self.seen[f"{hook} {count}"] = torch.cat([full(own).flatten() for own in gradients])
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.read("on_after_backward", trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self.read("on_before_optimizer_step", trainer, pl_module)
+
+
+def read(place: Place, callback: str, circumstance: str) -> Found:
+    """A callback that stands before ours in the list reads gradients, which accumulate over two batches."""
+    kind = Penalised if circumstance == "a penalty" else KINDS.get(callback, Classifier)
+    network = made(kind, **MODULE.get(circumstance, NOTHING))
+    reading, own = Reading(), CALLBACKS[callback]() if callback in CALLBACKS else quantising("learned")
+    trainer = place.fit(network, reading, own, accumulate_grad_batches=2)
+    return left(trainer, network, seen=reading.seen)
+
+
+class Thawing(L.Callback):
+    """Lets the first layer learn from the third step on."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.model.first.requires_grad_(False)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == 2:
+            pl_module.model.first.requires_grad_(True)
+
+
+def thawed(place: Place, callback: str, circumstance: str) -> Found:
+    """With a penalty on weights of which one is frozen when the fit begins."""
+    network, own = made(Penalised, **MODULE.get(circumstance, NOTHING)), CALLBACKS[callback]()
+    trainer = place.fit(network, Thawing(), own, limit_val_batches=0)
+    return left(trainer, network, masks=full(own.masks))
 
 
 def on(place: Place, network: str, callback: str) -> Found:

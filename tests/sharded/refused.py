@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from lightning_compress import AttentionTransferCallback, PTQCallback, StructuredPruningCallback
+from lightning_compress import (
+    AttentionTransferCallback,
+    DPFCallback,
+    PSGDCallback,
+    PTQCallback,
+    QATCallback,
+    StructuredPruningCallback,
+    _compat,
+)
 from sharded.circumstances import Imaging, teacher
 from sharded.place import Classifier, Found, Place, made
 from sharded.teachers import callbacks_of
@@ -51,6 +60,15 @@ class Tensors(Classifier):
         parallelize_module(self.model, self.device_mesh["tensor_parallel"], {"first": ColwiseParallel()})
 
 
+class Extending(Callback):
+    """Lets the first weight be gathered in a way of its own, as quantised tensors are."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        shard: Any = _compat.shard(pl_module.model.first.weight)
+        shard.fsdp_pre_all_gather = lambda mesh: ((shard,), None)
+        shard.fsdp_post_all_gather = lambda outputs, metadata, dtype, out=None: None
+
+
 def callback(place: Place, name: str) -> Found:
     place.fit(made(Imaging), CALLBACKS[name]())
     return {}
@@ -60,6 +78,23 @@ def validated(place: Place) -> Found:
     """Outside of a fit, where quantised networks are shown too."""
     trainer = place.trainer(PTQCallback())
     trainer.validate(made(Imaging), place.loader(), verbose=False)
+    return {}
+
+
+def gathered(place: Place, how: str) -> Found:
+    """By a masking callback, which presents what is gathered; "fewer" is of four ranks."""
+    if how == "extended":
+        place.fit(made(), Extending(), DPFCallback(0.5))
+    else:
+        place.fit(made(reshard=2), DPFCallback(0.5))
+    return {}
+
+
+def one_step(place: Place, size: Any) -> Found:
+    """Grids of PSGD have one step a weight, of which each process would see a part only."""
+    path = place.folder / "scaled.ckpt"
+    place.fit(made(), PSGDCallback(4)).save_checkpoint(path)
+    place.fit(made(), QATCallback(weight_bits=4, activation_bits=None, step_size=size, grids_from=path))
     return {}
 
 

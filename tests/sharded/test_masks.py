@@ -58,7 +58,8 @@ def launched(tmp_path_factory, name, names):
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
-    return launched(tmp_path_factory, "first", [f"masks:fitted:{name}:{where}" for name, where in FIRST])
+    names = [f"masks:fitted:{name}:{where}" for name, where in FIRST]
+    return launched(tmp_path_factory, "first", [*names, "masks:read:{}:{}".format(*READ_FIRST)])
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,56 @@ def test_a_fit_after_a_plain_one_and_after_its_own_goes_on_from_the_dense_weight
     assert found[0]["validated"] == pytest.approx(reference["validated"], abs=1e-6)
     assert all(torch.equal(mask, reference["masks"][key]) for key, mask in found[0]["masks"].items())
     record("sharded", "PruningCallback", f"a second fit, {circumstance}", "exact")
+
+
+THAWED = list(itertools.product(["pruning", "dpf"], EXACT[:2]))
+READ_FIRST = ("pruning", EXACT[0])
+READ = [
+    pytest.param(*READ_FIRST, marks=pytest.mark.sample),
+    ("pruning", EXACT[1]),
+    ("dcil", EXACT[0]),
+    ("dcil apart", EXACT[1]),
+    ("qat", EXACT[0]),
+    ("qat", EXACT[1]),
+    ("dpf", "a penalty"),
+    ("qat", "a penalty"),
+]
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory):
+    names = [f"masks:read:{callback}:{where}" for callback, where in READ[1:]]
+    return launched(tmp_path_factory, "reading", [*names, *(f"masks:thawed:{own}:{where}" for own, where in THAWED)])
+
+
+@pytest.mark.filterwarnings("ignore:.*get a part of their gradient past the layer")  # a penalty does
+@pytest.mark.slow
+@pytest.mark.parametrize(("callback", "circumstance"), THAWED)
+def test_a_weight_that_learns_from_a_later_step_on_gets_a_penalty_whole(reading, callback, circumstance, tmp_path):
+    name = f"masks:thawed:{callback}:{circumstance}"
+    d = equal_one_process(reading[name], name, tmp_path)
+    record("sharded", ROWS[callback], f"frozen at first, a penalty, {circumstance}", "exact", f"d = {d:.0e}")
+
+
+@pytest.mark.filterwarnings("ignore:.*get a part of their gradient past the layer")  # a penalty does
+@pytest.mark.slow
+@pytest.mark.parametrize(("callback", "circumstance"), READ)
+def test_whoever_stands_before_ours_reads_the_gradients_of_one_process(request, callback, circumstance, tmp_path):
+    name = f"masks:read:{callback}:{circumstance}"
+    launch = request.getfixturevalue("first" if (callback, circumstance) == READ_FIRST else "reading")
+    ranks, reference = launch[name], alone(name, tmp_path)
+    assert [rank.get("error") for rank in ranks] == [None, None]
+    assert sorted({key.partition(" ")[0] for key in reference["seen"]}) == [
+        "on_after_backward",
+        "on_before_optimizer_step",
+    ]
+    assert len(reference["seen"]) == STEPS + STEPS // 2
+    d = max(farthest(rank["seen"], reference["seen"]) for rank in ranks)
+    assert d <= TOLERANCE
+    assert farthest(ranks[0]["state_dict"], reference["state_dict"]) <= TOLERANCE
+    row = {"qat": "QATCallback"}.get(callback) or type(CALLBACKS[callback]()).__name__
+    column = f"gradients that a callback before it reads, {circumstance}"
+    record("sharded", row, column, "exact", f"d = {d:.0e}")
 
 
 @pytest.fixture(scope="module")

@@ -56,3 +56,51 @@ def test_a_refusal_names_the_callback_and_the_way_out(ranks, name):
     for rank in ranks[name]:
         assert re.match(f"ValueError: {row}.*{message}", rank["error"])
     record("sharded", row, column, "refused", ranks[name][0]["error"].partition(": ")[2])
+
+
+OF_WEIGHTS = {
+    "refused:gathered:extended": (
+        "DPFCallback",
+        "a parameter with an all-gather of its own",
+        "the weight 'model.first.weight' is gathered in a way of its own, as quantised tensors are, .* 'dpf' presents",
+    ),
+    "refused:gathered:fewer": (
+        "DPFCallback",
+        "reshard_after_forward= a number",
+        "the weight 'model.first.weight' is kept on fewer processes after the forward pass .* 'dpf' presents",
+    ),
+    "refused:one_step:observed": (
+        "QATCallback",
+        "step_size='observed', one step a weight",
+        "'qat' cannot round 'model.*weight' in each process: .* which step_size='observed' would move",
+    ),
+    "refused:one_step:learned": (
+        "QATCallback",
+        "step_size='learned', one step a weight",
+        "'qat' cannot round 'model.*weight' in each process: .* which step_size='learned' would move",
+    ),
+}
+SAMPLE, FEWER = list(OF_WEIGHTS)[:2]  # fewer than all, and more than one, take four
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    return in_ranks(tmp_path_factory.mktemp("sample"), SAMPLE)
+
+
+@pytest.fixture(scope="module")
+def of_weights(tmp_path_factory):
+    further = [name for name in OF_WEIGHTS if name not in (SAMPLE, FEWER)]
+    folder = tmp_path_factory.mktemp("of_weights")
+    return {**in_ranks(folder, *further), **in_ranks(folder, FEWER, ranks=4)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.sample if name == SAMPLE else ()) for name in OF_WEIGHTS]
+)
+def test_a_refusal_names_the_weight_and_the_way_out(request, name):
+    row, column, message = OF_WEIGHTS[name]
+    for rank in request.getfixturevalue("sample" if name == SAMPLE else "of_weights")[name]:
+        assert re.match(f"ValueError: {message}.*exclude=", rank["error"])
+    record("sharded", row, column, "refused", rank["error"].partition(": ")[2])
