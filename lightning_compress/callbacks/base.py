@@ -566,13 +566,6 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 f"{type(pl_module).__name__} optimises manually; use one device or DDP"
             )
 
-    def _tell_without_effect(self, owner: type, because: str, *arguments: str) -> None:
-        """Warn of arguments of a class that are not its defaults, and have no effect."""
-        usual = inspect.signature(owner).parameters
-        for argument in arguments:
-            if getattr(self, argument) != usual[argument].default:
-                self._warn_once(f"{argument}={getattr(self, argument)} has no effect with {because}")
-
     def _warn_once(self, message: str, kind: str | None = None) -> None:
         """Warn, once in a fit; of messages of one kind the first only."""
         if (kind or message) not in self._warned:

@@ -27,6 +27,7 @@ from lightning_compress.callbacks.arguments import (
     check_positive,
     edge_bits_of,
     is_auto,
+    refuse_without_effect,
     shown,
 )
 from lightning_compress.callbacks.base import CompressionCallback, averaging, log, together
@@ -231,6 +232,10 @@ class QATCallback(QuantisedCallback):
         self.freeze_batchnorm_at = _checked_freeze("freeze_batchnorm_at", freeze_batchnorm_at, start)
         self.freeze_observers_at = _checked_freeze("freeze_observers_at", freeze_observers_at, start)
         self.step_lr = check_positive("step_lr", step_lr)
+        for argument, size in (("freeze_observers_at", "observed"), ("step_lr", "learned")):
+            if step_size != size:
+                given = {argument: getattr(self, argument)}
+                refuse_without_effect(self, f"step_size='{step_size}'", **given)
         self.max_loss_growth = None
         if max_loss_growth is not None:
             self.max_loss_growth = check_number(
@@ -347,9 +352,6 @@ class QATCallback(QuantisedCallback):
         )
         if self.grids_from is not None:
             self._ranges_from(self.grids_from)
-        for argument, size in (("freeze_observers_at", "observed"), ("step_lr", "learned")):
-            if self.step_size != size:
-                self._tell_without_effect(QATCallback, f"step_size='{self.step_size}'", argument)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """As the base; and know what a checkpoint is loaded for."""
