@@ -213,6 +213,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Tensors and primitives to save beside the arguments."""
         return {}
 
+    def flaw(self, state: Mapping[str, Any]) -> str | None:
+        """What is wrong with a state that holds what it should; None where it can be used."""
+        return None
+
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`extra_state` gave."""
 
@@ -461,6 +465,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         problem = damage(state, _holds(type(self)))
         if problem is None and schema != SCHEMA:
             problem = f"'schema' must be {SCHEMA}, got {shown(schema)}"
+        problem = problem or self.flaw(state)
         if problem is not None:
             self._refuse_state(problem)
 
