@@ -67,7 +67,8 @@ def _attention(folder: Path, kind: type[Classifier]) -> CompressionCallback:
 
 
 def factors(folder: Path, kind: type[Classifier], **settings: Any) -> CompressionCallback:
-    return FactorTransferCallback(teacher_for(kind), weight=3.0, pretrain_epochs=2, **settings)
+    epochs = {} if "paraphraser" in settings else {"pretrain_epochs": 2}
+    return FactorTransferCallback(teacher_for(kind), weight=3.0, **epochs, **settings)
 
 
 def _psgd(folder: Path, kind: type[Classifier]) -> CompressionCallback:

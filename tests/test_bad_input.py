@@ -101,10 +101,11 @@ QUANTISING = {
 
 @dataclass(frozen=True)
 class Row:
-    """A callback, the arguments that it needs, and what each accepts beside those."""
+    """A callback, what each of its arguments accepts, what it needs, and without which others some have no effect."""
 
     accepts: dict[str, Accepts]
     given: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    beside: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 ROWS = {
@@ -189,7 +190,8 @@ ROWS = {
             "step_lr": positive,
             "max_loss_growth": or_none(lambda value: is_number(value) and value > 1),
             "grids_from": or_none(is_path),
-        }
+        },
+        beside={"freeze_observers_at": {"step_size": "observed"}, "step_lr": {"step_size": "learned"}},
     ),
     "PruningCallback": Row(
         {
@@ -204,6 +206,7 @@ ROWS = {
             "seed": whole(0),
         },
         {"sparsity": lambda: 0.5},
+        beside={"rounds": {"schedule": "iterative"}, "seed": {"score": "random"}},
     ),
     "StructuredPruningCallback": Row(
         {
@@ -224,6 +227,11 @@ ROWS = {
             **SELECTION,
         },
         {"ratio": lambda: 0.5},
+        beside={
+            "end": {"schedule": "iterative"},
+            "rounds": {"schedule": "iterative"},
+            "seed": {"score": "random"},
+        },
     ),
     "DPFCallback": Row(
         {
@@ -339,13 +347,14 @@ def test_an_argument_is_accepted_or_refused_by_name(row, argument, tmp_path, mon
     @for_values(value=anything)
     def holds(value):
         accepted = not isinstance(value, Unwilling) and ROWS[row].accepts[argument](value)
-        error = refusal(row, {argument: value})
+        given = {**ROWS[row].beside.get(argument, {}), argument: value}
+        error = refusal(row, given)
         if error is not None:
             check_refusal(error, value, argument)
             assert not accepted, f"refused, and should be accepted: {error}"
             return
         assert accepted, f"accepted, and should be refused: {value!r}"
-        check_use(row, argument, value, lambda: build(row, **{argument: value}))
+        check_use(row, argument, value, lambda: build(row, **given))
 
     holds()
 

@@ -100,6 +100,22 @@ def check_layer_bits(layer_bits: Any) -> dict[str, int] | None:
     return {selector: check_bits(bits, f"layer_bits['{selector}']") for selector, bits in layer_bits.items()}
 
 
+def refuse_without_effect(owner: object, because: str, **given: Any) -> None:
+    """Refuse arguments that are not at their defaults where they would have no effect.
+
+    Args:
+        owner: What is built.
+        because: What makes them so, such as "schedule='one_shot'".
+        given: Their values, once each of them is checked.
+    """
+    own = [vars(kind)["__init__"] for kind in type(owner).__mro__ if "__init__" in vars(kind)]
+    signatures = [inspect.signature(built).parameters for built in own]
+    for argument, value in given.items():
+        usual = next(parameters[argument].default for parameters in signatures if argument in parameters)
+        if value != usual:
+            raise ValueError(f"{argument}={shown(value)} has no effect with {because}")
+
+
 def takes(function: Callable[..., Any], count: int) -> bool:
     """Whether a function can be called with so many positional arguments; True where Python cannot tell."""
     try:

@@ -213,6 +213,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Tensors and primitives to save beside the arguments."""
         return {}
 
+    def flaw(self, state: Mapping[str, Any]) -> str | None:
+        """What is wrong with a state that holds what it should; None where it can be used."""
+        return None
+
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`extra_state` gave."""
 
@@ -455,6 +459,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         problem = damage(state, _holds(type(self)))
         if problem is None and schema != SCHEMA:
             problem = f"'schema' must be {SCHEMA}, got {shown(schema)}"
+        problem = problem or self.flaw(state)
         if problem is not None:
             self._refuse_state(problem)
 
@@ -579,13 +584,6 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 f"with {type(trainer.strategy).__name__} {type(self).__name__} works where Lightning optimises, and "
                 f"{class_name(pl_module)} optimises manually; use one device or DDP"
             )
-
-    def _tell_without_effect(self, owner: type, because: str, *arguments: str) -> None:
-        """Warn of arguments of a class that are not its defaults, and have no effect."""
-        usual = inspect.signature(owner).parameters
-        for argument in arguments:
-            if getattr(self, argument) != usual[argument].default:
-                self._warn_once(f"{argument}={getattr(self, argument)} has no effect with {because}")
 
     def _warn_once(self, message: str, kind: str | None = None) -> None:
         """Warn, once in a fit; of messages of one kind the first only."""

@@ -29,6 +29,7 @@ from lightning_compress.callbacks.arguments import (
     check_locator,
     check_names,
     check_positive,
+    refuse_without_effect,
 )
 from lightning_compress.callbacks.base import log
 from lightning_compress.callbacks.dynamic import DynamicMaskCallback
@@ -163,6 +164,9 @@ class DCILCallback(DynamicMaskCallback):
         self.kl_start = check_fraction("kl_start", kl_start)
         self.temperature = check_positive("temperature", temperature)
         self.class_dim = check_dimension("class_dim", class_dim)
+        if self.kl_start == 1:
+            given = {"temperature": self.temperature, "student": student, "output": output, "class_dim": self.class_dim}
+            refuse_without_effect(self, "kl_start=1, with which the two passes never meet", **given)
         self.dense_path, self.classifier, self.norms = dense_path, classifier, norms
         self.student, self.output = student, output
         self._own: OwnLayers | None = None

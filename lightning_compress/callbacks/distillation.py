@@ -22,6 +22,7 @@ from lightning_compress.callbacks.arguments import (
     check_dimension,
     check_locator,
     check_positive,
+    refuse_without_effect,
     shown,
 )
 from lightning_compress.callbacks.base import log
@@ -34,6 +35,7 @@ from lightning_compress.mechanisms.step import StepController
 
 LossKind = Literal["auto", "softmax", "bernoulli", "mse", "hard", "dkd", "dist"]
 PER_ELEMENT = ("bernoulli", "mse")
+WITHOUT_TEMPERATURE = ("mse", "hard")
 
 
 class DistillationCallback(TeacherCallback):
@@ -104,6 +106,8 @@ class DistillationCallback(TeacherCallback):
             )
         self.output = output
         self.temperature = check_positive("temperature", temperature)
+        if loss_kind in WITHOUT_TEMPERATURE:
+            refuse_without_effect(self, f"loss_kind='{loss_kind}'", temperature=self.temperature)
         self.task_weight = check_at_least_zero("task_weight", task_weight)
         self.kd_weight = check_at_least_zero("kd_weight", kd_weight)
         if task_weight == 0 and kd_weight == 0:

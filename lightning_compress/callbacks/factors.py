@@ -19,7 +19,14 @@ from torch import Tensor
 
 from lightning_compress import _compat
 from lightning_compress import functional as F
-from lightning_compress.callbacks.arguments import absolute_path, check_positive, check_whole, is_auto, shown
+from lightning_compress.callbacks.arguments import (
+    absolute_path,
+    check_positive,
+    check_whole,
+    is_auto,
+    refuse_without_effect,
+    shown,
+)
 from lightning_compress.callbacks.base import averaging
 from lightning_compress.callbacks.features import FeatureCallback, Pair
 from lightning_compress.callbacks.intents import Intent
@@ -112,6 +119,9 @@ class FactorTransferCallback(FeatureCallback):
         self.weight = check_positive("weight", weight)
         self.pretrain_epochs = check_whole("pretrain_epochs", pretrain_epochs, at_least=0)
         self.paraphraser = absolute_path("paraphraser", paraphraser)
+        if self.paraphraser is not None and self.pretrain_epochs:
+            because = f"paraphraser={shown(self.paraphraser)}, which is trained already"
+            refuse_without_effect(self, because, pretrain_epochs=self.pretrain_epochs)
         self.translator_lr = None if translator_lr is None else check_positive("translator_lr", translator_lr)
         self.reconstruction_errors = []
         self._from_file = None if self.paraphraser is None else _read(self.paraphraser, self.factor_ratio)

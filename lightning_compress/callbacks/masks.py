@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_whole, shown, takes
+from lightning_compress.callbacks.arguments import (
+    check_choice,
+    check_flag,
+    check_fraction,
+    check_whole,
+    refuse_without_effect,
+    shown,
+    takes,
+)
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.masked import MaskedWeightsCallback
 from lightning_compress.callbacks.returned import Returned
@@ -97,6 +105,7 @@ class MaskCallback(MaskedWeightsCallback):
             for progress in (0.0, 1.0):
                 _value_of(schedule, progress, self.sparsity, f"at progress {progress:g}")
         self.schedule = schedule
+        self._check_times()
         self._progress: Progress | None = None
         self._steps: int | None = None  # optimizer steps at the last update; None before training
         self._logged: float | None = None
@@ -117,6 +126,11 @@ class MaskCallback(MaskedWeightsCallback):
 
     def masks_stay(self, fraction: float) -> bool:
         """Whether the masks change no more at a fraction of the training, but for reaching the final sparsity."""
+        return False
+
+    @property
+    def moves_until_end(self) -> bool:
+        """Whether the masks change until the end of the schedule, and no longer, though the sparsity does not."""
         return False
 
     @property
@@ -312,6 +326,15 @@ class MaskCallback(MaskedWeightsCallback):
 
     # Private
 
+    def _check_times(self) -> None:
+        """Refuse an end that nothing waits for, and a way that takes no time."""
+        if self.start == self.end:
+            gradual = {} if self.schedule == "one_shot" else {"schedule": self.schedule}
+            refuse_without_effect(self, f"start={self.start} and end={self.end}, all at once", **gradual)
+        elif self.schedule == "one_shot" and not self.moves_until_end:
+            because = f"schedule='one_shot', which prunes all at start={self.start}"
+            refuse_without_effect(self, because, end=self.end)
+
     def _update(self) -> None:
         """Bring the masks to where the schedule is, if it is time."""
         progress = self._require_progress()
@@ -410,5 +433,7 @@ def _value_of(schedule: Schedule, progress: float, sparsity: float, where: str) 
     except (TypeError, ValueError, RuntimeError):  # as tensors of many entries raise
         number = math.nan
     if not 0.0 <= number <= sparsity + 1e-9:  # NaN included
-        raise ValueError(f"schedule must give a sparsity in [0, {sparsity}], and gave {shown(value)} {where}")
+        raise ValueError(
+            f"schedule {shown(schedule)} must give a sparsity in [0, {sparsity}], gave {shown(value)} {where}"
+        )
     return min(number, sparsity)

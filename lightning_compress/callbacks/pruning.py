@@ -17,7 +17,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.callbacks.arguments import check_choice, check_flag, check_fraction, check_whole, shown
+from lightning_compress.callbacks.arguments import (
+    check_choice,
+    check_flag,
+    check_fraction,
+    check_whole,
+    refuse_without_effect,
+    shown,
+)
 from lightning_compress.callbacks.intents import Intent, layers_of
 from lightning_compress.callbacks.masks import SCHEDULES, MaskCallback
 from lightning_compress.functional.masks import (
@@ -169,6 +176,11 @@ class PruningCallback(MaskCallback):
         return self._finished
 
     @property
+    def moves_until_end(self) -> bool:
+        """As far as pruned weights may come back."""
+        return self.regrow
+
+    @property
     def floored(self) -> bool:
         """With a pattern each group keeps its own."""
         return self._n_m is None
@@ -314,6 +326,13 @@ class PruningCallback(MaskCallback):
             raise ValueError(
                 f"scope='{self.scope}' has no effect with pattern='{self.pattern}', which prunes each layer alike"
             )
+        if self.score != "random":
+            refuse_without_effect(self, f"score='{self.score}'", seed=self.seed)
+        if self.schedule != "iterative":
+            refuse_without_effect(self, f"schedule={shown(self.schedule)}", rounds=self.rounds)
+        if self.schedule == "one_shot" and not self.regrow:
+            because = "schedule='one_shot', as nothing changes after start"
+            refuse_without_effect(self, because, update_interval=self.update_interval)
         if self.score == "taylor" and self.schedule == "one_shot" and self.start == 0:
             raise ValueError(
                 "score='taylor' needs gradients, and schedule='one_shot' with start=0 prunes before the first step"

@@ -29,6 +29,7 @@ from lightning_compress.callbacks.arguments import (
     check_positive,
     edge_bits_of,
     is_auto,
+    refuse_without_effect,
 )
 from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.intents import Intent, layers_of, left_out
@@ -170,6 +171,9 @@ class PSGDCallback(CompressionCallback):
                 "target='zero' needs a positive eps, such as eps=1e-3: a weight that is 0 would stay so for ever with "
                 "eps=0"
             )
+        if target == "zero":
+            grid = {"bits": self.bits, "edge_bits": self.edge_bits, "granularity": granularity}
+            refuse_without_effect(self, "target='zero', which has no grid", **grid)
         self.granularity, self.target, self.apply_to = granularity, target, apply_to
         self.quantized_validation = check_flag("quantized_validation", quantized_validation)
         self.layers, self.exclude = layers, exclude

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.arguments import check_choice, check_flag, edge_bits_of, is_auto
+from lightning_compress.callbacks.arguments import (
+    check_choice,
+    check_flag,
+    edge_bits_of,
+    is_auto,
+    refuse_without_effect,
+)
 from lightning_compress.callbacks.base import log
 from lightning_compress.callbacks.quantised import QuantisedCallback
 from lightning_compress.export.sample import defines
@@ -103,6 +109,8 @@ class PTQCallback(QuantisedCallback):
             name=name,
         )
         check_choice("observer", observer, OBSERVERS)
+        if activation_bits is None:
+            refuse_without_effect(self, "activation_bits=None", observer=observer)
         check_choice("weight_range", weight_range, ("auto", "max", "mse"))
         if not is_auto(reestimate_batchnorm):
             check_flag("reestimate_batchnorm", reestimate_batchnorm)

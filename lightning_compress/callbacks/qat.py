@@ -27,6 +27,7 @@ from lightning_compress.callbacks.arguments import (
     check_positive,
     edge_bits_of,
     is_auto,
+    refuse_without_effect,
     shown,
 )
 from lightning_compress.callbacks.base import CompressionCallback, averaging, log, together
@@ -40,7 +41,7 @@ from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.batchnorm import FrozenNorms, batch_norms
 from lightning_compress.mechanisms.calibration import Settings, fingerprints
 from lightning_compress.mechanisms.controller import StepController
-from lightning_compress.mechanisms.divergence import LossWatch
+from lightning_compress.mechanisms.divergence import WATCHED, LossWatch
 from lightning_compress.mechanisms.grids import Grids, WeightGrid
 from lightning_compress.mechanisms.moving_grids import (
     FollowingGrids,
@@ -53,9 +54,10 @@ from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.quantization import GuardedCalls, quantizing
 from lightning_compress.mechanisms.rounded_weights import RoundedWeight
 from lightning_compress.mechanisms.rounding import Presented, Rounding
+from lightning_compress.mechanisms.saved_grids import flaw_of_movement, unfit
 from lightning_compress.mechanisms.selection import find_module, joined, listing, plain_name
 from lightning_compress.mechanisms.sharding import sharded_units
-from lightning_compress.mechanisms.states import GRIDS, Sometimes
+from lightning_compress.mechanisms.states import GRIDS, Each, Sometimes
 from lightning_compress.mechanisms.weights import select_weights
 
 StepSize = Literal["mse", "observed", "learned"]
@@ -179,12 +181,12 @@ class QATCallback(QuantisedCallback):
         "highest_lr": Sometimes(float),
         "moving": Sometimes(dict),
         "factors": Sometimes(dict, beside="moving"),
-        "top_lr": Sometimes(dict, beside="moving"),
-        "watch": Sometimes(dict, beside="moving"),
+        "top_lr": Sometimes(Each(float), beside="moving"),
+        "watch": Sometimes(WATCHED, beside="moving"),
         "froze": Sometimes(bool, beside="moving"),
         "waits": Sometimes(bool, beside="moving"),
         "clipped": Sometimes(float, beside="moving"),
-        "run": Sometimes(list, beside="moving"),
+        "run": Sometimes([str], beside="moving"),
     }
     changes_step = True
 
@@ -231,6 +233,10 @@ class QATCallback(QuantisedCallback):
         self.freeze_batchnorm_at = _checked_freeze("freeze_batchnorm_at", freeze_batchnorm_at, start)
         self.freeze_observers_at = _checked_freeze("freeze_observers_at", freeze_observers_at, start)
         self.step_lr = check_positive("step_lr", step_lr)
+        for argument, size in (("freeze_observers_at", "observed"), ("step_lr", "learned")):
+            if step_size != size:
+                given = {argument: getattr(self, argument)}
+                refuse_without_effect(self, f"step_size='{step_size}'", **given)
         self.max_loss_growth = None
         if max_loss_growth is not None:
             self.max_loss_growth = check_number(
@@ -303,7 +309,9 @@ class QATCallback(QuantisedCallback):
         grids = self.quantization
         if grids is None:
             self._warn_once("nothing was trained on grids so far, so the plain network is shown")
-        elif grids.following:  # those of the checkpoint's weights, which may be an average
+            return None
+        self._refuse_unfit(grids, pl_module)
+        if grids.following:  # those of the checkpoint's weights, which may be an average
             grids = as_they_are(grids, find_module(pl_module, grids.network, argument="network"))
         elif grids.fingerprints and not self._belongs_to(grids, pl_module):
             self._warn_once(
@@ -347,9 +355,6 @@ class QATCallback(QuantisedCallback):
         )
         if self.grids_from is not None:
             self._ranges_from(self.grids_from)
-        for argument, size in (("freeze_observers_at", "observed"), ("step_lr", "learned")):
-            if self.step_size != size:
-                self._tell_without_effect(QATCallback, f"step_size='{self.step_size}'", argument)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """As the base; and know what a checkpoint is loaded for."""
@@ -390,6 +395,9 @@ class QATCallback(QuantisedCallback):
             self._fit.highest_lr = state.get("highest_lr", 0.0)
         if state is not None and "moving" in state:  # not, if the training ended before it began
             self._refuse_other_grids(state, pl_module)
+            for place in ("quantization", "start_grids"):
+                if state[place] is not None:
+                    self._refuse_unfit(Grids.from_state(state[place]), pl_module)
             self._go_on(state, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -545,6 +553,13 @@ class QATCallback(QuantisedCallback):
             **(self._kept if self._fit.moving is None else self._to_keep(self._fit.moving)),
         }
 
+    def flaw(self, state: Mapping[str, Any]) -> str | None:
+        """As the base; with what moving grids go on from."""
+        problem = super().flaw(state)
+        if problem or "moving" not in state:
+            return problem
+        return flaw_of_movement(state, state["arguments"]["step_size"])
+
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Keep it until the fit starts; the grids at once, where a checkpoint is tested."""
         if self._stage == "fit":
@@ -589,6 +604,11 @@ class QATCallback(QuantisedCallback):
         self._tell_of_nothing(grids)
         self._forget_scores(trainer, "the network in full precision", "the quantised network")
         log.info("%s begins: %s", self.name, self._summary(grids))
+
+    def _refuse_unfit(self, grids: Grids, pl_module: Any) -> None:
+        """Refuse grids of another network, before any of them is used."""
+        if problem := unfit(grids, find_module(pl_module, grids.network, argument="network")):
+            self._refuse_state(problem)
 
     def _go_on(self, state: dict[str, Any], pl_module: Any) -> None:
         """Quantise as an earlier part of this training did; where steps moved otherwise then, from where they are."""

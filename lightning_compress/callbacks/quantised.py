@@ -18,6 +18,7 @@ from lightning_compress.mechanisms.calibration import fingerprints
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.quantization import GuardedCalls, QuantizationError, quantizing
 from lightning_compress.mechanisms.rounding import Rounding
+from lightning_compress.mechanisms.saved_grids import flaw_of_grids
 from lightning_compress.mechanisms.selection import find_module, listing, plain_name
 from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.states import GRIDS
@@ -141,6 +142,12 @@ class QuantisedCallback(CalibratingCallback):
         """Leave nothing on the module."""
         super().on_exception(trainer, pl_module, exception)
         self._evaluation.close()
+
+    def flaw(self, state: Mapping[str, Any]) -> str | None:
+        """As the base; with the numbers of the grids."""
+        grids = {place: state.get(place) for place in ("quantization", "start_grids")}
+        flaws = (flaw_of_grids(own, place) for place, own in grids.items() if own is not None)
+        return super().flaw(state) or next(filter(None, flaws), None)
 
     def extra_state(self) -> dict[str, Any]:
         """The scales."""

@@ -23,6 +23,7 @@ from lightning_compress.callbacks.arguments import (
     check_name,
     check_positive,
     check_whole,
+    refuse_without_effect,
 )
 from lightning_compress.callbacks.base import (
     CompressionCallback,
@@ -179,9 +180,14 @@ class StructuredPruningCallback(CompressionCallback):
             raise ValueError(f"start must be at most end, got start={start} and end={end}")
         check_layers(layers, exclude)
         self.rounds = check_whole("rounds", rounds, at_least=2)
+        if schedule == "one_shot":
+            given = {"rounds": self.rounds, **({} if self.end == self.start else {"end": self.end})}
+            refuse_without_effect(self, "schedule='one_shot'", **given)
         self.min_channels = check_whole("min_channels", min_channels, at_least=1)
         self.round_to = check_whole("round_to", round_to, at_least=1)
         self.seed = check_whole("seed", seed, at_least=0)
+        if score != "random":
+            refuse_without_effect(self, f"score='{score}'", seed=self.seed)
         self.reestimate_batchnorm = check_flag("reestimate_batchnorm", reestimate_batchnorm)
         self.time_limit = check_positive("time_limit", time_limit, "a positive number of seconds")
         self.network = check_name("network", network)
@@ -266,10 +272,6 @@ class StructuredPruningCallback(CompressionCallback):
         """Refuse what cannot be made smaller while it is trained."""
         require_torch_pruning()
         owner = f"{type(self).__name__} '{self.name}'"
-        if self.schedule == "one_shot":
-            self._tell_without_effect(StructuredPruningCallback, "schedule='one_shot'", "end", "rounds")
-        if self.score != "random":
-            self._tell_without_effect(StructuredPruningCallback, f"score='{self.score}'", "seed")
         if _compat.takes_iterator(trainer, pl_module):
             raise ValueError(
                 f"{owner} tries steps on the batch at hand, and that of {type(pl_module).__name__} draws its batches "

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -70,7 +70,7 @@ def evaluate(
             inputs that the validation gives the network.
         FileNotFoundError: If there is no such file.
         ImportError: If the packages of the ``onnx`` extra are not installed.
-        TypeError: If ``module`` is not a LightningModule.
+        TypeError: If ``module`` is not a LightningModule, or ``trainer_or_dataloaders`` gives no batches.
         ValueError: If ``network`` names nothing.
     """
     check_name("network", network)
@@ -484,6 +484,8 @@ def _data(module: nn.Module, source: Any) -> tuple[Any, Any]:
         loaders, datamodule = None, loaders
     if _has_base(loaders, "LightningModule"):
         loaders = None
+    if loaders is source and loaders is not None:
+        _check_loaders(loaders)
     if loaders is None and not defines(module if datamodule is None else datamodule, "val_dataloader"):
         raise EvaluationError(
             f"nothing to validate on: {type(module).__name__} has no val_dataloader; "
@@ -498,6 +500,22 @@ def _data(module: nn.Module, source: Any) -> tuple[Any, Any]:
                 stacklevel=4,
             )
     return loaders, datamodule
+
+
+def _check_loaders(source: Any) -> None:
+    """Refuse what holds something that gives no batches."""
+    loaders = [leaf for _, leaf in leaves(source)]
+    if not loaders or not all(map(_gives_batches, loaders)):
+        raise TypeError(
+            "trainer_or_dataloaders must be a Trainer, a datamodule, a dataloader, a collection of some, or None, got "
+            f"{shown(source)}"
+        )
+
+
+def _gives_batches(value: Any) -> bool:
+    """Whether it can be iterated over, and is no text and no array."""
+    gives = isinstance(value, Iterable) or hasattr(type(value), "__getitem__")
+    return gives and not isinstance(value, (str, bytes, bytearray)) and not hasattr(value, "ndim")
 
 
 def _sources(module: Any, loaders: Any, datamodule: Any) -> list[Any]:

@@ -14,6 +14,9 @@ WINDOW = 20
 SMALL = 0.1
 """A loss that was smaller counts as this: it may well be some times as large in another window."""
 
+WATCHED: Mapping[str, Any] = {"first": (float, None), "last": (float, None), "batches": int, "seen": [float]}
+"""What :meth:`LossWatch.state` gives."""
+
 
 class LossWatch:
     """Compares the loss of a training, averaged over some batches, with what it was at the start of the watch.

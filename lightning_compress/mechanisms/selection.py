@@ -188,10 +188,25 @@ def _matches(named: list[tuple[str, nn.Module]], selector: str, argument: str) -
         matcher = _name_matcher(selector, {plain_name(name) for name, _ in named}, argument)
         found = [module for name, module in named if matcher(name) or matcher(plain_name(name))]
         candidates = {plain_name(name): None for name, _ in named}
+        if not found:
+            _refuse_parameters(named, matcher, selector, argument)
     if not found:
         nearest = did_you_mean(selector.removeprefix("re:"), candidates)
         raise ValueError(f"{argument} has '{selector}', which matches no module{nearest}")
     return found
+
+
+def _refuse_parameters(
+    named: list[tuple[str, nn.Module]], matcher: Callable[[str], bool], selector: str, argument: str
+) -> None:
+    """Say that layers are named, where a selector matches parameters, such as biases, and no module."""
+    for module, layer in named:
+        for name, _ in layer.named_parameters(recurse=False):
+            if matcher(full := joined(module, name)):
+                raise ValueError(
+                    f"{argument} has '{selector}', which matches no module but a parameter, '{full}': layers are named,"
+                    f" as '{plain_name(module)}'"
+                )
 
 
 def _name_matcher(selector: str, names: set[str], argument: str) -> Callable[[str], bool]:

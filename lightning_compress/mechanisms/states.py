@@ -26,19 +26,30 @@ class Sometimes:
     beside: str | None = None
 
 
+@dataclass(frozen=True)
+class Row:
+    """A list with a kind for each place, of which the last may be missing where there are fewer."""
+
+    kinds: tuple[Any, ...]
+    fewest: int
+
+
 GRIDS: Mapping[str, Any] = {
     "network": str,
     "weights": Each({"step": Tensor, "bits": int}),
-    "activations": Each(list),
-    "sites": Each(list),
-    "folds": Each(object),
+    "activations": Each(Row((float, int, int), 3)),
+    "sites": Each(Row((str, int, int, (str, None), (str, None)), 3)),
+    "folds": Each(str),
     "biases": Each(Tensor),
-    "statistics": Each([Tensor]),
+    "statistics": Each(Row((Tensor, Tensor), 2)),
     "divisors": Each(Tensor),
     "factors": Each(Tensor),
-    "fingerprints": Each(object),
+    "fingerprints": Each(int),
     "left_in_float": [str],
-    "integer_activations": object,
+    "integer_activations": bool,
+    "training_only": Sometimes([str]),
+    "shared": Sometimes([str]),
+    "following": Sometimes(bool),
 }
 """What ``Grids.state`` gives, but for what was added later."""
 
@@ -49,7 +60,7 @@ def damage(value: Any, kind: Any, place: str = "") -> str | None:
     Args:
         value: The part.
         kind: What it should be: a class; None; a tuple of kinds, of which one is enough; a list with the kind of each
-            entry; :class:`Each`; or a mapping from the keys that it has at least to their kinds.
+            entry; :class:`Each`; :class:`Row`; or a mapping from the keys that it has at least to their kinds.
         place: Where it is in the state.
 
     Returns:
@@ -73,6 +84,10 @@ def damage(value: Any, kind: Any, place: str = "") -> str | None:
         if missing := [key for key in needed if key not in value]:
             return f"'{_joined(place, missing[0])}' is missing"
         entries = [(key, value[key], own) for key, own in kind.items() if key in value]
+    elif isinstance(kind, Row):
+        if not kind.fewest <= len(value) <= len(kind.kinds):
+            return f"'{place}' must have {len(kind.kinds)} entries, got {shown(value)}"
+        entries = [(str(index), *pair) for index, pair in enumerate(zip(value, kind.kinds, strict=False))]
     elif inner is None:
         return None
     else:
@@ -99,6 +114,8 @@ def _wanted(kind: Any) -> tuple[Any, Any]:
         return Mapping, kind.kind
     if isinstance(kind, list):
         return (list, tuple), kind[0]
+    if isinstance(kind, Row):
+        return (list, tuple), None
     if isinstance(kind, Mapping):
         return Mapping, None
     if kind is None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_compress.functional._checks import check_positive, check_whole
+from lightning_compress.functional._checks import check_positive, check_tensor, check_whole, shown
+
+MOST_CHANNELS = 2**28
+"""The bytes of a convolution between so many can still be counted in 64 bits."""
 
 
 class Paraphraser(nn.Module):
@@ -18,7 +21,7 @@ class Paraphraser(nn.Module):
     What lies between its two halves is the factor that the student imitates. Height and width never change.
 
     Args:
-        channels: Channels m of the teacher's feature, a positive int.
+        channels: Channels m of the teacher's feature, 1 to 2^28.
         factor_ratio: Channels of the factor as a share k of ``channels``; positive, usually in (0, 1].
 
     Attributes:
@@ -27,7 +30,7 @@ class Paraphraser(nn.Module):
         decoder: Transposed convolutions k * m -> k * m, k * m -> m, m -> m.
 
     Raises:
-        ValueError: If ``channels`` is not a positive int or ``factor_ratio`` not positive and finite.
+        ValueError: If ``channels`` is out of its range, or ``factor_ratio`` not positive and finite, or too large.
 
     Example:
         >>> import torch
@@ -39,9 +42,13 @@ class Paraphraser(nn.Module):
 
     def __init__(self, channels: int, factor_ratio: float = 0.5) -> None:
         super().__init__()
-        _check_channels("channels", channels)
-        check_positive("factor_ratio", factor_ratio, "positive and finite")
-        self.factor_channels = max(1, round(channels * factor_ratio))
+        channels = _check_channels("channels", channels)
+        ratio = check_positive("factor_ratio", factor_ratio, "positive and finite")
+        if channels * ratio > MOST_CHANNELS:
+            raise ValueError(
+                f"factor_ratio must make at most {MOST_CHANNELS} of {channels} channels, got {shown(factor_ratio)}"
+            )
+        self.factor_channels = max(1, round(channels * ratio))
         self.encoder = _encoder(channels, self.factor_channels)
         self.decoder = nn.Sequential(
             *_layer(nn.ConvTranspose2d, self.factor_channels, self.factor_channels),
@@ -57,6 +64,10 @@ class Paraphraser(nn.Module):
 
         Returns:
             The reconstruction, same shape.
+
+        Raises:
+            TypeError: If ``feature`` is no tensor.
+            ValueError: If it has another shape.
         """
         reconstruction: Tensor = self.decoder(self.factor(feature))
         return reconstruction
@@ -69,8 +80,12 @@ class Paraphraser(nn.Module):
 
         Returns:
             The factor, shape ``(N, factor_channels, H, W)``.
+
+        Raises:
+            TypeError: If ``feature`` is no tensor.
+            ValueError: If it has another shape.
         """
-        factor: Tensor = self.encoder(feature)
+        factor: Tensor = self.encoder(_check_feature(feature, self.encoder))
         return factor
 
 
@@ -78,14 +93,14 @@ class Translator(nn.Module):
     """Three convolutions that turn the student's feature into a factor like the teacher's, trained with the student.
 
     Args:
-        channels: Channels m of the student's feature, a positive int.
-        factor_channels: Channels of the factor, those of the paraphraser; a positive int.
+        channels: Channels m of the student's feature, 1 to 2^28.
+        factor_channels: Channels of the factor, those of the paraphraser; likewise.
 
     Attributes:
         encoder: Convolutions m -> m, m -> factor_channels, factor_channels -> factor_channels.
 
     Raises:
-        ValueError: If a number of channels is not a positive int.
+        ValueError: If a number of channels is out of its range.
 
     Example:
         >>> import torch
@@ -96,9 +111,9 @@ class Translator(nn.Module):
 
     def __init__(self, channels: int, factor_channels: int) -> None:
         super().__init__()
-        _check_channels("channels", channels)
-        _check_channels("factor_channels", factor_channels)
-        self.encoder = _encoder(channels, factor_channels)
+        self.encoder = _encoder(
+            _check_channels("channels", channels), _check_channels("factor_channels", factor_channels)
+        )
 
     def forward(self, feature: Tensor) -> Tensor:
         """Translate the feature into a factor.
@@ -108,8 +123,12 @@ class Translator(nn.Module):
 
         Returns:
             The factor, shape ``(N, factor_channels, H, W)``.
+
+        Raises:
+            TypeError: If ``feature`` is no tensor.
+            ValueError: If it has another shape.
         """
-        factor: Tensor = self.encoder(feature)
+        factor: Tensor = self.encoder(_check_feature(feature, self.encoder))
         return factor
 
 
@@ -125,5 +144,13 @@ def _layer(convolution: type[nn.Conv2d] | type[nn.ConvTranspose2d], inputs: int,
     return [convolution(inputs, outputs, kernel_size=3, stride=1, padding=1), nn.LeakyReLU(0.1)]
 
 
-def _check_channels(name: str, channels: int) -> None:
-    check_whole(name, channels, at_least=1)
+def _check_channels(name: str, channels: int) -> int:
+    return check_whole(name, channels, at_least=1, at_most=MOST_CHANNELS)
+
+
+def _check_feature(feature: Tensor, encoder: nn.Sequential) -> Tensor:
+    """Refuse what is no batch of images with the encoder's channels."""
+    channels = encoder[0].in_channels
+    if check_tensor("feature", feature).ndim != 4 or feature.shape[1] != channels:
+        raise ValueError(f"feature must be (N, {channels}, H, W), got shape {tuple(feature.shape)}")
+    return feature

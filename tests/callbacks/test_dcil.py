@@ -1230,7 +1230,7 @@ def test_activation_checkpointing_around_compiled_code_is_refused(fresh_compiler
             return self.model[2:](checkpoint(self.body, x, use_reentrant=False))
 
     with pytest.raises(RuntimeError, match="activation checkpointing runs the layer"):
-        fitted(DCILCallback(0.4, student="model.3", **SHARED, **AT_ONCE), Compiled)
+        fitted(DCILCallback(0.4, **SHARED, **AT_ONCE), Compiled)
 
 
 def test_a_step_that_takes_gradients_of_its_own_is_told_why_it_cannot():

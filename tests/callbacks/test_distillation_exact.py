@@ -35,7 +35,8 @@ TASK, KD, TEMPERATURE = 0.3, 0.7, 3.0
 
 
 def distillation(kind=Classifier, **settings):
-    arguments = {"task_weight": TASK, "kd_weight": KD, "temperature": TEMPERATURE, **settings}
+    temperature = {} if settings.get("loss_kind") in ("mse", "hard") else {"temperature": TEMPERATURE}
+    arguments = {"task_weight": TASK, "kd_weight": KD, **temperature, **settings}
     return DistillationCallback(arguments.pop("teacher", None) or teacher_for(kind), **arguments)
 
 

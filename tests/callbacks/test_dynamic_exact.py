@@ -374,7 +374,8 @@ def worked(callback, steps):
     return module.layer.weight[0].tolist(), callback._dense["layer.weight"][0].tolist()
 
 
-ONCE = {"schedule": "one_shot", "update_interval": 1000, "layers": ["layer"]}
+STATIC = {"schedule": "one_shot", "layers": ["layer"]}
+ONCE = {**STATIC, "update_interval": 1000}
 DCIL_ALONE = {"dense_path": "shared", "kl_start": 1.0, **ONCE}
 
 
@@ -385,8 +386,8 @@ DCIL_ALONE = {"dense_path": "shared", "kl_start": 1.0, **ONCE}
         (lambda: DPFCallback(0.5, **ONCE), 2, [1.82, 0.14, -1.18, 0.28]),
         (lambda: DCILCallback(0.5, **DCIL_ALONE), 1, [1.9, 0.12, -1.1, 0.29]),
         (lambda: DCILCallback(0.5, **DCIL_ALONE), 2, [1.82, -0.03, -1.18, 0.365]),
-        (lambda: PruningCallback(0.5, **ONCE), 1, [1.9, 0.5, -1.1, 0.1]),
-        (lambda: PruningCallback(0.5, **ONCE), 2, [1.82, 0.5, -1.18, 0.1]),
+        (lambda: PruningCallback(0.5, **STATIC), 1, [1.9, 0.5, -1.1, 0.1]),
+        (lambda: PruningCallback(0.5, **STATIC), 2, [1.82, 0.5, -1.18, 0.1]),
     ],
     ids=["DPF-1", "DPF-2", "DCIL-1", "DCIL-2", "static-1", "static-2"],
 )
@@ -402,7 +403,7 @@ def test_steps_worked_by_hand(build, steps, dense):
     [
         lambda: DPFCallback(0.0, **ONCE),
         lambda: DCILCallback(0.0, **DCIL_ALONE),
-        lambda: PruningCallback(0.0, **ONCE),
+        lambda: PruningCallback(0.0, **STATIC),
     ],
     ids=["DPF", "DCIL", "static"],
 )

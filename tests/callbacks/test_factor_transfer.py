@@ -52,7 +52,8 @@ def teacher() -> nn.Module:
 
 
 def transfer(**settings) -> FactorTransferCallback:
-    arguments = {"pair": PAIR, "weight": 10.0, "pretrain_epochs": 2, **settings}
+    epochs = {} if "paraphraser" in settings else {"pretrain_epochs": 2}
+    arguments = {"pair": PAIR, "weight": 10.0, **epochs, **settings}
     return FactorTransferCallback(arguments.pop("teacher", None) or teacher(), **arguments)
 
 

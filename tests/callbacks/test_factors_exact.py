@@ -55,7 +55,8 @@ def teacher() -> nn.Module:
 
 
 def transfer(**settings) -> FactorTransferCallback:
-    arguments = {"pair": ("stage2", "stage2"), "weight": WEIGHT, "pretrain_epochs": EPOCHS, **settings}
+    epochs = {} if "paraphraser" in settings else {"pretrain_epochs": EPOCHS}
+    arguments = {"pair": ("stage2", "stage2"), "weight": WEIGHT, **epochs, **settings}
     return FactorTransferCallback(arguments.pop("teacher", None) or teacher(), **arguments)
 
 

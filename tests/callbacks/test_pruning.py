@@ -761,7 +761,7 @@ class Nested(Classifier):
         (
             Classifier,
             {"schedule": lambda *_: float("nan")},
-            "schedule must give a sparsity in .*, and gave nan",
+            "schedule .* must give a sparsity in .*, gave nan",
         ),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",

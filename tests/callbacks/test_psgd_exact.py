@@ -156,7 +156,8 @@ def assert_same(ours, theirs):
 )
 def test_the_plain_loop(grid):
     own = {key: value for key, value in grid.items() if key != "axis"}
-    model, psgd = trained(callback={**own, "edge_bits": None, **({"granularity": "channel"} if "axis" in grid else {})})
+    own |= {} if "target" in grid else {"edge_bits": None}
+    model, psgd = trained(callback={**own, **({"granularity": "channel"} if "axis" in grid else {})})
     torch.manual_seed(5)
     start = lambda_for(network(), **{"bits": 4, **grid})
     assert psgd.lambda_s == pytest.approx(start, rel=1e-6)

@@ -128,8 +128,10 @@ def test_layers_with_bits_of_their_own(step_size):
 
 
 def test_arguments_at_their_limits():
-    qat = QATCallback(start=1.0, freeze_batchnorm_at=1.0, freeze_observers_at=1.0, max_loss_growth=1.001, step_lr=1)
-    assert (qat.start, qat.freeze_batchnorm_at, qat.freeze_observers_at, qat.step_lr) == (1.0, 1.0, 1.0, 1)
+    qat = QATCallback(start=1.0, freeze_batchnorm_at=1.0, freeze_observers_at=1.0, step_size="observed")
+    assert (qat.start, qat.freeze_batchnorm_at, qat.freeze_observers_at) == (1.0, 1.0, 1.0)
+    qat = QATCallback(max_loss_growth=1.001, step_lr=1, step_size="learned")
+    assert (qat.max_loss_growth, qat.step_lr) == (1.001, 1)
     assert QATCallback(max_loss_growth=None).max_loss_growth is None
 
 
@@ -1516,9 +1518,9 @@ def test_an_error_in_reading_the_grids_at_the_end_is_one_of_the_fit(monkeypatch)
         ({"step_lr": 0.1, "step_size": "observed"}, "step_lr=0.1 has no effect with step_size='observed'"),
     ],
 )
-def test_arguments_without_effect_are_told(settings, said):
-    with pytest.warns(UserWarning, match=said):
-        fitted(QATCallback(**settings), Classifier)
+def test_arguments_without_effect_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        QATCallback(**settings)
 
 
 def test_attributes_of_other_callbacks_are_theirs():

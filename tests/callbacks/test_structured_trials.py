@@ -306,12 +306,17 @@ def test_a_round_is_logged_once_whatever_the_interval(tmp_path):
         ({"rounds": 7}, "rounds=7 has no effect with schedule='one_shot'"),
         ({"end": 0.7}, "end=0.7 has no effect with schedule='one_shot'"),
         ({"seed": 3}, "seed=3 has no effect with score='l2'"),
-        ({"schedule": "iterative", "rounds": 50}, "rounds=50 are more than the 4 steps between start and end"),
     ],
 )
-def test_arguments_without_effect_are_told(arguments, message):
-    with pytest.warns(UserWarning, match=message):
-        fitted(Lit(), structured(**arguments))
+def test_arguments_without_effect_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        structured(**arguments)
+
+
+@pytest.mark.slow
+def test_more_rounds_than_steps_are_told():
+    with pytest.warns(UserWarning, match="rounds=50 are more than the 4 steps between start and end"):
+        fitted(Lit(), structured(schedule="iterative", rounds=50))
 
 
 class Positions(nn.Module):

@@ -146,6 +146,19 @@ def clip_value(optimizer: torch.optim.Optimizer, gradient_clip_val: Any, gradien
                 entry.grad.copy_(entry.grad.clamp(-0.01, 0.01))
 
 
+class HalfOfTheLast(L.Callback):
+    """Halves all gradients of an epoch's last batch: those of what our callbacks train beside the network, too."""
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_last_batch:
+            return
+        owned = [own.module for callback in callbacks_of(trainer) for own in callback._owned if own.module is not None]
+        for module in (pl_module, *owned):
+            for entry in module.parameters():
+                if entry.grad is not None:
+                    entry.grad.mul_(0.5)
+
+
 class AverageByHand(L.Callback):
     """An average of the weights, kept with one line of arithmetic; it takes their place at the end.
 

@@ -26,7 +26,7 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
     "dpf": lambda: DPFCallback(0.9, **EVERY),
     "linear": lambda: PruningCallback(0.9, schedule="linear", regrow=True, **EVERY),
     "cosine": lambda: PruningCallback(0.9, schedule="cosine", scope="layer", **EVERY),
-    "one_shot": lambda: PruningCallback(0.7, schedule="one_shot", start=0.4, scope="erk", end=0.8),
+    "one_shot": lambda: PruningCallback(0.7, schedule="one_shot", start=0.4, scope="erk"),
     "iterative": lambda: PruningCallback(0.8, schedule="iterative", rounds=3, end=0.6, rewind="weights"),
     "rates": lambda: PruningCallback(0.8, schedule="iterative", rounds=2, end=0.6, rewind="lr"),
     "taylor": lambda: PruningCallback(0.8, score="taylor", start=0.1, **EVERY),

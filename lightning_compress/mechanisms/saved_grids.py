@@ -1,0 +1,142 @@
+"""Whether grids that a checkpoint holds can be used: looked at before any of them is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_compress.functional._checks import shown
+from lightning_compress.functional.quantizers import FEWEST_BITS, MOST_BITS
+from lightning_compress.mechanisms.grids import Grids
+from lightning_compress.mechanisms.moving_grids import LearnedGrids
+from lightning_compress.mechanisms.states import GRIDS, damage
+from lightning_compress.mechanisms.weights import named_weights
+
+
+def flaw_of_grids(state: Mapping[str, Any], place: str) -> str | None:
+    """What is wrong with numbers of grids whose types are right.
+
+    Args:
+        state: What ``Grids.state`` gave.
+        place: Where it is in the state of a callback.
+
+    Returns:
+        A sentence; None where they can be used.
+
+    Example:
+        >>> grids = Grids().state()
+        >>> flaw_of_grids({**grids, "activations": {"x": [0.0, 3, 8]}}, "quantization")
+        "'quantization.activations.x' must be a positive scale, a zero point and bits, got [0.0, 3, 8]"
+    """
+    return next(_flaws(state, place), None)
+
+
+def _flaws(state: Mapping[str, Any], place: str) -> Iterator[str]:
+    for name, entry in state["weights"].items():
+        step, bits = entry["step"], entry["bits"]
+        if not FEWEST_BITS <= bits <= MOST_BITS:
+            yield f"'{place}.weights.{name}.bits' must be from {FEWEST_BITS} to {MOST_BITS}, got {bits}"
+        if not step.is_floating_point() or step.ndim > 1 or not bool(((step > 0) & step.isfinite()).all()):
+            yield f"'{place}.weights.{name}.step' must be a positive number, or some in a row, got {shown(step)}"
+    for key, entry in state["activations"].items():
+        scale, zero_point, bits = entry
+        fits = FEWEST_BITS <= bits <= MOST_BITS and 0 <= zero_point < 2**bits
+        if not fits or not 0 < scale < math.inf:
+            yield f"'{place}.activations.{key}' must be a positive scale, a zero point and bits, got {shown(entry)}"
+    for key, (name, start, stop, *_) in state["sites"].items():
+        if name not in state["weights"] or not 0 <= start < stop:
+            yield f"'{place}.sites.{key}' must be rows of a weight that has a grid, got {shown([name, start, stop])}"
+
+
+def unfit(grids: Grids, network: nn.Module) -> str | None:
+    """Why grids are not those of a network.
+
+    Args:
+        grids: The grids.
+        network: The network.
+
+    Returns:
+        A sentence; None where each weight is there, with as many steps as it has rows.
+
+    Example:
+        >>> import torch
+        >>> from lightning_compress.mechanisms.grids import WeightGrid
+        >>> unfit(Grids(weights={"weight": WeightGrid(torch.ones(3), 4)}), nn.Linear(2, 5))
+        "'weight' has 3 steps in the checkpoint, and 5 rows in the network"
+    """
+    weights = named_weights(network)
+    for name, grid in grids.weights.items():
+        if name not in weights:
+            return f"the network has no weight '{name}'"
+        if grid.step.ndim and len(grid.step) != len(weights[name]):
+            return (
+                f"'{name}' has {len(grid.step)} steps in the checkpoint, and {len(weights[name])} rows in the network"
+            )
+    for key, site in grids.sites.items():
+        if site.stop > len(weights[site.name]):
+            rows = len(weights[site.name])
+            return f"'{key}' uses '{site.name}' up to row {site.stop}, and the network has {rows} rows"
+    return None
+
+
+RANGES: Mapping[str, Any] = {"frozen": bool, "ranges": dict}
+BEGUN: Mapping[str, Any] = {"begun": GRIDS}
+
+
+def flaw_of_movement(state: Mapping[str, Any], step_size: str) -> str | None:
+    """What is wrong with what moving grids go on from.
+
+    Args:
+        state: Of the callback that trains with them, its types looked at; it has "moving" and what lies beside it.
+        step_size: How they moved: "observed", "learned", or "mse", which stay.
+
+    Returns:
+        A sentence; None where it can be used.
+
+    Example:
+        >>> flaw_of_movement({"quantization": None, "moving": {}}, "mse")
+        "'quantization' is None beside 'moving'"
+    """
+    if state["quantization"] is None:
+        return "'quantization' is None beside 'moving'"
+    if unknown := sorted(set(state["run"]) - set(state["quantization"]["weights"])):
+        return f"'run' names '{unknown[0]}', which has no grid"
+    if step_size == "observed":
+        return damage(state["moving"], RANGES, "moving") or _flaw_of_ranges(state)
+    if step_size == "learned":
+        return damage(state["moving"], BEGUN, "moving") or _flaw_of_factors(state)
+    return None
+
+
+def _flaw_of_ranges(state: Mapping[str, Any]) -> str | None:
+    ranges, keys = state["moving"]["ranges"], state["quantization"]["activations"].keys()
+    if ranges.keys() != keys:
+        return f"'moving.ranges' must be of {sorted(keys)}, got {sorted(map(str, ranges))}"
+    for key, entry in ranges.items():
+        problem = damage(entry, [float], f"moving.ranges.{key}")
+        if problem or len(entry) != 2 or not -math.inf < entry[0] <= 0 <= entry[1] < math.inf:
+            return problem or f"'moving.ranges.{key}' must be two numbers with 0 between them, got {shown(entry)}"
+    return None
+
+
+def _flaw_of_factors(state: Mapping[str, Any]) -> str | None:
+    begun, now, factors = state["moving"]["begun"], state["quantization"], state["factors"]
+    for part in ("weights", "activations"):
+        if begun[part].keys() != now[part].keys():
+            return f"'moving.begun.{part}' must be those of 'quantization', {sorted(now[part])}"
+    if problem := flaw_of_grids(begun, "moving.begun"):
+        return problem
+    kinds = {"module": {"factors": Tensor}, "optimizer": ({"state": dict, "param_groups": [dict]}, None), "steps": int}
+    if problem := damage(factors, kinds, "factors"):
+        return problem
+    shape, found = (LearnedGrids.count(Grids.from_state(begun)),), factors["module"]["factors"]
+    if found.shape != shape or not found.is_floating_point() or not bool(found.isfinite().all()):
+        return f"'factors.module.factors' must be {shape[0]} finite numbers, got {shown(found)}"
+    for own in (factors["optimizer"] or {"state": {}})["state"].values():
+        for key, value in own.items() if isinstance(own, Mapping) else ():
+            if isinstance(value, Tensor) and value.ndim and value.shape != shape:
+                return f"'factors.optimizer' has '{key}' of shape {tuple(value.shape)} for {shape[0]} numbers"
+    return None
