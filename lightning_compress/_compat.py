@@ -653,7 +653,13 @@ def runs_again() -> bool:
     """Whether this is within a backward pass, as where activation checkpointing runs a forward pass again."""
     if torch.compiler.is_compiling():  # it cannot be traced, and compiled code does its own recomputation
         return False
-    return bool(torch._C._current_graph_task_id() != -1)
+    return backward_pass() is not None
+
+
+def backward_pass() -> int | None:
+    """The number of the backward pass within which this runs; None outside of any."""
+    number: int = torch._C._current_graph_task_id()
+    return None if number == -1 else number
 
 
 def takes_iterator(trainer: Any, module: Any) -> bool:

@@ -617,6 +617,18 @@ def test_batches_of_gradients_are_told():
     assert seen == [True, False, True]
 
 
+def test_hooks_of_one_backward_pass_know_its_number():
+    weight, seen = nn.Parameter(torch.ones(1)), []
+    weight.register_hook(lambda gradient: seen.append(_compat.backward_pass()))
+    for _ in range(2):
+        loss = (2 * weight).sum()
+        loss.register_hook(lambda gradient: seen.append(_compat.backward_pass()))
+        loss.backward()
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    assert None not in seen
+    assert _compat.backward_pass() is None
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_forward_pass_within_a_backward_pass_is_told(reentrant):
     seen = []

@@ -48,6 +48,8 @@ log = logging.getLogger("lightning_compress")
 SCHEMA = 1
 _TOLD = "_lightning_compress_told"
 """Attribute of an exception that all ranks know of."""
+PATIENCE = 8
+"""How often gradients may be cleared before any was taken: a step may skip those that are too large."""
 STAGES = ("bake", "estimate_statistics", "calibrate", "export", "evaluate", "report")
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy")
 SHARDING_STRATEGY = "ModelParallelStrategy"
@@ -156,6 +158,12 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def verify(self, trainer: Any, pl_module: Any) -> None:
         """Complain about what the first whole step has shown; called once, after it."""
+
+    def learners(self, pl_module: nn.Module) -> list[torch.Tensor]:
+        """The parameters that it teaches: those of the student; while it is unknown, all."""
+        names = None if self.student_capture is None else self.student_capture.names
+        parts = [pl_module] if names is None else [find_module(pl_module, name, argument="student") for name in names]
+        return [own for part in parts for own in part.parameters()]
 
     @property
     def needs_whole(self) -> bool:
@@ -297,7 +305,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After the first whole step, complain about what had no effect; a loss that is asked for may come later."""
-        if self._verified or self._controller is None:
+        if self._controller is None:
+            return
+        self._refuse_lost_lesson(PATIENCE)
+        if self._verified:
             return
         if self._controller.steps == 0:
             if outputs:  # a skipped batch has none
@@ -345,8 +356,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             return True
         capture = self.student_capture
         names = () if capture is None or capture.names is None else capture.names
-        trained = [own for name in names for own in find_module(pl_module, name, argument="student").parameters()]
-        leaders = holders(trainer.optimizers, trained)
+        leaders = holders(trainer.optimizers, self.learners(pl_module) if names else [])
         return not leaders or any(own is optimizer for own in leaders)
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -372,15 +382,22 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             parameters.zero_grad()  # of several optimizers, only the one that follows the backward pass counts
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """After an epoch, complain about what had no effect in it, and about helpers that were never trained.
+        """After an epoch, complain about what had no effect so far, and about helpers that were never trained.
+
+        What it teaches may not have been trained yet, as where one of two networks learns in every tenth batch only:
+        then nobody is to blame.
 
         Raises:
-            RuntimeError: If no loss of the epoch was what this callback adds to, or none was asked for while optimizers
-                stepped outside of the step, or no optimizer has stepped through Lightning so far.
+            RuntimeError: If no loss was what this callback adds to, or its gradients were cleared before an optimizer
+                took them, or no loss was asked for while optimizers stepped outside of the step, or no optimizer has
+                stepped through Lightning so far.
         """
+        if self._controller is not None:
+            self._refuse_lost_lesson(1, over=True)
         if not self._verified and self._controller is not None:
             if self._controller.steps > 0:
-                self.check_first_step(trainer, pl_module)
+                if optimises_automatically(pl_module) or not self._missing() or self._taught_moved(pl_module):
+                    self.check_first_step(trainer, pl_module)
             elif self.changes_step and not optimises_automatically(pl_module) and self.has_moved(pl_module):
                 raise RuntimeError(
                     f"{type(self).__name__} '{self.name}' had no effect: in a whole epoch "
@@ -402,6 +419,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the mechanisms; the last of our callbacks runs the end of fit for all of them."""
+        self._tell_of_no_lesson()
         self._close()
         ours = callbacks_of(trainer)
         if ours and ours[-1] is self:
@@ -466,6 +484,48 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     # Private
 
+    def _taught_moved(self, pl_module: Any) -> bool:
+        """Whether a parameter that it teaches was written to since the fit began."""
+        own = {id(parameter) for parameter in self.learners(pl_module)}
+        versions = zip(pl_module.parameters(), self._versions, _versions(pl_module), strict=False)
+        return any(before != now and id(parameter) in own for parameter, before, now in versions)
+
+    def _refuse_lost_lesson(self, times: int, *, over: bool = False) -> None:
+        """Refuse to go on where a step clears the gradients that it gives, or they reach nobody.
+
+        Args:
+            times: How often they have to be cleared, and never taken: for a while a step may have its reasons.
+            over: Whether an epoch is over: something has to have come then, if what it teaches has moved.
+        """
+        lesson = self._require_controller().lessons.get(self.name)
+        if lesson is None or lesson.taken:
+            return
+        names = None if self.student_capture is None else self.student_capture.names
+        who = "the weights that it masks" if names is None else f"'{'/'.join(names)}'"
+        if lesson.lost >= times:
+            what = f"were cleared before an optimizer took them, {lesson.lost} times of {lesson.given}"
+        elif over and not lesson.waits and self._taught_moved(self._require_controller().module):
+            what = "never came there" if lesson.given else "were never computed, as no total was given to backward"
+        else:
+            return
+        raise RuntimeError(
+            f"{type(self).__name__} '{self.name}' teaches nothing: the gradients that the losses with its term give to "
+            f"{who} {what}. Ask for the loss after which the optimizer of {who} steps, with callbacks=['{self.name}'] "
+            "if the term is not there by itself, and give manual_backward what comes back; the loss of another network "
+            "has callbacks=[]"
+        )
+
+    def _tell_of_no_lesson(self) -> None:
+        """At the end of a fit with manual optimisation, warn where what it teaches was never trained."""
+        controller = self._controller
+        if controller is None or controller.steps == 0 or optimises_automatically(controller.module):
+            return
+        missing, lesson = self._missing(), controller.lessons.get(self.name)
+        if missing is not None:
+            self._warn_once(f"no optimizer has trained what it teaches in this fit: {missing}")
+        elif lesson is not None and not lesson.taken:
+            self._warn_once("no optimizer has taken the gradients of its term in this fit, so it has taught nothing")
+
     def _refuse_state(self, problem: str) -> None:
         raise ValueError(
             f"the checkpoint's state of '{self.name}' ({type(self).__name__}) is damaged: {problem}; take another "
@@ -505,24 +565,27 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             )
 
     def _missing(self) -> RuntimeError | None:
-        """What there should have been in the first step, or, where each loss is asked for, in the first epoch."""
+        """What there should have been in the first step, or, where each loss is asked for, so far."""
         automatic = self._controller is None or optimises_automatically(self._controller.module)
-        period = "step" if automatic else "epoch"
+        period = "in the first step" if automatic else "so far"
         for effect in self.expected_effects:
             if self.effects[effect] == 0:
-                message = f"{type(self).__name__} '{self.name}': {effect} had no effect in the first {period}"
-                if not automatic and self.student_capture is not None:
-                    names = "/".join(self.student_capture.names or ("",)) or "any network"
+                message = f"{type(self).__name__} '{self.name}': {effect} had no effect {period}"
+                if not automatic:
+                    capture = self.student_capture
+                    names = None if capture is None or capture.names is None else "/".join(capture.names)
+                    who = f"'{names}'" if names else "any network that it teaches"
                     message += (
-                        f": no loss that self.compressed_loss was asked for was computed from '{names}'; ask for that "
+                        f": no loss that self.compressed_loss was asked for was computed from {who}; ask for that "
                         f"which is, or name the terms that belong to a loss, callbacks=['{self.name}']"
                     )
                 return RuntimeError(message)
         capture = self.student_capture
         if capture is not None and capture.required and capture.last_call is None:
+            who = "module with parameters" if capture.names is None else "/".join(capture.names)
+            steps = "the first training step" if automatic else "all training steps so far"
             return CaptureError(
-                f"{type(self).__name__} '{self.name}' needs the network's input, and the first training {period} "
-                f"called no {'module with parameters' if capture.names is None else '/'.join(capture.names)}"
+                f"{type(self).__name__} '{self.name}' needs the network's input, and {steps} called no {who}"
             )
         return None
 

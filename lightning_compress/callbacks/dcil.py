@@ -212,7 +212,9 @@ class DCILCallback(DynamicMaskCallback):
         self.student_capture = controller.capture(self.student) if self.kl_start < 1 else None
         view = View(DENSE, self._dense_pass, deployed=False, owner=self.name, learn=learn)
         stack.enter_context(controller.view(view))
-        stack.enter_context(controller.term(Term(self.name, self._between, view=None, student=self.student_capture)))
+        learners = partial(self.learners, pl_module)
+        between = Term(self.name, self._between, view=None, student=self.student_capture, learners=learners)
+        stack.enter_context(controller.term(between))
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """With what the dense path had for itself."""

@@ -84,6 +84,10 @@ class MaskedWeightsCallback(CompressionCallback):
         super().check(trainer, pl_module)
         self._refuse_manual_shards(trainer, pl_module)
 
+    def learners(self, pl_module: nn.Module) -> list[Tensor]:
+        """The weights that are masked."""
+        return list(self._require_masks().weights.values())
+
     def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """Those of the selected weights that can be masked; an error if there are none."""
         return weights

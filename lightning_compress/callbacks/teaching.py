@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -126,7 +127,10 @@ class TeacherCallback(CompressionCallback):
             convert=trainer.precision_plugin.convert_module,
         )
         stack.callback(setattr, self, "_run_teacher", None)
-        stack.enter_context(controller.term(Term(self.name, self._term, student=self.student_capture)))
+        learners = partial(self.learners, pl_module)
+        stack.enter_context(
+            controller.term(Term(self.name, self._term, student=self.student_capture, learners=learners))
+        )
         stack.enter_context(controller.observer(self._observe))
 
     @abstractmethod

@@ -17,10 +17,12 @@ from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
 from lightning_compress.mechanisms.further import FurtherPass
 from lightning_compress.mechanisms.isolation import RandomState, device_of
+from lightning_compress.mechanisms.lessons import Lesson
 from lightning_compress.mechanisms.losses import StepCalls, belonging, check_named, loss_of
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.replay import traceless
 from lightning_compress.mechanisms.selection import find_module
+from lightning_compress.mechanisms.sharding import sharded_units
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.mechanisms.teacher import SharedTeacher, Teacher, own_copies, refuse_shared
 from lightning_compress.mechanisms.views import WeightViews
@@ -73,6 +75,8 @@ class StepController:
         self.references = 0
         self.stack = ExitStack()
         self.steps = 0
+        self.lessons: dict[str, Lesson] = {}
+        """With manual optimisation, what has become of the gradients of each term."""
         self.last = StepRecord()
         """What the last training step computed; in a step with manual optimisation, what it has computed so far."""
         self.replaying = False
@@ -233,6 +237,8 @@ class StepController:
             yield
         finally:
             del self._terms[term.name]
+            if (lesson := self.lessons.pop(term.name, None)) is not None:
+                lesson.close()
 
     @contextmanager
     def task_weight(self, owner: str, weight: float) -> Iterator[None]:
@@ -374,7 +380,11 @@ class StepController:
                 self._include(total, calls.of_its_own(shown, calls.sources(again_loss)), names)
             self.deployed = True
         result = self._sum_up(total, names)
-        self._calls.use([self._terms[name] for name in names], seen, result)
+        terms = [self._terms[name] for name in names]
+        for term in terms:
+            if term.learners is not None and not self._calls.used_up(term, seen) and not sharded_units(self.module):
+                self.lessons.setdefault(term.name, Lesson()).follow(term.learners(), result)
+        self._calls.use(terms, seen, result)
         return result
 
     def _views_of(self, names: Collection[str]) -> list[View]:
@@ -457,8 +467,10 @@ class StepController:
     def _following_optimizers(self) -> Iterator[None]:
         """Count optimizer steps; present the weights for the whole step, anew after each, and when one is toggled."""
 
-        def stepped(*_: Any) -> None:
+        def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             self._learned += 1
+            for lesson in self.lessons.values():
+                lesson.stepped(optimizer)
             self.weights.refresh()
 
         def refreshing(toggle: Callable[..., Any]) -> Callable[..., Any]:

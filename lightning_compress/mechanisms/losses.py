@@ -186,8 +186,8 @@ def belonging(
         Their names; among them those of terms that are of no student.
 
     Raises:
-        CaptureError: If a student of a given name was not called; or if no names are given, and the sources are
-            several networks, each the student of somebody.
+        CaptureError: If a student of a given name was not called, or what it returned carries no gradient; or if no
+            names are given, and the sources are several networks, each the student of somebody.
 
     Example:
         >>> import torch
@@ -198,11 +198,8 @@ def belonging(
     """
     if callbacks is not None:
         for term in terms:
-            if term.name in callbacks and term.student is not None and not seen.calls.get(term.student):
-                raise CaptureError(
-                    f"callbacks names '{term.name}', and its student '{'/'.join(term.student.names or ('?',))}' was "
-                    "not called since the last compressed_loss of this step"
-                )
+            if term.name in callbacks and term.student is not None:
+                _check_student(term, seen.calls.get(term.student, ()))
         return set(callbacks)
     of_student = {student for student, calls in seen.calls.items() if any(call in found for call in calls)}
     connected = [term for term in terms if term.student is None or term.student in of_student]
@@ -213,6 +210,22 @@ def belonging(
                 f"which of their terms belong to it: compressed_loss(loss, callbacks=['{one.name}']), or so"
             )
     return {term.name for term in connected}
+
+
+def _check_student(term: Term, calls: Sequence[NetworkCall]) -> None:
+    """Refuse a name whose student was not called, or cannot learn from this loss."""
+    who = "/".join((None if term.student is None else term.student.names) or ("?",))
+    if not calls:
+        raise CaptureError(
+            f"callbacks names '{term.name}', and its student '{who}' was not called since the last compressed_loss of "
+            "this step"
+        )
+    if not any(call.nodes for call in calls):
+        raise CaptureError(
+            f"callbacks names '{term.name}', and what its student '{who}' returned for this loss carries no gradient, "
+            f"so nothing could be learned: toggle_optimizer of another optimizer has frozen it, or it ran under "
+            f"no_grad. Name '{term.name}' for the loss after which the optimizer of '{who}' steps"
+        )
 
 
 def _joined(
