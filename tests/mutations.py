@@ -412,8 +412,8 @@ MUTATIONS = (
     Mutation(
         "two callbacks weigh the task loss",
         CONTROLLER,
-        "if weight != 1.0:\n            for other, value in self._task_weights.items():",
-        "if weight != 1.0:\n            for other, value in ():",
+        "        if len(found) > 1:\n            said",
+        "        if False:\n            said",
         f"{CONTRACT}/test_order.py::test_only_one_callback_weighs_the_task_loss",
     ),
     # The teacher
@@ -1850,8 +1850,8 @@ MUTATIONS = (
     Mutation(
         "names of nobody are taken",
         LOSSES,
-        "if name not in terms:",
-        "if False:",
+        "        if name in terms:\n            continue",
+        "        continue",
         f"{MIXINS}::test_names_are_checked",
     ),
     Mutation(
@@ -1892,8 +1892,8 @@ MUTATIONS = (
     Mutation(
         "a loss is weighed whose it is not",
         CONTROLLER,
-        "return task_loss * weight if names is None or owner in names else task_loss",
-        "return task_loss * weight",
+        "for owner, weight in every if names is None or owner in names}",
+        "for owner, weight in every}",
         f"{MIXINS}::test_of_two_networks_only_the_student_s_loss_changes[Gan]",
     ),
     Mutation(

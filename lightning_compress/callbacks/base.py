@@ -32,9 +32,9 @@ from lightning_compress.callbacks.returned import Returned, ReturnsResults
 from lightning_compress.export.copying import whole_copy
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.grids import Grids
-from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs
+from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs, separate_networks
 from lightning_compress.mechanisms.scores import forget_scores
-from lightning_compress.mechanisms.selection import find_module
+from lightning_compress.mechanisms.selection import find_module, listing
 from lightning_compress.mechanisms.sharding import refuse_layout, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.states import damage
@@ -297,6 +297,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self._versions = _versions(pl_module)
         self._stack = ExitStack()
         self._controller = self._stack.enter_context(step_controller(pl_module))
+        self._controller.attached[self.name] = type(self).__name__
         self.attach(self._controller, self._stack, trainer, pl_module)
         self._fitted = weakref.ref(pl_module)
         ours = callbacks_of(trainer)
@@ -396,7 +397,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             self._refuse_lost_lesson(1, over=True)
         if not self._verified and self._controller is not None:
             if self._controller.steps > 0:
-                if optimises_automatically(pl_module) or not self._missing() or self._taught_moved(pl_module):
+                waits = self.expected_effects and not self._taught_moved(pl_module)
+                if optimises_automatically(pl_module) or not (waits and self._missing()):
                     self.check_first_step(trainer, pl_module)
             elif self.changes_step and not optimises_automatically(pl_module) and self.has_moved(pl_module):
                 raise RuntimeError(
@@ -627,6 +629,16 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             raise ValueError(
                 f"with {type(trainer.strategy).__name__} {type(self).__name__} works where Lightning optimises, and "
                 f"{type(pl_module).__name__} optimises manually; use one device or DDP"
+            )
+
+    def _refuse_separate(self, trainer: Any, weights: Mapping[str, torch.Tensor]) -> None:
+        """Refuse weights that nobody named, of networks that optimizers train apart."""
+        networks = separate_networks(trainer.optimizers, weights)
+        if len(networks) > 1:
+            raise ValueError(
+                f"layers is not given, and '{self.name}' would change the weights of {len(networks)} networks that "
+                f"different optimizers train, {' and '.join(listing(network) for network in networks)}: name those to "
+                f"be changed, layers={networks[0]}, say"
             )
 
     def _tell_without_effect(self, owner: type, because: str, *arguments: str) -> None:

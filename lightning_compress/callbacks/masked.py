@@ -132,6 +132,8 @@ class MaskedWeightsCallback(CompressionCallback):
         selected = select_weights(pl_module, self.layers, self.exclude, default=self.default_layers)
         if selected.idle:
             self._warn_once(f"exclude={selected.idle} leaves out nothing that was selected")
+        if self.layers is None:
+            self._refuse_separate(trainer, selected.weights)
         weights = self.suited(selected.weights, pl_module)
         last = self.state_dict()
         earlier, self._masks = self._masks, Masks(weights, self.view)

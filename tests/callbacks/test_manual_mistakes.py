@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+import re
+
 import pytest
 import torch
 from contract.gans import Functions, Gan, Swapped, Untoggled, teacher
 from contract.modules import difference, loader, made, trainer
+from torch.nn import functional as F
 
 from lightning_compress import (
+    AttentionTransferCallback,
+    CompressionReport,
     DCILCallback,
     DistillationCallback,
+    DPFCallback,
+    ExportCallback,
     FactorTransferCallback,
     PruningCallback,
+    PSGDCallback,
     QATCallback,
 )
 from lightning_compress.mechanisms.capture import CaptureError
 
+STUDENT = {"student": "generator"}
+
 
 def kd(**settings):
-    return DistillationCallback(teacher(), **{"student": "generator", "loss_kind": "mse", **settings})
+    return DistillationCallback(teacher(), **{**STUDENT, "loss_kind": "mse", **settings})
 
 
 def dcil(**settings):
@@ -118,7 +129,7 @@ class Rare(Gan):
     def discriminator_loss(self, batch):
         with torch.no_grad():
             fake = self.generator(self.images(batch)[1])
-        return torch.nn.functional.softplus(self.discriminator(fake)).mean()
+        return F.softplus(self.discriminator(fake)).mean()
 
 
 class RareFunctions(Rare):
@@ -163,3 +174,235 @@ def test_its_turn_may_come_in_a_later_epoch():
 )
 def test_what_adds_nothing_to_a_loss_waits_for_nobody(build):
     fitted(Rare, build(), fast_dev_run=True)
+
+
+# Functions that do more, or less, than compute the loss
+
+
+class Outside(Functions):
+    """What the generator gives is computed before the function is given."""
+
+    def total(self, loss, batch):
+        fake = self.generator(self.images(batch)[1])
+        return self.compressed_loss(lambda: F.softplus(-self.discriminator(fake)).mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: dcil(student="generator", class_dim=3, kl_start=0.25), "task_loss is a function that uses what 'gen"),
+        (
+            lambda: AttentionTransferCallback(teacher(), map_kind="gradient", weight=1.0, student="generator"),
+            "uses what 'gen",
+        ),
+        (dcil, r"what was computed from 'generator.\d.\w+', .* before the loss is used by both passes of 'dcil'"),
+    ],
+)
+def test_a_function_that_is_run_twice_computes_all_of_its_loss(build, message):
+    with pytest.raises(RuntimeError, match=message):
+        fitted(Outside, build())
+
+
+@pytest.mark.slow
+def test_a_function_that_is_run_once_need_not():
+    callback = kd()
+    fitted(Outside, callback)
+    assert callback.effects[callback.effect] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [kd, dcil])
+@pytest.mark.parametrize("what", ["backward", "step"])
+def test_a_function_that_learns_is_refused(what, build):
+    class Learns(Functions):
+        def generator_loss(self, batch):
+            loss = super().generator_loss(batch)
+            if what == "backward":
+                self.manual_backward(loss)
+            else:
+                self.optimizers()[0].step()
+            return loss
+
+    with pytest.raises(RuntimeError, match="task_loss is a function that runs a backward pass, clears gradients or"):
+        fitted(Learns, build())
+
+
+# Two students
+
+
+class Judged(Gan):
+    """The discriminator is a student too, called once a loss."""
+
+    def discriminator_loss(self, batch):
+        real, noise = self.images(batch)
+        judged = self.discriminator(torch.cat([real, self.generator(noise).detach()])).chunk(2)
+        return F.softplus(-judged[0]).mean() + F.softplus(judged[1]).mean()
+
+    def total(self, loss, batch):
+        return self.compressed_loss(loss(batch), callbacks=["kd"] if loss == self.generator_loss else ["other"])
+
+
+def judge(**settings):
+    network = made(Gan, seed=9).discriminator
+    return DistillationCallback(network, student="discriminator", loss_kind="mse", name="other", **settings)
+
+
+@pytest.mark.slow
+def test_each_loss_is_weighed_by_the_callback_whose_term_it_has():
+    judges, network, reference = made(Gan, seed=9).discriminator, teacher(), made(Judged)
+    first, second = reference.configure_optimizers()
+    for batch in loader():
+        real, noise = reference.images(batch)
+        fake = reference.generator(noise)
+        first.zero_grad()
+        soft = F.mse_loss(fake, network(noise).detach())
+        (0.1 * F.softplus(-reference.discriminator(fake)).mean() + 0.9 * soft).backward()
+        first.step()
+        both = torch.cat([real, reference.generator(noise).detach()])
+        second.zero_grad()
+        soft = F.mse_loss(reference.discriminator(both), judges(both).detach())
+        (0.3 * reference.discriminator_loss(batch) + 0.9 * soft).backward()
+        second.step()
+    assert difference(fitted(Judged, kd(), judge(task_weight=0.3)), reference) < 1e-7
+
+
+@pytest.mark.slow
+def test_a_loss_that_two_weigh_is_refused():
+    class Both(Judged):
+        def total(self, loss, batch):
+            return self.compressed_loss(loss(batch), callbacks=["kd", "other"])
+
+    message = "'kd' sets task_weight=0.1 and 'other' sets task_weight=0.3; only one callback can weigh the task loss"
+    with pytest.raises(ValueError, match=message):
+        fitted(Both, kd(), judge(task_weight=0.3))
+
+
+# Names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pruning", "callbacks names 'pruning', which acts without being asked and adds nothing to a loss: leave it"),
+        ("PruningCallback", "callbacks names 'PruningCallback', which acts without being asked and adds nothing to"),
+        ("DistillationCallback", "callbacks holds names, and 'DistillationCallback' is a class: that of 'kd'"),
+        ("kdd", r"callbacks names 'kdd', and no callback of that name adds to a loss; .*; did you mean 'kd'\?"),
+    ],
+)
+def test_names_of_what_adds_nothing_to_a_loss(name, message):
+    class Names(Gan):
+        def total(self, loss, batch):
+            return self.compressed_loss(loss(batch), callbacks=[name])
+
+    with pytest.raises(ValueError, match=message):
+        fitted(Names, kd(), PruningCallback(0.5, layers=["generator"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: PruningCallback(0.5, layers=["generato"]),
+            r"'generato', which matches no module; did you mean 'gener",
+        ),
+        (lambda: PruningCallback(0.5, layers=["gen"]), "no module; its parts are 'generator', 'discriminator'"),
+        (lambda: kd(student="generatr"), r"student names 'generatr', not a module of Gan; did you mean 'generator'\?"),
+        (lambda: kd(student="G"), "student names 'G', not a module of Gan; its parts are 'generator', 'discriminator'"),
+    ],
+)
+def test_the_nearest_name_is_given_or_all_there_are(build, message):
+    with pytest.raises(ValueError, match=message):
+        fitted(Gan, build())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "build",
+    [
+        functools.partial(PruningCallback, 0.5),
+        functools.partial(DPFCallback, 0.5),
+        functools.partial(PSGDCallback, 4, mean_factor=1.0),
+    ],
+)
+def test_of_networks_that_are_trained_apart_none_is_taken_unasked(build):
+    with pytest.raises(ValueError, match=r"networks that different optimizers train, 'generator' and 'discriminator'"):
+        fitted(Gan, build())
+    fitted(Gan, build(exclude=["discriminator"]))
+
+
+class OneNetwork(Gan):
+    """Two optimizers train parts of one network."""
+
+    def build(self):
+        parts = made(Gan)
+        self.network = torch.nn.ModuleDict({"generator": parts.generator, "discriminator": parts.discriminator})
+
+    @property
+    def generator(self):
+        return self.network["generator"]
+
+    @property
+    def discriminator(self):
+        return self.network["discriminator"]
+
+
+@pytest.mark.slow
+def test_the_weights_of_one_network_may_have_several_optimizers():
+    callback = PruningCallback(0.5)
+    fitted(OneNetwork, callback)
+    assert len(callback.masks) == 4
+
+
+class Named(Functions):
+    def total(self, loss, batch):
+        return self.compressed_loss(lambda: loss(batch), callbacks=["dcil"] if loss == self.generator_loss else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"kl_start": 1.0},
+        {"layers": ["generator"]},
+        {"layers": ["generator"], "dense_path": "shared"},
+        {"classifier": "generator.2", "exclude": ["generator.2", "discriminator"], "update_interval": 2},
+    ],
+)
+def test_what_the_message_of_collective_intelligence_says_works(given):
+    with pytest.raises(ValueError, match="2 optimizers train parts of Named") as caught:
+        fitted(Named, DCILCallback(0.5, **given))
+    [call] = re.findall(r"To prune .* give (DCILCallback\(.*?\)), compressed_loss a function", str(caught.value))
+    callback = eval(call, {"DCILCallback": DCILCallback})
+    fitted(Named, callback)
+    assert callback.reached == pytest.approx(0.5, abs=0.01)
+    assert callback.update_interval == given.get("update_interval", 16)
+    assert callback.effects["the dense pass"] == 8
+
+
+# Networks that nobody named
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [True, False])
+def test_the_argument_that_names_the_network_is_that_of_who_needs_it(first, tmp_path):
+    export = ExportCallback(tmp_path / "model.onnx")
+    callbacks = [CompressionReport(path=tmp_path / "report", latency=False), export]
+    with pytest.raises(CaptureError, match=r"'generator', 'discriminator'; choose the network with network=$"):
+        fitted(Gan, *(callbacks if first else callbacks[::-1]))
+    with pytest.raises(CaptureError, match=r"choose the network with student= or network=, or give the first and"):
+        fitted(Gan, kd(student=None), export)
+
+
+@pytest.mark.slow
+def test_a_network_that_is_not_called_is_named_by_its_argument(tmp_path):
+    class Unused(Gan):
+        def build(self):
+            super().build()
+            self.unused = torch.nn.Linear(1, 1)
+
+    with pytest.raises(CaptureError, match="all training steps so far called no unused"):
+        fitted(Unused, ExportCallback(tmp_path / "model.onnx", network="unused"))
