@@ -243,14 +243,21 @@ class Judged(Gan):
         return self.compressed_loss(loss(batch), callbacks=["kd"] if loss == self.generator_loss else ["other"])
 
 
-def judge(**settings):
-    network = made(Gan, seed=9).discriminator
+class JudgedNorm(Judged):
+    def build(self):
+        super().build()
+        self.discriminator.insert(1, torch.nn.BatchNorm2d(3))
+
+
+def judge(kind=Judged, **settings):
+    network = made(kind, seed=9).discriminator
     return DistillationCallback(network, student="discriminator", loss_kind="mse", name="other", **settings)
 
 
 @pytest.mark.slow
-def test_each_loss_is_weighed_by_the_callback_whose_term_it_has():
-    judges, network, reference = made(Gan, seed=9).discriminator, teacher(), made(Judged)
+@pytest.mark.parametrize("kind", [Judged, JudgedNorm])
+def test_each_loss_is_weighed_by_the_callback_whose_term_it_has(kind):
+    judges, network, reference = made(kind, seed=9).discriminator.eval(), teacher(), made(kind)
     first, second = reference.configure_optimizers()
     for batch in loader():
         real, noise = reference.images(batch)
@@ -261,10 +268,14 @@ def test_each_loss_is_weighed_by_the_callback_whose_term_it_has():
         first.step()
         both = torch.cat([real, reference.generator(noise).detach()])
         second.zero_grad()
-        soft = F.mse_loss(reference.discriminator(both), judges(both).detach())
-        (0.3 * reference.discriminator_loss(batch) + 0.9 * soft).backward()
+        judged = reference.discriminator(both)
+        loss = F.softplus(-judged[: len(real)]).mean() + F.softplus(judged[len(real) :]).mean()
+        (0.3 * loss + 0.9 * F.mse_loss(judged, judges(both).detach())).backward()
         second.step()
-    assert difference(fitted(Judged, kd(), judge(task_weight=0.3)), reference) < 1e-7
+    module = fitted(kind, kd(), judge(kind, task_weight=0.3))
+    assert difference(module, reference) < 1e-7
+    for own, by_hand in zip(module.buffers(), reference.buffers(), strict=True):
+        assert torch.allclose(own, by_hand)
 
 
 @pytest.mark.slow
