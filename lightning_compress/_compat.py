@@ -653,13 +653,12 @@ def runs_again() -> bool:
     """Whether this is within a backward pass, as where activation checkpointing runs a forward pass again."""
     if torch.compiler.is_compiling():  # it cannot be traced, and compiled code does its own recomputation
         return False
-    return backward_pass() is not None
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
-def backward_pass() -> int | None:
-    """The number of the backward pass within which this runs; None outside of any."""
-    number: int = torch._C._current_graph_task_id()
-    return None if number == -1 else number
+def after_backward(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass is over within which this runs, with those that it runs itself."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def takes_iterator(trainer: Any, module: Any) -> bool:

@@ -617,16 +617,16 @@ def test_batches_of_gradients_are_told():
     assert seen == [True, False, True]
 
 
-def test_hooks_of_one_backward_pass_know_its_number():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_end_of_a_backward_pass_is_told(reentrant):
+    """Also where it runs others, whose ends are none."""
     weight, seen = nn.Parameter(torch.ones(1)), []
-    weight.register_hook(lambda gradient: seen.append(_compat.backward_pass()))
-    for _ in range(2):
-        loss = (2 * weight).sum()
-        loss.register_hook(lambda gradient: seen.append(_compat.backward_pass()))
-        loss.backward()
-    assert seen[0] == seen[1] != seen[2] == seen[3]
-    assert None not in seen
-    assert _compat.backward_pass() is None
+    weight.register_hook(lambda gradient: seen.append("gradient"))
+    x = torch.ones(1, requires_grad=True)
+    loss = torch.utils.checkpoint.checkpoint(lambda x: x * weight, x, use_reentrant=reentrant).sum()
+    loss.register_hook(lambda gradient: _compat.after_backward(lambda: seen.append("end")))
+    loss.backward()
+    assert seen == ["gradient", "end"]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

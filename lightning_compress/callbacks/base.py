@@ -165,6 +165,13 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         parts = [pl_module] if names is None else [find_module(pl_module, name, argument="student") for name in names]
         return [own for part in parts for own in part.parameters()]
 
+    def trained_learners(self) -> list[torch.Tensor]:
+        """Those of the :meth:`learners` that an optimizer has by now; all where none has any, as one of the user's."""
+        every = self.learners(self._require_controller().module)
+        groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
+        held = {id(own) for group in groups for own in group["params"]}
+        return [own for own in every if id(own) in held] or every
+
     @property
     def needs_whole(self) -> bool:
         """Whether it exports or measures the network at the end of the fit."""
@@ -497,19 +504,20 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
         Args:
             times: How often they have to be cleared, and never taken: for a while a step may have its reasons.
-            over: Whether an epoch is over: something has to have come then, if what it teaches has moved.
+            over: Whether an epoch is over: something has to have come then.
         """
-        lesson = self._require_controller().lessons.get(self.name)
-        if lesson is None or lesson.taken:
+        controller = self._require_controller()
+        lesson = controller.lessons.get(self.name)
+        if lesson is None or lesson.taken or not (lesson.lost >= times or (over and not lesson.waits)):
+            return
+        if not self._taught_moved(controller.module):  # its turn has not come
             return
         names = None if self.student_capture is None else self.student_capture.names
         who = "the weights that it masks" if names is None else f"'{'/'.join(names)}'"
-        if lesson.lost >= times:
+        if lesson.lost:
             what = f"were cleared before an optimizer took them, {lesson.lost} times of {lesson.given}"
-        elif over and not lesson.waits and self._taught_moved(self._require_controller().module):
-            what = "never came there" if lesson.given else "were never computed, as no total was given to backward"
         else:
-            return
+            what = "never came there" if lesson.given else "were never computed, as no total was given to backward"
         raise RuntimeError(
             f"{type(self).__name__} '{self.name}' teaches nothing: the gradients that the losses with its term give to "
             f"{who} {what}. Ask for the loss after which the optimizer of {who} steps, with callbacks=['{self.name}'] "

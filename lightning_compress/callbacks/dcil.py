@@ -219,8 +219,9 @@ class DCILCallback(DynamicMaskCallback):
         self.student_capture = controller.capture(self.student) if self.kl_start < 1 else None
         view = View(DENSE, self._dense_pass, deployed=False, owner=self.name, learn=learn)
         stack.enter_context(controller.view(view))
-        learners = partial(self.learners, pl_module)
-        between = Term(self.name, self._between, view=None, student=self.student_capture, learners=learners)
+        between = Term(
+            self.name, self._between, view=None, student=self.student_capture, learners=self.trained_learners
+        )
         stack.enter_context(controller.term(between))
 
     def go_on(self, state: dict[str, Any] | None) -> None:

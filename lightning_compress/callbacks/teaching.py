@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -127,9 +126,8 @@ class TeacherCallback(CompressionCallback):
             convert=trainer.precision_plugin.convert_module,
         )
         stack.callback(setattr, self, "_run_teacher", None)
-        learners = partial(self.learners, pl_module)
         stack.enter_context(
-            controller.term(Term(self.name, self._term, student=self.student_capture, learners=learners))
+            controller.term(Term(self.name, self._term, student=self.student_capture, learners=self.trained_learners))
         )
         stack.enter_context(controller.observer(self._observe))
 

@@ -37,7 +37,7 @@ class Lesson:
         """How often their gradients were cleared before an optimizer took them."""
         self.taken = False
         """Whether an optimizer took one; then nothing is followed any more."""
-        self._backward: int | None = None  # the backward pass of a loss with the term, while it may run
+        self._running = False  # whether the backward pass of a loss with the term is
         self._watched: tuple[Tensor, int] | None = None  # a parameter, and how often it had been written to
         self._hooks: dict[int, Any] = {}
 
@@ -74,7 +74,11 @@ class Lesson:
         self._hooks, self._watched = {}, None
 
     def _begun(self, gradient: Tensor) -> None:
-        self.given, self._backward = self.given + 1, _compat.backward_pass()
+        self.given, self._running = self.given + 1, True
+        _compat.after_backward(self._over)
+
+    def _over(self) -> None:
+        self._running = False
 
     def _coming(self, own: Tensor, gradient: Tensor) -> None:
         """A gradient is about to be added to that of a parameter."""
@@ -82,10 +86,10 @@ class Lesson:
             moved = own._version != self._watched[1]
             if moved or _is_cleared(own):
                 self._end(taken=moved)
-        if self.taken or self._backward != _compat.backward_pass() or gradient.is_sparse:
+        if self.taken or not self._running or gradient.is_sparse:
             return
         if not bool(gradient.isfinite().all()):  # a scaler is going to skip the step
-            self._watched = self._backward = None
+            self._watched, self._running = None, False
         elif self._watched is None and bool(gradient.any()):
             self._watched = own, own._version
 

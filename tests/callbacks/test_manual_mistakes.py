@@ -120,6 +120,44 @@ def test_a_term_of_a_student_that_is_toggled_off_is_refused():
         fitted(Own, kd())
 
 
+class Skipping(Untoggled):
+    """The gradients of the generator are cleared in each batch, and its optimizer does not step."""
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        self.optimizers()[0].zero_grad()
+
+    def configure_optimizers(self):
+        first, second = super().configure_optimizers()
+        first.register_step_pre_hook(lambda own, *_: own.zero_grad())
+        return [first, second]
+
+
+@pytest.mark.slow
+def test_who_does_not_step_at_all_has_his_reasons():
+    with pytest.warns(UserWarning, match="no optimizer has taken the gradients of its term in this fit"):
+        module = fitted(Skipping, kd(), max_epochs=2)
+    assert difference(module.generator, made(Skipping).generator) == 0
+
+
+@pytest.mark.slow
+def test_of_a_student_only_what_an_optimizer_has_is_followed():
+    """Here the first layer; the last one's gradient comes before, and is cleared with all."""
+
+    class Part(Untoggled):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            self.zero_grad()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.generator[0], self.discriminator)]
+
+    module, callback = made(Part), kd()
+    trainer(callback, max_epochs=2).fit(module, loader())
+    assert difference(module.generator[2], made(Part).generator[2]) == 0
+    assert callback.effects[callback.effect] == 16
+
+
 # A student that does not learn in every batch
 
 
