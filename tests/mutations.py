@@ -46,6 +46,8 @@ BATCH_NORM = f"{PACKAGE}/mechanisms/batchnorm.py"
 CONTROLLER = f"{PACKAGE}/mechanisms/controller.py"
 LOSSES = f"{PACKAGE}/mechanisms/losses.py"
 MIXINS, MIXINS_EXACT = "tests/callbacks/test_mixins.py", "tests/callbacks/test_mixins_exact.py"
+MISTAKES = "tests/callbacks/test_manual_mistakes.py"
+LESSONS, LESSONS_TEST = f"{PACKAGE}/mechanisms/lessons.py", "tests/mechanisms/test_lessons.py"
 STUDENT = f"{PACKAGE}/mechanisms/student.py"
 TEACHER = f"{PACKAGE}/mechanisms/teacher.py"
 WRAPPING = f"{PACKAGE}/mechanisms/wrapping.py"
@@ -1895,6 +1897,76 @@ MUTATIONS = (
         "for owner, weight in every if names is None or owner in names}",
         "for owner, weight in every}",
         f"{MIXINS}::test_of_two_networks_only_the_student_s_loss_changes[Gan]",
+    ),
+    Mutation(
+        "cleared gradients are not noticed",
+        LESSONS,
+        "if moved or _is_cleared(own):",
+        "if moved:",
+        f"{LESSONS_TEST}::test_gradients_that_are_not",
+    ),
+    Mutation(
+        "gradients of all losses count",
+        LESSONS,
+        "if self.taken or not self._running or",
+        "if self.taken or",
+        f"{LESSONS_TEST}::test_gradients_that_are_not",
+    ),
+    Mutation(
+        "a step that a scaler skips loses gradients",
+        LESSONS,
+        "if not bool(gradient.isfinite().all()):",
+        "if False:",
+        f"{LESSONS_TEST}::test_gradients_that_are_not",
+    ),
+    Mutation(
+        "a term of another network's loss teaches nothing, in silence",
+        BASE,
+        "self._refuse_lost_lesson(1, over=True)",
+        "pass",
+        f"{MISTAKES}::test_a_term_whose_gradients_are_cleared_is_refused",
+    ),
+    Mutation(
+        "a student that does not step at all is blamed",
+        BASE,
+        "if not self._taught_moved(controller.module):",
+        "if False:",
+        f"{MISTAKES}::test_who_does_not_step_at_all_has_his_reasons",
+    ),
+    Mutation(
+        "a student whose turn has not come is blamed",
+        BASE,
+        "return not self._taught_moved(pl_module)",
+        "return False",
+        f"{MISTAKES}::test_a_student_whose_turn_never_came_is_told_of_at_the_end",
+    ),
+    Mutation(
+        "parameters that nobody trains are followed",
+        BASE,
+        "[own for own in every if id(own) in held] or every",
+        "every",
+        f"{MISTAKES}::test_of_a_student_only_what_an_optimizer_has_is_followed",
+    ),
+    Mutation(
+        "a function may use what was computed before",
+        LOSSES,
+        "if any(call in found for call in calls):\n            raise",
+        "if False:\n            raise",
+        f"{MISTAKES}::test_a_function_that_is_run_twice_computes_all_of_its_loss",
+    ),
+    Mutation(
+        "a function may learn",
+        LOSSES,
+        "if gradients() != before:",
+        "if False:",
+        f"{MISTAKES}::test_a_function_that_learns_is_refused",
+    ),
+    Mutation(
+        "both networks of a GAN are pruned unasked",
+        MASKED,
+        "        if self.layers is None:\n            self._refuse_separate",
+        "        if False:\n            self._refuse_separate",
+        f"{MISTAKES}::test_of_networks_that_are_trained_apart_none_is_taken_unasked",
     ),
     Mutation(
         "a view that was written into is no source",

@@ -165,7 +165,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         parts = [pl_module] if names is None else [find_module(pl_module, name, argument="student") for name in names]
         return [own for part in parts for own in part.parameters()]
 
-    def trained_learners(self) -> list[torch.Tensor]:
+    def _trained_learners(self) -> list[torch.Tensor]:
         """Those of the :meth:`learners` that an optimizer has by now; all where none has any, as one of the user's."""
         every = self.learners(self._require_controller().module)
         groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
@@ -404,8 +404,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             self._refuse_lost_lesson(1, over=True)
         if not self._verified and self._controller is not None:
             if self._controller.steps > 0:
-                waits = self.expected_effects and not self._taught_moved(pl_module)
-                if optimises_automatically(pl_module) or not (waits and self._missing()):
+                if not self._waits(pl_module):
                     self.check_first_step(trainer, pl_module)
             elif self.changes_step and not optimises_automatically(pl_module) and self.has_moved(pl_module):
                 raise RuntimeError(
@@ -498,6 +497,12 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         own = {id(parameter) for parameter in self.learners(pl_module)}
         versions = zip(pl_module.parameters(), self._versions, _versions(pl_module), strict=False)
         return any(before != now and id(parameter) in own for parameter, before, now in versions)
+
+    def _waits(self, pl_module: Any) -> bool:
+        """Whether it adds to losses that are asked for, had none so far, and what it teaches was not trained either."""
+        if optimises_automatically(pl_module) or not self.expected_effects or self._missing() is None:
+            return False
+        return not self._taught_moved(pl_module)
 
     def _refuse_lost_lesson(self, times: int, *, over: bool = False) -> None:
         """Refuse to go on where a step clears the gradients that it gives, or they reach nobody.

@@ -220,7 +220,7 @@ class DCILCallback(DynamicMaskCallback):
         view = View(DENSE, self._dense_pass, deployed=False, owner=self.name, learn=learn)
         stack.enter_context(controller.view(view))
         between = Term(
-            self.name, self._between, view=None, student=self.student_capture, learners=self.trained_learners
+            self.name, self._between, view=None, student=self.student_capture, learners=self._trained_learners
         )
         stack.enter_context(controller.term(between))
 

@@ -127,7 +127,7 @@ class TeacherCallback(CompressionCallback):
         )
         stack.callback(setattr, self, "_run_teacher", None)
         stack.enter_context(
-            controller.term(Term(self.name, self._term, student=self.student_capture, learners=self.trained_learners))
+            controller.term(Term(self.name, self._term, student=self.student_capture, learners=self._trained_learners))
         )
         stack.enter_context(controller.observer(self._observe))
 

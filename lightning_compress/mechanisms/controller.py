@@ -469,7 +469,7 @@ class StepController:
         if waiting and self._learned and not self._asked:
             raise RuntimeError(
                 f"{type(self.module).__name__}.training_step never called self.compressed_loss(task_loss), so "
-                f"{waiting} would have no effect"
+                f"{waiting} would have no effect: give it every loss, also that of another network"
             )
         self._asked = self._asked and not self._learned
         self.steps += 1 if self._losses or self._learned else 0  # a skipped batch is no step

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall, computed_from
 from lightning_compress.mechanisms.passes import Pass, Term
 from lightning_compress.mechanisms.selection import did_you_mean, listing
+from lightning_compress.mechanisms.sharding import sharded_units
 from lightning_compress.mechanisms.student import StudentCapture
 
 Key = TypeVar("Key")
@@ -97,7 +98,7 @@ def only_computing(module: nn.Module) -> Iterator[None]:
         )
 
     def gradients() -> list[tuple[int, int] | None]:
-        every = [own.grad for own in module.parameters()]
+        every = [] if sharded_units(module) else [own.grad for own in module.parameters()]  # FSDP2 moves them
         return [None if gradient is None else (id(gradient), gradient._version) for gradient in every]
 
     before = gradients()
@@ -298,7 +299,7 @@ def _check_student(term: Term, calls: Sequence[NetworkCall]) -> None:
     if not any(call.nodes for call in calls):
         raise CaptureError(
             f"callbacks names '{term.name}', and what its student '{who}' returned for this loss carries no gradient, "
-            f"so nothing could be learned: toggle_optimizer of another optimizer has frozen it, or it ran under "
+            "so nothing could be learned: toggle_optimizer of another optimizer has frozen it, or it ran under "
             f"no_grad. Name '{term.name}' for the loss after which the optimizer of '{who}' steps"
         )
 

@@ -169,9 +169,10 @@ class Replay:
                 return call, arguments
         manual = not getattr(self._module, "automatic_optimization", True)
         when = " before its first backward pass, where a step that is only looked at ends" if manual else ""
+        more = ", or name its layers" if argument == "student" else ""
         raise CaptureError(
-            f"the training step of {type(self._module).__name__} does not call the "
-            f"{argument} '{'/'.join(student)}'{when}; choose another with {argument}="
+            f"the training step of {type(self._module).__name__} does not call the {argument} '{'/'.join(student)}'"
+            f"{when}; choose another with {argument}={more}"
         )
 
     def outputs(self, student: tuple[str, ...], arguments: tuple[Any, ...]) -> list[LayerOutput]:

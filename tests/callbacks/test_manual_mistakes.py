@@ -174,6 +174,7 @@ class RareFunctions(Rare):
     functions = True
 
 
+@pytest.mark.sample
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "build"),
@@ -292,6 +293,7 @@ def judge(kind=Judged, **settings):
     return DistillationCallback(network, student="discriminator", loss_kind="mse", name="other", **settings)
 
 
+@pytest.mark.sample
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Judged, JudgedNorm])
 def test_each_loss_is_weighed_by_the_callback_whose_term_it_has(kind):
@@ -410,6 +412,7 @@ class Named(Functions):
         return self.compressed_loss(lambda: loss(batch), callbacks=["dcil"] if loss == self.generator_loss else [])
 
 
+@pytest.mark.sample
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
