@@ -286,7 +286,7 @@ MUTATIONS = (
     Mutation(
         "manual optimisation is not refused",
         BASE,
-        'if not _automatic(pl_module) and not getattr(pl_module, "_lightning_compress_mixin", False):',
+        'if not optimises_automatically(pl_module) and not getattr(pl_module, "_lightning_compress_mixin", False):',
         "if False:",
         f"{EXACT}::test_manual_optimisation_is_refused_by_name",
     ),
@@ -1880,8 +1880,8 @@ MUTATIONS = (
     Mutation(
         "a term that no loss had is not noticed",
         BASE,
-        "if self._controller.steps > 0:\n                self.check_first_step(trainer, pl_module)",
-        "if self._controller.steps > 0:\n                pass",
+        "if not self._waits(pl_module):\n                    self.check_first_step(trainer, pl_module)",
+        "pass",
         f"{MIXINS}::test_names_are_checked",
     ),
     Mutation(
