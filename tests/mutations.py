@@ -1915,7 +1915,7 @@ MUTATIONS = (
     Mutation(
         "a step that a scaler skips loses gradients",
         LESSONS,
-        "if not bool(gradient.isfinite().all()):",
+        "if not bool(_entries(gradient).isfinite().all()):",
         "if False:",
         f"{LESSONS_TEST}::test_gradients_that_are_not",
     ),

@@ -86,11 +86,11 @@ class Lesson:
             moved = own._version != self._watched[1]
             if moved or _is_cleared(own):
                 self._end(taken=moved)
-        if self.taken or not self._running or gradient.is_sparse:
+        if self.taken or not self._running or _compat.is_batched(gradient):
             return
-        if not bool(gradient.isfinite().all()):  # a scaler is going to skip the step
+        if not bool(_entries(gradient).isfinite().all()):  # a scaler is going to skip the step
             self._watched, self._running = None, False
-        elif self._watched is None and bool(gradient.any()):
+        elif self._watched is None and bool(_entries(gradient).any()):
             self._watched = own, own._version
 
     def _end(self, *, taken: bool) -> None:
@@ -102,4 +102,8 @@ class Lesson:
 
 
 def _is_cleared(parameter: Tensor) -> bool:
-    return parameter.grad is None or not bool(parameter.grad.any())
+    return parameter.grad is None or not bool(_entries(parameter.grad).any())
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient

@@ -107,3 +107,26 @@ def test_what_is_frozen_now_may_learn_later(step):
     step.model.requires_grad_(True)
     assert step.run("clear", "teach", "step").taken
     assert step.lesson.given == 2
+
+
+def test_sparse_gradients_are_followed():
+    table, lesson = nn.Embedding(3, 2, sparse=True), Lesson()
+    optimizer, taken = torch.optim.SGD(table.parameters(), lr=0.1), []
+    for clears in (True, False):
+        loss = table(torch.tensor([1])).sum()
+        lesson.follow(table.parameters(), loss)
+        loss.backward()
+        if clears:
+            optimizer.zero_grad()
+        optimizer.step()
+        lesson.stepped(optimizer)
+        taken.append(lesson.taken)
+    assert (lesson.lost, taken) == (1, [False, True])
+
+
+def test_gradients_of_many_losses_at_once_are_passed_over():
+    weight, lesson = torch.ones(2, requires_grad=True), Lesson()
+    losses = 2 * weight
+    lesson.follow([weight], losses)
+    torch.autograd.grad(losses, weight, torch.eye(2), is_grads_batched=True)
+    assert (lesson.given, lesson.waits) == (1, False)
