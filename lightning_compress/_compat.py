@@ -656,6 +656,11 @@ def runs_again() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def after_backward(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass is over within which this runs, with those that it runs itself."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
 def takes_iterator(trainer: Any, module: Any) -> bool:
     """Whether a module's training step draws its batches itself."""
     signature = import_module(f"{package_of(trainer)}.utilities.signature_utils").is_param_in_hook_signature

@@ -36,7 +36,7 @@ class CompressionMixin:
         Args:
             task_loss: The step's own loss, a 0-dim tensor with a graph. Or a function without arguments that computes
                 it: it is called at once, and again where a callback runs the step twice, as ``DCILCallback`` does.
-                It may not call this method.
+                It may not call this method, nor run a backward pass or let an optimizer step.
             callbacks: Names of the callbacks whose terms belong to this loss, where it was computed from the students
                 of several, or is computed from none; ``[]`` for no terms. The student's call is then that of which the
                 loss was computed, else the one since the last call of this method.
@@ -47,12 +47,13 @@ class CompressionMixin:
 
         Raises:
             TypeError: If the class is not a module, ``task_loss`` is no loss, or ``callbacks`` are no names.
-            ValueError: If ``task_loss`` is not one number, or ``callbacks`` has a name of nobody who adds to a loss.
+            ValueError: If ``task_loss`` is not one number, ``callbacks`` has a name of nobody who adds to a loss, or
+                two callbacks weigh the loss.
             CaptureError: If a student was called several times for the loss, it is not said which terms belong to it,
-                or an earlier loss has the term that is named; a ``RuntimeError``.
+                an earlier loss has the term that is named, or its student is frozen; a ``RuntimeError``.
             RuntimeError: If called outside of a training step with manual optimisation while callbacks are attached,
-                within the function that was given to it, with a tensor where a function is needed, or with what it
-                gave back before.
+                within the function that was given to it, with a tensor where a function is needed, with a function
+                that learns, or that is run twice and uses what was computed before, or with what it gave back before.
         """
         if not isinstance(self, nn.Module):
             raise TypeError(f"CompressionMixin is for LightningModules; {type(self).__name__} is no torch.nn.Module")

@@ -46,6 +46,8 @@ BATCH_NORM = f"{PACKAGE}/mechanisms/batchnorm.py"
 CONTROLLER = f"{PACKAGE}/mechanisms/controller.py"
 LOSSES = f"{PACKAGE}/mechanisms/losses.py"
 MIXINS, MIXINS_EXACT = "tests/callbacks/test_mixins.py", "tests/callbacks/test_mixins_exact.py"
+MISTAKES = "tests/callbacks/test_manual_mistakes.py"
+LESSONS, LESSONS_TEST = f"{PACKAGE}/mechanisms/lessons.py", "tests/mechanisms/test_lessons.py"
 STUDENT = f"{PACKAGE}/mechanisms/student.py"
 TEACHER = f"{PACKAGE}/mechanisms/teacher.py"
 WRAPPING = f"{PACKAGE}/mechanisms/wrapping.py"
@@ -284,7 +286,7 @@ MUTATIONS = (
     Mutation(
         "manual optimisation is not refused",
         BASE,
-        'if not _automatic(pl_module) and not getattr(pl_module, "_lightning_compress_mixin", False):',
+        'if not optimises_automatically(pl_module) and not getattr(pl_module, "_lightning_compress_mixin", False):',
         "if False:",
         f"{EXACT}::test_manual_optimisation_is_refused_by_name",
     ),
@@ -412,8 +414,8 @@ MUTATIONS = (
     Mutation(
         "two callbacks weigh the task loss",
         CONTROLLER,
-        "if weight != 1.0:\n            for other, value in self._task_weights.items():",
-        "if weight != 1.0:\n            for other, value in ():",
+        "        if len(found) > 1:\n            said",
+        "        if False:\n            said",
         f"{CONTRACT}/test_order.py::test_only_one_callback_weighs_the_task_loss",
     ),
     # The teacher
@@ -1850,8 +1852,8 @@ MUTATIONS = (
     Mutation(
         "names of nobody are taken",
         LOSSES,
-        "if name not in terms:",
-        "if False:",
+        "        if name in terms:\n            continue",
+        "        continue",
         f"{MIXINS}::test_names_are_checked",
     ),
     Mutation(
@@ -1878,8 +1880,8 @@ MUTATIONS = (
     Mutation(
         "a term that no loss had is not noticed",
         BASE,
-        "if self._controller.steps > 0:\n                self.check_first_step(trainer, pl_module)",
-        "if self._controller.steps > 0:\n                pass",
+        "self._everywhere(trainer, ready)",
+        "False",
         f"{MIXINS}::test_names_are_checked",
     ),
     Mutation(
@@ -1892,9 +1894,79 @@ MUTATIONS = (
     Mutation(
         "a loss is weighed whose it is not",
         CONTROLLER,
-        "return task_loss * weight if names is None or owner in names else task_loss",
-        "return task_loss * weight",
+        "for owner, weight in every if names is None or owner in names}",
+        "for owner, weight in every}",
         f"{MIXINS}::test_of_two_networks_only_the_student_s_loss_changes[Gan]",
+    ),
+    Mutation(
+        "cleared gradients are not noticed",
+        LESSONS,
+        "if moved or _is_cleared(own):",
+        "if moved:",
+        f"{LESSONS_TEST}::test_gradients_that_are_not",
+    ),
+    Mutation(
+        "gradients of all losses count",
+        LESSONS,
+        "if self.taken or not self._running or",
+        "if self.taken or",
+        f"{LESSONS_TEST}::test_gradients_that_are_not",
+    ),
+    Mutation(
+        "a step that a scaler skips loses gradients",
+        LESSONS,
+        "if not bool(_entries(gradient).isfinite().all()):",
+        "if False:",
+        f"{LESSONS_TEST}::test_gradients_that_are_not",
+    ),
+    Mutation(
+        "a term of another network's loss teaches nothing, in silence",
+        BASE,
+        "self._refuse_lost_lesson(1, over=True)",
+        "pass",
+        f"{MISTAKES}::test_a_term_whose_gradients_are_cleared_is_refused",
+    ),
+    Mutation(
+        "a student that does not step at all is blamed",
+        BASE,
+        "if not self._taught_moved(controller.module):",
+        "if False:",
+        f"{MISTAKES}::test_who_does_not_step_at_all_has_his_reasons",
+    ),
+    Mutation(
+        "a student whose turn has not come is blamed",
+        BASE,
+        "return not self._taught_moved(pl_module)",
+        "return False",
+        f"{MISTAKES}::test_a_student_whose_turn_never_came_is_told_of_at_the_end",
+    ),
+    Mutation(
+        "parameters that nobody trains are followed",
+        BASE,
+        "[own for own in every if id(own) in held] or every",
+        "every",
+        f"{MISTAKES}::test_of_a_student_only_what_an_optimizer_has_is_followed",
+    ),
+    Mutation(
+        "a function may use what was computed before",
+        LOSSES,
+        "if any(call in found for call in calls):\n            raise",
+        "if False:\n            raise",
+        f"{MISTAKES}::test_a_function_that_is_run_twice_computes_all_of_its_loss",
+    ),
+    Mutation(
+        "a function may learn",
+        LOSSES,
+        "if gradients() != before:",
+        "if False:",
+        f"{MISTAKES}::test_a_function_that_learns_is_refused",
+    ),
+    Mutation(
+        "both networks of a GAN are pruned unasked",
+        MASKED,
+        "        if self.layers is None:\n            self._refuse_separate",
+        "        if False:\n            self._refuse_separate",
+        f"{MISTAKES}::test_of_networks_that_are_trained_apart_none_is_taken_unasked",
     ),
     Mutation(
         "a view that was written into is no source",

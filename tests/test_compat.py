@@ -618,6 +618,18 @@ def test_batches_of_gradients_are_told():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+def test_the_end_of_a_backward_pass_is_told(reentrant):
+    """Also where it runs others, whose ends are none."""
+    weight, seen = nn.Parameter(torch.ones(1)), []
+    weight.register_hook(lambda gradient: seen.append("gradient"))
+    x = torch.ones(1, requires_grad=True)
+    loss = torch.utils.checkpoint.checkpoint(lambda x: x * weight, x, use_reentrant=reentrant).sum()
+    loss.register_hook(lambda gradient: _compat.after_backward(lambda: seen.append("end")))
+    loss.backward()
+    assert seen == ["gradient", "end"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_a_forward_pass_within_a_backward_pass_is_told(reentrant):
     seen = []
 

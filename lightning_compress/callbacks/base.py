@@ -32,9 +32,9 @@ from lightning_compress.callbacks.returned import Returned, ReturnsResults
 from lightning_compress.export.copying import whole_copy
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.grids import Grids
-from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs
+from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs, separate_networks
 from lightning_compress.mechanisms.scores import forget_scores
-from lightning_compress.mechanisms.selection import find_module
+from lightning_compress.mechanisms.selection import find_module, listing
 from lightning_compress.mechanisms.sharding import class_name, refuse_layout, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.states import damage
@@ -48,6 +48,8 @@ log = logging.getLogger("lightning_compress")
 SCHEMA = 1
 _TOLD = "_lightning_compress_told"
 """Attribute of an exception that all ranks know of."""
+PATIENCE = 8
+"""How often gradients may be cleared before any was taken: a step may skip those that are too large."""
 STAGES = ("bake", "estimate_statistics", "calibrate", "export", "evaluate", "report")
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy")
 SHARDING_STRATEGY = "ModelParallelStrategy"
@@ -156,6 +158,19 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def verify(self, trainer: Any, pl_module: Any) -> None:
         """Complain about what the first whole step has shown; called once, after it."""
+
+    def learners(self, pl_module: nn.Module) -> list[torch.Tensor]:
+        """The parameters that it teaches: those of the student; while it is unknown, all."""
+        names = None if self.student_capture is None else self.student_capture.names
+        parts = [pl_module] if names is None else [find_module(pl_module, name, argument="student") for name in names]
+        return [own for part in parts for own in part.parameters()]
+
+    def _trained_learners(self) -> list[torch.Tensor]:
+        """Those of the :meth:`learners` that an optimizer has by now; all where none has any, as one of the user's."""
+        every = self.learners(self._require_controller().module)
+        groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
+        held = {id(own) for group in groups for own in group["params"]}
+        return [own for own in every if id(own) in held] or every
 
     @property
     def needs_whole(self) -> bool:
@@ -293,6 +308,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self._versions = _versions(pl_module)
         self._stack = ExitStack()
         self._controller = self._stack.enter_context(step_controller(pl_module))
+        self._controller.attached[self.name] = type(self).__name__
         self.attach(self._controller, self._stack, trainer, pl_module)
         self._fitted = weakref.ref(pl_module)
         ours = callbacks_of(trainer)
@@ -301,10 +317,13 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After the first whole step, complain about what had no effect; a loss that is asked for may come later."""
-        if self._verified or self._controller is None:
+        if self._controller is None:
+            return
+        self._refuse_lost_lesson(PATIENCE)
+        if self._verified:
             return
         automatic = optimises_automatically(pl_module)
-        if self._controller.steps == 0 and outputs:  # a skipped batch has none
+        if automatic and self._controller.steps == 0 and outputs:  # a skipped batch has none
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: somebody replaced "
                 f"{class_name(pl_module)}.training_step after the start of the fit"
@@ -346,8 +365,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             return True
         capture = self.student_capture
         names = () if capture is None or capture.names is None else capture.names
-        trained = [own for name in names for own in find_module(pl_module, name, argument="student").parameters()]
-        leaders = holders(trainer.optimizers, trained)
+        leaders = holders(trainer.optimizers, self.learners(pl_module) if names else [])
         return not leaders or any(own is optimizer for own in leaders)
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -373,18 +391,23 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             parameters.zero_grad()  # of several optimizers, only the one that follows the backward pass counts
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """After an epoch, complain about what had no effect in it, and about helpers that were never trained.
+        """After an epoch, complain about what had no effect so far, and about helpers that were never trained.
+
+        What it teaches may not have been trained yet, as where one of two networks learns in every tenth batch only:
+        then nobody is to blame.
 
         Raises:
-            RuntimeError: If no loss of the epoch was what this callback adds to, or none was asked for while optimizers
-                stepped outside of the step, or no optimizer has stepped through Lightning so far.
+            RuntimeError: If no loss was what this callback adds to, or its gradients were cleared before an optimizer
+                took them, or no loss was asked for while optimizers stepped outside of the step, or no optimizer has
+                stepped through Lightning so far.
         """
-        if not self._verified and self._controller is not None:
-            if self._everywhere(trainer, self._controller.steps > 0):
-                self.check_first_step(trainer, pl_module)
-            else:
+        if self._controller is not None:
+            if not optimises_automatically(pl_module):
                 with _compat.patient_group(trainer.world_size) as tell:
-                    together(tell, self._check_asked, trainer, pl_module)
+                    together(tell, self._check_epoch, trainer, pl_module)
+            ready = self._controller.steps > 0 and not self._waits(pl_module)
+            if not self._verified and self._everywhere(trainer, ready):
+                self.check_first_step(trainer, pl_module)
         idle = any(parameters.idle for parameters in self._owned)
         if idle and self.has_moved(pl_module):  # whoever trains nothing in an epoch has his reasons
             raise RuntimeError(
@@ -400,6 +423,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the mechanisms; the last of our callbacks runs the end of fit for all of them."""
+        self._tell_of_no_lesson()
         self._close()
         ours = callbacks_of(trainer)
         if ours and ours[-1] is self:
@@ -465,6 +489,55 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     # Private
 
+    def _taught_moved(self, pl_module: Any) -> bool:
+        """Whether a parameter that it teaches was written to since the fit began."""
+        own = {id(parameter) for parameter in self.learners(pl_module)}
+        versions = zip(pl_module.parameters(), self._versions, _versions(pl_module), strict=False)
+        return any(before != now and id(parameter) in own for parameter, before, now in versions)
+
+    def _waits(self, pl_module: Any) -> bool:
+        """Whether it adds to losses that are asked for, had none so far, and what it teaches was not trained either."""
+        if optimises_automatically(pl_module) or not self.expected_effects or self._missing() is None:
+            return False
+        return not self._taught_moved(pl_module)
+
+    def _refuse_lost_lesson(self, times: int, *, over: bool = False) -> None:
+        """Refuse to go on where a step clears the gradients that it gives, or they reach nobody.
+
+        Args:
+            times: How often they have to be cleared, and never taken: for a while a step may have its reasons.
+            over: Whether an epoch is over: something has to have come then.
+        """
+        controller = self._require_controller()
+        lesson = controller.lessons.get(self.name)
+        if lesson is None or lesson.taken or not (lesson.lost >= times or (over and not lesson.waits)):
+            return
+        if not self._taught_moved(controller.module):  # its turn has not come
+            return
+        names = None if self.student_capture is None else self.student_capture.names
+        who = "the weights that it masks" if names is None else f"'{'/'.join(names)}'"
+        if lesson.lost:
+            what = f"were cleared before an optimizer took them, {lesson.lost} times of {lesson.given}"
+        else:
+            what = "never came there" if lesson.given else "were never computed, as no total was given to backward"
+        raise RuntimeError(
+            f"{type(self).__name__} '{self.name}' teaches nothing: the gradients that the losses with its term give to "
+            f"{who} {what}. Ask for the loss after which the optimizer of {who} steps, with callbacks=['{self.name}'] "
+            "if the term is not there by itself, and give manual_backward what comes back; the loss of another network "
+            "has callbacks=[]"
+        )
+
+    def _tell_of_no_lesson(self) -> None:
+        """At the end of a fit with manual optimisation, warn where what it teaches was never trained."""
+        controller = self._controller
+        if controller is None or controller.steps == 0 or optimises_automatically(controller.module):
+            return
+        missing, lesson = self._missing(), controller.lessons.get(self.name)
+        if missing is not None:
+            self._warn_once(f"no optimizer has trained what it teaches in this fit: {missing}")
+        elif lesson is not None and not lesson.taken:
+            self._warn_once("no optimizer has taken the gradients of its term in this fit, so it has taught nothing")
+
     def _refuse_state(self, problem: str) -> None:
         raise ValueError(
             f"the checkpoint's state of '{self.name}' ({type(self).__name__}) is damaged: {problem}; take another "
@@ -513,10 +586,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             raise missing
         self.verify(trainer, pl_module)
 
-    def _check_asked(self, trainer: Any, pl_module: Any) -> None:
-        """Complain about an epoch in which this process trained without a step that asked for a loss."""
-        ran = self._controller is not None and self._controller.steps > 0
-        if self.changes_step and not ran and not optimises_automatically(pl_module) and self.has_moved(pl_module):
+    def _check_epoch(self, trainer: Any, pl_module: Any) -> None:
+        """Complain about an epoch in which this process asked for no loss, or one that it asked for taught nothing."""
+        self._refuse_lost_lesson(1, over=True)
+        if self.changes_step and self._require_controller().steps == 0 and self.has_moved(pl_module):
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: in a whole epoch "
                 f"{class_name(pl_module)}.training_step never called self.compressed_loss(task_loss), and the "
@@ -524,24 +597,27 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             )
 
     def _missing(self) -> RuntimeError | None:
-        """What there should have been in the first step, or, where each loss is asked for, in the first epoch."""
+        """What there should have been in the first step, or, where each loss is asked for, so far."""
         automatic = self._controller is None or optimises_automatically(self._controller.module)
-        period = "step" if automatic else "epoch"
+        period = "in the first step" if automatic else "so far"
         for effect in self.expected_effects:
             if self.effects[effect] == 0:
-                message = f"{type(self).__name__} '{self.name}': {effect} had no effect in the first {period}"
-                if not automatic and self.student_capture is not None:
-                    names = "/".join(self.student_capture.names or ("",)) or "any network"
+                message = f"{type(self).__name__} '{self.name}': {effect} had no effect {period}"
+                if not automatic:
+                    capture = self.student_capture
+                    names = None if capture is None or capture.names is None else "/".join(capture.names)
+                    who = f"'{names}'" if names else "any network that it teaches"
                     message += (
-                        f": no loss that self.compressed_loss was asked for was computed from '{names}'; ask for that "
+                        f": no loss that self.compressed_loss was asked for was computed from {who}; ask for that "
                         f"which is, or name the terms that belong to a loss, callbacks=['{self.name}']"
                     )
                 return RuntimeError(message)
         capture = self.student_capture
         if capture is not None and capture.required and capture.last_call is None:
+            who = "module with parameters" if capture.names is None else "/".join(capture.names)
+            steps = "the first training step" if automatic else "all training steps so far"
             return CaptureError(
-                f"{type(self).__name__} '{self.name}' needs the network's input, and the first training {period} "
-                f"called no {'module with parameters' if capture.names is None else '/'.join(capture.names)}"
+                f"{type(self).__name__} '{self.name}' needs the network's input, and {steps} called no {who}"
             )
         return None
 
@@ -583,6 +659,16 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             raise ValueError(
                 f"with {type(trainer.strategy).__name__} {type(self).__name__} works where Lightning optimises, and "
                 f"{class_name(pl_module)} optimises manually; use one device or DDP"
+            )
+
+    def _refuse_separate(self, trainer: Any, weights: Mapping[str, torch.Tensor]) -> None:
+        """Refuse weights that nobody named, of networks that optimizers train apart."""
+        networks = separate_networks(trainer.optimizers, weights)
+        if len(networks) > 1:
+            raise ValueError(
+                f"layers is not given, and '{self.name}' would change the weights of {len(networks)} networks that "
+                f"different optimizers train, {' and '.join(listing(network) for network in networks)}: name those to "
+                f"be changed, layers={networks[0]}, say"
             )
 
     def _warn_once(self, message: str, kind: str | None = None) -> None:

@@ -10,6 +10,7 @@ dense path's classifier from random numbers of its own; here it is a copy, so th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -30,8 +31,9 @@ from lightning_compress.callbacks.arguments import (
     check_names,
     check_positive,
     refuse_without_effect,
+    shown,
 )
-from lightning_compress.callbacks.base import log
+from lightning_compress.callbacks.base import log, optimises_automatically
 from lightning_compress.callbacks.dynamic import DynamicMaskCallback
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.masked import MaskedWeightsCallback
@@ -42,17 +44,20 @@ from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.densepath import OwnLayers, classifiers_named, last_layer, norms_of
 from lightning_compress.mechanisms.masking import DenseWeight
 from lightning_compress.mechanisms.outputs import Locator, find_logits
-from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs
+from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs, separate_networks
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.selection import check_selectors, listing
 from lightning_compress.mechanisms.sharding import class_name, is_shard, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.stages import LayerOutput, record_outputs
-from lightning_compress.mechanisms.standins import leaves_of, scratch, standing_in, unlearning
+from lightning_compress.mechanisms.standins import leaves_of, leaves_of_both, scratch, standing_in, unlearning
 from lightning_compress.mechanisms.states import Sometimes
+from lightning_compress.mechanisms.weights import NORMS, named_weights
 
 DENSE_PATHS = ("own", "own_norm", "shared")
 DENSE = "dense"
+LOOKS = 64
+"""In how many steps it is looked for what both passes would teach: a network may learn in few of them."""
 
 
 class DCILCallback(DynamicMaskCallback):
@@ -204,6 +209,8 @@ class DCILCallback(DynamicMaskCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """As the base; add the dense pass, and what the two learn from each other."""
+        if len(trainer.optimizers) > 1:
+            self._refuse_defaults(trainer, pl_module)
         super().attach(controller, stack, trainer, pl_module)
         stack.callback(self._put_away)
         self._norms_and_classifier(pl_module)  # what is wrong with names is said before the first step
@@ -216,7 +223,10 @@ class DCILCallback(DynamicMaskCallback):
         self.student_capture = controller.capture(self.student) if self.kl_start < 1 else None
         view = View(DENSE, self._dense_pass, deployed=False, owner=self.name, learn=learn)
         stack.enter_context(controller.view(view))
-        stack.enter_context(controller.term(Term(self.name, self._between, view=None, student=self.student_capture)))
+        between = Term(
+            self.name, self._between, view=None, student=self.student_capture, learners=self._trained_learners
+        )
+        stack.enter_context(controller.term(between))
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """With what the dense path had for itself."""
@@ -284,6 +294,37 @@ class DCILCallback(DynamicMaskCallback):
         return remarks
 
     # Private
+
+    def _refuse_defaults(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Refuse what cannot work with several optimizers, and say in one message what can."""
+        networks = separate_networks(trainer.optimizers, named_weights(pl_module))
+        norms = [own for part in pl_module.modules() if isinstance(part, NORMS) for own in part.parameters()]
+        own_norms = self.dense_path != "shared" and self.norms is None and len(holders(trainer.optimizers, norms)) > 1
+        named = [getattr(other, "student", None) for other in trainer.callbacks]
+        several = len(networks) > 1
+        changed: dict[str, Any] = {}
+        if several and self.layers is None and self.exclude is None:
+            changed["layers"] = [self.student] if isinstance(self.student, str) else networks[0]
+        if own_norms or (self.dense_path == "own" and self.classifier is None):
+            changed["dense_path"] = "shared"
+        if several and self.kl_start < 1 and not any(named):
+            changed["kl_start"] = 1.0
+        if not changed:
+            return
+        usual = inspect.signature(type(self).__init__).parameters
+        given = {key: value for key, value in self._arguments().items() if value != usual[key].default}
+        if "dense_path" in changed:  # what the dense path has for itself cannot be given then
+            given = {key: value for key, value in given.items() if key not in ("norms", "classifier")}
+        written = ", ".join(f"{key}={shown(value)}" for key, value in {**given, **changed}.items())
+        layers = {**given, **changed}.get("layers")
+        which = f" ({' and '.join(listing(network) for network in networks)})" if several else ""
+        raise ValueError(
+            f"{len(trainer.optimizers)} optimizers train parts of {type(pl_module).__name__}{which}, so it is not said "
+            f"what '{self.name}' prunes, what its dense path has for itself (classifier= and norms= would say so), or "
+            "whose classes the two passes learn from (student= and class_dim=, where there are some). To prune "
+            f"{listing(layers) if layers else 'what is selected'} give {type(self).__name__}({written}), "
+            "compressed_loss a function that computes its loss, and callbacks=[] for the losses of others"
+        )
 
     def _norms_and_classifier(self, module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
         """The layers that are the dense path's own, as far as they can be told without a step."""
@@ -383,9 +424,9 @@ class DCILCallback(DynamicMaskCallback):
     def _between(self, passes: Mapping[str, Pass]) -> Tensor | None:
         """What the two passes learn from each other; log both task losses."""
         dense = passes[DENSE]
-        if self._require_controller().steps == 0:
-            self._check_what_learns(dense)
         [pruned] = [seen for seen in passes.values() if seen.view.deployed]
+        if self._require_controller().steps < LOOKS:
+            self._check_what_learns(pruned, dense)
         for name, seen in (("pruned", pruned), ("dense", dense)):
             if seen.task_loss is not None:
                 self.log_quantity(f"{name}_task_loss", seen.task_loss.detach(), batch_size=1)
@@ -436,14 +477,22 @@ class DCILCallback(DynamicMaskCallback):
             leaf.grad = gradient
         return total.detach()
 
-    def _check_what_learns(self, dense: Pass) -> None:
-        """Complain in the first step if the dense pass would teach what the pruned pass teaches already."""
+    def _check_what_learns(self, pruned: Pass, dense: Pass) -> None:
+        """Complain in the first steps if the dense pass would teach what the pruned pass teaches already."""
         module = self._require_controller().module
         names = {id(weight): name for name, weight in module.named_parameters()}
         own = {} if self._own is None else self._own.stand_ins()
         expected = {id(leaf) for leaf in (*self._require_masks().weights.values(), *own.values())}
         groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
         trained = {id(own) for group in groups for own in group["params"]} - expected
+        manual = not optimises_automatically(module)
+        both = leaves_of_both(pruned.task_loss, dense.task_loss) if manual else []
+        if outside := [names[id(leaf)] for leaf in both if id(leaf) in trained | expected and id(leaf) in names]:
+            raise RuntimeError(
+                f"what was computed from {listing(outside)} before the loss is used by both passes of '{self.name}', "
+                "so the second one would see what the first one's weights gave: let the function that is given to "
+                "compressed_loss compute all of it"
+            )
         others = [leaf for leaf in leaves_of(dense.task_loss) if id(leaf) in trained]
         if others:
             said = [names.get(id(leaf), f"a tensor of shape {tuple(leaf.shape)}") for leaf in others]

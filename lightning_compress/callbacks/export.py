@@ -228,7 +228,7 @@ class ExportCallback(CompressionCallback):
                 again = stack.enter_context(replay(controller, trainer, context))
                 names = again.students(argument="network") if self.network is None else (self.network,)
                 self._refuse_chain(names)
-                call, _ = again.first_received(names)
+                call, _ = again.first_received(names, argument="network")
             return CapturedSample(names[0], call.args, call.kwargs)
         finally:
             pl_module.to(device)

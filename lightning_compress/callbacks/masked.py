@@ -84,6 +84,10 @@ class MaskedWeightsCallback(CompressionCallback):
         super().check(trainer, pl_module)
         self._refuse_manual_shards(trainer, pl_module)
 
+    def learners(self, pl_module: nn.Module) -> list[Tensor]:
+        """The weights that are masked."""
+        return list(self._require_masks().weights.values())
+
     def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """Those of the selected weights that can be masked; an error if there are none."""
         return weights
@@ -128,6 +132,8 @@ class MaskedWeightsCallback(CompressionCallback):
         selected = select_weights(pl_module, self.layers, self.exclude, default=self.default_layers)
         if selected.idle:
             self._warn_once(f"exclude={selected.idle} leaves out nothing that was selected")
+        if self.layers is None:
+            self._refuse_separate(trainer, selected.weights)
         weights = self.suited(selected.weights, pl_module)
         last = self.state_dict()
         earlier, self._masks = self._masks, Masks(weights, self.view)

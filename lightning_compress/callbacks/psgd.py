@@ -296,6 +296,8 @@ class PSGDCallback(CompressionCallback):
         """Select the weights, and get between gradients and optimizers."""
         super().attach(controller, stack, trainer, pl_module)
         self._candidates = self._selected(trainer, pl_module)
+        if self.layers is None:
+            self._refuse_separate(trainer, self._candidates)
         self._refuse_others(trainer, self._candidates)
         self._begin(trainer, pl_module)
         stack.callback(self._watching.close)

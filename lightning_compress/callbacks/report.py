@@ -111,7 +111,7 @@ class CompressionReport(CompressionCallback):
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Keep the module as it is now, and record what its network receives."""
         self.result, self.files, self._before, self._notes = None, None, None, []
-        self.student_capture = self._capture = controller.capture(None, required=False)
+        self.student_capture = self._capture = controller.capture(None, required=False, argument="")
         if trainer.is_global_zero and not shards(trainer):
             self._keep(pl_module)
         if trainer.ckpt_path is not None:

@@ -126,7 +126,9 @@ class TeacherCallback(CompressionCallback):
             convert=trainer.precision_plugin.convert_module,
         )
         stack.callback(setattr, self, "_run_teacher", None)
-        stack.enter_context(controller.term(Term(self.name, self._term, student=self.student_capture)))
+        stack.enter_context(
+            controller.term(Term(self.name, self._term, student=self.student_capture, learners=self._trained_learners))
+        )
         stack.enter_context(controller.observer(self._observe))
 
     @abstractmethod

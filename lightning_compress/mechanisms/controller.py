@@ -17,11 +17,19 @@ from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
 from lightning_compress.mechanisms.further import FurtherPass
 from lightning_compress.mechanisms.isolation import RandomState, device_of
-from lightning_compress.mechanisms.losses import StepCalls, belonging, check_named, loss_of
+from lightning_compress.mechanisms.lessons import Lesson
+from lightning_compress.mechanisms.losses import (
+    StepCalls,
+    belonging,
+    check_named,
+    loss_of,
+    only_computing,
+    refuse_outside,
+)
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.replay import traceless
 from lightning_compress.mechanisms.selection import find_module
-from lightning_compress.mechanisms.sharding import class_name
+from lightning_compress.mechanisms.sharding import class_name, sharded_units
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.mechanisms.teacher import SharedTeacher, Teacher, own_copies, refuse_shared
 from lightning_compress.mechanisms.views import WeightViews
@@ -74,6 +82,10 @@ class StepController:
         self.references = 0
         self.stack = ExitStack()
         self.steps = 0
+        self.attached: dict[str, str] = {}
+        """Name of each callback to that of its class, for messages."""
+        self.lessons: dict[str, Lesson] = {}
+        """With manual optimisation, what has become of the gradients of each term."""
         self.last = StepRecord()
         """What the last training step computed; in a step with manual optimisation, what it has computed so far."""
         self.replaying = False
@@ -110,7 +122,7 @@ class StepController:
         Args:
             student: As in :class:`StudentCapture`. None: the student that another callback named, else the one found.
             required: Raise in the first training step if the student cannot be told.
-            argument: The user's argument that named it, for error messages.
+            argument: The user's argument that names it, for error messages; "" where there is none.
 
         Returns:
             The shared capture, closed with the controller.
@@ -120,6 +132,7 @@ class StepController:
             capture = self.stack.enter_context(StudentCapture(self.module, student, argument=argument))
             capture.on_input = functools.partial(self._run_teachers_first, capture)
             self._captures[key] = capture
+        self._captures[key].also(argument)
         self._captures[key].required |= required
         return self._captures[key]
 
@@ -234,22 +247,21 @@ class StepController:
             yield
         finally:
             del self._terms[term.name]
+            if (lesson := self.lessons.pop(term.name, None)) is not None:
+                lesson.close()
 
     @contextmanager
     def task_weight(self, owner: str, weight: float) -> Iterator[None]:
-        """Weigh the task loss; 1 is no claim.
+        """Weigh the task loss, or with manual optimisation each that has the owner's term; 1 is no claim.
 
         Raises:
-            ValueError: If another owner set a weight other than 1.
+            ValueError: If another owner set a weight other than 1; with manual optimisation once a loss has both.
         """
         if weight != 1.0:
-            for other, value in self._task_weights.items():
-                raise ValueError(
-                    f"'{other}' sets task_weight={value} and '{owner}' sets task_weight={weight}; only one callback "
-                    "can weigh the task loss: give the others task_weight=1"
-                )
             self._task_weights[owner] = weight
         try:
+            if getattr(self.module, "automatic_optimization", True):
+                self._task_weight(None)
             yield
         finally:
             self._task_weights.pop(owner, None)
@@ -333,7 +345,7 @@ class StepController:
             raise RuntimeError(
                 "task_loss is a function that calls compressed_loss itself; give one that only computes the task loss"
             )
-        check_named(callbacks, self._terms)
+        check_named(callbacks, self._terms, self.attached)
         self._losses, self._asked, self._asking = self._losses + 1, True, True
         try:
             return self._total_of(task_loss, callbacks, self._running)
@@ -346,9 +358,14 @@ class StepController:
         compute = None if isinstance(task_loss, Tensor) else task_loss
         further = self._further(arguments) if self._views and compute is not None else None
         again = None if compute is None else self._again(compute, (), {})
-        loss = loss_of(task_loss)
         self._calls.add(*self._drained())
+        earlier = self._calls.students.copy()
+        with nullcontext() if compute is None else only_computing(self.module):
+            loss = loss_of(task_loss)
+        self._calls.add(*self._drained(), since_last=True)
         found, total = self._calls.sources(loss), _Total()
+        if further is not None or again is not None:
+            refuse_outside(found, earlier)
         seen = Pass(View("plain"), _first(*arguments), loss, {}, {}, again)
         seen = self._calls.of_its_own(seen, found)
         names = belonging(self._terms.values(), seen, found, callbacks)
@@ -375,7 +392,11 @@ class StepController:
                 self._include(total, calls.of_its_own(shown, calls.sources(again_loss)), names)
             self.deployed = True
         result = self._sum_up(total, names)
-        self._calls.use([self._terms[name] for name in names], seen, result)
+        terms = [self._terms[name] for name in names]
+        for term in terms:
+            if term.learners is not None and not self._calls.used_up(term, seen) and not sharded_units(self.module):
+                self.lessons.setdefault(term.name, Lesson()).follow(term.learners(), result)
+        self._calls.use(terms, seen, result)
         return result
 
     def _views_of(self, names: Collection[str]) -> list[View]:
@@ -448,7 +469,7 @@ class StepController:
         if waiting and self._learned and not self._asked:
             raise RuntimeError(
                 f"{class_name(self.module)}.training_step never called self.compressed_loss(task_loss), so "
-                f"{waiting} would have no effect"
+                f"{waiting} would have no effect: give it every loss, also that of another network"
             )
         self._asked = self._asked and not self._learned
         self.steps += 1 if self._losses or self._learned else 0  # a skipped batch is no step
@@ -458,8 +479,10 @@ class StepController:
     def _following_optimizers(self) -> Iterator[None]:
         """Count optimizer steps; present the weights for the whole step, anew after each, and when one is toggled."""
 
-        def stepped(*_: Any) -> None:
+        def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             self._learned += 1
+            for lesson in self.lessons.values():
+                lesson.stepped(optimizer)
             self.weights.refresh()
 
         def refreshing(toggle: Callable[..., Any]) -> Callable[..., Any]:
@@ -573,9 +596,17 @@ class StepController:
         )
 
     def _weighted(self, task_loss: Tensor, names: Collection[str] | None = None) -> Tensor:
-        for owner, weight in self._task_weights.items():
-            return task_loss * weight if names is None or owner in names else task_loss
-        return task_loss
+        weight = self._task_weight(names)
+        return task_loss if weight is None else task_loss * weight
+
+    def _task_weight(self, names: Collection[str] | None) -> float | None:
+        """What weighs a loss that has the terms of these names, or of all; None: nothing."""
+        every = self._task_weights.items()
+        found = {owner: weight for owner, weight in every if names is None or owner in names}
+        if len(found) > 1:
+            said = " and ".join(f"'{owner}' sets task_weight={weight}" for owner, weight in found.items())
+            raise ValueError(f"{said}; only one callback can weigh the task loss: give the others task_weight=1")
+        return next(iter(found.values()), None)
 
     def _forget_teachers_outputs(self) -> None:
         for shared in self._teachers.values():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall, computed_from
 from lightning_compress.mechanisms.passes import Pass, Term
-from lightning_compress.mechanisms.selection import did_you_mean
+from lightning_compress.mechanisms.selection import did_you_mean, listing
+from lightning_compress.mechanisms.sharding import sharded_units
 from lightning_compress.mechanisms.student import StudentCapture
 
 Key = TypeVar("Key")
@@ -72,25 +76,92 @@ def names_of(callbacks: Iterable[str] | None) -> list[str] | None:
     return given
 
 
-def check_named(callbacks: Sequence[str] | None, terms: Mapping[str, Term]) -> None:
+@contextmanager
+def only_computing(module: nn.Module) -> Iterator[None]:
+    """Refuse that a function that is to compute a loss learns from it: it may be run twice.
+
+    Args:
+        module: Whose gradients have to stay as they are.
+
+    Raises:
+        RuntimeError: If an optimizer steps meanwhile, or a gradient is added to or cleared.
+
+    Example:
+        >>> with only_computing(nn.Linear(1, 1)):
+        ...     loss = 2.0
+    """
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(
+            "task_loss is a function that runs a backward pass, clears gradients or lets an optimizer step, and it may "
+            "be run twice: let it compute and return the loss; zero_grad, manual_backward and step stay outside of it"
+        )
+
+    def gradients() -> list[tuple[int, int] | None]:
+        every = [] if sharded_units(module) else [own.grad for own in module.parameters()]  # FSDP2 moves them
+        return [None if gradient is None else (id(gradient), gradient._version) for gradient in every]
+
+    before = gradients()
+    handle = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if gradients() != before:
+        refuse()
+
+
+def refuse_outside(found: Sequence[NetworkCall], earlier: Mapping[StudentCapture, Sequence[NetworkCall]]) -> None:
+    """Refuse a function that is run twice, and uses what a student returned before it was run.
+
+    Args:
+        found: The calls that its loss was computed from.
+        earlier: Those before it was run.
+
+    Raises:
+        RuntimeError: If there is such a call.
+
+    Example:
+        >>> refuse_outside([], {})
+    """
+    for student, calls in earlier.items():
+        if any(call in found for call in calls):
+            raise RuntimeError(
+                f"task_loss is a function that uses what '{'/'.join(student.names or ('',))}' returned before it was "
+                "called, and it is run twice, the second time with other weights: let it call the network itself"
+            )
+
+
+def check_named(
+    callbacks: Sequence[str] | None, terms: Collection[str], attached: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Refuse names of callbacks that add nothing to a loss.
 
     Args:
         callbacks: The names; None is fine.
-        terms: The terms by name.
+        terms: Names of those that do.
+        attached: Name of each callback to that of its class.
 
     Raises:
         ValueError: If there is no term of a name.
 
     Example:
-        >>> check_named(["kd"], {"kd": Term("kd", lambda passes: None)})
+        >>> check_named(["kd"], ["kd"])
     """
     for name in callbacks or ():
-        if name not in terms:
+        if name in terms:
+            continue
+        of_class = [own for own, kind in attached.items() if kind == name]
+        if name in attached or (of_class and not set(of_class) & set(terms)):
             raise ValueError(
-                f"callbacks names '{name}', and no callback of that name adds to a loss; there are "
-                f"{sorted(terms) or 'none'}{did_you_mean(str(name), list(terms))}"
+                f"callbacks names '{name}', which acts without being asked and adds nothing to a loss: leave it out"
             )
+        if of_class:
+            raise ValueError(f"callbacks holds names, and '{name}' is a class: that of {listing(of_class)}")
+        raise ValueError(
+            f"callbacks names '{name}', and no callback of that name adds to a loss; there are "
+            f"{sorted(terms) or 'none'}{did_you_mean(name, terms)}"
+        )
 
 
 class StepCalls:
@@ -114,10 +185,15 @@ class StepCalls:
         self._totals: list[NetworkCall] = []
 
     def add(
-        self, students: Mapping[StudentCapture, list[NetworkCall]], layers: Mapping[str, list[NetworkCall]]
+        self,
+        students: Mapping[StudentCapture, list[NetworkCall]],
+        layers: Mapping[str, list[NetworkCall]],
+        *,
+        since_last: bool = False,
     ) -> None:
-        """Add the calls since the last loss."""
-        self.recent_students, self.recent_layers = students, layers
+        """Add the calls since the last loss; or those since the last addition, with those before it."""
+        self.recent_students = _joined(self.recent_students if since_last else {}, students)
+        self.recent_layers = _joined(self.recent_layers if since_last else {}, layers)
         self.students = _joined(self.students, students)
         self.layers = _joined(self.layers, layers)
 
@@ -186,8 +262,8 @@ def belonging(
         Their names; among them those of terms that are of no student.
 
     Raises:
-        CaptureError: If a student of a given name was not called; or if no names are given, and the sources are
-            several networks, each the student of somebody.
+        CaptureError: If a student of a given name was not called, or what it returned carries no gradient; or if no
+            names are given, and the sources are several networks, each the student of somebody.
 
     Example:
         >>> import torch
@@ -198,11 +274,8 @@ def belonging(
     """
     if callbacks is not None:
         for term in terms:
-            if term.name in callbacks and term.student is not None and not seen.calls.get(term.student):
-                raise CaptureError(
-                    f"callbacks names '{term.name}', and its student '{'/'.join(term.student.names or ('?',))}' was "
-                    "not called since the last compressed_loss of this step"
-                )
+            if term.name in callbacks and term.student is not None:
+                _check_student(term, seen.calls.get(term.student, ()))
         return set(callbacks)
     of_student = {student for student, calls in seen.calls.items() if any(call in found for call in calls)}
     connected = [term for term in terms if term.student is None or term.student in of_student]
@@ -213,6 +286,22 @@ def belonging(
                 f"which of their terms belong to it: compressed_loss(loss, callbacks=['{one.name}']), or so"
             )
     return {term.name for term in connected}
+
+
+def _check_student(term: Term, calls: Sequence[NetworkCall]) -> None:
+    """Refuse a name whose student was not called, or cannot learn from this loss."""
+    who = "/".join((None if term.student is None else term.student.names) or ("?",))
+    if not calls:
+        raise CaptureError(
+            f"callbacks names '{term.name}', and its student '{who}' was not called since the last compressed_loss of "
+            "this step"
+        )
+    if not any(call.nodes for call in calls):
+        raise CaptureError(
+            f"callbacks names '{term.name}', and what its student '{who}' returned for this loss carries no gradient, "
+            "so nothing could be learned: toggle_optimizer of another optimizer has frozen it, or it ran under "
+            f"no_grad. Name '{term.name}' for the loss after which the optimizer of '{who}' steps"
+        )
 
 
 def _joined(

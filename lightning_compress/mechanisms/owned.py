@@ -7,7 +7,7 @@ without the callback.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -161,6 +161,32 @@ def holders(optimizers: Sequence[torch.optim.Optimizer], parameters: Iterable[Te
     """
     wanted = {id(own) for own in parameters}
     return [own for own in optimizers if any(id(p) in wanted for group in own.param_groups for p in group["params"])]
+
+
+def separate_networks(optimizers: Sequence[torch.optim.Optimizer], weights: Mapping[str, Tensor]) -> list[list[str]]:
+    """The parts of a module that optimizers train apart from one another, as those of a GAN.
+
+    Args:
+        optimizers: Those there are.
+        weights: Dotted name to parameter; those that nobody trains are passed over.
+
+    Returns:
+        For each network the names of its parts, without dots; parts that have an optimizer in common belong together.
+
+    Example:
+        >>> first, second, third = torch.ones(1), torch.ones(1), torch.ones(1)
+        >>> optimizers = [torch.optim.SGD([first, second], lr=0.1), torch.optim.SGD([third], lr=0.1)]
+        >>> separate_networks(optimizers, {"a.0.weight": first, "b.0.weight": second, "c.0.weight": third})
+        [['a', 'b'], ['c']]
+    """
+    networks: list[list[str]] = []
+    for optimizer in optimizers:
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        parts = [name.partition(".")[0] for name, weight in weights.items() if id(weight) in own]
+        known = [network for network in networks if not set(network).isdisjoint(parts)]
+        networks = [network for network in networks if network not in known]
+        networks += [list(dict.fromkeys([*(part for network in known for part in network), *parts]))] if parts else []
+    return networks
 
 
 def refuse_lbfgs(optimizers: Sequence[torch.optim.Optimizer], what: str) -> None:

@@ -117,17 +117,20 @@ class Replay:
                 )
             return capture.names
 
-    def received(self, student: tuple[str, ...], arguments: tuple[Any, ...]) -> NetworkCall | None:
+    def received(
+        self, student: tuple[str, ...], arguments: tuple[Any, ...], argument: str = "student"
+    ) -> NetworkCall | None:
         """What the student is given in a step, which goes no further than that.
 
         Args:
             student: One dotted name, or those of the ends of a chain.
             arguments: The step's, as :attr:`batches` gives them.
+            argument: What the user names it with, for the error message.
 
         Returns:
             The first call, without output; None if the step does not call the student.
         """
-        network = find_module(self._module, student[0], argument="student")
+        network = find_module(self._module, student[0], argument=argument)
 
         def stop(key: object, args: tuple[Any, ...], kwargs: Any) -> None:
             reached.append(NetworkCall(args, kwargs, None))
@@ -148,24 +151,28 @@ class Replay:
             calls = capture.stop()  # compiled code does not tell while it runs
         return NetworkCall(calls[0].args, calls[0].kwargs, None) if calls else None
 
-    def first_received(self, student: tuple[str, ...]) -> tuple[NetworkCall, tuple[Any, ...]]:
+    def first_received(
+        self, student: tuple[str, ...], argument: str = "student"
+    ) -> tuple[NetworkCall, tuple[Any, ...]]:
         """The first call of the student, and the step's arguments that led to it.
 
         Args:
             student: As in :meth:`received`.
+            argument: Likewise.
 
         Raises:
             CaptureError: If the step does not call it.
         """
         for arguments in self._first_batches():
-            call = self.received(student, arguments)
+            call = self.received(student, arguments, argument)
             if call is not None:
                 return call, arguments
         manual = not getattr(self._module, "automatic_optimization", True)
         when = " before its first backward pass, where a step that is only looked at ends" if manual else ""
+        more = ", or name its layers" if argument == "student" else ""
         raise CaptureError(
-            f"the training step of {class_name(self._module)} does not call the student "
-            f"'{'/'.join(student)}'{when}; choose another with student=, or name its layers"
+            f"the training step of {class_name(self._module)} does not call the {argument} '{'/'.join(student)}'"
+            f"{when}; choose another with {argument}={more}"
         )
 
     def outputs(self, student: tuple[str, ...], arguments: tuple[Any, ...]) -> list[LayerOutput]:

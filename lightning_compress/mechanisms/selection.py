@@ -111,7 +111,7 @@ def find_module(root: nn.Module, name: str, *, argument: str) -> nn.Module:
     for own_name, module in modules.items():
         if plain_name(own_name) == plain_name(name):
             return module
-    nearest = did_you_mean(name, {plain_name(own_name): None for own_name in modules})
+    nearest = _nearest(name, root, {plain_name(own_name): None for own_name in modules})
     raise ValueError(f"{argument} names '{name}', not a module of {class_name(root)}{nearest}")
 
 
@@ -191,7 +191,7 @@ def _matches(named: list[tuple[str, nn.Module]], selector: str, argument: str) -
         if not found:
             _refuse_parameters(named, matcher, selector, argument)
     if not found:
-        nearest = did_you_mean(selector.removeprefix("re:"), candidates)
+        nearest = _nearest(selector.removeprefix("re:"), named[0][1], candidates)
         raise ValueError(f"{argument} has '{selector}', which matches no module{nearest}")
     return found
 
@@ -207,6 +207,12 @@ def _refuse_parameters(
                     f"{argument} has '{selector}', which matches no module but a parameter, '{full}': layers are named,"
                     f" as '{plain_name(module)}'"
                 )
+
+
+def _nearest(name: str, root: nn.Module, candidates: Iterable[str]) -> str:
+    """The candidate that is spelled most alike; where there is none, the names of the parts."""
+    parts = [plain_name(part) for part, _ in root.named_children()]
+    return did_you_mean(name, candidates) or (f"; its parts are {listing(parts)}" if parts else "")
 
 
 def _name_matcher(selector: str, names: set[str], argument: str) -> Callable[[str], bool]:

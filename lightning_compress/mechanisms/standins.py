@@ -108,18 +108,45 @@ def leaves_of(loss: Tensor | None) -> list[Tensor]:
         >>> leaves_of((weight * 2).sum())[0] is weight
         True
     """
-    found: dict[int, Tensor] = {}
-    seen: set[Any] = set()
-    waiting = [None if loss is None else loss.grad_fn]
+    return [node.variable for node in _nodes(loss) if _is_leaf(node)]
+
+
+def leaves_of_both(one: Tensor | None, other: Tensor | None) -> list[Tensor]:
+    """The tensors that two losses would give gradients to through something that was computed once for both.
+
+    Args:
+        one: With its graph; None has none.
+        other: Likewise.
+
+    Returns:
+        Each once.
+
+    Example:
+        >>> weight = nn.Parameter(Tensor([1.0]))
+        >>> twice = weight * 2
+        >>> len(leaves_of_both(twice + weight, twice * 3)), len(leaves_of_both(weight * 2, weight * 3))
+        (1, 0)
+    """
+    nodes = _nodes(one)
+    shared = [node for node in _nodes(other) if node in nodes and not _is_leaf(node)]
+    leaves = [following.variable for node in shared for following, _ in node.next_functions if _is_leaf(following)]
+    return list({id(leaf): leaf for leaf in leaves}.values())
+
+
+def _is_leaf(node: Any) -> bool:
+    return hasattr(node, "variable")
+
+
+def _nodes(loss: Tensor | None) -> dict[Any, None]:
+    """What a loss was computed by, in the graph of autograd, in the order in which it is found."""
+    seen: dict[Any, None] = {}
+    waiting: list[Any] = [None if loss is None else loss.grad_fn]
     while waiting:
-        node: Any = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        waiting += [following for following, _ in node.next_functions]
-    return list(found.values())
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen[node] = None
+            waiting += [following for following, _ in node.next_functions]
+    return seen
 
 
 def twins(layers: Iterable[nn.Module]) -> nn.ModuleList:

@@ -119,7 +119,7 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
         root: The LightningModule, or any module that contains the student.
         student: Dotted name of the student; two names where the step calls its parts in a row (the input of the first
             and the output of the second are recorded); None to find it.
-        argument: The user's argument, for error messages.
+        argument: The user's argument, for error messages; "" where there is none.
 
     Raises:
         ValueError: If a name does not exist.
@@ -139,7 +139,7 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
         self, root: nn.Module, student: str | Sequence[str] | None = None, *, argument: str = "student"
     ) -> None:
         self._root = root
-        self._argument = argument
+        self._arguments = {argument: None} if argument else {}  # in the order in which callbacks came
         self._stack = ExitStack()
         self._detector: Detector | None = None
         self._further = ExitStack()  # of a detector that goes on to the end of the step
@@ -158,6 +158,10 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
     def network(self) -> str | None:
         """Dotted name of the student; None while unknown, and where it is a chain of modules."""
         return self.names[0] if self.names is not None and len(self.names) == 1 else None
+
+    def also(self, argument: str) -> None:
+        """Somebody else wants to know the student, and has this argument for it."""
+        self._arguments |= {argument: None} if argument else {}
 
     def differentiable_inputs(self) -> None:
         """Give the student inputs that carry gradients from now on, so that a loss can be differentiated by them."""
@@ -264,8 +268,8 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
         """Whether a step has called one network; several are a problem."""
         if len(ends) > 1:
             names = ", ".join(f"'{name}'" if name else "the LightningModule itself ('')" for name in ends)
-            choose = f"choose the network with {self._argument}="
-            if self._argument == "student":  # others take one network
+            choose = f"choose the network with {self._said()}"
+            if "student" in self._arguments:  # others take one network
                 choose += f', or give the first and the last of a chain, student=["{ends[0]}", "{ends[-1]}"]'
             self.problem = f"the step calls {len(ends)} modules with parameters: {names}; {choose}"
             if self.required:
@@ -284,15 +288,19 @@ class StudentCapture(AbstractContextManager["StudentCapture"]):
             start, end = self.names or ("", "")
             raise CaptureError(
                 f"the step calls '{start}' {len(first)} times and '{end}' {len(last)} times, so they are not the ends "
-                f"of one chain; choose others with {self._argument}="
+                f"of one chain; choose others with {self._said()}"
             )
         return [
             NetworkCall(a.args, a.kwargs, b.output, a.key, b.nodes, (*a.seen[:1], *b.seen[1:]))
             for a, b in zip(first, last, strict=True)
         ]
 
+    def _said(self) -> str:
+        """The arguments that name the student."""
+        return " or ".join(f"{own}=" for own in self._arguments or ("student", "network"))
+
     def _open(self, names: tuple[str, ...]) -> None:
-        modules = [find_module(self._root, name, argument=self._argument) for name in names]
+        modules = [find_module(self._root, name, argument="student") for name in names]  # whose names were checked
         self._ends = tuple(
             self._stack.enter_context(Capture(module, direct=module is self._root)) for module in modules
         )

@@ -29,10 +29,10 @@ MANUAL = {
             "QATCallback",
             "PruningCallback",
             "DPFCallback",
+            "DCILCallback",
         ),
         r"changes the step, and \w+ optimises manually: let it inherit lightning_compress\.CompressionMixin",
     ),
-    "DCILCallback": r"\w+ optimises manually, where each step does its own backward pass; DPFCallback works there",
     "StructuredPruningCallback": r"replays training steps, and \w+ optimises manually",
 }
 
