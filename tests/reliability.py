@@ -47,10 +47,11 @@ COMPRESS_RECORDS=records python -m pytest -m slow tests
 python -m tests.reliability records --page docs/reliability.md
 ```
 
-- **exact**: equal to an independent reference, bit for bit where no figure stands beside it; else the largest
-  difference that was allowed.
-- **repeatable**: equal, bit for bit, to the same fit in other circumstances that must not matter, or to the fit that is
-  resumed from its middle. What both have in common is not checked by that.
+- **exact**: equal to an independent reference: a loop by hand, or the circumstances made by hand.
+- **repeatable**: equal to the same fit in other circumstances that must not matter, or to the fit that is resumed from
+  its middle. What both have in common is not checked by that.
+- A figure beside these words is the largest difference that was allowed, as sums in another order make one; without one
+  both are equal bit for bit. A figure alone is that of an exact cell.
 - **works**: the callback had its effect and left nothing behind; there is no reference to be equal to.
 - **refused**: the error that was planned came, before anything of the module had changed.
 """
@@ -102,7 +103,8 @@ def cell(record: Record | None, notes: Notes) -> str:
     if record is None:
         return NOT_RUN
     if record.detail.startswith("within "):
-        return record.detail.removeprefix("within ").replace("e-0", "e-")
+        number = record.detail.removeprefix("within ").replace("e-0", "e-")
+        return number if record.outcome == "exact" else f"{record.outcome} {number}"
     if not record.detail:
         return record.outcome
     long = len(record.detail) > BRIEF or record.outcome == "refused"
@@ -126,12 +128,12 @@ def table(found: Iterable[Record], down: Sequence[str], across: Sequence[str], *
 
 def counts(found: Sequence[Record]) -> str:
     """How many cells there are, and what came of them."""
-    exact = [own for own in found if own.outcome == "exact"]
-    within = [own for own in exact if own.detail.startswith("within ")]
-    numbers = {
-        "exact": len(exact) - len(within),
-        "exact but for sums in another order": len(within),
-        "repeatable": sum(own.outcome == "repeatable" for own in found),
+    numbers = {}
+    for outcome in ("exact", "repeatable"):
+        within = [own.detail.startswith("within ") for own in found if own.outcome == outcome]
+        numbers[outcome] = within.count(False)
+        numbers[f"{outcome} but for sums in another order"] = within.count(True)
+    numbers |= {
         "work": sum(own.outcome == "works" for own in found),
         "refused as planned": sum(own.outcome == "refused" for own in found),
     }
@@ -149,7 +151,9 @@ def matrix(found: Sequence[Record]) -> list[str]:
         across = [row for row in rows if (" + " in row) == together]
         if across:
             lines += ["Several callbacks together:", ""] if together else []
-            lines += table([own for own in found if own.row in across], titles, across, by_row=False)
+            some = [own for own in found if own.row in across]
+            tried = {own.column for own in some}
+            lines += table(some, [title for title in titles if title in tried], across, by_row=False)
     references = [f"| {condition.title} | {condition.reference} |" for condition in CONDITIONS]
     return [*lines, "What each has to equal:", "", "| circumstances | reference |", "|---|---|", *references, ""]
 
