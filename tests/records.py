@@ -29,8 +29,9 @@ class Record:
         table: Which table, such as "matrix", "combinations", "kills", "sharded", "strangers", "memory".
         row: What was attached: the class of a callback, or several joined by " + ".
         column: The circumstances.
-        outcome: "exact": equal to an independent reference, within a tolerance that ``detail`` names where it is not 0;
-            "repeatable": equal bit for bit to the same fit in circumstances that must not matter, or to itself resumed;
+        outcome: "exact": equal to an independent reference, such as a loop by hand; "repeatable": equal to the same fit
+            in other circumstances that must not matter, or to itself resumed; both bit for bit, or within what
+            ``detail`` says, such as "within 1e-6";
             "works": it had its effect, and there is no reference to be equal to; "refused": the error that was planned.
         detail: The largest difference, a ratio, or the message of the refusal, in a few words.
     """

@@ -48,10 +48,11 @@ COMPRESS_RECORDS=records python -m pytest -m slow tests
 python -m tests.reliability records --page docs/reliability.md
 ```
 
-- **exact**: equal to an independent reference, bit for bit where no figure stands beside it; else the largest
-  difference that was allowed.
-- **repeatable**: equal, bit for bit, to the same fit in other circumstances that must not matter, or to the fit that is
-  resumed from its middle. What both have in common is not checked by that.
+- **exact**: equal to an independent reference: a loop by hand, or the circumstances made by hand.
+- **repeatable**: equal to the same fit in other circumstances that must not matter, or to the fit that is resumed from
+  its middle. What both have in common is not checked by that.
+- A figure beside these words is the largest difference that was allowed, as sums in another order make one; without one
+  both are equal bit for bit. A figure alone is that of an exact cell.
 - **works**: the callback had its effect and left nothing behind; there is no reference to be equal to.
 - **refused**: the error that was planned came, before anything of the module had changed.
 """
@@ -104,7 +105,8 @@ def cell(record: Record | None, notes: Notes) -> str:
         return NOT_RUN
     detail = re.sub(r"e([+-])0(\d)\b", r"e\1\2", record.detail).replace("0e+0", "0")
     if detail.startswith("within "):
-        return detail.removeprefix("within ")
+        number = detail.removeprefix("within ")
+        return number if record.outcome == "exact" else f"{record.outcome} {number}"
     if not detail:
         return record.outcome
     long = len(detail) > BRIEF or record.outcome == "refused"
@@ -128,12 +130,12 @@ def table(found: Iterable[Record], down: Sequence[str], across: Sequence[str], *
 
 def counts(found: Sequence[Record]) -> str:
     """How many cells there are, and what came of them."""
-    exact = [own for own in found if own.outcome == "exact"]
-    within = [own for own in exact if own.detail.startswith("within ")]
-    numbers = {
-        "exact": len(exact) - len(within),
-        "exact but for sums in another order": len(within),
-        "repeatable": sum(own.outcome == "repeatable" for own in found),
+    numbers = {}
+    for outcome in ("exact", "repeatable"):
+        within = [own.detail.startswith("within ") for own in found if own.outcome == outcome]
+        numbers[outcome] = within.count(False)
+        numbers[f"{outcome} but for sums in another order"] = within.count(True)
+    numbers |= {
         "work": sum(own.outcome == "works" for own in found),
         "refused as planned": sum(own.outcome == "refused" for own in found),
     }
@@ -151,7 +153,9 @@ def matrix(found: Sequence[Record]) -> list[str]:
         across = [row for row in rows if (" + " in row) == together]
         if across:
             lines += ["Several callbacks together:", ""] if together else []
-            lines += table([own for own in found if own.row in across], titles, across, by_row=False)
+            some = [own for own in found if own.row in across]
+            tried = {own.column for own in some}
+            lines += table(some, [title for title in titles if title in tried], across, by_row=False)
     references = [f"| {condition.title} | {condition.reference} |" for condition in CONDITIONS]
     return [*lines, "What each has to equal:", "", "| circumstances | reference |", "|---|---|", *references, ""]
 

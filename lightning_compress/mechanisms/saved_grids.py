@@ -12,6 +12,7 @@ from lightning_compress.functional._checks import shown
 from lightning_compress.functional.quantizers import FEWEST_BITS, MOST_BITS
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.moving_grids import LearnedGrids
+from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.mechanisms.states import GRIDS, damage
 from lightning_compress.mechanisms.weights import named_weights
 
@@ -68,18 +69,23 @@ def unfit(grids: Grids, network: nn.Module) -> str | None:
         "'weight' has 3 steps in the checkpoint, and 5 rows in the network"
     """
     weights = named_weights(network)
+    rows = {name: len(weight) for name, weight in weights.items() if weight.ndim}
     for name, grid in grids.weights.items():
-        if name not in weights:
+        if name not in weights and not _computes(network, name):
             return f"the network has no weight '{name}'"
-        if grid.step.ndim and len(grid.step) != len(weights[name]):
-            return (
-                f"'{name}' has {len(grid.step)} steps in the checkpoint, and {len(weights[name])} rows in the network"
-            )
+        if grid.step.ndim and len(grid.step) != rows.get(name, len(grid.step)):
+            return f"'{name}' has {len(grid.step)} steps in the checkpoint, and {rows[name]} rows in the network"
     for key, site in grids.sites.items():
-        if site.stop > len(weights[site.name]):
-            rows = len(weights[site.name])
-            return f"'{key}' uses '{site.name}' up to row {site.stop}, and the network has {rows} rows"
+        if site.stop > rows.get(site.name, site.stop):
+            return f"'{key}' uses '{site.name}' up to row {site.stop}, and the network has {rows[site.name]} rows"
     return None
+
+
+def _computes(network: nn.Module, name: str) -> bool:
+    """Whether a layer makes this weight from other parameters, as weight norm does."""
+    layer, _, attribute = name.rpartition(".")
+    owner = next((module for own, module in network.named_modules() if plain_name(own) == layer), None)
+    return owner is not None and (attribute in vars(owner) or hasattr(type(owner), attribute))
 
 
 RANGES: Mapping[str, Any] = {"frozen": bool, "ranges": dict}

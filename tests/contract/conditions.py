@@ -110,6 +110,7 @@ class Condition:
         within: The largest difference: 0, or what sums in another order make.
         outcome: What a cell that passes is called.
         loops: Names of rows that are compared with a loop by hand too: exact, in 64 bits.
+        alone: Names of the only rows that it is tried on; empty for all.
         heavy: Whether a fit takes seconds: then a cell in three is in the sample.
     """
 
@@ -121,7 +122,12 @@ class Condition:
     within: float = 0.0
     outcome: Outcome = "exact"
     heavy: bool = False
+    alone: Collection[str] = ()
     loops: Collection[str] = ()
+
+    def has(self, row: Row) -> bool:
+        """Whether there is such a cell."""
+        return not self.alone or row.name in self.alone
 
     def passed(self, row: Row) -> tuple[Outcome, float]:
         """What a cell is called once it has passed, and within what."""
@@ -259,9 +265,9 @@ def clipping_its_values(module: Classifier) -> Classifier:
     return module
 
 
-def with_a_compiled_network(module: Classifier) -> Classifier:
+def with_a_compiled_network(module: Classifier, backend: str = "eager") -> Classifier:
     torch._dynamo.reset()  # what is traced leaves marks on parameters, and what was traced before is not again
-    module.model.compile(backend="eager")
+    module.model.compile(backend=backend)
     return module
 
 
@@ -367,6 +373,7 @@ CONDITIONS = (
         against_one_process,
         WITHOUT_NORM,
         ROUNDING,
+        outcome="repeatable",
     ),
     Condition(
         "spawn",
@@ -376,6 +383,7 @@ CONDITIONS = (
         WITHOUT_NORM,
         ROUNDING,
         heavy=True,
+        outcome="repeatable",
     ),
     Condition(
         "accumulation",
@@ -387,21 +395,7 @@ CONDITIONS = (
         ),
         WITHOUT_NORM,
         ROUNDING,
-    ),
-    Condition(
-        "accumulation, uneven",
-        "accumulate_grad_batches that leaves a short last batch alone",
-        "batches of twice the size, and half of the last one's gradients",
-        against(
-            PLAIN.but(
-                settings={"accumulate_grad_batches": 2, "limit_train_batches": 3},
-                batches=of(UNEVEN),
-                paraphrased=True,
-            ),
-            PLAIN.but(batches=one_and_a_short_one, others=lambda: [HalfOfTheLast()], paraphrased=True),
-        ),
-        WITHOUT_NORM,
-        ROUNDING,
+        outcome="repeatable",
     ),
     Condition(
         "clip norm",
@@ -470,6 +464,7 @@ CONDITIONS = (
         "automatic optimisation",
         against(PLAIN.but(kind=ManualClassifier), CONSTANT),
         (Classifier,),
+        outcome="repeatable",
     ),
     Condition(
         "two optimizers",
@@ -477,6 +472,7 @@ CONDITIONS = (
         "one optimizer for all, automatic optimisation",
         against(PLAIN.but(kind=TwoOptimizers), CONSTANT),
         (Classifier,),
+        outcome="repeatable",
     ),
     Condition(
         "LBFGS",
@@ -499,18 +495,21 @@ CONDITIONS = (
         "limit_train_batches",
         "so many batches",
         against(PLAIN.but(settings={"limit_train_batches": 3}), PLAIN.but(batches=of(3 * BATCH)), acts=True),
+        outcome="repeatable",
     ),
     Condition(
         "overfit_batches",
         "overfit_batches",
         "so many batches",
         against(PLAIN.but(settings={"overfit_batches": 2}), PLAIN.but(batches=of(2 * BATCH)), acts=True),
+        outcome="repeatable",
     ),
     Condition(
         "fast_dev_run",
         "fast_dev_run",
         "a fit of one batch",
         against(PLAIN.but(settings={"fast_dev_run": True}), ONE_BATCH, acts=True),
+        outcome="repeatable",
     ),
     Condition(
         "barebones",
@@ -573,12 +572,14 @@ CONDITIONS = (
         "LearningRateFinder",
         "a fit with the rate that it found",
         against_what_it_found(LR_FINDER, lambda fit: fit.module.lr, with_learning_rate),
+        outcome="repeatable",
     ),
     Condition(
         "batch-size finder",
         "BatchSizeFinder",
         "a fit with the size that it found",
         against_what_it_found(SIZE_FINDER, lambda fit: fit.trainer.datamodule.batch_size, sized),
+        outcome="repeatable",
     ),
     Condition(
         "configure_callbacks",
@@ -595,6 +596,7 @@ CONDITIONS = (
             FOR_LONG.but(others=lambda: [CountingEpochs(), *stopping_after(3)]),
             FOR_LONG.but(others=lambda: [CountingEpochs(), StopAfter(3)]),
         ),
+        outcome="repeatable",
     ),
     Condition(
         "max_time reached",
@@ -604,6 +606,49 @@ CONDITIONS = (
             FOR_LONG.but(settings={"max_time": {"seconds": MIDST}}, others=lambda: [Clock()]),
             FOR_LONG.but(others=lambda: [StopAfter(steps=MIDST)]),
             acts=True,
+        ),
+        outcome="repeatable",
+    ),
+    Condition(
+        "accumulation, uneven",
+        "accumulate_grad_batches that leaves a short last batch alone",
+        "batches of twice the size, and half of the last one's gradients",
+        against(
+            PLAIN.but(
+                settings={"accumulate_grad_batches": 2, "limit_train_batches": 3},
+                batches=of(UNEVEN),
+                paraphrased=True,
+            ),
+            PLAIN.but(batches=one_and_a_short_one, others=lambda: [HalfOfTheLast()], paraphrased=True),
+        ),
+        WITHOUT_NORM,
+        ROUNDING,
+        outcome="repeatable",
+    ),
+    Condition(
+        "compiled network, aot_eager",
+        "the network compiled, backend='aot_eager'",
+        SAME,
+        against(PLAIN.but(prepare=functools.partial(with_a_compiled_network, backend="aot_eager")), PLAIN),
+        WITH_CHILD,
+        outcome="repeatable",
+        heavy=True,
+    ),
+    Condition(
+        "compiled network, inductor",
+        "the network compiled, backend='inductor'",
+        SAME,
+        against(PLAIN.but(prepare=functools.partial(with_a_compiled_network, backend="inductor")), PLAIN),
+        WITH_CHILD,
+        1e-5,
+        outcome="repeatable",
+        heavy=True,
+        alone=(
+            "DistillationCallback",
+            "AttentionTransferCallback",
+            "PSGDCallback",
+            "PruningCallback",
+            "DCILCallback",
         ),
     ),
 )

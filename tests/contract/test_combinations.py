@@ -102,7 +102,7 @@ def test_the_order_does_not_matter(own, kind, first, tmp_path):
         for one, other in zip(again.callbacks, reference.callbacks, strict=True):
             assert one.effects == other.effects
             assert_effect(one)
-    record(TABLE, own.name, "every order", "exact", f"{index + 1} orders, weights and metrics bit for bit")
+    record(TABLE, own.name, "every order", "repeatable", f"{index + 1} orders, weights and metrics bit for bit")
 
 
 @each_combination()
@@ -142,7 +142,7 @@ def test_the_checkpoint_is_a_plain_one_and_gives_what_was_logged(own, kind, firs
 @each_combination()
 def test_a_fit_that_is_resumed_equals_a_whole_one(own, tmp_path):
     resumed_at_the_end_of_an_epoch(own, NormClassifier, tmp_path)
-    record(TABLE, own.name, "resumed", "exact", "from the end of an epoch: weights, optimizer and all states")
+    record(TABLE, own.name, "resumed", "repeatable", "from the end of an epoch: weights, optimizer and all states")
 
 
 @each_combination()
@@ -154,7 +154,7 @@ def test_a_second_fit_with_the_same_callbacks_equals_one_with_fresh_ones(own, tm
     expected = trained(NormClassifier, [fresh, again], tmp_path if own.keeps_dense else None)
     assert difference(reused, expected) == 0
     assert traces(reused) == traces(expected)
-    record(TABLE, own.name, "second fit", "exact", "as with fresh callbacks")
+    record(TABLE, own.name, "second fit", "repeatable", "as with fresh callbacks")
 
 
 @each_combination()

@@ -139,7 +139,8 @@ def test_numbers_that_cannot_be_are_refused(size, path, value, message, checkpoi
             qat(size).load_state_dict(edited(state, path, entry))
 
 
-@pytest.mark.parametrize("size", [pytest.param(size, marks=[pytest.mark.slow] * (size != "learned")) for size in SIZES])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("what", ["rows", "names"])
 def test_grids_of_another_network_are_refused_and_nothing_has_changed(size, what, checkpoints, tmp_path):
     """The same callback of another network: with other rows, or with batch norm between."""

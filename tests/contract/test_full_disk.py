@@ -206,4 +206,4 @@ def test_no_room_for_a_checkpoint(case, tmp_path):
     fitting = trainer(case.build(tmp_path, Classifier), **settings, default_root_dir=tmp_path / "resumed")
     fitting.fit(module, loader(), loader(rows=16), ckpt_path=tmp_path / "ours" / "epoch=0.ckpt", weights_only=True)
     assert difference(module, whole) == 0
-    record("kills", case.name, "a full disk in a save", "exact", "Lightning raises, and the checkpoint before serves")
+    record("kills", case.name, "a full disk in a save", "repeatable", "Lightning raises, and the one before serves")

@@ -137,4 +137,4 @@ def test_killed_and_resumed(row, point, fits, tmp_path):
     assert files_in(folder) == files_in(whole)
     assert_whole(folder, files_in(folder))
     if row:
-        record("kills", row, point, "exact", "" if newest else "from the start: there was no checkpoint yet")
+        record("kills", row, point, "repeatable", "" if newest else "from the start: there was no checkpoint yet")

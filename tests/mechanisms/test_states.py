@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_compress.mechanisms.states import Each, Sometimes, damage
+from lightning_compress.mechanisms.states import Each, Row, Sometimes, damage
 
 KINDS = {
     "masks": Each(Tensor),
@@ -13,11 +13,22 @@ KINDS = {
     "begun": bool,
     "own": Sometimes({"bits": int}),
     "more": Sometimes(list, beside="own"),
+    "site": Row((str, int, (int, None)), 2),
 }
-SOUND = {"masks": {"a": torch.ones(1)}, "scale": 1, "names": ("a",), "begun": False, "further": object()}
+SOUND = {
+    "masks": {"a": torch.ones(1)},
+    "scale": 1,
+    "names": ("a",),
+    "begun": False,
+    "site": ["a", 1],
+    "further": object(),
+}
 
 
-@pytest.mark.parametrize("change", [{}, {"scale": None}, {"own": {"bits": 4}, "more": []}, {"more": []}, {"masks": {}}])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"scale": None}, {"own": {"bits": 4}, "more": []}, {"more": []}, {"masks": {}}, {"site": ("a", 1, None)}],
+)
 def test_what_is_as_it_should_be(change):
     assert damage({**SOUND, **change}, KINDS) is None
 
@@ -35,6 +46,10 @@ def test_what_is_as_it_should_be(change):
         ({"own": {"bits": True}, "more": []}, "'own.bits' must be a whole number, got True"),
         ({"own": {}, "more": []}, "'own.bits' is missing"),
         ({"own": {"bits": 4}}, "'more' is missing"),
+        ({"site": "ab"}, "'site' must be a list, got 'ab'"),
+        ({"site": ["a"]}, "'site' must have 3 entries, got ['a']"),
+        ({"site": ["a", 1, 2, 3]}, "'site' must have 3 entries, got ['a', 1, 2, 3]"),
+        ({"site": ["a", "b"]}, "'site.1' must be a whole number, got 'b'"),
     ],
 )
 def test_what_is_wrong(change, problem):

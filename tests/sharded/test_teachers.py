@@ -61,7 +61,7 @@ def check(ranks, name, folder, row, column):
         assert ranks[0]["metrics"][key] == pytest.approx(reference["metrics"][key], abs=1e-6)
     assert ranks[0]["shapes"] == [[BATCH // 2, 8]] * STEPS
     assert "training_step" not in ranks[0]["attributes"]
-    record("sharded", row.replace("+", " + "), column, "exact", f"d = {d:.0e}")
+    record("sharded", row.replace("+", " + "), column, "repeatable", f"d = {d:.0e}")
 
 
 @pytest.mark.slow
@@ -122,4 +122,4 @@ def test_factor_transfer_equals_ddp_and_a_resumed_fit_an_uninterrupted_one(furth
     assert farthest(ranks[0]["state_dict"], ranks[1]["state_dict"]) == 0
     assert ranks[0]["errors"] == ranks[1]["errors"] == pytest.approx(others[0]["errors"], rel=1e-6)
     against = "two processes under DDP" if "ddp" in other else "a fit that was not interrupted"
-    record("sharded", "FactorTransferCallback", column, "exact", f"d = {d:.0e} to {against}")
+    record("sharded", "FactorTransferCallback", column, "repeatable", f"d = {d:.0e} to {against}")
