@@ -34,6 +34,7 @@ RUNS = {
     "docs/techniques/ptq.md": ("digits-int8.onnx", "same class for "),
     "docs/techniques/qat.md": ("digits-qat.onnx", "in the file: "),
     "docs/sharded.md": ("compression_report/compression_report.html", "Compression report"),
+    "docs/migration/quantization-aware-training.md": ("model.onnx", "2 entries of observers are left out"),
     "docs/manual.md": ("", "weights of the generator are zero"),
     "docs/export.md": ("network.onnx", "compared at batch sizes (2, 1, 5)"),
     "docs/tracking.md": ("logs/compress/config.yaml", "churn_map.png config.yaml sparsity_map.png"),
@@ -67,7 +68,12 @@ def test_links_inside_the_repository_lead_somewhere(page):
     assert broken == []
 
 
-SECONDS = ("docs/techniques/ptq.md", "docs/techniques/qat.md", "docs/manual.md")
+SECONDS = (
+    "docs/techniques/ptq.md",
+    "docs/techniques/qat.md",
+    "docs/manual.md",
+    "docs/migration/quantization-aware-training.md",
+)
 """Pages that train and export for so long that they are not among the fast tests."""
 
 
