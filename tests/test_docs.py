@@ -39,6 +39,7 @@ RUNS = {
     "docs/migration/lightning-nc.md": ("model.onnx", "1024 of 2048 weights are zero"),
     "docs/migration/torchdistill.md": ("paraphraser.pt", "['compress/at/loss', 'compress/kd/loss']"),
     "docs/migration/fasterai.md": ("", "518 of 648 weights are zero"),
+    "docs/migration/authors-scripts.md": ("paraphraser.pt", "0.900"),
     "docs/manual.md": ("", "weights of the generator are zero"),
     "docs/export.md": ("network.onnx", "compared at batch sizes (2, 1, 5)"),
     "docs/tracking.md": ("logs/compress/config.yaml", "churn_map.png config.yaml sparsity_map.png"),
