@@ -34,6 +34,12 @@ RUNS = {
     "docs/techniques/ptq.md": ("digits-int8.onnx", "same class for "),
     "docs/techniques/qat.md": ("digits-qat.onnx", "in the file: "),
     "docs/sharded.md": ("compression_report/compression_report.html", "Compression report"),
+    "docs/migration/quantization-aware-training.md": ("model.onnx", "2 entries of observers are left out"),
+    "docs/migration/sparseml.md": ("", "1894 of 2368 weights are zero"),
+    "docs/migration/lightning-nc.md": ("model.onnx", "1024 of 2048 weights are zero"),
+    "docs/migration/torchdistill.md": ("paraphraser.pt", "['compress/at/loss', 'compress/kd/loss']"),
+    "docs/migration/fasterai.md": ("", "518 of 648 weights are zero"),
+    "docs/migration/authors-scripts.md": ("paraphraser.pt", "0.900"),
     "docs/manual.md": ("", "weights of the generator are zero"),
     "docs/export.md": ("network.onnx", "compared at batch sizes (2, 1, 5)"),
     "docs/tracking.md": ("logs/compress/config.yaml", "churn_map.png config.yaml sparsity_map.png"),
@@ -67,7 +73,14 @@ def test_links_inside_the_repository_lead_somewhere(page):
     assert broken == []
 
 
-SECONDS = ("docs/techniques/ptq.md", "docs/techniques/qat.md", "docs/manual.md")
+SECONDS = (
+    "docs/techniques/ptq.md",
+    "docs/techniques/qat.md",
+    "docs/manual.md",
+    "docs/migration/quantization-aware-training.md",
+    "docs/migration/sparseml.md",
+    "docs/migration/lightning-nc.md",
+)
 """Pages that train and export for so long that they are not among the fast tests."""
 
 
