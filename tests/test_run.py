@@ -413,10 +413,15 @@ raise SystemExit(5)
 
 @pytest.mark.parametrize(("name", "said"), [("SIGUSR1", ""), ("SIGUSR2", ""), ("SIGHUP", "interrupted; ")])
 def test_signals_of_schedulers_and_terminals_reach_the_child(project, capfd, name, said):
-    thread = threading.Thread(target=send_when_started, args=(getattr(signal, name),))
-    thread.start()
-    assert project(EXPORT, REQUEUED.format(name)) == 5
-    thread.join()
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # else, where the tests run under nohup, it stays ignored
+    try:
+        thread = threading.Thread(target=send_when_started, args=(number,))
+        thread.start()
+        assert project(EXPORT, REQUEUED.format(name)) == 5
+        thread.join()
+    finally:
+        signal.signal(number, before)
     last = capfd.readouterr().err.splitlines()[-1]
     assert last == f"lightning-compress run: {said}the command ended with exit code 5"
 
