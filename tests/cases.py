@@ -139,7 +139,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "StructuredPruningCallback": "replays training steps, and ManualClassifier optimises manually",
     },
     "two optimizers": {
-        "DCILCallback": "with several optimizers the layer that is called last may be that of another network",
+        "DCILCallback": "optimizers train parts of TwoOptimizers, so it is not said what its dense path has for itself",
         "StructuredPruningCallback": "replays training steps, and TwoOptimizers optimises manually",
     },
     "LBFGS": {

@@ -162,7 +162,7 @@ class AttentionTransferCallback(FeatureCallback):
         """Capture the student, prepare the teacher, add the term."""
         super().attach(controller, stack, trainer, pl_module)
         if self.map_kind == "gradient":
-            stack.enter_context(controller.repeated_passes())
+            stack.enter_context(controller.repeated_passes(self.name))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """See to it that pictures have samples and a place."""

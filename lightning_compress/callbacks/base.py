@@ -32,10 +32,11 @@ from lightning_compress.callbacks.returned import Returned, ReturnsResults
 from lightning_compress.export.copying import whole_copy
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.grids import Grids
+from lightning_compress.mechanisms.lessons import Lesson
 from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs, separate_networks
 from lightning_compress.mechanisms.scores import forget_scores
 from lightning_compress.mechanisms.selection import find_module, listing
-from lightning_compress.mechanisms.sharding import class_name, refuse_layout, shards_in_place
+from lightning_compress.mechanisms.sharding import class_name, refuse_layout, sharded_units, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.states import damage
 from lightning_compress.mechanisms.step import StepController, step_controller
@@ -48,8 +49,6 @@ log = logging.getLogger("lightning_compress")
 SCHEMA = 1
 _TOLD = "_lightning_compress_told"
 """Attribute of an exception that all ranks know of."""
-PATIENCE = 8
-"""How often gradients may be cleared before any was taken: a step may skip those that are too large."""
 STAGES = ("bake", "estimate_statistics", "calibrate", "export", "evaluate", "report")
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy")
 SHARDING_STRATEGY = "ModelParallelStrategy"
@@ -137,6 +136,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self._controller: StepController | None = None
         self._trainer: Any = None  # while at work
         self._owned: list[OwnedParameters] = []
+        self._lesson: Lesson | None = None
         self._owned_step: int | None = None  # number of the step in which these moved last
         self._verified = False
         self._warned: set[str] = set()
@@ -165,12 +165,23 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         parts = [pl_module] if names is None else [find_module(pl_module, name, argument="student") for name in names]
         return [own for part in parts for own in part.parameters()]
 
-    def _trained_learners(self) -> list[torch.Tensor]:
-        """Those of the :meth:`learners` that an optimizer has by now; all where none has any, as one of the user's."""
-        every = self.learners(self._require_controller().module)
-        groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
-        held = {id(own) for group in groups for own in group["params"]}
-        return [own for own in every if id(own) in held] or every
+    def learners_name(self) -> str:
+        """What :meth:`learners` are called in a message."""
+        names = None if self.student_capture is None else self.student_capture.names
+        return "any network that it teaches" if names is None else f"'{'/'.join(names)}'"
+
+    def follow_lessons(self, stack: ExitStack, trainer: Any, pl_module: nn.Module) -> Lesson | None:
+        """Follow the gradients of its term, where a step may clear them.
+
+        Returns:
+            What to give the term; None with automatic optimisation, and where FSDP2 moves gradients.
+        """
+        if optimises_automatically(pl_module) or sharded_units(pl_module):
+            return None
+        self._lesson = Lesson(functools.partial(self.learners, pl_module), lambda: trainer.optimizers)
+        stack.callback(setattr, self, "_lesson", None)
+        stack.callback(self._lesson.close)
+        return self._lesson
 
     @property
     def needs_whole(self) -> bool:
@@ -319,7 +330,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """After the first whole step, complain about what had no effect; a loss that is asked for may come later."""
         if self._controller is None:
             return
-        self._refuse_lost_lesson(PATIENCE)
+        self._tell_of_lost_lessons(pl_module, over=False)
         if self._verified:
             return
         automatic = optimises_automatically(pl_module)
@@ -397,14 +408,14 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         then nobody is to blame.
 
         Raises:
-            RuntimeError: If no loss was what this callback adds to, or its gradients were cleared before an optimizer
-                took them, or no loss was asked for while optimizers stepped outside of the step, or no optimizer has
-                stepped through Lightning so far.
+            RuntimeError: If no loss was what this callback adds to, or none was asked for while optimizers stepped
+                outside of the step, or no optimizer has stepped through Lightning so far.
         """
         if self._controller is not None:
-            if not optimises_automatically(pl_module):
+            self._tell_of_lost_lessons(pl_module, over=True)
+            if not self._everywhere(trainer, not self._never_asked(pl_module)):
                 with _compat.patient_group(trainer.world_size) as tell:
-                    together(tell, self._check_epoch, trainer, pl_module)
+                    together(tell, self._check_asked, trainer, pl_module)
             ready = self._controller.steps > 0 and not self._waits(pl_module)
             if not self._verified and self._everywhere(trainer, ready):
                 self.check_first_step(trainer, pl_module)
@@ -491,9 +502,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def _taught_moved(self, pl_module: Any) -> bool:
         """Whether a parameter that it teaches was written to since the fit began."""
+        versions = _versions(pl_module)  # from here on FSDP2's shards are in place
         own = {id(parameter) for parameter in self.learners(pl_module)}
-        versions = zip(pl_module.parameters(), self._versions, _versions(pl_module), strict=False)
-        return any(before != now and id(parameter) in own for parameter, before, now in versions)
+        moved = zip(list(pl_module.parameters()), self._versions, versions, strict=False)
+        return any(before != now and id(parameter) in own for parameter, before, now in moved)
 
     def _waits(self, pl_module: Any) -> bool:
         """Whether it adds to losses that are asked for, had none so far, and what it teaches was not trained either."""
@@ -501,30 +513,23 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             return False
         return not self._taught_moved(pl_module)
 
-    def _refuse_lost_lesson(self, times: int, *, over: bool = False) -> None:
-        """Refuse to go on where a step clears the gradients that it gives, or they reach nobody.
+    def _tell_of_lost_lessons(self, pl_module: Any, *, over: bool) -> None:
+        """Warn where a step clears the gradients that its term gives, or they reach nobody; it may have its reasons.
 
         Args:
-            times: How often they have to be cleared, and never taken: for a while a step may have its reasons.
-            over: Whether an epoch is over: something has to have come then.
+            pl_module: The module.
+            over: Whether an epoch is over.
         """
-        controller = self._require_controller()
-        lesson = controller.lessons.get(self.name)
-        if lesson is None or lesson.taken or not (lesson.lost >= times or (over and not lesson.waits)):
-            return
-        if not self._taught_moved(controller.module):  # its turn has not come
-            return
-        names = None if self.student_capture is None else self.student_capture.names
-        who = "the weights that it masks" if names is None else f"'{'/'.join(names)}'"
-        if lesson.lost:
-            what = f"were cleared before an optimizer took them, {lesson.lost} times of {lesson.given}"
-        else:
-            what = "never came there" if lesson.given else "were never computed, as no total was given to backward"
-        raise RuntimeError(
-            f"{type(self).__name__} '{self.name}' teaches nothing: the gradients that the losses with its term give to "
-            f"{who} {what}. Ask for the loss after which the optimizer of {who} steps, with callbacks=['{self.name}'] "
-            "if the term is not there by itself, and give manual_backward what comes back; the loss of another network "
-            "has callbacks=[]"
+        lesson = self._lesson
+        problem = None if lesson is None else lesson.problem(over=over)
+        if lesson is None or problem is None or not (lesson.passed_over or self._taught_moved(pl_module)):
+            return  # its turn may not have come
+        who = self.learners_name()
+        self._warn_once(
+            f"so far it teaches nothing: the gradients that losses with its term give to {who} {problem}. Ask for the "
+            f"loss after which the optimizer of {who} steps, with callbacks=['{self.name}'] if the term is not there "
+            "by itself, and give manual_backward what comes back; the loss of another network has callbacks=[]",
+            kind="lesson",
         )
 
     def _tell_of_no_lesson(self) -> None:
@@ -532,11 +537,11 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         controller = self._controller
         if controller is None or controller.steps == 0 or optimises_automatically(controller.module):
             return
-        missing, lesson = self._missing(), controller.lessons.get(self.name)
+        missing = self._missing()
         if missing is not None:
             self._warn_once(f"no optimizer has trained what it teaches in this fit: {missing}")
-        elif lesson is not None and not lesson.taken:
-            self._warn_once("no optimizer has taken the gradients of its term in this fit, so it has taught nothing")
+        elif self._lesson is not None and not self._lesson.taken:
+            self._warn_once("no optimizer was seen to take a gradient of its term in this fit", kind="lesson")
 
     def _refuse_state(self, problem: str) -> None:
         raise ValueError(
@@ -586,10 +591,13 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             raise missing
         self.verify(trainer, pl_module)
 
-    def _check_epoch(self, trainer: Any, pl_module: Any) -> None:
-        """Complain about an epoch in which this process asked for no loss, or one that it asked for taught nothing."""
-        self._refuse_lost_lesson(1, over=True)
-        if self.changes_step and self._require_controller().steps == 0 and self.has_moved(pl_module):
+    def _never_asked(self, pl_module: Any) -> bool:
+        """Whether this process has trained by hand, and no step of it has asked for a loss."""
+        manual = self.changes_step and not optimises_automatically(pl_module)
+        return manual and self._require_controller().steps == 0 and self.has_moved(pl_module)
+
+    def _check_asked(self, trainer: Any, pl_module: Any) -> None:
+        if self._never_asked(pl_module):
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: in a whole epoch "
                 f"{class_name(pl_module)}.training_step never called self.compressed_loss(task_loss), and the "
@@ -604,12 +612,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             if self.effects[effect] == 0:
                 message = f"{type(self).__name__} '{self.name}': {effect} had no effect {period}"
                 if not automatic:
-                    capture = self.student_capture
-                    names = None if capture is None or capture.names is None else "/".join(capture.names)
-                    who = f"'{names}'" if names else "any network that it teaches"
                     message += (
-                        f": no loss that self.compressed_loss was asked for was computed from {who}; ask for that "
-                        f"which is, or name the terms that belong to a loss, callbacks=['{self.name}']"
+                        f": no loss that self.compressed_loss was asked for was computed from {self.learners_name()},"
+                        f" or its callbacks= left '{self.name}' out; ask for that which is, and name all callbacks "
+                        f"whose terms belong to it, '{self.name}' too, or none"
                     )
                 return RuntimeError(message)
         capture = self.student_capture

@@ -57,7 +57,7 @@ from lightning_compress.mechanisms.weights import NORMS, named_weights
 DENSE_PATHS = ("own", "own_norm", "shared")
 DENSE = "dense"
 LOOKS = 64
-"""In how many steps it is looked for what both passes would teach: a network may learn in few of them."""
+"""In how many steps it is looked for what both passes would teach, where a network may learn in few of them."""
 
 
 class DCILCallback(DynamicMaskCallback):
@@ -223,9 +223,8 @@ class DCILCallback(DynamicMaskCallback):
         self.student_capture = controller.capture(self.student) if self.kl_start < 1 else None
         view = View(DENSE, self._dense_pass, deployed=False, owner=self.name, learn=learn)
         stack.enter_context(controller.view(view))
-        between = Term(
-            self.name, self._between, view=None, student=self.student_capture, learners=self._trained_learners
-        )
+        lesson = self.follow_lessons(stack, trainer, pl_module)
+        between = Term(self.name, self._between, view=None, student=self.student_capture, lesson=lesson)
         stack.enter_context(controller.term(between))
 
     def go_on(self, state: dict[str, Any] | None) -> None:
@@ -313,17 +312,22 @@ class DCILCallback(DynamicMaskCallback):
             return
         usual = inspect.signature(type(self).__init__).parameters
         given = {key: value for key, value in self._arguments().items() if value != usual[key].default}
-        if "dense_path" in changed:  # what the dense path has for itself cannot be given then
-            given = {key: value for key, value in given.items() if key not in ("norms", "classifier")}
-        written = ", ".join(f"{key}={shown(value)}" for key, value in {**given, **changed}.items())
-        layers = {**given, **changed}.get("layers")
+        idle = {"dense_path": ("norms", "classifier"), "kl_start": ("temperature", "student", "output", "class_dim")}
+        dropped = {key for cause in changed for key in idle.get(cause, ())}  # without effect then
+        call = {key: value for key, value in {**given, **changed}.items() if key not in dropped}
+        written = ", ".join(f"{key}={shown(value)}" for key, value in call.items())
+        unsaid = {
+            "layers": f"what '{self.name}' prunes",
+            "dense_path": "what its dense path has for itself (classifier= and norms= would say so)",
+            "kl_start": "whose classes the two passes learn from (student= would, where there are some)",
+        }
+        pruned = listing(call["layers"]) if call.get("layers") else "what is selected"
         which = f" ({' and '.join(listing(network) for network in networks)})" if several else ""
         raise ValueError(
-            f"{len(trainer.optimizers)} optimizers train parts of {type(pl_module).__name__}{which}, so it is not said "
-            f"what '{self.name}' prunes, what its dense path has for itself (classifier= and norms= would say so), or "
-            "whose classes the two passes learn from (student= and class_dim=, where there are some). To prune "
-            f"{listing(layers) if layers else 'what is selected'} give {type(self).__name__}({written}), "
-            "compressed_loss a function that computes its loss, and callbacks=[] for the losses of others"
+            f"{len(trainer.optimizers)} optimizers train parts of {class_name(pl_module)}{which}, so it is not said "
+            f"{', or '.join(unsaid[cause] for cause in changed)}. To prune {pruned} give "
+            f"{type(self).__name__}({written}), compressed_loss a function that computes its loss, and callbacks=[] "
+            "for the losses of others"
         )
 
     def _norms_and_classifier(self, module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
@@ -425,7 +429,8 @@ class DCILCallback(DynamicMaskCallback):
         """What the two passes learn from each other; log both task losses."""
         dense = passes[DENSE]
         [pruned] = [seen for seen in passes.values() if seen.view.deployed]
-        if self._require_controller().steps < LOOKS:
+        manual = not optimises_automatically(self._require_controller().module)
+        if self._require_controller().steps < (LOOKS if manual else 1):
             self._check_what_learns(pruned, dense)
         for name, seen in (("pruned", pruned), ("dense", dense)):
             if seen.task_loss is not None:

@@ -88,6 +88,10 @@ class MaskedWeightsCallback(CompressionCallback):
         """The weights that are masked."""
         return list(self._require_masks().weights.values())
 
+    def learners_name(self) -> str:
+        """As they are called in a message."""
+        return "the weights that it masks"
+
     def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """Those of the selected weights that can be masked; an error if there are none."""
         return weights

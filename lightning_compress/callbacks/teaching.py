@@ -126,9 +126,8 @@ class TeacherCallback(CompressionCallback):
             convert=trainer.precision_plugin.convert_module,
         )
         stack.callback(setattr, self, "_run_teacher", None)
-        stack.enter_context(
-            controller.term(Term(self.name, self._term, student=self.student_capture, learners=self._trained_learners))
-        )
+        lesson = self.follow_lessons(stack, trainer, pl_module)
+        stack.enter_context(controller.term(Term(self.name, self._term, student=self.student_capture, lesson=lesson)))
         stack.enter_context(controller.observer(self._observe))
 
     @abstractmethod

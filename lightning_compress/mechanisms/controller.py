@@ -17,7 +17,6 @@ from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
 from lightning_compress.mechanisms.further import FurtherPass
 from lightning_compress.mechanisms.isolation import RandomState, device_of
-from lightning_compress.mechanisms.lessons import Lesson
 from lightning_compress.mechanisms.losses import (
     StepCalls,
     belonging,
@@ -29,7 +28,7 @@ from lightning_compress.mechanisms.losses import (
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.replay import traceless
 from lightning_compress.mechanisms.selection import find_module
-from lightning_compress.mechanisms.sharding import class_name, sharded_units
+from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.mechanisms.teacher import SharedTeacher, Teacher, own_copies, refuse_shared
 from lightning_compress.mechanisms.views import WeightViews
@@ -84,15 +83,13 @@ class StepController:
         self.steps = 0
         self.attached: dict[str, str] = {}
         """Name of each callback to that of its class, for messages."""
-        self.lessons: dict[str, Lesson] = {}
-        """With manual optimisation, what has become of the gradients of each term."""
         self.last = StepRecord()
         """What the last training step computed; in a step with manual optimisation, what it has computed so far."""
         self.replaying = False
         """Whether steps run as they are, and their losses too: for those who run them for another reason."""
         self.deployed = True
         """Whether what runs is the network that will be shipped, and not a further pass under other weights."""
-        self._repeated = 0
+        self._repeated: set[str] = set()  # names of the terms that run a pass once more
         self._inside = False  # of a step
         self._validating = False
         self._asking = False  # for a loss
@@ -247,8 +244,6 @@ class StepController:
             yield
         finally:
             del self._terms[term.name]
-            if (lesson := self.lessons.pop(term.name, None)) is not None:
-                lesson.close()
 
     @contextmanager
     def task_weight(self, owner: str, weight: float) -> Iterator[None]:
@@ -267,13 +262,13 @@ class StepController:
             self._task_weights.pop(owner, None)
 
     @contextmanager
-    def repeated_passes(self) -> Iterator[None]:
-        """Make :attr:`Pass.again`; this costs a copy of the random states each step."""
-        self._repeated += 1
+    def repeated_passes(self, owner: str) -> Iterator[None]:
+        """Make :attr:`Pass.again`, for the term of this name; this costs a copy of the random states each step."""
+        self._repeated.add(owner)
         try:
             yield
         finally:
-            self._repeated -= 1
+            self._repeated.discard(owner)
 
     @contextmanager
     def observer(self, observe: Callable[[Pass], None]) -> Iterator[None]:
@@ -364,11 +359,11 @@ class StepController:
             loss = loss_of(task_loss)
         self._calls.add(*self._drained(), since_last=True)
         found, total = self._calls.sources(loss), _Total()
-        if further is not None or again is not None:
-            refuse_outside(found, earlier)
         seen = Pass(View("plain"), _first(*arguments), loss, {}, {}, again)
         seen = self._calls.of_its_own(seen, found)
         names = belonging(self._terms.values(), seen, found, callbacks)
+        if compute is not None and (self._views_of(names) or not self._repeated.isdisjoint(names)):
+            refuse_outside(found, earlier)
         for name in callbacks or ():
             if self._calls.used_up(self._terms[name], seen):
                 raise CaptureError(
@@ -394,8 +389,8 @@ class StepController:
         result = self._sum_up(total, names)
         terms = [self._terms[name] for name in names]
         for term in terms:
-            if term.learners is not None and not self._calls.used_up(term, seen) and not sharded_units(self.module):
-                self.lessons.setdefault(term.name, Lesson()).follow(term.learners(), result)
+            if term.lesson is not None and not self._calls.used_up(term, seen):
+                term.lesson.follow(result)
         self._calls.use(terms, seen, result)
         return result
 
@@ -481,8 +476,6 @@ class StepController:
 
         def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             self._learned += 1
-            for lesson in self.lessons.values():
-                lesson.stepped(optimizer)
             self.weights.refresh()
 
         def refreshing(toggle: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall
+from lightning_compress.mechanisms.lessons import Lesson
 from lightning_compress.mechanisms.student import StudentCapture
 
 
@@ -80,11 +81,11 @@ class Term:
         compute: From the passes it belongs to, by view name, to the weighted loss; None for nothing this time.
         view: Name of the view it belongs to; "" for the deployed one, None for a term between views.
         student: Of whose calls it is computed: with manual optimisation it belongs to the losses that are, too.
-        learners: The parameters that it teaches; with manual optimisation their gradients are followed. None: not.
+        lesson: With manual optimisation, what follows the gradients of the losses that have it; None for nothing.
     """
 
     name: str
     compute: Callable[[Mapping[str, Pass]], Tensor | None]
     view: str | None = ""
     student: StudentCapture | None = None
-    learners: Callable[[], Iterable[Tensor]] | None = None
+    lesson: Lesson | None = None

@@ -851,7 +851,7 @@ def test_a_pass_can_be_run_again_with_the_same_random_numbers_and_without_a_trac
         assert net.history == list(range(1, len(losses) + 1))
         return losses[-1][1] * 2
 
-    with step_controller(net) as c, c.repeated_passes(), c.term(Term("at", look)):
+    with step_controller(net) as c, c.repeated_passes("at"), c.term(Term("at", look)):
         for as_dict in (False, True, False):
             net.as_dict = as_dict
             output = net.training_step(x)
@@ -869,7 +869,7 @@ def test_gradients_go_through_both_runs():
     net, alone, x = Random(), Random(), torch.rand(3, 2)
     alone.load_state_dict(net.state_dict())
     state = RandomState()
-    with step_controller(net) as c, c.repeated_passes(), c.term(Term("at", lambda p: p["plain"].again() * 2)):
+    with step_controller(net) as c, c.repeated_passes("at"), c.term(Term("at", lambda p: p["plain"].again() * 2)):
         net.training_step(x).backward()
     state.restore()
     alone.training_step(x).backward()
@@ -884,7 +884,7 @@ def test_a_pass_is_run_again_under_its_own_view():
     def look(passes):
         seen.update({name: entry.again().item() for name, entry in passes.items()})
 
-    with step_controller(net) as c, c.repeated_passes(), ExitStack() as stack:
+    with step_controller(net) as c, c.repeated_passes("at"), ExitStack() as stack:
         stack.enter_context(c.view(View("half", scaled(net.model, 0.5))))
         stack.enter_context(c.view(View("dense", scaled(net.model, 3.0), deployed=False)))
         stack.enter_context(c.term(Term("a", look)))
@@ -895,7 +895,7 @@ def test_a_pass_is_run_again_under_its_own_view():
 
 def test_captures_do_not_record_what_runs_again():
     net, calls = Net(), []
-    with step_controller(net) as c, c.repeated_passes():
+    with step_controller(net) as c, c.repeated_passes("at"):
         capture = c.capture("model")
         c.layer("model", argument="pairs")
 
@@ -913,11 +913,11 @@ def test_nothing_is_kept_for_another_run_where_nobody_asked():
     net, seen = Net(), []
     with step_controller(net) as c, c.term(Term("a", lambda passes: seen.append(passes["plain"].again))):
         net.training_step(X)
-        with c.repeated_passes(), c.repeated_passes():
+        with c.repeated_passes("a"), c.repeated_passes("b"):
             pass
         net.training_step(X)
-        with c.repeated_passes():
-            with c.repeated_passes():
+        with c.repeated_passes("a"):
+            with c.repeated_passes("b"):
                 pass
             net.training_step(X)
     assert [again is None for again in seen] == [True, True, False]
@@ -934,7 +934,7 @@ def test_an_error_in_the_second_run_leaves_nothing():
             raise OSError("gone")
 
     net.head.register_forward_pre_hook(fail)
-    with step_controller(net) as c, c.repeated_passes(), c.term(Term("at", lambda p: p["plain"].again())):
+    with step_controller(net) as c, c.repeated_passes("at"), c.term(Term("at", lambda p: p["plain"].again())):
         with pytest.raises(OSError, match="gone"):
             net.training_step(torch.rand(3, 2))
         assert (net.history, net.steps, runs) == ([1], 1, [[1], [1, 2]])

@@ -48,6 +48,16 @@ class ByThemselves(Never):
                 parameter.sub_(0.1 * parameter.grad)
 
 
+class OfNoOne(Manual):
+    """No process asks for a loss to which a callback adds."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.compressed_loss(self.task_loss(batch), callbacks=[]))
+        optimizer.step()
+
+
 KINDS: dict[str, type[Manual]] = {"for nobody": ForNobody, "never": Never, "by themselves": ByThemselves}
 
 
@@ -56,3 +66,9 @@ def fitted(place: Place, kind: str, strategy: str) -> Found:
     other = {"strategy": DDPStrategy(process_group_backend="gloo")} if strategy == "ddp" else {}
     module = made(KINDS[kind])
     return left(place.fit(module, *callbacks_of("DistillationCallback"), limit_val_batches=0, **other), module)
+
+
+def validated(place: Place) -> Found:
+    """A fit that must fail too, after a validation that has left parameters gathered."""
+    module = made(OfNoOne, reshard=False)
+    return left(place.fit(module, *callbacks_of("DistillationCallback"), limit_val_batches=2), module)

@@ -25,7 +25,8 @@ CELLS = list(itertools.product(MESSAGES, ["fsdp2", "ddp"]))
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return in_ranks(tmp_path_factory.mktemp("asked"), *(f"asked:fitted:{kind}:{strategy}" for kind, strategy in CELLS))
+    scenarios = [f"asked:fitted:{kind}:{strategy}" for kind, strategy in CELLS]
+    return in_ranks(tmp_path_factory.mktemp("asked"), *scenarios, "asked:validated")
 
 
 @pytest.mark.slow
@@ -38,3 +39,10 @@ def test_all_ranks_fail_where_one_does_not_ask(ranks, kind, strategy):
         assert re.match(f"RuntimeError: rank 1 failed: .*{MESSAGES[kind]}", first)
     column = f"manual optimisation, {COLUMNS[kind]}, {strategy.upper()}"
     record("sharded", "DistillationCallback", column, "refused", second.partition(": ")[2])
+
+
+@pytest.mark.slow
+def test_it_is_seen_where_a_validation_left_parameters_gathered(ranks):
+    first, second = (rank["error"] for rank in ranks["asked:validated"])
+    assert re.search(MESSAGES["for nobody"], first)
+    assert re.search(MESSAGES["for nobody"], second)
