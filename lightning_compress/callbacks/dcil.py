@@ -170,8 +170,14 @@ class DCILCallback(DynamicMaskCallback):
         self.temperature = check_positive("temperature", temperature)
         self.class_dim = check_dimension("class_dim", class_dim)
         if self.kl_start == 1:
-            given = {"temperature": self.temperature, "student": student, "output": output, "class_dim": self.class_dim}
-            refuse_without_effect(self, "kl_start=1, with which the two passes never meet", **given)
+            refuse_without_effect(
+                DCILCallback,
+                "kl_start=1, with which the two passes never meet",
+                temperature=self.temperature,
+                student=student,
+                output=output,
+                class_dim=self.class_dim,
+            )
         self.dense_path, self.classifier, self.norms = dense_path, classifier, norms
         self.student, self.output = student, output
         self._own: OwnLayers | None = None

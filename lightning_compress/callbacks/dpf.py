@@ -36,7 +36,8 @@ class DPFCallback(DynamicMaskCallback):
         start: Fraction of optimizer steps at which pruning begins, in [0, 1].
         end: Fraction of its end, for all but "one_shot"; masks go on changing.
         update_interval: Optimizer steps between two updates, at least 1.
-        freeze_at: Fraction from which the masks stay, from ``end``, or the ``start`` of "one_shot", to 1. None: they never do.
+        freeze_at: Fraction from which the masks stay, from ``end``, or the ``start`` of "one_shot", to 1. None: they
+            never do.
         dead_filters: What a filter learns while it is masked completely: nothing with "zero_grad", all that the rule
             says with "keep". A filter is an output channel of a convolution, or of a linear layer before batch norm.
         guard_checkpoints: Whether monitored checkpoints are kept from the final sparsity on.

@@ -52,11 +52,13 @@ SCHEDULES: dict[str, Schedule] = {
 class MaskCallback(MaskedWeightsCallback):
     """Base of the techniques that mask weights by a schedule.
 
+    Techniques repeat the defaults that there are here.
+
     Args:
         sparsity: The final share of zeros among the selected weights, in [0, 1).
         schedule: "one_shot", "linear", "cubic", "cosine", or a function ``(progress, start, end)``.
         start: Fraction of the training at which masking begins, in [0, 1].
-        end: Fraction at which the sparsity is reached, from ``start`` to 1.
+        end: Fraction at which the sparsity is reached, from ``start`` to 1; without effect for "one_shot".
         update_interval: Optimizer steps between two updates of the masks.
         layers: Selectors of the layers whose weights are masked; None for ``default_layers``.
         exclude: Selectors of layers that are left dense.
@@ -79,9 +81,9 @@ class MaskCallback(MaskedWeightsCallback):
         self,
         sparsity: float,
         *,
-        schedule: str | Schedule,
+        schedule: str | Schedule = "cubic",
         start: float,
-        end: float,
+        end: float = 0.75,
         update_interval: int,
         layers: Sequence[str] | None,
         exclude: Sequence[str] | None,
@@ -340,12 +342,12 @@ class MaskCallback(MaskedWeightsCallback):
         if self.at_once:
             if self.end != self.start:
                 because = f"schedule='one_shot', which prunes all at start={self.start}"
-                refuse_without_effect(self, because, end=self.end)
+                refuse_without_effect(MaskCallback, because, end=self.end)
         elif self.start > self.end:
             raise ValueError(f"start must be at most end, got start={self.start} and end={self.end}")
         elif self.start == self.end and self.schedule != "one_shot":
             because = f"start={self.start} and end={self.end}, all at once"
-            refuse_without_effect(self, because, schedule=self.schedule)
+            refuse_without_effect(MaskCallback, because, schedule=self.schedule)
 
     def _update(self) -> None:
         """Bring the masks to where the schedule is, if it is time."""
