@@ -779,7 +779,7 @@ class QATCallback(QuantisedCallback):
         """After the first quantised step: did it run what was calibrated?"""
         self._fit.checked = True
         calls = self._fit.calls
-        self._require_controller().weights.sharded.check_learnt()
+        self._require_controller().weights.sharded.check_learnt(self.name)
         if not (self._used_shards(moving) if calls is None else calls.count):
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: the training step never called "
