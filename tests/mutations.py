@@ -706,6 +706,20 @@ MUTATIONS = (
         f"{GATHERING_TEST}::test_a_gradient_that_did_not_come_through_the_view_is_an_error",
     ),
     Mutation(
+        "a backward pass of others counts as one's own",
+        GATHERING,
+        "weight.owner == owner and not weight.learnt",
+        "weight.owner == owner and not any(own.learnt for own in self.weights.values())",
+        f"{GATHERING_TEST}::test_a_backward_pass_of_another_before_counts_for_none_who_begins_later",
+    ),
+    Mutation(
+        "QAT does not look where its first backward pass went",
+        QAT,
+        "        self._require_controller().weights.sharded.check_learnt(self.name)\n",
+        "",
+        "tests/sharded/test_quantised.py::test_a_backward_pass_past_the_module_is_told_though_that_of_others_was_not",
+    ),
+    Mutation(
         "the final sparsity is that of the schedule",
         MASKS,
         "        self._take(self.new_masks(self.sparsity), more=more)",

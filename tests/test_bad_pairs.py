@@ -32,7 +32,7 @@ SELECTION = {"layers": [["model"], ["type:Linear"]], "exclude": [["head"]]}
 MASKS = {
     "sparsity": [0.5, 0.9],
     "schedule": ["one_shot", "linear", half],
-    "start": [0.5, 0.75],
+    "start": [0.5, 0.75, 0.8, 1.0],
     "end": [0.75, 0.9, 1.0],
     "update_interval": [3],
     "guard_checkpoints": [False],
@@ -176,7 +176,7 @@ Rule = tuple[str, str, Callable[[Any], bool]]
 """Two arguments, and whether they contradict each other, given all of them."""
 ONE_SHOT: list[Rule] = [
     ("schedule", "end", lambda a: a.schedule == "one_shot" and a.end not in (0.75, a.start) and not a.get("regrow")),
-    ("start", "end", lambda a: a.start > a.end),
+    ("start", "end", lambda a: a.start > a.end and (a.schedule != "one_shot" or a.get("regrow"))),
     ("schedule", "start", lambda a: a.start == a.end and a.schedule not in ("one_shot", "cubic")),
 ]
 RULES: dict[str, list[Rule]] = {
@@ -231,7 +231,7 @@ RULES: dict[str, list[Rule]] = {
         ("score", "schedule", lambda a: a.score == "taylor" and a.schedule == "one_shot" and a.start == 0),
         ("rewind", "schedule", lambda a: a.rewind and a.schedule not in ("one_shot", "iterative")),
         ("rewind", "end", lambda a: a.rewind and a.end == 1),
-        ("rewind", "start", lambda a: a.rewind and a.schedule == "one_shot" and a.start == 0),
+        ("rewind", "start", lambda a: a.rewind and a.schedule == "one_shot" and a.start in (0, 1)),
     ],
     "StructuredPruningCallback": [
         ("schedule", "end", lambda a: a.schedule == "one_shot" and a.end not in (0.5, a.start)),
@@ -239,7 +239,19 @@ RULES: dict[str, list[Rule]] = {
         ("seed", "score", lambda a: a.seed != 0 and a.score != "random"),
         ("start", "end", lambda a: a.schedule == "iterative" and a.start > a.end),
     ],
-    "DPFCallback": [*ONE_SHOT, ("freeze_at", "end", lambda a: a.freeze_at is not None and a.freeze_at < a.end)],
+    "DPFCallback": [
+        *ONE_SHOT,
+        (
+            "freeze_at",
+            "end",
+            lambda a: a.freeze_at is not None and a.schedule != "one_shot" and a.freeze_at < a.end,
+        ),
+        (
+            "freeze_at",
+            "start",
+            lambda a: a.freeze_at is not None and a.schedule == "one_shot" and a.freeze_at < a.start,
+        ),
+    ],
     "DCILCallback": [
         *ONE_SHOT,
         ("classifier", "dense_path", lambda a: a.classifier and a.dense_path != "own"),

@@ -100,19 +100,21 @@ def check_layer_bits(layer_bits: Any) -> dict[str, int] | None:
     return {selector: check_bits(bits, f"layer_bits['{selector}']") for selector, bits in layer_bits.items()}
 
 
-def refuse_without_effect(owner: object, because: str, **given: Any) -> None:
+def refuse_without_effect(kind: type, because: str, **given: Any) -> None:
     """Refuse arguments that are not at their defaults where they would have no effect.
 
     Args:
-        owner: What is built.
+        kind: The class whose ``__init__`` makes the call. Values are compared with its defaults, and never with those
+            of a subclass, which passes on what it likes: as if this class had been built with them.
         because: What makes them so, such as "schedule='one_shot'".
         given: Their values, once each of them is checked.
+
+    Raises:
+        ValueError: If one is not the default.
     """
-    own = [vars(kind)["__init__"] for kind in type(owner).__mro__ if "__init__" in vars(kind)]
-    signatures = [inspect.signature(built).parameters for built in own]
+    usual = inspect.signature(kind).parameters
     for argument, value in given.items():
-        usual = next(parameters[argument].default for parameters in signatures if argument in parameters)
-        if value != usual:
+        if value != usual[argument].default:
             raise ValueError(f"{argument}={shown(value)} has no effect with {because}")
 
 

@@ -671,10 +671,11 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Refuse weights that nobody named, of networks that optimizers train apart."""
         networks = separate_networks(trainer.optimizers, weights)
         if len(networks) > 1:
+            every = [part for network in networks for part in network]
             raise ValueError(
                 f"layers is not given, and '{self.name}' would change the weights of {len(networks)} networks that "
                 f"different optimizers train, {' and '.join(listing(network) for network in networks)}: name those to "
-                f"be changed, layers={networks[0]}, say"
+                f"be changed, layers={networks[0]} for one of them, layers={every} for all"
             )
 
     def _warn_once(self, message: str, kind: str | None = None) -> None:

@@ -34,9 +34,10 @@ class DPFCallback(DynamicMaskCallback):
         sparsity: Final share of zeros among the weights, in [0, 1).
         schedule: How it grows, exact at its end; or a function ``(progress, start, end)``.
         start: Fraction of optimizer steps at which pruning begins, in [0, 1].
-        end: Fraction of its end; masks go on changing.
+        end: Fraction of its end, for all but "one_shot"; masks go on changing.
         update_interval: Optimizer steps between two updates, at least 1.
-        freeze_at: Fraction from which the masks stay, from ``end`` to 1. None: they never do.
+        freeze_at: Fraction from which the masks stay, from ``end``, or the ``start`` of "one_shot", to 1. None: they
+            never do.
         dead_filters: What a filter learns while it is masked completely: nothing with "zero_grad", all that the rule
             says with "keep". A filter is an output channel of a convolution, or of a linear layer before batch norm.
         guard_checkpoints: Whether monitored checkpoints are kept from the final sparsity on.
@@ -95,10 +96,11 @@ class DPFCallback(DynamicMaskCallback):
         check_choice("dead_filters", dead_filters, DEAD_FILTERS)
         if freeze_at is not None:
             freeze_at = check_fraction("freeze_at", freeze_at)
-            if freeze_at < end:
+            argument, at = self.reached_at
+            if freeze_at < at:
                 raise ValueError(
-                    f"freeze_at must be at least end, where the sparsity is reached, got freeze_at={freeze_at} and "
-                    f"end={end}"
+                    f"freeze_at must be at least {argument}, where the sparsity is reached, got freeze_at={freeze_at} "
+                    f"and {argument}={at}"
                 )
         self.freeze_at, self.dead_filters = freeze_at, dead_filters
 

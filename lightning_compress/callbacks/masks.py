@@ -52,11 +52,13 @@ SCHEDULES: dict[str, Schedule] = {
 class MaskCallback(MaskedWeightsCallback):
     """Base of the techniques that mask weights by a schedule.
 
+    Techniques repeat the defaults that there are here.
+
     Args:
         sparsity: The final share of zeros among the selected weights, in [0, 1).
         schedule: "one_shot", "linear", "cubic", "cosine", or a function ``(progress, start, end)``.
         start: Fraction of the training at which masking begins, in [0, 1].
-        end: Fraction at which the sparsity is reached, from ``start`` to 1.
+        end: Fraction at which the sparsity is reached, from ``start`` to 1; without effect for "one_shot".
         update_interval: Optimizer steps between two updates of the masks.
         layers: Selectors of the layers whose weights are masked; None for ``default_layers``.
         exclude: Selectors of layers that are left dense.
@@ -73,15 +75,15 @@ class MaskCallback(MaskedWeightsCallback):
 
     _begun = Returned(False)
     _finished = Returned(False)
-    """Whether the final sparsity was reached at ``end``."""
+    """Whether the final sparsity was reached where it was due."""
 
     def __init__(
         self,
         sparsity: float,
         *,
-        schedule: str | Schedule,
+        schedule: str | Schedule = "cubic",
         start: float,
-        end: float,
+        end: float = 0.75,
         update_interval: int,
         layers: Sequence[str] | None,
         exclude: Sequence[str] | None,
@@ -92,8 +94,6 @@ class MaskCallback(MaskedWeightsCallback):
         super().__init__(layers=layers, exclude=exclude, name=name)
         self.sparsity = check_fraction("sparsity", sparsity, below_one=True)
         self.start, self.end = check_fraction("start", start), check_fraction("end", end)
-        if start > end:
-            raise ValueError(f"start must be at most end, got start={start} and end={end}")
         self.update_interval = check_whole("update_interval", update_interval, at_least=1)
         self.guard_checkpoints = check_flag("guard_checkpoints", guard_checkpoints)
         self.reestimate_batchnorm = check_flag("reestimate_batchnorm", reestimate_batchnorm)
@@ -134,6 +134,16 @@ class MaskCallback(MaskedWeightsCallback):
         return False
 
     @property
+    def at_once(self) -> bool:
+        """Whether the final sparsity is reached at ``start``, so that ``end`` says nothing."""
+        return self.schedule == "one_shot" and not self.moves_until_end
+
+    @property
+    def reached_at(self) -> tuple[str, float]:
+        """The argument that says where the final sparsity is reached, and its value."""
+        return ("start", self.start) if self.at_once else ("end", self.end)
+
+    @property
     def floored(self) -> bool:
         """Whether each layer keeps at least 1% of its weights, and one."""
         return True
@@ -160,7 +170,8 @@ class MaskCallback(MaskedWeightsCallback):
     def intent(self, trainer: Any, pl_module: Any) -> Intent:
         """As the base; and how sparse they will be, and when."""
         schedule = getattr(self.schedule, "__name__", str(self.schedule))
-        aims = {"sparsity": self.sparsity, "schedule": schedule, "start": self.start, "end": self.end}
+        aims = {"sparsity": self.sparsity, "schedule": schedule, "start": self.start}
+        aims |= {} if self.at_once else {"end": self.end}
         return replace(super().intent(trainer, pl_module), aims=aims)
 
     def foresee(self, trainer: Any, pl_module: Any) -> None:
@@ -294,11 +305,11 @@ class MaskCallback(MaskedWeightsCallback):
         return self._history.pictures(self.name)
 
     def _end_early(self, trainer: Any, progress: Progress) -> None:
-        before, fraction = self.reached, progress.fraction
+        before, fraction, (argument, at) = self.reached, progress.fraction, self.reached_at
         if trainer.should_stop:
             kept = ", and no monitored checkpoint was kept" if self._guarded(trainer) else ""
             self.failure = (
-                f"training stopped at {fraction:.0%} of its length, before end={self.end}: the sparsity is "
+                f"training stopped at {fraction:.0%} of its length, before {argument}={at}: the sparsity is "
                 f"{before:.4f}, not {self.sparsity}{kept}"
             )
             self._warn_once(self.failure)
@@ -327,13 +338,16 @@ class MaskCallback(MaskedWeightsCallback):
     # Private
 
     def _check_times(self) -> None:
-        """Refuse an end that nothing waits for, and a way that takes no time."""
-        if self.start == self.end:
-            gradual = {} if self.schedule == "one_shot" else {"schedule": self.schedule}
-            refuse_without_effect(self, f"start={self.start} and end={self.end}, all at once", **gradual)
-        elif self.schedule == "one_shot" and not self.moves_until_end:
-            because = f"schedule='one_shot', which prunes all at start={self.start}"
-            refuse_without_effect(self, because, end=self.end)
+        """Refuse an end before the start, one that nothing waits for, and a way that takes no time."""
+        if self.at_once:
+            if self.end != self.start:
+                because = f"schedule='one_shot', which prunes all at start={self.start}"
+                refuse_without_effect(MaskCallback, because, end=self.end)
+        elif self.start > self.end:
+            raise ValueError(f"start must be at most end, got start={self.start} and end={self.end}")
+        elif self.start == self.end and self.schedule != "one_shot":
+            because = f"start={self.start} and end={self.end}, all at once"
+            refuse_without_effect(MaskCallback, because, schedule=self.schedule)
 
     def _update(self) -> None:
         """Bring the masks to where the schedule is, if it is time."""
@@ -342,7 +356,7 @@ class MaskCallback(MaskedWeightsCallback):
         if fraction < self.start:
             return
         due = not self._begun or (progress.steps % self.update_interval == 0 and fraction < 1)  # for another step
-        if fraction >= self.end and not self._finished:
+        if fraction >= self.reached_at[1] and not self._finished:
             self._finish()
         elif due and not self.masks_stay(fraction):
             self._take(self.new_masks(self.sparsity if self._finished else self._scheduled(fraction)))

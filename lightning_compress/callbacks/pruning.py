@@ -63,7 +63,7 @@ class PruningCallback(MaskCallback):
         schedule: "one_shot": all at ``start``, then fine-tuning. "iterative": ``rounds`` that each take the same share
             of what remains. The others: gradually. Or a function ``(progress, start, end)`` to a sparsity.
         start: Fraction of optimizer steps at which pruning begins, in [0, 1].
-        end: Fraction of its end; then the masks stay.
+        end: Fraction of its end, for all but "one_shot"; then the masks stay.
         update_interval: Optimizer steps between two updates, at least 1.
         rounds: Of "iterative", at least 1.
         regrow: Whether pruned weights may come back, with "magnitude".
@@ -327,12 +327,12 @@ class PruningCallback(MaskCallback):
                 f"scope='{self.scope}' has no effect with pattern='{self.pattern}', which prunes each layer alike"
             )
         if self.score != "random":
-            refuse_without_effect(self, f"score='{self.score}'", seed=self.seed)
+            refuse_without_effect(PruningCallback, f"score='{self.score}'", seed=self.seed)
         if self.schedule != "iterative":
-            refuse_without_effect(self, f"schedule={shown(self.schedule)}", rounds=self.rounds)
+            refuse_without_effect(PruningCallback, f"schedule={shown(self.schedule)}", rounds=self.rounds)
         if self.schedule == "one_shot" and not self.regrow:
             because = "schedule='one_shot', as nothing changes after start"
-            refuse_without_effect(self, because, update_interval=self.update_interval)
+            refuse_without_effect(PruningCallback, because, update_interval=self.update_interval)
         if self.score == "taylor" and self.schedule == "one_shot" and self.start == 0:
             raise ValueError(
                 "score='taylor' needs gradients, and schedule='one_shot' with start=0 prunes before the first step"
@@ -342,8 +342,11 @@ class PruningCallback(MaskCallback):
         check_choice("rewind", self.rewind, REWINDS)
         if self.schedule not in ("one_shot", "iterative"):
             raise ValueError(f"rewind needs schedule='one_shot' or 'iterative', got {self.schedule!r}")
-        if self.end == 1:
-            raise ValueError("rewind needs end below 1: after the last rewinding there would be no training left")
+        argument, at = self.reached_at
+        if at == 1:
+            raise ValueError(
+                f"rewind needs {argument} below 1: after the last rewinding there would be no training left"
+            )
         if self.schedule == "one_shot" and self.start == 0:
             raise ValueError(
                 "rewind has no effect with schedule='one_shot' and start=0: pruning is at the start itself"

@@ -172,8 +172,13 @@ class PSGDCallback(CompressionCallback):
                 "eps=0"
             )
         if target == "zero":
-            grid = {"bits": self.bits, "edge_bits": self.edge_bits, "granularity": granularity}
-            refuse_without_effect(self, "target='zero', which has no grid", **grid)
+            refuse_without_effect(
+                PSGDCallback,
+                "target='zero', which has no grid",
+                bits=self.bits,
+                edge_bits=self.edge_bits,
+                granularity=granularity,
+            )
         self.granularity, self.target, self.apply_to = granularity, target, apply_to
         self.quantized_validation = check_flag("quantized_validation", quantized_validation)
         self.layers, self.exclude = layers, exclude

@@ -110,7 +110,7 @@ class PTQCallback(QuantisedCallback):
         )
         check_choice("observer", observer, OBSERVERS)
         if activation_bits is None:
-            refuse_without_effect(self, "activation_bits=None", observer=observer)
+            refuse_without_effect(PTQCallback, "activation_bits=None", observer=observer)
         check_choice("weight_range", weight_range, ("auto", "max", "mse"))
         if not is_auto(reestimate_batchnorm):
             check_flag("reestimate_batchnorm", reestimate_batchnorm)

@@ -233,10 +233,11 @@ class QATCallback(QuantisedCallback):
         self.freeze_batchnorm_at = _checked_freeze("freeze_batchnorm_at", freeze_batchnorm_at, start)
         self.freeze_observers_at = _checked_freeze("freeze_observers_at", freeze_observers_at, start)
         self.step_lr = check_positive("step_lr", step_lr)
-        for argument, size in (("freeze_observers_at", "observed"), ("step_lr", "learned")):
-            if step_size != size:
-                given = {argument: getattr(self, argument)}
-                refuse_without_effect(self, f"step_size='{step_size}'", **given)
+        because = f"step_size='{step_size}'"
+        if step_size != "observed":
+            refuse_without_effect(QATCallback, because, freeze_observers_at=self.freeze_observers_at)
+        if step_size != "learned":
+            refuse_without_effect(QATCallback, because, step_lr=self.step_lr)
         self.max_loss_growth = None
         if max_loss_growth is not None:
             self.max_loss_growth = check_number(
@@ -778,7 +779,7 @@ class QATCallback(QuantisedCallback):
         """After the first quantised step: did it run what was calibrated?"""
         self._fit.checked = True
         calls = self._fit.calls
-        self._require_controller().weights.sharded.check_learnt()
+        self._require_controller().weights.sharded.check_learnt(self.name)
         if not (self._used_shards(moving) if calls is None else calls.count):
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' had no effect: the training step never called "

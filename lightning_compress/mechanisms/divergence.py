@@ -18,6 +18,29 @@ WATCHED: Mapping[str, Any] = {"first": (float, None), "last": (float, None), "ba
 """What :meth:`LossWatch.state` gives."""
 
 
+def flaw_of_watch(state: Mapping[str, Any]) -> str | None:
+    """What is wrong with numbers of a watch whose types are right.
+
+    Args:
+        state: What :meth:`LossWatch.state` gave.
+
+    Returns:
+        A sentence; None where they can be used.
+
+    Example:
+        >>> flaw_of_watch({"first": None, "last": None, "batches": 20, "seen": []})
+        "'watch.batches' must be from 0 to 19, got 20"
+    """
+    first, batches, seen = state["first"], state["batches"], state["seen"]
+    if first is not None and not math.isfinite(first):
+        return f"'watch.first' must be a finite number or None, got {first}"
+    if not 0 <= batches < WINDOW:
+        return f"'watch.batches' must be from 0 to {WINDOW - 1}, got {batches}"
+    if len(seen) > batches:
+        return f"'watch.seen' must have no more losses than 'watch.batches', {batches}, got {len(seen)}"
+    return None
+
+
 class LossWatch:
     """Compares the loss of a training, averaged over some batches, with what it was at the start of the watch.
 

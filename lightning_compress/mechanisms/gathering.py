@@ -167,6 +167,8 @@ class Gathered:
         """Whether a backward pass runs from which the parameter itself does not learn."""
         self.passed = False
         """Whether a gradient has come past the view, as that of a penalty over parameters() does."""
+        self.learnt = False
+        """Whether a backward pass was settled."""
         self._hook: Any = None  # while shown, if it learns
         self._settled = 0  # gathers at the last settlement
         self._earlier: Tensor | None = None  # the gradient before the backward pass that runs
@@ -234,6 +236,7 @@ class Gathered:
         for rows in found[1:]:
             found[0].add_(rows)
         self.weight.grad = sharded_as(found[0], self.weight) if found else None
+        self.learnt = True
 
     def _through(self, rows: Tensor) -> Tensor:
         if self.gathers != self._settled:
@@ -269,7 +272,6 @@ class GatheredWeights:
         self.module = module
         self.weights: dict[str, Gathered] = {}
         self.shown = False
-        self._learnt = False  # whether a backward pass was settled
         self._units: list[FSDPModule] = []  # as long as the weights are those that were owned, so are these
 
     @contextmanager
@@ -395,18 +397,19 @@ class GatheredWeights:
             backward(*args, **kwargs)
             if weights:
                 self._check_exchange()
-                self._learnt = True
             for weight in weights:
                 weight.settle()
 
         return settled
 
-    def check_learnt(self) -> None:
-        """Complain, after a step, if its backward pass was not one of :meth:`learning`."""
-        if self.weights and not self._learnt:
+    def check_learnt(self, owner: str) -> None:
+        """Complain, after the first step of an owner, if its backward pass was not one of :meth:`learning`."""
+        lost = [weight.name for weight in self.weights.values() if weight.owner == owner and not weight.learnt]
+        if lost:
             raise RuntimeError(
-                "the backward pass of the first step did not call the module's backward(), as Lightning's do, so the "
-                f"gradients of {listing(sorted(self.weights))} are not those of the weights that the optimizer steps"
+                f"the backward pass of the first step of '{owner}' did not call the module's backward(), as "
+                f"Lightning's do, so the gradients of {listing(sorted(lost))} are not those of the weights that the "
+                "optimizer steps"
             )
 
     def passed(self, owner: str) -> list[str]:

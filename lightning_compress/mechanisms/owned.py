@@ -166,6 +166,8 @@ def holders(optimizers: Sequence[torch.optim.Optimizer], parameters: Iterable[Te
 def separate_networks(optimizers: Sequence[torch.optim.Optimizer], weights: Mapping[str, Tensor]) -> list[list[str]]:
     """The parts of a module that optimizers train apart from one another, as those of a GAN.
 
+    A network whose parts, a backbone and a head, say, have an optimizer each cannot be told from two networks.
+
     Args:
         optimizers: Those there are.
         weights: Dotted name to parameter; those that nobody trains are passed over.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress.functional._checks import shown
 from lightning_compress.functional.quantizers import FEWEST_BITS, MOST_BITS
+from lightning_compress.mechanisms.divergence import flaw_of_watch
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.moving_grids import LearnedGrids
 from lightning_compress.mechanisms.selection import plain_name
@@ -110,6 +111,10 @@ def flaw_of_movement(state: Mapping[str, Any], step_size: str) -> str | None:
         return "'quantization' is None beside 'moving'"
     if unknown := sorted(set(state["run"]) - set(state["quantization"]["weights"])):
         return f"'run' names '{unknown[0]}', which has no grid"
+    if not 0 <= state["clipped"] <= 1:
+        return f"'clipped' must be from 0 to 1, got {state['clipped']}"
+    if problem := flaw_of_watch(state["watch"]):
+        return problem
     if step_size == "observed":
         return damage(state["moving"], RANGES, "moving") or _flaw_of_ranges(state)
     if step_size == "learned":

@@ -408,7 +408,7 @@ class WeightViews:
         if self.sharded.weights:  # a step has an error of its own for those that were not presented
 
             def used() -> Usage:
-                self.sharded.check_learnt()
+                self.sharded.check_learnt(owner)
                 return Usage(self.sharded.unused(owner), self.sharded.passed(owner))
 
             yield used

@@ -40,6 +40,10 @@ DEAD = "ignore:.*masked completely"
         ({"schedule": "iterative"}, r"schedule must be one of .*got 'iterative'"),
         ({"freeze_at": 1.5}, r"freeze_at must be a number in \[0, 1\], got 1.5"),
         ({"freeze_at": 0.5}, r"freeze_at must be at least end, .* got freeze_at=0.5 and end=0.75"),
+        (
+            {"schedule": "one_shot", "start": 0.9, "freeze_at": 0.8},
+            r"freeze_at must be at least start, .* got freeze_at=0.8 and start=0.9",
+        ),
         ({"dead_filters": "keeep"}, r"dead_filters must be one of .*got 'keeep'; did you mean 'keep'\?"),
         ({"dead_filters": "zero"}, r"dead_filters must be one of .*got 'zero'; did you mean 'zero_grad'\?"),
         ({"dead_filters": None}, r"dead_filters must be one of .*got None"),

@@ -449,7 +449,8 @@ class Updates(L.Callback):
         ({"update_interval": 3, "start": 0.5, "end": 1.0}, [6, 8]),
         ({"update_interval": 3, "start": 0.5, "end": 0.5}, [4, 6]),
         ({"update_interval": 3, "schedule": "one_shot", "start": 0.25}, [2, 3, 6]),
-        ({"update_interval": 16, "schedule": "one_shot"}, [0, 6]),
+        ({"update_interval": 16, "schedule": "one_shot"}, [0]),  # whatever the end
+        ({"update_interval": 16, "schedule": "one_shot", "start": 0.8}, [7]),
         ({"update_interval": 16, "schedule": "one_shot", "end": 0.0}, [0]),
     ],
 )

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_compress import CompressionReport, PruningCallback
+from lightning_compress import CompressionReport, DCILCallback, DPFCallback, PruningCallback
 from lightning_compress.functional import iterative_schedule, magnitude_mask, n_m_mask, smallest_masks
 from lightning_compress.mechanisms.checkpoints import dense_of
 
@@ -82,6 +82,31 @@ def test_one_shot_prunes_at_start_and_then_only_trains():
     watch, module = path_of(PruningCallback(0.5, schedule="one_shot", start=0.5))
     assert watch.seen == [0, 0, 0, 66, 66, 66, 66, 66]
     assert sum(zeros(module).values()) == 66
+
+
+@pytest.mark.parametrize("kind", [PruningCallback, DPFCallback, DCILCallback])
+def test_one_shot_may_be_later_than_the_end_that_nobody_gave(kind):
+    callback = kind(0.5, schedule="one_shot", start=0.8)
+    assert (callback.start, callback.end, callback.reached_at) == (0.8, 0.75, ("start", 0.8))
+    with pytest.raises(ValueError, match=r"end=0.9 has no effect .*, which prunes all at start=0.8"):
+        kind(0.5, schedule="one_shot", start=0.8, end=0.9)
+
+
+@pytest.mark.slow
+def test_one_shot_after_the_usual_end_prunes_at_its_start():
+    watch, _ = path_of(PruningCallback(0.5, schedule="one_shot", start=0.8))
+    assert watch.seen == [0] * 6 + [66, 66]
+
+
+@pytest.mark.slow
+def test_one_shot_that_was_stopped_says_before_what():
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == STEPS // 2
+
+    pruning = PruningCallback(0.5, schedule="one_shot", start=0.8)
+    with pytest.warns(UserWarning, match=r"training stopped at 50% of its length, before start=0.8: the sparsity is 0"):
+        fitted(pruning, Classifier, Stop())
 
 
 def test_one_shot_at_the_start_is_there_in_the_first_step():
@@ -671,6 +696,8 @@ def test_two_callbacks_on_different_layers():
         ({"score": "taylor", "schedule": "one_shot"}, "score='taylor' needs gradients"),
         ({"rewind": "weights"}, "rewind needs schedule='one_shot' or 'iterative', got 'cubic'"),
         ({"rewind": "weights", "schedule": "one_shot"}, "rewind has no effect with schedule='one_shot' and start=0"),
+        ({"rewind": "lr", "schedule": "one_shot", "start": 1.0}, "rewind needs start below 1"),
+        ({"schedule": "one_shot", "regrow": True, "start": 0.8}, "start must be at most end, got start=0.8 and end="),
         ({"rewind": "wieghts", "schedule": "iterative"}, "rewind must be one of .*did you mean 'weights'"),
         ({"rounds": 0, "schedule": "iterative"}, "rounds must be a whole number of at least 1"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -106,16 +106,35 @@ def steps(shape: tuple[int, ...], value: float = 0.1) -> torch.Tensor:
 
 
 WEIGHT, BITS = ("quantization", "weights", "0.weight", "step"), ("quantization", "weights", "0.weight", "bits")
-NUMBERS: list[tuple[str, tuple[Any, ...], Any, str]] = [
+Path = tuple[Any, ...]
+
+
+def first_site(state: dict[str, Any]) -> Path:
+    """The name of the weight that an operation uses; operations are numbered as they are called."""
+    return ("quantization", "sites", next(iter(state["quantization"]["sites"])), 0)
+
+
+NUMBERS: list[tuple[str, Path | Callable[[dict[str, Any]], Path], Any, str]] = [
     *[(size, BITS, bits, f"bits' must be from 2 to 8, got {bits}") for size in SIZES for bits in (1, 9)],
     *[
         (size, WEIGHT, step, r"step' must be a positive number, or some in a row")
         for size in SIZES
         for step in (steps((4,), 0.0), steps((4,), -1.0), steps((4,), float("nan")), steps((4, 1)), torch.ones(4).int())
     ],
-    ("mse", ("quantization", "sites", "0:conv2d", 0), "other.weight", "must be rows of a weight that has a grid"),
+    ("mse", first_site, "other.weight", "must be rows of a weight that has a grid"),
     ("mse", ("run",), ["other.weight"], "'run' names 'other.weight', which has no grid"),
     ("mse", ("quantization",), None, "'quantization' is None beside 'moving'"),
+    *[
+        (size, ("clipped",), share, f"'clipped' must be from 0 to 1, got {share}")
+        for size in SIZES
+        for share in (-0.5, 1.5, float("nan"))
+    ],
+    *[
+        ("mse", ("watch", "first"), loss, f"'watch.first' must be a finite number or None, got {loss}")
+        for loss in (float("nan"), float("inf"))
+    ],
+    *[("mse", ("watch", "batches"), count, f"'watch.batches' must be from 0 to 19, got {count}") for count in (-1, 20)],
+    ("learned", ("watch", "batches"), 0, r"'watch.seen' must have no more losses than 'watch.batches', 0, got [1-9]"),
     ("observed", ("moving",), {}, "'moving.frozen' is missing"),
     ("observed", ("moving", "ranges"), {}, r"'moving.ranges' must be of \["),
     ("learned", ("moving",), {}, "'moving.begun' is missing"),
@@ -132,11 +151,9 @@ NUMBERS: list[tuple[str, tuple[Any, ...], Any, str]] = [
 @pytest.mark.parametrize(("size", "path", "value", "message"), NUMBERS)
 def test_numbers_that_cannot_be_are_refused(size, path, value, message, checkpoints):
     state = checkpoints[size]["callbacks"][KEY]
-    if path[-2:] == ("0:conv2d", 0):
-        path = (*path[:2], next(iter(state["quantization"]["sites"])), 0)
-    for entry in (1, 5, 0.0, -0.5) if path == ("clipped",) else (value,):
-        with pytest.raises(ValueError, match=message):
-            qat(size).load_state_dict(edited(state, path, entry))
+    damaged = edited(state, path(state) if callable(path) else path, value)
+    with pytest.raises(ValueError, match=message):
+        qat(size).load_state_dict(damaged)
 
 
 @pytest.mark.slow

@@ -89,6 +89,24 @@ def test_a_first_step_whose_backward_pass_went_past_the_views_is_an_error(mesh):
             usage()
 
 
+def test_a_backward_pass_of_another_before_counts_for_none_who_begins_later(mesh):
+    layer = network(mesh)
+    views = WeightViews(layer)
+    bias = MaskedWeight(torch.tensor([True, False]))
+    with views.owned("early", {"bias": bias}):
+        with views.presented():
+            learn(views, layer(X).square().sum())
+        with views.owned("late", {"weight": MaskedWeight(MASK)}):
+            with views.presented():
+                layer(X).square().sum().backward()
+            views.sharded.check_learnt("early")
+            with pytest.raises(RuntimeError, match=r"first step of 'late' did not call .* gradients of 'weight' are"):
+                views.sharded.check_learnt("late")
+            with views.presented():
+                learn(views, layer(X).square().sum())
+            views.sharded.check_learnt("late")
+
+
 def test_a_penalty_on_the_parameter_itself_does_not_go_through_the_view(mesh):
     layer = network(mesh)
     views = WeightViews(layer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_compress import PruningCallback, QATCallback
 from sharded.circumstances import MODULE, NOTHING, TRAINER, Imaging, Manual
@@ -46,12 +46,25 @@ def saved(place: Place, size: str, kind: str) -> Found:
     return found(trainer, network, own, resumed=full(again.state_dict()), resumed_steps=resumed)
 
 
+class Past(Callback):
+    """Runs backward passes past the module, once the step is the first that is rounded."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == STEPS // 2:
+            trainer.precision_plugin.backward = lambda loss, *others: loss.backward()
+
+
 def refused(place: Place, what: str) -> Found:
     """A fit that must not go on."""
     callbacks = {
         "activations": [QATCallback()],
         "manual": [quantising("mse")],
         "masked": [quantising("mse"), PruningCallback(0.5)],
+        "past": [
+            PruningCallback(0.5, layers=["model.first"]),
+            quantising("mse", layers=["model.second"], start=0.5),
+            Past(),
+        ],
     }
     network = made(Manual if what == "manual" else Classifier)
     return left(place.fit(network, *callbacks[what]), network)

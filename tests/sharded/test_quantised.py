@@ -110,3 +110,13 @@ def test_what_cannot_be_is_refused_before_the_first_step(further, what):
     row = "QATCallback + PruningCallback" if what == "masked" else "QATCallback"
     column = {"activations": "activations", "manual": "manual optimisation", "masked": "the same weights"}[what]
     record("sharded", row, column, "refused", REFUSED[what])
+
+
+@pytest.mark.slow
+def test_a_backward_pass_past_the_module_is_told_though_that_of_others_was_not(tmp_path):
+    ranks = in_ranks(tmp_path, "quantised:refused:past")["quantised:refused:past"]
+    for rank in ranks:
+        assert rank["error"].startswith(
+            "RuntimeError: the backward pass of the first step of 'qat' did not call the mod"
+        )
+        assert "gradients of 'model.second.weight' are not those" in rank["error"]
