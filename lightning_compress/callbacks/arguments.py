@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -100,22 +101,24 @@ def check_layer_bits(layer_bits: Any) -> dict[str, int] | None:
     return {selector: check_bits(bits, f"layer_bits['{selector}']") for selector, bits in layer_bits.items()}
 
 
-def refuse_without_effect(kind: type, because: str, **given: Any) -> None:
-    """Refuse arguments that are not at their defaults where they would have no effect.
+def tell_without_effect(kind: type, because: str, **given: Any) -> None:
+    """Warn of arguments that are not at their defaults where they have no effect; whoever tries several may mean it.
 
     Args:
         kind: The class whose ``__init__`` makes the call. Values are compared with its defaults, and never with those
             of a subclass, which passes on what it likes: as if this class had been built with them.
         because: What makes them so, such as "schedule='one_shot'".
         given: Their values, once each of them is checked.
-
-    Raises:
-        ValueError: If one is not the default.
     """
-    usual = inspect.signature(kind).parameters
+    parameters = inspect.signature(kind).parameters
     for argument, value in given.items():
-        if value != usual[argument].default:
-            raise ValueError(f"{argument}={shown(value)} has no effect with {because}")
+        usual = parameters[argument].default
+        if value != usual:
+            warnings.warn(
+                f"{kind.__name__}: {argument}={shown(value)} has no effect with {because}; leave it out (its default "
+                f"is {shown(usual)})",
+                stacklevel=3,
+            )
 
 
 def takes(function: Callable[..., Any], count: int) -> bool:

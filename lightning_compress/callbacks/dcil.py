@@ -30,8 +30,8 @@ from lightning_compress.callbacks.arguments import (
     check_locator,
     check_names,
     check_positive,
-    refuse_without_effect,
     shown,
+    tell_without_effect,
 )
 from lightning_compress.callbacks.base import log, optimises_automatically
 from lightning_compress.callbacks.dynamic import DynamicMaskCallback
@@ -170,7 +170,7 @@ class DCILCallback(DynamicMaskCallback):
         self.temperature = check_positive("temperature", temperature)
         self.class_dim = check_dimension("class_dim", class_dim)
         if self.kl_start == 1:
-            refuse_without_effect(
+            tell_without_effect(
                 DCILCallback,
                 "kl_start=1, with which the two passes never meet",
                 temperature=self.temperature,

@@ -22,9 +22,9 @@ from lightning_compress.callbacks.arguments import (
     check_flag,
     check_fraction,
     check_whole,
-    refuse_without_effect,
     shown,
     takes,
+    tell_without_effect,
 )
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.masked import MaskedWeightsCallback
@@ -338,16 +338,13 @@ class MaskCallback(MaskedWeightsCallback):
     # Private
 
     def _check_times(self) -> None:
-        """Refuse an end before the start, one that nothing waits for, and a way that takes no time."""
+        """Refuse an end before the start; warn of one that nothing waits for."""
         if self.at_once:
             if self.end != self.start:
                 because = f"schedule='one_shot', which prunes all at start={self.start}"
-                refuse_without_effect(MaskCallback, because, end=self.end)
+                tell_without_effect(MaskCallback, because, end=self.end)
         elif self.start > self.end:
             raise ValueError(f"start must be at most end, got start={self.start} and end={self.end}")
-        elif self.start == self.end and self.schedule != "one_shot":
-            because = f"start={self.start} and end={self.end}, all at once"
-            refuse_without_effect(MaskCallback, because, schedule=self.schedule)
 
     def _update(self) -> None:
         """Bring the masks to where the schedule is, if it is time."""

@@ -29,7 +29,7 @@ from lightning_compress.callbacks.arguments import (
     check_positive,
     edge_bits_of,
     is_auto,
-    refuse_without_effect,
+    tell_without_effect,
 )
 from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.intents import Intent, layers_of, left_out
@@ -172,7 +172,7 @@ class PSGDCallback(CompressionCallback):
                 "eps=0"
             )
         if target == "zero":
-            refuse_without_effect(
+            tell_without_effect(
                 PSGDCallback,
                 "target='zero', which has no grid",
                 bits=self.bits,

@@ -15,7 +15,7 @@ from lightning_compress.callbacks.arguments import (
     check_flag,
     edge_bits_of,
     is_auto,
-    refuse_without_effect,
+    tell_without_effect,
 )
 from lightning_compress.callbacks.base import log
 from lightning_compress.callbacks.quantised import QuantisedCallback
@@ -110,7 +110,7 @@ class PTQCallback(QuantisedCallback):
         )
         check_choice("observer", observer, OBSERVERS)
         if activation_bits is None:
-            refuse_without_effect(PTQCallback, "activation_bits=None", observer=observer)
+            tell_without_effect(PTQCallback, "activation_bits=None", observer=observer)
         check_choice("weight_range", weight_range, ("auto", "max", "mse"))
         if not is_auto(reestimate_batchnorm):
             check_flag("reestimate_batchnorm", reestimate_batchnorm)

@@ -27,8 +27,8 @@ from lightning_compress.callbacks.arguments import (
     check_positive,
     edge_bits_of,
     is_auto,
-    refuse_without_effect,
     shown,
+    tell_without_effect,
 )
 from lightning_compress.callbacks.base import CompressionCallback, averaging, log, together
 from lightning_compress.callbacks.calibrating import bits_of_layers, selection
@@ -235,9 +235,9 @@ class QATCallback(QuantisedCallback):
         self.step_lr = check_positive("step_lr", step_lr)
         because = f"step_size='{step_size}'"
         if step_size != "observed":
-            refuse_without_effect(QATCallback, because, freeze_observers_at=self.freeze_observers_at)
+            tell_without_effect(QATCallback, because, freeze_observers_at=self.freeze_observers_at)
         if step_size != "learned":
-            refuse_without_effect(QATCallback, because, step_lr=self.step_lr)
+            tell_without_effect(QATCallback, because, step_lr=self.step_lr)
         self.max_loss_growth = None
         if max_loss_growth is not None:
             self.max_loss_growth = check_number(

@@ -23,7 +23,7 @@ from lightning_compress.callbacks.arguments import (
     check_name,
     check_positive,
     check_whole,
-    refuse_without_effect,
+    tell_without_effect,
 )
 from lightning_compress.callbacks.base import (
     CompressionCallback,
@@ -181,14 +181,14 @@ class StructuredPruningCallback(CompressionCallback):
         check_layers(layers, exclude)
         self.rounds = check_whole("rounds", rounds, at_least=2)
         if schedule == "one_shot":
-            refuse_without_effect(StructuredPruningCallback, "schedule='one_shot'", rounds=self.rounds)
+            tell_without_effect(StructuredPruningCallback, "schedule='one_shot'", rounds=self.rounds)
             if self.end != self.start:
-                refuse_without_effect(StructuredPruningCallback, "schedule='one_shot'", end=self.end)
+                tell_without_effect(StructuredPruningCallback, "schedule='one_shot'", end=self.end)
         self.min_channels = check_whole("min_channels", min_channels, at_least=1)
         self.round_to = check_whole("round_to", round_to, at_least=1)
         self.seed = check_whole("seed", seed, at_least=0)
         if score != "random":
-            refuse_without_effect(StructuredPruningCallback, f"score='{score}'", seed=self.seed)
+            tell_without_effect(StructuredPruningCallback, f"score='{score}'", seed=self.seed)
         self.reestimate_batchnorm = check_flag("reestimate_batchnorm", reestimate_batchnorm)
         self.time_limit = check_positive("time_limit", time_limit, "a positive number of seconds")
         self.network = check_name("network", network)

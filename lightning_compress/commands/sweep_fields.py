@@ -206,6 +206,10 @@ def _has_effect(argument: str, init_args: Mapping[str, Any]) -> bool:
     """Whether an argument counts beside the others: a pattern has its own sparsity, a number needs no factor of it."""
     if argument == "sparsity":
         return bool(init_args.get("pattern", "unstructured") == "unstructured")
+    if argument == "temperature":
+        return init_args.get("loss_kind") not in ("mse", "hard") and init_args.get("kl_start") != 1
+    if argument == "bits":
+        return bool(init_args.get("target", "grid") != "zero")
     instead = {"strength": "weight", "mean_factor": "gradient_scale"}.get(argument)
     return instead is None or not _is_number(init_args.get(instead))
 

@@ -1,4 +1,4 @@
-"""Arguments without effect: compared with the defaults of the class that refuses them, whoever passes them on."""
+"""Arguments without effect: compared with the defaults of the class that tells of them, whoever passes them on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from lightning_compress import DCILCallback, DPFCallback, PruningCallback, QATCallback
-from lightning_compress.callbacks.arguments import refuse_without_effect
+from lightning_compress.callbacks.arguments import tell_without_effect
 from lightning_compress.callbacks.masks import MaskCallback
 
 
@@ -40,21 +40,23 @@ class Fixed(Slow):
         (Fixed, "step_lr=0.1 has no effect with step_size='mse'"),
     ],
 )
-def test_what_a_subclass_passes_on_is_refused_as_if_it_had_been_given(kind, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_a_subclass_passes_on_is_told_of_as_if_it_had_been_given(kind, message):
+    with pytest.warns(UserWarning, match=message) as warned:
         kind()
+    assert len(warned) == 1
 
 
 def test_a_default_that_is_given_is_taken_whatever_that_of_a_subclass_is():
     assert Late(end=0.75).end == 0.75
     assert Slow(step_lr=0.01).step_lr == 0.01
-    assert Fixed(step_size="learned").step_lr == 0.1
+    assert Fixed(step_size="learned").step_lr == 0.1  # a warning would be an error
 
 
 def test_the_class_is_named_whose_defaults_count():
-    refuse_without_effect(QATCallback, "this", step_lr=0.01)
-    with pytest.raises(ValueError, match=r"step_lr=0.01 has no effect with this"):
-        refuse_without_effect(Slow, "this", step_lr=0.01)
+    tell_without_effect(QATCallback, "this", step_lr=0.01)
+    message = r"^Slow: step_lr=0.01 has no effect with this; leave it out \(its default is 0.1\)$"
+    with pytest.warns(UserWarning, match=message):
+        tell_without_effect(Slow, "this", step_lr=0.01)
 
 
 @pytest.mark.parametrize("kind", [PruningCallback, DPFCallback, DCILCallback])
