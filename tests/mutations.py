@@ -1522,7 +1522,7 @@ MUTATIONS = (
         REPLAY,
         "                self._differentiates = True\n",
         "                return\n",
-        f"{QAT_TEST}::test_steps_that_differentiate",
+        "tests/mechanisms/test_replay.py::test_a_step_that_differentiates_is_run_to_its_end",
     ),
     Mutation(
         "a ReLU takes what others take on their grid as it is",

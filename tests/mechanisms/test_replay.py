@@ -1158,6 +1158,24 @@ def test_a_step_may_differentiate_its_network():
     assert replayed(module, loader(), look) == (("net",), True)
 
 
+def test_a_step_that_differentiates_is_run_to_its_end():
+    class Adversarial(Plain):
+        def training_step(self, batch):
+            x = batch[0].clone().requires_grad_()
+            [gradient] = torch.autograd.grad(self.net(x).square().sum(), x)
+            ended.append(float(gradient.abs().sum()) > 0)
+            return self.loss(x.detach() + gradient.sign(), batch[1])
+
+    ended = []
+
+    def look(again):
+        for arguments in itertools.islice(again.batches(), 2):
+            again.run(arguments)
+
+    replayed(Adversarial(), loader(), look)
+    assert ended == [True, True]
+
+
 def test_what_callbacks_add_to_steps_is_left_out():
     from lightning_compress.mechanisms.passes import Term
 
