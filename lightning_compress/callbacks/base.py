@@ -671,6 +671,14 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 f"be changed, layers={networks[0]}, say"
             )
 
+    def _refuse_passing_by(self) -> None:
+        """Complain about a step of an optimizer that Lightning was not told of."""
+        raise RuntimeError(
+            f"{type(self).__name__} '{self.name}' had no effect on a step that an optimizer took without Lightning's "
+            f"hooks: let {class_name(self._require_controller().module)} step what self.optimizers() returns, or what "
+            "its optimizer_step is given, not the torch optimizer inside"
+        )
+
     def _warn_once(self, message: str, kind: str | None = None) -> None:
         """Warn, once in a fit; of messages of one kind the first only."""
         if (kind or message) not in self._warned:
