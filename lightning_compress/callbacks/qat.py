@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -558,7 +558,7 @@ class QATCallback(QuantisedCallback):
         problem = super().flaw(state)
         if problem or "moving" not in state:
             return problem
-        return flaw_of_movement(state, state["arguments"]["step_size"])
+        return flaw_of_movement(state, state["arguments"]["step_size"], self._adam)
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Keep it until the fit starts; the grids at once, where a checkpoint is tested."""
@@ -633,8 +633,7 @@ class QATCallback(QuantisedCallback):
         network = find_module(pl_module, grids.network, argument="network")
         presented = controller.weights.source_of
         if self.step_size == "learned":
-            adam = partial(torch.optim.Adam, lr=self.step_lr, eps=ADAM_EPS)
-            fit.factors = self.own(OwnedParameters(_Factors, adam))
+            fit.factors = self.own(OwnedParameters(_Factors, self._adam))
             self._begun.callback(self._owned.remove, fit.factors)
             fit.factors.load_state_dict(factors)
             module: Any = fit.factors.get(LearnedGrids.count(grids), device=next(network.parameters()).device)
@@ -652,6 +651,9 @@ class QATCallback(QuantisedCallback):
         learning = quantizing(network, moving, when=lambda: controller.deployed and not controller.replaying)
         fit.calls = self._begun.enter_context(learning)
         return moving
+
+    def _adam(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=self.step_lr, eps=ADAM_EPS)
 
     def _rounded_shards(self, moving: MovingGrids) -> dict[str, RoundedWeight]:
         """Views of the weights that are rounded, where FSDP2 has split them."""

@@ -12,6 +12,7 @@ from lightning_compress.functional._checks import shown
 from lightning_compress.functional.quantizers import FEWEST_BITS, MOST_BITS
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.moving_grids import LearnedGrids
+from lightning_compress.mechanisms.saved_optimizers import Make, flaw_of_owned
 from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.mechanisms.states import GRIDS, damage
 from lightning_compress.mechanisms.weights import named_weights
@@ -92,18 +93,19 @@ RANGES: Mapping[str, Any] = {"frozen": bool, "ranges": dict}
 BEGUN: Mapping[str, Any] = {"begun": GRIDS}
 
 
-def flaw_of_movement(state: Mapping[str, Any], step_size: str) -> str | None:
+def flaw_of_movement(state: Mapping[str, Any], step_size: str, make: Make) -> str | None:
     """What is wrong with what moving grids go on from.
 
     Args:
         state: Of the callback that trains with them, its types looked at; it has "moving" and what lies beside it.
         step_size: How they moved: "observed", "learned", or "mse", which stay.
+        make: Makes the optimizer of learned steps.
 
     Returns:
         A sentence; None where it can be used.
 
     Example:
-        >>> flaw_of_movement({"quantization": None, "moving": {}}, "mse")
+        >>> flaw_of_movement({"quantization": None, "moving": {}}, "mse", lambda own: None)
         "'quantization' is None beside 'moving'"
     """
     if state["quantization"] is None:
@@ -113,7 +115,7 @@ def flaw_of_movement(state: Mapping[str, Any], step_size: str) -> str | None:
     if step_size == "observed":
         return damage(state["moving"], RANGES, "moving") or _flaw_of_ranges(state)
     if step_size == "learned":
-        return damage(state["moving"], BEGUN, "moving") or _flaw_of_factors(state)
+        return damage(state["moving"], BEGUN, "moving") or _flaw_of_factors(state, make)
     return None
 
 
@@ -128,21 +130,16 @@ def _flaw_of_ranges(state: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _flaw_of_factors(state: Mapping[str, Any]) -> str | None:
+def _flaw_of_factors(state: Mapping[str, Any], make: Make) -> str | None:
     begun, now, factors = state["moving"]["begun"], state["quantization"], state["factors"]
     for part in ("weights", "activations"):
         if begun[part].keys() != now[part].keys():
             return f"'moving.begun.{part}' must be those of 'quantization', {sorted(now[part])}"
     if problem := flaw_of_grids(begun, "moving.begun"):
         return problem
-    kinds = {"module": {"factors": Tensor}, "optimizer": ({"state": dict, "param_groups": [dict]}, None), "steps": int}
-    if problem := damage(factors, kinds, "factors"):
+    if problem := damage(factors, {"module": {"factors": Tensor}}, "factors"):
         return problem
     shape, found = (LearnedGrids.count(Grids.from_state(begun)),), factors["module"]["factors"]
     if found.shape != shape or not found.is_floating_point() or not bool(found.isfinite().all()):
         return f"'factors.module.factors' must be {shape[0]} finite numbers, got {shown(found)}"
-    for own in (factors["optimizer"] or {"state": {}})["state"].values():
-        for key, value in own.items() if isinstance(own, Mapping) else ():
-            if isinstance(value, Tensor) and value.ndim and value.shape != shape:
-                return f"'factors.optimizer' has '{key}' of shape {tuple(value.shape)} for {shape[0]} numbers"
-    return None
+    return flaw_of_owned(factors, "factors", make)

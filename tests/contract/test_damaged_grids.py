@@ -122,7 +122,7 @@ NUMBERS: list[tuple[str, tuple[Any, ...], Any, str]] = [
     ("learned", ("factors",), {}, "'factors.module' is missing"),
     ("learned", ("factors", "module", "factors"), steps((1,)), r"'factors.module.factors' must be \d+ finite numbers"),
     ("learned", ("factors", "module", "factors"), "zz", "'factors.module.factors' must be a tensor, got 'zz'"),
-    ("learned", ("factors", "optimizer", "state", 0, "exp_avg"), steps((3,)), r"has 'exp_avg' of shape \(3,\) for"),
+    ("learned", ("factors", "optimizer", "state", 0, "exp_avg"), steps((3,)), r"exp_avg' must be of shape \("),
     ("learned", ("factors", "optimizer", "param_groups"), 3, "'factors.optimizer.param_groups' must be a list"),
     ("learned", ("moving", "begun", "weights"), {}, "'moving.begun.weights' must be those of 'quantization'"),
 ]
