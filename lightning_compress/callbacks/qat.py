@@ -607,7 +607,7 @@ class QATCallback(QuantisedCallback):
 
     def _refuse_unfit(self, grids: Grids, pl_module: Any) -> None:
         """Refuse grids of another network, before any of them is used."""
-        if problem := unfit(grids, find_module(pl_module, grids.network, argument="network")):
+        if problem := unfit(grids, pl_module):
             self._refuse_state(problem)
 
     def _go_on(self, state: dict[str, Any], pl_module: Any) -> None:

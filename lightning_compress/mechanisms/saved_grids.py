@@ -13,7 +13,7 @@ from lightning_compress.functional.quantizers import FEWEST_BITS, MOST_BITS
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.moving_grids import LearnedGrids
 from lightning_compress.mechanisms.saved_optimizers import Make, flaw_of_owned
-from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.selection import joined, plain_name
 from lightning_compress.mechanisms.states import GRIDS, damage
 from lightning_compress.mechanisms.weights import named_weights
 
@@ -48,20 +48,27 @@ def _flaws(state: Mapping[str, Any], place: str) -> Iterator[str]:
         fits = FEWEST_BITS <= bits <= MOST_BITS and 0 <= zero_point < 2**bits
         if not fits or not 0 < scale < math.inf:
             yield f"'{place}.activations.{key}' must be a positive scale, a zero point and bits, got {shown(entry)}"
-    for key, (name, start, stop, *_) in state["sites"].items():
+    for key, (name, start, stop, *more) in state["sites"].items():
         if name not in state["weights"] or not 0 <= start < stop:
             yield f"'{place}.sites.{key}' must be rows of a weight that has a grid, got {shown([name, start, stop])}"
+        source = more[1] if len(more) > 1 else None
+        if state["integer_activations"] and source is not None and source not in state["activations"]:
+            yield f"'{place}.activations' has no grid for '{source}', which '{key}' takes"
+    if unused := sorted(set(state["weights"]) - {name for name, *_ in state["sites"].values()}):
+        yield f"'{place}.sites' has no place for the weight '{unused[0]}'"
+    if unknown := sorted(set(state["folds"]) - set(state["sites"])):
+        yield f"'{place}.folds' names '{unknown[0]}', which is not among the sites"
 
 
-def unfit(grids: Grids, network: nn.Module) -> str | None:
+def unfit(grids: Grids, module: nn.Module) -> str | None:
     """Why grids are not those of a network.
 
     Args:
         grids: The grids.
-        network: The network.
+        module: What holds the network.
 
     Returns:
-        A sentence; None where each weight is there, with as many steps as it has rows.
+        A sentence; None where the network, each weight and each batch norm is there, with as many steps as rows.
 
     Example:
         >>> import torch
@@ -69,6 +76,11 @@ def unfit(grids: Grids, network: nn.Module) -> str | None:
         >>> unfit(Grids(weights={"weight": WeightGrid(torch.ones(3), 4)}), nn.Linear(2, 5))
         "'weight' has 3 steps in the checkpoint, and 5 rows in the network"
     """
+    named = list(module.named_modules(remove_duplicate=False))
+    parts = {plain_name(own): part for own, part in reversed(named)}  # what is compiled rather than what it wraps
+    network = parts.get(grids.network)
+    if network is None:
+        return f"the module has no network '{grids.network}'"
     weights = named_weights(network)
     rows = {name: len(weight) for name, weight in weights.items() if weight.ndim}
     for name, grid in grids.weights.items():
@@ -79,6 +91,9 @@ def unfit(grids: Grids, network: nn.Module) -> str | None:
     for key, site in grids.sites.items():
         if site.stop > rows.get(site.name, site.stop):
             return f"'{key}' uses '{site.name}' up to row {site.stop}, and the network has {rows[site.name]} rows"
+    norms = [*grids.folds.values(), *grids.statistics]
+    if unknown := next((own for own in norms if joined(grids.network, own) not in parts), None):
+        return f"the network has no batch norm '{unknown}'"
     return None
 
 
@@ -110,6 +125,10 @@ def flaw_of_movement(state: Mapping[str, Any], step_size: str, make: Make) -> st
     """
     if state["quantization"] is None:
         return "'quantization' is None beside 'moving'"
+    for part in ("weights", "activations", "sites", "folds") if state["start_grids"] is not None else ():
+        now, start = (state[place][part].keys() for place in ("quantization", "start_grids"))
+        if lone := sorted(now ^ start):
+            return f"'quantization.{part}' and 'start_grids.{part}' must be of the same, and '{lone[0]}' is in one"
     if unknown := sorted(set(state["run"]) - set(state["quantization"]["weights"])):
         return f"'run' names '{unknown[0]}', which has no grid"
     if step_size == "observed":
