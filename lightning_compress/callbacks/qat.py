@@ -42,6 +42,7 @@ from lightning_compress.mechanisms.batchnorm import FrozenNorms, batch_norms
 from lightning_compress.mechanisms.calibration import Settings, fingerprints
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.divergence import WATCHED, LossWatch
+from lightning_compress.mechanisms.gathering import refuse_own_backward
 from lightning_compress.mechanisms.grids import Grids, WeightGrid
 from lightning_compress.mechanisms.moving_grids import (
     FollowingGrids,
@@ -367,6 +368,7 @@ class QATCallback(QuantisedCallback):
         goes_on = trainer.global_step > 0 and self.quantization is not None and self.has_fitted(pl_module)
         super().attach(controller, stack, trainer, pl_module)
         if sharded_units(pl_module):
+            refuse_own_backward(pl_module, self.name)  # not only where rounding begins
             self._refuse_masked(trainer, pl_module)
         state = self._loaded or (self.state_dict() if goes_on else None)
         self._begin_with(state, stack, pl_module)
