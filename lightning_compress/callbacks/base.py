@@ -213,6 +213,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Scales that an integer file can be tried with after the first step; None for techniques without."""
         return None
 
+    def instead_of_input(self) -> str:
+        """What can be given where the step does not call the network: the end of a sentence."""
+        return ""
+
     def remarks(self) -> list[str]:
         """Sentences that the report shows below its tables."""
         return []
@@ -615,9 +619,11 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         capture = self.student_capture
         if capture is not None and capture.required and capture.last_call is None:
             who = "module with parameters" if capture.names is None else "/".join(capture.names)
+            called = f"called no {who}" if who else "never called the module itself"
             steps = "the first training step" if automatic else "all training steps so far"
             return CaptureError(
-                f"{type(self).__name__} '{self.name}' needs the network's input, and {steps} called no {who}"
+                f"{type(self).__name__} '{self.name}' needs the network's input, and {steps} {called}"
+                f"{self.instead_of_input()}"
             )
         return None
 
