@@ -405,6 +405,13 @@ def package_of_class(cls: type) -> str:
     return "lightning.pytorch"
 
 
+def has_own_backward(module: nn.Module) -> bool:
+    """Whether the class of a LightningModule has a backward() in the place of Lightning's."""
+    cls = type(module)
+    theirs = [base for base in cls.__mro__ if base.__module__ == f"{package_of_class(cls)}.core.module"]
+    return any(cls.backward is not base.backward for base in theirs if base.__name__ == "LightningModule")  # type: ignore[attr-defined]
+
+
 @contextmanager
 def silenced_loggers(module: nn.Module) -> Iterator[None]:
     """Let a module's Trainer have loggers that write nothing, as Lightning does while it tunes."""

@@ -105,6 +105,23 @@ def test_lightning_keeps_metric_names_by_id():
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
+def test_a_backward_of_the_module_s_own_is_told_from_lightnings(namespace):
+    plain = import_module(f"{namespace}.demos.boring_classes").BoringModel
+
+    class Own(plain):
+        def backward(self, loss, *args, **kwargs):
+            super().backward(loss, *args, **kwargs)
+
+    class Inherited(Own):
+        pass
+
+    shadowed = plain()
+    shadowed.backward = print  # as the mechanisms themselves do
+    modules = (plain(), shadowed, nn.Linear(1, 1), Own(), Inherited())
+    assert [_compat.has_own_backward(module) for module in modules] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
 def test_traces_of_compilation(namespace):
     compile_tools = import_module(f"{namespace}.utilities.compile")
     module = import_module(f"{namespace}.demos.boring_classes").BoringModel()

@@ -224,6 +224,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Scales that an integer file can be tried with after the first step; None for techniques without."""
         return None
 
+    def instead_of_input(self) -> str:
+        """What can be given where the step does not call the network: the end of a sentence."""
+        return ""
+
     def remarks(self) -> list[str]:
         """Sentences that the report shows below its tables."""
         return []
@@ -621,9 +625,11 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         capture = self.student_capture
         if capture is not None and capture.required and capture.last_call is None:
             who = "module with parameters" if capture.names is None else "/".join(capture.names)
+            called = f"called no {who}" if who else "never called the module itself"
             steps = "the first training step" if automatic else "all training steps so far"
             return CaptureError(
-                f"{type(self).__name__} '{self.name}' needs the network's input, and {steps} called no {who}"
+                f"{type(self).__name__} '{self.name}' needs the network's input, and {steps} {called}"
+                f"{self.instead_of_input()}"
             )
         return None
 
@@ -677,6 +683,14 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 f"different optimizers train, {' and '.join(listing(network) for network in networks)}: name those to "
                 f"be changed, layers={networks[0]} for one of them, layers={every} for all"
             )
+
+    def _refuse_passing_by(self) -> None:
+        """Complain about a step of an optimizer that Lightning was not told of."""
+        raise RuntimeError(
+            f"{type(self).__name__} '{self.name}' had no effect on a step that an optimizer took without Lightning's "
+            f"hooks: let {class_name(self._require_controller().module)} step what self.optimizers() returns, or what "
+            "its optimizer_step is given, not the torch optimizer inside"
+        )
 
     def _warn_once(self, message: str, kind: str | None = None) -> None:
         """Warn, once in a fit; of messages of one kind the first only."""

@@ -46,6 +46,7 @@ from lightning_compress.mechanisms.masking import DenseWeight
 from lightning_compress.mechanisms.outputs import Locator, find_logits
 from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs, separate_networks
 from lightning_compress.mechanisms.passes import Pass, Term, View
+from lightning_compress.mechanisms.saved_optimizers import flaw_of_owned
 from lightning_compress.mechanisms.selection import check_selectors, listing
 from lightning_compress.mechanisms.sharding import class_name, is_shard, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
@@ -232,6 +233,10 @@ class DCILCallback(DynamicMaskCallback):
         lesson = self.follow_lessons(stack, trainer, pl_module)
         between = Term(self.name, self._between, view=None, student=self.student_capture, lesson=lesson)
         stack.enter_context(controller.term(between))
+
+    def flaw(self, state: Mapping[str, Any]) -> str | None:
+        """As the base; with the layers that the dense path had for itself."""
+        return super().flaw(state) or flaw_of_owned((state.get("own") or {}).get("layers") or {}, "own.layers")
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """With what the dense path had for itself."""

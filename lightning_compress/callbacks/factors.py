@@ -40,6 +40,7 @@ from lightning_compress.mechanisms.paraphrasing import authors_optimizer, paraph
 from lightning_compress.mechanisms.passes import Pass
 from lightning_compress.mechanisms.reading import read_saved
 from lightning_compress.mechanisms.replay import Replay
+from lightning_compress.mechanisms.saved_optimizers import flaw_of_owned
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.stages import Stage
 from lightning_compress.mechanisms.states import Each, Sometimes
@@ -218,6 +219,10 @@ class FactorTransferCallback(FeatureCallback):
             "reconstruction_errors": list(self.reconstruction_errors),
             "translator": self._translator.state_dict(),
         }
+
+    def flaw(self, state: Mapping[str, Any]) -> str | None:
+        """As the base; with the translator."""
+        return super().flaw(state) or flaw_of_owned(state.get("translator", {}), "translator", authors_optimizer)
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take them back: a resumed run does not train the paraphraser again."""

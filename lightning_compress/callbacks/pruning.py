@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -35,8 +36,11 @@ from lightning_compress.functional.masks import (
     smallest_masks,
 )
 from lightning_compress.functional.schedules import Schedule, iterative_schedule
+from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.gathering import rows_of
 from lightning_compress.mechanisms.importance import TaylorScores
+from lightning_compress.mechanisms.optimizers import around_steps
+from lightning_compress.mechanisms.owned import holders
 from lightning_compress.mechanisms.rewinding import TrainingStart
 from lightning_compress.mechanisms.selection import did_you_mean, listing
 from lightning_compress.mechanisms.sharding import sharded_units
@@ -146,6 +150,7 @@ class PruningCallback(MaskCallback):
         self._skipped: list[str] = []  # weights that the n:m pattern does not fit
         self._input_dims: dict[str, int | None] = {}
         self._importance: TaylorScores | None = None
+        self._announced: set[int] = set()  # optimizers whose next step was foretold, with its gradients
         self._start: TrainingStart | None = None
         self._saved_start: dict[str, Any] | None = None  # of the state that the fit began with
 
@@ -289,6 +294,13 @@ class PruningCallback(MaskCallback):
                 self._importance.load(state["importance"])
         self._saved_start = state.get("start")
 
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """As the base; look for steps from which Taylor scores would learn nothing."""
+        super().attach(controller, stack, trainer, pl_module)
+        self._announced.clear()
+        for optimizer in trainer.optimizers if self.score == "taylor" else ():
+            stack.enter_context(around_steps(optimizer, lambda own: None, self._check_announced))
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Keep what is to be rewound to, then as the base."""
         if self.rewind is not None:
@@ -301,6 +313,7 @@ class PruningCallback(MaskCallback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Add up Taylor scores, from gradients that are not clipped yet."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self._announced.add(id(optimizer))
         if self._importance is not None and not self._finished:
             self._importance.add(parameter for group in optimizer.param_groups for parameter in group["params"])
 
@@ -315,6 +328,15 @@ class PruningCallback(MaskCallback):
         return state
 
     # Private
+
+    def _check_announced(self, optimizer: torch.optim.Optimizer) -> None:
+        """Complain about a step of masked weights whose gradients were not seen."""
+        announced = id(optimizer) in self._announced
+        self._announced.discard(id(optimizer))
+        if announced or self._finished or self not in self._trainer.callbacks:  # LearningRateFinder sets all aside
+            return
+        if holders([optimizer], [own for own in self._require_masks().weights.values() if own.grad is not None]):
+            self._refuse_passing_by()
 
     def _check_together(self) -> None:
         """Refuse arguments that contradict each other, or would have no effect."""

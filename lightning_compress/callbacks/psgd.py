@@ -491,14 +491,6 @@ class PSGDCallback(CompressionCallback):
                 kind,
             )
 
-    def _refuse_passing_by(self) -> None:
-        kind = type(self._require_controller().module).__name__
-        raise RuntimeError(
-            f"{type(self).__name__} '{self.name}' had no effect on a step that an optimizer took without Lightning's "
-            f"hooks: let {kind} step what self.optimizers() returns, or what its optimizer_step is given, not the "
-            "torch optimizer inside"
-        )
-
     def _selected(self, trainer: Any, pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """The weights that can be scaled, by name."""
         for optimizer in trainer.optimizers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,6 +42,7 @@ from lightning_compress.mechanisms.batchnorm import FrozenNorms, batch_norms
 from lightning_compress.mechanisms.calibration import Settings, fingerprints
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.divergence import WATCHED, LossWatch
+from lightning_compress.mechanisms.gathering import refuse_own_backward
 from lightning_compress.mechanisms.grids import Grids, WeightGrid
 from lightning_compress.mechanisms.moving_grids import (
     FollowingGrids,
@@ -368,6 +369,7 @@ class QATCallback(QuantisedCallback):
         goes_on = trainer.global_step > 0 and self.quantization is not None and self.has_fitted(pl_module)
         super().attach(controller, stack, trainer, pl_module)
         if sharded_units(pl_module):
+            refuse_own_backward(pl_module, self.name)  # not only where rounding begins
             self._refuse_masked(trainer, pl_module)
         state = self._loaded or (self.state_dict() if goes_on else None)
         self._begin_with(state, stack, pl_module)
@@ -559,7 +561,7 @@ class QATCallback(QuantisedCallback):
         problem = super().flaw(state)
         if problem or "moving" not in state:
             return problem
-        return flaw_of_movement(state, state["arguments"]["step_size"])
+        return flaw_of_movement(state, state["arguments"]["step_size"], self._adam)
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Keep it until the fit starts; the grids at once, where a checkpoint is tested."""
@@ -608,7 +610,7 @@ class QATCallback(QuantisedCallback):
 
     def _refuse_unfit(self, grids: Grids, pl_module: Any) -> None:
         """Refuse grids of another network, before any of them is used."""
-        if problem := unfit(grids, find_module(pl_module, grids.network, argument="network")):
+        if problem := unfit(grids, pl_module):
             self._refuse_state(problem)
 
     def _go_on(self, state: dict[str, Any], pl_module: Any) -> None:
@@ -634,8 +636,7 @@ class QATCallback(QuantisedCallback):
         network = find_module(pl_module, grids.network, argument="network")
         presented = controller.weights.source_of
         if self.step_size == "learned":
-            adam = partial(torch.optim.Adam, lr=self.step_lr, eps=ADAM_EPS)
-            fit.factors = self.own(OwnedParameters(_Factors, adam))
+            fit.factors = self.own(OwnedParameters(_Factors, self._adam))
             self._begun.callback(self._owned.remove, fit.factors)
             fit.factors.load_state_dict(factors)
             module: Any = fit.factors.get(LearnedGrids.count(grids), device=next(network.parameters()).device)
@@ -653,6 +654,9 @@ class QATCallback(QuantisedCallback):
         learning = quantizing(network, moving, when=lambda: controller.deployed and not controller.replaying)
         fit.calls = self._begun.enter_context(learning)
         return moving
+
+    def _adam(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=self.step_lr, eps=ADAM_EPS)
 
     def _rounded_shards(self, moving: MovingGrids) -> dict[str, RoundedWeight]:
         """Views of the weights that are rounded, where FSDP2 has split them."""

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from lightning_compress import _compat
 from lightning_compress.functional._selection import Parts
 from lightning_compress.mechanisms.selection import excluding, listing
-from lightning_compress.mechanisms.sharding import Ranks, own_part, sharded_units
+from lightning_compress.mechanisms.sharding import Ranks, class_name, own_part, sharded_units
 from lightning_compress.mechanisms.standins import standing_in
 
 if TYPE_CHECKING:
@@ -146,6 +146,28 @@ def parts_of(weights: Iterable[Tensor]) -> Parts | None:
     """
     ranks = Ranks(list(weights))
     return None if ranks.mesh is None else Parts(ranks.mesh.get_local_rank(), ranks.mesh.size(), ranks.total)
+
+
+def refuse_own_backward(module: nn.Module, owner: str) -> None:
+    """Refuse a module that does something of its own where gradients have not been through the views yet.
+
+    Args:
+        module: The LightningModule.
+        owner: Name of who presents its weights.
+
+    Raises:
+        ValueError: If its class overrides Lightning's backward().
+
+    Example:
+        >>> refuse_own_backward(nn.Linear(1, 1), "dpf")
+    """
+    if _compat.has_own_backward(module):
+        raise ValueError(
+            f"{class_name(module)} overrides backward(), and '{owner}' presents weights that FSDP2 has split: the "
+            "gradients within backward() are not those of the weights yet, so what is done with them there would "
+            "silently be something else than in one process: leave backward() alone, and clip or change gradients in "
+            "configure_gradient_clipping(), or use one device or DDP"
+        )
 
 
 class Gathered:
@@ -279,8 +301,10 @@ class GatheredWeights:
         """Present these weights through these views, while they are shown, for as long as the context lasts.
 
         Raises:
-            ValueError: If a weight cannot be presented when it is gathered; it is named.
+            ValueError: If a weight cannot be presented when it is gathered; it is named. As well if the module's class
+                overrides backward().
         """
+        refuse_own_backward(self.module, owner)
         self._units = sharded_units(self.module)
         self._reshard()
         known = {id(own.sharded_param): own for own in _compat.fsdp_parameters(self.module)}

@@ -8,13 +8,14 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
-from contract.modules import Classifier, loader, made, trainer
+from contract.modules import FEATURES, Classifier, NormClassifier, loader, made, trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, random_split
 
 from lightning_compress import CompressionReport, DistillationCallback, ExportCallback, export
 from lightning_compress.export.evaluate import evaluate_forward
+from lightning_compress.mechanisms.capture import CaptureError
 
 
 class Measured(Classifier):
@@ -51,6 +52,19 @@ def test_a_fit_that_was_resumed_at_its_end_has_a_file(tmp_path):
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in again.state_dict().items())
     assert (callback.result.network, callback.result.checked_batch_sizes[0]) == ("model", 8)
     assert callback.file_metrics["val_loss"] == pytest.approx(callback.module_metrics["val_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("example", [False, True])
+def test_a_module_that_the_step_does_not_call_needs_a_sample(example, tmp_path):
+    module, path = made(NormClassifier), tmp_path / "m.onnx"  # its step calls its part
+    ending = "; give sample="
+    if example:
+        module.example_input_array = torch.zeros(1, FEATURES)
+        ending += ", as within a fit example_input_array does not count"
+    message = f"the first training step never called the module itself{ending}$"
+    with pytest.raises(CaptureError, match=message):
+        trainer(ExportCallback(path, network="")).fit(module, loader())
+    assert not path.exists()
 
 
 def test_what_cannot_be_exported_stops_at_the_first_batch(tmp_path):

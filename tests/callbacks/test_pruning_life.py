@@ -14,7 +14,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from contract.modules import Classifier, MixinClassifier, NormClassifier, difference, loader, made, trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -385,6 +385,50 @@ def test_weights_without_a_gradient_have_no_taylor_score():
     pruning = PruningCallback(0.5, score="taylor", exclude=["model.0"])
     trainer(pruning).fit(made(Frozen), loader())
     assert pruning.reached == 0.5
+
+
+class RawManual(MixinClassifier):
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(self.compressed_loss(self.task_loss(batch)))
+        optimizer.step()
+
+
+class RawAutomatic(Classifier):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        optimizer.optimizer.step(optimizer_closure)
+
+
+@pytest.mark.parametrize("kind", [RawManual, RawAutomatic])
+def test_steps_past_lightning_have_no_taylor_scores(kind):
+    module, pruning = made(kind), PruningCallback(0.5, score="taylor")
+    message = f"'pruning' had no effect on a step .* without Lightning's hooks: let {kind.__name__} step what self.opt"
+    with pytest.raises(RuntimeError, match=message):
+        trainer(pruning).fit(module, loader())
+    assert module.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 1
+    other = PruningCallback(0.5)  # by their size they can be pruned
+    trainer(other).fit(made(kind), loader())
+    assert other.reached == 0.5
+
+
+class Again(LearningRateFinder):
+    """Looks for the learning rate in the middle of the fit."""
+
+    def on_fit_start(self, trainer, pl_module):
+        pass
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.slow
+def test_steps_of_the_learning_rate_finder_need_no_taylor_scores():
+    finder = Again(num_training_steps=5, early_stop_threshold=None)
+    pruning, module = PruningCallback(0.5, score="taylor"), made(Classifier)
+    trainer(pruning, finder).fit(module, loader())
+    assert pruning.reached == 0.5
+    assert finder.optimal_lr is not None
 
 
 class InTurns(MixinClassifier):

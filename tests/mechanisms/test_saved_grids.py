@@ -14,8 +14,8 @@ from lightning_compress.mechanisms.states import GRIDS, damage
 
 SOUND = Grids(
     weights={"0.weight": WeightGrid(torch.tensor([0.1, 0.2]), 4), "1.weight": WeightGrid(torch.tensor(0.1), 2)},
-    activations={"0:linear": ActivationGrid(0.5, 3, 8)},
-    sites={"0:linear": WeightSite("0.weight", 0, 2, "0.bias", "in")},
+    activations={"in": ActivationGrid(0.5, 3, 8)},
+    sites={"0:linear": WeightSite("0.weight", 0, 2, "0.bias", "in"), "1:linear": WeightSite("1.weight", 0, 5)},
 )
 
 
@@ -47,6 +47,10 @@ def test_what_is_sound_is_found_so():
         ),
         ({"sites": {"a": WeightSite("0.weight", 2, 2)}}, "'q.sites.a' must be rows of a weight that has a grid"),
         ({"sites": {"a": WeightSite("2.weight", 0, 2)}}, "'q.sites.a' must be rows of a weight that has a grid"),
+        ({"sites": {}}, "'q.sites' has no place for the weight '0.weight'"),
+        ({"sites": {"0:linear": SOUND.sites["0:linear"]}}, "'q.sites' has no place for the weight '1.weight'"),
+        ({"activations": {}}, "'q.activations' has no grid for 'in', which '0:linear' takes"),
+        ({"folds": {"9:linear": "1"}}, "'q.folds' names '9:linear', which is not among the sites"),
     ],
 )
 def test_numbers_that_cannot_be(change, expected):
@@ -65,7 +69,22 @@ def test_numbers_that_cannot_be(change, expected):
             {"sites": {"a": WeightSite("0.weight", 0, 3)}},
             "'a' uses '0.weight' up to row 3, and the network has 2 rows",
         ),
+        ({"network": "nonsense"}, "the module has no network 'nonsense'"),
+        ({"folds": {"0:linear": "7"}}, "the network has no batch norm '7'"),
+        ({"statistics": {"7": (torch.ones(2), torch.ones(2))}}, "the network has no batch norm '7'"),
     ],
 )
 def test_another_network(change, expected):
     assert unfit(replace(SOUND, **change), network()) == expected
+
+
+def test_weights_alone_need_no_grid_of_what_they_take():
+    alone = replace(SOUND, activations={}, integer_activations=False)
+    assert flaw_of_grids(alone.state(), "q") is None
+
+
+def test_the_network_is_found_where_it_is_compiled_or_has_two_names():
+    module = nn.Module()
+    module.first = module.net = torch.compile(network(), backend="eager")
+    grids = replace(SOUND, network="net", folds={"0:linear": "1"})
+    assert unfit(grids, module) is None

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.utils import clip_grad_norm_
 
 from lightning_compress import (
     AttentionTransferCallback,
@@ -96,6 +97,28 @@ def one_step(place: Place, size: Any) -> Found:
     place.fit(made(), PSGDCallback(4)).save_checkpoint(path)
     place.fit(made(), QATCallback(weight_bits=4, activation_bits=None, step_size=size, grids_from=path))
     return {}
+
+
+class Clipping(Classifier):
+    """Does something with gradients before they are those of the weights."""
+
+    def backward(self, loss: Any, *args: Any, **kwargs: Any) -> None:
+        super().backward(loss, *args, **kwargs)
+        clip_grad_norm_(self.parameters(), 0.05)
+
+
+def backward(place: Place, name: str) -> Found:
+    """Before the first step, also where rounding begins later; what presents nothing has no such limit."""
+    place.fit(made(Clipping), *callbacks_of("DistillationCallback"))
+    late = QATCallback(weight_bits=4, activation_bits=None, start=0.5)
+    module = made(Clipping)
+    module.on_train_batch_start = _no_step
+    place.fit(module, DPFCallback(0.5) if name == "dpf" else late)
+    return {}
+
+
+def _no_step(batch: Any, batch_idx: int) -> None:
+    raise RuntimeError("a step has begun")
 
 
 def layout(place: Place, kind: str) -> Found:

@@ -58,6 +58,19 @@ def test_a_refusal_names_the_callback_and_the_way_out(ranks, name):
     record("sharded", row, column, "refused", ranks[name][0]["error"].partition(": ")[2])
 
 
+@pytest.mark.slow
+def test_a_backward_of_the_module_s_own_is_refused(tmp_path):
+    rows = {"dpf": "DPFCallback", "qat": "QATCallback"}
+    found = in_ranks(tmp_path, *[f"refused:backward:{name}" for name in rows])
+    for name, row in rows.items():
+        message = (
+            rf"ValueError: Clipping overrides backward\(\), and '{name}' presents .*configure_gradient_clipping\(\)"
+        )
+        for rank in found[f"refused:backward:{name}"]:
+            assert re.match(message, rank["error"])
+        record("sharded", row, "backward() of the module's own", "refused", rank["error"].partition(": ")[2])
+
+
 OF_WEIGHTS = {
     "refused:gathered:extended": (
         "DPFCallback",
