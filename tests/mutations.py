@@ -720,6 +720,13 @@ MUTATIONS = (
         "tests/sharded/test_quantised.py::test_a_backward_pass_past_the_module_is_told_though_that_of_others_was_not",
     ),
     Mutation(
+        "one shot waits for an end",
+        MASKS,
+        "fraction >= self.reached_at[1] and",
+        "fraction >= self.end and",
+        "tests/callbacks/test_dynamic_exact.py::test_the_steps_after_which_masks_change",
+    ),
+    Mutation(
         "the final sparsity is that of the schedule",
         MASKS,
         "        self._take(self.new_masks(self.sparsity), more=more)",
