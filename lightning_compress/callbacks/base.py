@@ -224,10 +224,6 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Scales that an integer file can be tried with after the first step; None for techniques without."""
         return None
 
-    def instead_of_input(self) -> str:
-        """What can be given where the step does not call the network: the end of a sentence."""
-        return ""
-
     def remarks(self) -> list[str]:
         """Sentences that the report shows below its tables."""
         return []
@@ -629,9 +625,13 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             steps = "the first training step" if automatic else "all training steps so far"
             return CaptureError(
                 f"{type(self).__name__} '{self.name}' needs the network's input, and {steps} {called}"
-                f"{self.instead_of_input()}"
+                f"{self._instead_of_input()}"
             )
         return None
+
+    def _instead_of_input(self) -> str:
+        """What can be given where the step does not call the network: the end of a sentence."""
+        return ""
 
     def _check_optimisation(self, trainer: Any, pl_module: Any) -> None:
         if not optimises_automatically(pl_module) and not getattr(pl_module, "_lightning_compress_mixin", False):

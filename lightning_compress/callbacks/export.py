@@ -157,14 +157,6 @@ class ExportCallback(CompressionCallback):
         self.module_metrics, self.file_metrics, self.agreement, self.against_fp32 = {}, {}, None, None
         self.student_capture = controller.capture(self.network, required=self.sample is None, argument="network")
 
-    def instead_of_input(self) -> str:
-        """An input to export with."""
-        if self.sample is not None:  # so somebody else needs it
-            return ""
-        example = getattr(self._require_controller().module, "example_input_array", None)
-        known = "" if example is None else ", as within a fit example_input_array does not count"
-        return f"; give sample={known}"
-
     def verify(self, trainer: Any, pl_module: Any) -> None:
         """After the first step, export once into a temporary folder: what cannot be written is not trained for."""
         names = self.student_capture.names if self.student_capture is not None else None
@@ -325,6 +317,14 @@ class ExportCallback(CompressionCallback):
         if self.against_fp32 is not None:
             remarks.append(f"{self.name}: {self.against_fp32}.")
         return remarks
+
+    def _instead_of_input(self) -> str:
+        """An input to export with."""
+        if self.sample is not None:  # so somebody else needs it
+            return ""
+        example = getattr(self._require_controller().module, "example_input_array", None)
+        known = "" if example is None else ", as within a fit example_input_array does not count"
+        return f"; give sample={known}"
 
     def _tell_of_activations(self, trainer: Any) -> None:
         """A file that is small, but computes in float, leaves out grids that a network may need."""
