@@ -496,7 +496,7 @@ MUTATIONS = (
         "the teacher is typed as a module, which fills the help",
         DISTILLATION,
         "        teacher: Any,\n",
-        "        teacher: nn.Module,\n",
+        '        teacher: __import__("torch").nn.Module,\n',
         f"{CONTRACT}/test_cli_yaml.py::test_the_help_is_short_and_complete",
     ),
     Mutation(
