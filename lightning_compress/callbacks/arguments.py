@@ -101,10 +101,11 @@ def check_layer_bits(layer_bits: Any) -> dict[str, int] | None:
     return {selector: check_bits(bits, f"layer_bits['{selector}']") for selector, bits in layer_bits.items()}
 
 
-def tell_without_effect(kind: type, because: str, **given: Any) -> None:
+def tell_without_effect(owner: object, kind: type, because: str, **given: Any) -> None:
     """Warn of arguments that are not at their defaults where they have no effect; whoever tries several may mean it.
 
     Args:
+        owner: What is built.
         kind: The class whose ``__init__`` makes the call. Values are compared with its defaults, and never with those
             of a subclass, which passes on what it likes: as if this class had been built with them.
         because: What makes them so, such as "schedule='one_shot'".
@@ -115,8 +116,8 @@ def tell_without_effect(kind: type, because: str, **given: Any) -> None:
         usual = parameters[argument].default
         if value != usual:
             warnings.warn(
-                f"{kind.__name__}: {argument}={shown(value)} has no effect with {because}; leave it out (its default "
-                f"is {shown(usual)})",
+                f"{type(owner).__name__}: {argument}={shown(value)} has no effect with {because}; leave it out (its "
+                f"default is {shown(usual)})",
                 stacklevel=3,
             )
 

@@ -107,7 +107,7 @@ class DistillationCallback(TeacherCallback):
         self.output = output
         self.temperature = check_positive("temperature", temperature)
         if loss_kind in WITHOUT_TEMPERATURE:
-            tell_without_effect(DistillationCallback, f"loss_kind='{loss_kind}'", temperature=self.temperature)
+            tell_without_effect(self, DistillationCallback, f"loss_kind='{loss_kind}'", temperature=self.temperature)
         self.task_weight = check_at_least_zero("task_weight", task_weight)
         self.kd_weight = check_at_least_zero("kd_weight", kd_weight)
         if task_weight == 0 and kd_weight == 0:

@@ -122,7 +122,7 @@ class FactorTransferCallback(FeatureCallback):
         self.paraphraser = absolute_path("paraphraser", paraphraser)
         if self.paraphraser is not None and self.pretrain_epochs:
             because = f"paraphraser={shown(self.paraphraser)}, which is trained already"
-            tell_without_effect(FactorTransferCallback, because, pretrain_epochs=self.pretrain_epochs)
+            tell_without_effect(self, FactorTransferCallback, because, pretrain_epochs=self.pretrain_epochs)
         self.translator_lr = None if translator_lr is None else check_positive("translator_lr", translator_lr)
         self.reconstruction_errors = []
         self._from_file = None if self.paraphraser is None else _read(self.paraphraser, self.factor_ratio)

@@ -342,7 +342,7 @@ class MaskCallback(MaskedWeightsCallback):
         if self.at_once:
             if self.end != self.start:
                 because = f"schedule='one_shot', which prunes all at start={self.start}"
-                tell_without_effect(MaskCallback, because, end=self.end)
+                tell_without_effect(self, MaskCallback, because, end=self.end)
         elif self.start > self.end:
             raise ValueError(f"start must be at most end, got start={self.start} and end={self.end}")
 

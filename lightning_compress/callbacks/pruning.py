@@ -349,12 +349,12 @@ class PruningCallback(MaskCallback):
                 f"scope='{self.scope}' has no effect with pattern='{self.pattern}', which prunes each layer alike"
             )
         if self.score != "random":
-            tell_without_effect(PruningCallback, f"score='{self.score}'", seed=self.seed)
+            tell_without_effect(self, PruningCallback, f"score='{self.score}'", seed=self.seed)
         if self.schedule != "iterative":
-            tell_without_effect(PruningCallback, f"schedule={shown(self.schedule)}", rounds=self.rounds)
+            tell_without_effect(self, PruningCallback, f"schedule={shown(self.schedule)}", rounds=self.rounds)
         if self.schedule == "one_shot" and not self.regrow:
             because = "schedule='one_shot', as nothing changes after start"
-            tell_without_effect(PruningCallback, because, update_interval=self.update_interval)
+            tell_without_effect(self, PruningCallback, because, update_interval=self.update_interval)
         if self.score == "taylor" and self.schedule == "one_shot" and self.start == 0:
             raise ValueError(
                 "score='taylor' needs gradients, and schedule='one_shot' with start=0 prunes before the first step"

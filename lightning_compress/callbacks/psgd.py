@@ -173,6 +173,7 @@ class PSGDCallback(CompressionCallback):
             )
         if target == "zero":
             tell_without_effect(
+                self,
                 PSGDCallback,
                 "target='zero', which has no grid",
                 bits=self.bits,

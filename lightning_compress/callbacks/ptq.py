@@ -110,7 +110,7 @@ class PTQCallback(QuantisedCallback):
         )
         check_choice("observer", observer, OBSERVERS)
         if activation_bits is None:
-            tell_without_effect(PTQCallback, "activation_bits=None", observer=observer)
+            tell_without_effect(self, PTQCallback, "activation_bits=None", observer=observer)
         check_choice("weight_range", weight_range, ("auto", "max", "mse"))
         if not is_auto(reestimate_batchnorm):
             check_flag("reestimate_batchnorm", reestimate_batchnorm)

@@ -236,9 +236,9 @@ class QATCallback(QuantisedCallback):
         self.step_lr = check_positive("step_lr", step_lr)
         because = f"step_size='{step_size}'"
         if step_size != "observed":
-            tell_without_effect(QATCallback, because, freeze_observers_at=self.freeze_observers_at)
+            tell_without_effect(self, QATCallback, because, freeze_observers_at=self.freeze_observers_at)
         if step_size != "learned":
-            tell_without_effect(QATCallback, because, step_lr=self.step_lr)
+            tell_without_effect(self, QATCallback, because, step_lr=self.step_lr)
         self.max_loss_growth = None
         if max_loss_growth is not None:
             self.max_loss_growth = check_number(

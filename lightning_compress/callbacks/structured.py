@@ -181,14 +181,14 @@ class StructuredPruningCallback(CompressionCallback):
         check_layers(layers, exclude)
         self.rounds = check_whole("rounds", rounds, at_least=2)
         if schedule == "one_shot":
-            tell_without_effect(StructuredPruningCallback, "schedule='one_shot'", rounds=self.rounds)
+            tell_without_effect(self, StructuredPruningCallback, "schedule='one_shot'", rounds=self.rounds)
             if self.end != self.start:
-                tell_without_effect(StructuredPruningCallback, "schedule='one_shot'", end=self.end)
+                tell_without_effect(self, StructuredPruningCallback, "schedule='one_shot'", end=self.end)
         self.min_channels = check_whole("min_channels", min_channels, at_least=1)
         self.round_to = check_whole("round_to", round_to, at_least=1)
         self.seed = check_whole("seed", seed, at_least=0)
         if score != "random":
-            tell_without_effect(StructuredPruningCallback, f"score='{score}'", seed=self.seed)
+            tell_without_effect(self, StructuredPruningCallback, f"score='{score}'", seed=self.seed)
         self.reestimate_batchnorm = check_flag("reestimate_batchnorm", reestimate_batchnorm)
         self.time_limit = check_positive("time_limit", time_limit, "a positive number of seconds")
         self.network = check_name("network", network)

@@ -53,10 +53,10 @@ def test_a_default_that_is_given_is_taken_whatever_that_of_a_subclass_is():
 
 
 def test_the_class_is_named_whose_defaults_count():
-    tell_without_effect(QATCallback, "this", step_lr=0.01)
-    message = r"^Slow: step_lr=0.01 has no effect with this; leave it out \(its default is 0.1\)$"
+    tell_without_effect(QATCallback(), QATCallback, "this", step_lr=0.01)
+    message = r"^QATCallback: step_lr=0.01 has no effect with this; leave it out \(its default is 0.1\)$"
     with pytest.warns(UserWarning, match=message):
-        tell_without_effect(Slow, "this", step_lr=0.01)
+        tell_without_effect(QATCallback(), Slow, "this", step_lr=0.01)
 
 
 @pytest.mark.parametrize("kind", [PruningCallback, DPFCallback, DCILCallback])
