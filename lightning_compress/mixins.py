@@ -53,7 +53,8 @@ class CompressionMixin:
                 an earlier loss has the term that is named, or its student is frozen; a ``RuntimeError``.
             RuntimeError: If called outside of a training step with manual optimisation while callbacks are attached,
                 within the function that was given to it, with a tensor where a function is needed, with a function
-                that learns, or that is run twice and uses what was computed before, or with what it gave back before.
+                that learns, or that is run twice and uses what was computed before, or with what it was asked for, or
+                gave back, before.
         """
         if not isinstance(self, nn.Module):
             raise TypeError(f"CompressionMixin is for LightningModules; {type(self).__name__} is no torch.nn.Module")

@@ -1941,6 +1941,27 @@ MUTATIONS = (
         f"{LESSONS_TEST}::test_gradients_that_are_taken",
     ),
     Mutation(
+        "who asks autograd for gradients has lost them",
+        LESSONS,
+        "if self._given_out:",
+        "if False:",
+        f"{LESSONS_TEST}::test_gradients_that_are_taken",
+    ),
+    Mutation(
+        "who puts other gradients in their place has lost them",
+        LESSONS,
+        "if replaced or any(",
+        "if any(",
+        f"{LESSONS_TEST}::test_gradients_that_are_taken",
+    ),
+    Mutation(
+        "two losses of one node are one",
+        LOSSES,
+        "if (loss.grad_fn, loss.output_nr) in self._asked:",
+        "if loss.grad_fn in {node for node, _ in self._asked}:",
+        f"{MIXINS}::test_two_losses_of_one_node_are_two",
+    ),
+    Mutation(
         "gradients of all losses count",
         LESSONS,
         "if self.taken or not self._running or",

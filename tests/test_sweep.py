@@ -171,6 +171,9 @@ def test_the_table_names_arguments_that_exist_and_ranges_that_they_accept():
         (("PSGDCallback", {"gradient_scale": 150.0}), ["bits", "gradient_scale"]),
         (("PruningCallback", {"pattern": "2:4", "sparsity": 0.5}), []),
         (("DistillationCallback", {}), ["temperature", "kd_weight"]),
+        (("DistillationCallback", {"loss_kind": "mse"}), ["kd_weight"]),
+        (("DCILCallback", {"sparsity": 0.5, "kl_start": 1.0}), ["sparsity"]),
+        (("PSGDCallback", {"target": "zero", "eps": 0.1}), ["mean_factor"]),
     ],
 )
 def test_only_what_has_an_effect_is_varied(callback, expected):

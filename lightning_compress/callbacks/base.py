@@ -413,7 +413,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """
         if self._controller is not None:
             self._tell_of_lost_lessons(pl_module, over=True)
-            if not self._everywhere(trainer, not self._never_asked(pl_module)):
+            manual = self.changes_step and not optimises_automatically(pl_module)
+            if manual and not self._everywhere(trainer, not self._never_asked(pl_module)):
                 with _compat.patient_group(trainer.world_size) as tell:
                     together(tell, self._check_asked, trainer, pl_module)
             ready = self._controller.steps > 0 and not self._waits(pl_module)
@@ -526,11 +527,13 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             return  # its turn may not have come
         who = self.learners_name()
         self._warn_once(
-            f"so far it teaches nothing: the gradients that losses with its term give to {who} {problem}. Ask for the "
+            f"it seems to teach nothing: the gradients that losses with its term give to {who} {problem}. Ask for the "
             f"loss after which the optimizer of {who} steps, with callbacks=['{self.name}'] if the term is not there "
             "by itself, and give manual_backward what comes back; the loss of another network has callbacks=[]",
             kind="lesson",
         )
+        lesson.close()
+        self._lesson = None  # there is nothing else to be said
 
     def _tell_of_no_lesson(self) -> None:
         """At the end of a fit with manual optimisation, warn where what it teaches was never trained."""
@@ -592,9 +595,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self.verify(trainer, pl_module)
 
     def _never_asked(self, pl_module: Any) -> bool:
-        """Whether this process has trained by hand, and no step of it has asked for a loss."""
-        manual = self.changes_step and not optimises_automatically(pl_module)
-        return manual and self._require_controller().steps == 0 and self.has_moved(pl_module)
+        """Whether this process has trained, by hand, and no step of it has asked for a loss."""
+        return self._require_controller().steps == 0 and self.has_moved(pl_module)
 
     def _check_asked(self, trainer: Any, pl_module: Any) -> None:
         if self._never_asked(pl_module):
@@ -615,7 +617,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                     message += (
                         f": no loss that self.compressed_loss was asked for was computed from {self.learners_name()},"
                         f" or its callbacks= left '{self.name}' out; ask for that which is, and name all callbacks "
-                        f"whose terms belong to it, '{self.name}' too, or none"
+                        f"whose terms belong to it, '{self.name}' too, or leave callbacks= out"
                     )
                 return RuntimeError(message)
         capture = self.student_capture

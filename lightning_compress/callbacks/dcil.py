@@ -79,7 +79,7 @@ class DCILCallback(DynamicMaskCallback):
         sparsity: Final share of zeros among weights, in [0, 1).
         schedule: How it grows, exact at its end; or a function ``(progress, start, end)``.
         start: Fraction of optimizer steps at which pruning begins, in [0, 1].
-        end: Fraction of its end; masks go on changing.
+        end: Of its end, but for "one_shot"; masks go on changing.
         update_interval: Optimizer steps between two updates, at least 1.
         dense_path: What the dense pass has for itself: "own": norm layers and classifier, copies that learn beside;
             "own_norm": norm layers; "shared": nothing. What is shared learns from the pruned pass alone.
@@ -324,10 +324,13 @@ class DCILCallback(DynamicMaskCallback):
             return
         usual = inspect.signature(type(self).__init__).parameters
         given = {key: value for key, value in self._arguments().items() if value != usual[key].default}
+        if self.name != self.default_name:
+            given["name"] = self.name
         idle = {"dense_path": ("norms", "classifier"), "kl_start": ("temperature", "student", "output", "class_dim")}
         dropped = {key for cause in changed for key in idle.get(cause, ())}  # without effect then
         call = {key: value for key, value in {**given, **changed}.items() if key not in dropped}
-        written = ", ".join(f"{key}={shown(value)}" for key, value in call.items())
+        functions = {"schedule": getattr(self.schedule, "__name__", None)}  # where it is none, its name is text
+        written = ", ".join(f"{key}={functions.get(key) or shown(value)}" for key, value in call.items())
         unsaid = {
             "layers": f"what '{self.name}' prunes",
             "dense_path": "what its dense path has for itself (classifier= and norms= would say so)",
@@ -399,12 +402,6 @@ class DCILCallback(DynamicMaskCallback):
         if self.dense_path == "own":
             if not classifier and self._called is not None:
                 masked = {id(weight) for weight in self._require_masks().weights.values()}
-                if len(self._trainer.optimizers) > 1:
-                    raise ValueError(
-                        f"dense_path='own' of '{self.name}' needs a classifier of its own, and with several optimizers "
-                        "the layer that is called last may be that of another network: name it with classifier=, or "
-                        "choose dense_path='own_norm'"
-                    )
                 classifier = last_layer(module, self._called(), masked)
             self._own.classifier = list(classifier)
         layers = {**norms, **classifier}

@@ -345,6 +345,9 @@ class MaskCallback(MaskedWeightsCallback):
                 tell_without_effect(self, MaskCallback, because, end=self.end)
         elif self.start > self.end:
             raise ValueError(f"start must be at most end, got start={self.start} and end={self.end}")
+        elif self.start == self.end and self.schedule != "one_shot":
+            because = f"start={self.start} and end={self.end}, all at once"
+            tell_without_effect(self, MaskCallback, because, schedule=self.schedule)
 
     def _update(self) -> None:
         """Bring the masks to where the schedule is, if it is time."""

@@ -298,7 +298,8 @@ class PruningCallback(MaskCallback):
         """As the base; look for steps from which Taylor scores would learn nothing."""
         super().attach(controller, stack, trainer, pl_module)
         self._announced.clear()
-        for optimizer in trainer.optimizers if self.score == "taylor" else ():
+        every = [own for own in trainer.optimizers if isinstance(own, torch.optim.Optimizer)]  # Lightning takes others
+        for optimizer in every if self.score == "taylor" else ():
             stack.enter_context(around_steps(optimizer, lambda own: None, self._check_announced))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

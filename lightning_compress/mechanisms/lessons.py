@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ class Lesson:
 
     Watched is each parameter that got a gradient from such a loss. When an optimizer steps one whose gradient is still
     there, the lesson was taken; when the gradients of all are gone before, it was lost. Of parameters that no optimizer
-    of torch has, whoever writes into one has taken its gradient.
+    of torch has, whoever writes into one has taken its gradient. Who asks autograd for gradients, or puts others into
+    ``.grad``, is taken to know what he does.
 
     Args:
         learners: Gives the parameters that the term teaches; those that are frozen are passed over.
@@ -56,7 +59,9 @@ class Lesson:
         self._running = False  # whether the backward pass of a loss with the term is
         self._told = False  # whether the learners are those of optimizers that tell of their steps
         self._watched: dict[int, tuple[Tensor, int]] = {}  # parameters, and how often each had been written to
-        self._hooks: dict[int, Any] = {}
+        self._given_out: set[int] = set()  # parameters whose gradient is on its way to .grad, or to who asked for it
+        self._left: dict[int, weakref.ref[Tensor]] = {}  # what backward passes have left in .grad
+        self._hooks: dict[int, list[Any]] = {}
         self._steps: list[Any] = []
 
     @property
@@ -94,18 +99,20 @@ class Lesson:
         self._asked = True
         for own in self._followed():
             if own.requires_grad and id(own) not in self._hooks:
-                self._hooks[id(own)] = own.register_hook(partial(self._coming, own))  # type: ignore[no-untyped-call]
+                hook: Any = own.register_hook(partial(self._coming, own))  # type: ignore[no-untyped-call]
+                arrived: Any = own.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
+                self._hooks[id(own)] = [hook, arrived]
         if not self._steps:
             self._steps = [
                 register_optimizer_step_pre_hook(self._stepping),
                 register_optimizer_step_post_hook(self._stepped),
             ]
-        self._running = False  # a backward pass that failed has not ended
+        self._running, self._given_out = False, set()  # a backward pass that failed has not ended
         loss.register_hook(self._begun)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Follow nothing any more."""
-        for hook in (*self._hooks.values(), *self._steps):
+        for hook in chain(*self._hooks.values(), self._steps):
             hook.remove()
         self._hooks, self._steps, self._watched = {}, [], {}
 
@@ -124,6 +131,8 @@ class Lesson:
 
     def _over(self) -> None:
         self._running = False
+        if self._given_out:  # to who has asked autograd for it
+            self._take()
 
     def _coming(self, own: Tensor, gradient: Tensor) -> None:
         """A gradient is about to be added to that of a parameter."""
@@ -132,14 +141,24 @@ class Lesson:
         if self.taken or not self._running or _compat.is_batched(gradient):
             return
         self._came = True
+        self._given_out.add(id(own))
         if not bool(_entries(gradient).isfinite().all()):  # a scaler is going to skip the step
             self._watched, self._running = {}, False
         elif id(own) not in self._watched and bool(_entries(gradient).any()):
             self._watched[id(own)] = own, own._version
 
+    def _arrived(self, own: Tensor) -> None:
+        self._given_out.discard(id(own))
+        if own.grad is not None:
+            self._left[id(own)] = weakref.ref(own.grad)
+
     def _stepping(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """An optimizer is about to step; some clear gradients when they have, so they are looked at before."""
-        if any(not _is_cleared(own) for own, _ in self._of(optimizer)):
+        replaced = any(
+            own.grad is not None and (left := self._left.get(id(own))) is not None and left() is not own.grad
+            for own in _parameters_of(optimizer)
+        )
+        if replaced or any(not _is_cleared(own) for own, _ in self._of(optimizer)):
             self._take()
 
     def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -164,7 +183,8 @@ class Lesson:
         self.lost += bool(gone) and not self._watched
 
     def _take(self) -> None:
-        self.taken, self._watched = True, {}  # what follows is closed later: optimizers are going through their hooks
+        self.taken, self._watched, self._given_out, self._left = True, {}, set(), {}
+        # what follows is closed later: optimizers are going through their hooks
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

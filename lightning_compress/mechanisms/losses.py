@@ -183,7 +183,7 @@ class StepCalls:
         self.recent_layers: Mapping[str, list[NetworkCall]] = {}
         self._used: set[tuple[str, object]] = set()  # names of terms, and the calls that they were computed from
         self._totals: list[NetworkCall] = []
-        self._asked: set[Any] = set()  # nodes of the losses that had terms
+        self._asked: set[tuple[Any, int]] = set()  # nodes of the losses that had terms, and which of their outputs
 
     def add(
         self,
@@ -204,7 +204,7 @@ class StepCalls:
         Raises:
             RuntimeError: If it had its terms before, or also leads to what was given back for another loss.
         """
-        if loss.grad_fn in self._asked:
+        if (loss.grad_fn, loss.output_nr) in self._asked:
             raise RuntimeError(
                 "task_loss is one that compressed_loss was asked for before in this step, and had its terms then: ask "
                 "once, and use what came back for the log and for the backward pass"
@@ -247,7 +247,8 @@ class StepCalls:
             students = () if term.student is None else seen.calls.get(term.student, ())
             self._used |= {(term.name, call.key) for own in (students, *seen.layers.values()) for call in own}
         if loss is not seen.task_loss and loss.grad_fn is not None:
-            self._asked |= {None if seen.task_loss is None else seen.task_loss.grad_fn} - {None}
+            if seen.task_loss is not None and seen.task_loss.grad_fn is not None:
+                self._asked.add((seen.task_loss.grad_fn, seen.task_loss.output_nr))
             self._totals.append(NetworkCall((), {}, None, nodes=frozenset({loss.grad_fn})))
 
     def _left(self, term: Term, calls: Sequence[NetworkCall]) -> list[NetworkCall]:

@@ -65,7 +65,7 @@ def _flaws(state: Mapping[str, Any], place: str, make: Make | None) -> Iterator[
 
 
 def _flaws_of_groups(groups: list[Any], fresh: list[Any], place: str) -> Iterator[str]:
-    """Other settings than those that the optimizer is made with; its learning rate may be another."""
+    """Other settings than those that the optimizer is made with; its numbers may be others."""
     if len(groups) != len(fresh):
         yield f"'{place}' must have {len(fresh)} entries, got {len(groups)}"
         return
@@ -75,7 +75,7 @@ def _flaws_of_groups(groups: list[Any], fresh: list[Any], place: str) -> Iterato
             if key not in group:
                 if value is not None and value is not False:  # torch adds settings, and knows that they were not there
                     yield f"'{name}' is missing"
-            elif key == "lr":
+            elif isinstance(value, float) or key == "lr":
                 if not isinstance(found, (Tensor, int, float)) or not _is_sound(found, 0):
                     yield f"'{name}' must be finite and at least 0, got {shown(found)}"
             elif type(found) is not type(value) or found != value:
@@ -109,5 +109,5 @@ def _stepped(make: Make, values: Iterable[Tensor]) -> dict[str, Any]:
 def _is_sound(value: Tensor | float, least: float = -math.inf, *, infinite: bool = False) -> bool:
     """Whether no number is NaN, infinite, or too small; of an unknown optimizer they may be infinite."""
     numbers = torch.as_tensor(value)
-    numbers = torch.view_as_real(numbers) if numbers.is_complex() else numbers
+    numbers = torch.view_as_real(numbers) if numbers.is_complex() else numbers.double()  # types of 8 bits have no order
     return bool((numbers >= least).all()) and (infinite or bool(numbers.isfinite().all()))

@@ -413,6 +413,14 @@ def test_a_function_that_asks_itself_is_refused():
         looped(within)
 
 
+def test_two_losses_of_one_node_are_two():
+    def step(net, x):
+        first, second = torch.stack([net.model(x).sum(), net.other(x).sum()]).unbind()
+        return net.compressed_loss(first, callbacks=["kd"]), net.compressed_loss(second, callbacks=[])
+
+    assert len(looped(step)) == 2
+
+
 def test_names_may_come_from_a_generator():
     def step(net, x):
         return (net.compressed_loss(net.model(x).sum(), callbacks=(name for name in ["kd"])),)

@@ -97,6 +97,18 @@ class Step:
             for own in self.model.parameters():
                 own.sub_(own.grad)
 
+    def asked_for(self):
+        """Gradients are taken from autograd, and put in their place by hand."""
+        total = self.loss()
+        self.lesson.follow(total)
+        parameters = list(self.model.parameters())
+        self.replaced(torch.autograd.grad(total, parameters))
+
+    def replaced(self, gradients=None):
+        """As where gradients of several losses are weighed against each other."""
+        for own, gradient in zip(self.model.parameters(), gradients or [torch.ones(1, 1), torch.ones(1)], strict=True):
+            own.grad = gradient.clone()
+
     def run(self, *actions):
         for action in actions:
             actions_of = {"clear": self.clear, "step": self.step, "other": self.others.step}
@@ -129,6 +141,8 @@ def step():
         ("alone", "teach", "step"),
         ("tidy", "teach", "step"),
         ("close",),
+        ("asked_for",),
+        ("teach", "clear", "plain", "replaced", "step"),
         ("skip", "clear", "teach", "step"),
         ("teach", "other", "clear", "teach", "step"),  # the first was lost
     ],
