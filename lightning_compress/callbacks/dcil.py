@@ -79,7 +79,7 @@ class DCILCallback(DynamicMaskCallback):
         sparsity: Final share of zeros among weights, in [0, 1).
         schedule: How it grows, exact at its end; or a function ``(progress, start, end)``.
         start: Fraction of optimizer steps at which pruning begins, in [0, 1].
-        end: Of its end, but for "one_shot"; masks go on changing.
+        end: Fraction of its end; masks go on changing.
         update_interval: Optimizer steps between two updates, at least 1.
         dense_path: What the dense pass has for itself: "own": norm layers and classifier, copies that learn beside;
             "own_norm": norm layers; "shared": nothing. What is shared learns from the pruned pass alone.
