@@ -109,7 +109,8 @@ def kept_filters(scores: Tensor, removed: int, blocks: int = 1) -> Tensor:
     if check_tensor("scores", scores).ndim != 1 or scores.numel() % blocks:
         raise ValueError(f"{tuple(scores.shape)} scores do not fall into {blocks} blocks of equal length")
     length = scores.numel() // blocks
-    check_whole("removed", removed, at_least=0, at_most=length)
+    if check_whole("removed", removed, at_least=0) > length:
+        raise ValueError(f"removed must be at most {length}, the length of each of blocks={blocks}, got {removed}")
     order = torch.sort(scores.reshape(blocks, length).mean(dim=0), stable=True).indices
     positions = order[removed:].sort().values
     starts = torch.arange(blocks, device=scores.device) * length

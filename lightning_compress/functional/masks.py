@@ -575,7 +575,7 @@ def _check_n_m(name: str, scores: Sequence[Tensor], n: int, m: int) -> None:
     if check_whole("m", m, at_least=-LARGEST) < 1:
         raise ValueError(f"m must be positive, got {m}")
     if not 1 <= check_whole("n", n, at_least=-LARGEST) <= m:
-        raise ValueError(f"n must be in [1, {m}], the size of a group, got {n}")
+        raise ValueError(f"n must be in [1, m], the size of a group, got n={n} and m={m}")
     for score in scores:
         if score.ndim < 2 or score.shape[1] % m:
-            raise ValueError(f"{name} must have a dimension 1 that {m} divides, got shape {tuple(score.shape)}")
+            raise ValueError(f"{name} must have a dimension 1 that m={m} divides, got shape {tuple(score.shape)}")

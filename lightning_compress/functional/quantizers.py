@@ -337,7 +337,7 @@ def learned_step_quantize(
     if check_tensor("step", step).ndim != (0 if axis is None else 1) or (
         axis is not None and len(step) != x.shape[axis]
     ):
-        expected = "of 0 dimensions" if axis is None else f"of shape ({x.shape[axis]},)"
+        expected = "of 0 dimensions" if axis is None else f"of shape ({x.shape[axis]},) with axis={axis}"
         raise ValueError(f"step must be {expected}, got shape {tuple(step.shape)}")
     if not torch.compiler.is_compiling() and step.device.type == "cpu" and not (step.detach() > 0).all():
         raise ValueError(f"step must be positive, got {step.detach().tolist()}")
