@@ -334,7 +334,9 @@ class PruningCallback(MaskCallback):
         """Complain about a step of masked weights whose gradients were not seen."""
         announced = id(optimizer) in self._announced
         self._announced.discard(id(optimizer))
-        if announced or self._finished or self not in self._trainer.callbacks:  # LearningRateFinder sets all aside
+        if announced or self._finished or self._progress is None:  # a state that is restored may be made by a step
+            return
+        if self not in self._trainer.callbacks:  # LearningRateFinder sets all aside
             return
         if holders([optimizer], [own for own in self._require_masks().weights.values() if own.grad is not None]):
             self._refuse_passing_by()
