@@ -67,7 +67,7 @@ class PruningCallback(MaskCallback):
         schedule: "one_shot": all at ``start``, then fine-tuning. "iterative": ``rounds`` that each take the same share
             of what remains. The others: gradually. Or a function ``(progress, start, end)`` to a sparsity.
         start: Fraction of optimizer steps at which pruning begins, in [0, 1].
-        end: Fraction of its end, for "one_shot" only with ``regrow``; then the masks stay.
+        end: Fraction of its end; then the masks stay.
         update_interval: Optimizer steps between two updates, at least 1.
         rounds: Of "iterative", at least 1.
         regrow: Whether pruned weights may come back, with "magnitude".
