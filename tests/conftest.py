@@ -6,6 +6,7 @@ import functools
 import gc
 import inspect
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -39,8 +40,11 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def one_seed():
+    """Also in processes that a test starts, which what seed_everything leaves in the environment would seed."""
     import torch
 
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
     torch.default_generator.manual_seed(0)  # torch.manual_seed also formats three tracebacks for absent devices
 
 
