@@ -66,6 +66,8 @@ def test_students_see_the_same_batches():
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.sample
+@pytest.mark.slow
 def test_the_folder_holds_everything_and_a_deviating_file_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path.parent)
     monkeypatch.setattr(demo, "load_data", lambda name: tiny())

@@ -1023,7 +1023,8 @@ def test_pruned_weights_are_zeros_in_the_file(step_size, first, tmp_path):
     assert measured(module, run=fitting) == qat.metrics
 
 
-@fast("learned")
+@pytest.mark.slow
+@STEP_SIZES
 def test_masks_of_the_projections_of_attention(step_size, tmp_path):
     qat = qat_of(step_size, edge_bits=None)
     pruning = PruningCallback(0.5, layers=["model.attention"], scope="layer", end=0.5)
