@@ -424,8 +424,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if idle and self.has_moved(pl_module):  # whoever trains nothing in an epoch has his reasons
             raise RuntimeError(
                 f"{type(self).__name__} '{self.name}' trains helpers of its own with the user's optimizers, and in a "
-                f"whole epoch none of these stepped through Lightning: let {class_name(pl_module)} step what "
-                "self.optimizers() returns, or what its optimizer_step is given, not the torch optimizer inside"
+                f"whole epoch none of these stepped through Lightning: {_through_lightning(pl_module)}"
             )
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -690,8 +689,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Complain about a step of an optimizer that Lightning was not told of."""
         raise RuntimeError(
             f"{type(self).__name__} '{self.name}' had no effect on a step that an optimizer took without Lightning's "
-            f"hooks: let {class_name(self._require_controller().module)} step what self.optimizers() returns, or what "
-            "its optimizer_step is given, not the torch optimizer inside"
+            f"hooks: {_through_lightning(self._require_controller().module)}"
         )
 
     def _warn_once(self, message: str, kind: str | None = None) -> None:
@@ -729,6 +727,13 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 def _holds(cls: type) -> dict[str, Any]:
     """What the state of a callback holds, with that of its bases."""
     return {key: kind for base in reversed(cls.__mro__) for key, kind in vars(base).get("holds", {}).items()}
+
+
+def _through_lightning(module: nn.Module) -> str:
+    return (
+        f"let {class_name(module)} step what self.optimizers() returns, or what its optimizer_step is given, not the "
+        "torch optimizer inside"
+    )
 
 
 def _plan(trainer: Any, pl_module: Any) -> dict[str, Any]:

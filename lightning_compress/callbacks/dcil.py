@@ -44,7 +44,7 @@ from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.densepath import OwnLayers, classifiers_named, last_layer, norms_of
 from lightning_compress.mechanisms.masking import DenseWeight
 from lightning_compress.mechanisms.outputs import Locator, find_logits
-from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs, separate_networks
+from lightning_compress.mechanisms.owned import OwnedParameters, holders, parameters_of, refuse_lbfgs, separate_networks
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.saved_optimizers import flaw_of_owned
 from lightning_compress.mechanisms.selection import check_selectors, listing
@@ -497,8 +497,7 @@ class DCILCallback(DynamicMaskCallback):
         names = {id(weight): name for name, weight in module.named_parameters()}
         own = {} if self._own is None else self._own.stand_ins()
         expected = {id(leaf) for leaf in (*self._require_masks().weights.values(), *own.values())}
-        groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
-        trained = {id(own) for group in groups for own in group["params"]} - expected
+        trained = {id(own) for own in parameters_of(*self._trainer.optimizers)} - expected
         manual = not optimises_automatically(module)
         both = leaves_of_both(pruned.task_loss, dense.task_loss) if manual else []
         if outside := [names[id(leaf)] for leaf in both if id(leaf) in trained | expected and id(leaf) in names]:

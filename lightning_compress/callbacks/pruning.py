@@ -40,7 +40,7 @@ from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.gathering import rows_of
 from lightning_compress.mechanisms.importance import TaylorScores
 from lightning_compress.mechanisms.optimizers import around_steps
-from lightning_compress.mechanisms.owned import holders
+from lightning_compress.mechanisms.owned import holders, parameters_of
 from lightning_compress.mechanisms.rewinding import TrainingStart
 from lightning_compress.mechanisms.selection import did_you_mean, listing
 from lightning_compress.mechanisms.sharding import sharded_units
@@ -316,7 +316,7 @@ class PruningCallback(MaskCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._announced.add(id(optimizer))
         if self._importance is not None and not self._finished:
-            self._importance.add(parameter for group in optimizer.param_groups for parameter in group["params"])
+            self._importance.add(parameters_of(optimizer))
 
     def extra_state(self) -> dict[str, Any]:
         """The masks; Taylor scores since the last update; the start of training if it is rewound to."""

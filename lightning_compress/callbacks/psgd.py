@@ -39,6 +39,7 @@ from lightning_compress.functional.quantizers import check_bits
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.optimizers import Way, way_of
 from lightning_compress.mechanisms.order import call_order
+from lightning_compress.mechanisms.owned import parameters_of
 from lightning_compress.mechanisms.scaled_steps import ScaledSteps
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.sharding import shards_in_place
@@ -412,11 +413,10 @@ class PSGDCallback(CompressionCallback):
             "start": dict(self._start),
         }
 
-    def _refuse_damaged(self, state: Any) -> None:
+    def flaw(self, state: Mapping[str, Any]) -> str | None:
         """As the base; each weight that has a histogram has bits."""
-        super()._refuse_damaged(state)
-        if lost := [name for name in state["start"] if name not in state["bits"]]:
-            self._refuse_state(f"'bits.{lost[0]}' is missing")
+        lost = (f"'bits.{name}' is missing" for name in state["start"] if name not in state["bits"])
+        return super().flaw(state) or next(lost, None)
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Keep it until the fit starts, when the weights are known; where it has started, go on from it."""
@@ -510,8 +510,7 @@ class PSGDCallback(CompressionCallback):
             raise ValueError(f"layers={self.layers} selects only frozen weights, {listing(self._frozen)}")
         if self._frozen:
             log.info("%s leaves out what is frozen: %s", self.name, listing(self._frozen, most=None))
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        held = {id(parameter) for group in groups for parameter in group["params"]}
+        held = {id(parameter) for parameter in parameters_of(*trainer.optimizers)}
         free = {name: weight for name, weight in weights.items() if weight.requires_grad}
         lost = self._unheld = [name for name, weight in free.items() if id(weight) not in held]
         if len(lost) == len(free):

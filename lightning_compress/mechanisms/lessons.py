@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_compress import _compat
+from lightning_compress.mechanisms.owned import parameters_of
 
 PATIENCE = 8
 """How often gradients may be cleared before any was taken: a step may skip those that are too large."""
@@ -119,7 +120,7 @@ class Lesson:
     def _followed(self) -> Collection[Tensor]:
         every = list(self._learners())
         optimizers = [own for own in self._optimizers() if isinstance(own, torch.optim.Optimizer)]
-        held = {id(own) for optimizer in optimizers for own in _parameters_of(optimizer)}
+        held = {id(own) for own in parameters_of(*optimizers)}
         theirs = [own for own in every if id(own) in held]
         self._told = bool(theirs)
         return theirs or every
@@ -156,7 +157,7 @@ class Lesson:
         """An optimizer is about to step; some clear gradients when they have, so they are looked at before."""
         replaced = any(
             own.grad is not None and (left := self._left.get(id(own))) is not None and left() is not own.grad
-            for own in _parameters_of(optimizer)
+            for own in parameters_of(optimizer)
         )
         if replaced or any(not _is_cleared(own) for own, _ in self._of(optimizer)):
             self._take()
@@ -170,7 +171,7 @@ class Lesson:
 
     def _of(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, int]]:
         """What is watched of an optimizer's parameters."""
-        return [self._watched[id(own)] for own in _parameters_of(optimizer) if id(own) in self._watched]
+        return [self._watched[id(own)] for own in parameters_of(optimizer) if id(own) in self._watched]
 
     def _forget(self, watched: Collection[tuple[Tensor, int]]) -> None:
         """Watch those no more whose gradients are gone; without any left, the lesson was lost."""
@@ -185,10 +186,6 @@ class Lesson:
     def _take(self) -> None:
         self.taken, self._watched, self._given_out, self._left = True, {}, set(), {}
         # what follows is closed later: optimizers are going through their hooks
-
-
-def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [own for group in optimizer.param_groups for own in group["params"]]
 
 
 def _is_cleared(parameter: Tensor) -> bool:

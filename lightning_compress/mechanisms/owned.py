@@ -7,7 +7,7 @@ without the callback.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class OwnedParameters:
         """
         if self.optimizer is None:
             return
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = list(parameters_of(self.optimizer))
         if all(parameter.grad is None for parameter in parameters):
             return
         for group in self.optimizer.param_groups if lr is not None else ():
@@ -143,6 +143,25 @@ def _reduce_together(parameters: Sequence[Tensor], reduce: Callable[[Tensor], Te
             parameter.grad = part.view_as(parameter)
 
 
+def parameters_of(*optimizers: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """The parameters that optimizers have, group by group.
+
+    Args:
+        optimizers: Any.
+
+    Yields:
+        Each parameter, as often as it stands there.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([{"params": [torch.ones(1)]}, {"params": [torch.zeros(1)]}], lr=0.1)
+        >>> [float(parameter) for parameter in parameters_of(optimizer)]
+        [1.0, 0.0]
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]
+
+
 def holders(optimizers: Sequence[torch.optim.Optimizer], parameters: Iterable[Tensor]) -> list[torch.optim.Optimizer]:
     """The optimizers that train some of several parameters.
 
@@ -160,7 +179,7 @@ def holders(optimizers: Sequence[torch.optim.Optimizer], parameters: Iterable[Te
         True
     """
     wanted = {id(own) for own in parameters}
-    return [own for own in optimizers if any(id(p) in wanted for group in own.param_groups for p in group["params"])]
+    return [own for own in optimizers if any(id(parameter) in wanted for parameter in parameters_of(own))]
 
 
 def separate_networks(optimizers: Sequence[torch.optim.Optimizer], weights: Mapping[str, Tensor]) -> list[list[str]]:
@@ -183,7 +202,7 @@ def separate_networks(optimizers: Sequence[torch.optim.Optimizer], weights: Mapp
     """
     networks: list[list[str]] = []
     for optimizer in optimizers:
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        own = {id(parameter) for parameter in parameters_of(optimizer)}
         parts = [name.partition(".")[0] for name, weight in weights.items() if id(weight) in own]
         known = [network for network in networks if not set(network).isdisjoint(parts)]
         networks = [network for network in networks if network not in known]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_compress.mechanisms.gathering import rows_of, sharded_as
+from lightning_compress.mechanisms.owned import parameters_of
 from lightning_compress.mechanisms.sharding import own_part, shards_in_place
 
 RATES = ("lr", "initial_lr", "momentum", "betas", "max_lr", "min_lr")
@@ -67,7 +68,7 @@ def _rates(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 def _sharded(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The state of an optimizer, whose tensors a checkpoint may have whole, as its parameters are."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = list(parameters_of(optimizer))
     for index, entries in state["state"].items():
         parameter = parameters[index]
         for key, value in entries.items():

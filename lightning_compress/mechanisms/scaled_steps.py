@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.mechanisms.optimizers import Way, around_steps, found_infinite, way_of, weight_kept
+from lightning_compress.mechanisms.owned import parameters_of
 from lightning_compress.mechanisms.warping import WarpedWeights
 
 Told = Callable[[torch.optim.Optimizer, "Way | None"], None]
@@ -72,7 +73,7 @@ class ScaledSteps:
 
     def has_work(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer has any gradient; a batch that was skipped has left none."""
-        return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
+        return any(parameter.grad is not None for parameter in parameters_of(optimizer))
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> None:
         """Scale the gradients of an optimizer that is about to step, if that is its way."""

@@ -362,6 +362,15 @@ def against_lbfgs_by_hand(row: Row, kind: type[Classifier], folder: Path) -> dic
 
 
 SAME = "the plain fit"
+
+
+def as_plain(
+    key: str, title: str, setup: Setup, kinds: tuple[type[Classifier], ...] = AUTOMATIC, *, heavy: bool = False
+) -> Condition:
+    """Circumstances that must not matter: the fit in them has to equal that without."""
+    return Condition(key, title, SAME, against(setup, PLAIN), kinds, outcome="repeatable", heavy=heavy)
+
+
 RESUMED = "the fit that goes on from the checkpoint of its middle; the forward pass has that type"
 
 CONDITIONS = (
@@ -434,22 +443,15 @@ CONDITIONS = (
         against_itself_resumed(torch.bfloat16, PLAIN.but(settings={"precision": "bf16-true"})),
         outcome="repeatable",
     ),
-    Condition(
+    as_plain(
         "compiled network",
         "the network compiled, backend='eager'",
-        SAME,
-        against(PLAIN.but(prepare=with_a_compiled_network), PLAIN),
+        PLAIN.but(prepare=with_a_compiled_network),
         WITH_CHILD,
-        outcome="repeatable",
         heavy=True,
     ),
-    Condition(
-        "compiled module",
-        "the LightningModule compiled, backend='eager'",
-        SAME,
-        against(PLAIN.but(prepare=compiled), PLAIN),
-        outcome="repeatable",
-        heavy=True,
+    as_plain(
+        "compiled module", "the LightningModule compiled, backend='eager'", PLAIN.but(prepare=compiled), heavy=True
     ),
     Condition(
         "EMA",
@@ -511,61 +513,22 @@ CONDITIONS = (
         against(PLAIN.but(settings={"fast_dev_run": True}), ONE_BATCH, acts=True),
         outcome="repeatable",
     ),
-    Condition(
+    as_plain(
         "barebones",
         "barebones",
-        SAME,
-        against(PLAIN.but(settings={"barebones": True, "logger": False, "enable_checkpointing": False}), PLAIN),
-        outcome="repeatable",
+        PLAIN.but(settings={"barebones": True, "logger": False, "enable_checkpointing": False}),
     ),
-    Condition(
-        "logger=False",
-        "logger=False",
-        SAME,
-        against(PLAIN.but(settings={"logger": False}), PLAIN),
-        outcome="repeatable",
-    ),
-    Condition(
-        "no checkpoints",
-        "enable_checkpointing=False",
-        SAME,
-        against(PLAIN.but(settings={"enable_checkpointing": False}), PLAIN),
-        outcome="repeatable",
-    ),
-    Condition("no validation", "no validation", SAME, against(PLAIN.but(validation=None), PLAIN), outcome="repeatable"),
-    Condition(
-        "max_steps", "max_steps alone", SAME, against(PLAIN.but(settings=STEPS_ONLY), PLAIN), outcome="repeatable"
-    ),
-    Condition(
-        "unsized, max_steps",
-        "data without a length, max_steps",
-        SAME,
-        against(PLAIN.but(batches=endless, settings=STEPS_ONLY), PLAIN),
-        outcome="repeatable",
-    ),
-    Condition(
-        "unsized",
-        "data without a length, max_epochs",
-        SAME,
-        against(PLAIN.but(batches=endless), PLAIN),
-        outcome="repeatable",
-    ),
-    Condition(
-        "max_time",
-        "max_time that is not reached, max_epochs",
-        SAME,
-        against(PLAIN.but(settings={"max_time": DAY}), PLAIN),
-        outcome="repeatable",
-    ),
-    Condition(
+    as_plain("logger=False", "logger=False", PLAIN.but(settings={"logger": False})),
+    as_plain("no checkpoints", "enable_checkpointing=False", PLAIN.but(settings={"enable_checkpointing": False})),
+    as_plain("no validation", "no validation", PLAIN.but(validation=None)),
+    as_plain("max_steps", "max_steps alone", PLAIN.but(settings=STEPS_ONLY)),
+    as_plain("unsized, max_steps", "data without a length, max_steps", PLAIN.but(batches=endless, settings=STEPS_ONLY)),
+    as_plain("unsized", "data without a length, max_epochs", PLAIN.but(batches=endless)),
+    as_plain("max_time", "max_time that is not reached, max_epochs", PLAIN.but(settings={"max_time": DAY})),
+    as_plain(
         "max_time alone",
         "max_time alone",
-        SAME,
-        against(
-            PLAIN.but(settings={"max_time": {"seconds": STEPS}, "max_epochs": None}, others=lambda: [Clock()]),
-            PLAIN,
-        ),
-        outcome="repeatable",
+        PLAIN.but(settings={"max_time": {"seconds": STEPS}, "max_epochs": None}, others=lambda: [Clock()]),
     ),
     Condition(
         "lr finder",
@@ -581,13 +544,7 @@ CONDITIONS = (
         against_what_it_found(SIZE_FINDER, lambda fit: fit.trainer.datamodule.batch_size, sized),
         outcome="repeatable",
     ),
-    Condition(
-        "configure_callbacks",
-        "configure_callbacks",
-        SAME,
-        against(PLAIN.but(by_module=True), PLAIN),
-        outcome="repeatable",
-    ),
+    as_plain("configure_callbacks", "configure_callbacks", PLAIN.but(by_module=True)),
     Condition(
         "EarlyStopping",
         "EarlyStopping",
@@ -625,13 +582,11 @@ CONDITIONS = (
         ROUNDING,
         outcome="repeatable",
     ),
-    Condition(
+    as_plain(
         "compiled network, aot_eager",
         "the network compiled, backend='aot_eager'",
-        SAME,
-        against(PLAIN.but(prepare=functools.partial(with_a_compiled_network, backend="aot_eager")), PLAIN),
+        PLAIN.but(prepare=functools.partial(with_a_compiled_network, backend="aot_eager")),
         WITH_CHILD,
-        outcome="repeatable",
         heavy=True,
     ),
     Condition(
