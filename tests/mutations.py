@@ -1,8 +1,9 @@
 """Does each mechanism have a test that falls with it? Small edits, each with the test that must then fail.
 
 ``python tests/mutations.py`` copies the repository to a temporary folder, checks that all the named tests pass there,
-then applies one edit at a time and runs its test, which must fail. It exits with 1 if an edit survives or no longer
-applies. ``python tests/mutations.py TEXT`` runs only the edits whose description contains the text.
+then applies one edit at a time and runs its test, which must fail. Each processor has a copy of its own. It exits with
+1 if an edit survives or no longer applies. ``python tests/mutations.py TEXT`` runs only the edits whose description
+contains the text.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 150  # seconds for one test; a hang is a failure too
+WORKERS = os.cpu_count() or 1
 TESTS_FAILED = 1  # pytest's exit code; others mean that nothing was tested
 
 PACKAGE = "lightning_compress"
@@ -2090,23 +2094,11 @@ def copied(folder: Path) -> Path:
     return Path(shutil.copytree(ROOT, target, ignore=ignored))
 
 
-def run(copy: Path, *tests: str) -> int | None:
+def run(copy: Path, *tests: str, workers: int = 0, limit: float | None = LIMIT) -> int | None:
     """Exit code of pytest in the copy; None if it took too long. Its output goes to ``pytest.log`` beside the copy."""
+    options = ["-q", "-x", "-m", "slow or not slow", "-p", "no:cacheprovider", "-n", str(workers)]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-m",
-            "slow or not slow",
-            "-p",
-            "no:cacheprovider",
-            "-n",
-            "0",
-            *tests,
-        ],
+        [sys.executable, "-m", "pytest", *options, *tests],
         cwd=copy,
         env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
         stdout=(copy.parent / "pytest.log").open("w"),
@@ -2114,7 +2106,7 @@ def run(copy: Path, *tests: str) -> int | None:
         start_new_session=True,
     )
     try:
-        return process.wait(LIMIT if len(tests) == 1 else None)
+        return process.wait(limit)
     except subprocess.TimeoutExpired:
         return None
     finally:
@@ -2143,20 +2135,29 @@ def main(wanted: str = "") -> int:
     """Run the edits whose description contains a text; all without one."""
     chosen = [mutation for mutation in MUTATIONS if wanted in mutation.what]
     with tempfile.TemporaryDirectory() as folder:
-        copy = copied(Path(folder))
-        code = run(copy, *dict.fromkeys(mutation.test for mutation in chosen))
+        copies = [copied(Path(folder) / str(worker)) for worker in range(WORKERS)]
+        code = run(copies[0], *dict.fromkeys(mutation.test for mutation in chosen), workers=WORKERS, limit=None)
         if code != 0:
-            print("\n".join((copy.parent / "pytest.log").read_text().splitlines()[-30:]))
+            print("\n".join((copies[0].parent / "pytest.log").read_text().splitlines()[-30:]))
             print(f"the tests do not pass without any edit: pytest ended with {code}")
             return 1
-        failures = 0
-        for mutation in chosen:
-            start = time.monotonic()
-            result = verdict(copy, mutation)
-            failures += not result.startswith("caught")
+        free: SimpleQueue[Path] = SimpleQueue()
+        for copy in copies:
+            free.put(copy)
+
+        def tried(mutation: Mutation) -> bool:
+            start, copy = time.monotonic(), free.get()
+            try:
+                result = verdict(copy, mutation)
+            finally:
+                free.put(copy)
             print(f"{result:<16} {time.monotonic() - start:5.1f} s  {mutation.what}  [{mutation.test}]", flush=True)
-    print(f"{len(chosen) - failures} of {len(chosen)} caught")
-    return 1 if failures else 0
+            return result.startswith("caught")
+
+        with ThreadPoolExecutor(WORKERS) as pool:
+            caught = sum(pool.map(tried, chosen))
+    print(f"{caught} of {len(chosen)} caught")
+    return 0 if caught == len(chosen) else 1
 
 
 if __name__ == "__main__":
