@@ -139,8 +139,8 @@ MUTATIONS = (
     Mutation(
         "the shallowest pair has the weight of the deepest",
         ATTENTION,
-        "enumerate(reversed(list(self._features(seen, call)))):",
-        "enumerate(list(self._features(seen, call))):",
+        "enumerate(reversed(list(self.features(seen, call)))):",
+        "enumerate(list(self.features(seen, call))):",
         "tests/callbacks/test_attention_exact.py::test_the_automatic_weight",
     ),
     Mutation(

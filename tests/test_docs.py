@@ -41,6 +41,7 @@ RUNS = {
     "docs/migration/fasterai.md": ("", "518 of 648 weights are zero"),
     "docs/migration/authors-scripts.md": ("paraphraser.pt", "0.900"),
     "docs/manual.md": ("", "weights of the generator are zero"),
+    "docs/extend.md": ("", "['compress/sp/loss', 'compress/sp/val_loss']"),
     "docs/export.md": ("network.onnx", "compared at batch sizes (2, 1, 5)"),
     "docs/tracking.md": ("logs/compress/config.yaml", "churn_map.png config.yaml sparsity_map.png"),
     "docs/report.md": ("report/compression_report.html", "Compression report"),

@@ -183,9 +183,10 @@ class AttentionTransferCallback(FeatureCallback):
         if self.map_kind == "gradient" and self.student_capture is not None:
             self.student_capture.differentiable_inputs()
 
-    def _term(self, passes: Mapping[str, Pass]) -> Tensor | None:
+    def term(self, passes: Mapping[str, Pass]) -> Tensor | None:
+        """What it adds to the loss of a training step, weighted."""
         [seen] = passes.values()
-        call = self._call(seen)
+        call = self.student_call(seen)
         if call is None:
             return None
         first = self.effects[self.effect] == 0
@@ -199,7 +200,8 @@ class AttentionTransferCallback(FeatureCallback):
         self.effects[self.effect] += 1
         return total
 
-    def _measure(self, seen: Pass, call: NetworkCall) -> None:
+    def measure(self, seen: Pass, call: NetworkCall) -> None:
+        """Log what a validation step shows."""
         terms = self._terms(seen, call, first=False)
         total = functools.reduce(torch.add, terms.values())
         self.log_quantity("loss", total, batch_size=samples_of(call), validation=True)
@@ -224,7 +226,7 @@ class AttentionTransferCallback(FeatureCallback):
     def _maps_of(self, seen: Pass, call: NetworkCall) -> tuple[Tensor | None, list[MapPair]]:
         """The first samples, if they are images, and their maps, on the CPU."""
         pairs = []
-        for pair, student, teacher in self._features(seen, call):
+        for pair, student, teacher in self.features(seen, call):
             maps = [self._maps(self._without_tokens(pair, feature[:PICTURED])) for feature in (student, teacher)]
             pairs.append(MapPair(pair.student, pair.teacher, *(own.detach().cpu() for own in maps)))
         images = next((tensor for tensor in call.tensors if tensor.ndim == 4), None)
@@ -244,7 +246,8 @@ class AttentionTransferCallback(FeatureCallback):
         maps = F.attention_map(feature, self.power, self._kind())
         return maps if feature.ndim == 3 else maps.reshape(len(feature), *feature.shape[2:])
 
-    def _quantities(self) -> tuple[str, ...]:
+    def quantities(self) -> tuple[str, ...]:
+        """What it logs in validation, once the first step is done."""
         measured = self.map_kind != "gradient" and self.effects[self.effect] > 0
         return ("loss",) if measured else ()
 
@@ -252,9 +255,9 @@ class AttentionTransferCallback(FeatureCallback):
         """The weighted term of each pair."""
         terms = {}
         tokens = False
-        for depth, (pair, student, teacher) in enumerate(reversed(list(self._features(seen, call)))):
+        for depth, (pair, student, teacher) in enumerate(reversed(list(self.features(seen, call)))):
             if first:
-                self._check_features(pair, student, teacher)
+                self.check_features(pair, student, teacher)
                 self._check_layout(pair, student, teacher)
             tokens |= 3 in (student.ndim, teacher.ndim)
             student, teacher = self._without_tokens(pair, student), self._without_tokens(pair, teacher)

@@ -131,9 +131,10 @@ class DistillationCallback(TeacherCallback):
         super().attach(controller, stack, trainer, pl_module)
         stack.enter_context(controller.task_weight(self.name, self.task_weight))
 
-    def _term(self, passes: Mapping[str, Pass]) -> Tensor | None:
+    def term(self, passes: Mapping[str, Pass]) -> Tensor | None:
+        """What it adds to the loss of a training step, weighted."""
         [seen] = passes.values()
-        call = self._call(seen)
+        call = self.student_call(seen)
         if call is None:
             return None
         student, teacher = self._logits(call)
@@ -146,12 +147,14 @@ class DistillationCallback(TeacherCallback):
         self.effects[self.effect] += 1
         return loss * self.kd_weight
 
-    def _measure(self, seen: Pass, call: NetworkCall) -> None:
+    def measure(self, seen: Pass, call: NetworkCall) -> None:
+        """Log what a validation step shows."""
         student, teacher = self._logits(call)
         mask, labels = self._targets(seen.batch, student)
         self._log(self._loss(student, teacher, mask, labels), student, teacher, mask, validation=True)
 
-    def _quantities(self) -> tuple[str, ...]:
+    def quantities(self) -> tuple[str, ...]:
+        """What it logs in validation, once the first step is done."""
         if self._kind is None:  # settled in the first step
             return ()
         return ("loss",) if self._kind == "mse" else ("loss", "agreement")

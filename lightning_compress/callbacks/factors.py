@@ -234,9 +234,10 @@ class FactorTransferCallback(FeatureCallback):
         if self._translator is not None:  # FSDP2 restores a fit that has begun
             self._translator.load_state_dict(self._loaded.get("translator", {}))
 
-    def _term(self, passes: Mapping[str, Pass]) -> Tensor | None:
+    def term(self, passes: Mapping[str, Pass]) -> Tensor | None:
+        """What it adds to the loss of a training step, weighted."""
         [seen] = passes.values()
-        call = self._call(seen)
+        call = self.student_call(seen)
         if call is None:
             return None
         first = self.effects[self.effect] == 0
@@ -248,19 +249,21 @@ class FactorTransferCallback(FeatureCallback):
         self.effects[self.effect] += 1
         return loss * self.weight
 
-    def _measure(self, seen: Pass, call: NetworkCall) -> None:
+    def measure(self, seen: Pass, call: NetworkCall) -> None:
+        """Log what a validation step shows."""
         self.log_quantity("loss", self._loss(seen, call), batch_size=samples_of(call), validation=True)
 
-    def _quantities(self) -> tuple[str, ...]:
+    def quantities(self) -> tuple[str, ...]:
+        """What it logs in validation, once the first step is done."""
         return ("loss",) if self.effects[self.effect] else ()
 
     def _loss(self, seen: Pass, call: NetworkCall, *, first: bool = False) -> Tensor:
-        [(pair, student, teacher)] = self._features(seen, call)
+        [(pair, student, teacher)] = self.features(seen, call)
         paraphraser, translator = self._paraphraser, self._translator
         if paraphraser is None or translator is None:
             raise RuntimeError(f"{type(self).__name__} is only active during a fit")
         if first:
-            self._check_features(pair, student, teacher)
+            self.check_features(pair, student, teacher)
             self._check_channels(pair, student, teacher)
             paraphraser.to(teacher.device, _helpers_dtype(teacher))
         dtype = _helpers_dtype(student)

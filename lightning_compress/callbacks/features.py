@@ -147,7 +147,7 @@ class FeatureCallback(TeacherCallback):
         network = names[0] if len(names) == 1 else ""  # layers of a chain: of the whole module
         return ".".join(part for part in (network, pair.student) if part)
 
-    def _features(self, seen: Pass, call: NetworkCall) -> Iterator[tuple[Pair, Tensor, Tensor]]:
+    def features(self, seen: Pass, call: NetworkCall) -> Iterator[tuple[Pair, Tensor, Tensor]]:
         """What the layers of each pair returned."""
         for pair in self.settled:
             theirs = self._shared_teacher().layer(call, pair.teacher, argument=self.pairs_argument)
@@ -170,7 +170,7 @@ class FeatureCallback(TeacherCallback):
             )
         return output
 
-    def _check_features(self, pair: Pair, student: Tensor, teacher: Tensor) -> None:
+    def check_features(self, pair: Pair, student: Tensor, teacher: Tensor) -> None:
         """Refuse features, in the first step, from which nothing could be learned."""
         for owner, layer, feature in (("student", pair.student, student), ("teacher", pair.teacher, teacher)):
             if not feature.is_floating_point() or not bool(feature.isfinite().all()):

@@ -127,24 +127,24 @@ class TeacherCallback(CompressionCallback):
         )
         stack.callback(setattr, self, "_run_teacher", None)
         lesson = self.follow_lessons(stack, trainer, pl_module)
-        stack.enter_context(controller.term(Term(self.name, self._term, student=self.student_capture, lesson=lesson)))
+        stack.enter_context(controller.term(Term(self.name, self.term, student=self.student_capture, lesson=lesson)))
         stack.enter_context(controller.observer(self._observe))
 
     @abstractmethod
-    def _term(self, passes: Mapping[str, Pass]) -> Tensor | None:
+    def term(self, passes: Mapping[str, Pass]) -> Tensor | None:
         """The weighted term of a training step."""
 
     @abstractmethod
-    def _measure(self, seen: Pass, call: NetworkCall) -> None:
+    def measure(self, seen: Pass, call: NetworkCall) -> None:
         """Log what a validation step shows."""
 
     @abstractmethod
-    def _quantities(self) -> tuple[str, ...]:
-        """Names of what :meth:`_measure` logs; empty while nothing can be measured yet."""
+    def quantities(self) -> tuple[str, ...]:
+        """Names of what :meth:`measure` logs; empty while nothing can be measured yet."""
 
     def _observe(self, seen: Pass) -> None:
         """Measure a validation step; what is only measured is no reason to stop a training."""
-        if not self._quantities() or self.student_capture is None:  # the sanity check comes before the first step
+        if not self.quantities() or self.student_capture is None:  # the sanity check comes before the first step
             return
         calls = seen.calls.get(self.student_capture, ())
         if len(calls) != 1:
@@ -152,7 +152,7 @@ class TeacherCallback(CompressionCallback):
             self._log_nothing()
             return
         try:
-            self._measure(seen, calls[0])
+            self.measure(seen, calls[0])
         except Exception as error:  # outputs in evaluation may be of another form than in training
             self._warn_once(f"validation is not measured: {error}")
             self._log_nothing()
@@ -160,7 +160,7 @@ class TeacherCallback(CompressionCallback):
     def _log_nothing(self) -> None:
         """Take part in what the other ranks log, with a weight of 0."""
         if self._many_ranks():
-            for quantity in self._quantities():
+            for quantity in self.quantities():
                 self.log_quantity(quantity, 0.0, batch_size=0, validation=True)
 
     def _many_ranks(self) -> bool:
@@ -168,7 +168,7 @@ class TeacherCallback(CompressionCallback):
         module: Any = self._require_controller().module
         return int(module.trainer.world_size) > 1
 
-    def _call(self, seen: Pass) -> NetworkCall | None:
+    def student_call(self, seen: Pass) -> NetworkCall | None:
         """The student's call in a training step; a step without one is an error if there has been none so far."""
         call = None if self.student_capture is None else seen.call(self.student_capture)
         if call is None:

@@ -79,8 +79,8 @@ def test_the_translator_steps_with_the_optimizer_of_its_student(kind, paraphrase
     network, translator = teacher(), []
 
     class Keeps(FactorTransferCallback):
-        def _term(self, passes):
-            term = super()._term(passes)
+        def term(self, passes):
+            term = super().term(passes)
             if not translator:
                 translator.append(Translator(4, 3))
                 translator[0].load_state_dict(self._translator.module.state_dict())

@@ -168,8 +168,8 @@ def test_factor_transfer_with_scaled_gradients(tmp_path):
     class Keeps(FactorTransferCallback):
         """Shows from where its translator begins."""
 
-        def _term(self, passes):
-            term = super()._term(passes)
+        def term(self, passes):
+            term = super().term(passes)
             started.append(copy.deepcopy(self._translator.module.state_dict()))
             return term
 
