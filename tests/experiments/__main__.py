@@ -1,6 +1,7 @@
-"""Measure what the techniques gain, and write the tables.
+"""Measure what the techniques gain, and write tables, pictures, and the results of all.
 
-    python -m tests.experiments [kd at ft masks psgd qat] [--out FOLDER] [--jobs 2] [--seeds 3]
+    python -m tests.experiments [kd at ft masks psgd qat structured pipeline library] [--out FOLDER] [--jobs 2]
+        [--seeds 8] [--pages]
 
 Runs that are in the folder already are not made again, so the command can be stopped and started at any time.
 """
@@ -12,52 +13,80 @@ import sys
 import time
 from pathlib import Path
 
-from . import bits, curves
-from .plan import CLAIMS
-from .schedule import calibrated, further_seeds, make_all, unique_parts
-from .store import Store, candidates
-from .tables import claim_tables, splice
+import torch
 
-PAGES = Path("docs/experiments")
+from . import results
+from .claims import Claimed
+from .experiment import Experiment
+from .library import Library
+from .pipeline import Pipeline
+from .plan import CLAIMS
+from .schedule import make_all
+from .store import Store
+from .structured import Structured
+from .tables import splice
+from .training import quiet
+
+DOCS = Path("docs")
+EXPERIMENTS: dict[str, Experiment] = {
+    **{name: Claimed(claim) for name, claim in CLAIMS.items()},
+    "structured": Structured(),
+    "pipeline": Pipeline(),
+    "library": Library(),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("claims", nargs="*", help=f"of {', '.join(CLAIMS)}; all by default")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; all by default")
     parser.add_argument("--out", type=Path, default=Path("experiments"), help="folder that keeps the runs")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side, one thread each")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds an arm")
+    parser.add_argument("--seeds", type=int, default=8, help="seeds an arm")
     parser.add_argument("--list", action="store_true", help="say which runs there are and which are missing; make none")
     parser.add_argument("--tables-only", action="store_true", help="write the tables from the runs that are there")
-    parser.add_argument("--pages", action="store_true", help=f"put the tables into the pages under {PAGES} too")
+    parser.add_argument("--pages", action="store_true", help=f"put the tables into the pages under {DOCS} too")
     options = parser.parse_args()
-    if unknown := set(options.claims) - set(CLAIMS):
-        parser.error(f"claims must be of {', '.join(CLAIMS)}, got {', '.join(sorted(unknown))}")
-    claims = [CLAIMS[name] for name in options.claims or CLAIMS]
-    store, begin = Store(options.out), time.perf_counter()
+    if unknown := set(options.names) - set(EXPERIMENTS):
+        parser.error(f"names must be of {', '.join(EXPERIMENTS)}, got {', '.join(sorted(unknown))}")
+    chosen = {name: EXPERIMENTS[name] for name in options.names or EXPERIMENTS}
+    store, begin, failures = Store(options.out), time.perf_counter(), 0
+    quiet()
+    torch.set_num_threads(1)
     if options.list:
-        parts = unique_parts(claims)
-        runs = [run for part in parts for run in candidates(*part)]
-        later = [*further_seeds(parts, store, options.seeds), *calibrated(claims, store, options.seeds)]
-        for run in [*runs, *later]:
-            print("there  " if store.read(run) else "missing", run.key)
+        for name, experiment in chosen.items():
+            list_runs(name, experiment, store, options.seeds)
         return 0
-    failures = 0
-    if not options.tables_only:
-        options.out.mkdir(parents=True, exist_ok=True)
-        failures = make_all(claims, store, seeds=options.seeds, jobs=options.jobs, say=say)
-    for claim in claims:
-        text = claim_tables(claim, store, options.seeds)
-        (options.out / claim.page).write_text(text)
-        folders = [options.out, *([PAGES] if options.pages else [])]
-        if options.pages:
-            splice(PAGES / claim.page, text)
-        if claim.picture is not None:
-            for folder in folders:
-                (bits if claim.options else curves).draw(claim, store, options.seeds, folder / claim.picture)
+    options.out.mkdir(parents=True, exist_ok=True)
+    folders = [options.out, *([DOCS / "experiments"] if options.pages else [])]
+    for experiment in chosen.values():
+        if not options.tables_only:
+            failures += make_all(experiment, store, seeds=options.seeds, jobs=options.jobs, say=say)
+        text = experiment.tables(store, options.seeds)
         say(f"\n{text}")
-    say(f"Took {(time.perf_counter() - begin) / 60:.1f} minutes with {options.jobs} processes.")
+        write(experiment.page, text, folders)
+        if experiment.picture is not None:
+            for folder in folders:
+                experiment.draw(store, options.seeds, folder / experiment.picture)
+    text = results.tables(EXPERIMENTS, store, options.seeds)
+    write(results.PAGE, text, [options.out, *([DOCS] if options.pages else [])])
+    say(f"\n{text}\nTook {(time.perf_counter() - begin) / 60:.1f} minutes with {options.jobs} processes.")
     return 1 if failures else 0
+
+
+def list_runs(name: str, experiment: Experiment, store: Store, seeds: int) -> None:
+    jobs = experiment.jobs(store, seeds)
+    there = sum(job.there(store.folder) for job in jobs)
+    say(f"{name}: {there} there, {len(jobs) - there} missing of those that can be named by now")
+    for job in jobs:
+        say(f"  {'there  ' if job.there(store.folder) else 'missing'} {job.path.stem}")
+
+
+def write(page: str, text: str, folders: list[Path]) -> None:
+    """A page of its own in the folder of the runs; between the markers in those of the docs."""
+    out, *docs = folders
+    (out / page).write_text(text)
+    for folder in docs:
+        splice(folder / page, text)
 
 
 def say(text: str) -> None:

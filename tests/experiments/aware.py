@@ -9,10 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import PTQCallback, QATCallback
 from lightning_compress.demo import SmallResNet
@@ -24,7 +22,7 @@ from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.quantization import quantizing
 from lightning_compress.mechanisms.rounding import Rounding
 
-from .calibrated import SAMPLES, Counting
+from .calibrated import SAMPLES, counted
 from .data import Batches, Images, fashion_mnist
 from .plan import VARIANTS, Option, Run, digest
 from .rounded import LATER_BATCHES, network_of, start_of
@@ -105,16 +103,8 @@ def calibrated(network: nn.Module, run: Run, option: Option) -> Grids:
     ptq = PTQCallback(**bits, edge_bits=EDGE_BITS, max_samples=SAMPLES, **option.arguments)
     data = fashion_mnist()
     torch.manual_seed(run.seed)
-    module = Counting(copy.deepcopy(network), Batches(data.train, seed=run.seed))
-    trainer = L.Trainer(
-        accelerator="cpu",
-        callbacks=[ptq],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_test_batches=1,  # the network is looked at elsewhere
-    )
-    trainer.test(module, DataLoader(TensorDataset(*data.held_out), batch_size=LOOK), verbose=False)
+    # it is looked at elsewhere
+    counted(ptq, copy.deepcopy(network), Batches(data.train, seed=run.seed), data.held_out, limit_test_batches=1)
     return ptq.quantization
 
 

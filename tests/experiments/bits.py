@@ -71,7 +71,7 @@ def _point(
     hollow: bool = False,
     label: str = "",
 ) -> None:
-    values: Sequence[float] = [100 * result[quantity] for result in row.results.values()]
+    values: Sequence[float] = [100 * value for value in row.values(quantity)]
     mean, low, high = t_interval(values)
     face = "white" if hollow else colour
     bars = [[mean - low], [high - mean]] if len(values) > 1 and not hollow else None

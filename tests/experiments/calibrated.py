@@ -48,14 +48,25 @@ def measure(quantised: Calibrated, folder: Path) -> dict[str, Any]:
         **quantised.option.arguments,
     )
     torch.manual_seed(run.seed)
-    module = Counting(network_of(run, folder), Batches(data.train, seed=run.seed))
-    trainer = L.Trainer(
-        accelerator="cpu", callbacks=[ptq], logger=False, enable_progress_bar=False, enable_model_summary=False
-    )
-    trainer.test(module, DataLoader(TensorDataset(*data.test), batch_size=500), verbose=False)
+    module = counted(ptq, network_of(run, folder), Batches(data.train, seed=run.seed), data.test)
     return {
         "test_accuracy": module.right / module.looked_at,
         "images": module.looked_at,
         "cpu_seconds": time.process_time() - cpu,
         "configuration": quantised.configuration(),
     }
+
+
+def counted(ptq: PTQCallback, network: nn.Module, batches: Batches, images: Images, **limits: int) -> Counting:
+    """Calibrate a network on training batches, and count the images that the quantised one names rightly."""
+    module = Counting(network, batches)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        callbacks=[ptq],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **limits,
+    )
+    trainer.test(module, DataLoader(TensorDataset(*images), batch_size=500), verbose=False)
+    return module

@@ -26,7 +26,7 @@ from lightning_compress.demo import load_data
 from lightning_compress.functional.schedules import cubic_schedule
 
 from .data import Images, Split
-from .tables import splice, t_interval
+from .tables import interval, splice
 from .training import Classifier, predictions, quiet, share
 
 PAGE = Path("docs/migration.md")
@@ -351,8 +351,7 @@ def over(one: Arm, other: Arm) -> str:
     """Mean difference in points, paired by seed, with its 95% t interval."""
     if one.batches != other.batches:
         raise ValueError(f"{one.title} and {other.title} saw different batches")
-    mean, low, high = t_interval([100 * (a - b) for a, b in zip(one.test, other.test, strict=True)])
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{'' if low > 0 or high < 0 else ', not shown'}"
+    return interval([100 * (a - b) for a, b in zip(one.test, other.test, strict=True)])
 
 
 def accuracy_table(data: Split, epochs: int, seeds: int, sparsities: Sequence[float] = SPARSITIES) -> str:

@@ -188,6 +188,7 @@ class Claim:
     teacher: bool = True
     picture: str | None = None
     against: tuple[tuple[str, str], ...] = ()  # two arms and all columns of theirs, compared below the table
+    shown: tuple[tuple[str, str], ...] = ()  # of which the results speak too, beside the chosen over the first
     options: tuple[Option, ...] = ()  # how the networks of the first arm of the first part are quantised afterwards
 
 
@@ -329,6 +330,7 @@ CLAIMS = {
         teacher=False,
         picture="pruning.png",
         against=(("dcil", "dpf"), ("dpf-frozen", "dpf"), ("dcil", "dcil-no-kl")),
+        shown=(("gradual", "one-shot"), ("dcil", "dpf")),
     ),
     "psgd": Claim(
         "psgd",

@@ -2,45 +2,77 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .plan import CHOICE_SEED, PLAIN, Arm, Calibrated, Protocol, Run
+from .plan import CHOICE_SEED, PLAIN, Arm, Protocol, Run
 
 
 class Store:
-    """Runs by their configuration."""
+    """Results by the keys of their runs."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def path(self, run: Run | Calibrated) -> Path:
+    def path(self, run: Any) -> Path:
         return self.folder / "runs" / f"{run.key}.json"
 
-    def read(self, run: Run | Calibrated) -> dict[str, Any] | None:
+    def read(self, run: Any) -> dict[str, Any] | None:
         """The run's result, or None if it has not been made."""
         path = self.path(run)
-        return json.loads(path.read_text()) if path.is_file() else None
+        return self.load(path) if path.is_file() else None
 
-    def write(self, run: Run | Calibrated, result: dict[str, Any]) -> None:
+    @staticmethod
+    def load(path: Path) -> dict[str, Any]:
+        return json.loads(path.read_text())
+
+    def write(self, run: Any, result: dict[str, Any]) -> None:
         text = json.dumps(result, indent=1)
         write_atomically(self.path(run), lambda path: Path(path).write_text(text))
 
-    def chosen_rate(self, protocol: Protocol, arm: Arm) -> float | None:
-        """The arm's learning rate by the held-out images, of equals the lowest; None if a run for it is missing."""
-        if arm.steps is not None:
-            alone = self.chosen_rate(protocol, PLAIN)
-            return None if alone is None else round(arm.steps * alone, 6)
-        accuracies = {}
-        for run in candidates(protocol, arm):
-            result = self.read(run)
-            if result is None:
-                return None
-            accuracies[run.rate] = result["held_out_accuracy"]
-        return max(accuracies, key=lambda rate: (accuracies[rate], -rate))
+
+@dataclass(frozen=True)
+class Series:
+    """Runs that differ in their seed alone, at what the held-out images choose among some candidates.
+
+    With `follow`, the candidates are those of another series, whose choice is taken over.
+    """
+
+    candidates: tuple[Any, ...]
+    follow: Callable[[Any], Any] | None = None
+
+    @property
+    def own(self) -> tuple[Any, ...]:
+        """The candidates that are runs of this series."""
+        return () if self.follow else self.candidates
+
+    def chosen(self, store: Store) -> Any:
+        """The best candidate on the held-out images, of equals the first; None if one is missing."""
+        found = [store.read(run) for run in self.candidates]
+        if None in found:
+            return None
+        best, _ = max(zip(self.candidates, found, strict=True), key=lambda own: own[1]["held_out_accuracy"])
+        return self.follow(best) if self.follow else best
+
+    def runs(self, store: Store, seeds: int) -> list[Any]:
+        """One a seed; none before the choice is complete."""
+        chosen = self.chosen(store)
+        return [] if chosen is None else [dataclasses.replace(chosen, seed=seed) for seed in range(seeds)]
+
+
+def series(protocol: Protocol, arm: Arm) -> Series:
+    """An arm's runs; of rates that do equally well, the lowest is chosen."""
+    if arm.steps is not None:
+        return Series(
+            tuple(candidates(protocol, PLAIN)),
+            lambda run: dataclasses.replace(run, arm=arm, rate=round(arm.steps * run.rate, 6)),
+        )
+    return Series(tuple(candidates(protocol, arm)))
 
 
 def candidates(protocol: Protocol, arm: Arm) -> list[Run]:

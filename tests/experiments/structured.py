@@ -1,19 +1,12 @@
-"""What whole filters are worth: a trained network made smaller, against the same small shape trained from the start.
-
-python -m tests.experiments.structured [--out FOLDER] [--seeds 3] [--jobs 2] [--pages]
-
-Runs that are in the folder already are not made again.
-"""
+"""What whole filters are worth: a trained network made smaller, against the same small shape trained from the start."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import itertools
-import json
-import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +23,14 @@ from lightning_compress.mechanisms.shrinking import restructure_, structure_of
 from lightning_compress.report.measure import count_macs, count_parameters
 
 from .data import Batches, fashion_mnist
-from .pipeline import classes, gains, interval, say, speeds
-from .plan import HINTON, LATER_RATES, LEARNING_RATES
-from .schedule import make_in_turn
-from .store import write_atomically
-from .tables import splice
-from .training import Classifier, fit, quiet
+from .experiment import Experiment, Job, Line, Named
+from .files import Times, classes, speeds
+from .plan import CHOICE_SEED, HINTON, LATER_RATES, LEARNING_RATES
+from .store import Series, Store, write_atomically
+from .tables import NOT_YET, Measured, differences, interval
+from .training import Classifier, fit
 from .watch import predictions, share
 
-PAGE = Path("docs/experiments/structured-pruning.md")
 VERSION = 1
 WIDTH, BASE_EPOCHS, BASE_RATE, LATER_EPOCHS = 16, 8, 0.1, 8
 RATIOS = (0.3, 0.5, 0.7)
@@ -73,8 +65,11 @@ ARMS = (
 )
 
 
+PARTS = ((WHOLE, 0.0), *((arm, ratio) for ratio in RATIOS for arm in ARMS))
+
+
 @dataclass(frozen=True)
-class Job:
+class Training:
     """One training."""
 
     arm: Arm
@@ -86,32 +81,39 @@ class Job:
     def key(self) -> str:
         return f"structured-v{VERSION}-{self.ratio:g}-{self.arm.name}-lr{self.rate:g}-seed{self.seed}"
 
-    def result(self, folder: Path) -> dict[str, Any] | None:
-        path = folder / "runs" / f"{self.key}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+    def file(self, precision: str) -> Path:
+        """In the folder."""
+        return Path("files") / f"{self.key}-{precision}.onnx"
 
-    def file(self, folder: Path, precision: str) -> Path:
-        return folder / "files" / f"{self.key}-{precision}.onnx"
+
+def series(arm: Arm, ratio: float) -> Series:
+    return Series(tuple(Training(arm, ratio, rate, CHOICE_SEED) for rate in arm.rates))
 
 
 def base_path(seed: int, folder: Path) -> Path:
     return folder / f"structured-base-v{VERSION}-seed{seed}.pt"
 
 
+BASES_FILE = Path("files/base.onnx")
+SHAPES = Named(f"structured-v{VERSION}-shapes")
+
+
 def make_base(seed: int, folder: Path) -> str:
     """Train the network that all arms but one go on from."""
-    path, begin, data = base_path(seed, folder), time.process_time(), fashion_mnist()
-    if not path.is_file():
-        torch.manual_seed(seed)
-        module = Classifier(WIDTH, BASE_RATE)
-        fit(module, Batches(data.train, seed=seed), BASE_EPOCHS, [])
-        test = share(predictions(module.network, data.test), data.test[1])
-        seconds = time.process_time() - begin
-        kept = {"weights": module.network.state_dict(), "test_accuracy": test, "cpu_seconds": seconds}
-        write_atomically(path, lambda part: torch.save(kept, part))
-    if seed == 0:
-        to_onnx(base(seed, folder), folder / "files" / "base.onnx", data.test[0][:4])
-    return f"base of seed {seed}: {torch.load(path, weights_only=True)['test_accuracy']:.4f}"
+    begin, data = time.process_time(), fashion_mnist()
+    torch.manual_seed(seed)
+    module = Classifier(WIDTH, BASE_RATE)
+    fit(module, Batches(data.train, seed=seed), BASE_EPOCHS, [])
+    test = share(predictions(module.network, data.test), data.test[1])
+    seconds = time.process_time() - begin
+    kept = {"weights": module.network.state_dict(), "test_accuracy": test, "cpu_seconds": seconds}
+    write_atomically(base_path(seed, folder), lambda part: torch.save(kept, part))
+    return f"test accuracy {test:.4f}"
+
+
+def export_base(folder: Path) -> str:
+    to_onnx(base(0, folder), folder / BASES_FILE, fashion_mnist().test[0][:4])
+    return "written"
 
 
 def base(seed: int, folder: Path) -> SmallResNet:
@@ -144,23 +146,23 @@ def fresh(ratio: float, seed: int, folder: Path) -> SmallResNet:
     return network
 
 
-def make(job: Job, folder: Path) -> str:
+def measure(run: Training, folder: Path) -> dict[str, Any]:
     """Train, write both files, and look at them."""
-    begin, data, arm = time.process_time(), fashion_mnist(), job.arm
-    files = {precision: job.file(folder, precision) for precision in ("fp32", "int8")}
+    begin, data, arm = time.process_time(), fashion_mnist(), run.arm
+    files = {precision: folder / run.file(precision) for precision in ("fp32", "int8")}
     callbacks: list[Callback] = [
         ExportCallback(path, precision=precision, name=f"export-{precision}", fp32_comparison=False)
         for precision, path in files.items()
     ]
-    callbacks += [PTQCallback(), DistillationCallback(base(job.seed, folder), **HINTON)]
+    callbacks += [PTQCallback(), DistillationCallback(base(run.seed, folder), **HINTON)]
     if arm.score is not None:
-        callbacks.append(pruning(arm, job.ratio, job.seed))
-    module = Classifier(WIDTH, job.rate)
-    module.network = fresh(job.ratio, job.seed, folder) if arm.scratch else base(job.seed, folder)
-    torch.manual_seed(job.seed)
-    fit(module, Batches(data.train, seed=LATER_BATCHES + job.seed), arm.epochs, callbacks)
+        callbacks.append(pruning(arm, run.ratio, run.seed))
+    module = Classifier(WIDTH, run.rate)
+    module.network = fresh(run.ratio, run.seed, folder) if arm.scratch else base(run.seed, folder)
+    torch.manual_seed(run.seed)
+    fit(module, Batches(data.train, seed=LATER_BATCHES + run.seed), arm.epochs, callbacks)
     network, image = module.network.eval(), data.test[0][:1]
-    result = {
+    return {
         "held_out_accuracy": share(predictions(network, data.held_out), data.held_out[1]),
         "test_accuracy": share(predictions(network, data.test), data.test[1]),
         **{f"{key}_accuracy": share(classes(path, data.test[0]), data.test[1]) for key, path in files.items()},
@@ -169,143 +171,123 @@ def make(job: Job, folder: Path) -> str:
         "macs": count_macs(network, (image,)).value,
         "cpu_seconds": time.process_time() - begin,
     }
-    text = json.dumps(result, indent=1)
-    write_atomically(folder / "runs" / f"{job.key}.json", lambda part: Path(part).write_text(text))
-    return f"{job.key}: {result['test_accuracy']:.4f}, {result['cpu_seconds']:.0f} s"
 
 
-def parts() -> list[tuple[Arm, float]]:
-    return [(WHOLE, 0.0), *((arm, ratio) for ratio in RATIOS for arm in ARMS)]
-
-
-def chosen_rate(arm: Arm, ratio: float, folder: Path) -> float | None:
-    """By the held-out images, with seed 0; of equals the lowest."""
-    found = {rate: Job(arm, ratio, rate, 0).result(folder) for rate in arm.rates}
-    if any(result is None for result in found.values()):
-        return None
-    return max(found, key=lambda rate: (found[rate]["held_out_accuracy"], -rate))  # type: ignore[index]
-
-
-def jobs_left(folder: Path, seeds: int, *, choosing: bool) -> list[Job]:
-    jobs = []
-    for arm, ratio in parts():
-        rate = chosen_rate(arm, ratio, folder)
-        if choosing:
-            jobs += [Job(arm, ratio, own, 0) for own in arm.rates]
-        elif rate is not None:
-            jobs += [Job(arm, ratio, rate, seed) for seed in range(seeds)]
-    return [job for job in jobs if job.result(folder) is None]
-
-
-def make_all(folder: Path, seeds: int, jobs: int) -> int:
-    """Make what is missing, in processes side by side; the number of failures."""
-
-    def runs(choosing: bool) -> list[tuple[Any, ...]]:
-        return [(make, job, folder) for job in jobs_left(folder, seeds, choosing=choosing)]
-
-    bases = [(make_base, seed, folder) for seed in range(seeds)]
-    return make_in_turn(jobs, [lambda: bases, lambda: runs(True), lambda: runs(False)], say)
-
-
-def shapes(folder: Path) -> str:
+def measure_shapes(named: Named, folder: Path) -> dict[str, Any]:
     """How fast shapes are whose numbers of channels are multiples: nothing that training could change."""
-    image, files, rows = fashion_mnist().test[0][:1], {}, {}
+    image, files = fashion_mnist().test[0][:1], {"base": folder / BASES_FILE}
+    found: dict[str, Any] = {}
     for ratio, multiple in itertools.product(RATIOS, MULTIPLES):
+        name = f"{ratio:g}-{multiple}"
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 network = small_shape(ratio, folder, multiple)
         except StructureError:
-            rows[ratio, multiple] = "cannot be met within 2 points | | | |"
+            found[name] = None
             continue
-        channels = "/".join(str(stage.conv1.out_channels) for stage in network.stages)
-        files[f"{ratio:g}-{multiple}"] = path = folder / "files" / f"shape-{ratio:g}-{multiple}.onnx"
+        files[name] = path = folder / "files" / f"shape-{name}.onnx"
         to_onnx(network, path, image)
-        macs, size = count_macs(network, (image,)).value, path.stat().st_size
-        rows[ratio, multiple] = f"{channels} | {macs:,} | {size / 1e3:.0f}"
-    fast = speeds(folder / "files" / "base.onnx", files, image)
+        channels = "/".join(str(stage.conv1.out_channels) for stage in network.stages)
+        macs = count_macs(network, (image,)).value
+        found[name] = {"channels": channels, "macs": macs, "bytes": path.stat().st_size}
+    fast = speeds(files, side=image.shape[-1])
+    return {"shapes": {name: own and own | fast[name] for name, own in found.items()}}
+
+
+class Structured(Experiment):
+    """The trained networks; what goes on from them, or begins with the small shape; the times of all files."""
+
+    page = "structured-pruning.md"
+
+    def batches(self, store: Store, seeds: int) -> Iterator[list[Job]]:
+        yield [Job(base_path(seed, Path()), make_base, (seed,)) for seed in range(seeds)]
+        yield [Job(BASES_FILE, export_base)]
+        yield [Job.of(measure, run) for part in PARTS for run in series(*part).own]
+        yield [Job.of(measure, run) for part in PARTS for run in series(*part).runs(store, seeds)]
+        yield [self.times(store).job]
+        yield [Job.of(measure_shapes, SHAPES)]
+
+    def times(self, store: Store) -> Times:
+        """Of the first seed, and what is chosen by now."""
+        chosen = [run for part in PARTS if (run := series(*part).chosen(store)) is not None]
+        files = [
+            (f"{run.ratio:g}-{run.arm.name}-{precision}", run.file(precision))
+            for run in chosen
+            if run.arm.score != "random"  # of the same shape
+            for precision in ("fp32", "int8")
+        ]
+        return Times(f"structured-v{VERSION}", (("base", BASES_FILE), *files), side=14)
+
+    def rows(self, store: Store, seeds: int) -> dict[tuple[Arm, float], Measured] | None:
+        """By arm and share; None if a run is missing."""
+        rows = {part: row for part in PARTS if (row := Measured.of(series(*part), store, seeds)) is not None}
+        return rows if len(rows) == len(PARTS) else None
+
+    def tables(self, store: Store, seeds: int) -> str:
+        """Accuracy of each arm, and bytes and times of both files."""
+        if (rows := self.rows(store, seeds)) is None:
+            return f"{NOT_YET.capitalize()}.\n"
+        bases = [torch.load(base_path(seed, store.folder), weights_only=True) for seed in range(seeds)]
+        accuracy = 100 * sum(own["test_accuracy"] for own in bases) / seeds
+        fast = self.times(store).read(store)
+        lines = [
+            f"The network that is made smaller: 8 layers, {WIDTH} channels, {BASE_EPOCHS} epochs; {accuracy:.2f}% of "
+            f"the test images, {(store.folder / BASES_FILE).stat().st_size / 1e3:.0f} kB as an fp32 file.",
+            "",
+            "| MACs removed | arm | learning rate | test accuracy | over training on the whole network | over the same "
+            "shape from the start | parameters | MACs | fp32: kB, times as fast | int8: accuracy, kB, times as fast | "
+            "minutes |",
+            f"|{'---|' * 11}",
+        ]
+        for (arm, ratio), row in rows.items():
+            scratch = rows.get((ARMS[-1], ratio))
+            both = [fast.get(f"{ratio:g}-{arm.name}-{precision}") for precision in ("fp32", "int8")]
+            fp32, int8 = ("" if own is None else f", {own['faster']:.2f}" for own in both)
+            cells = [
+                f"{ratio:.0%}",
+                arm.title,
+                f"{row.run.rate:g}",
+                f"{100 * row.mean('test_accuracy'):.2f}",
+                "" if arm is WHOLE else interval(differences(row, rows[WHOLE, 0.0])),
+                "" if scratch is None or arm is ARMS[-1] else interval(differences(row, scratch)),
+                f"{row.first['parameters']:,}",
+                f"{row.first['macs']:,}",
+                f"{row.first['fp32_bytes'] / 1e3:.0f}{fp32}",
+                f"{100 * row.mean('int8_accuracy'):.2f}, {row.first['int8_bytes'] / 1e3:.0f}{int8}",
+                f"{row.minutes:.1f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        cost = sum(own["cpu_seconds"] for own in bases) / 60 + sum(row.minutes for row in rows.values())
+        lines += ["", f"{seeds} seeds; {cost:.0f} minutes of one thread, the choice of learning rates included."]
+        return "\n".join([*lines, "", "### Numbers of channels", "", shapes_table(store)])
+
+    def lines(self, store: Store, seeds: int) -> list[Line]:
+        """The small network that was trained over the one that begins small, at each share."""
+        rows, pruned, scratch = self.rows(store, seeds), ARMS[0], ARMS[-1]
+        found = []
+        for ratio in RATIOS:
+            said, cost = NOT_YET, 0.0
+            if rows is not None:
+                said = interval(differences(rows[pruned, ratio], rows[scratch, ratio]))
+                cost = sum(row.minutes for (_, own), row in rows.items() if own == ratio)
+            title = f"{pruned.title} removed from a trained network, over {scratch.title}"
+            found.append(
+                Line(title, f"{ratio:.0%} of the MACs removed, {BASE_EPOCHS + LATER_EPOCHS} epochs", said, cost)
+            )
+        return found
+
+
+def shapes_table(store: Store) -> str:
+    if (kept := store.read(SHAPES)) is None:
+        return f"{NOT_YET.capitalize()}.\n"
     lines = [
         "| MACs removed | round_to | channels of the three stages | MACs | kB | times as fast |",
         f"|{'---|' * 6}",
     ]
-    for (ratio, multiple), said in rows.items():
-        times = fast.get(f"{ratio:g}-{multiple}")
-        lines.append(f"| {ratio:.0%} | {multiple} | {said}{'' if times is None else f' | {times:.2f} |'}")
+    for ratio, multiple in itertools.product(RATIOS, MULTIPLES):
+        own = kept["shapes"][f"{ratio:g}-{multiple}"]
+        said = "cannot be met within 2 points | | |"
+        if own is not None:
+            said = f"{own['channels']} | {own['macs']:,} | {own['bytes'] / 1e3:.0f} | {own['faster']:.2f}"
+        lines.append(f"| {ratio:.0%} | {multiple} | {said} |")
     return "\n".join(lines) + "\n"
-
-
-def table(folder: Path, seeds: int) -> str:
-    """Accuracy of each arm, and bytes and times of both files."""
-    rates = {(arm, ratio): chosen_rate(arm, ratio, folder) for arm, ratio in parts()}
-    rows: dict[tuple[Arm, float], list[Any]] = {}
-    for (arm, ratio), rate in rates.items():
-        rows[arm, ratio] = [
-            None if rate is None else Job(arm, ratio, rate, seed).result(folder) for seed in range(seeds)
-        ]
-    if any(None in own for own in rows.values()):
-        return "Not measured yet.\n"
-    bases = [torch.load(base_path(seed, folder), weights_only=True) for seed in range(seeds)]
-    base = folder / "files" / "base.onnx"
-    shown = [WHOLE, *ARMS[::2]]
-    fast = speeds(
-        base,
-        {
-            f"{ratio:g}-{arm.name}-{precision}": Job(arm, ratio, rate or 0.0, 0).file(folder, precision)
-            for (arm, ratio), rate in rates.items()
-            if arm in shown
-            for precision in ("fp32", "int8")
-        },
-        fashion_mnist().test[0][:1],
-    )
-    accuracy = 100 * sum(own["test_accuracy"] for own in bases) / seeds
-    lines = [
-        f"The network that is made smaller: 8 layers, {WIDTH} channels, {BASE_EPOCHS} epochs; {accuracy:.2f}% of the "
-        f"test images, {base.stat().st_size / 1e3:.0f} kB as an fp32 file.",
-        "",
-        "| MACs removed | arm | learning rate | test accuracy | over training on the whole network | over the same "
-        "shape from the start | parameters | MACs | fp32: kB, times as fast | int8: accuracy, kB, times as fast | "
-        "minutes |",
-        f"|{'---|' * 11}",
-    ]
-    minutes = sum(own["cpu_seconds"] for own in bases) / 60
-    for (arm, ratio), own in rows.items():
-        others = [Job(arm, ratio, rate, 0).result(folder) for rate in arm.rates]
-        cost = sum(row["cpu_seconds"] for row in [*own[1:], *(row for row in others if row is not None)]) / 60
-        minutes += cost
-        mean = 100 * sum(row["test_accuracy"] for row in own) / seeds
-        int8 = 100 * sum(row["int8_accuracy"] for row in own) / seeds
-        scratch = rows.get((ARMS[-1], ratio))
-        against = "" if scratch is None or arm is ARMS[-1] else interval(gains(own, scratch))
-        times = {key: fast.get(f"{ratio:g}-{arm.name}-{key}") for key in ("fp32", "int8")}
-        said = {key: "" if value is None else f", {value:.2f}" for key, value in times.items()}
-        lines.append(
-            f"| {ratio:.0%} | {arm.title} | {rates[arm, ratio]:g} | {mean:.2f} | "
-            f"{'' if arm is WHOLE else interval(gains(own, rows[WHOLE, 0.0]))} | {against} | "
-            f"{own[0]['parameters']:,} | {own[0]['macs']:,} | {own[0]['fp32_bytes'] / 1e3:.0f}{said['fp32']} | "
-            f"{int8:.2f}, {own[0]['int8_bytes'] / 1e3:.0f}{said['int8']} | {cost:.1f} |"
-        )
-    lines += ["", f"{seeds} seeds; {minutes:.0f} minutes of one thread, the choice of learning rates included."]
-    return "\n".join([*lines, "", "### Numbers of channels", "", shapes(folder)])
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("experiments"), help="folder that keeps the runs")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds an arm")
-    parser.add_argument("--jobs", type=int, default=2, help="processes side by side, one thread each")
-    parser.add_argument("--tables-only", action="store_true", help="write the table from the runs that are there")
-    parser.add_argument("--pages", action="store_true", help=f"put the table into {PAGE} too")
-    options = parser.parse_args()
-    quiet()
-    (options.out / "files").mkdir(parents=True, exist_ok=True)
-    failures = 0 if options.tables_only else make_all(options.out, options.seeds, options.jobs)
-    torch.set_num_threads(1)
-    text = table(options.out, options.seeds)
-    (options.out / PAGE.name).write_text(text)
-    if options.pages:
-        splice(PAGE, text)
-    say(text)
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

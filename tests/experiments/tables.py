@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .plan import FULL, GRIDS, SETTINGS, Arm, Calibrated, Claim, Column, Protocol, Run, Teacher
-from .store import Store, candidates
+from .plan import FULL, GRIDS, SETTINGS, Arm, Calibrated, Claim, Column, Protocol, Teacher
+from .store import Series, Store, series
 from .training import teacher_file, teacher_path
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -24,13 +22,39 @@ NOT_YET = "not measured yet"
 class Measured:
     """An arm at its chosen learning rate: one result a seed, and what all of its runs took."""
 
-    arm: Arm
-    rate: float
+    run: Any  # that of the first seed
     results: Mapping[int, Mapping[str, Any]]
     minutes: float
 
+    @classmethod
+    def of(cls, series: Series, store: Store, seeds: int) -> Measured | None:
+        """What the folder knows of a series; None if a run is missing."""
+        runs = series.runs(store, seeds)
+        results = {run.seed: store.read(run) for run in runs}
+        if not runs or None in results.values():
+            return None
+        made = {run.key: store.read(run) for run in [*series.own, *runs]}
+        return cls(runs[0], results, sum(result["cpu_seconds"] for result in made.values()) / 60)
+
+    @property
+    def arm(self) -> Any:
+        return self.run.arm
+
+    @property
+    def first(self) -> Mapping[str, Any]:
+        return self.results[self.run.seed]
+
+    def values(self, quantity: str) -> list[Any]:
+        """A quantity in the order of the seeds."""
+        return [self.results[seed][quantity] for seed in sorted(self.results)]
+
     def mean(self, quantity: str) -> float:
-        return statistics.mean(result[quantity] for result in self.results.values())
+        return statistics.mean(self.values(quantity))
+
+    def like(self, quantity: str) -> Measured:
+        """The same with another quantity as the test accuracy."""
+        results = {seed: {**result, "test_accuracy": result[quantity]} for seed, result in self.results.items()}
+        return dataclasses.replace(self, results=results)
 
 
 def t_interval(differences: Sequence[float]) -> tuple[float, float, float]:
@@ -44,46 +68,36 @@ def t_interval(differences: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def interval(differences: Sequence[float], digits: int = 2) -> str:
+    """Mean and interval; "not shown" where it covers 0."""
+    mean, low, high = t_interval(differences)
+    said = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return said if low > 0 or high < 0 else f"{said}, not shown"
+
+
 def difference(one: Measured, other: Measured) -> str:
-    """Test accuracy of one over another, in points; "not shown" where the interval covers 0."""
-    seeds, as_long = sorted(one.results.keys() & other.results.keys()), one.arm.longer == other.arm.longer
-    for seed in seeds:
-        if as_long and one.results[seed]["batches"] != other.results[seed]["batches"]:
+    """Test accuracy of one over another, in points; where they train as long, they must have seen the same batches."""
+    for seed in one.results.keys() & other.results.keys() if one.run.epochs == other.run.epochs else ():
+        if one.results[seed]["batches"] != other.results[seed]["batches"]:
             raise ValueError(f"{one.arm.name} and {other.arm.name} saw different batches with seed {seed}")
-    return gain([one.results[seed] for seed in seeds], [other.results[seed] for seed in seeds])
+    return interval(differences(one, other))
 
 
-def gain(ones: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> str:
-    """The same for results, in the order of their seeds."""
-    pairs = zip(ones, others, strict=True)
-    mean, low, high = t_interval([100 * (one["test_accuracy"] - other["test_accuracy"]) for one, other in pairs])
-    shown = low > 0 or high < 0
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{'' if shown else ', not shown'}"
+def differences(one: Measured, other: Measured, quantity: str = "test_accuracy", factor: float = 100.0) -> list[float]:
+    """Those of a quantity, by the seeds that both have."""
+    seeds = sorted(one.results.keys() & other.results.keys())
+    return [factor * (one.results[seed][quantity] - other.results[seed][quantity]) for seed in seeds]
 
 
 def paired(one: Measured, other: Measured, column: Column) -> str:
     """A quantity of one less that of the other; "not shown" where the interval covers 0."""
-    values = [
-        column.factor * (one.results[seed][column.quantity] - other.results[seed][column.quantity])
-        for seed in sorted(one.results.keys() & other.results.keys())
-    ]
-    mean, low, high = t_interval(values)
-    digits = column.digits
-    interval = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"{column.title} {interval}{'' if low > 0 or high < 0 else ', not shown'}"
+    values = differences(one, other, column.quantity, column.factor)
+    return f"{column.title} {interval(values, column.digits)}"
 
 
 def measured(protocol: Protocol, arm: Arm, store: Store, seeds: int) -> Measured | None:
     """What the folder knows of an arm; None if a run is missing."""
-    rate = store.chosen_rate(protocol, arm)
-    if rate is None:
-        return None
-    results = {seed: store.read(Run(protocol, arm, rate, seed)) for seed in range(seeds)}
-    if None in results.values():
-        return None
-    made = {run.key: store.read(run) for run in candidates(protocol, arm)}
-    made |= {Run(protocol, arm, rate, seed).key: result for seed, result in results.items()}
-    return Measured(arm, rate, results, sum(result["cpu_seconds"] for result in made.values()) / 60)
+    return Measured.of(series(protocol, arm), store, seeds)
 
 
 def chosen_candidate(arms: Sequence[Arm], rows: Sequence[Measured | None]) -> Measured | None:
@@ -107,7 +121,7 @@ def part_table(claim: Claim, protocol: Protocol, arms: Sequence[Arm], store: Sto
             continue
         cells = [
             f"**{arm.title}**" if row is chosen else arm.title,
-            f"{row.rate:g}",
+            f"{row.run.rate:g}",
             f"{100 * row.mean('test_accuracy'):.2f}",
             "" if plain is None or row is plain else difference(row, plain),
             "" if chosen is None or arm.candidate or row is plain else difference(chosen, row),
@@ -133,8 +147,8 @@ def claim_tables(claim: Claim, store: Store, seeds: int) -> str:
     taught = [teacher_line(Teacher(), store)] if claim.teacher else []
     parts_rounded = [part for part in claim.parts if claim.options and part[0].bits not in (None, FULL)]
     rounded = [grid_table(claim, *part, store, seeds) for part in parts_rounded]
-    options = [options_table(claim, store, seeds), whole_cost(claim, store, seeds)] if claim.options else []
-    return "\n\n".join([*taught, *parts, *rounded, *options]) + "\n"
+    options = [options_table(claim, store, seeds)] if claim.options else []
+    return "\n\n".join([*taught, *parts, *rounded, *options])
 
 
 def grid_table(claim: Claim, protocol: Protocol, arms: Sequence[Arm], store: Store, seeds: int) -> str:
@@ -159,16 +173,10 @@ def grid_table(claim: Claim, protocol: Protocol, arms: Sequence[Arm], store: Sto
         f"{chosen.arm.title} less {alone.arm.title}: {'; '.join(paired(chosen, alone, column) for column in GRIDS)}.",
         "",
         f"{chosen.arm.title}, on the fly, less {first.arm.title} at full precision: {difference(chosen, first)}; less "
-        f"itself at full precision: {difference(chosen, _with(chosen, 'test_accuracy_full'))}; less {alone.arm.title} "
-        f"on the grid '{GRIDS[-1].title}': {difference(chosen, _with(alone, GRIDS[-1].quantity))}.",
+        f"itself at full precision: {difference(chosen, chosen.like('test_accuracy_full'))}; less {alone.arm.title} "
+        f"on the grid '{GRIDS[-1].title}': {difference(chosen, alone.like(GRIDS[-1].quantity))}.",
     ]
     return "\n".join(lines)
-
-
-def _with(row: Measured, quantity: str) -> Measured:
-    """An arm with another quantity as its test accuracy."""
-    results = {seed: {**result, "test_accuracy": result[quantity]} for seed, result in row.results.items()}
-    return dataclasses.replace(row, results=results)
 
 
 def options_table(claim: Claim, store: Store, seeds: int) -> str:
@@ -178,7 +186,7 @@ def options_table(claim: Claim, store: Store, seeds: int) -> str:
     title = "### Post-training quantisation, bits of weights / of activations"
     if row is None:
         return f"{title}\n\n{arm.title} is {NOT_YET}."
-    runs = [Run(protocol, arm, row.rate, seed) for seed in range(seeds)]
+    runs = series(protocol, arm).runs(store, seeds)
     lines = [
         title,
         "",
@@ -194,28 +202,13 @@ def options_table(claim: Claim, store: Store, seeds: int) -> str:
             if None in ones or None in others:
                 cells.append(NOT_YET)
                 continue
-            mean = f"{100 * statistics.mean(one['test_accuracy'] for one in ones):.2f}"
-            cells.append(mean if option is claim.options[0] else f"{mean}, {gain(ones, others)}")
+            accuracies = [[100 * result["test_accuracy"] for result in own] for own in (ones, others)]
+            mean = f"{statistics.mean(accuracies[0]):.2f}"
+            gains = [one - other for one, other in zip(*accuracies, strict=True)]
+            cells.append(mean if option is claim.options[0] else f"{mean}, {interval(gains)}")
         lines.append(f"| {option.title} | {' | '.join(cells)} |")
     full = 100 * row.mean("test_accuracy")
     return "\n".join([*lines, "", f"The same networks at full precision: {full:.2f}. {seeds} seeds."])
-
-
-def whole_cost(claim: Claim, store: Store, seeds: int) -> str:
-    """Minutes of all runs of a claim whose networks are kept; one that several tables share is counted once."""
-    from .rounded import network_path, start_of
-    from .schedule import calibrated, further_seeds, one_a_start, unique_parts
-
-    parts = unique_parts([claim])
-    runs = [run for part in parts for run in candidates(*part)]
-    paths = [network_path(start_of(run), store.folder) for run in one_a_start(runs, seeds)]
-    starts = [torch.load(path, weights_only=True)["cpu_seconds"] for path in paths if path.is_file()]
-    made = [result for run in [*runs, *further_seeds(parts, store, seeds)] if (result := store.read(run))]
-    networks = {result["network"]: result["network_seconds"] for result in made}
-    looks = sum(result["cpu_seconds"] - result["network_seconds"] for result in made)
-    options = [result["cpu_seconds"] for one in calibrated([claim], store, seeds) if (result := store.read(one))]
-    minutes = (sum(starts) + sum(networks.values()) + looks + sum(options)) / 60
-    return f"All of it: {minutes:.0f} minutes of one thread, networks that tables share counted once."
 
 
 def teacher_line(teacher: Teacher, store: Store) -> str:

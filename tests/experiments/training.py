@@ -154,7 +154,7 @@ def teacher_file(teacher: Teacher, folder: Path) -> dict[str, Any]:
     return torch.load(teacher_path(teacher, folder), weights_only=True)
 
 
-def train_teacher(teacher: Teacher, folder: Path) -> None:
+def train_teacher(teacher: Teacher, folder: Path) -> str:
     """Train the teacher, and keep its weights, its accuracy and what it says of the test images."""
     data, cpu = fashion_mnist(), time.process_time()
     torch.manual_seed(teacher.seed)
@@ -169,6 +169,7 @@ def train_teacher(teacher: Teacher, folder: Path) -> None:
         "cpu_seconds": time.process_time() - cpu,
     }
     write_atomically(teacher_path(teacher, folder), lambda path: torch.save(kept, path))
+    return f"test accuracy {kept['test_accuracy']:.4f}, {kept['cpu_seconds']:.0f} s"
 
 
 def needs_no_paraphraser(arm: Arm) -> bool:
@@ -179,7 +180,7 @@ def paraphraser_path(run: Run, folder: Path) -> Path:
     return folder / f"paraphraser-{run.arm.teacher}-{digest({**vars(run.teacher), 'version': VERSION})}.pt"
 
 
-def train_paraphraser(run: Run, folder: Path) -> None:
+def train_paraphraser(run: Run, folder: Path) -> str:
     """Let the callback pre-train the paraphraser of the run's teacher, as it does before a fit, and keep it."""
     from lightning_compress import FactorTransferCallback
 
@@ -188,6 +189,7 @@ def train_paraphraser(run: Run, folder: Path) -> None:
     batches = Batches(fashion_mnist().train, seed=run.teacher.seed)
     fit(Classifier(STUDENT_WIDTH, run.rate), batches, 1, [callback], max_steps=1)
     write_atomically(paraphraser_path(run, folder), callback.save_paraphraser)
+    return "trained"
 
 
 def quiet() -> None:

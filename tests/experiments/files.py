@@ -1,0 +1,74 @@
+"""What is measured of ONNX files: the classes that they give, their bytes, and how fast they are beside one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.export.runtime import OnnxNetwork
+from lightning_compress.report.latency import measure_latency
+from lightning_compress.report.measure import compressed_bytes
+
+from .data import Images
+from .experiment import Job
+from .plan import digest
+from .store import Store
+from .watch import share
+
+LOOK = 500  # images at a time
+
+
+def classes(path: Path, inputs: Tensor) -> Tensor:
+    file = OnnxNetwork(path, threads=1)
+    return torch.cat([file.run([part])[0].argmax(dim=1) for part in inputs.split(LOOK)])
+
+
+def looked_at(path: Path, test: Images) -> dict[str, Any]:
+    """Accuracy and bytes of a file."""
+    return {
+        "test_accuracy": share(classes(path, test[0]), test[1]),
+        "bytes": path.stat().st_size,
+        "deflated": compressed_bytes(path),
+    }
+
+
+@dataclass(frozen=True)
+class Times:
+    """Files whose times are compared with that of the first."""
+
+    name: str
+    files: tuple[tuple[str, Path], ...]  # in the folder
+    side: int  # of the image
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}-times-{digest({name: str(path) for name, path in self.files})}"
+
+    @property
+    def job(self) -> Job:
+        return Job.of(measure, self)
+
+    def read(self, store: Store) -> dict[str, dict[str, float]]:
+        """By file: how many times as fast as the first one it is, and milliseconds; {} where not measured yet."""
+        return (store.read(self) or {}).get("files", {})
+
+
+def measure(times: Times, folder: Path) -> dict[str, Any]:
+    """Batch 1, one thread, all files in turns."""
+    return {"files": speeds({name: folder / path for name, path in times.files}, times.side)}
+
+
+def speeds(files: dict[str, Path], side: int) -> dict[str, dict[str, float]]:
+    image = torch.rand(1, 1, side, side, generator=torch.Generator().manual_seed(0))
+
+    def call(path: Path) -> Callable[[], Any]:
+        network = OnnxNetwork(path, threads=1)
+        return lambda: network.run([image])
+
+    found = measure_latency({name: call(path) for name, path in files.items()}, repeats=2000, seconds=30.0)
+    return {name: {"faster": 1 / (own.ratio or 1.0), "ms": own.median} for name, own in found.items()}

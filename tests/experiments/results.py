@@ -1,0 +1,55 @@
+"""All claims in a line each, the headline of the pipeline, the picture of the library, and what all of it took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .experiment import Experiment, minutes
+from .library import Library
+from .pipeline import Pipeline
+from .store import Store
+
+PAGE = "results.md"
+
+
+def tables(experiments: Mapping[str, Experiment], store: Store, seeds: int) -> str:
+    """The page, from what has been made."""
+    lines = [
+        "### Claims",
+        "",
+        "| what over what | protocol | points of test accuracy | minutes | all of it |",
+        f"|{'---|' * 5}",
+    ]
+    for name, experiment in experiments.items():
+        for line in experiment.lines(store, seeds):
+            page = f"[{name}](experiments/{experiment.page})"
+            lines.append(f"| {line.compared} | {line.protocol} | {line.difference} | {line.minutes:.0f} | {page} |")
+    for experiment in experiments.values():
+        if isinstance(experiment, Pipeline):
+            lines += ["", "### The pipeline against its target", "", experiment.headline(store, seeds)]
+        if isinstance(experiment, Library):
+            lines += ["", "### The whole library", "", pictured(experiment, store, seeds)]
+    return "\n".join([*lines, "", "### What it took", "", cost(experiments, store, seeds)]) + "\n"
+
+
+def pictured(library: Library, store: Store, seeds: int) -> str:
+    if not library.points(store, seeds):
+        return "Not measured yet."
+    return f"![Accuracy of each file against its bytes, and against its time](experiments/{library.picture})"
+
+
+def cost(experiments: Mapping[str, Experiment], store: Store, seeds: int) -> str:
+    jobs = {name: experiment.jobs(store, seeds) for name, experiment in experiments.items()}
+    lines = ["| | there | missing | minutes |", "|---|---|---|---|"]
+    for name, own in jobs.items():
+        there = sum(job.there(store.folder) for job in own)
+        lines.append(f"| {name} | {there} | {len(own) - there} | {minutes(own, store.folder):.0f} |")
+    whole = minutes([job for own in jobs.values() for job in own], store.folder)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{seeds} seeds. All that is there took {whole:.0f} minutes of one thread, {whole / 120:.1f} hours with "
+            "two processes. What several tables share is counted once in the sum.",
+        ]
+    )
