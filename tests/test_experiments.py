@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from experiments import __main__ as command
-from experiments import bits, calibrated, curves, data, plan, rounded, schedule, tables, training, watch
+from experiments import bits, calibrated, claims, curves, data, plan, rounded, schedule, tables, training, watch
+from experiments.claims import Claimed
+from experiments.experiment import Experiment, Job, minutes
 from experiments.plan import CLAIMS, FEW, FT, KD, LONGER, PLAIN, SHORT, SMOOTHED, Arm, Claim, Protocol, Run, Teacher
-from experiments.store import Store, candidates, write_atomically
+from experiments.store import Store, candidates, series, write_atomically
 
 CLAIM = Claim("kd", "page.md", "KD", ((SHORT, (PLAIN, KD, SMOOTHED)),))
 
@@ -87,9 +91,9 @@ def test_the_learning_rate_is_chosen_by_the_held_out_images_alone(tmp_path):
     low, middle, high = candidates(SHORT, KD)
     keep(store, low, held_out=0.80, test=0.99)
     keep(store, middle, held_out=0.81, test=0.50)
-    assert store.chosen_rate(SHORT, KD) is None  # a run is missing
+    assert series(SHORT, KD).chosen(store) is None  # a run is missing
     keep(store, high, held_out=0.81, test=0.98)
-    assert store.chosen_rate(SHORT, KD) == 0.1  # of equals the lowest
+    assert series(SHORT, KD).chosen(store).rate == 0.1  # of equals the lowest
 
 
 def test_the_strength_is_chosen_by_the_held_out_images_alone(tmp_path):
@@ -130,14 +134,18 @@ def test_what_other_claims_need_leaves_the_names_of_runs_as_they_were():
 
 
 def test_a_run_that_is_there_is_not_made_again(tmp_path):
-    store = Store(tmp_path)
+    store, experiment = Store(tmp_path), Claimed(Claim("kd", "page.md", "KD", ((SHORT, (PLAIN,)),)))
     runs = candidates(SHORT, PLAIN)
     keep(store, runs[1], 0.8, 0.7)
-    assert schedule.missing(runs, store) == [runs[0], runs[2]]
-    assert store.read(runs[1])["test_accuracy"] == 0.7
-    assert schedule.further_seeds([(SHORT, PLAIN)], store, 3) == []
+    teacher, *_, choosing, further, quantised = experiment.batches(store, 3)
+    assert [tmp_path / job.path for job in teacher] == [training.teacher_path(Teacher(), tmp_path)]
+    assert [job.arguments[1] for job in schedule.missing(choosing, tmp_path)] == [runs[0], runs[2]]
+    assert further == quantised == []  # the rate is not chosen yet
     keep_arm(store, PLAIN, [0.8])
-    assert schedule.further_seeds([(SHORT, PLAIN)], store, 3) == [Run(SHORT, PLAIN, 0.1, seed) for seed in (1, 2)]
+    *_, choosing, further, _ = experiment.batches(store, 3)
+    assert schedule.missing(choosing, tmp_path) == []
+    left = [job.arguments[1] for job in schedule.missing(further, tmp_path)]
+    assert left == [Run(SHORT, PLAIN, 0.1, seed) for seed in (1, 2)]
 
 
 def test_an_interrupted_write_leaves_no_run(tmp_path):
@@ -151,15 +159,56 @@ def test_an_interrupted_write_leaves_no_run(tmp_path):
     assert not (tmp_path / "run.json").exists()
 
 
-def test_the_student_alone_is_shared_by_all_claims():
-    parts = schedule.unique_parts(list(CLAIMS.values()))
-    assert parts.count((SHORT, PLAIN)) == parts.count((FEW, PLAIN)) == 1
+def test_what_claims_share_is_made_and_counted_once(tmp_path):
     assert all(arms[0] is PLAIN for claim in CLAIMS.values() if claim.teacher for _, arms in claim.parts)
+    keep_arm(Store(tmp_path), PLAIN, [0.8])
+    jobs = [job for name in ("kd", "at", "ft") for job in Claimed(CLAIMS[name]).jobs(Store(tmp_path), 1)]
+    assert sum(job.there(tmp_path) for job in jobs) == 9
+    assert minutes(jobs, tmp_path) == 3.0
+
+
+class InTurn(Experiment):
+    """Two batches of two files each, some of which cannot be made."""
+
+    page = "page.md"
+
+    def __init__(self, *fails):
+        self.fails = fails
+
+    def batches(self, store, seeds):
+        for name in ("first", "second"):
+            yield [Job(Path(f"{name}-{part}"), self.make, (f"{name}-{part}",)) for part in "ab"]
+
+    def make(self, name, folder):
+        if name in self.fails:
+            raise RuntimeError("no")
+        (folder / name).write_text(name)
+        return "made"
+
+    def tables(self, store, seeds):
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("fails", "failures", "made"),
+    [
+        ((), 0, ["first-a", "first-b", "second-a", "second-b"]),
+        (("first-a",), 1, ["first-b", "second-a", "second-b"]),
+        (("first-a", "first-b"), 2, []),  # what follows would fail likewise
+    ],
+)
+def test_all_is_made_in_turn_and_failures_are_said(tmp_path, monkeypatch, fails, failures, made):
+    monkeypatch.setattr(schedule, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    said = []
+    assert schedule.make_all(InTurn(*fails), Store(tmp_path), seeds=1, jobs=1, say=said.append) == failures
+    assert sorted(path.name for path in tmp_path.iterdir()) == made
+    assert sum(line.endswith("failed: RuntimeError: no") for line in said) == failures
+    assert len(said) == failures + len(made)
 
 
 def test_a_paraphraser_is_trained_once_for_each_teacher():
     runs = [run for arm in (PLAIN, KD, *FT) for run in candidates(SHORT, arm)]
-    assert sorted(run.arm.teacher for run in schedule.one_a_teacher(runs)) == ["random", "trained"]
+    assert sorted(run.arm.teacher for run in claims.one_a_teacher(runs)) == ["random", "trained"]
 
 
 def test_the_table_of_a_claim(tmp_path):
@@ -168,7 +217,7 @@ def test_the_table_of_a_claim(tmp_path):
     keep_arm(store, KD, [0.81, 0.821, 0.832])
     taught = {"test_accuracy": 0.905, "cpu_seconds": 240.0}
     torch.save(taught, training.teacher_path(Teacher(), tmp_path))
-    assert tables.claim_tables(CLAIM, store, 3) == (
+    assert Claimed(CLAIM).tables(store, 3) == (
         "Teacher: a residual network of width 24, 20 epochs, test accuracy 90.50, 4.0 minutes.\n\n"
         "### All 18,000 labels, 6 epochs\n\n"
         "| arm | learning rate | test accuracy | over student alone | KD over this arm | agreement with the teacher "
@@ -194,20 +243,43 @@ def test_tables_go_between_the_markers_of_a_page(tmp_path):
         tables.splice(page, "new")
 
 
-def test_the_command_lists_and_writes_tables_without_training(tmp_path, monkeypatch, capsys):
-    keep(Store(tmp_path), candidates(SHORT, PLAIN)[0], 0.8, 0.7)
-    monkeypatch.setattr(sys, "argv", ["experiments", "kd", "--list", "--out", str(tmp_path)])
-    assert command.main() == 0
+def command_with(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["experiments", *map(str, arguments)])
+    monkeypatch.setattr(command, "quiet", lambda: None)
+    return command.main()
+
+
+def test_the_command_lists_what_is_missing(tmp_path, monkeypatch, capsys):
+    run = candidates(SHORT, PLAIN)[0]
+    keep(Store(tmp_path), run, 0.8, 0.7)
+    assert command_with(monkeypatch, "kd", "library", "--list", "--out", tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 33
-    assert [line for line in lines if line.startswith("there")] == [f"there   {candidates(SHORT, PLAIN)[0].key}"]
-    monkeypatch.setattr(sys, "argv", ["experiments", "kd", "--tables-only", "--out", str(tmp_path)])
-    assert command.main() == 0
-    assert "| KD | not measured yet |" in (tmp_path / "distillation.md").read_text()
-    monkeypatch.setattr(sys, "argv", ["experiments", "dk"])
+    assert [line for line in lines if not line.startswith("  missing")] == [
+        "kd: 1 there, 33 missing of those that can be named by now",
+        f"  there   {run.key}",
+        "library: 0 there, 37 missing of those that can be named by now",
+    ]
     with pytest.raises(SystemExit):
-        command.main()
-    assert "claims must be of kd, at, ft, masks, psgd, qat, got dk" in capsys.readouterr().err
+        command_with(monkeypatch, "dk")
+    said = "names must be of kd, at, ft, masks, psgd, qat, structured, pipeline, library, got dk"
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_writes_all_pages_without_training(tmp_path, monkeypatch):
+    keep(Store(tmp_path), candidates(SHORT, PLAIN)[0], 0.8, 0.7)
+    (docs := tmp_path / "docs" / "experiments").mkdir(parents=True)
+    pages = [docs / one.page for one in command.EXPERIMENTS.values()]
+    for page in (*pages, tmp_path / "docs" / "results.md"):
+        page.write_text(f"# Title\n\n{tables.BEGIN}\n{tables.END}\n")
+    monkeypatch.setattr(command, "DOCS", tmp_path / "docs")
+    assert command_with(monkeypatch, "--tables-only", "--pages", "--out", tmp_path) == 0
+    assert "| KD | not measured yet |" in (tmp_path / "distillation.md").read_text()
+    assert all("ot measured yet" in page.read_text() for page in pages)
+    found = (tmp_path / "docs" / "results.md").read_text()
+    assert "| KD over student alone | All 18,000 labels, 6 epochs | not measured yet | 0 |" in found
+    assert "| kd | 1 | 33 | 1 |" in found
+    assert "8 seeds. All that is there took 1 minutes of one thread" in found
+    assert "png" not in found
 
 
 def images(count=80):
@@ -285,10 +357,11 @@ def test_a_run_measures_the_student_once_and_resumes(tmp_path, monkeypatch):
     assert 0 <= results[1]["test_agreement"] <= 1
     longer = training.train(Run(protocol, LONGER, 0.1, 0, teacher), tmp_path)
     assert longer["steps"] == 2 == longer["configuration"]["protocol"]["epochs"]
-    assert schedule.prepare_teacher(runs[0], tmp_path) == "the teacher is there"
     Store(tmp_path).write(runs[0], results[0])
     assert json.loads(Store(tmp_path).path(runs[0]).read_text())["configuration"]["rate"] == 0.1
-    assert schedule.missing(runs, Store(tmp_path)) == runs[1:]
+    jobs = [claims.job_of(run) for run in runs]
+    assert schedule.missing(jobs, tmp_path) == jobs[1:]
+    assert Claimed(CLAIM).jobs(Store(tmp_path), 1)[0].there(tmp_path) is False  # that of another teacher
 
 
 def test_the_swing_is_the_deviation_of_the_steps_between_accuracies():
@@ -324,7 +397,9 @@ def test_masks_are_watched_while_they_change(tmp_path, monkeypatch):
 def test_what_two_arms_differ_in_is_paired_by_seed():
     column = plan.Column("swing", "swing")
     one, other = (
-        tables.Measured(plan.DPF, 0.1, {seed: {"swing": value} for seed, value in enumerate(values)}, 1.0)
+        tables.Measured(
+            Run(plan.NINETY, plan.DPF, 0.1, 0), {seed: {"swing": value} for seed, value in enumerate(values)}, 1.0
+        )
         for values in ([0.02, 0.03, 0.04], [0.01, 0.02, 0.03])
     )
     assert tables.paired(one, other, column) == "swing +1.00 [+1.00, +1.00]"
@@ -346,13 +421,14 @@ def test_to_sgd_it_is_all_one_how_its_weights_will_be_rounded():
 def test_steps_as_large_are_not_chosen_but_follow_those_of_sgd(tmp_path):
     store, large = Store(tmp_path), plan.LARGE_STEPS[0]
     assert candidates(plan.FOUR, large) == []
-    assert store.chosen_rate(plan.FOUR, large) is None
+    assert series(plan.FOUR, large).chosen(store) is None
     for run in candidates(plan.FOUR, plan.SGD):
         keep(store, run, held_out=run.rate, test=0.7)
     assert [run.rate for run in candidates(plan.FOUR, plan.SGD)] == [0.01, 0.03, 0.1]
-    assert store.chosen_rate(plan.FOUR, large) == 0.3
-    found = schedule.further_seeds([(plan.FOUR, plan.SGD), (plan.FOUR, large)], store, 2)
+    assert series(plan.FOUR, large).chosen(store).rate == 0.3
+    found = [run for arm in (plan.SGD, large) for run in series(plan.FOUR, arm).runs(store, 2)]
     assert [(run.arm.name, run.rate, run.seed) for run in found] == [
+        ("plain", 0.1, 0),
         ("plain", 0.1, 1),
         ("plain-x3", 0.3, 0),
         ("plain-x3", 0.3, 1),
@@ -361,8 +437,8 @@ def test_steps_as_large_are_not_chosen_but_follow_those_of_sgd(tmp_path):
 
 def test_each_seed_starts_once():
     runs = [run for arm in (plan.SGD, *plan.PSGD) for run in candidates(plan.FOUR, arm)]
-    assert [run.seed for run in schedule.one_a_start(runs, 3)] == [0, 1, 2]
-    assert schedule.one_a_start(candidates(SHORT, PLAIN), 3) == []
+    assert [run.seed for run in claims.one_a_start(runs, 3)] == [0, 1, 2]
+    assert claims.one_a_start(candidates(SHORT, PLAIN), 3) == []
 
 
 @pytest.mark.parametrize(("granularity", "steps"), [("tensor", [0.4, 0.4]), ("channel", [0.4, 0.2])])
@@ -405,7 +481,7 @@ def few_bits(tmp_path, monkeypatch):
     tiny = data.Split(images(160), images(20), images(40))
     for module in (training, rounded, calibrated):
         monkeypatch.setattr(module, "fashion_mnist", lambda: tiny)
-    for module in (schedule, tables):
+    for module in (claims, tables):
         monkeypatch.setattr(module, "SETTINGS", ((4, 8),))
     start = plan.Start(epochs=1)
     full, four = (Protocol(name, epochs=1, bits=bits, start=start) for name, bits in (("full", 32), ("4-bits", 4)))
@@ -425,7 +501,7 @@ def few_bits(tmp_path, monkeypatch):
             result = rounded.measure(Run(protocol, arm, 0.01, 0), tmp_path)
             for run in candidates(protocol, arm):
                 store.write(run, result)
-    for one in schedule.calibrated([claim], store, 1):
+    for one in claims.quantised(claim, store, 1):
         store.write(one, calibrated.measure(one, tmp_path))
     return claim, store
 
@@ -443,10 +519,10 @@ def test_a_claim_on_few_bits_from_its_runs_to_its_tables(few_bits, monkeypatch):
     assert 0 < psgd["weight_error"] < 1
     again = rounded.measure(Run(four, arms[1], 0.01, 0), store.folder)
     assert again["network_seconds"] == psgd["network_seconds"]  # not trained again
-    quantised = schedule.calibrated([claim], store, 1)
+    quantised = claims.quantised(claim, store, 1)
     assert [one.key.split("-seed")[0] for one in quantised] == ["ptq-4-8-plain", "ptq-4-8-clipped"]
     assert [store.read(one)["images"] for one in quantised] == [40, 40]
-    text = tables.claim_tables(claim, store, 1)
+    text = Claimed(claim).tables(store, 1)
     assert "### 4 bits: 1 epochs of SGD, then 1 epochs" in text
     assert "| **PSGD, mean factor 3** | 0.01 |" in text
     assert "PSGD, mean factor 3 less SGD: one, max +" in text or "PSGD, mean factor 3 less SGD: one, max -" in text
@@ -464,7 +540,7 @@ def test_options_are_compared_by_seed(tmp_path):
     keep_arm_at = [*candidates(plan.UNROUNDED, plan.SGD), *(Run(plan.UNROUNDED, plan.SGD, 0.01, s) for s in (1, 2))]
     for run in keep_arm_at:
         keep(store, run, 0.8, 0.9)
-    for one in schedule.calibrated([claim], store, 3):
+    for one in claims.quantised(claim, store, 3):
         if one.weight_bits == 8:
             more = 0.0 if one.option is options[0] else 0.01 + 0.001 * one.run.seed
             store.write(one, {"test_accuracy": 0.8 + more, "cpu_seconds": 1.0})

@@ -42,6 +42,8 @@ def front(points: Sequence[Point], cost: Callable[[Point], float]) -> list[Point
 
 def draw(points: Sequence[Point], path: Path) -> bool:
     """Draw both panels; whether there is anything."""
+    if not points:
+        return False
     figure = Figure(figsize=(7.0, 10.0), dpi=100 * DENSE)
     FigureCanvasAgg(figure)
     figure.subplots_adjust(left=0.09, right=0.985, bottom=0.05, top=0.97, hspace=0.13)
@@ -55,9 +57,8 @@ def draw(points: Sequence[Point], path: Path) -> bool:
     figure.draw_without_rendering()  # from here on limits are final
     for panel, cost in zip(panels, costs, strict=True):
         _names(panel, points, cost)
-    if points:
-        figure.savefig(path)
-    return bool(points)
+    figure.savefig(path)
+    return True
 
 
 def _points(panel: Axes, points: Sequence[Point], cost: Callable[[Point], float]) -> None:
