@@ -11,9 +11,27 @@ from pathlib import Path
 import pytest
 import torch
 from experiments import __main__ as command
-from experiments import bits, calibrated, claims, curves, data, plan, rounded, schedule, tables, training, watch
+from experiments import (
+    bits,
+    calibrated,
+    claims,
+    curves,
+    data,
+    front,
+    library,
+    pipeline,
+    plan,
+    results,
+    rounded,
+    schedule,
+    structured,
+    tables,
+    training,
+    watch,
+)
 from experiments.claims import Claimed
 from experiments.experiment import Experiment, Job, minutes
+from experiments.files import Times
 from experiments.plan import CLAIMS, FEW, FT, KD, LONGER, PLAIN, SHORT, SMOOTHED, Arm, Claim, Protocol, Run, Teacher
 from experiments.store import Store, candidates, series, write_atomically
 
@@ -276,7 +294,7 @@ def test_the_command_writes_all_pages_without_training(tmp_path, monkeypatch):
     assert "| KD | not measured yet |" in (tmp_path / "distillation.md").read_text()
     assert all("ot measured yet" in page.read_text() for page in pages)
     found = (tmp_path / "docs" / "results.md").read_text()
-    assert "| KD over student alone | All 18,000 labels, 6 epochs | not measured yet | 0 |" in found
+    assert "| KD over student alone | All 18,000 labels, 6 epochs | not measured yet |  |" in found
     assert "| kd | 1 | 33 | 1 |" in found
     assert "8 seeds. All that is there took 1 minutes of one thread" in found
     assert "png" not in found
@@ -548,3 +566,185 @@ def test_options_are_compared_by_seed(tmp_path):
     assert "| largest weight, min-max | 80.00 | not measured yet |" in text
     assert "| observer moving_average | 81.10, +1.10 [+0.85, +1.35] | not measured yet |" in text
     assert "The same networks at full precision: 90.00. 3 seeds." in text
+
+
+def keep_series(store, own, seeds, result):
+    """Results of all runs of a series; the second candidate is the best on the held-out images."""
+    for index, run in enumerate(own.own):
+        store.write(run, result(run) | {"held_out_accuracy": 0.9 if index == 1 else 0.8, "cpu_seconds": 60.0})
+    for run in own.runs(store, seeds):
+        if store.read(run) is None:
+            store.write(run, result(run) | {"held_out_accuracy": 0.5, "cpu_seconds": 60.0})
+
+
+def keep_times(store, times):
+    store.write(
+        times, {"files": {name: {"faster": 1.0 + i, "ms": 1.0 / (1 + i)} for i, (name, _) in enumerate(times.files)}}
+    )
+
+
+@pytest.fixture
+def piped(tmp_path):
+    """Made-up runs of the pipeline: each stage a point better than the one before, the last .4 below the teacher."""
+    store = Store(tmp_path)
+    names = [stage.name for stage in pipeline.STAGES]
+    for stage in pipeline.STAGES:
+        accuracy = 0.916 - 0.01 * (len(names) - 1 - names.index(stage.name))
+        keep_series(
+            store,
+            pipeline.series(stage),
+            3,
+            lambda run, own=accuracy: {"test_accuracy": own + 0.001 * run.seed, "bytes": 50_000, "deflated": 25_000},
+        )
+    kept = {"test_accuracy": 0.92, "bytes": 1_100_000, "deflated": 1_000_000, "cpu_seconds": 600.0}
+    store.write(pipeline.TEACHER, kept)
+    return store
+
+
+def test_the_pipeline_against_its_target(piped):
+    experiment = pipeline.Pipeline()
+    assert experiment.headline(piped, 3) == "Not measured yet."  # its times are not
+    keep_times(piped, experiment.times(piped))
+    assert [(run.arm.name, run.rate, run.kd_weight) for run in pipeline.series(pipeline.STAGES[-1]).runs(piped, 1)] == [
+        ("quantised", 0.03, 0.9)  # as the distilled one has chosen
+    ]
+    assert experiment.headline(piped, 3).splitlines()[2:] == [
+        "| smaller, bytes | 20 times | 22.0 times, deflated 40.0 | yes |",
+        "| faster, one image on one thread | 4 times | 6.00 times | yes |",
+        "| points of test accuracy lost | at most 0.5 | 0.30 [0.05, 0.55] | by the mean; not shown |",
+    ]
+    text = experiment.tables(piped, 3)
+    assert "is right for 92.00% of the 10,000 test images. Students of width 12:" in text
+    assert (
+        "| distilled, 50% pruned, 8 bits (QAT), one fit | 0.03 | 0.9 | 91.70 | -0.30 [-0.55, -0.05] | +1.00 "
+        "[+1.00, +1.00] | 50 | 22.0x | 40.0x | 6.00 | 3.0 |"
+    ) in text
+    # 3 and 6 candidates, 2 further seeds of two stages that choose, 3 of three that do not, and the teacher
+    assert "3 seeds; 32 minutes of one thread, teacher and choice of learning rates included." in text
+    (line,) = experiment.lines(piped, 3)
+    assert (line.difference, line.minutes) == ("-0.30 [-0.55, -0.05]", 22.0)
+
+
+def test_the_small_shape_from_the_start_is_what_pruned_filters_are_compared_with(tmp_path):
+    store, experiment = Store(tmp_path), structured.Structured()
+    assert experiment.tables(store, 3) == "Not measured yet.\n"
+    for arm, ratio in structured.PARTS:
+        gain = {"whole": 0.02, "l2": 0.01}.get(arm.name, 0.0)
+        kept = {"parameters": 1000, "macs": 2000, "fp32_bytes": 4000, "int8_bytes": 1000, "int8_accuracy": 0.8}
+        keep_series(
+            store,
+            structured.series(arm, ratio),
+            3,
+            lambda run, gain=gain, kept=kept: {**kept, "test_accuracy": 0.8 + gain * (1 + 0.01 * run.seed)},
+        )
+    lines = experiment.lines(store, 3)
+    assert [line.protocol for line in lines] == [f"{ratio}% of the MACs removed, 16 epochs" for ratio in (30, 50, 70)]
+    assert {line.difference for line in lines} == {"+1.01 [+0.99, +1.03]"}
+    for seed in range(3):
+        kept = {"test_accuracy": 0.8, "cpu_seconds": 60.0}
+        torch.save(kept, structured.base_path(seed, tmp_path))
+    (tmp_path / structured.BASES_FILE).parent.mkdir()
+    (tmp_path / structured.BASES_FILE).write_bytes(b"0" * 4000)
+    text = experiment.tables(store, 3)
+    assert "| 30% | filters of the smallest norm | 0.03 | 81.01 | -1.01 [-1.03, -0.99] | +1.01 [+0.99, +1.03] |" in text
+    assert "### Numbers of channels\n\nNot measured yet." in text
+    keep_times(store, experiment.times(store))
+    shape = {"channels": "8/16/40", "macs": 2000, "bytes": 3000, "faster": 1.5}
+    shapes = {f"{r:g}-{m}": None if m == 8 else shape for r in structured.RATIOS for m in structured.MULTIPLES}
+    store.write(structured.SHAPES, {"shapes": shapes})
+    text = experiment.tables(store, 3)
+    assert "| 4, 4.00 | 80.00, 1, 5.00 |" in text  # the first after base and whole
+    assert "| 70% | 4 | 8/16/40 | 2,000 | 3 | 1.50 |\n| 70% | 8 | cannot be met within 2 points | | | |" in text
+
+
+def keep_library(store, seeds):
+    for index, way in enumerate(library.WAYS):
+        files = {
+            own: {"test_accuracy": 0.8 + 0.01 * index, "bytes": 4000 * (9 - nth), "deflated": 1000 * (9 - nth)}
+            for nth, own in enumerate(way.files)
+        }
+        keep_series(
+            store,
+            library.series(way),
+            seeds,
+            lambda run, files=files: {"files": files, "batches": str(run.seed), "training_seconds": 90.0},
+        )
+    kept = {"test_accuracy": 0.95, "bytes": 90_000, "deflated": 80_000, "training_seconds": 240.0}
+    store.write(library.TEACHER, kept)
+
+
+def test_each_file_of_the_library_is_compared_with_that_of_the_student_alone(tmp_path):
+    store, experiment = Store(tmp_path), library.Library()
+    assert "| KD, int8 (PTQ) | not measured yet |" in experiment.tables(store, 2)
+    assert not experiment.draw(store, 2, tmp_path / "library.png")
+    keep_library(store, 2)
+    keep_times(store, experiment.times(store))
+    rows = experiment.tables(store, 2).splitlines()
+    assert rows[0] == "![Accuracy of each file against its bytes, and against its time](library.png)"
+    assert len(rows) == 2 + 2 + 15 + 1 + 2
+    assert rows[4] == "| student alone, fp32 | 0.1 | 80.00 |  | 36 | 9 | 1.00 | 1.5 |"
+    assert (
+        rows[5] == "| student alone, int8 (PTQ) | 0.1 | 80.00 | +0.00 [+0.00, +0.00], not shown | 32 | 8 | 2.00 | 1.5 |"
+    )
+    assert rows[7] == "| KD, fp32 | 0.1 | 81.00 | +1.00 [+1.00, +1.00] | 36 | 9 | 4.00 | 1.5 |"
+    assert rows[-3] == "| teacher, fp32 | 0.1 | 95.00 | +15.00 [+15.00, +15.00] | 90 | 80 | 16.00 | 4.0 |"
+    assert rows[-1] == "2 seeds; 44 minutes of one thread, the choice of learning rates included."
+    text = results.tables({"library": experiment}, store, 2)
+    assert "](experiments/library.png)" in text
+    assert "| library | 46 | 2 | 44 |" in text  # teacher and paraphraser are not there
+
+
+def test_files_that_learned_from_other_batches_are_not_compared(tmp_path):
+    store = Store(tmp_path)
+    keep_library(store, 2)
+    run = library.series(library.WAYS[1]).runs(store, 2)[1]
+    store.write(run, store.read(run) | {"batches": "others"})
+    with pytest.raises(ValueError, match="kd and plain saw different batches with seed 1"):
+        library.Library().tables(store, 2)
+
+
+def test_on_the_front_is_what_nothing_else_beats():
+    costs = {"cheap": (80, 1), "worse": (79, 1), "dear": (80, 2), "good": (82, 3), "best": (83, 9)}
+    points = [front.Point(name, "fp32", (own,) * 3, cost, cost) for name, (own, cost) in costs.items()]
+    assert [own.name for own in front.front(points, lambda own: own.kilobytes)] == ["cheap", "good", "best"]
+
+
+@pytest.mark.slow
+def test_the_picture_of_the_library_names_each_file_in_both_panels(tmp_path):
+    store, experiment = Store(tmp_path), library.Library()
+    keep_library(store, 2)
+    keep_times(store, experiment.times(store))
+    points = experiment.points(store, 2)
+    names = sorted(own.name for own in points)
+    assert len(names) == 16
+    for panel in front.figure_of(points).axes:
+        assert sorted(text.get_text() for text in panel.texts) == names
+    assert experiment.draw(store, 2, tmp_path / "library.png")
+    assert (tmp_path / "library.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*(held at their floor|masked completely|beyond the ends)")
+def test_the_library_from_its_trainings_to_its_picture(tmp_path, monkeypatch):
+    tiny = data.Split(images(256), images(20), images(40))
+    for module in (training, library):
+        monkeypatch.setattr(module, "fashion_mnist", lambda: tiny)
+    taught = dataclasses.replace(library.TAUGHT, teacher=Teacher(epochs=1))
+    monkeypatch.setattr(library, "TAUGHT", taught)
+    monkeypatch.setattr(library, "LEARNING_RATES", (0.03,))
+    monkeypatch.setattr(library, "Times", lambda *own, side: Times(*own, side=6))
+    store, experiment = Store(tmp_path), library.Library()
+    for batch in experiment.batches(store, 1):
+        for job in schedule.missing(batch, tmp_path):
+            job.make(*job.arguments, tmp_path)
+    assert schedule.missing(experiment.jobs(store, 1), tmp_path) == []
+    rows = {way.name: store.read(library.series(way).own[0]) for way in library.WAYS}
+    assert len({row["batches"] for row in rows.values()}) == 1
+    small = {(name, own): kept["bytes"] for name, row in rows.items() for own, kept in row["files"].items()}
+    assert small["plain", "int4"] < small["plain", "int8"] < small["plain", "fp32"] == small["at", "fp32"]
+    assert small["structured", "fp32"] < 0.6 * small["plain", "fp32"]
+    assert abs(small["psgd", "int4"] - small["plain", "int4"]) < 0.2 * small["plain", "int4"]
+    sparse = {name: row["files"]["fp32"]["deflated"] for name, row in rows.items() if "fp32" in row["files"]}
+    assert max(sparse[name] for name in ("pruning", "dpf", "dcil")) < 0.4 * sparse["plain"]
+    assert "not measured yet" not in experiment.tables(store, 1)
+    assert experiment.draw(store, 1, tmp_path / "library.png")

@@ -34,14 +34,12 @@ class Job:
 
     def seconds(self, folder: Path) -> dict[str, float]:
         """What it took of one thread, by file; a network that several runs share has a file of its own."""
-        if not self.there(folder):
+        if not self.there(folder) or self.path.suffix not in (".json", ".pt"):
             return {}
-        if self.path.suffix == ".pt":
-            kept = torch.load(folder / self.path, weights_only=True)
-            return {self.path.name: kept["cpu_seconds"]} if "cpu_seconds" in kept else {}
-        result = Store.load(folder / self.path)
-        whole, network = result.get("cpu_seconds", 0.0), result.get("network_seconds", 0.0)
-        return {self.path.name: whole - network} | ({result["network"]: network} if "network" in result else {})
+        json, path = self.path.suffix == ".json", folder / self.path
+        kept = Store.load(path) if json else torch.load(path, weights_only=True)
+        network = {kept["network"]: kept["network_seconds"]} if "network" in kept else {}
+        return {self.path.name: kept.get("cpu_seconds", 0.0) - sum(network.values())} | network
 
 
 @dataclass(frozen=True)

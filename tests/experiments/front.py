@@ -41,9 +41,14 @@ def front(points: Sequence[Point], cost: Callable[[Point], float]) -> list[Point
 
 
 def draw(points: Sequence[Point], path: Path) -> bool:
-    """Draw both panels; whether there is anything."""
-    if not points:
-        return False
+    """Draw the picture; whether there is anything."""
+    if points:
+        figure_of(points).savefig(path)
+    return bool(points)
+
+
+def figure_of(points: Sequence[Point]) -> Figure:
+    """Two panels, a name beside each point."""
     figure = Figure(figsize=(7.0, 10.0), dpi=100 * DENSE)
     FigureCanvasAgg(figure)
     figure.subplots_adjust(left=0.09, right=0.985, bottom=0.05, top=0.97, hspace=0.13)
@@ -57,8 +62,7 @@ def draw(points: Sequence[Point], path: Path) -> bool:
     figure.draw_without_rendering()  # from here on limits are final
     for panel, cost in zip(panels, costs, strict=True):
         _names(panel, points, cost)
-    figure.savefig(path)
-    return True
+    return figure
 
 
 def _points(panel: Axes, points: Sequence[Point], cost: Callable[[Point], float]) -> None:

@@ -264,13 +264,13 @@ class Structured(Experiment):
     def lines(self, store: Store, seeds: int) -> list[Line]:
         """The small network that was trained over the one that begins small, at each share."""
         rows, pruned, scratch = self.rows(store, seeds), ARMS[0], ARMS[-1]
+        title = "a trained network made smaller over the small shape from the start"
         found = []
         for ratio in RATIOS:
             said, cost = NOT_YET, 0.0
             if rows is not None:
                 said = interval(differences(rows[pruned, ratio], rows[scratch, ratio]))
                 cost = sum(row.minutes for (_, own), row in rows.items() if own == ratio)
-            title = f"{pruned.title} removed from a trained network, over {scratch.title}"
             found.append(
                 Line(title, f"{ratio:.0%} of the MACs removed, {BASE_EPOCHS + LATER_EPOCHS} epochs", said, cost)
             )
