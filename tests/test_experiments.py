@@ -724,7 +724,9 @@ def test_the_picture_of_the_library_names_each_file_in_both_panels(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*(held at their floor|masked completely|beyond the ends)")
+@pytest.mark.filterwarnings(
+    "ignore:.*(held at their floor|masked completely|beyond the ends|a smaller weight is advised)"
+)
 def test_the_library_from_its_trainings_to_its_picture(tmp_path, monkeypatch):
     tiny = data.Split(images(256), images(20), images(40))
     for module in (training, library):

@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from lightning_compress.report.labels import Box, Label, leader, place
@@ -58,7 +59,9 @@ def figure_of(points: Sequence[Point]) -> Figure:
         _points(panel, points, cost)
         panel.set_xlabel(f"{title}, logarithmic", color=TEXT)
         panel.set_ylabel("test accuracy, %", color=TEXT)
-    panels[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderpad=0.0, ncols=len(KINDS))
+    marks = [Line2D([], [], ls="", marker=own, color=colour, label=kind) for kind, (colour, own) in KINDS.items()]
+    marks.append(Line2D([], [], color=LIGHT, label="the front; what is not on it is hollow"))
+    panels[0].legend(handles=marks, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderpad=0.0, ncols=4)
     figure.draw_without_rendering()  # from here on limits are final
     for panel, cost in zip(panels, costs, strict=True):
         _names(panel, points, cost)
@@ -70,32 +73,30 @@ def _points(panel: Axes, points: Sequence[Point], cost: Callable[[Point], float]
     panel.step(
         [cost(own) for own in best], [own.accuracy[0] for own in best], where="post", color=LIGHT, lw=1.2, zorder=1
     )
-    for precision, (colour, marker) in KINDS.items():
-        for index, point in enumerate(own for own in points if own.precision == precision):
-            mean, low, high = point.accuracy
-            panel.errorbar(
-                cost(point),
-                mean,
-                [[mean - low], [high - mean]],
-                fmt=marker,
-                color=colour,
-                markerfacecolor=colour if point in best else "white",
-                ecolor=LIGHT,
-                elinewidth=0.8,
-                markersize=6,
-                label=None if index else f"{precision}{'' if precision != 'fp32' else ' (filled: on the front)'}",
-            )
+    for point in points:
+        (mean, low, high), (colour, marker) = point.accuracy, KINDS[point.precision]
+        panel.errorbar(
+            cost(point),
+            mean,
+            [[mean - low], [high - mean]],
+            fmt=marker,
+            color=colour,
+            markerfacecolor=colour if point in best else "white",
+            ecolor=LIGHT,
+            elinewidth=0.8,
+            markersize=6,
+        )
     panel.set_xscale("log")
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     panel.xaxis.set_major_formatter(ScalarFormatter())
     panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.margins(x=0.2, y=0.06)
+    panel.margins(x=0.28, y=0.06)
     panel.grid(visible=True, alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
 
 
 def _names(panel: Axes, points: Sequence[Point], cost: Callable[[Point], float]) -> None:
-    """Names beside the points, those of the front first; a thin line leads to one that is farther away."""
+    """Names beside the points; a thin line leads to one that is farther away."""
     edges, back = panel.get_window_extent(), panel.transData.inverted()
 
     def pixel(x: float, y: float) -> tuple[float, float]:
@@ -105,18 +106,16 @@ def _names(panel: Axes, points: Sequence[Point], cost: Callable[[Point], float])
     def value(x: float, y: float) -> tuple[float, float]:
         return tuple(back.transform((x * DENSE, edges.y1 - y * DENSE)))
 
-    best = front(points, cost)
-    ordered = sorted(points, key=lambda own: own not in best)
-    places = [pixel(cost(own), own.accuracy[0]) for own in ordered]
-    texts = [panel.text(0, 0, own.name, fontsize=8.2, color=TEXT, va="bottom", ha="left") for own in ordered]
+    places = [pixel(cost(own), own.accuracy[0]) for own in points]
+    texts = [panel.text(0, 0, own.name, fontsize=8.2, color=TEXT, va="bottom", ha="left") for own in points]
     sizes = [text.get_window_extent() for text in texts]
     labels = [Label(*at, own.width / DENSE + 6, own.height / DENSE + 1) for at, own in zip(places, sizes, strict=True)]
-    lines = [_box(pixel(cost(own), own.accuracy[1]), pixel(cost(own), own.accuracy[2])) for own in ordered]
-    corners = [pixel(cost(own), own.accuracy[0]) for own in best]
+    lines = [_box(pixel(cost(own), own.accuracy[1]), pixel(cost(own), own.accuracy[2])) for own in points]
+    corners = [pixel(cost(own), own.accuracy[0]) for own in front(points, cost)]
     for (x, y), (far, high) in itertools.pairwise(corners):
         lines += [_box((x, y), (far, y)), _box((far, y), (far, high))]
     area = Box(edges.x0 / DENSE + 2, 0, edges.x1 / DENSE, edges.height / DENSE)
-    for text, at, box in zip(texts, places, place(labels, area, places, lines, radius=RADIUS), strict=True):
+    for text, at, box in zip(texts, places, _placed(labels, area, lines), strict=True):
         if box is None:
             text.remove()
             continue
@@ -124,6 +123,16 @@ def _names(panel: Axes, points: Sequence[Point], cost: Callable[[Point], float])
         if (end := leader(at, box)) is not None:
             line = zip(value(*at), value(*end), strict=True)
             panel.plot(*line, color=LIGHT, lw=0.6, zorder=0.5, scalex=False, scaley=False)
+
+
+def _placed(labels: Sequence[Label], area: Box, lines: Sequence[Box]) -> list[Box | None]:
+    """A place for each name, in the first of a few orders in which most of them find one."""
+    points, found = [(own.x, own.y) for own in labels], []
+    for key in (lambda own: -own.width, lambda own: own.y, lambda own: -own.y, lambda own: own.x):
+        order = sorted(range(len(labels)), key=lambda index: key(labels[index]))
+        boxes = place([labels[index] for index in order], area, points, lines, radius=RADIUS)
+        found.append([box for _, box in sorted(zip(order, boxes, strict=True), key=lambda own: own[0])])
+    return min(found, key=lambda own: own.count(None))
 
 
 def _box(one: tuple[float, float], other: tuple[float, float]) -> Box:
