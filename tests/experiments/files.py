@@ -41,10 +41,10 @@ def looked_at(path: Path, test: Images) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Times:
-    """Files whose times are compared with that of the first."""
+    """Files whose times are compared with that of the first; measured once all are chosen."""
 
     name: str
-    files: tuple[tuple[str, Path], ...]  # in the folder
+    files: tuple[tuple[str, Path | None], ...]  # in the folder; None: not chosen yet
     side: int  # of the image
 
     @property
@@ -52,8 +52,8 @@ class Times:
         return f"{self.name}-times-{digest({name: str(path) for name, path in self.files})}"
 
     @property
-    def job(self) -> Job:
-        return Job.of(measure, self)
+    def jobs(self) -> list[Job]:
+        return [] if None in dict(self.files).values() else [Job.of(measure, self)]
 
     def read(self, store: Store) -> dict[str, dict[str, float]]:
         """By file: how many times as fast as the first one it is, and milliseconds; {} where not measured yet."""

@@ -33,8 +33,7 @@ from .data import Batches, fashion_mnist
 from .experiment import Experiment, Job, Named
 from .files import Times, classes, looked_at
 from .front import Point, draw
-from .plan import CHOICE_SEED, FT, HINTON, LEARNING_RATES, STATIC, Run, Teacher, digest
-from .plan import SHORT as ANY_PROTOCOL
+from .plan import CHOICE_SEED, FT, HINTON, LEARNING_RATES, SHORT, STATIC, Run, Teacher, digest
 from .store import Series, Store
 from .tables import NOT_YET, Measured, difference, interval, t_interval
 from .training import (
@@ -54,7 +53,7 @@ WIDTH, EPOCHS = 16, 6
 PREPARED = 2  # of the epochs, at a tenth of the rate, with PSGD
 SPARSITY, QUANTISED_FROM = 0.9, 0.7
 MASKED = {"layers": ["type:Conv2d"]}
-TAUGHT = Run(ANY_PROTOCOL, FT[1], LEARNING_RATES[0], CHOICE_SEED)  # its teacher, and the paraphraser of that
+TAUGHT = Run(SHORT, FT[1], LEARNING_RATES[0], CHOICE_SEED)  # its teacher, and the paraphraser of that
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,7 @@ def measure(run: Training, folder: Path) -> dict[str, Any]:
     module, batches = Classifier(WIDTH, run.rate), Batches(data.train, seed=run.seed)
     epochs, callbacks = EPOCHS, [clock, *TECHNIQUES[run.arm.name](folder)]
     files = {precision: folder / run.file(precision) for precision in run.arm.files}
-    # one network cannot be calibrated twice in a fit
-    later = "int4" if run.arm.name in CALIBRATED else None
+    later = "int4" if run.arm.name in CALIBRATED else None  # a fit calibrates a network once
     callbacks += [
         ExportCallback(path, precision=precision, name=f"export-{precision}", fp32_comparison=False)
         for precision, path in files.items()
@@ -213,12 +211,12 @@ class Library(Experiment):
         ]
         yield [Job.of(measure, run) for way in WAYS for run in series(way).own]
         yield [Job.of(measure, run) for way in WAYS for run in series(way).runs(store, seeds)]
-        yield [self.times(store).job]
+        yield self.times(store).jobs
 
     def times(self, store: Store) -> Times:
-        """Of the first seed, and what is chosen by now; against the student's own file."""
-        chosen = [run for way in WAYS if (run := series(way).chosen(store)) is not None]
-        files = [(key(run.arm, own), run.file(own)) for run in chosen for own in run.arm.files]
+        """Of the first seed, against the file of the student alone."""
+        chosen = [(way, series(way).chosen(store)) for way in WAYS]
+        files = [(key(way, own), run and run.file(own)) for way, run in chosen for own in way.files]
         return Times(f"library-v{VERSION}", (*files, (key(TAUGHT_BY, "fp32"), TEACHERS_FILE)), side=14)
 
     def rows(self, store: Store, seeds: int) -> dict[tuple[Way, str], Measured | None]:

@@ -193,12 +193,12 @@ class Pipeline(Experiment):
         yield [Job.of(measure_teacher, TEACHER)]
         yield [Job.of(measure, run) for stage in STAGES for run in series(stage).own]
         yield [Job.of(measure, run) for stage in STAGES for run in series(stage).runs(store, seeds)]
-        yield [self.times(store).job]
+        yield self.times(store).jobs
 
     def times(self, store: Store) -> Times:
-        """Of the first seed, and what is chosen by now."""
-        chosen = [run for stage in STAGES if (run := series(stage).chosen(store)) is not None]
-        files = [(run.arm.name, run.file) for run in chosen]
+        """Of the first seed."""
+        chosen = [(stage.name, series(stage).chosen(store)) for stage in STAGES]
+        files = [(name, run and run.file) for name, run in chosen]
         return Times(f"pipeline-v{VERSION}", (("teacher", TEACHERS_FILE), *files), side=28)
 
     def found(self, store: Store, seeds: int) -> tuple[list[Measured], dict[str, Any]] | None:

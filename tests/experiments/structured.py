@@ -204,18 +204,17 @@ class Structured(Experiment):
         yield [Job(BASES_FILE, export_base)]
         yield [Job.of(measure, run) for part in PARTS for run in series(*part).own]
         yield [Job.of(measure, run) for part in PARTS for run in series(*part).runs(store, seeds)]
-        yield [self.times(store).job]
+        yield self.times(store).jobs
         yield [Job.of(measure_shapes, SHAPES)]
 
     def times(self, store: Store) -> Times:
-        """Of the first seed, and what is chosen by now."""
-        chosen = [run for part in PARTS if (run := series(*part).chosen(store)) is not None]
-        files = [
-            (f"{run.ratio:g}-{run.arm.name}-{precision}", run.file(precision))
-            for run in chosen
-            if run.arm.score != "random"  # of the same shape
-            for precision in ("fp32", "int8")
+        """Of the first seed."""
+        chosen = [
+            (f"{ratio:g}-{arm.name}", series(arm, ratio).chosen(store))
+            for arm, ratio in PARTS
+            if arm.score != "random"  # of the same shape
         ]
+        files = [(f"{name}-{own}", run and run.file(own)) for name, run in chosen for own in ("fp32", "int8")]
         return Times(f"structured-v{VERSION}", (("base", BASES_FILE), *files), side=14)
 
     def rows(self, store: Store, seeds: int) -> dict[tuple[Arm, float], Measured] | None:
