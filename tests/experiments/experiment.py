@@ -52,7 +52,8 @@ class Named:
 def keep(measure: Callable[[Any, Path], dict[str, Any]], run: Any, folder: Path) -> str:
     result = measure(run, folder)
     Store(folder).write(run, result)
-    return ", ".join(f"{name} {result[name]:.4g}" for name in ("held_out_accuracy", "cpu_seconds") if name in result)
+    said = (f"{name} {result[name]:.4g}" for name in ("held_out_accuracy", "cpu_seconds") if name in result)
+    return ", ".join(said) or "measured"
 
 
 @dataclass(frozen=True)
