@@ -12,7 +12,8 @@ from pages import ROOT
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(chromium() is None, reason="no Chromium is installed")]
 
 FORMULAS = "cdn.jsdelivr.net/npm/mathjax"  # the only thing that pages ask for elsewhere
-PAGES = sorted(page.relative_to(ROOT / "docs").with_suffix("").as_posix() for page in (ROOT / "docs").rglob("*.md"))
+SOURCES = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs/notebooks").glob("*.ipynb")]
+PAGES = sorted(page.relative_to(ROOT / "docs").with_suffix("").as_posix() for page in SOURCES)
 MISSING_PICTURES = "[...document.images].filter((own) => !own.complete || !own.naturalWidth).map((own) => own.src)"
 WITHOUT_WORDS = "[...document.querySelectorAll('article img')].filter((own) => !own.alt).map((own) => own.src)"
 BROKEN_LINKS = """
