@@ -52,6 +52,8 @@ SHOWS = {
     "01-compress-your-first-model": "Compression report",
     "02-where-does-the-network-look": "like the teacher",
     "03-gradients-that-know-the-grid": "within a tenth of a step of the grid",
+    "04-masks-that-change-their-mind": "kept in the end had been pruned before",
+    "05-from-teacher-to-int8-file": "Pareto table: Deflated against val_accuracy",
 }
 
 
