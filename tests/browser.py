@@ -116,8 +116,8 @@ class Browser:
         self.call("Page.navigate", url=page.absolute().as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._received()
-        overflow = self._value(OVERFLOW)
-        height = self._value("document.documentElement.scrollHeight")
+        overflow = self.value(OVERFLOW)
+        height = self.value("document.documentElement.scrollHeight")
         self._resize(width, height)
         png = base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
         kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
@@ -131,7 +131,8 @@ class Browser:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
         )
 
-    def _value(self, expression: str) -> Any:
+    def value(self, expression: str) -> Any:
+        """What a line of JavaScript gives in the page."""
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
 
     def _received(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The technique of `docs/extend.md`, put into a copy of the package as the page says: the whole contract holds for it."""
+"""The technique of `docs/extend.md`, put into a copy of the package as it says: the whole contract holds for it."""
 
 from __future__ import annotations
 

@@ -146,6 +146,18 @@ class FactorTransferCallback(FeatureCallback):
         """The last that is an image, for convolutions."""
         return [pair for pair in proposals if all(len(stage.shape) == 4 for stage in pair)][-1:]
 
+    @property
+    def factor_networks(self) -> tuple[Paraphraser, Translator]:
+        """Paraphraser and translator, which make the factors of the teacher's and of the student's feature.
+
+        Raises:
+            RuntimeError: If no training step has been taken.
+        """
+        translator = None if self._translator is None else self._translator.module
+        if self._paraphraser is None or not isinstance(translator, Translator):
+            raise RuntimeError("there are no trained networks yet: they are made when a training starts")
+        return self._paraphraser, translator
+
     def save_paraphraser(self, path: str | os.PathLike[str]) -> None:
         """Write the trained paraphraser to a file, for the argument ``paraphraser`` of other runs.
 

@@ -106,6 +106,14 @@ def test_checkpoints_have_plain_keys_and_a_state_of_tensors_without_the_teacher(
     group = state["translator"]["optimizer"]["param_groups"][0]
     assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
     assert state["reconstruction_errors"] == callback.reconstruction_errors
+    paraphraser, translator = callback.factor_networks
+    assert difference(paraphraser.state_dict(), state["paraphraser"]) == 0
+    assert difference(translator.state_dict(), state["translator"]["module"]) == 0
+
+
+def test_there_are_no_networks_before_a_training():
+    with pytest.raises(RuntimeError, match="no trained networks yet: they are made when a training starts"):
+        _ = transfer().factor_networks
 
 
 @pytest.mark.slow
