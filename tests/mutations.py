@@ -508,7 +508,7 @@ MUTATIONS = (
         "lightning_compress/_factory.py",
         "    if order is None:\n        return []\n",
         "",
-        f"{CONTRACT}/test_cli_yaml.py::test_the_entry_point_is_off_by_default_and_imports_nothing_heavy",
+        "tests/test_factory.py::test_without_the_variable_there_is_nothing",
     ),
     # Recipes
     Mutation(
