@@ -136,6 +136,8 @@ def test_results_are_those_of_the_experiments(page):
     figures = re.findall(r"[+-]?\d+\.\d+(?: \[.+?\])?", measured)
     assert len(figures) >= 6
     assert [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", known)] == []
+    [seeds] = {*re.findall(r"(\d+) seeds", measured)}
+    assert f"{seeds} seeds" in known
     intervals = re.findall(r"\[([+-]\d+\.\d+), ([+-]\d+\.\d+)\](, not shown)?", measured)
     assert [entry for entry in intervals if (float(entry[0]) <= 0 <= float(entry[1])) != bool(entry[2])] == []
 

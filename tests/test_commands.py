@@ -35,9 +35,15 @@ STAND_INS = {
     "{class_path: torchvision.models.resnet18, init_args: {num_classes: 10}}": TEACHER,
     "{class_path: torchvision.models.resnet34, init_args: {num_classes: 10}}": TEACHER,
     "{layer3: layer3, layer4: layer4}": "{'0': '0', '1': '1'}",
-    "[layer4, layer4]": "['1', '1']",
+    "[layer4, layer4]": "['0', '0']",
 }
 """Networks of other packages, and their layers, that stand for the reader's own."""
+BEFORE = {
+    "docs/export.md": "lightning-compress run ptq.yaml -- python train.py",  # so that checkpoints hold scales
+    "docs/report.md": "for name in distilled quantised; do lightning-compress fit --config config.yaml "
+    "--trainer.callbacks+=CompressionReport --trainer.callbacks.path=runs/$name; done",
+}
+"""What a page takes for granted."""
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
 DATA = """
 
@@ -98,7 +104,7 @@ def project_of(page: Path) -> Path:
     """The page whose project is meant."""
     source = definitions(page)
     measured = any("metric:" in block for block in blocks(page, "yaml"))
-    wanted = ["class LitNet", "def training_step", *(["def validation_step"] if measured else [])]
+    wanted = ["class LitNet", "def training_step", "\ndata = ", *(["def validation_step"] if measured else [])]
     return page if all(own in source for own in wanted) else FIRST
 
 
@@ -137,6 +143,8 @@ def project(page, tmp_path):
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipes[0]))
     else:
         bash("lightning-compress recipes distil > recipe.yaml", tmp_path)
+    (tmp_path / "ptq.yaml").write_text("version: 1\ncallbacks: [{class_path: PTQCallback}]\n")
+    bash(BEFORE.get(name_of(page), "true"), tmp_path)
     return tmp_path
 
 

@@ -67,6 +67,8 @@ def test_every_public_name_is_on_the_api_page():
     names = {f"lightning_compress.{name}" for name in lightning_compress.__all__ if name != "__version__"}
     for part in ("export", "functional", "modules"):
         names |= {f"lightning_compress.{part}.{name}" for name in getattr(lightning_compress, part).__all__}
+    bases = {"callbacks.teaching.TeacherCallback", "callbacks.features.FeatureCallback"}  # to derive from
+    names |= {f"lightning_compress.{base}" for base in bases}
     assert {first or second for first, second in listed} - {"lightning_compress", "__version__"} == names
 
 

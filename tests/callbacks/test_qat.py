@@ -419,6 +419,18 @@ def test_layers_that_only_some_batches_run(step_size):
     assert fitting.logged["val_loss"] == qat.metrics["val_loss"]
 
 
+def test_norms_behind_layers_that_the_first_batches_do_not_run_are_folded():
+    class Norms(Alternating):
+        def build(self):
+            super().build()
+            for name in ("one", "two"):
+                self.model[name] = nn.Sequential(nn.Linear(32, 3), nn.BatchNorm1d(3))
+
+    qat = QATCallback(weight_bits=4)
+    fitted(qat, Norms)
+    assert qat.quantization.folds == {"one.0:linear:0": "one.1", "two.0:linear:0": "two.1"}
+
+
 def test_a_resume_late_in_an_epoch_knows_what_ran_before(tmp_path):
     """Of two heads the last batches have only one."""
 

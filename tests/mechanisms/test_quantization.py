@@ -764,6 +764,14 @@ def test_each_call_of_the_network_has_the_same_names():
         assert torch.equal(output, r(Hand(net).a(F.relu(Hand(net).a(x)))))
 
 
+def test_what_compiled_code_returns_bears_no_mark():
+    net = Net(lambda n, x: n.a(F.relu(n.a(x))))
+    with quantizing(net, Quarters()) as calls:
+        output = torch.compile(net, backend="eager")(MAPS)
+    assert calls.compiled
+    assert {mark: value for mark in MARKS if (value := getattr(output, mark, None)) is not None} == {}
+
+
 def noted_twice(keys):
     half = len(keys) // 2
     assert keys[:half] == keys[half:]
