@@ -174,6 +174,8 @@ def run(command: str, folder: Path) -> None:
         assert "tests/strangers" in (ROOT / ".ci/full").read_text()
     elif "python -m pytest" in command:
         assert bash(f"cd {ROOT} && {command} --collect-only -q -p no:cacheprovider -n 0 | tail -n 1", folder)
+    elif "python -m tests.experiments " in command:
+        assert bash(f"cd {ROOT} && {command} --list", folder)
     elif "python -m tests" in command:
         assert bash(f"cd {ROOT} && {command} --help", folder)
     else:
