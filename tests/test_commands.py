@@ -138,7 +138,8 @@ def project(page, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     settings = [settings_of(block) for block in blocks(page, "yaml")]
     recipes = [own for own in settings if "version" in own]
-    recipes += [{"version": 1, "callbacks": own["trainer"]["callbacks"]} for own in settings if "trainer" in own]
+    attached = [own["trainer"]["callbacks"] for own in settings if "callbacks" in own.get("trainer", {})]
+    recipes += [{"version": 1, "callbacks": callbacks} for callbacks in attached]
     if recipes:
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipes[0]))
     else:

@@ -121,6 +121,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     planning = False
     """Whether the fit ends with its first batch, to say what it would do: what takes long, and shows nothing then, is
     left out."""
+    without_fit: ClassVar[str | None] = None
+    """What does not happen where there is only a validation or a test, and what does it there."""
     failure = Returned[str | None](None)
     """What is wrong with the result of the last fit: ``lightning-compress run`` then ends with 1."""
 
@@ -292,6 +294,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if stage != "fit":
             if self.quantises:  # it shows another network there
                 self._check_strategy(trainer.strategy)
+            if self.without_fit is not None and stage != "predict" and getattr(self, "result", None) is None:
+                warnings.warn(f"{type(self).__name__} '{self.name}' acts in a fit: {self.without_fit}", stacklevel=2)
             return
         if any(other is not self and other.name == self.name for other in callbacks_of(trainer)):
             raise ValueError(

@@ -75,6 +75,7 @@ class ExportCallback(CompressionCallback):
     """
 
     default_name = "export"
+    without_fit = "no file is written here; lightning_compress.export.to_onnx writes one at any time"
     places = ("path",)
     result = Returned[ExportResult | None](None)
     module_metrics = Returned[dict[str, float]]({})

@@ -72,6 +72,7 @@ class CompressionReport(CompressionCallback):
     """
 
     default_name = "report"
+    without_fit = "nothing is measured here; lightning_compress.report.compare measures networks and files at any time"
     places = ("path",)
     result = Returned[Report | None](None)
     files = Returned[ReportFiles | None](None)

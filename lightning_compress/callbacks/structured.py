@@ -256,8 +256,10 @@ class StructuredPruningCallback(CompressionCallback):
             f"{self.name}: {self.reached:.1%} of the {BUDGETS[self.budget]} are gone{rounds} (asked {self.ratio:.1%}): "
             f"{_numbers('parameters', self._state.parameters)}, {_numbers('MACs', self._state.macs)}."
         ]
-        if self.plan is not None and self.plan.left:
-            remarks.append(f"{self.name}: layers that stay as they are: {listing(list(self.plan.left), None)}.")
+        kept = self.shrinkage.kept  # an earlier round may have taken filters of a layer that the last one leaves
+        left = [] if self.plan is None else [name for name in self.plan.left if 0 not in kept.get(f"{name}.weight", {})]
+        if left:
+            remarks.append(f"{self.name}: layers that stay as they are: {listing(left, None)}.")
         return remarks
 
     # Life cycle

@@ -38,6 +38,18 @@ def test_file_and_module_agree_at_the_end(tmp_path):
     )
 
 
+@pytest.mark.parametrize("kind", [ExportCallback, CompressionReport])
+def test_a_validation_without_a_fit_writes_nothing_and_says_so(tmp_path, kind):
+    callback = kind(path=tmp_path / "here")
+    module, run = made(Classifier), trainer(callback)
+    with pytest.warns(UserWarning, match=r"acts in a fit: (no file is written|nothing is measured) here"):
+        run.validate(module, loader())
+    assert callback.result is None
+    assert not list(tmp_path.iterdir())
+    run.fit(module, loader(), loader())
+    run.validate(module, loader())  # of what the fit has left: no warning of ours
+
+
 @pytest.mark.slow
 def test_a_fit_that_was_resumed_at_its_end_has_a_file(tmp_path):
     """No step is run, so the network's input is that of a step which leaves no trace."""

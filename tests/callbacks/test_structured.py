@@ -282,6 +282,14 @@ def test_small_layers_are_left_alone_and_listed():
     assert any("'net.conv1'" in remark for remark in callback.remarks())
 
 
+def test_layers_that_an_earlier_round_made_narrower_are_not_said_to_stay():
+    module, callback = Lit(net=Net(12, 24)), structured(0.5, schedule="iterative", rounds=3, start=0.2, end=0.6)
+    fitted(module, callback, steps=8)
+    assert module.net.conv1.out_channels == 8
+    assert "net.conv1" in callback.plan.left  # of the last round
+    assert callback.remarks()[1] == "structured: layers that stay as they are: 'net.fc'."
+
+
 def test_scores_choose():
     """Filters of known sizes, by each score."""
     net = Net()
