@@ -40,7 +40,7 @@ def test_file_and_module_agree_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("kind", [ExportCallback, CompressionReport])
 def test_a_validation_without_a_fit_writes_nothing_and_says_so(tmp_path, kind):
-    callback = kind(path=tmp_path / "here")
+    callback = kind(path=tmp_path / "here.onnx")
     module, run = made(Classifier), trainer(callback)
     with pytest.warns(UserWarning, match=r"acts in a fit: (no file is written|nothing is measured) here"):
         run.validate(module, loader())
