@@ -1414,8 +1414,8 @@ MUTATIONS = (
     Mutation(
         "a call that is replayed counts for the ranges",
         QAT,
-        "fit.in_step and not controller.replaying",
-        "fit.in_step",
+        "when=lambda: controller.deployed and not controller.replaying",
+        "when=lambda: controller.deployed",
         f"{QAT_LIFE}::test_what_another_replays_before_the_first_step_is_not_taken_in",
     ),
     Mutation(
@@ -2014,7 +2014,7 @@ MUTATIONS = (
         LESSONS,
         "return theirs or every",
         "return every",
-        f"{MISTAKES}::test_of_a_student_only_what_an_optimizer_has_is_followed",
+        f"{MISTAKES}::test_a_gradient_that_nobody_would_take_does_not_hide_that_all_others_are_cleared",
     ),
     Mutation(
         "what both passes teach is looked for in the first step only",

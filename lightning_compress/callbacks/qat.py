@@ -642,8 +642,7 @@ class QATCallback(QuantisedCallback):
             module: Any = fit.factors.get(LearnedGrids.count(grids), device=next(network.parameters()).device)
             moving: MovingGrids = LearnedGrids(network, grids, presented, factors=module.factors)
         elif self.step_size == "observed":
-            watching = lambda: fit.in_step and not controller.replaying  # noqa: E731
-            moving = FollowingGrids(network, grids, presented, watching=watching)
+            moving = FollowingGrids(network, grids, presented, watching=lambda: fit.in_step)
         else:
             moving = MovingGrids(network, grids, presented)
         self._start_grids, fit.moving, fit.norms = grids, moving, FrozenNorms(network)

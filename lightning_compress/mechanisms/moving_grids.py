@@ -128,7 +128,7 @@ class FollowingGrids(MovingGrids):
         network: The network.
         grids: Where they begin.
         presented: As in the base.
-        watching: Whether a call counts: in training, but not where a step is only replayed.
+        watching: Whether a call counts: in training.
     """
 
     def __init__(

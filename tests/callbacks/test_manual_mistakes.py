@@ -185,6 +185,23 @@ def test_of_a_student_only_what_an_optimizer_has_is_followed():
     assert callback.effects[callback.effect] == 16
 
 
+@pytest.mark.slow
+def test_a_gradient_that_nobody_would_take_does_not_hide_that_all_others_are_cleared():
+    """The last layer has no optimizer, so its gradient stays."""
+
+    class Cleared(Untoggled):
+        clips = 1.0
+
+        def clip_gradients(self, *_):
+            self.generator[0].zero_grad()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.generator[0], self.discriminator)]
+
+    with pytest.warns(UserWarning, match=r"'kd': it seems to teach nothing: .* were cleared before an optimizer took"):
+        fitted(Cleared, kd(), max_epochs=2)
+
+
 # A student that does not learn in every batch
 
 
@@ -280,6 +297,8 @@ def test_a_function_that_is_run_once_need_not():
 @pytest.mark.slow
 def test_nor_need_one_of_a_loss_that_nobody_runs_twice():
     class Beside(Functions):
+        toggles = False  # so that the discriminator's loss has a gradient in the generator
+
         def total(self, loss, batch):
             if loss == self.generator_loss:
                 return self.compressed_loss(lambda: loss(batch), callbacks=["dcil", "kd"])
