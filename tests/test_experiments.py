@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import shutil
+import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -225,6 +227,59 @@ def test_all_is_made_in_turn_and_failures_are_said(tmp_path, monkeypatch, fails,
     assert len(said) == failures + len(made)
 
 
+class Deadly:
+    """Kills the process that it is sent to."""
+
+    def __reduce__(self):
+        return signal.raise_signal, (signal.SIGKILL,)
+
+
+class Killed(Experiment):
+    """A batch whose second job kills its process, and one that works; files are copied, which needs no torch."""
+
+    page = "page.md"
+
+    def __init__(self, source):
+        self.source = source
+
+    def batches(self, store, seeds):
+        yield [self.job("before"), self.job("killed", Deadly()), self.job("after")]
+        yield [self.job("next")]
+
+    def job(self, name, *arguments):
+        return Job(Path(name), shutil.copy, arguments or (self.source / name,))
+
+    def tables(self, store, seeds):
+        return ""
+
+
+def test_a_process_that_is_killed_does_not_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule, "start_worker", int)  # it loads torch, for half a minute
+    for folder in (source := tmp_path / "source", out := tmp_path / "out"):
+        folder.mkdir()
+    for name in ("before", "after", "next"):
+        (source / name).touch()
+    said = []
+    failures = schedule.make_all(Killed(source), Store(out), seeds=1, jobs=1, say=said.append)
+    made = sorted(path.name for path in out.iterdir())
+    assert made == ["before", "next"]
+    assert failures == 2
+    broken = [line for line in said if "failed: BrokenProcessPool" in line]
+    assert sorted(line.split()[1] for line in broken) == ["after:", "killed:"]
+    assert said[-1].startswith("[1/1] next: ")
+
+
+def test_what_is_submitted_to_a_broken_pool_has_failed(tmp_path):
+    class Broken(ThreadPoolExecutor):
+        def submit(self, *arguments):
+            raise BrokenExecutor("killed")
+
+    said = []
+    with Broken(1) as pool:
+        assert schedule.make_batch([Job(Path(name), print) for name in "ab"], tmp_path, pool, said.append) == 2
+    assert sorted(line.split("] ")[1] for line in said) == [f"{name}: failed: BrokenExecutor: killed" for name in "ab"]
+
+
 def test_a_paraphraser_is_trained_once_for_each_teacher():
     runs = [run for arm in (PLAIN, KD, *FT) for run in candidates(SHORT, arm)]
     assert sorted(run.arm.teacher for run in claims.one_a_teacher(runs)) == ["random", "trained"]
@@ -249,6 +304,23 @@ def test_the_table_of_a_claim(tmp_path):
     )
     keep_arm(store, SMOOTHED, [0.81, 0.821, 0.832])
     assert "| label smoothing 0.1 | 0.1 | 82.10 | +1.10 [+0.85, +1.35] | +0.00" in tables.claim_tables(CLAIM, store, 3)
+
+
+def test_the_results_name_the_control_that_trains_longer(tmp_path):
+    store = Store(tmp_path)
+    claim = Claim("kd", "page.md", "KD", ((SHORT, (PLAIN, KD, LONGER, SMOOTHED)), (plan.LONG, (PLAIN, SMOOTHED))))
+    lines = Claimed(claim).lines(store, 3)
+    assert [line.compared for line in lines] == ["KD over student alone", "KD over student alone, as much time"]
+    assert {line.difference for line in lines} == {tables.NOT_YET}
+    keep_arm(store, PLAIN, [0.80, 0.81, 0.82])
+    keep_arm(store, KD, [0.81, 0.82, 0.83])
+    keep_arm(store, LONGER, [0.82, 0.83, 0.84])
+    assert [line.difference for line in Claimed(claim).lines(store, 3)] == [
+        "+1.00 [+1.00, +1.00]",
+        "-1.00 [-1.00, -1.00]",
+    ]
+    losing = [line.compared for line in Claimed(CLAIMS["masks"]).lines(store, 3) if "epochs" in line.compared]
+    assert losing == ["DCIL over gradual, twice the epochs"] * 2
 
 
 def test_tables_go_between_the_markers_of_a_page(tmp_path):

@@ -41,15 +41,15 @@ class Claimed(Experiment):
         return [line for part in self.claim.parts for line in self.lines_of(*part, store, seeds)]
 
     def lines_of(self, protocol: Protocol, arms: tuple[Arm, ...], store: Store, seeds: int) -> list[Line]:
-        """The chosen strength over the first arm, and the other pairs that the claim names."""
+        """The chosen strength over the first arm and over those that train longer, and the other pairs of the claim."""
         rows = [measured(protocol, arm, store, seeds) for arm in arms]
         cost = sum(row.minutes for row in rows if row is not None)
         named = {arm.name: (arm.title, row) for arm, row in zip(arms, rows, strict=True)}
         pairs = [(named[one], named[other]) for one, other in self.claim.shown]
         if any(arm.candidate for arm in arms):
             chosen = chosen_candidate(arms, rows)
-            title = self.claim.method if chosen is None else chosen.arm.title
-            pairs.append(((title, chosen), named[arms[0].name]))
+            best = (self.claim.method if chosen is None else chosen.arm.title, chosen)
+            pairs += [(best, named[arm.name]) for arm in arms if arm is arms[0] or arm.longer > 1]
         return [
             Line(
                 f"{one} over {other}",
