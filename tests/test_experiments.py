@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 import sys
+import time
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from experiments import __main__ as command
 from experiments import (
+    aware,
     bits,
     calibrated,
     claims,
@@ -33,10 +35,10 @@ from experiments import (
     watch,
 )
 from experiments.claims import Claimed
-from experiments.experiment import Experiment, Job, minutes
+from experiments.experiment import Experiment, Job, minutes, seconds
 from experiments.files import Times
 from experiments.plan import CLAIMS, FEW, FT, KD, LONGER, PLAIN, SHORT, SMOOTHED, Arm, Claim, Protocol, Run, Teacher
-from experiments.store import Store, candidates, series, write_atomically
+from experiments.store import Store, candidates, keep_seconds, series, write_atomically
 
 CLAIM = Claim("kd", "page.md", "KD", ((SHORT, (PLAIN, KD, SMOOTHED)),))
 
@@ -323,6 +325,27 @@ def test_the_results_name_the_control_that_trains_longer(tmp_path):
     assert losing == ["DCIL over gradual, twice the epochs"] * 2
 
 
+def test_a_line_costs_all_that_its_table_shows(tmp_path):
+    store = Store(tmp_path)
+    keep_arm(store, PLAIN, [0.8, 0.8])
+    keep_arm(store, FT[0], [0.8, 0.8])
+    torch.save({"cpu_seconds": 600.0}, training.teacher_path(Teacher(), tmp_path))
+    paraphraser = training.paraphraser_path(Run(SHORT, FT[0], 0.1, 0), tmp_path)
+    torch.save({}, paraphraser)
+    keep_seconds(paraphraser, time.process_time() - 6000)
+    (line,) = Claimed(Claim("ft", "page.md", "FT", ((SHORT, (PLAIN, FT[0])),))).lines(store, 2)
+    assert line.minutes == pytest.approx(4 + 4 + 10 + 100)
+    few = Claim("psgd", "page.md", "PSGD", ((plan.FOUR, (plan.SGD, plan.PSGD[1])),))
+    for arm in (plan.SGD, plan.PSGD[1]):
+        for run in candidates(plan.FOUR, arm):
+            keep(store, run, run.rate, 0.8)
+    start = rounded.network_path(rounded.start_of(run), tmp_path)
+    start.parent.mkdir()
+    torch.save({"cpu_seconds": 600.0}, start)
+    (line,) = Claimed(few).lines(store, 1)
+    assert line.minutes == 3 + 3 + 10
+
+
 def test_tables_go_between_the_markers_of_a_page(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"# Title\n\n{tables.BEGIN}\nold\n{tables.END}\n\nAfter.\n")
@@ -373,7 +396,8 @@ def test_the_command_writes_all_pages_without_training(tmp_path, monkeypatch):
     assert "| KD | not measured yet |" in (tmp_path / "distillation.md").read_text()
     assert all("ot measured yet" in page.read_text() for page in pages)
     found = (tmp_path / "docs" / "results.md").read_text()
-    assert "| KD over student alone | All 18,000 labels, 6 epochs | not measured yet |  |" in found
+    assert "| KD over student alone | All 18,000 labels, 6 epochs | not measured yet | 1 |" in found
+    assert "| KD over student alone | All 18,000 labels, 16 epochs | not measured yet |  |" in found
     assert "| kd | 1 | 33 | 1 |" in found
     assert "8 seeds. All that is there took 1 minutes of one thread" in found
     assert "png" not in found
@@ -630,6 +654,29 @@ def test_a_claim_on_few_bits_from_its_runs_to_its_tables(few_bits, monkeypatch):
     assert (store.folder / "picture.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_a_network_that_claims_share_is_counted_once_whoever_has_trained_it(few_bits, monkeypatch):
+    claim, store = few_bits
+    full, (sgd, *_) = claim.parts[0][0], claim.parts[1][1]
+    monkeypatch.setattr(aware, "fashion_mnist", rounded.fashion_mnist)
+    monkeypatch.setattr(aware, "VARIANTS", plan.VARIANTS[:2])
+    trained_for = dataclasses.replace(full, name="qat-4-8", bits=4, activation_bits=8)
+    run = Run(trained_for, plan.FINE_TUNED, 0.01, 0)
+    (path := rounded.network_path(run, store.folder)).unlink()
+    first, second = (aware.measure(run, store.folder) for _ in range(2))
+    assert first["network"] == path.name == store.read(Run(full, sgd, 0.01, 0))["network"]
+    kept = torch.load(path, weights_only=True)
+    for found in (first, second):
+        assert found["network_seconds"] == kept["cpu_seconds"] < found["cpu_seconds"]
+        assert found["batches"] == kept["batches"]
+    store.write(run, first)
+    job = Job.of(aware.measure, run)
+    assert job.seconds(store.folder)[path.name] == kept["cpu_seconds"]
+    start = aware.measure(dataclasses.replace(run, arm=plan.CALIBRATED), store.folder)
+    assert start["batches"] == ""
+    assert "network" not in start
+
+
 def test_options_are_compared_by_seed(tmp_path):
     store, options = Store(tmp_path), plan.OPTIONS[:2]
     claim = Claim("psgd", "page.md", "PSGD", ((plan.UNROUNDED, (plan.SGD,)),), teacher=False, options=options)
@@ -701,7 +748,7 @@ def test_the_pipeline_against_its_target(piped):
     # 3 and 6 candidates, 2 further seeds of two stages that choose, 3 of three that do not, and the teacher
     assert "3 seeds; 32 minutes of one thread, teacher and choice of learning rates included." in text
     (line,) = experiment.lines(piped, 3)
-    assert (line.difference, line.minutes) == ("-0.30 [-0.55, -0.05]", 22.0)
+    assert (line.difference, line.minutes) == ("-0.30 [-0.55, -0.05]", 32.0)
 
 
 def test_the_small_shape_from_the_start_is_what_pruned_filters_are_compared_with(tmp_path):
@@ -719,11 +766,13 @@ def test_the_small_shape_from_the_start_is_what_pruned_filters_are_compared_with
     lines = experiment.lines(store, 3)
     assert [line.protocol for line in lines] == [f"{ratio}% of the MACs removed, 16 epochs" for ratio in (30, 50, 70)]
     assert {line.difference for line in lines} == {"+1.01 [+0.99, +1.03]"}
+    assert {line.minutes for line in lines} == {4 * 5.0}  # 3 rates and 2 further seeds of 3 arms, and of the whole
     for seed in range(3):
         kept = {"test_accuracy": 0.8, "cpu_seconds": 60.0}
         torch.save(kept, structured.base_path(seed, tmp_path))
     (tmp_path / structured.BASES_FILE).parent.mkdir()
     (tmp_path / structured.BASES_FILE).write_bytes(b"0" * 4000)
+    assert {line.minutes for line in experiment.lines(store, 3)} == {23.0}
     text = experiment.tables(store, 3)
     assert "| 30% | filters of the smallest norm | 0.03 | 81.01 | -1.01 [-1.03, -0.99] | +1.01 [+0.99, +1.03] |" in text
     assert "### Numbers of channels\n\nNot measured yet." in text
@@ -767,10 +816,21 @@ def test_each_file_of_the_library_is_compared_with_that_of_the_student_alone(tmp
     )
     assert rows[7] == "| KD, fp32 | 0.1 | 81.00 | +1.00 [+1.00, +1.00] | 36 | 9 | 4.00 | 1.5 |"
     assert rows[-3] == "| teacher, fp32 | 0.1 | 95.00 | +15.00 [+15.00, +15.00] | 90 | 80 | 16.00 | 4.0 |"
-    assert rows[-1] == "2 seeds; 44 minutes of one thread, the choice of learning rates included."
+    assert rows[-1] == (
+        "2 seeds; 44 minutes of one thread, teacher, paraphraser, choice of learning rates and times included."
+    )
     text = results.tables({"library": experiment}, store, 2)
     assert "](experiments/library.png)" in text
     assert "| library | 46 | 2 | 44 |" in text  # teacher and paraphraser are not there
+    assert "What 2 of the files took was not kept, and is not in it." in text  # the teacher's file, and the times
+    store.write(library.TEACHER, store.read(library.TEACHER) | {"cpu_seconds": 60.0})
+    store.write(experiment.times(store), store.read(experiment.times(store)) | {"cpu_seconds": 60.0})
+    torch.save({"weights": {}}, path := training.paraphraser_path(library.TAUGHT, tmp_path))
+    assert "| library | 47 | 1 | 46 |" in (text := results.tables({"library": experiment}, store, 2))
+    assert "What 1 of the files took was not kept" in text
+    keep_seconds(path, time.process_time() - 300)
+    assert "| library | 47 | 1 | 51 |" in (text := results.tables({"library": experiment}, store, 2))
+    assert "was not kept" not in text
 
 
 def test_files_that_learned_from_other_batches_are_not_compared(tmp_path):
@@ -819,6 +879,7 @@ def test_the_library_from_its_trainings_to_its_picture(tmp_path, monkeypatch):
         for job in schedule.missing(batch, tmp_path):
             job.make(*job.arguments, tmp_path)
     assert schedule.missing(experiment.jobs(store, 1), tmp_path) == []
+    assert all(value > 0 for value in seconds(experiment.jobs(store, 1), tmp_path).values())
     rows = {way.name: store.read(library.series(way).own[0]) for way in library.WAYS}
     assert len({row["batches"] for row in rows.values()}) == 1
     small = {(name, own): kept["bytes"] for name, row in rows.items() for own, kept in row["files"].items()}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from . import aware, bits, calibrated, curves, rounded, training
 from .experiment import Experiment, Job, Line, minutes
 from .plan import SETTINGS, Arm, Calibrated, Claim, Protocol, Run, Teacher
-from .store import Series, Store, series
+from .store import Store, series
 from .tables import NOT_YET, chosen_candidate, claim_tables, difference, measured
 
 
@@ -19,15 +20,8 @@ class Claimed(Experiment):
     def __init__(self, claim: Claim) -> None:
         self.claim, self.page, self.picture = claim, claim.page, claim.picture
 
-    @property
-    def series(self) -> list[Series]:
-        return [series(protocol, arm) for protocol, arms in self.claim.parts for arm in arms]
-
     def batches(self, store: Store, seeds: int) -> Iterator[list[Job]]:
-        choosing = [run for own in self.series for run in own.own]
-        yield from preparations(choosing, seeds)
-        yield [job_of(run) for run in choosing]
-        yield [job_of(run) for own in self.series for run in own.runs(store, seeds)]
+        yield from trainings(self.claim.parts, store, seeds)
         yield [Job.of(calibrated.measure, one) for one in quantised(self.claim, store, seeds)]
 
     def tables(self, store: Store, seeds: int) -> str:
@@ -43,7 +37,8 @@ class Claimed(Experiment):
     def lines_of(self, protocol: Protocol, arms: tuple[Arm, ...], store: Store, seeds: int) -> list[Line]:
         """The chosen strength over the first arm and over those that train longer, and the other pairs of the claim."""
         rows = [measured(protocol, arm, store, seeds) for arm in arms]
-        cost = sum(row.minutes for row in rows if row is not None)
+        needed = itertools.chain.from_iterable(trainings([(protocol, arms)], store, seeds))
+        cost = minutes(needed, store.folder)
         named = {arm.name: (arm.title, row) for arm, row in zip(arms, rows, strict=True)}
         pairs = [(named[one], named[other]) for one, other in self.claim.shown]
         if any(arm.candidate for arm in arms):
@@ -62,6 +57,15 @@ class Claimed(Experiment):
 
     def draw(self, store: Store, seeds: int, path: Path) -> bool:
         return (bits if self.claim.options else curves).draw(self.claim, store, seeds, path)
+
+
+def trainings(parts: Iterable[tuple[Protocol, tuple[Arm, ...]]], store: Store, seeds: int) -> Iterator[list[Job]]:
+    """All that is trained for parts of a claim, what their runs have in common first."""
+    all_series = [series(protocol, arm) for protocol, arms in parts for arm in arms]
+    choosing = [run for own in all_series for run in own.own]
+    yield from preparations(choosing, seeds)
+    yield [job_of(run) for run in choosing]
+    yield [job_of(run) for own in all_series for run in own.runs(store, seeds)]
 
 
 def preparations(runs: list[Run], seeds: int) -> Iterator[list[Job]]:

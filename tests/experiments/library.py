@@ -30,7 +30,7 @@ from lightning_compress.export import to_onnx
 
 from .calibrated import counted
 from .data import Batches, fashion_mnist
-from .experiment import Experiment, Job, Named
+from .experiment import Experiment, Job, Named, minutes
 from .files import Times, classes, looked_at
 from .front import Point, draw
 from .plan import CHOICE_SEED, FT, HINTON, LEARNING_RATES, SHORT, STATIC, Run, Teacher, digest
@@ -192,9 +192,13 @@ TEACHER = Named(f"library-v{VERSION}-teacher-{digest(vars(Teacher()))}")
 
 
 def measure_teacher(named: Named, folder: Path) -> dict[str, Any]:
+    begin = time.process_time()
     to_onnx(teacher(folder), folder / TEACHERS_FILE, fashion_mnist().test[0][:4])
-    seconds = teacher_file(TAUGHT.teacher, folder)["cpu_seconds"]
-    return {**looked_at(folder / TEACHERS_FILE, fashion_mnist().test), "training_seconds": seconds}
+    return {
+        **looked_at(folder / TEACHERS_FILE, fashion_mnist().test),
+        "training_seconds": teacher_file(TAUGHT.teacher, folder)["cpu_seconds"],
+        "cpu_seconds": time.process_time() - begin,
+    }
 
 
 class Library(Experiment):
@@ -253,8 +257,12 @@ class Library(Experiment):
                 f"{row.mean('training_seconds') / 60:.1f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-        cost = sum(row.minutes for (way, own), row in rows.items() if row is not None and own == way.files[0])
-        lines += ["", f"{seeds} seeds; {cost:.0f} minutes of one thread, the choice of learning rates included."]
+        cost = minutes(self.jobs(store, seeds), store.folder)
+        lines += [
+            "",
+            f"{seeds} seeds; {cost:.0f} minutes of one thread, teacher, paraphraser, choice of learning rates and "
+            "times included.",
+        ]
         return "\n".join(lines) + "\n"
 
     def draw(self, store: Store, seeds: int, path: Path) -> bool:

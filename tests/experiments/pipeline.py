@@ -236,18 +236,16 @@ class Pipeline(Experiment):
             ]
             lines.append(f"| {' | '.join(cells)} |")
             before = row if row.arm.quantised != "ptq" else before
-        cost = whole["cpu_seconds"] / 60 + sum(row.minutes for row in rows)
         lines += [
             "",
-            f"{seeds} seeds; {cost:.0f} minutes of one thread, teacher and choice of learning rates included.",
+            f"{seeds} seeds; {cost(*found):.0f} minutes of one thread, teacher and choice of learning rates included.",
         ]
         return "\n".join(lines) + "\n"
 
     def lines(self, store: Store, seeds: int) -> list[Line]:
         found, title = self.found(store, seeds), f"{STAGES[-1].title}, over the teacher's file"
         said = NOT_YET if found is None else interval(over_teacher(found[0][-1], found[1]))
-        cost = 0.0 if found is None else sum(row.minutes for row in found[0])
-        return [Line(title, f"28x28, {EPOCHS} epochs", said, cost)]
+        return [Line(title, f"28x28, {EPOCHS} epochs", said, 0.0 if found is None else cost(*found))]
 
     def headline(self, store: Store, seeds: int) -> str:
         """The file of all stages in one fit against the target, as a table."""
@@ -270,6 +268,11 @@ class Pipeline(Experiment):
                 f"| points of test accuracy lost | at most {LOST:g} | {mean:.2f} [{low:.2f}, {high:.2f}] | {kept} |",
             ]
         )
+
+
+def cost(rows: list[Measured], whole: dict[str, Any]) -> float:
+    """Minutes of all trainings, that of the teacher included."""
+    return whole["cpu_seconds"] / 60 + sum(row.minutes for row in rows)
 
 
 def over_teacher(row: Measured, whole: dict[str, Any]) -> list[float]:
