@@ -373,10 +373,26 @@ def test_the_command_lists_what_is_missing(tmp_path, monkeypatch, capsys):
         f"  there   {run.key}",
         "library: 0 there, 36 missing of those that can be named by now",
     ]
-    with pytest.raises(SystemExit):
-        command_with(monkeypatch, "dk")
-    said = "names must be of kd, at, ft, masks, psgd, qat, structured, pipeline, library, got dk"
-    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["pipelin", "--list"], "got pipelin; did you mean pipeline?"),
+        (["kd", "--list", "structual"], "got structual; did you mean structured?"),
+        (["--tables-only", "distilation"], "got distilation; did you mean kd?"),
+        (["nonsense", "--list"], "got nonsense"),
+    ],
+)
+def test_a_name_that_is_unknown_is_refused_before_anything_else(tmp_path, monkeypatch, capsys, arguments, said):
+    with pytest.raises(SystemExit) as error:
+        command_with(monkeypatch, *arguments, "--out", tmp_path / "out")
+    assert error.value.code == 2
+    found = capsys.readouterr()
+    expected = f"names must be of kd, at, ft, masks, psgd, qat, structured, pipeline, library, {said}"
+    assert found.err.splitlines()[-1].endswith(expected)
+    assert found.out == ""
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_that_is_made_can_be_sent_to_another_process(tmp_path):
@@ -783,6 +799,41 @@ def test_the_small_shape_from_the_start_is_what_pruned_filters_are_compared_with
     text = experiment.tables(store, 3)
     assert "| 4, 4.00 | 80.00, 1, 5.00 |" in text  # the first after base and whole
     assert "| 70% | 4 | 8/16/40 | 2,000 | 3 | 1.50 |\n| 70% | 8 | cannot be met within 2 points | | | |" in text
+
+
+@pytest.mark.slow
+def test_the_stages_of_the_pipeline_see_the_same_batches(tmp_path, monkeypatch):
+    tiny = data.Split(images(256), images(20), images(40))
+    monkeypatch.setattr(pipeline, "EPOCHS", 1)
+    monkeypatch.setattr(pipeline, "images", lambda: tiny)
+    pipeline.measure_teacher(pipeline.TEACHER, tmp_path)
+    runs = [pipeline.series(stage).candidates[0] for stage in pipeline.STAGES[:3]]
+    assert len({pipeline.measure(run, tmp_path)["batches"] for run in runs}) == 1
+    assert {run.epochs for run in runs} == {1}
+
+
+@pytest.mark.slow
+def test_shapes_that_are_trained_as_long_see_the_same_batches(tmp_path, monkeypatch):
+    tiny = data.Split(images(256), images(20), images(40))
+    for name in ("BASE_EPOCHS", "LATER_EPOCHS"):
+        monkeypatch.setattr(structured, name, 1)
+    monkeypatch.setattr(structured, "fashion_mnist", lambda: tiny)
+    structured.make_base(0, tmp_path)
+    structured.export_base(tmp_path)
+    assert Job(structured.BASES_FILE, structured.export_base).seconds(tmp_path)["base.onnx"] > 0
+    runs = [structured.series(*structured.PARTS[own]).candidates[0] for own in (0, 1, 3)]
+    whole, pruned, scratch = (structured.measure(run, tmp_path)["batches"] for run in runs)
+    assert whole == pruned != scratch
+    assert [run.epochs for run in runs] == [1, 1, 2]
+
+
+def test_stages_that_saw_different_batches_are_not_compared(piped, tmp_path):
+    alone, distilled = (pipeline.series(pipeline.STAGES[own]).runs(piped, 3)[1] for own in (0, 2))
+    piped.write(alone, piped.read(alone) | {"batches": "these"})
+    assert "not measured yet" in pipeline.Pipeline().tables(piped, 3)  # its times; the other says nothing of batches
+    piped.write(distilled, piped.read(distilled) | {"batches": "others"})
+    with pytest.raises(ValueError, match="distilled and alone saw different batches with seed 1"):
+        pipeline.Pipeline().tables(piped, 3)
 
 
 def keep_library(store, seeds):

@@ -24,7 +24,7 @@ from .experiment import Experiment, Job, Line, Named
 from .files import Times, classes, looked_at
 from .plan import CHOICE_SEED, LEARNING_RATES
 from .store import Series, Store, write_atomically
-from .tables import NOT_YET, Measured, differences, interval, t_interval
+from .tables import NOT_YET, Measured, difference, interval, t_interval
 from .training import Classifier, fit
 from .watch import predictions, share
 
@@ -117,6 +117,10 @@ class Student:
         return f"pipeline-v{VERSION}-w{WIDTH}-{self.arm.name}-{chosen}-seed{self.seed}"
 
     @property
+    def epochs(self) -> int:
+        return EPOCHS
+
+    @property
     def file(self) -> Path:
         """In the folder."""
         return Path("files") / f"{self.key}.onnx"
@@ -180,6 +184,7 @@ def measure(run: Student, folder: Path) -> dict[str, Any]:
         "held_out_accuracy": share(classes(file, data.held_out[0]), data.held_out[1]),
         "module_accuracy": share(predictions(module.network, data.test), data.test[1]),
         **looked_at(file, data.test),
+        "batches": f"{module.seen:08x}",
         "cpu_seconds": time.process_time() - begin,
     }
 
@@ -228,7 +233,7 @@ class Pipeline(Experiment):
                 f"{row.run.kd_weight or ''}",
                 f"{100 * row.mean('test_accuracy'):.2f}",
                 interval(over_teacher(row, whole)),
-                "" if before is None else interval(differences(row, before)),
+                "" if before is None else difference(row, before),
                 f"{row.first['bytes'] / 1e3:.0f}",
                 *(f"{whole[size] / row.first[size]:.1f}x" for size in ("bytes", "deflated")),
                 f"{fast[row.arm.name]['faster']:.2f}" if fast else NOT_YET,

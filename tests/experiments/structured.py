@@ -27,7 +27,7 @@ from .experiment import Experiment, Job, Line, Named, minutes
 from .files import Times, classes, speeds
 from .plan import CHOICE_SEED, HINTON, LATER_RATES, LEARNING_RATES
 from .store import Series, Store, keep_seconds, write_atomically
-from .tables import NOT_YET, Measured, differences, interval
+from .tables import NOT_YET, Measured, difference
 from .training import Classifier, fit
 from .watch import predictions, share
 
@@ -80,6 +80,10 @@ class Training:
     @property
     def key(self) -> str:
         return f"structured-v{VERSION}-{self.ratio:g}-{self.arm.name}-lr{self.rate:g}-seed{self.seed}"
+
+    @property
+    def epochs(self) -> int:
+        return self.arm.epochs
 
     def file(self, precision: str) -> Path:
         """In the folder."""
@@ -175,6 +179,7 @@ def measure(run: Training, folder: Path) -> dict[str, Any]:
         **{f"{key}_bytes": path.stat().st_size for key, path in files.items()},
         "parameters": count_parameters(network),
         "macs": count_macs(network, (image,)).value,
+        "batches": f"{module.seen:08x}",
         "cpu_seconds": time.process_time() - begin,
     }
 
@@ -254,8 +259,8 @@ class Structured(Experiment):
                 arm.title,
                 f"{row.run.rate:g}",
                 f"{100 * row.mean('test_accuracy'):.2f}",
-                "" if arm is WHOLE else interval(differences(row, rows[WHOLE, 0.0])),
-                "" if scratch is None or arm is ARMS[-1] else interval(differences(row, scratch)),
+                "" if arm is WHOLE else difference(row, rows[WHOLE, 0.0]),
+                "" if scratch is None or arm is ARMS[-1] else difference(row, scratch),
                 f"{row.first['parameters']:,}",
                 f"{row.first['macs']:,}",
                 f"{row.first['fp32_bytes'] / 1e3:.0f}{fp32}",
@@ -275,7 +280,7 @@ class Structured(Experiment):
         for ratio in RATIOS:
             said, cost = NOT_YET, 0.0
             if rows is not None:
-                said = interval(differences(rows[pruned, ratio], rows[scratch, ratio]))
+                said = difference(rows[pruned, ratio], rows[scratch, ratio])
                 cost = minutes(base_jobs(seeds), store.folder)  # all go on from these, or are compared with who does
                 cost += sum(row.minutes for (_, own), row in rows.items() if own in (0.0, ratio))
             found.append(
