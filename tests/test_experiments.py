@@ -405,6 +405,9 @@ def test_the_command_writes_all_pages_without_training(tmp_path, monkeypatch):
     keep(Store(tmp_path), candidates(SHORT, PLAIN)[0], 0.8, 0.7)
     (docs := tmp_path / "docs" / "experiments").mkdir(parents=True)
     pages = [docs / one.page for one in command.EXPERIMENTS.values()]
+    for old in ("pruning.png", "quantisation.png", "library.png"):
+        (docs / old).touch()
+        (tmp_path / old).touch()
     for page in (*pages, tmp_path / "docs" / "results.md"):
         page.write_text(f"# Title\n\n{tables.BEGIN}\n{tables.END}\n")
     monkeypatch.setattr(command, "DOCS", tmp_path / "docs")
@@ -416,7 +419,21 @@ def test_the_command_writes_all_pages_without_training(tmp_path, monkeypatch):
     assert "| KD over student alone | All 18,000 labels, 16 epochs | not measured yet |  |" in found
     assert "| kd | 1 | 33 | 1 |" in found
     assert "8 seeds. All that is there took 1 minutes of one thread" in found
-    assert "png" not in found
+    assert not any("png" in page for page in (found, *(page.read_text() for page in pages)))
+    assert not [*tmp_path.glob("**/*.png")]  # they were of other runs
+
+
+def test_a_page_shows_the_picture_that_was_drawn(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    for run in candidates(plan.NINETY, plan.DPF):
+        keep(store, run, 0.8, 0.7)
+        curves = {"curve": [[1, 0.5, 0.5]], "churn_curve": [[1, 0.1]]}
+        quantities = {column.quantity: 0.1 for column in plan.STEADINESS}
+        store.write(run, store.read(run) | curves | quantities)
+    assert command_with(monkeypatch, "masks", "--tables-only", "--seeds", 1, "--out", tmp_path) == 0
+    text = (tmp_path / "pruning.md").read_text()
+    assert text.startswith("![Accuracy on held-out images and churn over the training, for gradual pruning, DPF and ")
+    assert (tmp_path / "pruning.png").read_bytes()[1:4] == b"PNG"
 
 
 def images(count=80):
@@ -859,13 +876,12 @@ def test_each_file_of_the_library_is_compared_with_that_of_the_student_alone(tmp
     keep_library(store, 2)
     keep_times(store, experiment.times(store))
     rows = experiment.tables(store, 2).splitlines()
-    assert rows[0] == "![Accuracy of each file against its bytes, and against its time](library.png)"
-    assert len(rows) == 2 + 2 + 15 + 1 + 2
-    assert rows[4] == "| student alone, fp32 | 0.1 | 80.00 |  | 36 | 9 | 1.00 | 1.5 |"
+    assert len(rows) == 2 + 15 + 1 + 2
+    assert rows[2] == "| student alone, fp32 | 0.1 | 80.00 |  | 36 | 9 | 1.00 | 1.5 |"
     assert (
-        rows[5] == "| student alone, int8 (PTQ) | 0.1 | 80.00 | +0.00 [+0.00, +0.00], not shown | 32 | 8 | 2.00 | 1.5 |"
+        rows[3] == "| student alone, int8 (PTQ) | 0.1 | 80.00 | +0.00 [+0.00, +0.00], not shown | 32 | 8 | 2.00 | 1.5 |"
     )
-    assert rows[7] == "| KD, fp32 | 0.1 | 81.00 | +1.00 [+1.00, +1.00] | 36 | 9 | 4.00 | 1.5 |"
+    assert rows[5] == "| KD, fp32 | 0.1 | 81.00 | +1.00 [+1.00, +1.00] | 36 | 9 | 4.00 | 1.5 |"
     assert rows[-3] == "| teacher, fp32 | 0.1 | 95.00 | +15.00 [+15.00, +15.00] | 90 | 80 | 16.00 | 4.0 |"
     assert rows[-1] == (
         "2 seeds; 44 minutes of one thread, teacher, paraphraser, choice of learning rates and times included."

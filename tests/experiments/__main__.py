@@ -64,11 +64,10 @@ def main() -> int:
         if not options.tables_only:
             failures += make_all(experiment, store, seeds=options.seeds, jobs=options.jobs, say=say)
         text = experiment.tables(store, options.seeds)
+        if experiment.picture is not None and draw(experiment, store, options.seeds, folders):
+            text = f"![{experiment.caption}]({experiment.picture})\n\n{text}"
         say(f"\n{text}")
         write(experiment.page, text, folders)
-        if experiment.picture is not None:
-            for folder in folders:
-                experiment.draw(store, options.seeds, folder / experiment.picture)
     text = results.tables(EXPERIMENTS, store, options.seeds)
     write(results.PAGE, text, [options.out, *([DOCS] if options.pages else [])])
     say(f"\n{text}\nTook {(time.perf_counter() - begin) / 60:.1f} minutes with {options.jobs} processes.")
@@ -88,6 +87,16 @@ def list_runs(name: str, experiment: Experiment, store: Store, seeds: int) -> No
     say(f"{name}: {there} there, {len(jobs) - there} missing of those that can be named by now")
     for job in jobs:
         say(f"  {'there  ' if job.there(store.folder) else 'missing'} {job.path.stem}")
+
+
+def draw(experiment: Experiment, store: Store, seeds: int, folders: list[Path]) -> bool:
+    """Draw the picture into all folders; where there is nothing to be seen, that of other runs goes."""
+    paths = [folder / str(experiment.picture) for folder in folders]
+    drawn = [experiment.draw(store, seeds, path) for path in paths]
+    if not all(drawn):
+        for path in paths:
+            path.unlink(missing_ok=True)
+    return all(drawn)
 
 
 def write(page: str, text: str, folders: list[Path]) -> None:

@@ -18,7 +18,7 @@ class Claimed(Experiment):
     """Teacher, paraphrasers, starts; runs that choose learning rates; the other seeds; what is calibrated of them."""
 
     def __init__(self, claim: Claim) -> None:
-        self.claim, self.page, self.picture = claim, claim.page, claim.picture
+        self.claim, self.page, self.picture, self.caption = claim, claim.page, claim.picture, claim.caption
 
     def batches(self, store: Store, seeds: int) -> Iterator[list[Job]]:
         yield from trainings(self.claim.parts, store, seeds)

@@ -78,6 +78,7 @@ class Experiment(ABC):
 
     page: str
     picture: str | None = None
+    caption = ""  # of the picture
 
     @abstractmethod
     def batches(self, store: Store, seeds: int) -> Iterator[list[Job]]:

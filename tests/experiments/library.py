@@ -206,6 +206,7 @@ class Library(Experiment):
 
     page = "library.md"
     picture = "library.png"
+    caption = "Accuracy of each file against its bytes, and against its time"
 
     def batches(self, store: Store, seeds: int) -> Iterator[list[Job]]:
         yield [Job(teacher_path(TAUGHT.teacher, Path()), train_teacher, (TAUGHT.teacher,))]
@@ -236,8 +237,6 @@ class Library(Experiment):
         rows, fast = self.rows(store, seeds), self.times(store).read(store)
         plain = rows[WAYS[0], "fp32"]
         lines = [
-            self.image(store, seeds),
-            "",
             "| file | learning rate | test accuracy | over the student alone, fp32 | kB | deflated | times as fast "
             "| minutes of a training |",
             f"|{'---|' * 8}",
@@ -268,11 +267,11 @@ class Library(Experiment):
     def draw(self, store: Store, seeds: int, path: Path) -> bool:
         return draw(self.points(store, seeds), path)
 
-    def image(self, store: Store, seeds: int, folder: str = "") -> str:
-        """The picture as a page shows it."""
+    def image(self, store: Store, seeds: int, folder: str) -> str:
+        """The picture as a page elsewhere shows it."""
         if not self.points(store, seeds):
             return f"{NOT_YET.capitalize()}."
-        return f"![Accuracy of each file against its bytes, and against its time]({folder}{self.picture})"
+        return f"![{self.caption}]({folder}{self.picture})"
 
     def points(self, store: Store, seeds: int) -> list[Point]:
         """What the picture shows."""
