@@ -22,6 +22,7 @@ from experiments import (
     claims,
     curves,
     data,
+    files,
     front,
     library,
     pipeline,
@@ -434,6 +435,17 @@ def test_a_page_shows_the_picture_that_was_drawn(tmp_path, monkeypatch):
     text = (tmp_path / "pruning.md").read_text()
     assert text.startswith("![Accuracy on held-out images and churn over the training, for gradual pruning, DPF and ")
     assert (tmp_path / "pruning.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_pages_say_how_their_times_are_measured():
+    folder = Path(__file__).parents[1] / "docs" / "experiments"
+    assert files.SESSIONS == 5
+    assert "each the median of five sessions" in (folder / "index.md").read_text()
+    timed = [one.page for one in command.EXPERIMENTS.values() if hasattr(one, "times")]
+    assert sorted(timed) == ["library.md", "pipeline.md", "structured-pruning.md"]
+    for page in timed:
+        said = " ".join((folder / page).read_text().split())
+        assert "[Times](index.md#the-rules-of-every-table), each the median of five sessions, are those of the" in said
 
 
 def images(count=80):
