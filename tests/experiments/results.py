@@ -39,8 +39,7 @@ def cost(experiments: Mapping[str, Experiment], store: Store, seeds: int) -> str
         there = sum(job.there(store.folder) for job in own)
         lines.append(f"| {name} | {there} | {len(own) - there} | {minutes(own, store.folder):.0f} |")
     every = [job for own in jobs.values() for job in own]
-    whole = minutes(every, store.folder)
-    unknown = sum(value is None for value in seconds(every, store.folder).values())
+    whole, unknown = minutes(every, store.folder), list(seconds(every, store.folder).values()).count(None)
     left_out = f"What {unknown} of the files took was not kept, and is not in it. " if unknown else ""
     return "\n".join(
         [
