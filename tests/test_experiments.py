@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import shutil
+import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from experiments import __main__ as command
 from experiments import (
+    aware,
     bits,
     calibrated,
     claims,
     curves,
     data,
+    files,
     front,
     library,
     pipeline,
@@ -31,10 +36,10 @@ from experiments import (
     watch,
 )
 from experiments.claims import Claimed
-from experiments.experiment import Experiment, Job, minutes
+from experiments.experiment import Experiment, Job, minutes, seconds
 from experiments.files import Times
 from experiments.plan import CLAIMS, FEW, FT, KD, LONGER, PLAIN, SHORT, SMOOTHED, Arm, Claim, Protocol, Run, Teacher
-from experiments.store import Store, candidates, series, write_atomically
+from experiments.store import Store, candidates, keep_seconds, series, write_atomically
 
 CLAIM = Claim("kd", "page.md", "KD", ((SHORT, (PLAIN, KD, SMOOTHED)),))
 
@@ -225,6 +230,59 @@ def test_all_is_made_in_turn_and_failures_are_said(tmp_path, monkeypatch, fails,
     assert len(said) == failures + len(made)
 
 
+class Deadly:
+    """Kills the process that it is sent to."""
+
+    def __reduce__(self):
+        return signal.raise_signal, (signal.SIGKILL,)
+
+
+class Killed(Experiment):
+    """A batch whose second job kills its process, and one that works; files are copied, which needs no torch."""
+
+    page = "page.md"
+
+    def __init__(self, source):
+        self.source = source
+
+    def batches(self, store, seeds):
+        yield [self.job("before"), self.job("killed", Deadly()), self.job("after")]
+        yield [self.job("next")]
+
+    def job(self, name, *arguments):
+        return Job(Path(name), shutil.copy, arguments or (self.source / name,))
+
+    def tables(self, store, seeds):
+        return ""
+
+
+def test_a_process_that_is_killed_does_not_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule, "start_worker", int)  # it loads torch, for half a minute
+    for folder in (source := tmp_path / "source", out := tmp_path / "out"):
+        folder.mkdir()
+    for name in ("before", "after", "next"):
+        (source / name).touch()
+    said = []
+    failures = schedule.make_all(Killed(source), Store(out), seeds=1, jobs=1, say=said.append)
+    made = sorted(path.name for path in out.iterdir())
+    assert made == ["before", "next"]
+    assert failures == 2
+    broken = [line for line in said if "failed: BrokenProcessPool" in line]
+    assert sorted(line.split()[1] for line in broken) == ["after:", "killed:"]
+    assert said[-1].startswith("[1/1] next: ")
+
+
+def test_what_is_submitted_to_a_broken_pool_has_failed(tmp_path):
+    class Broken(ThreadPoolExecutor):
+        def submit(self, *arguments):
+            raise BrokenExecutor("killed")
+
+    said = []
+    with Broken(1) as pool:
+        assert schedule.make_batch([Job(Path(name), print) for name in "ab"], tmp_path, pool, said.append) == 2
+    assert sorted(line.split("] ")[1] for line in said) == [f"{name}: failed: BrokenExecutor: killed" for name in "ab"]
+
+
 def test_a_paraphraser_is_trained_once_for_each_teacher():
     runs = [run for arm in (PLAIN, KD, *FT) for run in candidates(SHORT, arm)]
     assert sorted(run.arm.teacher for run in claims.one_a_teacher(runs)) == ["random", "trained"]
@@ -249,6 +307,44 @@ def test_the_table_of_a_claim(tmp_path):
     )
     keep_arm(store, SMOOTHED, [0.81, 0.821, 0.832])
     assert "| label smoothing 0.1 | 0.1 | 82.10 | +1.10 [+0.85, +1.35] | +0.00" in tables.claim_tables(CLAIM, store, 3)
+
+
+def test_the_results_name_the_control_that_trains_longer(tmp_path):
+    store = Store(tmp_path)
+    claim = Claim("kd", "page.md", "KD", ((SHORT, (PLAIN, KD, LONGER, SMOOTHED)), (plan.LONG, (PLAIN, SMOOTHED))))
+    lines = Claimed(claim).lines(store, 3)
+    assert [line.compared for line in lines] == ["KD over student alone", "KD over student alone, as much time"]
+    assert {line.difference for line in lines} == {tables.NOT_YET}
+    keep_arm(store, PLAIN, [0.80, 0.81, 0.82])
+    keep_arm(store, KD, [0.81, 0.82, 0.83])
+    keep_arm(store, LONGER, [0.82, 0.83, 0.84])
+    assert [line.difference for line in Claimed(claim).lines(store, 3)] == [
+        "+1.00 [+1.00, +1.00]",
+        "-1.00 [-1.00, -1.00]",
+    ]
+    losing = [line.compared for line in Claimed(CLAIMS["masks"]).lines(store, 3) if "epochs" in line.compared]
+    assert losing == ["DCIL over gradual, twice the epochs"] * 2
+
+
+def test_a_line_costs_all_that_its_table_shows(tmp_path):
+    store = Store(tmp_path)
+    keep_arm(store, PLAIN, [0.8, 0.8])
+    keep_arm(store, FT[0], [0.8, 0.8])
+    torch.save({"cpu_seconds": 600.0}, training.teacher_path(Teacher(), tmp_path))
+    paraphraser = training.paraphraser_path(Run(SHORT, FT[0], 0.1, 0), tmp_path)
+    torch.save({}, paraphraser)
+    keep_seconds(paraphraser, time.process_time() - 6000)
+    (line,) = Claimed(Claim("ft", "page.md", "FT", ((SHORT, (PLAIN, FT[0])),))).lines(store, 2)
+    assert line.minutes == pytest.approx(4 + 4 + 10 + 100)
+    few = Claim("psgd", "page.md", "PSGD", ((plan.FOUR, (plan.SGD, plan.PSGD[1])),))
+    for arm in (plan.SGD, plan.PSGD[1]):
+        for run in candidates(plan.FOUR, arm):
+            keep(store, run, run.rate, 0.8)
+    start = rounded.network_path(rounded.start_of(run), tmp_path)
+    start.parent.mkdir()
+    torch.save({"cpu_seconds": 600.0}, start)
+    (line,) = Claimed(few).lines(store, 1)
+    assert line.minutes == 3 + 3 + 10
 
 
 def test_tables_go_between_the_markers_of_a_page(tmp_path):
@@ -278,10 +374,26 @@ def test_the_command_lists_what_is_missing(tmp_path, monkeypatch, capsys):
         f"  there   {run.key}",
         "library: 0 there, 36 missing of those that can be named by now",
     ]
-    with pytest.raises(SystemExit):
-        command_with(monkeypatch, "dk")
-    said = "names must be of kd, at, ft, masks, psgd, qat, structured, pipeline, library, got dk"
-    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["pipelin", "--list"], "got pipelin; did you mean pipeline?"),
+        (["kd", "--list", "structual"], "got structual; did you mean structured?"),
+        (["--tables-only", "distilation"], "got distilation; did you mean kd?"),
+        (["nonsense", "--list"], "got nonsense"),
+    ],
+)
+def test_a_name_that_is_unknown_is_refused_before_anything_else(tmp_path, monkeypatch, capsys, arguments, said):
+    with pytest.raises(SystemExit) as error:
+        command_with(monkeypatch, *arguments, "--out", tmp_path / "out")
+    assert error.value.code == 2
+    found = capsys.readouterr()
+    expected = f"names must be of kd, at, ft, masks, psgd, qat, structured, pipeline, library, {said}"
+    assert found.err.splitlines()[-1].endswith(expected)
+    assert found.out == ""
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_that_is_made_can_be_sent_to_another_process(tmp_path):
@@ -294,6 +406,9 @@ def test_the_command_writes_all_pages_without_training(tmp_path, monkeypatch):
     keep(Store(tmp_path), candidates(SHORT, PLAIN)[0], 0.8, 0.7)
     (docs := tmp_path / "docs" / "experiments").mkdir(parents=True)
     pages = [docs / one.page for one in command.EXPERIMENTS.values()]
+    for old in ("pruning.png", "quantisation.png", "library.png"):
+        (docs / old).touch()
+        (tmp_path / old).touch()
     for page in (*pages, tmp_path / "docs" / "results.md"):
         page.write_text(f"# Title\n\n{tables.BEGIN}\n{tables.END}\n")
     monkeypatch.setattr(command, "DOCS", tmp_path / "docs")
@@ -301,10 +416,36 @@ def test_the_command_writes_all_pages_without_training(tmp_path, monkeypatch):
     assert "| KD | not measured yet |" in (tmp_path / "distillation.md").read_text()
     assert all("ot measured yet" in page.read_text() for page in pages)
     found = (tmp_path / "docs" / "results.md").read_text()
-    assert "| KD over student alone | All 18,000 labels, 6 epochs | not measured yet |  |" in found
+    assert "| KD over student alone | All 18,000 labels, 6 epochs | not measured yet | 1 |" in found
+    assert "| KD over student alone | All 18,000 labels, 16 epochs | not measured yet |  |" in found
     assert "| kd | 1 | 33 | 1 |" in found
     assert "8 seeds. All that is there took 1 minutes of one thread" in found
-    assert "png" not in found
+    assert not any("png" in page for page in (found, *(page.read_text() for page in pages)))
+    assert not [*tmp_path.glob("**/*.png")]  # they were of other runs
+
+
+def test_a_page_shows_the_picture_that_was_drawn(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    for run in candidates(plan.NINETY, plan.DPF):
+        keep(store, run, 0.8, 0.7)
+        curves = {"curve": [[1, 0.5, 0.5]], "churn_curve": [[1, 0.1]]}
+        quantities = {column.quantity: 0.1 for column in plan.STEADINESS}
+        store.write(run, store.read(run) | curves | quantities)
+    assert command_with(monkeypatch, "masks", "--tables-only", "--seeds", 1, "--out", tmp_path) == 0
+    text = (tmp_path / "pruning.md").read_text()
+    assert text.startswith("![Accuracy on held-out images and churn over the training, for gradual pruning, DPF and ")
+    assert (tmp_path / "pruning.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_pages_say_how_their_times_are_measured():
+    folder = Path(__file__).parents[1] / "docs" / "experiments"
+    assert files.SESSIONS == 5
+    assert "each the median of five sessions" in (folder / "index.md").read_text()
+    timed = [one.page for one in command.EXPERIMENTS.values() if hasattr(one, "times")]
+    assert sorted(timed) == ["library.md", "pipeline.md", "structured-pruning.md"]
+    for page in timed:
+        said = " ".join((folder / page).read_text().split())
+        assert "[Times](index.md#the-rules-of-every-table), each the median of five sessions, are those of the" in said
 
 
 def images(count=80):
@@ -558,6 +699,29 @@ def test_a_claim_on_few_bits_from_its_runs_to_its_tables(few_bits, monkeypatch):
     assert (store.folder / "picture.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_a_network_that_claims_share_is_counted_once_whoever_has_trained_it(few_bits, monkeypatch):
+    claim, store = few_bits
+    full, (sgd, *_) = claim.parts[0][0], claim.parts[1][1]
+    monkeypatch.setattr(aware, "fashion_mnist", rounded.fashion_mnist)
+    monkeypatch.setattr(aware, "VARIANTS", plan.VARIANTS[:2])
+    trained_for = dataclasses.replace(full, name="qat-4-8", bits=4, activation_bits=8)
+    run = Run(trained_for, plan.FINE_TUNED, 0.01, 0)
+    (path := rounded.network_path(run, store.folder)).unlink()
+    first, second = (aware.measure(run, store.folder) for _ in range(2))
+    assert first["network"] == path.name == store.read(Run(full, sgd, 0.01, 0))["network"]
+    kept = torch.load(path, weights_only=True)
+    for found in (first, second):
+        assert found["network_seconds"] == kept["cpu_seconds"] < found["cpu_seconds"]
+        assert found["batches"] == kept["batches"]
+    store.write(run, first)
+    job = Job.of(aware.measure, run)
+    assert job.seconds(store.folder)[path.name] == kept["cpu_seconds"]
+    start = aware.measure(dataclasses.replace(run, arm=plan.CALIBRATED), store.folder)
+    assert start["batches"] == ""
+    assert "network" not in start
+
+
 def test_options_are_compared_by_seed(tmp_path):
     store, options = Store(tmp_path), plan.OPTIONS[:2]
     claim = Claim("psgd", "page.md", "PSGD", ((plan.UNROUNDED, (plan.SGD,)),), teacher=False, options=options)
@@ -629,7 +793,7 @@ def test_the_pipeline_against_its_target(piped):
     # 3 and 6 candidates, 2 further seeds of two stages that choose, 3 of three that do not, and the teacher
     assert "3 seeds; 32 minutes of one thread, teacher and choice of learning rates included." in text
     (line,) = experiment.lines(piped, 3)
-    assert (line.difference, line.minutes) == ("-0.30 [-0.55, -0.05]", 22.0)
+    assert (line.difference, line.minutes) == ("-0.30 [-0.55, -0.05]", 32.0)
 
 
 def test_the_small_shape_from_the_start_is_what_pruned_filters_are_compared_with(tmp_path):
@@ -647,11 +811,13 @@ def test_the_small_shape_from_the_start_is_what_pruned_filters_are_compared_with
     lines = experiment.lines(store, 3)
     assert [line.protocol for line in lines] == [f"{ratio}% of the MACs removed, 16 epochs" for ratio in (30, 50, 70)]
     assert {line.difference for line in lines} == {"+1.01 [+0.99, +1.03]"}
+    assert {line.minutes for line in lines} == {4 * 5.0}  # 3 rates and 2 further seeds of 3 arms, and of the whole
     for seed in range(3):
         kept = {"test_accuracy": 0.8, "cpu_seconds": 60.0}
         torch.save(kept, structured.base_path(seed, tmp_path))
     (tmp_path / structured.BASES_FILE).parent.mkdir()
     (tmp_path / structured.BASES_FILE).write_bytes(b"0" * 4000)
+    assert {line.minutes for line in experiment.lines(store, 3)} == {23.0}
     text = experiment.tables(store, 3)
     assert "| 30% | filters of the smallest norm | 0.03 | 81.01 | -1.01 [-1.03, -0.99] | +1.01 [+0.99, +1.03] |" in text
     assert "### Numbers of channels\n\nNot measured yet." in text
@@ -662,6 +828,41 @@ def test_the_small_shape_from_the_start_is_what_pruned_filters_are_compared_with
     text = experiment.tables(store, 3)
     assert "| 4, 4.00 | 80.00, 1, 5.00 |" in text  # the first after base and whole
     assert "| 70% | 4 | 8/16/40 | 2,000 | 3 | 1.50 |\n| 70% | 8 | cannot be met within 2 points | | | |" in text
+
+
+@pytest.mark.slow
+def test_the_stages_of_the_pipeline_see_the_same_batches(tmp_path, monkeypatch):
+    tiny = data.Split(images(256), images(20), images(40))
+    monkeypatch.setattr(pipeline, "EPOCHS", 1)
+    monkeypatch.setattr(pipeline, "images", lambda: tiny)
+    pipeline.measure_teacher(pipeline.TEACHER, tmp_path)
+    runs = [pipeline.series(stage).candidates[0] for stage in pipeline.STAGES[:3]]
+    assert len({pipeline.measure(run, tmp_path)["batches"] for run in runs}) == 1
+    assert {run.epochs for run in runs} == {1}
+
+
+@pytest.mark.slow
+def test_shapes_that_are_trained_as_long_see_the_same_batches(tmp_path, monkeypatch):
+    tiny = data.Split(images(256), images(20), images(40))
+    for name in ("BASE_EPOCHS", "LATER_EPOCHS"):
+        monkeypatch.setattr(structured, name, 1)
+    monkeypatch.setattr(structured, "fashion_mnist", lambda: tiny)
+    structured.make_base(0, tmp_path)
+    structured.export_base(tmp_path)
+    assert Job(structured.BASES_FILE, structured.export_base).seconds(tmp_path)["base.onnx"] > 0
+    runs = [structured.series(*structured.PARTS[own]).candidates[0] for own in (0, 1, 3)]
+    whole, pruned, scratch = (structured.measure(run, tmp_path)["batches"] for run in runs)
+    assert whole == pruned != scratch
+    assert [run.epochs for run in runs] == [1, 1, 2]
+
+
+def test_stages_that_saw_different_batches_are_not_compared(piped, tmp_path):
+    alone, distilled = (pipeline.series(pipeline.STAGES[own]).runs(piped, 3)[1] for own in (0, 2))
+    piped.write(alone, piped.read(alone) | {"batches": "these"})
+    assert "not measured yet" in pipeline.Pipeline().tables(piped, 3)  # its times; the other says nothing of batches
+    piped.write(distilled, piped.read(distilled) | {"batches": "others"})
+    with pytest.raises(ValueError, match="distilled and alone saw different batches with seed 1"):
+        pipeline.Pipeline().tables(piped, 3)
 
 
 def keep_library(store, seeds):
@@ -687,18 +888,28 @@ def test_each_file_of_the_library_is_compared_with_that_of_the_student_alone(tmp
     keep_library(store, 2)
     keep_times(store, experiment.times(store))
     rows = experiment.tables(store, 2).splitlines()
-    assert rows[0] == "![Accuracy of each file against its bytes, and against its time](library.png)"
-    assert len(rows) == 2 + 2 + 15 + 1 + 2
-    assert rows[4] == "| student alone, fp32 | 0.1 | 80.00 |  | 36 | 9 | 1.00 | 1.5 |"
+    assert len(rows) == 2 + 15 + 1 + 2
+    assert rows[2] == "| student alone, fp32 | 0.1 | 80.00 |  | 36 | 9 | 1.00 | 1.5 |"
     assert (
-        rows[5] == "| student alone, int8 (PTQ) | 0.1 | 80.00 | +0.00 [+0.00, +0.00], not shown | 32 | 8 | 2.00 | 1.5 |"
+        rows[3] == "| student alone, int8 (PTQ) | 0.1 | 80.00 | +0.00 [+0.00, +0.00], not shown | 32 | 8 | 2.00 | 1.5 |"
     )
-    assert rows[7] == "| KD, fp32 | 0.1 | 81.00 | +1.00 [+1.00, +1.00] | 36 | 9 | 4.00 | 1.5 |"
+    assert rows[5] == "| KD, fp32 | 0.1 | 81.00 | +1.00 [+1.00, +1.00] | 36 | 9 | 4.00 | 1.5 |"
     assert rows[-3] == "| teacher, fp32 | 0.1 | 95.00 | +15.00 [+15.00, +15.00] | 90 | 80 | 16.00 | 4.0 |"
-    assert rows[-1] == "2 seeds; 44 minutes of one thread, the choice of learning rates included."
+    assert rows[-1] == (
+        "2 seeds; 44 minutes of one thread, teacher, paraphraser, choice of learning rates and times included."
+    )
     text = results.tables({"library": experiment}, store, 2)
     assert "](experiments/library.png)" in text
     assert "| library | 46 | 2 | 44 |" in text  # teacher and paraphraser are not there
+    assert "What 2 of the files took was not kept, and is not in it." in text  # the teacher's file, and the times
+    store.write(library.TEACHER, store.read(library.TEACHER) | {"cpu_seconds": 60.0})
+    store.write(experiment.times(store), store.read(experiment.times(store)) | {"cpu_seconds": 60.0})
+    torch.save({"weights": {}}, path := training.paraphraser_path(library.TAUGHT, tmp_path))
+    assert "| library | 47 | 1 | 46 |" in (text := results.tables({"library": experiment}, store, 2))
+    assert "What 1 of the files took was not kept" in text
+    keep_seconds(path, time.process_time() - 300)
+    assert "| library | 47 | 1 | 51 |" in (text := results.tables({"library": experiment}, store, 2))
+    assert "was not kept" not in text
 
 
 def test_files_that_learned_from_other_batches_are_not_compared(tmp_path):
@@ -747,6 +958,7 @@ def test_the_library_from_its_trainings_to_its_picture(tmp_path, monkeypatch):
         for job in schedule.missing(batch, tmp_path):
             job.make(*job.arguments, tmp_path)
     assert schedule.missing(experiment.jobs(store, 1), tmp_path) == []
+    assert all(value > 0 for value in seconds(experiment.jobs(store, 1), tmp_path).values())
     rows = {way.name: store.read(library.series(way).own[0]) for way in library.WAYS}
     assert len({row["batches"] for row in rows.values()}) == 1
     small = {(name, own): kept["bytes"] for name, row in rows.items() for own, kept in row["files"].items()}

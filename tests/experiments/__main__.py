@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -45,9 +46,10 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="say which runs there are and which are missing; make none")
     parser.add_argument("--tables-only", action="store_true", help="write the tables from the runs that are there")
     parser.add_argument("--pages", action="store_true", help=f"put the tables into the pages under {DOCS} too")
-    options = parser.parse_args()
-    if unknown := set(options.names) - set(EXPERIMENTS):
-        parser.error(f"names must be of {', '.join(EXPERIMENTS)}, got {', '.join(sorted(unknown))}")
+    options = parser.parse_intermixed_args()
+    for name in options.names:
+        if name not in EXPERIMENTS:
+            parser.error(f"names must be of {', '.join(EXPERIMENTS)}, got {name}{nearest(name)}")
     chosen = {name: EXPERIMENTS[name] for name in options.names or EXPERIMENTS}
     store, begin, failures = Store(options.out), time.perf_counter(), 0
     quiet()
@@ -62,15 +64,21 @@ def main() -> int:
         if not options.tables_only:
             failures += make_all(experiment, store, seeds=options.seeds, jobs=options.jobs, say=say)
         text = experiment.tables(store, options.seeds)
+        if experiment.picture is not None and draw(experiment, store, options.seeds, folders):
+            text = f"![{experiment.caption}]({experiment.picture})\n\n{text}"
         say(f"\n{text}")
         write(experiment.page, text, folders)
-        if experiment.picture is not None:
-            for folder in folders:
-                experiment.draw(store, options.seeds, folder / experiment.picture)
     text = results.tables(EXPERIMENTS, store, options.seeds)
     write(results.PAGE, text, [options.out, *([DOCS] if options.pages else [])])
     say(f"\n{text}\nTook {(time.perf_counter() - begin) / 60:.1f} minutes with {options.jobs} processes.")
     return 1 if failures else 0
+
+
+def nearest(name: str) -> str:
+    """The experiment that is spelled most alike, or whose page is."""
+    called = {**{Path(one.page).stem: own for own, one in EXPERIMENTS.items()}, **{own: own for own in EXPERIMENTS}}
+    close = get_close_matches(name, called, n=1)
+    return f"; did you mean {called[close[0]]}?" if close else ""
 
 
 def list_runs(name: str, experiment: Experiment, store: Store, seeds: int) -> None:
@@ -79,6 +87,16 @@ def list_runs(name: str, experiment: Experiment, store: Store, seeds: int) -> No
     say(f"{name}: {there} there, {len(jobs) - there} missing of those that can be named by now")
     for job in jobs:
         say(f"  {'there  ' if job.there(store.folder) else 'missing'} {job.path.stem}")
+
+
+def draw(experiment: Experiment, store: Store, seeds: int, folders: list[Path]) -> bool:
+    """Draw the picture into all folders; where there is nothing to be seen, that of other runs goes."""
+    paths = [folder / str(experiment.picture) for folder in folders]
+    drawn = [experiment.draw(store, seeds, path) for path in paths]
+    if not all(drawn):
+        for path in paths:
+            path.unlink(missing_ok=True)
+    return all(drawn)
 
 
 def write(page: str, text: str, folders: list[Path]) -> None:

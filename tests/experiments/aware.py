@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lightning_compress import PTQCallback, QATCallback
 from lightning_compress.demo import SmallResNet
 from lightning_compress.export.onnx import write_onnx
-from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.scales import Scales
 from lightning_compress.mechanisms.calibration import fingerprints
 from lightning_compress.mechanisms.grids import Grids
@@ -24,21 +23,21 @@ from lightning_compress.mechanisms.rounding import Rounding
 
 from .calibrated import SAMPLES, counted
 from .data import Batches, Images, fashion_mnist
+from .files import LOOK, classes
 from .plan import VARIANTS, Option, Run, digest
-from .rounded import LATER_BATCHES, network_of, start_of
+from .rounded import LATER_BATCHES, network_of, network_path, start_of
 from .rounded import trained as trained_plainly
 from .store import write_atomically
 from .training import Classifier, fit
 from .watch import predictions, share
 
 EDGE_BITS = 8  # first and last weight, and the image, in all arms
-LOOK = 500  # images at a time
 
 
 def measure(run: Run, folder: Path) -> dict[str, Any]:
     """Make a run: train on the bits, or train without and calibrate, and look at the quantised network and its file."""
     data, begin, cpu = fashion_mnist(), time.perf_counter(), time.process_time()
-    option, moved, batches, training = "", 0.0, "", 0.0
+    option, moved, batches, training, shared = "", 0.0, "", 0.0, {}
     if run.arm.technique == "qat":
         kept = trained(run, folder)
         training, cpu = kept.get("cpu_seconds", 0.0), time.process_time()  # it may have been made before
@@ -46,7 +45,11 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         network.load_state_dict(kept["weights"])
         grids = Grids.from_state(grids)
     else:
-        network = network_of(start_of(run) if run.arm.technique == "start" else run, folder)
+        source = start_of(run) if run.arm.technique == "start" else run
+        kept, network, cpu = trained_plainly(source, folder), network_of(source, folder), time.process_time()
+        if source is run:  # other protocols may have the same network
+            batches, training = kept["batches"], kept["cpu_seconds"]
+            shared = {"network": network_path(run, folder).name, "network_seconds": training}
         found = {own.name: calibrated(network, run, own) for own in VARIANTS}
         option = max(found, key=lambda name: quantised_share(network, found[name], data.held_out))
         grids = found[option]
@@ -55,6 +58,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     file = through_file(network, grids, data.test[0])
     accuracy, full = share(test, data.test[1]), share(predictions(network, data.test), data.test[1])
     return {
+        **shared,
         "held_out_accuracy": quantised_share(network, grids, data.held_out),
         "test_accuracy": accuracy,
         "test_accuracy_full": full,
@@ -63,7 +67,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         "file_agreement": share(file, test),
         "moved": moved,
         "option": option,
-        "batches": batches or (batches_of(run, folder) if run.arm.technique == "plain" else ""),
+        "batches": batches,
         "seconds": time.perf_counter() - begin,
         "cpu_seconds": training + time.process_time() - cpu,
         "configuration": run.configuration(),
@@ -127,9 +131,4 @@ def through_file(network: nn.Module, grids: Grids, images: Tensor) -> Tensor:
         write_onnx(
             network, path, images[:4], "int8", scales=Scales([grids]), network="", dynamic_batch=True, opset=None
         )
-        file = OnnxNetwork(path, threads=1)
-        return torch.cat([file.run([part])[0].argmax(dim=1) for part in images.split(LOOK)])
-
-
-def batches_of(run: Run, folder: Path) -> str:
-    return trained_plainly(run, folder)["batches"]
+        return classes(path, images)

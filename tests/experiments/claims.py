@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from . import aware, bits, calibrated, curves, rounded, training
 from .experiment import Experiment, Job, Line, minutes
 from .plan import SETTINGS, Arm, Calibrated, Claim, Protocol, Run, Teacher
-from .store import Series, Store, series
+from .store import Store, series
 from .tables import NOT_YET, chosen_candidate, claim_tables, difference, measured
 
 
@@ -17,17 +18,10 @@ class Claimed(Experiment):
     """Teacher, paraphrasers, starts; runs that choose learning rates; the other seeds; what is calibrated of them."""
 
     def __init__(self, claim: Claim) -> None:
-        self.claim, self.page, self.picture = claim, claim.page, claim.picture
-
-    @property
-    def series(self) -> list[Series]:
-        return [series(protocol, arm) for protocol, arms in self.claim.parts for arm in arms]
+        self.claim, self.page, self.picture, self.caption = claim, claim.page, claim.picture, claim.caption
 
     def batches(self, store: Store, seeds: int) -> Iterator[list[Job]]:
-        choosing = [run for own in self.series for run in own.own]
-        yield from preparations(choosing, seeds)
-        yield [job_of(run) for run in choosing]
-        yield [job_of(run) for own in self.series for run in own.runs(store, seeds)]
+        yield from trainings(self.claim.parts, store, seeds)
         yield [Job.of(calibrated.measure, one) for one in quantised(self.claim, store, seeds)]
 
     def tables(self, store: Store, seeds: int) -> str:
@@ -41,15 +35,16 @@ class Claimed(Experiment):
         return [line for part in self.claim.parts for line in self.lines_of(*part, store, seeds)]
 
     def lines_of(self, protocol: Protocol, arms: tuple[Arm, ...], store: Store, seeds: int) -> list[Line]:
-        """The chosen strength over the first arm, and the other pairs that the claim names."""
+        """The chosen strength over the first arm and over those that train longer, and the other pairs of the claim."""
         rows = [measured(protocol, arm, store, seeds) for arm in arms]
-        cost = sum(row.minutes for row in rows if row is not None)
+        needed = itertools.chain.from_iterable(trainings([(protocol, arms)], store, seeds))
+        cost = minutes(needed, store.folder)
         named = {arm.name: (arm.title, row) for arm, row in zip(arms, rows, strict=True)}
         pairs = [(named[one], named[other]) for one, other in self.claim.shown]
         if any(arm.candidate for arm in arms):
             chosen = chosen_candidate(arms, rows)
-            title = self.claim.method if chosen is None else chosen.arm.title
-            pairs.append(((title, chosen), named[arms[0].name]))
+            best = (self.claim.method if chosen is None else chosen.arm.title, chosen)
+            pairs += [(best, named[arm.name]) for arm in arms if arm is arms[0] or arm.longer > 1]
         return [
             Line(
                 f"{one} over {other}",
@@ -62,6 +57,15 @@ class Claimed(Experiment):
 
     def draw(self, store: Store, seeds: int, path: Path) -> bool:
         return (bits if self.claim.options else curves).draw(self.claim, store, seeds, path)
+
+
+def trainings(parts: Iterable[tuple[Protocol, tuple[Arm, ...]]], store: Store, seeds: int) -> Iterator[list[Job]]:
+    """All that is trained for parts of a claim, what their runs have in common first."""
+    all_series = [series(protocol, arm) for protocol, arms in parts for arm in arms]
+    choosing = [run for own in all_series for run in own.own]
+    yield from preparations(choosing, seeds)
+    yield [job_of(run) for run in choosing]
+    yield [job_of(run) for own in all_series for run in own.runs(store, seeds)]
 
 
 def preparations(runs: list[Run], seeds: int) -> Iterator[list[Job]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .store import Store
+from .store import Store, beside
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,21 @@ class Job:
     def there(self, folder: Path) -> bool:
         return (folder / self.path).is_file()
 
-    def seconds(self, folder: Path) -> dict[str, float]:
-        """What it took of one thread, by file; a network that several runs share has a file of its own."""
-        if not self.there(folder) or self.path.suffix not in (".json", ".pt"):
+    def seconds(self, folder: Path) -> dict[str, float | None]:
+        """What it took of one thread, by file, None where that was not kept.
+
+        A network that several runs share has a file of its own.
+        """
+        path, name = folder / self.path, self.path.name
+        if not self.there(folder):
             return {}
-        json, path = self.path.suffix == ".json", folder / self.path
-        kept = Store.load(path) if json else torch.load(path, weights_only=True)
+        if beside(path).is_file():
+            return {name: Store.load(beside(path))["cpu_seconds"]}
+        if path.suffix not in (".json", ".pt"):
+            return {name: None}
+        kept = Store.load(path) if path.suffix == ".json" else torch.load(path, weights_only=True)
         network = {kept["network"]: kept["network_seconds"]} if "network" in kept else {}
-        return {self.path.name: kept.get("cpu_seconds", 0.0) - sum(network.values())} | network
+        return {name: kept["cpu_seconds"] - sum(network.values()) if "cpu_seconds" in kept else None} | network
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ class Experiment(ABC):
 
     page: str
     picture: str | None = None
+    caption = ""  # of the picture
 
     @abstractmethod
     def batches(self, store: Store, seeds: int) -> Iterator[list[Job]]:
@@ -93,7 +101,11 @@ class Experiment(ABC):
         return list({job.path: job for batch in self.batches(store, seeds) for job in batch}.values())
 
 
-def minutes(jobs: list[Job], folder: Path) -> float:
-    """What jobs took of one thread; what several share is counted once."""
-    seconds = {name: value for job in jobs for name, value in job.seconds(folder).items()}
-    return sum(seconds.values()) / 60
+def minutes(jobs: Iterable[Job], folder: Path) -> float:
+    """What jobs took of one thread; what several share is counted once, what is not known not at all."""
+    return sum(value or 0.0 for value in seconds(jobs, folder).values()) / 60
+
+
+def seconds(jobs: Iterable[Job], folder: Path) -> dict[str, float | None]:
+    """What jobs took, by file, None where that was not kept."""
+    return {name: value for job in jobs for name, value in job.seconds(folder).items()}

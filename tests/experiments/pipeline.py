@@ -24,7 +24,7 @@ from .experiment import Experiment, Job, Line, Named
 from .files import Times, classes, looked_at
 from .plan import CHOICE_SEED, LEARNING_RATES
 from .store import Series, Store, write_atomically
-from .tables import NOT_YET, Measured, differences, interval, t_interval
+from .tables import NOT_YET, Measured, difference, interval, t_interval
 from .training import Classifier, fit
 from .watch import predictions, share
 
@@ -117,6 +117,10 @@ class Student:
         return f"pipeline-v{VERSION}-w{WIDTH}-{self.arm.name}-{chosen}-seed{self.seed}"
 
     @property
+    def epochs(self) -> int:
+        return EPOCHS
+
+    @property
     def file(self) -> Path:
         """In the folder."""
         return Path("files") / f"{self.key}.onnx"
@@ -180,6 +184,7 @@ def measure(run: Student, folder: Path) -> dict[str, Any]:
         "held_out_accuracy": share(classes(file, data.held_out[0]), data.held_out[1]),
         "module_accuracy": share(predictions(module.network, data.test), data.test[1]),
         **looked_at(file, data.test),
+        "batches": f"{module.seen:08x}",
         "cpu_seconds": time.process_time() - begin,
     }
 
@@ -228,7 +233,7 @@ class Pipeline(Experiment):
                 f"{row.run.kd_weight or ''}",
                 f"{100 * row.mean('test_accuracy'):.2f}",
                 interval(over_teacher(row, whole)),
-                "" if before is None else interval(differences(row, before)),
+                "" if before is None else difference(row, before),
                 f"{row.first['bytes'] / 1e3:.0f}",
                 *(f"{whole[size] / row.first[size]:.1f}x" for size in ("bytes", "deflated")),
                 f"{fast[row.arm.name]['faster']:.2f}" if fast else NOT_YET,
@@ -236,18 +241,16 @@ class Pipeline(Experiment):
             ]
             lines.append(f"| {' | '.join(cells)} |")
             before = row if row.arm.quantised != "ptq" else before
-        cost = whole["cpu_seconds"] / 60 + sum(row.minutes for row in rows)
         lines += [
             "",
-            f"{seeds} seeds; {cost:.0f} minutes of one thread, teacher and choice of learning rates included.",
+            f"{seeds} seeds; {cost(*found):.0f} minutes of one thread, teacher and choice of learning rates included.",
         ]
         return "\n".join(lines) + "\n"
 
     def lines(self, store: Store, seeds: int) -> list[Line]:
         found, title = self.found(store, seeds), f"{STAGES[-1].title}, over the teacher's file"
         said = NOT_YET if found is None else interval(over_teacher(found[0][-1], found[1]))
-        cost = 0.0 if found is None else sum(row.minutes for row in found[0])
-        return [Line(title, f"28x28, {EPOCHS} epochs", said, cost)]
+        return [Line(title, f"28x28, {EPOCHS} epochs", said, 0.0 if found is None else cost(*found))]
 
     def headline(self, store: Store, seeds: int) -> str:
         """The file of all stages in one fit against the target, as a table."""
@@ -270,6 +273,11 @@ class Pipeline(Experiment):
                 f"| points of test accuracy lost | at most {LOST:g} | {mean:.2f} [{low:.2f}, {high:.2f}] | {kept} |",
             ]
         )
+
+
+def cost(rows: list[Measured], whole: dict[str, Any]) -> float:
+    """Minutes of all trainings, that of the teacher included."""
+    return whole["cpu_seconds"] / 60 + sum(row.minutes for row in rows)
 
 
 def over_teacher(row: Measured, whole: dict[str, Any]) -> list[float]:

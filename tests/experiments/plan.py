@@ -187,6 +187,7 @@ class Claim:
     columns: tuple[Column, ...] = (Column("agreement with the teacher", "test_agreement"),)
     teacher: bool = True
     picture: str | None = None
+    caption: str = ""  # of the picture
     against: tuple[tuple[str, str], ...] = ()  # two arms and all columns of theirs, compared below the table
     shown: tuple[tuple[str, str], ...] = ()  # of which the results speak too, beside the chosen over the first
     options: tuple[Option, ...] = ()  # how the networks of the first arm of the first part are quantised afterwards
@@ -329,6 +330,7 @@ CLAIMS = {
         columns=STEADINESS,
         teacher=False,
         picture="pruning.png",
+        caption="Accuracy on held-out images and churn over the training, for gradual pruning, DPF and DCIL",
         against=(("dcil", "dpf"), ("dpf-frozen", "dpf"), ("dcil", "dcil-no-kl")),
         shown=(("gradual", "one-shot"), ("dcil", "dpf")),
     ),
@@ -345,6 +347,8 @@ CLAIMS = {
         columns=FEW_BITS,
         teacher=False,
         picture="quantisation.png",
+        caption="Test accuracy at 2, 3, 4 bits and at full precision for SGD, SGD with larger steps, "
+        "PSGD and permuted PSGD",
         against=(("psgd-6", "plain"), ("psgd-6", "psgd-3-permuted"), ("psgd-6", "psgd-6-permuted")),
         options=OPTIONS,
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .experiment import Experiment, minutes
+from .experiment import Experiment, minutes, seconds
 from .library import Library
 from .pipeline import Pipeline
 from .store import Store
@@ -38,13 +38,15 @@ def cost(experiments: Mapping[str, Experiment], store: Store, seeds: int) -> str
     for name, own in jobs.items():
         there = sum(job.there(store.folder) for job in own)
         lines.append(f"| {name} | {there} | {len(own) - there} | {minutes(own, store.folder):.0f} |")
-    whole = minutes([job for own in jobs.values() for job in own], store.folder)
+    every = [job for own in jobs.values() for job in own]
+    whole, unknown = minutes(every, store.folder), list(seconds(every, store.folder).values()).count(None)
+    left_out = f"What {unknown} of the files took was not kept, and is not in it. " if unknown else ""
     return "\n".join(
         [
             *lines,
             "",
             f"{seeds} seeds. All that is there took {whole:.0f} minutes of one thread, {whole / 120:.1f} hours with "
-            "two processes; what several tables share is counted once in the sum. Missing are the runs that can be "
-            "named by now: those of the other seeds can only once a learning rate is chosen.",
+            f"two processes; what several tables share is counted once in the sum. {left_out}Missing are the runs that "
+            "can be named by now: those of the other seeds can only once a learning rate is chosen.",
         ]
     )

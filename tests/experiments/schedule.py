@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from .experiment import Experiment, Job
@@ -16,19 +16,21 @@ from .store import Store
 def make_all(experiment: Experiment, store: Store, *, seeds: int, jobs: int, say: Callable[[str], None]) -> int:
     """Make what an experiment lacks, batch by batch; gives the number of failures.
 
+    Each batch has processes of its own: one that is killed takes what is left of its batch with it, and no other.
     A batch of which nothing could be made is the last one: what follows it would fail likewise.
     """
     failures = 0
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # read when a process loads torch
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=start_worker) as pool:
-        for batch in experiment.batches(store, seeds):
-            left = missing(batch, store.folder)
+    for batch in experiment.batches(store, seeds):
+        if not (left := missing(batch, store.folder)):
+            continue
+        with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=start_worker) as pool:
             failed = make_batch(left, store.folder, pool, say)
-            failures += failed
-            if left and failed == len(left):
-                break
+        failures += failed
+        if failed == len(left):
+            break
     return failures
 
 
@@ -37,7 +39,7 @@ def missing(jobs: Sequence[Job], folder: Path) -> list[Job]:
 
 
 def make_batch(jobs: Sequence[Job], folder: Path, pool: Executor, say: Callable[[str], None]) -> int:
-    futures = {pool.submit(job.make, *job.arguments, folder): job.path.stem for job in jobs}
+    futures = {submitted(pool, job, folder): job.path.stem for job in jobs}
     failures = 0
     for done, future in enumerate(as_completed(futures), start=1):
         error = future.exception()
@@ -45,6 +47,16 @@ def make_batch(jobs: Sequence[Job], folder: Path, pool: Executor, say: Callable[
         said = f"failed: {type(error).__name__}: {error}" if error is not None else future.result()
         say(f"[{done}/{len(futures)}] {futures[future]}: {said}")
     return failures
+
+
+def submitted(pool: Executor, job: Job, folder: Path) -> Future[str]:
+    """The job's future; it has failed already where a process was killed while others were still being submitted."""
+    try:
+        return pool.submit(job.make, *job.arguments, folder)
+    except BrokenExecutor as error:
+        failed: Future[str] = Future()
+        failed.set_exception(error)
+        return failed
 
 
 def start_worker() -> None:

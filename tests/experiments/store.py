@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,3 +89,14 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     part = f"{path}.{os.getpid()}.part"
     write(part)
     os.replace(part, path)
+
+
+def beside(path: Path) -> Path:
+    """The file that says what another one took whose format has no place for it."""
+    return path.with_name(f"{path.name}.seconds.json")
+
+
+def keep_seconds(path: Path, begin: float) -> None:
+    """Keep what a file took of one thread since a reading of `time.process_time`."""
+    text = json.dumps({"cpu_seconds": time.process_time() - begin})
+    write_atomically(beside(path), lambda part: Path(part).write_text(text))

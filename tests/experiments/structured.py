@@ -23,11 +23,11 @@ from lightning_compress.mechanisms.shrinking import restructure_, structure_of
 from lightning_compress.report.measure import count_macs, count_parameters
 
 from .data import Batches, fashion_mnist
-from .experiment import Experiment, Job, Line, Named
+from .experiment import Experiment, Job, Line, Named, minutes
 from .files import Times, classes, speeds
 from .plan import CHOICE_SEED, HINTON, LATER_RATES, LEARNING_RATES
-from .store import Series, Store, write_atomically
-from .tables import NOT_YET, Measured, differences, interval
+from .store import Series, Store, keep_seconds, write_atomically
+from .tables import NOT_YET, Measured, difference
 from .training import Classifier, fit
 from .watch import predictions, share
 
@@ -81,6 +81,10 @@ class Training:
     def key(self) -> str:
         return f"structured-v{VERSION}-{self.ratio:g}-{self.arm.name}-lr{self.rate:g}-seed{self.seed}"
 
+    @property
+    def epochs(self) -> int:
+        return self.arm.epochs
+
     def file(self, precision: str) -> Path:
         """In the folder."""
         return Path("files") / f"{self.key}-{precision}.onnx"
@@ -112,7 +116,9 @@ def make_base(seed: int, folder: Path) -> str:
 
 
 def export_base(folder: Path) -> str:
+    begin = time.process_time()
     to_onnx(base(0, folder), folder / BASES_FILE, fashion_mnist().test[0][:4])
+    keep_seconds(folder / BASES_FILE, begin)
     return "written"
 
 
@@ -146,6 +152,10 @@ def fresh(ratio: float, seed: int, folder: Path) -> SmallResNet:
     return network
 
 
+def base_jobs(seeds: int) -> list[Job]:
+    return [Job(base_path(seed, Path()), make_base, (seed,)) for seed in range(seeds)]
+
+
 def measure(run: Training, folder: Path) -> dict[str, Any]:
     """Train, write both files, and look at them."""
     begin, data, arm = time.process_time(), fashion_mnist(), run.arm
@@ -169,13 +179,14 @@ def measure(run: Training, folder: Path) -> dict[str, Any]:
         **{f"{key}_bytes": path.stat().st_size for key, path in files.items()},
         "parameters": count_parameters(network),
         "macs": count_macs(network, (image,)).value,
+        "batches": f"{module.seen:08x}",
         "cpu_seconds": time.process_time() - begin,
     }
 
 
 def measure_shapes(named: Named, folder: Path) -> dict[str, Any]:
     """How fast shapes are whose numbers of channels are multiples: nothing that training could change."""
-    image, files = fashion_mnist().test[0][:1], {"base": folder / BASES_FILE}
+    begin, image, files = time.process_time(), fashion_mnist().test[0][:1], {"base": folder / BASES_FILE}
     found: dict[str, Any] = {}
     for ratio, multiple in itertools.product(RATIOS, MULTIPLES):
         name = f"{ratio:g}-{multiple}"
@@ -191,7 +202,8 @@ def measure_shapes(named: Named, folder: Path) -> dict[str, Any]:
         macs = count_macs(network, (image,)).value
         found[name] = {"channels": channels, "macs": macs, "bytes": path.stat().st_size}
     fast = speeds(files, side=image.shape[-1])
-    return {"shapes": {name: own and own | fast[name] for name, own in found.items()}}
+    shapes = {name: own and own | fast[name] for name, own in found.items()}
+    return {"shapes": shapes, "cpu_seconds": time.process_time() - begin}
 
 
 class Structured(Experiment):
@@ -200,7 +212,7 @@ class Structured(Experiment):
     page = "structured-pruning.md"
 
     def batches(self, store: Store, seeds: int) -> Iterator[list[Job]]:
-        yield [Job(base_path(seed, Path()), make_base, (seed,)) for seed in range(seeds)]
+        yield base_jobs(seeds)
         yield [Job(BASES_FILE, export_base)]
         yield [Job.of(measure, run) for part in PARTS for run in series(*part).own]
         yield [Job.of(measure, run) for part in PARTS for run in series(*part).runs(store, seeds)]
@@ -247,8 +259,8 @@ class Structured(Experiment):
                 arm.title,
                 f"{row.run.rate:g}",
                 f"{100 * row.mean('test_accuracy'):.2f}",
-                "" if arm is WHOLE else interval(differences(row, rows[WHOLE, 0.0])),
-                "" if scratch is None or arm is ARMS[-1] else interval(differences(row, scratch)),
+                "" if arm is WHOLE else difference(row, rows[WHOLE, 0.0]),
+                "" if scratch is None or arm is ARMS[-1] else difference(row, scratch),
                 f"{row.first['parameters']:,}",
                 f"{row.first['macs']:,}",
                 f"{row.first['fp32_bytes'] / 1e3:.0f}{fp32}",
@@ -256,7 +268,7 @@ class Structured(Experiment):
                 f"{row.minutes:.1f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-        cost = sum(own["cpu_seconds"] for own in bases) / 60 + sum(row.minutes for row in rows.values())
+        cost = minutes(base_jobs(seeds), store.folder) + sum(row.minutes for row in rows.values())
         lines += ["", f"{seeds} seeds; {cost:.0f} minutes of one thread, the choice of learning rates included."]
         return "\n".join([*lines, "", "### Numbers of channels", "", shapes_table(store)])
 
@@ -268,8 +280,9 @@ class Structured(Experiment):
         for ratio in RATIOS:
             said, cost = NOT_YET, 0.0
             if rows is not None:
-                said = interval(differences(rows[pruned, ratio], rows[scratch, ratio]))
-                cost = sum(row.minutes for (_, own), row in rows.items() if own == ratio)
+                said = difference(rows[pruned, ratio], rows[scratch, ratio])
+                cost = minutes(base_jobs(seeds), store.folder)  # all go on from these, or are compared with who does
+                cost += sum(row.minutes for (_, own), row in rows.items() if own in (0.0, ratio))
             found.append(
                 Line(title, f"{ratio:.0%} of the MACs removed, {BASE_EPOCHS + LATER_EPOCHS} epochs", said, cost)
             )

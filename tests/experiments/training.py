@@ -19,7 +19,7 @@ from lightning_compress.demo import SmallResNet
 
 from .data import NO_LABEL, Batches, Images, fashion_mnist
 from .plan import HINTON, VERSION, Arm, Run, Teacher, digest
-from .store import write_atomically
+from .store import keep_seconds, write_atomically
 from .watch import Watch, predictions, share
 
 STUDENT_WIDTH = 8
@@ -184,11 +184,13 @@ def train_paraphraser(run: Run, folder: Path) -> str:
     """Let the callback pre-train the paraphraser of the run's teacher, as it does before a fit, and keep it."""
     from lightning_compress import FactorTransferCallback
 
+    begin = time.process_time()
     torch.manual_seed(run.teacher.seed)
     callback = FactorTransferCallback(make_teacher(run.teacher, run.arm, folder), pretrain_epochs=PRETRAIN_EPOCHS)
     batches = Batches(fashion_mnist().train, seed=run.teacher.seed)
     fit(Classifier(STUDENT_WIDTH, run.rate), batches, 1, [callback], max_steps=1)
     write_atomically(paraphraser_path(run, folder), callback.save_paraphraser)
+    keep_seconds(paraphraser_path(run, folder), begin)
     return "trained"
 
 
