@@ -5,6 +5,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
+unset PYTHONPATH  # what is tried is what is installed
 work=$(mktemp -d)  # everything that is made here stays outside of the tracked tree
 completed=()
 durations=()

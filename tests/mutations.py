@@ -1412,11 +1412,11 @@ MUTATIONS = (
         f"{MOVING_TEST}::test_an_activation_without_a_range",
     ),
     Mutation(
-        "a call that is replayed counts for the ranges",
+        "a step that is replayed is quantised",
         QAT,
         "when=lambda: controller.deployed and not controller.replaying",
         "when=lambda: controller.deployed",
-        f"{QAT_LIFE}::test_what_another_replays_before_the_first_step_is_not_taken_in",
+        f"{QAT_TEST}::test_where_the_step_is_replayed_nothing_is_quantised",
     ),
     Mutation(
         "a weight of grids that follow keeps its first step",
