@@ -332,7 +332,7 @@ def test_a_module_without_a_forward_names_the_network_inside_as_the_shell_does(t
     monkeypatch.chdir(tmp_path)
     module = import_module("first_page").LitNet(width=16).eval()
     torch.save({"state_dict": module.state_dict(), "hyper_parameters": {"width": 16}, **VERSION}, "last.ckpt")
-    arguments = ["last.ckpt", "--class", "first_page.LitNet", "--shape", "1,64"]
+    arguments = ["last.ckpt", "--class", "first_page.LitNet", "--shape", "1,1,8,8"]
     code, line = exported(capsys, *arguments)
     assert code == 2
     assert line.endswith(
@@ -340,5 +340,5 @@ def test_a_module_without_a_forward_names_the_network_inside_as_the_shell_does(t
     )
     code, line = exported(capsys, *arguments, "--network", "model")
     assert code == 0, line
-    images = torch.randn(3, 64)
+    images = torch.randn(3, 1, 8, 8)
     assert np.allclose(outputs("last.onnx", images), module.model(images).detach(), atol=1e-5)
