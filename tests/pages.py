@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
@@ -15,6 +17,11 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 def name_of(page: Path) -> str:
     """The path of a page inside the repository."""
     return page.relative_to(ROOT).as_posix()
+
+
+def each(paths: list[Path]) -> pytest.MarkDecorator:
+    """Parametrise a test over pages."""
+    return pytest.mark.parametrize("page", paths, ids=name_of)
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pages import PAGES, ROOT, blocks, name_of
+from pages import PAGES, ROOT, blocks, each, name_of
 
 FIRST = ROOT / "docs/start.md"
 OWN_TESTS = {
@@ -71,10 +71,6 @@ if __name__ == "__main__":
     for name in ("teacher.ckpt", "trained.ckpt", "last.ckpt", "best.ckpt"):
         trainer.save_checkpoint(name)
 """
-
-
-def each(paths: list[Path]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("page", paths, ids=name_of)
 
 
 def commands_of(page: Path) -> list[str]:

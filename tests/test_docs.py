@@ -10,7 +10,7 @@ from typing import Any
 import nbformat
 import pytest
 import yaml
-from pages import PAGES, ROOT, blocks, name_of, run_python
+from pages import PAGES, ROOT, blocks, each, name_of, run_python
 
 import lightning_compress
 from lightning_compress.mechanisms.loading import import_path
@@ -55,10 +55,6 @@ SHOWS = {
     "04-masks-that-change-their-mind": "kept in the end had been pruned before",
     "05-from-teacher-to-int8-file": "Pareto table: Deflated against val_accuracy",
 }
-
-
-def each(paths: list[Path]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("page", paths, ids=name_of)
 
 
 def test_every_public_name_is_on_the_api_page():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_compress import ExportCallback
 from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.report.latency import measure_latency
 from lightning_compress.report.measure import compressed_bytes
@@ -24,6 +26,14 @@ from .watch import share
 
 LOOK = 500  # images at a time
 SESSIONS = 5
+
+
+def exports(files: Mapping[str, Path]) -> list[Callback]:
+    """What writes several files in one fit, by their precision."""
+    return [
+        ExportCallback(path, precision=precision, name=f"export-{precision}", fp32_comparison=False)
+        for precision, path in files.items()
+    ]
 
 
 def classes(path: Path, inputs: Tensor) -> Tensor:

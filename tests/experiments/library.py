@@ -18,7 +18,6 @@ from lightning_compress import (
     DCILCallback,
     DistillationCallback,
     DPFCallback,
-    ExportCallback,
     FactorTransferCallback,
     PruningCallback,
     PSGDCallback,
@@ -31,7 +30,7 @@ from lightning_compress.export import to_onnx
 from .calibrated import counted
 from .data import Batches, fashion_mnist
 from .experiment import Experiment, Job, Named, minutes
-from .files import Times, classes, looked_at
+from .files import Times, classes, exports, looked_at
 from .front import Point, draw
 from .plan import CHOICE_SEED, FT, HINTON, LEARNING_RATES, SHORT, STATIC, Run, Teacher, digest
 from .store import Series, Store
@@ -163,11 +162,7 @@ def measure(run: Training, folder: Path) -> dict[str, Any]:
     epochs, callbacks = EPOCHS, [clock, *TECHNIQUES[run.arm.name](folder)]
     files = {precision: folder / run.file(precision) for precision in run.arm.files}
     later = "int4" if run.arm.name in CALIBRATED else None  # a fit calibrates a network once
-    callbacks += [
-        ExportCallback(path, precision=precision, name=f"export-{precision}", fp32_comparison=False)
-        for precision, path in files.items()
-        if precision != later
-    ]
+    callbacks += exports({precision: path for precision, path in files.items() if precision != later})
     if run.arm.name == "psgd":  # it prepares what has been trained
         epochs = PREPARED
         fit(module, batches, EPOCHS - PREPARED, [clock])

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lightning_compress import DistillationCallback, ExportCallback, PTQCallback, StructuredPruningCallback
+from lightning_compress import DistillationCallback, PTQCallback, StructuredPruningCallback
 from lightning_compress.demo import SmallResNet
 from lightning_compress.export import to_onnx
 from lightning_compress.mechanisms.channel_graph import StructureError
@@ -24,7 +23,7 @@ from lightning_compress.report.measure import count_macs, count_parameters
 
 from .data import Batches, fashion_mnist
 from .experiment import Experiment, Job, Line, Named, minutes
-from .files import Times, classes, speeds
+from .files import Times, classes, exports, speeds
 from .plan import CHOICE_SEED, HINTON, LATER_RATES, LEARNING_RATES
 from .store import Series, Store, keep_seconds, write_atomically
 from .tables import NOT_YET, Measured, difference
@@ -160,11 +159,7 @@ def measure(run: Training, folder: Path) -> dict[str, Any]:
     """Train, write both files, and look at them."""
     begin, data, arm = time.process_time(), fashion_mnist(), run.arm
     files = {precision: folder / run.file(precision) for precision in ("fp32", "int8")}
-    callbacks: list[Callback] = [
-        ExportCallback(path, precision=precision, name=f"export-{precision}", fp32_comparison=False)
-        for precision, path in files.items()
-    ]
-    callbacks += [PTQCallback(), DistillationCallback(base(run.seed, folder), **HINTON)]
+    callbacks = [*exports(files), PTQCallback(), DistillationCallback(base(run.seed, folder), **HINTON)]
     if arm.score is not None:
         callbacks.append(pruning(arm, run.ratio, run.seed))
     module = Classifier(WIDTH, run.rate)
