@@ -6,6 +6,7 @@ import inspect
 import os
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -387,17 +388,19 @@ def test_every_form_of_a_teacher(cls, route, tmp_path):
     assert [type(callback.teacher) for callback in built] == [kind for _, kind in forms]
 
 
+# An older jsonargparse does not let a callback build its teacher itself where building it has failed.
+IN_PARTS = tuple(map(int, version("jsonargparse").split(".")[:2])) < (4, 51)
 BROKEN = {
     "no such file": (
         {
             "class_path": "lightning_compress.teacher_from_checkpoint",
             "init_args": {"class_path": "torch.nn.Identity", "ckpt_path": "nowhere.ckpt"},
         },
-        "FileNotFoundError: ckpt_path: there is no file nowhere.ckpt",
+        "'teacher.class_path'" if IN_PARTS else "FileNotFoundError: ckpt_path: there is no file nowhere.ckpt",
     ),
     "a value that the class refuses": (
         {"class_path": "torch.nn.Linear", "init_args": {"in_features": -3, "out_features": 2}},
-        "teacher could not be built: torch.nn.Linear",
+        "'teacher.class_path'" if IN_PARTS else "teacher could not be built: torch.nn.Linear",
     ),
     "a network inside": (
         {"class_path": AVERAGED, "init_args": {"model": {"class_path": "torch.nn.Flatten", "init_args": {"start": 1}}}},

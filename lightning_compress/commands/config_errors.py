@@ -27,7 +27,8 @@ KEY = re.compile(r'Parser key "([^"]+)"')
 CLASS = re.compile(r"Problem with given class_path '([^']+)':\s*(.*)")
 UNKNOWN = re.compile(r"(?:Option|Subcommand '\w+' does not accept option) '([^']+)'")
 NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
-MISSING = re.compile(r"the following arguments are required: (.+)")
+MISSING = re.compile(r"(?:the following arguments are required: |Option ')([^']+)(?:$|' is required but not provided)")
+OTHER_TYPE = re.compile(r"Expected an? (?:<class |typing\.)")
 EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: .*)?$", re.MULTILINE)
 VALUE = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
 WORDS = {
@@ -84,12 +85,10 @@ def explanation(error: BaseException, configs: dict[str, Any], keys: Collection[
     """
     links = list(_chain(error))
     place, said = _place(links), str(links[-1]).strip().partition("\n")[0]
-    if EXPECTED.match(said) and (match := CLASS.search(_of_all_types(links))):  # no list, but one callback
-        place, said = Place(place.key, match[1]), match[2]
-    if match := UNKNOWN.match(said):
-        return _unknown_key(place, match[1], configs, keys)
     if match := MISSING.match(said):
         return _missing(place, match[1])
+    if match := UNKNOWN.match(said):
+        return _unknown_key(place, match[1], configs, keys)
     if place.class_path and not place.argument and isinstance(links[-1], (ImportError, AttributeError)):
         return _unknown_class(place.class_path, place.key)
     if (match := NO_CLASS.match(said)) and not place.argument:
@@ -148,10 +147,23 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and its causes; of what is said for each type of a union, that of the type which is meant."""
     link: BaseException | None = error
     while link is not None:
         yield link
-        link = link.__cause__
+        if MISSING.match(str(link)):  # what it comes from is a look-up
+            return
+        meant = (cause for cause in _of_each_type(link) if not OTHER_TYPE.match(str(cause)))
+        link = next(meant, link.__cause__)
+
+
+def _of_each_type(error: BaseException) -> list[BaseException]:
+    """What was raised for each type of a union: the cause is the first of them, the frame that raised has them all."""
+    *_, frame = (None, *_frames(error))
+    if frame is None or not str(frame.f_globals.get("__name__", "")).startswith("jsonargparse"):
+        return []
+    lists = (value for value in frame.f_locals.values() if isinstance(value, list))
+    return next((value for value in lists if value and all(isinstance(entry, Exception) for entry in value)), [])
 
 
 def _frames(error: BaseException) -> Iterator[FrameType]:
@@ -230,6 +242,7 @@ def _wrong_value(place: Place, links: Sequence[BaseException], configs: dict[str
             accepted += own
         else:
             accepted.append("the dotted path of a function" if kind.startswith("dot import") else WORDS.get(kind, kind))
+    accepted.sort(key="null".__eq__)  # the last, wherever a version tries it
     value = VALUE.findall(text)[-1] if VALUE.search(text) else "nothing"
     name = place.argument or place.key
     file, _ = _given(configs, place.class_path, name)
