@@ -19,6 +19,7 @@ from experiments import (
     aware,
     bits,
     calibrated,
+    cards,
     claims,
     curves,
     data,
@@ -409,12 +410,14 @@ def test_the_command_writes_all_pages_without_training(tmp_path, monkeypatch):
     for old in ("pruning.png", "quantisation.png", "library.png"):
         (docs / old).touch()
         (tmp_path / old).touch()
-    for page in (*pages, tmp_path / "docs" / "results.md"):
+    (techniques := tmp_path / "docs" / "techniques").mkdir()
+    technique = [techniques / f"{name}.md" for name in cards.CARDS]
+    for page in (*pages, *technique, tmp_path / "docs" / "results.md"):
         page.write_text(f"# Title\n\n{tables.BEGIN}\n{tables.END}\n")
     monkeypatch.setattr(command, "DOCS", tmp_path / "docs")
     assert command_with(monkeypatch, "--tables-only", "--pages", "--out", tmp_path) == 0
     assert "| KD | not measured yet |" in (tmp_path / "distillation.md").read_text()
-    assert all("ot measured yet" in page.read_text() for page in pages)
+    assert all("ot measured yet" in page.read_text() for page in (*pages, *technique))
     found = (tmp_path / "docs" / "results.md").read_text()
     assert "| KD over student alone | All 18,000 labels, 6 epochs | not measured yet | 1 |" in found
     assert "| KD over student alone | All 18,000 labels, 16 epochs | not measured yet |  |" in found
@@ -422,6 +425,63 @@ def test_the_command_writes_all_pages_without_training(tmp_path, monkeypatch):
     assert "8 seeds. All that is there took 1 minutes of one thread" in found
     assert not any("png" in page for page in (found, *(page.read_text() for page in pages)))
     assert not [*tmp_path.glob("**/*.png")]  # they were of other runs
+
+
+def keep_claim(store, claim, seeds=2):
+    """All arms of a claim, each a hundredth better than the one before it; other quantities count the arms."""
+    for protocol, arms in claim.parts:
+        for place, arm in enumerate(arms):
+            more = {column.quantity: float(place) for column in (*claim.columns, *plan.GRIDS)}
+            kept = {"test_accuracy": 0.6 + 0.01 * place, "batches": "", **more}
+            keep_series(store, series(protocol, arm), seeds, lambda run, kept=kept: kept)
+
+
+def test_a_card_has_a_row_an_arm_and_a_column_a_protocol(tmp_path):
+    store = Store(tmp_path)
+    keep_claim(store, CLAIMS["kd"])
+    assert cards.CARDS["distillation"].table(store, 2).splitlines() == [
+        "| | 200 labels, the steps of 5 epochs | All 18,000 labels, 6 epochs | All 18,000 labels, 16 epochs |",
+        "|---|---|---|---|",
+        "| student alone | 60.00 | 60.00 | 60.00 |",
+        "| KD | 61.00, +1.00 [+1.00, +1.00] | 61.00, +1.00 [+1.00, +1.00] | 61.00, +1.00 [+1.00, +1.00] |",
+        "| student alone, as much time | 62.00, +2.00 [+2.00, +2.00] | 62.00, +2.00 [+2.00, +2.00] |  |",
+        "",
+        "2 seeds.",
+    ]
+    assert "not measured yet" in cards.CARDS["distillation"].table(store, 3)
+
+
+def test_the_cards_of_masks_say_how_steady_they_are(tmp_path):
+    store = Store(tmp_path)
+    keep_claim(store, CLAIMS["masks"])
+    text = cards.CARDS["dcil"].table(store, 2)
+    assert "| DCIL | 68.00 | 68.00 |" in text
+    assert "| DCIL over gradual | +8.00 [+8.00, +8.00] | +8.00 [+8.00, +8.00] |" in text
+    assert "| DCIL over gradual, twice the epochs | +4.00 [+4.00, +4.00] |" in text
+    assert "| DCIL over DPF | +3.00 [+3.00, +3.00] |" in text
+    assert "| swing, less that of DPF | +300.00 [+300.00, +300.00] |" in text
+    text = cards.CARDS["dpf"].table(store, 2)
+    assert "| DPF over gradual | +5.00 [+5.00, +5.00] |" in text
+    assert "| swing, statistics re-estimated, in points | 500.00 | 500.00 |" in text
+
+
+def test_the_cards_of_few_bits_say_what_the_grid_costs(tmp_path):
+    store, claim = Store(tmp_path), CLAIMS["psgd"]
+    keep_claim(store, claim)
+    text = cards.CARDS["psgd"].table(store, 2)
+    assert "| PSGD, mean factor 6 | 65.00, +5.00 [+5.00, +5.00] |" in text
+    assert "| PSGD, mean factor 6: relative error of the rounded weights, less SGD's, in % | +500.0 [+500.0," in text
+    assert "| PSGD, mean factor 6 over SGD, both with new batch-norm statistics | +500.00 [" in text
+    assert "| PSGD, mean factor 6, less itself at full precision | -435.00 [" in text  # 65 less 5 of 1
+    assert "| as PTQCallback chooses | not measured yet |" in (text := cards.CARDS["ptq"].table(store, 2))
+    protocol, (arm, *_) = claim.parts[0]
+    for place, option in enumerate(claim.options):
+        for run in series(protocol, arm).runs(store, 2):
+            for setting in plan.SETTINGS:
+                store.write(plan.Calibrated(run, *setting, option), {"test_accuracy": 0.5 + 0.01 * place})
+    text, last = cards.CARDS["ptq"].table(store, 2), len(claim.options) - 1
+    assert "| largest weight, min-max | 50.00 | 50.00 | 50.00 | 50.00 |" in text
+    assert f"| as PTQCallback chooses | {50 + last}.00, +{last}.00 [+{last}.00, +{last}.00] |" in text
 
 
 def test_a_page_shows_the_picture_that_was_drawn(tmp_path, monkeypatch):
@@ -827,6 +887,10 @@ def test_the_small_shape_from_the_start_is_what_pruned_filters_are_compared_with
     store.write(structured.SHAPES, {"shapes": shapes})
     text = experiment.tables(store, 3)
     assert "| 4, 4.00 | 80.00, 1, 5.00 |" in text  # the first after base and whole
+    card = cards.CARDS["structured-pruning"].table(store, 3)
+    assert "| filters of the smallest norm, over the whole network | 81.01, -1.01 [-1.03, -0.99] |" in card
+    assert "from the start, all steps, over filters of the smallest norm | 80.00, -1.01 [-1.03, -0.99] |" in card
+    assert "| times as fast, `round_to=8` | cannot be met | cannot be met | cannot be met |" in card
     assert "| 70% | 4 | 8/16/40 | 2,000 | 3 | 1.50 |\n| 70% | 8 | cannot be met within 2 points | | | |" in text
 
 

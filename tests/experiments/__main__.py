@@ -1,4 +1,4 @@
-"""Measure what the techniques gain, and write tables, pictures, and the results of all.
+"""Measure what the techniques gain, and write tables, pictures, the results of all, and those of the method cards.
 
     python -m tests.experiments [kd at ft masks psgd qat structured pipeline library] [--out FOLDER] [--jobs 2]
         [--seeds 8] [--pages]
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import results
+from . import cards, results
 from .claims import Claimed
 from .experiment import Experiment
 from .library import Library
@@ -70,6 +70,9 @@ def main() -> int:
         write(experiment.page, text, folders)
     text = results.tables(EXPERIMENTS, store, options.seeds)
     write(results.PAGE, text, [options.out, *([DOCS] if options.pages else [])])
+    if options.pages:
+        for name, card in cards.CARDS.items():
+            splice(DOCS / f"techniques/{name}.md", f"{card.table(store, options.seeds)}\n")
     say(f"\n{text}\nTook {(time.perf_counter() - begin) / 60:.1f} minutes with {options.jobs} processes.")
     return 1 if failures else 0
 
