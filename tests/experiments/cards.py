@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from . import plan, structured
-from .plan import Arm, Calibrated, Column, Option, Protocol
+from .plan import Arm, Column, Option, Protocol
 from .store import Store, series
 from .structured import Structured
-from .tables import NOT_YET, Measured, difference, differences, interval, measured
+from .tables import NOT_YET, Measured, difference, differences, interval, measured, option_cell
 
 SPOKEN_OF = {
     (protocol.name, arm.name) for claim in plan.CLAIMS.values() for protocol, arms in claim.parts for arm in arms
@@ -73,32 +72,17 @@ class Found:
     def calibrated(self, option: Option, over: Option | None = None) -> Cell:
         """Test accuracy of the networks of PSGD's first arm, quantised with an option, and what it is over another."""
         runs = series(plan.UNROUNDED, plan.SGD).runs(self.store, self.seeds)
+        return lambda bits: option_cell(self.store, runs, bits, option, over)
 
-        def values(option: Option, bits: tuple[int, int]) -> list[float] | None:
-            found = [self.store.read(Calibrated(run, *bits, option)) for run in runs]
-            return None if not found or None in found else [100 * own["test_accuracy"] for own in found if own]
-
-        def cell(bits: tuple[int, int]) -> str:
-            own, other = values(option, bits), over and values(over, bits)
-            if own is None or (over and other is None):
-                return NOT_YET
-            gain = [one - its for one, its in zip(own, other, strict=True)] if other else []
-            return f"{statistics.mean(own):.2f}" + (f", {interval(gain)}" if gain else "")
-
-        return cell
-
-    def smaller(self, arm: structured.Arm, over: structured.Arm | None = None) -> Cell:
+    def smaller(self, arm: structured.Arm, over: structured.Arm) -> Cell:
         """Test accuracy after a share of the multiply-accumulates has gone, and what it is over another arm."""
         rows = Structured().rows(self.store, self.seeds)
 
         def cell(ratio: float) -> str:
             if rows is None:
                 return NOT_YET
-            row = rows[arm, ratio]
-            gain = (
-                "" if over is None else f", {difference(row, rows[over, 0.0 if over is structured.WHOLE else ratio])}"
-            )
-            return f"{100 * row.mean('test_accuracy'):.2f}{gain}"
+            row, other = rows[arm, ratio], rows[over, 0.0 if over is structured.WHOLE else ratio]
+            return f"{100 * row.mean('test_accuracy'):.2f}, {difference(row, other)}"
 
         return cell
 

@@ -225,7 +225,7 @@ class Library(Experiment):
         rows: dict[tuple[Way, str], Measured | None] = {}
         for way in WAYS:
             row = Measured.of(series(way), store, seeds)
-            rows |= {(way, own): None if row is None else of_file(row, own) for own in way.files}
+            rows |= {(way, own): None if row is None else row.of_file(own) for own in way.files}
         return {**rows, (TAUGHT_BY, "fp32"): whole and Measured(TAUGHT.teacher, {TAUGHT.teacher.seed: whole}, 0.0)}
 
     def tables(self, store: Store, seeds: int) -> str:
@@ -286,12 +286,6 @@ class Library(Experiment):
 
 def key(way: Way, precision: str) -> str:
     return f"{way.name}-{precision}"
-
-
-def of_file(row: Measured, precision: str) -> Measured:
-    """The results of one of the files of a way."""
-    results = {seed: result | result["files"][precision] for seed, result in row.results.items()}
-    return Measured(row.run, results, row.minutes)
 
 
 def over(row: Measured, plain: Measured) -> str:

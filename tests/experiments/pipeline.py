@@ -15,24 +15,34 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_compress import DistillationCallback, ExportCallback, PruningCallback, PTQCallback, QATCallback
+from lightning_compress import DistillationCallback, PTQCallback, QATCallback, StructuredPruningCallback
 from lightning_compress.demo import FASHION_FILES, ResidualBlock, _read_idx
 from lightning_compress.export import to_onnx
+from lightning_compress.report.measure import count_parameters
 
 from .data import HELD_OUT, Batches, Split
-from .experiment import Experiment, Job, Line, Named
-from .files import Times, classes, looked_at
+from .experiment import Experiment, Job, Line, Named, minutes
+from .files import Times, classes, exports, looked_at
 from .plan import CHOICE_SEED, LEARNING_RATES
 from .store import Series, Store, write_atomically
 from .tables import NOT_YET, Measured, difference, interval, t_interval
 from .training import Classifier, fit
-from .watch import predictions, share
+from .watch import share
 
-VERSION = 2
-EPOCHS, TEACHER_WIDTH, TEACHER_RATE = 16, 16, 0.1
-SPARSITY, QUANTISED_FROM = 0.5, 0.7
+VERSION = 3
+EPOCHS, TEACHER_EPOCHS, TEACHER_WIDTH, TEACHER_RATE = 32, 16, 16, 0.1
+WIDTH = 16  # of the student
+PRUNED = {
+    "ratio": 0.5,
+    "budget": "params",
+    "schedule": "iterative",
+    "start": 0.1,
+    "end": 0.4,
+    "round_to": 8,
+    "exclude": ["network.stem", "network.stages.0", "network.head"],  # fewer than 16 channels are no faster
+}
+QUANTISED_FROM = 0.7
 KD_WEIGHTS = (0.3, 0.9)  # what is left of 1 is the weight of the labels
-WIDTH = 12
 SMALLER, FASTER, LOST = 20.0, 4.0, 0.5  # the target: times, times, points
 
 
@@ -55,27 +65,27 @@ class ResNet20(nn.Module):
 
 @dataclass(frozen=True)
 class Stage:
-    """One way to the student's file."""
+    """A training, and the files that it leaves; the first one chooses. Integers are calibrated, or trained on."""
 
     name: str
     title: str
-    distilled: bool = False
+    files: tuple[str, ...] = ("fp32", "int8")
+    distilled: bool = True
     pruned: bool = False
-    quantised: str | None = None  # "ptq" or "qat"
+    trained_on_bits: bool = False
     chosen_with: str | None = None  # the stage whose choice is taken
 
 
 STAGES = (
-    Stage("alone", "student alone"),
-    Stage("alone-ptq", "student alone, calibrated (PTQ)", quantised="ptq", chosen_with="alone"),
-    Stage("distilled", "distilled", distilled=True),
-    Stage("pruned", f"distilled, {SPARSITY:.0%} pruned", distilled=True, pruned=True, chosen_with="distilled"),
+    Stage("alone", "student alone", distilled=False),
+    Stage("distilled", "distilled"),
+    Stage("pruned", f"distilled, {PRUNED['ratio']:.0%} pruned", pruned=True, chosen_with="distilled"),
     Stage(
         "quantised",
-        f"distilled, {SPARSITY:.0%} pruned, 8 bits (QAT), one fit",
-        distilled=True,
+        f"distilled, {PRUNED['ratio']:.0%} pruned, trained on 8 bits, one fit",
+        files=("int8",),
         pruned=True,
-        quantised="qat",
+        trained_on_bits=True,
         chosen_with="distilled",
     ),
 )
@@ -120,10 +130,9 @@ class Student:
     def epochs(self) -> int:
         return EPOCHS
 
-    @property
-    def file(self) -> Path:
+    def file(self, precision: str) -> Path:
         """In the folder."""
-        return Path("files") / f"{self.key}.onnx"
+        return Path("files") / f"{self.key}-{precision}.onnx"
 
 
 def series(stage: Stage) -> Series:
@@ -135,55 +144,57 @@ def series(stage: Stage) -> Series:
     return Series(tuple(Student(stage, *own, CHOICE_SEED) for own in itertools.product(LEARNING_RATES, weights)))
 
 
-def teacher_path(folder: Path) -> Path:
-    return folder / f"pipeline-teacher-v{VERSION}.pt"
-
-
+TEACHERS_WEIGHTS = Path(f"pipeline-teacher-v{VERSION}.pt")
 TEACHERS_FILE = Path("files/teacher.onnx")
 TEACHER = Named(f"pipeline-v{VERSION}-teacher")
 
 
-def measure_teacher(named: Named, folder: Path) -> dict[str, Any]:
-    """Train the teacher, write its file, and look at it."""
-    path, begin = teacher_path(folder), time.process_time()
-    if not path.is_file():
-        torch.manual_seed(0)
-        module = TeacherClassifier(TEACHER_WIDTH, TEACHER_RATE)
-        fit(module, Batches(images().train, seed=0), EPOCHS, [])
-        kept = {"weights": module.network.state_dict(), "cpu_seconds": time.process_time() - begin}
-        write_atomically(path, lambda part: torch.save(kept, part))
-    to_onnx(teacher(folder), folder / TEACHERS_FILE, images().test[0][:4])
-    seconds = torch.load(path, weights_only=True)["cpu_seconds"]
-    return {**looked_at(folder / TEACHERS_FILE, images().test), "cpu_seconds": seconds}
+def train_teacher(folder: Path) -> str:
+    begin = time.process_time()
+    torch.manual_seed(0)
+    module = TeacherClassifier(TEACHER_WIDTH, TEACHER_RATE)
+    fit(module, Batches(images().train, seed=0), TEACHER_EPOCHS, [])
+    kept = {"weights": module.network.state_dict(), "cpu_seconds": time.process_time() - begin}
+    write_atomically(folder / TEACHERS_WEIGHTS, lambda part: torch.save(kept, part))
+    return f"trained, {kept['cpu_seconds']:.0f} s"
 
 
 def teacher(folder: Path) -> ResNet20:
     network = ResNet20(TEACHER_WIDTH)
-    network.load_state_dict(torch.load(teacher_path(folder), weights_only=True)["weights"])
+    network.load_state_dict(torch.load(folder / TEACHERS_WEIGHTS, weights_only=True)["weights"])
     return network
 
 
-def measure(run: Student, folder: Path) -> dict[str, Any]:
-    """Train a student, write its file, and look at it."""
-    begin, data, file, stage = time.process_time(), images(), folder / run.file, run.arm
-    export = ExportCallback(file, precision="fp32" if stage.quantised is None else "int8", fp32_comparison=False)
-    callbacks: list[Callback] = [export]
+def measure_teacher(named: Named, folder: Path) -> dict[str, Any]:
+    """Write the teacher's file, and look at it."""
+    begin = time.process_time()
+    to_onnx(teacher(folder), folder / TEACHERS_FILE, images().test[0][:4])
+    return {**looked_at(folder / TEACHERS_FILE, images().test), "cpu_seconds": time.process_time() - begin}
+
+
+def callbacks(run: Student, folder: Path) -> list[Callback]:
+    """Those of a stage, in one list."""
+    stage = run.arm
+    techniques: list[Callback] = [QATCallback(start=QUANTISED_FROM) if stage.trained_on_bits else PTQCallback()]
     if run.kd_weight is not None:
         weights = {"task_weight": 1 - run.kd_weight, "kd_weight": run.kd_weight}
-        callbacks.append(DistillationCallback(teacher(folder), temperature=4.0, **weights))
+        techniques.append(DistillationCallback(teacher(folder), temperature=4.0, **weights))
     if stage.pruned:
-        callbacks.append(PruningCallback(SPARSITY, update_interval=16, end=QUANTISED_FROM))
-    if stage.quantised == "qat":
-        callbacks.append(QATCallback(start=QUANTISED_FROM))
-    if stage.quantised == "ptq":
-        callbacks.append(PTQCallback())
+        techniques.append(StructuredPruningCallback(**PRUNED))
+    return [*exports({precision: folder / run.file(precision) for precision in stage.files}), *techniques]
+
+
+def measure(run: Student, folder: Path) -> dict[str, Any]:
+    """Train a student, write its files, and look at them."""
+    begin, data = time.process_time(), images()
     torch.manual_seed(run.seed)
     module = Classifier(WIDTH, run.rate)
-    fit(module, Batches(data.train, seed=run.seed), EPOCHS, callbacks)
+    fit(module, Batches(data.train, seed=run.seed), run.epochs, callbacks(run, folder))
+    held_out = classes(folder / run.file(run.arm.files[0]), data.held_out[0])
     return {
-        "held_out_accuracy": share(classes(file, data.held_out[0]), data.held_out[1]),
-        "module_accuracy": share(predictions(module.network, data.test), data.test[1]),
-        **looked_at(file, data.test),
+        "held_out_accuracy": share(held_out, data.held_out[1]),
+        "files": {precision: looked_at(folder / run.file(precision), data.test) for precision in run.arm.files},
+        "parameters": count_parameters(module.network),
         "batches": f"{module.seen:08x}",
         "cpu_seconds": time.process_time() - begin,
     }
@@ -195,6 +206,7 @@ class Pipeline(Experiment):
     page = "pipeline.md"
 
     def batches(self, store: Store, seeds: int) -> Iterator[list[Job]]:
+        yield [Job(TEACHERS_WEIGHTS, train_teacher)]
         yield [Job.of(measure_teacher, TEACHER)]
         yield [Job.of(measure, run) for stage in STAGES for run in series(stage).own]
         yield [Job.of(measure, run) for stage in STAGES for run in series(stage).runs(store, seeds)]
@@ -202,64 +214,76 @@ class Pipeline(Experiment):
 
     def times(self, store: Store) -> Times:
         """Of the first seed."""
-        chosen = [(stage.name, series(stage).chosen(store)) for stage in STAGES]
-        files = [(name, run and run.file) for name, run in chosen]
+        chosen = [(stage, series(stage).chosen(store)) for stage in STAGES]
+        files = [(f"{stage.name}-{own}", run and run.file(own)) for stage, run in chosen for own in stage.files]
         return Times(f"pipeline-v{VERSION}", (("teacher", TEACHERS_FILE), *files), side=28)
 
-    def found(self, store: Store, seeds: int) -> tuple[list[Measured], dict[str, Any]] | None:
-        """All stages, and the teacher's file; None if anything is missing."""
-        rows, whole = [Measured.of(series(stage), store, seeds) for stage in STAGES], store.read(TEACHER)
-        return None if whole is None or None in rows else (rows, whole)
+    def rows(self, store: Store, seeds: int) -> dict[tuple[Stage, str], Measured] | None:
+        """By stage and file, as if each file were an arm; None if a run or the teacher's file is missing."""
+        found = {stage: Measured.of(series(stage), store, seeds) for stage in STAGES}
+        if store.read(TEACHER) is None or None in found.values():
+            return None
+        return {(stage, own): row.of_file(own) for stage, row in found.items() if row for own in stage.files}
+
+    def cost(self, store: Store, seeds: int) -> float:
+        """Minutes of all that is there."""
+        return minutes(self.jobs(store, seeds), store.folder)
 
     def tables(self, store: Store, seeds: int) -> str:
         """The headline, and each stage's share."""
-        if (found := self.found(store, seeds)) is None:
+        if (rows := self.rows(store, seeds)) is None:
             return f"{NOT_YET.capitalize()}.\n"
-        (rows, whole), fast = found, self.times(store).read(store)
+        whole, fast = store.read(TEACHER) or {}, self.times(store).read(store)
         lines = [
-            f"Teacher: ResNet-20 of width {TEACHER_WIDTH}, {EPOCHS} epochs; its fp32 file has "
+            f"Teacher: ResNet-20 of width {TEACHER_WIDTH}, {TEACHER_EPOCHS} epochs; its fp32 file has "
             f"{whole['bytes'] / 1e3:.0f} kB ({whole['deflated'] / 1e3:.0f} kB deflated) and is right for "
-            f"{100 * whole['test_accuracy']:.2f}% of the 10,000 test images. Students of width {WIDTH}:",
+            f"{100 * whole['test_accuracy']:.2f}% of the 10,000 test images. The students begin with width {WIDTH} and "
+            f"learn for {EPOCHS} epochs:",
             "",
-            "| file | learning rate | KD's weight | test accuracy | less the teacher's file | over the stage before "
-            "| kB | smaller | deflated | times as fast | minutes |",
+            "| file | learning rate | KD's weight | test accuracy | less the teacher's file | over the stage before, "
+            "same precision | kB | smaller | deflated | times as fast | minutes of a training |",
             f"|{'---|' * 11}",
         ]
-        before: Measured | None = None
-        for row in rows:
+        before: dict[str, Measured] = {}
+        for (stage, own), row in rows.items():
+            kind = "" if own == "fp32" or stage.trained_on_bits else " (PTQ)"
             cells = [
-                row.arm.title,
+                f"{stage.title}, {own}{kind}",
                 f"{row.run.rate:g}",
                 f"{row.run.kd_weight or ''}",
                 f"{100 * row.mean('test_accuracy'):.2f}",
                 interval(over_teacher(row, whole)),
-                "" if before is None else difference(row, before),
+                difference(row, before[own]) if own in before else "",
                 f"{row.first['bytes'] / 1e3:.0f}",
                 *(f"{whole[size] / row.first[size]:.1f}x" for size in ("bytes", "deflated")),
-                f"{fast[row.arm.name]['faster']:.2f}" if fast else NOT_YET,
-                f"{row.minutes:.1f}",
+                f"{fast[f'{stage.name}-{own}']['faster']:.2f}" if fast else NOT_YET,
+                f"{row.mean('cpu_seconds') / 60:.1f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-            before = row if row.arm.quantised != "ptq" else before
+            before[own] = row
+        left = rows[STAGES[-1], "int8"].values("parameters")
         lines += [
             "",
-            f"{seeds} seeds; {cost(*found):.0f} minutes of one thread, teacher and choice of learning rates included.",
+            f"{left[0]:,} parameters are left of {rows[STAGES[0], 'fp32'].first['parameters']:,}. {seeds} seeds; "
+            f"{self.cost(store, seeds):.0f} minutes of one thread, teacher and choice of learning rates included.",
         ]
         return "\n".join(lines) + "\n"
 
     def lines(self, store: Store, seeds: int) -> list[Line]:
-        found, title = self.found(store, seeds), f"{STAGES[-1].title}, over the teacher's file"
-        said = NOT_YET if found is None else interval(over_teacher(found[0][-1], found[1]))
-        return [Line(title, f"28x28, {EPOCHS} epochs", said, 0.0 if found is None else cost(*found))]
+        rows, whole, last = self.rows(store, seeds), store.read(TEACHER), STAGES[-1]
+        title, protocol = f"{last.title}, over the teacher's file", f"28x28, {EPOCHS} epochs"
+        if rows is None or whole is None:
+            return [Line(title, protocol, NOT_YET, 0.0)]
+        return [Line(title, protocol, interval(over_teacher(rows[last, "int8"], whole)), self.cost(store, seeds))]
 
     def headline(self, store: Store, seeds: int) -> str:
         """The file of all stages in one fit against the target, as a table."""
-        found, fast = self.found(store, seeds), self.times(store).read(store)
-        if found is None or not fast:
+        rows, whole, fast = self.rows(store, seeds), store.read(TEACHER), self.times(store).read(store)
+        if rows is None or whole is None or not fast:
             return f"{NOT_YET.capitalize()}."
-        (*_, row), whole = found
+        row = rows[STAGES[-1], "int8"]
         smaller, deflated = (whole[size] / row.first[size] for size in ("bytes", "deflated"))
-        faster, lost = fast[row.arm.name]["faster"], [-own for own in over_teacher(row, whole)]
+        faster, lost = fast[f"{STAGES[-1].name}-int8"]["faster"], [-own for own in over_teacher(row, whole)]
         mean, low, high = t_interval(lost)
         kept = "yes" if high <= LOST else "no" if mean > LOST else "by the mean; not shown"
         return "\n".join(
@@ -273,11 +297,6 @@ class Pipeline(Experiment):
                 f"| points of test accuracy lost | at most {LOST:g} | {mean:.2f} [{low:.2f}, {high:.2f}] | {kept} |",
             ]
         )
-
-
-def cost(rows: list[Measured], whole: dict[str, Any]) -> float:
-    """Minutes of all trainings, that of the teacher included."""
-    return whole["cpu_seconds"] / 60 + sum(row.minutes for row in rows)
 
 
 def over_teacher(row: Measured, whole: dict[str, Any]) -> list[float]:

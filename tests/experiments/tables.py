@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .plan import FULL, GRIDS, SETTINGS, Arm, Calibrated, Claim, Column, Protocol, Teacher
+from .plan import FULL, GRIDS, SETTINGS, Arm, Calibrated, Claim, Column, Option, Protocol, Run, Teacher
 from .store import Series, Store, series
 from .training import teacher_file, teacher_path
 
@@ -54,6 +54,11 @@ class Measured:
     def like(self, quantity: str) -> Measured:
         """The same with another quantity as the test accuracy."""
         results = {seed: {**result, "test_accuracy": result[quantity]} for seed, result in self.results.items()}
+        return dataclasses.replace(self, results=results)
+
+    def of_file(self, precision: str) -> Measured:
+        """The results of one of the files of each run."""
+        results = {seed: result | result["files"][precision] for seed, result in self.results.items()}
         return dataclasses.replace(self, results=results)
 
 
@@ -197,22 +202,25 @@ def options_table(claim: Claim, store: Store, seeds: int) -> str:
         f"| | {' | '.join(f'{weights}/{activations}' for weights, activations in SETTINGS)} |",
         f"|{'---|' * (1 + len(SETTINGS))}",
     ]
+    usual = claim.options[0]
     for option in claim.options:
-        cells = []
-        for bits in SETTINGS:
-            ones, others = (
-                [store.read(Calibrated(run, *bits, own)) for run in runs] for own in (option, claim.options[0])
-            )
-            if None in ones or None in others:
-                cells.append(NOT_YET)
-                continue
-            accuracies = [[100 * result["test_accuracy"] for result in own] for own in (ones, others)]
-            mean = f"{statistics.mean(accuracies[0]):.2f}"
-            gains = [one - other for one, other in zip(*accuracies, strict=True)]
-            cells.append(mean if option is claim.options[0] else f"{mean}, {interval(gains)}")
+        over = None if option is usual else usual
+        cells = [option_cell(store, runs, bits, option, over) for bits in SETTINGS]
         lines.append(f"| {option.title} | {' | '.join(cells)} |")
     full = 100 * row.mean("test_accuracy")
     return "\n".join([*lines, "", f"The same networks at full precision: {full:.2f}. {seeds} seeds."])
+
+
+def option_cell(
+    store: Store, runs: Sequence[Run], bits: tuple[int, int], option: Option, over: Option | None = None
+) -> str:
+    """Test accuracy of networks that are quantised with an option, and what it is over that with another."""
+    found = [[store.read(Calibrated(run, *bits, own)) for run in runs] for own in (option, over or option)]
+    if not runs or any(None in own for own in found):
+        return NOT_YET
+    accuracies = [[100 * result["test_accuracy"] for result in own if result] for own in found]
+    gains = [one - other for one, other in zip(*accuracies, strict=True)]
+    return f"{statistics.mean(accuracies[0]):.2f}" + ("" if over is None else f", {interval(gains)}")
 
 
 def teacher_line(teacher: Teacher, store: Store) -> str:
