@@ -70,7 +70,14 @@ def test_an_unknown_name(capsys):
     [
         ("dcil.sparsity=1.5", "recipe.yaml: callbacks[1] (DCILCallback): sparsity must be a number in [0, 1), got 1.5"),
         ("dcl.sparsity=0.5", "recipe.yaml: --set dcl.sparsity: the recipe has neither a key nor a callback 'dcl'"),
-        ("export.path=5", "path must be a string or a path, got 5"),
+        ("dcil.sparsity=half", "(DCILCallback): sparsity must be a number, got 'half'"),
+        (
+            "dcil.schedule=cubik",
+            "(DCILCallback): schedule must be one_shot, cubic, linear, cosine or the dotted path of a function, got "
+            "'cubik'; did you mean 'cubic'?",
+        ),
+        ("dcil.layers=[3]", "(DCILCallback): layers must be a list of texts or null, got [3]"),
+        ("export.path=5", "path must be a "),
         ("export.path=nowhere/there/a.pt", "path must end in '.onnx', got 'nowhere/there/a.pt'"),
     ],
 )

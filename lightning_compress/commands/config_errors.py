@@ -1,46 +1,29 @@
 """What is wrong with the configuration of a LightningCLI project, in a few lines: key, value, what is accepted.
 
-jsonargparse tells it in a chain of exceptions, one a level, whose texts repeat one another. The chain says where, its
-end says what; the nearest name and the value in the file are added here.
+The chain of exceptions that jsonargparse raises says where, its end says what; the nearest name and the value in the
+file are added here.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from traceback import walk_tb
-from types import FrameType
 from typing import Any
 
 import lightning_compress
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.commands.exits import UsageError
 from lightning_compress.mechanisms.loading import import_path
+from lightning_compress.mechanisms.parsing import EXPECTED, KEY, MISSING, chain, frames, wrong_value
 from lightning_compress.mechanisms.selection import did_you_mean
 
-KEY = re.compile(r'Parser key "([^"]+)"')
 CLASS = re.compile(r"Problem with given class_path '([^']+)':\s*(.*)")
 UNKNOWN = re.compile(r"(?:Option|Subcommand '\w+' does not accept option) '([^']+)'")
 NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
-MISSING = re.compile(r"(?:the following arguments are required: |Option ')([^']+)(?:$|' is required but not provided)")
-OTHER_TYPE = re.compile(r"Expected an? (?:<class |typing\.)")
-EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: .*)?$", re.MULTILINE)
-VALUE = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
-WORDS = {
-    "<class 'int'>": "a whole number",
-    "<class 'float'>": "a number",
-    "<class 'bool'>": "true or false",
-    "<class 'str'>": "a text",
-    "<class 'list'>": "a list",
-    "<class 'collections.abc.Sequence'>": "a list",
-    "<class 'dict'>": "a mapping",
-    "<class 'NoneType'>": "null",
-}
 ENTRY_KEYS = ("class_path", "init_args", "dict_kwargs")
 MOST_LISTED = 25  # names that a message writes out
 
@@ -83,7 +66,7 @@ def explanation(error: BaseException, configs: dict[str, Any], keys: Collection[
         >>> explanation(ValueError("Option 'trainer.max_epoch' is not accepted"), {}, ["trainer.max_epochs"])
         "unknown key 'trainer.max_epoch'; accepted are trainer.max_epochs; did you mean 'trainer.max_epochs'?"
     """
-    links = list(_chain(error))
+    links = list(chain(error))
     place, said = _place(links), str(links[-1]).strip().partition("\n")[0]
     if match := MISSING.match(said):
         return _missing(place, match[1])
@@ -111,12 +94,12 @@ def of_configuration(error: BaseException) -> bool:
         >>> of_configuration(ZeroDivisionError())
         False
     """
-    *earlier, last = _chain(error)
+    *earlier, last = chain(error)
     if any(type(link).__name__ == "ArgumentError" for link in (*earlier, last)):
         return True
-    frames = [str(frame.f_globals.get("__name__", "")) for frame in _frames(last)]
+    modules = [str(frame.f_globals.get("__name__", "")) for frame in frames(last)]
     packages = ("jsonargparse", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_compress")
-    return bool(frames) and frames[-1].partition(".")[0] in packages
+    return bool(modules) and modules[-1].partition(".")[0] in packages
 
 
 def refused(error: BaseException) -> str:
@@ -143,33 +126,7 @@ def innermost(error: BaseException) -> BaseException:
         >>> innermost(ValueError("a"))
         ValueError('a')
     """
-    return list(_chain(error))[-1]
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception and its causes; of what is said for each type of a union, that of the type which is meant."""
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        if MISSING.match(str(link)):  # what it comes from is a look-up
-            return
-        meant = (cause for cause in _of_each_type(link) if not OTHER_TYPE.match(str(cause)))
-        link = next(meant, link.__cause__)
-
-
-def _of_each_type(error: BaseException) -> list[BaseException]:
-    """What was raised for each type of a union: the cause is the first of them, the frame that raised has them all."""
-    *_, frame = (None, *_frames(error))
-    if frame is None or not str(frame.f_globals.get("__name__", "")).startswith("jsonargparse"):
-        return []
-    lists = (value for value in frame.f_locals.values() if isinstance(value, list))
-    return next((value for value in lists if value and all(isinstance(entry, Exception) for entry in value)), [])
-
-
-def _frames(error: BaseException) -> Iterator[FrameType]:
-    """Where it was raised, the outermost first."""
-    for frame, _ in walk_tb(error.__traceback__):
-        yield frame
+    return list(chain(error))[-1]
 
 
 def _place(links: Sequence[BaseException]) -> Place:
@@ -187,7 +144,7 @@ def _place(links: Sequence[BaseException]) -> Place:
 
 def _callback_in(error: BaseException, *methods: str) -> str:
     """The callback of this package in one of whose methods an error was raised."""
-    for frame in _frames(error):
+    for frame in frames(error):
         owner = frame.f_locals.get("self")
         if frame.f_code.co_name in methods and isinstance(owner, CompressionCallback):
             return f"trainer.callbacks ({type(owner).__name__})"
@@ -231,34 +188,10 @@ def _unknown_class(class_path: str, key: str) -> str:
 
 
 def _wrong_value(place: Place, links: Sequence[BaseException], configs: dict[str, Any]) -> str:
-    """What the innermost argument accepts, of all its types, and what it was given."""
-    text = _of_all_types(links)
-    words: list[str] = []
-    accepted: list[str] = []
-    for kind in EXPECTED.findall(text):
-        if kind.startswith("typing.Literal["):
-            own = [str(word) for word in ast.literal_eval(kind.removeprefix("typing.Literal"))]
-            words += own
-            accepted += own
-        else:
-            accepted.append("the dotted path of a function" if kind.startswith("dot import") else WORDS.get(kind, kind))
-    accepted.sort(key="null".__eq__)  # the last, wherever a version tries it
-    value = VALUE.findall(text)[-1] if VALUE.search(text) else "nothing"
     name = place.argument or place.key
     file, _ = _given(configs, place.class_path, name)
     where = "".join(f"{part}: " for part in (file, "" if name == place.key else str(place)) if part)
-    return f"{where}{name} must be {_either(accepted)}, got '{value}'{did_you_mean(value, words)}"
-
-
-def _of_all_types(links: Sequence[BaseException]) -> str:
-    """What is said of the innermost argument: of each of its types, where there are several."""
-    key = max((index for index, link in enumerate(links) if KEY.match(str(link))), default=0)
-    return str(links[min(key + 1, len(links) - 1)])
-
-
-def _either(parts: Sequence[str]) -> str:
-    *others, last = parts
-    return f"{', '.join(others)} or {last}" if others else last
+    return f"{where}{name} {wrong_value(links)}"
 
 
 def _given(configs: dict[str, Any], class_path: str, key: str) -> tuple[str, str]:

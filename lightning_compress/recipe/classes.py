@@ -19,6 +19,7 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
 from lightning_compress.callbacks.teaching import TeacherCallback
 from lightning_compress.mechanisms.loading import check_source, import_path
+from lightning_compress.mechanisms.parsing import refusal
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe.file import RecipeError, check_keys, shown
 
@@ -193,7 +194,7 @@ def _parsed(cls: type[Callback], init_args: Mapping[str, Any], where: str) -> tu
     try:
         return parser, parser.parse_object({key: value for key, value in init_args.items() if key in typed})
     except Exception as error:  # ArgumentError, and whatever a class raises that a value names
-        raise RecipeError(f"{where}: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{where}: {refusal(error, init_args)}") from error
 
 
 def _made(cls: type[Callback], arguments: Mapping[str, Any], parser: ArgumentParser, parsed: Namespace) -> Callback:
