@@ -135,7 +135,7 @@ def _of_each_type(error: BaseException) -> list[BaseException]:
 
 def _of_all_types(links: Sequence[BaseException]) -> str:
     """What is said of the innermost argument: of each of its types, where there are several."""
-    key = max((index for index, link in enumerate(links) if KEY.match(str(link))), default=0)
+    key = max((index for index, link in enumerate(links) if KEY.match(str(link))), default=-1)
     return str(links[min(key + 1, len(links) - 1)])
 
 

@@ -1,0 +1,91 @@
+"""What a parser says of a value, whichever version of jsonargparse says it, in whichever order it tries the types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from lightning_compress.mechanisms.parsing import MISSING, chain, refusal, wrong_value
+
+NO_LIST = ValueError("Expected a <class 'list'>. Got value: half")
+NULL = ValueError("Expected a <class 'NoneType'>")
+MEANT = ValueError("Not a valid class")
+RAISE = """
+def said(exceptions):
+    text = "\\n".join(f"  - {one}" for one in exceptions).replace(". Got value: half", "")
+    raise ValueError(f"Errors:\\n{text}\\nGiven value type: <class 'str'>\\nGiven value: half") from exceptions[0]
+"""
+
+
+def of_types(*exceptions, module="jsonargparse._typehints"):
+    """What is raised where a value fits none of several types."""
+    names = {"__name__": module}
+    exec(RAISE, names)
+    with pytest.raises(ValueError, match="Errors") as error:
+        names["said"](list(exceptions))
+    return error.value
+
+
+@pytest.mark.parametrize("order", [(NULL, NO_LIST, MEANT), (MEANT, NULL, NO_LIST), (NO_LIST, MEANT, NULL)])
+def test_the_chain_goes_on_with_the_type_that_was_meant(order):
+    error = of_types(*order)
+    assert list(chain(error)) == [error, MEANT]
+
+
+def test_it_goes_on_with_the_first_where_all_are_other_types():
+    error = of_types(NULL, NO_LIST)
+    assert list(chain(error)) == [error, NULL]
+
+
+def test_lists_of_exceptions_elsewhere_are_no_business_of_ours():
+    error = of_types(NULL, MEANT, module="their.module")
+    assert list(chain(error)) == [error, NULL]
+
+
+@pytest.mark.parametrize("order", [(NULL, NO_LIST), (NO_LIST, NULL)])
+def test_null_is_named_last(order):
+    error = of_types(*order)
+    assert wrong_value(list(chain(error))) == "must be a list or null, got 'half'"
+    assert wrong_value(list(chain(error)), "half a list") == "must be a list or null, got half a list"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the following arguments are required: teacher",
+        "Option 'teacher' is required but not provided or its value is None.",
+    ],
+)
+def test_of_what_is_missing_the_cause_says_no_more(text):
+    error = TypeError(text)
+    error.__cause__ = KeyError("teacher")
+    assert list(chain(error)) == [error]
+    assert MISSING.match(text)[1] == "teacher"
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        (float, "half", "x must be a number, got 'half'"),
+        (bool, 3, "x must be true or false, got 3"),
+        (Sequence[str] | None, 3, "x must be a list or null, got 3"),
+        (Sequence[str] | None, [3], "x must be a list of texts or null, got [3]"),
+        (Mapping[str, int] | None, {"a": "b"}, "x must be a mapping of whole numbers or null, got {'a': 'b'}"),
+        (Literal["max", "mse"], "mx", "x must be max or mse, got 'mx'; did you mean 'max'?"),
+        (float | Literal["auto"], "atuo", "x must be a number or auto, got 'atuo'; did you mean 'auto'?"),
+    ],
+)
+def test_what_a_type_accepts_is_said_in_words(kind, value, said):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--x", type=kind)
+    with pytest.raises(Exception, match="x") as error:
+        parser.parse_object({"x": value})
+    told = refusal(error.value, {"x": value})
+    assert told.replace("auto or a number", "a number or auto") == said  # versions differ in the order
+
+
+def test_what_is_no_matter_of_types_is_told_as_it_is():
+    assert refusal(ValueError("no such\n  thing"), {}) == "no such thing"
