@@ -58,7 +58,13 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def frames(error: BaseException) -> Iterator[FrameType]:
-    """Where an exception was raised, the outermost first.
+    """Where an exception was raised.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        Frames, the outermost first.
 
     Example:
         >>> list(frames(ValueError("never raised")))
@@ -105,6 +111,10 @@ def wrong_value(links: Sequence[BaseException], given: str | None = None) -> str
 
     Returns:
         The end of a sentence that begins with the argument's name.
+
+    Example:
+        >>> wrong_value([ValueError("Expected a <class 'float'>. Got value: half")])
+        "must be a number, got 'half'"
     """
     text = _of_all_types(links)
     words: list[str] = []
