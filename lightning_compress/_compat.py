@@ -1,7 +1,7 @@
 """Private and version-bound uses of other packages; each has a canary in tests/test_compat.py.
 
-Traced on lightning 2.6, torch 2.13 and 2.14 and wandb 0.24 to 0.31. When a canary falls after an upgrade, this is the
-file to mend.
+Traced on lightning 2.6, torch 2.13 and 2.14, wandb 0.24 to 0.31 and jsonargparse 4.46 to 4.53. When a canary falls
+after an upgrade, this is the file to mend.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
+from traceback import walk_tb
 from types import CodeType, SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -489,6 +490,18 @@ def instantiated(parser: Any, parsed: Any) -> Any:
     """What a parser of jsonargparse makes of what it has parsed: objects, where classes were named."""
     make = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in jsonargparse 4.49
     return make(parsed)
+
+
+def types_tried(error: BaseException) -> list[BaseException]:
+    """What jsonargparse has raised for each type of a union, where it fits none: the frame that raised has them all.
+
+    Empty for all other exceptions. Their order differs between versions, and the cause is the first of them.
+    """
+    *_, frame = (None, *(frame for frame, _ in walk_tb(error.__traceback__)))
+    if frame is None or not str(frame.f_globals.get("__name__", "")).startswith("jsonargparse"):
+        return []
+    lists = (value for value in frame.f_locals.values() if isinstance(value, list))
+    return next((value for value in lists if value and all(isinstance(entry, Exception) for entry in value)), [])
 
 
 def before_children_fail(trainer: Any, act: Callable[[], None]) -> None:

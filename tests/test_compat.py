@@ -1104,3 +1104,32 @@ def test_fsdp2_gathers_what_is_presented_of_a_shard():
         assert vars(shard) == {}
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [int | list[int] | None, list[str] | float])
+def test_the_frame_that_refuses_a_value_has_what_was_raised_for_each_type(kind):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--x", type=kind)
+    with pytest.raises(Exception, match="x") as error:
+        parser.parse_object({"x": "half"})
+    links, link = [], error.value
+    while link is not None:
+        links.append(link)
+        link = link.__cause__
+    (tried,) = filter(None, map(_compat.types_tried, links))
+    said = {str(entry) for entry in tried}
+    assert said == {f"Expected a {own}. Got value: half" for own in SHOWN[kind]}
+
+
+SHOWN = {
+    int | list[int] | None: (int, list, type(None)),
+    list[str] | float: (list, float),
+}
+
+
+def test_all_other_exceptions_have_tried_no_types():
+    assert _compat.types_tried(ValueError("never raised")) == []
+    exceptions = [ValueError("of somebody else")]
+    with pytest.raises(ValueError, match="else") as error:
+        raise exceptions[0]
+    assert _compat.types_tried(error.value) == []

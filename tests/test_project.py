@@ -126,6 +126,30 @@ ERRORS = {
         one("DistillationCallback", teacher=callback("torch.nn.Flatten", strat_dim=1)),
         r"trainer.callbacks \(DistillationCallback\): teacher.init_args has 'strat_dim', .* mean 'start_dim'\?",
     ),
+    "an argument beside its class": (
+        {"trainer": {"callbacks": [{"class_path": "DCILCallback", "sparsity": 0.5}]}},
+        r"trainer.callbacks: unknown key 'sparsity' beside class_path; arguments of a class stand under init_args",
+    ),
+    "a function that is not there": (
+        one("DCILCallback", sparsity=0.5, schedule="os.pathx"),
+        r"trainer.callbacks \(DCILCallback\): schedule: module 'os' has no attribute 'pathx'",
+    ),
+    "a letter for a number": (
+        {"trainer": {"max_epochs": "a"}},
+        r"case.yaml: trainer.max_epochs must be a whole number or null, got 'a'",
+    ),
+    "a number in a list of texts": (
+        one("PTQCallback", layers=[3]),
+        r"case.yaml: trainer.callbacks \(PTQCallback\): layers must be a list of texts or null, got \[3\]",
+    ),
+    "no mapping for the Trainer": (
+        {"trainer": 5},
+        r"case.yaml: trainer is a mapping of the Trainer's arguments, got 5",
+    ),
+    "no mapping of arguments": (
+        {"model": {"class_path": "P.LitNet", "init_args": [1]}},
+        r"case.yaml: init_args of 'P.LitNet' is a mapping of arguments, got \[1\]",
+    ),
     "the first key": (
         {"trianer": {"max_epochs": 2}},
         r"case.yaml: unknown key 'trianer' with the value {'max_epochs': 2}; accepted are .*; did you mean 'trainer'\?",
@@ -159,6 +183,11 @@ ERRORS = {
 
 
 SLOW = (
+    "an argument beside its class",
+    "a function that is not there",
+    "a letter for a number",
+    "a number in a list of texts",
+    "no mapping of arguments",
     "a path that cannot be written",
     "layers that are not there",
     "no callback",

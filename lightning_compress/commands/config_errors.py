@@ -18,11 +18,20 @@ import lightning_compress
 from lightning_compress.callbacks.base import CompressionCallback
 from lightning_compress.commands.exits import UsageError
 from lightning_compress.mechanisms.loading import import_path
-from lightning_compress.mechanisms.parsing import EXPECTED, KEY, MISSING, chain, frames, wrong_value
+from lightning_compress.mechanisms.parsing import (
+    EXPECTED,
+    KEY,
+    MISSING,
+    UNKNOWN,
+    chain,
+    first_line,
+    frames,
+    wrong_value,
+)
 from lightning_compress.mechanisms.selection import did_you_mean
 
 CLASS = re.compile(r"Problem with given class_path '([^']+)':\s*(.*)")
-UNKNOWN = re.compile(r"(?:Option|Subcommand '\w+' does not accept option) '([^']+)'")
+UNKNOWN_KEY = re.compile(r"Option '([^']+)' is not accepted|Subcommand '\w+' does not accept option '([^']+)'")
 NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 ENTRY_KEYS = ("class_path", "init_args", "dict_kwargs")
 MOST_LISTED = 25  # names that a message writes out
@@ -40,11 +49,13 @@ class Place:
         key: Dotted key in the file.
         class_path: The class whose arguments are meant; "" where there is none.
         argument: Its argument; "" where that is open.
+        within: The argument of another class that the class is for; "" where the key is all.
     """
 
     key: str = ""
     class_path: str = ""
     argument: str = ""
+    within: str = ""
 
     def __str__(self) -> str:
         name = self.class_path.rpartition(".")[2]
@@ -67,18 +78,20 @@ def explanation(error: BaseException, configs: dict[str, Any], keys: Collection[
         "unknown key 'trainer.max_epoch'; accepted are trainer.max_epochs; did you mean 'trainer.max_epochs'?"
     """
     links = list(chain(error))
-    place, said = _place(links), str(links[-1]).strip().partition("\n")[0]
+    place, said = _place(links), first_line(links[-1])
+    if match := UNKNOWN_KEY.match(said):
+        return _unknown_key(place, match[1] or match[2], configs, keys)
     if match := MISSING.match(said):
-        return _missing(place, match[1])
-    if match := UNKNOWN.match(said):
-        return _unknown_key(place, match[1], configs, keys)
-    if place.class_path and not place.argument and isinstance(links[-1], (ImportError, AttributeError)):
-        return _unknown_class(place.class_path, place.key)
+        return _missing(place, match["name"] or match["names"])
+    missed = place.class_path and not place.argument and isinstance(links[-1], (ImportError, AttributeError))
+    if missed and (problem := _unknown_class(place.class_path, place.within or place.key)):
+        return problem
     if (match := NO_CLASS.match(said)) and not place.argument:
-        return _unknown_class(match[1], place.key)
+        return _unknown_class(match[1], place.key) or said
     if EXPECTED.match(said):
         return _wrong_value(place, links, configs)
-    return f"{str(place) or _callback_in(links[-1], '__init__')}: {said}".removeprefix(": ")
+    where = str(place) or _callback_in(links[-1], "__init__")
+    return ": ".join(part for part in (where, place.argument, said) if part)
 
 
 def of_configuration(error: BaseException) -> bool:
@@ -120,7 +133,7 @@ def refused(error: BaseException) -> str:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """The exception that all others of a chain were raised from.
+    """The last exception of a chain: the reason for all others.
 
     Example:
         >>> innermost(ValueError("a"))
@@ -129,16 +142,35 @@ def innermost(error: BaseException) -> BaseException:
     return list(chain(error))[-1]
 
 
+def mappings(content: Any) -> Iterator[Mapping[str, Any]]:
+    """All mappings in a document.
+
+    Args:
+        content: What a file holds.
+
+    Yields:
+        The mappings, the outermost first.
+
+    Example:
+        >>> list(mappings([{"a": {"b": 1}}]))
+        [{'a': {'b': 1}}, {'b': 1}]
+    """
+    if isinstance(content, Mapping):
+        yield content
+    for value in content.values() if isinstance(content, Mapping) else content if isinstance(content, list) else ():
+        yield from mappings(value)
+
+
 def _place(links: Sequence[BaseException]) -> Place:
     """The first key, and then, level by level, the class and the argument that are meant."""
     place = Place()
     for text in map(str, links):
         if match := CLASS.match(text):
-            place = Place(place.key, match[1])
+            place = Place(place.key, match[1], within=place.argument or place.within)
         elif (match := KEY.match(text)) and not place.class_path:
             place = Place(match[1])
         elif match:
-            place = Place(place.key, place.class_path, match[1])
+            place = Place(place.key, place.class_path, match[1], place.within)
     return place
 
 
@@ -152,6 +184,8 @@ def _callback_in(error: BaseException, *methods: str) -> str:
 
 
 def _unknown_key(place: Place, key: str, configs: dict[str, Any], keys: Collection[str]) -> str:
+    if key in ENTRY_KEYS and (beside := _beside_a_class(configs)):
+        return f"{place.key}: unknown key '{beside}' beside class_path; arguments of a class stand under init_args"
     if place.class_path:
         key, dot, _ = key.partition(".")
         candidates: Collection[str] = list(inspect.signature(import_path(place.class_path, argument="")).parameters)
@@ -160,8 +194,9 @@ def _unknown_key(place: Place, key: str, configs: dict[str, Any], keys: Collecti
         tops = {known.partition(".")[0] for known in keys}
         key = key if key.partition(".")[0] in tops else key.partition(".")[0]
         candidates = sorted(keys if "." in key else tops)
-    file, value = _given(configs, place.class_path, key)
-    accepted = f"; accepted are {', '.join(candidates)}" if len(candidates) <= MOST_LISTED else ""
+    file, given = _given(configs, place.class_path, key)
+    value = "" if given is UNKNOWN else f" with the value {reprlib.repr(given)}"
+    accepted = f"; accepted are {', '.join(candidates)}" if 0 < len(candidates) <= MOST_LISTED else ""
     where = ": ".join(part for part in (file, str(place)) if part)
     nearest = did_you_mean(key, candidates)
     return f"{where}: unknown key '{key}'{value}{accepted}{nearest}".removeprefix(": ")
@@ -174,11 +209,13 @@ def _missing(place: Place, names: str) -> str:
 
 
 def _unknown_class(class_path: str, key: str) -> str:
+    """Why there is no such class; empty if there is."""
     if "." in class_path:
         try:
             import_path(class_path, argument=key)
         except ValueError as error:
             return str(error)
+        return ""
     callbacks = {name for name in lightning_compress.__all__ if name.endswith(("Callback", "Report"))}
     known = callbacks | set(import_module("lightning.pytorch.callbacks").__all__) if "callbacks" in key else ()
     return (
@@ -189,21 +226,27 @@ def _unknown_class(class_path: str, key: str) -> str:
 
 def _wrong_value(place: Place, links: Sequence[BaseException], configs: dict[str, Any]) -> str:
     name = place.argument or place.key
-    file, _ = _given(configs, place.class_path, name)
+    file, value = _given(configs, place.class_path, name)
     where = "".join(f"{part}: " for part in (file, "" if name == place.key else str(place)) if part)
-    return f"{where}{name} {wrong_value(links)}"
+    return f"{where}{name} {wrong_value(links, value)}"
 
 
-def _given(configs: dict[str, Any], class_path: str, key: str) -> tuple[str, str]:
-    """The file that gives a key, and the value in words; both empty for what came another way."""
+def _given(configs: dict[str, Any], class_path: str, key: str) -> tuple[str, Any]:
+    """The file that gives a key, and the value; empty and UNKNOWN for what came another way."""
     for file, content in reversed(configs.items()):  # a later one wins
-        for mapping in _mappings(content):
+        for mapping in mappings(content):
             named = mapping.get("class_path") in _names(class_path)
             own = mapping if not class_path else mapping.get("init_args") if named else None
             found = _below(own, key)
             if found is not None:
-                return file, f" with the value {reprlib.repr(found)}"
-    return "", ""
+                return file, found
+    return "", UNKNOWN
+
+
+def _beside_a_class(configs: dict[str, Any]) -> str:
+    """A key that stands beside a class, where only its arguments may."""
+    entries = (own for content in configs.values() for own in mappings(content) if "class_path" in own)
+    return next((str(key) for entry in entries for key in entry if key not in ENTRY_KEYS), "")
 
 
 def _names(class_path: str) -> tuple[str, str, None]:
@@ -214,11 +257,3 @@ def _below(mapping: Any, key: str) -> Any:
     for part in key.split("."):
         mapping = mapping.get(part) if isinstance(mapping, Mapping) else None
     return mapping
-
-
-def _mappings(content: Any) -> Iterator[Mapping[str, Any]]:
-    """All mappings in a document, the outermost first."""
-    if isinstance(content, Mapping):
-        yield content
-    for value in content.values() if isinstance(content, Mapping) else content if isinstance(content, list) else ():
-        yield from _mappings(value)

@@ -23,7 +23,14 @@ import lightning_compress
 from lightning_compress import _compat
 from lightning_compress.callbacks.base import callbacks_of
 from lightning_compress.callbacks.export import ExportCallback
-from lightning_compress.commands.config_errors import ConfigError, explanation, innermost, of_configuration, refused
+from lightning_compress.commands.config_errors import (
+    ConfigError,
+    explanation,
+    innermost,
+    mappings,
+    of_configuration,
+    refused,
+)
 from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended, one_line
 from lightning_compress.export.copying import make_plain_
 from lightning_compress.export.errors import ExportError
@@ -287,6 +294,14 @@ def _contents(path: str) -> Any:
         raise ConfigError(
             f"{path}: a config is a mapping with keys such as model, data and trainer, got {shown(content)}"
         )
+    if "trainer" in content and not isinstance(content["trainer"], Mapping):
+        raise ConfigError(f"{path}: trainer is a mapping of the Trainer's arguments, got {shown(content['trainer'])}")
+    for entry in mappings(content):
+        if "class_path" in entry and not isinstance(entry.get("init_args"), (Mapping, NoneType)):
+            raise ConfigError(
+                f"{path}: init_args of {shown(entry['class_path'])} is a mapping of arguments, "
+                f"got {shown(entry['init_args'])}"
+            )
     return content
 
 

@@ -1,42 +1,58 @@
 """What jsonargparse says of a value that it refuses, in a few words: what is accepted, what was given, the nearest.
 
 It tells it in a chain of exceptions, one a level, whose texts repeat one another. Where a value may have several types,
-the chain goes on with the first that was tried, which differs between versions; what was raised for the others is known
-to the frame that raised.
+the cause is what was raised for the first that was tried, which differs between versions; the chain here goes on with
+the type that was meant.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from traceback import walk_tb
 from types import FrameType
 from typing import Any
 
+from lightning_compress import _compat
 from lightning_compress.mechanisms.selection import did_you_mean
 
 KEY = re.compile(r'Parser key "([^"]+)"')
-MISSING = re.compile(r"(?:the following arguments are required: |Option ')([^']+)(?:$|' is required but not provided)")
-EXPECTED = re.compile(r"Expected an? (.+?)(\. Got value: .*)?$", re.MULTILINE)
+MISSING = re.compile(
+    r"the following arguments are required: (?P<names>.+)"
+    r"|Option '(?P<name>[^']+)' is required but not provided"  # up to jsonargparse 4.47
+)
+EXPECTED = re.compile(r"Expected (?P<kind>(?:an? )?.+?)(?:,? but got .*)?(?:\. Got value: (?P<value>.*))?$")
+UNKNOWN = object()
+"""A value that only the parser has seen."""
 _OTHER_TYPE = re.compile(r"Expected an? (?:<class |typing\.)")
-_VALUE = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
-_CONTAINER = re.compile(r"Given value type: (<class '(?:list|dict)'>)$", re.MULTILINE)
+_LITERAL = "a typing.Literal"
+_FUNCTION = re.compile(r"an? (?:dot import path string(?:: (?P<value>.*))?|import path or a subclass spec)$")
 _WORDS = {
-    "<class 'int'>": "a whole number",
-    "<class 'float'>": "a number",
-    "<class 'bool'>": "true or false",
-    "<class 'str'>": "a text",
-    "<class 'list'>": "a list",
-    "<class 'collections.abc.Sequence'>": "a list",
-    "<class 'dict'>": "a mapping",
-    "<class 'NoneType'>": "null",
+    "a <class 'int'>": "a whole number",
+    "a <class 'float'>": "a number",
+    "a <class 'bool'>": "true or false",
+    "a <class 'str'>": "a text",
+    "a <class 'list'>": "a list",
+    "a <class 'tuple'>": "a list",
+    "a <class 'collections.abc.Sequence'>": "a list",
+    "a <class 'dict'>": "a mapping",
+    "a <class 'collections.abc.Mapping'>": "a mapping",
+    "a <class 'NoneType'>": "null",
 }
-_EACH = {"a whole number": "whole numbers", "a number": "numbers", "a text": "texts"}
+_EACH = {
+    "a whole number": "whole numbers",
+    "a number": "numbers",
+    "a text": "texts",
+    "a list": "lists",
+    "a mapping": "mappings",
+}
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception and its causes; of what is said for each type of a union, that of the type which is meant.
+    """An exception and what it comes from: its cause, or what was raised for the type that was meant, of several.
 
     Args:
         error: What a parser has raised.
@@ -53,7 +69,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         yield link
         if MISSING.match(str(link)):  # what it comes from is a look-up
             return
-        meant = (cause for cause in _of_each_type(link) if not _OTHER_TYPE.match(str(cause)))
+        meant = (cause for cause in _compat.types_tried(link) if not _OTHER_TYPE.match(str(cause)))
         link = next(meant, link.__cause__)
 
 
@@ -72,6 +88,22 @@ def frames(error: BaseException) -> Iterator[FrameType]:
     """
     for frame, _ in walk_tb(error.__traceback__):
         yield frame
+
+
+def first_line(error: BaseException) -> str:
+    """The text of an exception, which the next ones of a chain repeat below its first line.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        One line.
+
+    Example:
+        >>> first_line(ValueError("short"))
+        'short'
+    """
+    return str(error).lstrip().partition("\n")[0]
 
 
 def refusal(error: BaseException, values: Mapping[str, Any]) -> str:
@@ -95,19 +127,25 @@ def refusal(error: BaseException, values: Mapping[str, Any]) -> str:
         "sparsity must be a number, got 'half'"
     """
     links = list(chain(error))
-    names = [match[1] for match in map(KEY.match, map(str, links)) if match]
-    if not names or not EXPECTED.match(str(links[-1])):
+    found = [match[1] for match in map(KEY.match, map(str, links)) if match]
+    names = [name for name, _ in groupby(found)]  # some are told twice
+    said = first_line(links[-1])
+    if match := MISSING.match(said):
+        return f"the required key '{'.'.join([*names, match['name'] or match['names']])}' is missing"
+    if not names:
         return " ".join(str(error).split())
-    known = names[0] in values and {*names} == {names[0]}
-    return f"{names[-1]} {wrong_value(links, repr(values[names[0]]) if known else None)}"
+    if EXPECTED.match(said):
+        value = values.get(names[0], UNKNOWN) if len(names) == 1 else UNKNOWN
+        return f"{'.'.join(names)} {wrong_value(links, value)}"
+    return f"{'.'.join(names)}: {said}"
 
 
-def wrong_value(links: Sequence[BaseException], given: str | None = None) -> str:
+def wrong_value(links: Sequence[BaseException], value: Any = UNKNOWN) -> str:
     """What the innermost argument accepts, of all its types, and what it was given.
 
     Args:
         links: A chain that ends with what some type says of a value.
-        given: The value in words; as the parser shows it, where that is not known.
+        value: The value, if it is known.
 
     Returns:
         The end of a sentence that begins with the argument's name.
@@ -116,37 +154,43 @@ def wrong_value(links: Sequence[BaseException], given: str | None = None) -> str
         >>> wrong_value([ValueError("Expected a <class 'float'>. Got value: half")])
         "must be a number, got 'half'"
     """
-    text = _of_all_types(links)
+    key = max((index for index, link in enumerate(links) if KEY.match(str(link))), default=-1)
+    tried = next(filter(None, map(_compat.types_tried, reversed(links[key + 1 :]))), [links[-1]])
+    matches = [match for match in map(EXPECTED.search, map(first_line, tried)) if match]
+    seen = next((value for value in map(_value, matches) if value is not None), "nothing")
+    if seen not in str(value):  # it is that of another argument of the same name
+        value = UNKNOWN
     words: list[str] = []
     accepted: list[str] = []
-    for kind, of_an_entry in EXPECTED.findall(text):
-        if kind.startswith("typing.Literal["):
-            own = [str(word) for word in ast.literal_eval(kind.removeprefix("typing.Literal"))]
+    for match in matches:
+        kind = match["kind"]
+        if kind.startswith(_LITERAL):
+            own = _offered(kind.removeprefix(_LITERAL))
             words += own
             accepted += own
             continue
-        said = "the dotted path of a function" if kind.startswith("dot import") else _WORDS.get(kind, kind)
-        if of_an_entry and (container := _CONTAINER.search(text)):
-            said = f"{_WORDS[container[1]]} of {_EACH.get(said, said)}"
+        said = "the dotted path of a function" if _FUNCTION.match(kind) else _WORDS.get(kind, kind)
+        if isinstance(value, (list, Mapping)) and _value(match) not in (None, str(value)):  # one of its entries
+            said = f"a {'list' if isinstance(value, list) else 'mapping'} of {_EACH.get(said, said)}"
         accepted.append(said)
-    accepted.sort(key="null".__eq__)  # the last, wherever a version tries it
-    value = _VALUE.findall(text)[-1] if _VALUE.search(text) else "nothing"
-    return f"must be {_either(accepted)}, got {given or repr(value)}{did_you_mean(value, words)}"
+    accepted = sorted(dict.fromkeys(accepted), key="null".__eq__)  # null last, wherever a version tries it
+    given = repr(seen) if value is UNKNOWN else reprlib.repr(value)
+    return f"must be {_either(accepted)}, got {given}{did_you_mean(seen, words)}"
 
 
-def _of_each_type(error: BaseException) -> list[BaseException]:
-    """What was raised for each type of a union: the cause is the first of them, the frame that raised has them all."""
-    *_, frame = (None, *frames(error))
-    if frame is None or not str(frame.f_globals.get("__name__", "")).startswith("jsonargparse"):
-        return []
-    lists = (value for value in frame.f_locals.values() if isinstance(value, list))
-    return next((value for value in lists if value and all(isinstance(entry, Exception) for entry in value)), [])
+def _offered(values: str) -> list[str]:
+    """The values of a Literal, as YAML has them."""
+    try:
+        return ["null" if value is None else str(value) for value in ast.literal_eval(values)]
+    except (SyntaxError, ValueError):  # members of an Enum
+        return [values.strip("[]")]
 
 
-def _of_all_types(links: Sequence[BaseException]) -> str:
-    """What is said of the innermost argument: of each of its types, where there are several."""
-    key = max((index for index, link in enumerate(links) if KEY.match(str(link))), default=-1)
-    return str(links[min(key + 1, len(links) - 1)])
+def _value(match: re.Match[str]) -> str | None:
+    """The value in what is said for a type."""
+    of_function = _FUNCTION.match(match["kind"])
+    value: str | None = of_function["value"] if match["value"] is None and of_function else match["value"]
+    return value
 
 
 def _either(parts: Sequence[str]) -> str:

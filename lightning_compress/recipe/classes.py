@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import traceback
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +18,7 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
 from lightning_compress.callbacks.teaching import TeacherCallback
 from lightning_compress.mechanisms.loading import check_source, import_path
-from lightning_compress.mechanisms.parsing import refusal
+from lightning_compress.mechanisms.parsing import frames, refusal
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe.file import RecipeError, check_keys, shown
 
@@ -175,8 +174,8 @@ def _explained(error: Exception, place: str) -> tuple[str, BaseException | None]
 
 def _is_own(error: BaseException) -> bool:
     """Whether this package raised it, so that its message needs no more."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and str(frames[-1].f_globals.get("__name__", "")).startswith("lightning_compress.")
+    *_, frame = (None, *frames(error))
+    return frame is not None and str(frame.f_globals.get("__name__", "")).startswith("lightning_compress.")
 
 
 def _parsed(cls: type[Callback], init_args: Mapping[str, Any], where: str) -> tuple[ArgumentParser, Namespace]:
