@@ -10,6 +10,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from experiments.cards import CARDS, Found
+from experiments.store import Store
 from experiments.tables import BEGIN, END
 from pages import ROOT, blocks, name_of
 
@@ -41,8 +43,8 @@ def callback_of(page: Path) -> str:
     return found[1]
 
 
-CARDS = sorted(FOLDER.glob("*.md"))
-each_card = pytest.mark.parametrize("page", CARDS, ids=lambda page: page.stem)
+PAGES = sorted(FOLDER.glob("*.md"))
+each_card = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
 def section(page: Path, title: str) -> str:
@@ -53,8 +55,8 @@ def section(page: Path, title: str) -> str:
 
 def test_each_technique_has_a_card():
     public = {name for name in lightning_compress.__all__ if name.endswith("Callback")}
-    assert {callback_of(page) for page in CARDS} == public - NO_TECHNIQUES
-    assert len(CARDS) == len(public - NO_TECHNIQUES)
+    assert {callback_of(page) for page in PAGES} == public - NO_TECHNIQUES
+    assert len(PAGES) == len(public - NO_TECHNIQUES)
 
 
 @each_card
@@ -96,7 +98,7 @@ def test_pictures_share_one_style_in_which_text_is_large_enough():
     styles = {ElementTree.parse(file).getroot().findtext(f"{SVG}style") for file in FOLDER.glob("pictures/*.svg")}
     assert len(styles) == 1
     assert min(map(int, re.findall(r"font-size: (\d+)px", styles.pop() or ""))) >= 14
-    assert {file.stem for file in FOLDER.glob("pictures/*")} == {page.stem for page in CARDS}
+    assert {file.stem for file in FOLDER.glob("pictures/*")} == {page.stem for page in PAGES}
 
 
 @each_card
@@ -138,10 +140,14 @@ def test_results_are_those_of_the_experiments(page):
     table, end, after = rest.partition(END)  # the experiments' command puts it there
     assert (begin, end) == (BEGIN, END)
     assert len(re.findall(FIGURE, table)) >= 6
-    known = table + "".join((page.parent / link).read_text(encoding="utf-8") for link in linked)
-    figures = re.findall(FIGURE, before + after)
+    known = "".join((page.parent / link).read_text(encoding="utf-8") for link in linked)
+    if table.split("\n")[2].startswith(f"| | {' | '.join(CARDS[page.stem].columns)} |"):  # the command has written it
+        titles = re.findall(r"^\| ([^|]+) \|", table, flags=re.MULTILINE)
+        assert titles == [*CARDS[page.stem].rows(Found(Store(Path()), 1))]
+        known, measured = known + table, before + after
+    figures = re.findall(FIGURE, measured)
     assert [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", known)] == []
-    [seeds] = {*re.findall(r"(\d+) seeds", measured)}
+    [seeds] = {*re.findall(r"(\d+) seeds", before + table + after)}
     assert f"{seeds} seeds" in known
     intervals = re.findall(r"\[([+-]\d+\.\d+), ([+-]\d+\.\d+)\](, not shown)?", measured)
     assert [entry for entry in intervals if (float(entry[0]) <= 0 <= float(entry[1])) != bool(entry[2])] == []

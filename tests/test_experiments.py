@@ -860,7 +860,7 @@ def test_the_pipeline_against_its_target(piped):
         "[+1.00, +1.00] | 50 | 22.0x | 40.0x | 8.00 | 1.0 |"
     ) in text
     # 3 and 6 candidates, 2 further seeds of two stages that choose, 3 of two that do not, and the teacher
-    assert "40,000 parameters are left of 70,000. 3 seeds; 29 minutes of one thread, teacher and choice of" in text
+    assert "40,000 parameters are left of 70,000. 3 seeds; 29 minutes of one thread, teacher, choice of" in text
     (line,) = experiment.lines(piped, 3)
     assert (line.difference, line.minutes) == ("-0.30 [-0.55, -0.05]", 29.0)
 
@@ -898,7 +898,7 @@ def test_the_small_shape_from_the_start_is_what_pruned_filters_are_compared_with
     assert "| 4, 4.00 | 80.00, 1, 5.00 |" in text  # the first after base and whole
     card = cards.CARDS["structured-pruning"].table(store, 3)
     assert "| filters of the smallest norm, over the whole network | 81.01, -1.01 [-1.03, -0.99] |" in card
-    assert "from the start, all steps, over filters of the smallest norm | 80.00, -1.01 [-1.03, -0.99] |" in card
+    assert "| filters of the smallest norm, over the same shape from the start | 81.01, +1.01 [+0.99, +1.03] |" in card
     assert "| times as fast, `round_to=8` | cannot be met | cannot be met | cannot be met |" in card
     assert "| 70% | 4 | 8/16/40 | 2,000 | 3 | 1.50 |\n| 70% | 8 | cannot be met within 2 points | | | |" in text
 

@@ -72,7 +72,8 @@ def main() -> int:
     write(results.PAGE, text, [options.out, *([DOCS] if options.pages else [])])
     if options.pages:
         for name, card in cards.CARDS.items():
-            splice(DOCS / f"techniques/{name}.md", f"{card.table(store, options.seeds)}\n")
+            if card.experiment in chosen:
+                splice(DOCS / f"techniques/{name}.md", f"{card.table(store, options.seeds)}\n")
     say(f"\n{text}\nTook {(time.perf_counter() - begin) / 60:.1f} minutes with {options.jobs} processes.")
     return 1 if failures else 0
 

@@ -99,8 +99,9 @@ class Found:
 
 @dataclass(frozen=True)
 class Card:
-    """What the columns are about, by their titles, and the rows by theirs."""
+    """The experiment that it is of; what the columns are about, by their titles, and the rows by theirs."""
 
+    experiment: str
     columns: Mapping[str, Any]
     rows: Callable[[Found], Mapping[str, Cell]]
 
@@ -122,7 +123,7 @@ def arms(found: Found, first: Arm, *others: Arm) -> dict[str, Cell]:
 
 def masks(found: Found, own: Arm) -> dict[str, Cell]:
     """What masks that are drawn anew give, over masks that stay, and how steady they are."""
-    gradual, longer = plan.GRADUAL, plan.PRUNED[4]
+    gradual, longer = plan.GRADUAL, plan.GRADUAL_LONGER
     rows = {
         own.title: found.accuracy(own),
         gradual.title: found.accuracy(gradual),
@@ -164,7 +165,7 @@ def shares(found: Found) -> dict[str, Cell]:
     return {
         f"{pruned.title}, over the whole network": found.smaller(pruned, structured.WHOLE),
         random.title: found.smaller(random, structured.WHOLE),
-        f"{scratch.title}, over {pruned.title}": found.smaller(scratch, pruned),
+        f"{pruned.title}, over the same shape from the start": found.smaller(pruned, scratch),
         **{f"times as fast, `round_to={multiple}`": found.shaped(multiple) for multiple in structured.MULTIPLES},
     }
 
@@ -172,23 +173,32 @@ def shares(found: Found) -> dict[str, Cell]:
 SPARSE = {"90% sparsity": plan.NINETY, "95% sparsity": plan.NINETY_FIVE}
 CARDS = {
     "distillation": Card(
-        titled(plan.FEW, plan.SHORT, plan.LONG), lambda found: arms(found, plan.PLAIN, plan.KD, plan.LONGER)
+        "kd", titled(plan.FEW, plan.SHORT, plan.LONG), lambda found: arms(found, plan.PLAIN, plan.KD, plan.LONGER)
     ),
     "attention-transfer": Card(
-        titled(plan.FEW, plan.SHORT), lambda found: arms(found, plan.PLAIN, *plan.AT, plan.LONGER)
+        "at", titled(plan.FEW, plan.SHORT), lambda found: arms(found, plan.PLAIN, *plan.AT, plan.LONGER)
     ),
-    "factor-transfer": Card(titled(plan.FEW, plan.SHORT), lambda found: arms(found, plan.PLAIN, *plan.FT, plan.LONGER)),
-    "pruning": Card(SPARSE, lambda found: arms(found, *plan.PRUNED[:5])),
-    "dpf": Card(SPARSE, lambda found: masks(found, plan.DPF)),
-    "dcil": Card(SPARSE, lambda found: masks(found, plan.DCIL)),
-    "psgd": Card({"4 bits": plan.FOUR, "3 bits": plan.THREE, "2 bits": plan.TWO}, few_bits),
+    "factor-transfer": Card(
+        "ft", titled(plan.FEW, plan.SHORT), lambda found: arms(found, plan.PLAIN, *plan.FT, plan.LONGER)
+    ),
+    "pruning": Card(
+        "masks",
+        SPARSE,
+        lambda found: arms(found, plan.GRADUAL, plan.ONE_SHOT, plan.REGROWN, plan.GRADUAL_KD, plan.GRADUAL_LONGER),
+    ),
+    "dpf": Card("masks", SPARSE, lambda found: masks(found, plan.DPF)),
+    "dcil": Card("masks", SPARSE, lambda found: masks(found, plan.DCIL)),
+    "psgd": Card("psgd", {"4 bits": plan.FOUR, "3 bits": plan.THREE, "2 bits": plan.TWO}, few_bits),
     "ptq": Card(
-        {f"{weights}/{activations}": (weights, activations) for weights, activations in plan.SETTINGS}, options
+        "psgd", {f"{weights}/{activations}": (weights, activations) for weights, activations in plan.SETTINGS}, options
     ),
     "qat": Card(
+        "qat",
         {f"{own.bits}/{own.activation_bits}": own for own in plan.TRAINED_FOR},
         lambda found: arms(found, plan.FINE_TUNED, plan.CALIBRATED, *plan.AWARE),
     ),
-    "structured-pruning": Card({f"{ratio:.0%} of the MACs removed": ratio for ratio in structured.RATIOS}, shares),
+    "structured-pruning": Card(
+        "structured", {f"{ratio:.0%} of the MACs removed": ratio for ratio in structured.RATIOS}, shares
+    ),
 }
 """By the name of their page."""

@@ -224,12 +224,16 @@ STATIC = {"update_interval": 16}
 GRADUAL = Arm("gradual", "gradual", "pruning", STATIC)
 DPF = Arm("dpf", "DPF", "dpf")
 DCIL = Arm("dcil", "DCIL", "dcil", {"dense_path": "own"}, candidate=True)
+ONE_SHOT = Arm("one-shot", "one-shot, halfway", "pruning", {"schedule": "one_shot", "start": 0.5})
+REGROWN = Arm("gradual-regrow", "gradual with regrowth", "pruning", {**STATIC, "regrow": True})
+GRADUAL_KD = Arm("gradual-kd", "gradual, distilled", "pruning", STATIC, distilled=True)
+GRADUAL_LONGER = Arm("gradual-longer", "gradual, twice the epochs", "pruning", STATIC, longer=2.0)
 PRUNED = (
     GRADUAL,
-    Arm("one-shot", "one-shot, halfway", "pruning", {"schedule": "one_shot", "start": 0.5}),
-    Arm("gradual-regrow", "gradual with regrowth", "pruning", {**STATIC, "regrow": True}),
-    Arm("gradual-kd", "gradual, distilled", "pruning", STATIC, distilled=True),
-    Arm("gradual-longer", "gradual, twice the epochs", "pruning", STATIC, longer=2.0),
+    ONE_SHOT,
+    REGROWN,
+    GRADUAL_KD,
+    GRADUAL_LONGER,
     DPF,
     Arm("dpf-frozen", "DPF, masks frozen at the end of the schedule", "dpf", {"freeze_at": 0.75}),
     Arm("dcil-no-kl", "DCIL without KL", "dcil", {"dense_path": "own", "kl_start": 1.0}),
