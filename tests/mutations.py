@@ -85,6 +85,7 @@ HISTORY = f"{PACKAGE}/tracking/history.py"
 SINKS = f"{PACKAGE}/tracking/sinks.py"
 SWEEP_FIELDS = f"{PACKAGE}/commands/sweep_fields.py"
 COMPAT = f"{PACKAGE}/_compat.py"
+PARSING, PARSING_TEST = f"{PACKAGE}/mechanisms/parsing.py", "tests/mechanisms/test_parsing.py"
 
 EXACT = "tests/callbacks/test_distillation_exact.py"
 PRUNING_EXACT = "tests/callbacks/test_pruning_exact.py"
@@ -560,6 +561,27 @@ MUTATIONS = (
         "settings=self.order.settings",
         "settings=()",
         "tests/test_factory.py::test_settings_change_what_is_attached_and_what_the_report_says",
+    ),
+    Mutation(
+        "a parser's error: the first type is taken for the one that was meant",
+        PARSING,
+        "if not _OTHER_TYPE.match(str(cause)))",
+        "if cause)",
+        f"{PARSING_TEST}::test_the_chain_goes_on_with_the_type_that_was_meant",
+    ),
+    Mutation(
+        "a parser's error: an entry's type is that of the list",
+        PARSING,
+        "if isinstance(value, (list, Mapping)) and _value(match)",
+        "if False and _value(match)",
+        f"{PARSING_TEST}::test_what_a_type_accepts_is_said_in_words",
+    ),
+    Mutation(
+        "a parser's error: types of the outer argument are those of the inner one",
+        PARSING,
+        "reversed(links[key + 1 :])",
+        "reversed(links)",
+        f"{PARSING_TEST}::test_what_is_wrong_inside_an_argument_has_its_place",
     ),
     Mutation(
         "plan: a script goes on after an error",
