@@ -559,7 +559,7 @@ def test_fits_in_a_pool_do_not_share_a_recipe(project, capfd):
     functions = "def train(number):\n    trainer(max_epochs=number * 20).fit(Lit(), loader())\n    return number\n"
     text = script(body, guarded=True)
     assert project(EXPORT, text.replace("if __name__", f"{functions}\nif __name__")) == 1
-    assert "a fit in another process of the command has the recipe" in capfd.readouterr().err.splitlines()[-1]
+    assert "a fit in another process of the command has the recipe" in capfd.readouterr().err  # Python may say more
 
 
 @pytest.mark.slow
