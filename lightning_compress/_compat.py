@@ -497,7 +497,7 @@ def types_tried(error: BaseException) -> list[BaseException]:
 
     Empty for all other exceptions. Their order differs between versions, and the cause is the first of them.
     """
-    *_, frame = (None, *(frame for frame, _ in walk_tb(error.__traceback__)))
+    frame = next((frame for frame, _ in reversed([*walk_tb(error.__traceback__)])), None)
     if frame is None or not str(frame.f_globals.get("__name__", "")).startswith("jsonargparse"):
         return []
     lists = (value for value in frame.f_locals.values() if isinstance(value, list))

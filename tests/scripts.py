@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import ModuleType
 
@@ -65,3 +66,8 @@ def definitions(package: str) -> ModuleType:
         exec(HEAD.format(package=package), vars(module))
         sys.modules[name] = module
     return sys.modules[name]
+
+
+def of_paths(said: str) -> str:
+    """A message in the newest words: before jsonargparse 4.52, what is no path is refused before we see it."""
+    return re.sub(r"\S+ \(\w+\): path must be a text(?: or null)?,", "path must be a string or a path,", said)

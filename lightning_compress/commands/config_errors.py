@@ -21,11 +21,12 @@ from lightning_compress.mechanisms.loading import import_path
 from lightning_compress.mechanisms.parsing import (
     EXPECTED,
     KEY,
-    MISSING,
     UNKNOWN,
     chain,
     first_line,
     frames,
+    missing,
+    raised_in,
     wrong_value,
 )
 from lightning_compress.mechanisms.selection import did_you_mean
@@ -81,13 +82,13 @@ def explanation(error: BaseException, configs: dict[str, Any], keys: Collection[
     place, said = _place(links), first_line(links[-1])
     if match := UNKNOWN_KEY.match(said):
         return _unknown_key(place, match[1] or match[2], configs, keys)
-    if match := MISSING.match(said):
-        return _missing(place, match["name"] or match["names"])
+    if left_out := missing(said):
+        return _missing(place, left_out)
     missed = place.class_path and not place.argument and isinstance(links[-1], (ImportError, AttributeError))
     if missed and (problem := _unknown_class(place.class_path, place.within or place.key)):
         return problem
     if (match := NO_CLASS.match(said)) and not place.argument:
-        return _unknown_class(match[1], place.key) or said
+        return _unknown_class(match[1], place.key)
     if EXPECTED.match(said):
         return _wrong_value(place, links, configs)
     where = str(place) or _callback_in(links[-1], "__init__")
@@ -110,9 +111,8 @@ def of_configuration(error: BaseException) -> bool:
     *earlier, last = chain(error)
     if any(type(link).__name__ == "ArgumentError" for link in (*earlier, last)):
         return True
-    modules = [str(frame.f_globals.get("__name__", "")) for frame in frames(last)]
     packages = ("jsonargparse", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_compress")
-    return bool(modules) and modules[-1].partition(".")[0] in packages
+    return raised_in(last).partition(".")[0] in packages
 
 
 def refused(error: BaseException) -> str:

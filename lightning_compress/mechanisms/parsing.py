@@ -20,7 +20,7 @@ from lightning_compress import _compat
 from lightning_compress.mechanisms.selection import did_you_mean
 
 KEY = re.compile(r'Parser key "([^"]+)"')
-MISSING = re.compile(
+_MISSING = re.compile(
     r"the following arguments are required: (?P<names>.+)"
     r"|Option '(?P<name>[^']+)' is required but not provided"  # up to jsonargparse 4.47
 )
@@ -67,7 +67,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
     link: BaseException | None = error
     while link is not None:
         yield link
-        if MISSING.match(str(link)):  # what it comes from is a look-up
+        if missing(str(link)):  # what it comes from is a look-up
             return
         meant = (cause for cause in _compat.types_tried(link) if not _OTHER_TYPE.match(str(cause)))
         link = next(meant, link.__cause__)
@@ -88,6 +88,39 @@ def frames(error: BaseException) -> Iterator[FrameType]:
     """
     for frame, _ in walk_tb(error.__traceback__):
         yield frame
+
+
+def raised_in(error: BaseException) -> str:
+    """The module whose code raised an exception.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        Its dotted name; empty for one that was never raised.
+
+    Example:
+        >>> raised_in(ValueError("never raised"))
+        ''
+    """
+    return next((str(frame.f_globals.get("__name__", "")) for frame in reversed([*frames(error)])), "")
+
+
+def missing(text: str) -> str:
+    """The required argument that was not given, or all of them.
+
+    Args:
+        text: What a parser says.
+
+    Returns:
+        The names; empty where something else is said.
+
+    Example:
+        >>> missing("the following arguments are required: teacher"), missing("something else")
+        ('teacher', '')
+    """
+    match = _MISSING.match(text)
+    return (match["name"] or match["names"]) if match else ""
 
 
 def first_line(error: BaseException) -> str:
@@ -130,8 +163,8 @@ def refusal(error: BaseException, values: Mapping[str, Any]) -> str:
     found = [match[1] for match in map(KEY.match, map(str, links)) if match]
     names = [name for name, _ in groupby(found)]  # some are told twice
     said = first_line(links[-1])
-    if match := MISSING.match(said):
-        return f"the required key '{'.'.join([*names, match['name'] or match['names']])}' is missing"
+    if left_out := missing(said):
+        return f"the required key '{'.'.join([*names, left_out])}' is missing"
     if not names:
         return " ".join(str(error).split())
     if EXPECTED.match(said):

@@ -18,7 +18,7 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
 from lightning_compress.callbacks.teaching import TeacherCallback
 from lightning_compress.mechanisms.loading import check_source, import_path
-from lightning_compress.mechanisms.parsing import frames, refusal
+from lightning_compress.mechanisms.parsing import raised_in, refusal
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe.file import RecipeError, check_keys, shown
 
@@ -174,8 +174,7 @@ def _explained(error: Exception, place: str) -> tuple[str, BaseException | None]
 
 def _is_own(error: BaseException) -> bool:
     """Whether this package raised it, so that its message needs no more."""
-    *_, frame = (None, *frames(error))
-    return frame is not None and str(frame.f_globals.get("__name__", "")).startswith("lightning_compress.")
+    return raised_in(error).startswith("lightning_compress.")
 
 
 def _parsed(cls: type[Callback], init_args: Mapping[str, Any], where: str) -> tuple[ArgumentParser, Namespace]:

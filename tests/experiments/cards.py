@@ -10,7 +10,7 @@ from . import plan, structured
 from .plan import Arm, Column, Option, Protocol
 from .store import Store, series
 from .structured import Structured
-from .tables import NOT_YET, Measured, difference, differences, interval, measured, option_cell
+from .tables import NOT_YET, Measured, difference, less, mean_of, measured, option_cell
 
 SPOKEN_OF = {
     (protocol.name, arm.name) for claim in plan.CLAIMS.values() for protocol, arms in claim.parts for arm in arms
@@ -52,15 +52,13 @@ class Found:
     def mean(self, arm: Arm, column: Column) -> Cell:
         def cell(protocol: Protocol) -> str:
             row = self.row(protocol, arm)
-            return NOT_YET if row is None else f"{column.factor * row.mean(column.quantity):.{column.digits}f}"
+            return NOT_YET if row is None else mean_of(row, column)
 
         return cell
 
     def less(self, one: Arm, other: Arm, column: Column) -> Cell:
         """A quantity of one arm less that of another."""
-        return self.compared(
-            one, other, lambda *rows: interval(differences(*rows, column.quantity, column.factor), column.digits)
-        )
+        return self.compared(one, other, lambda *rows: less(*rows, column))
 
     def compared(self, one: Arm, other: Arm, say: Callable[[Measured, Measured], str]) -> Cell:
         def cell(protocol: Protocol) -> str:

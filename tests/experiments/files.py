@@ -36,6 +36,11 @@ def exports(files: Mapping[str, Path]) -> list[Callback]:
     ]
 
 
+def key(arm: Any, precision: str) -> str:
+    """One of the files of an arm, among those whose times are compared."""
+    return f"{arm.name}-{precision}"
+
+
 def classes(path: Path, inputs: Tensor) -> Tensor:
     file = OnnxNetwork(path, threads=1)
     return torch.cat([file.run([part])[0].argmax(dim=1) for part in inputs.split(LOOK)])

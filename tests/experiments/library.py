@@ -30,7 +30,7 @@ from lightning_compress.export import to_onnx
 from .calibrated import counted
 from .data import Batches, fashion_mnist
 from .experiment import Experiment, Job, Named, minutes
-from .files import Times, classes, exports, looked_at
+from .files import Times, classes, exports, key, looked_at
 from .front import Point, draw
 from .plan import CHOICE_SEED, FT, HINTON, LEARNING_RATES, SHORT, STATIC, Run, Teacher, digest
 from .store import Series, Store
@@ -282,10 +282,6 @@ class Library(Experiment):
             for (way, own), row in self.rows(store, seeds).items()
             if row is not None and key(way, own) in fast
         ]
-
-
-def key(way: Way, precision: str) -> str:
-    return f"{way.name}-{precision}"
 
 
 def over(row: Measured, plain: Measured) -> str:

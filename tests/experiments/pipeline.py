@@ -22,7 +22,7 @@ from lightning_compress.report.measure import count_parameters
 
 from .data import HELD_OUT, Batches, Split
 from .experiment import Experiment, Job, Line, Named, minutes
-from .files import Times, classes, exports, looked_at
+from .files import Times, classes, exports, key, looked_at
 from .plan import CHOICE_SEED, LEARNING_RATES
 from .store import Series, Store, write_atomically
 from .tables import NOT_YET, Measured, difference, interval, t_interval
@@ -207,7 +207,7 @@ class Pipeline(Experiment):
     def times(self, store: Store) -> Times:
         """Of the first seed."""
         chosen = [(stage, series(stage).chosen(store)) for stage in STAGES]
-        files = [(f"{stage.name}-{own}", run and run.file(own)) for stage, run in chosen for own in stage.files]
+        files = [(key(stage, own), run and run.file(own)) for stage, run in chosen for own in stage.files]
         return Times(f"pipeline-v{VERSION}", (("teacher", TEACHERS_FILE), *files), side=28)
 
     def rows(self, store: Store, seeds: int) -> dict[tuple[Stage, str], Measured] | None:
@@ -248,7 +248,7 @@ class Pipeline(Experiment):
                 difference(row, before[own]) if own in before else "",
                 f"{row.first['bytes'] / 1e3:.0f}",
                 *(f"{whole[size] / row.first[size]:.1f}x" for size in ("bytes", "deflated")),
-                f"{fast[f'{stage.name}-{own}']['faster']:.2f}" if fast else NOT_YET,
+                f"{fast[key(stage, own)]['faster']:.2f}" if fast else NOT_YET,
                 f"{row.mean('cpu_seconds') / 60:.1f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
@@ -275,7 +275,7 @@ class Pipeline(Experiment):
             return f"{NOT_YET.capitalize()}."
         row = rows[STAGES[-1], "int8"]
         smaller, deflated = (whole[size] / row.first[size] for size in ("bytes", "deflated"))
-        faster, lost = fast[f"{STAGES[-1].name}-int8"]["faster"], [-own for own in over_teacher(row, whole)]
+        faster, lost = fast[key(STAGES[-1], "int8")]["faster"], [-own for own in over_teacher(row, whole)]
         mean, low, high = t_interval(lost)
         kept = "yes" if high <= LOST else "no" if mean > LOST else "by the mean; not shown"
         return "\n".join(

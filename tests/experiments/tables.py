@@ -100,8 +100,17 @@ def differences(one: Measured, other: Measured, quantity: str = "test_accuracy",
 
 def paired(one: Measured, other: Measured, column: Column) -> str:
     """A quantity of one less that of the other; "not shown" where the interval covers 0."""
-    values = differences(one, other, column.quantity, column.factor)
-    return f"{column.title} {interval(values, column.digits)}"
+    return f"{column.title} {less(one, other, column)}"
+
+
+def less(one: Measured, other: Measured, column: Column) -> str:
+    """The same without its title."""
+    return interval(differences(one, other, column.quantity, column.factor), column.digits)
+
+
+def mean_of(row: Measured, column: Column) -> str:
+    """The mean of a quantity, as a table shows it."""
+    return f"{column.factor * row.mean(column.quantity):.{column.digits}f}"
 
 
 def measured(protocol: Protocol, arm: Arm, store: Store, seeds: int) -> Measured | None:
@@ -134,7 +143,7 @@ def part_table(claim: Claim, protocol: Protocol, arms: Sequence[Arm], store: Sto
             f"{100 * row.mean('test_accuracy'):.2f}",
             "" if plain is None or row is plain else difference(row, plain),
             "" if chosen is None or arm.candidate or row is plain else difference(chosen, row),
-            *(f"{column.factor * row.mean(column.quantity):.{column.digits}f}" for column in claim.columns),
+            *(mean_of(row, column) for column in claim.columns),
             f"{row.minutes:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
