@@ -69,5 +69,6 @@ def definitions(package: str) -> ModuleType:
 
 
 def of_paths(said: str) -> str:
-    """A message in the newest words: before jsonargparse 4.52, what is no path is refused before we see it."""
-    return re.sub(r"\S+ \(\w+\): path must be a text(?: or null)?,", "path must be a string or a path,", said)
+    """A message as the newest jsonargparse leaves it to us; before 4.52 it names the callback, or asks for "a text"."""
+    earlier = r"\S+ \(\w+\): path must be a (?:text|text or null|string or a path),"
+    return re.sub(earlier, "path must be a string or a path,", said)
