@@ -210,7 +210,13 @@ def _add_export(commands: Commands) -> None:
         "--init-args", metavar="YAML", help="with --class: arguments that the checkpoint does not hold, {width: 16}"
     )
     export.add_argument("--network", metavar="NAME", help="dotted name of the network inside the module")
-    export.add_argument("--precision", choices=("fp32", "int8", "int4"), default="fp32", help="default: %(default)s")
+    export.add_argument(
+        "--precision",
+        choices=("fp32", "int8", "int4"),
+        default="fp32",
+        help="default: %(default)s; "
+        "integers have the scales of the checkpoint, or, with --config, such as are found with the training data",
+    )
     export.add_argument("--out", metavar="FILE.onnx", help="default: the checkpoint's name, in this folder")
     sample = export.add_mutually_exclusive_group()
     sample.add_argument("--sample", metavar="FILE", help="the network's input, .pt or .npy")

@@ -127,7 +127,7 @@ BAD = {
     ),
     "no scales": (
         ["last.ckpt", "--class", "{P}.LitNet", "--shape", "2,64", "--precision", "int8"],
-        r"precision 'int8' needs scales, and the checkpoint holds none",
+        r"--precision int8 needs scales, and the checkpoint holds none; give --config of the project",
     ),
     "a config of another width": (
         ["last.ckpt", "--config", "wide.yaml"],
@@ -229,6 +229,43 @@ def test_integers_with_the_scales_of_the_checkpoint(precision, quantised, projec
     assert f"({precision}, " in line
     files = [(project.folder / name).stat().st_size for name in ("last.onnx", "fp32.onnx")]
     assert files[0] < files[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("project", NAMESPACES, indirect=True)
+def test_scales_that_the_checkpoint_lacks_are_found_with_the_training_data(precision, project, capsys):
+    module = trained(project)
+    data = load_project([project.base]).datamodule
+    exported(capsys, "last.ckpt", "--config", project.base, "--out", "fp32.onnx")
+    arguments = ["--config", project.base, "--precision", precision, "--metric", "val_acc", "--tolerance", "0.02"]
+    code, line = exported(capsys, "last.ckpt", *arguments)
+    assert code == 0
+    told = re.search(
+        rf"\({precision}, .*; calibrated with the training data, .*; val_acc (\S+) in the file, \S+ in the module, "
+        r"(\S+) in full precision",
+        line,
+    )
+    assert told, line
+    assert float(told[1]) == pytest.approx(exports.evaluate("last.onnx", module, data)["val_acc"], abs=1e-4)
+    assert float(told[2]) == pytest.approx(exports.evaluate("fp32.onnx", module, data)["val_acc"], abs=1e-4)
+    assert Path("last.onnx").stat().st_size < Path("fp32.onnx").stat().st_size
+    assert not Path("out").exists()
+    assert not Path("lightning_logs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("owner", ["LitNet.validation_step", "Data.val_dataloader", "Data.train_dataloader"])
+def test_what_is_needed_to_find_scales_is_named(owner, project, capsys, monkeypatch):
+    saved(project)
+    kind, name = owner.split(".")
+    code = import_module(project.name)
+    monkeypatch.setattr(code.Data, "val_dataloader", code.Data.val_dataloader)
+    monkeypatch.delattr(getattr(code, kind), name)
+    code, line = exported(capsys, "last.ckpt", "--config", project.base, "--precision", "int8", "--shape", "2,64")
+    assert code == 2
+    assert line.endswith(f"the checkpoint holds none; they cannot be found either, as {kind} has no {name}")
+    assert not Path("last.onnx").exists()
 
 
 @pytest.mark.slow

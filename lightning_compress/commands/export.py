@@ -19,6 +19,7 @@ from torch import nn
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.base import TrainerCallback
+from lightning_compress.callbacks.ptq import PTQCallback
 from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended, one_line
 from lightning_compress.commands.project import current_folder_importable, load_trained
 from lightning_compress.export.copying import independent_copy
@@ -33,6 +34,7 @@ from lightning_compress.export.evaluate import (
 from lightning_compress.export.onnx import ExportResult, checked_path, to_onnx
 from lightning_compress.export.runtime import require_onnx
 from lightning_compress.export.sample import Sample, defines, read_sample
+from lightning_compress.export.scales import Scales
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.drafts import draft_of
@@ -46,6 +48,7 @@ from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size
 
+BITS: dict[str, dict[str, Any]] = {"int8": {}, "int4": {"weight_bits": 4, "activation_bits": None}}
 MOST_NUMBERS = 2**30  # of an input: 4 GB
 SEED = 0  # of the random input that --shape asks for
 
@@ -103,6 +106,7 @@ def _exported(options: argparse.Namespace) -> str:
         require_onnx()
     with _working(f"Loading {os.path.basename(options.checkpoint)}"):
         loaded, network, sample = _loaded_with_input(options)
+    calibrated = options.precision != "fp32" and _calibrated(loaded, network, options)
     target.parent.mkdir(parents=True, exist_ok=True)
     with draft_of(target) as draft:
         with _working(f"Exporting {target.name}"), checking(ValueError, TypeError, CaptureError):
@@ -111,11 +115,12 @@ def _exported(options: argparse.Namespace) -> str:
                 draft,
                 sample,
                 options.precision,
-                None if options.precision == "fp32" else options.checkpoint,
+                None if options.precision == "fp32" or calibrated else options.checkpoint,
                 network=network,
             )
-        metrics = _measured(loaded, result, options)
-    difference = f"largest difference to the checkpoint {result.max_logit_difference:.2g}"
+        metrics = _measured(loaded, result, options, calibrated=calibrated)
+    here = "calibrated with the training data, " if calibrated else ""
+    difference = f"{here}largest difference to the checkpoint {result.max_logit_difference:.2g}"
     return f"wrote {shown_path(target)} ({result.precision}, {size(result.bytes)}; {difference}{metrics})"
 
 
@@ -272,6 +277,40 @@ def _steps_of(module: nn.Module) -> Iterator[None]:
         ) from error
 
 
+# The scales
+
+
+def _calibrated(loaded: Loaded, network: str | None, options: argparse.Namespace) -> bool:
+    """Whether scales were found with the project's training data, as the checkpoint has none; its Trainer has them."""
+    if not Scales.of_checkpoint(read_checkpoint(options.checkpoint, or_weights=True)).empty:
+        return False
+    lacking = f"--precision {options.precision} needs scales, and the checkpoint holds none"
+    if loaded.data is None:
+        raise UsageError(f"{lacking}; give --config of the project, whose training data they are found with")
+    module: Any = loaded.module
+    for name, owner in (
+        ("validation_step", module),
+        ("val_dataloader", loaded.data),
+        ("train_dataloader", loaded.data),
+    ):
+        if not defines(owner, name):
+            raise UsageError(f"{lacking}; they cannot be found either, as {type(owner).__name__} has no {name}")
+    vars(module)["configure_callbacks"] = list
+    trainer = import_module(_compat.package_of(module)).Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=1,
+        callbacks=[PTQCallback(network=network or None, **BITS[options.precision])],
+    )
+    with _working("Calibrating"), _steps_of(module):
+        trainer.validate(module, datamodule=None if loaded.data is module else loaded.data, verbose=False)
+    return True
+
+
 # The metrics
 
 
@@ -280,8 +319,8 @@ def _require_validation(loaded: Loaded, metric: str) -> None:
         raise UsageError(f"--metric {metric} is measured in validation, and {type(loaded.module).__name__} has none")
 
 
-def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace) -> str:
-    """The metric in module and file, in words; beyond the tolerance an error."""
+def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace, *, calibrated: bool) -> str:
+    """The metric in module and file, in words, and what it was before a calibration; beyond the tolerance an error."""
     if options.metric is None:
         return ""
     with _working("Validating the network"), _steps_of(loaded.module):
@@ -289,6 +328,7 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace)
             in_module = evaluate_forward(loaded.module, loaded.data)
         else:
             in_module = evaluate_quantized(loaded.module, loaded.data, result.quantization)
+        before = evaluate_forward(loaded.module, loaded.data) if calibrated else {}
     if options.metric not in in_module:
         raise UsageError(
             f"--metric must be one of {', '.join(sorted(in_module))}, which {type(loaded.module).__name__} logs in "
@@ -302,4 +342,5 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace)
             f"{options.metric} is {theirs:.6g} in the file and {ours:.6g} in the module: the difference "
             f"{abs(theirs - ours):.3g} is beyond the tolerance of {options.tolerance:g}; the file was not kept"
         )
-    return f"; {options.metric} {shown_metric(theirs)} in the file, {shown_metric(ours)} in the module"
+    full = f", {shown_metric(before[options.metric])} in full precision" if calibrated else ""
+    return f"; {options.metric} {shown_metric(theirs)} in the file, {shown_metric(ours)} in the module{full}"

@@ -57,8 +57,8 @@ class Scales:
         Raises:
             ValueError: If there are none.
         """
-        scales = cls._of_callbacks(module) if checkpoint is None else cls._of_checkpoint(checkpoint)
-        if not scales._found and not scales._steps and not scales._ranges:
+        scales = cls._of_callbacks(module) if checkpoint is None else cls.of_checkpoint(checkpoint)
+        if scales.empty:
             where = "its Trainer's callbacks hold" if checkpoint is None else "the checkpoint holds"
             how = HOW
             if checkpoint is not None and any("quantization" in state for state in _states(checkpoint)):
@@ -81,9 +81,22 @@ class Scales:
         return cls(found, steps)
 
     @classmethod
-    def _of_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Scales:
+    def of_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Scales:
+        """Those of a checkpoint, which may be none.
+
+        Args:
+            checkpoint: Contents of a Lightning checkpoint.
+
+        Returns:
+            The scales.
+        """
         kept = [own["quantization"] for own in _states(checkpoint) if own.get("quantization") is not None]
         return cls([Grids.from_state(state) for state in kept], ranges=trained_ranges(checkpoint))
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are none."""
+        return not self._found and not self._steps and not self._ranges
 
     @property
     def network(self) -> str | None:
