@@ -64,6 +64,7 @@ def exported(capsys, *arguments):
     code = main(["export", *map(str, arguments)])
     out, err = capsys.readouterr()
     assert "Traceback" not in err
+    assert "GPU available" not in out + err
     [line] = [line for line in (out if code == 0 else err).splitlines() if line.startswith("lightning-compress export")]
     return code, line
 
@@ -242,7 +243,7 @@ def test_scales_that_the_checkpoint_lacks_are_found_with_the_training_data(preci
     code, line = exported(capsys, "last.ckpt", *arguments)
     assert code == 0
     told = re.search(
-        rf"\({precision}, .*; calibrated with the training data, .*; val_acc (\S+) in the file, \S+ in the module, "
+        rf"\({precision}, .*; calibrated with the training data, .*; val_acc (\S+) in the file, \S+ in the quantised module, "
         r"(\S+) in full precision",
         line,
     )

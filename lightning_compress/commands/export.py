@@ -296,17 +296,17 @@ def _calibrated(loaded: Loaded, network: str | None, options: argparse.Namespace
         if not defines(owner, name):
             raise UsageError(f"{lacking}; they cannot be found either, as {type(owner).__name__} has no {name}")
     vars(module)["configure_callbacks"] = list
-    trainer = import_module(_compat.package_of(module)).Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=1,
-        callbacks=[PTQCallback(network=network or None, **BITS[options.precision])],
-    )
     with _working("Calibrating"), _steps_of(module):
+        trainer = import_module(_compat.package_of(module)).Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=1,
+            callbacks=[PTQCallback(network=network or None, **BITS[options.precision])],
+        )
         trainer.validate(module, datamodule=None if loaded.data is module else loaded.data, verbose=False)
     return True
 
@@ -343,4 +343,5 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace,
             f"{abs(theirs - ours):.3g} is beyond the tolerance of {options.tolerance:g}; the file was not kept"
         )
     full = f", {shown_metric(before[options.metric])} in full precision" if calibrated else ""
-    return f"; {options.metric} {shown_metric(theirs)} in the file, {shown_metric(ours)} in the module{full}"
+    network = "module" if result.quantization is None else "quantised module"
+    return f"; {options.metric} {shown_metric(theirs)} in the file, {shown_metric(ours)} in the {network}{full}"
