@@ -243,8 +243,8 @@ def test_scales_that_the_checkpoint_lacks_are_found_with_the_training_data(preci
     code, line = exported(capsys, "last.ckpt", *arguments)
     assert code == 0
     told = re.search(
-        rf"\({precision}, .*; calibrated with the training data, .*; val_acc (\S+) in the file, \S+ in the quantised module, "
-        r"(\S+) in full precision",
+        rf"\({precision}, .*; calibrated with the training data, .*; val_acc (\S+) in the file, "
+        r"\S+ in the quantised module, (\S+) in full precision",
         line,
     )
     assert told, line

@@ -69,6 +69,11 @@ class Loaded:
     module: nn.Module
     data: Any = None
 
+    @property
+    def datamodule(self) -> Any:
+        """The datamodule, where there is one."""
+        return None if self.data is self.module else self.data
+
 
 def export(options: argparse.Namespace) -> int:
     """Write a checkpoint as an ONNX file.
@@ -238,18 +243,10 @@ def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
     """The network that the step calls with the first batch of the validation, else the training, and its input."""
     duplicate: Any = independent_copy(loaded.module)
     vars(duplicate)["configure_callbacks"] = list
-    source = None if loaded.data is loaded.module else loaded.data
-    package = import_module(_compat.package_of(duplicate))
+    source = loaded.datamodule
     with StudentCapture(duplicate, network, argument="--network") as capture:
         capture.required = True
-        trainer = package.Trainer(
-            accelerator="cpu",
-            devices=1,
-            fast_dev_run=1,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[_FirstInput(capture)],
-        )
+        trainer = _trainer(duplicate, _FirstInput(capture), fast_dev_run=1)
         with _steps_of(duplicate):
             if defines(duplicate, "validation_step") and defines(source or duplicate, "val_dataloader"):
                 trainer.validate(duplicate, datamodule=source, verbose=False)
@@ -262,6 +259,19 @@ def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
             "input with --sample or --shape"
         )
     return plain_name(name), Sample(call.args, call.kwargs)
+
+
+def _trainer(module: Any, callback: Any, **more: Any) -> Any:
+    """A Trainer of the module's package with one callback, on the CPU."""
+    package = import_module(_compat.package_of(module))
+    return package.Trainer(
+        accelerator="cpu",
+        devices=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+        **more,
+    )
 
 
 @contextmanager
@@ -297,17 +307,9 @@ def _calibrated(loaded: Loaded, network: str | None, options: argparse.Namespace
             raise UsageError(f"{lacking}; they cannot be found either, as {type(owner).__name__} has no {name}")
     vars(module)["configure_callbacks"] = list
     with _working("Calibrating"), _steps_of(module):
-        trainer = import_module(_compat.package_of(module)).Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=1,
-            callbacks=[PTQCallback(network=network or None, **BITS[options.precision])],
-        )
-        trainer.validate(module, datamodule=None if loaded.data is module else loaded.data, verbose=False)
+        ptq = PTQCallback(network=network or None, **BITS[options.precision])
+        trainer = _trainer(module, ptq, logger=False, enable_checkpointing=False, limit_val_batches=1)
+        trainer.validate(module, datamodule=loaded.datamodule, verbose=False)
     return True
 
 
