@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import PTQCallback, QATCallback
-from lightning_compress.demo import SmallResNet
 from lightning_compress.export.onnx import write_onnx
 from lightning_compress.export.scales import Scales
 from lightning_compress.mechanisms.calibration import fingerprints
@@ -24,11 +23,11 @@ from lightning_compress.mechanisms.rounding import Rounding
 from .calibrated import SAMPLES, counted
 from .data import Batches, Images, fashion_mnist
 from .files import LOOK, classes
-from .plan import VARIANTS, Option, Run, digest
+from .plan import VARIANTS, Option, Run
 from .rounded import LATER_BATCHES, network_of, network_path, start_of
 from .rounded import trained as trained_plainly
-from .store import write_atomically
-from .training import Classifier, fit
+from .store import write_with_record
+from .training import Classifier, fit, small_network
 from .watch import predictions, share
 
 EDGE_BITS = 8  # first and last weight, and the image, in all arms
@@ -40,8 +39,9 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     option, moved, batches, training, shared = "", 0.0, "", 0.0, {}
     if run.arm.technique == "qat":
         kept = trained(run, folder)
-        training, cpu = kept.get("cpu_seconds", 0.0), time.process_time()  # it may have been made before
-        network, grids, batches, moved = SmallResNet(run.protocol.width), kept["grids"], kept["batches"], kept["moved"]
+        training, cpu = kept["cpu_seconds"], time.process_time()  # it may have been made before
+        network, grids = small_network(run.protocol.width), kept["grids"]
+        batches, moved = kept["batches"], kept["moved"]
         network.load_state_dict(kept["weights"])
         grids = Grids.from_state(grids)
     else:
@@ -49,7 +49,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         kept, network, cpu = trained_plainly(source, folder), network_of(source, folder), time.process_time()
         if source is run:  # other protocols may have the same network
             batches, training = kept["batches"], kept["cpu_seconds"]
-            shared = {"network": network_path(run, folder).name, "network_seconds": training}
+            shared = {"network": network_path(run).name, "network_seconds": training}
         found = {own.name: calibrated(network, run, own) for own in VARIANTS}
         option = max(found, key=lambda name: quantised_share(network, found[name], data.held_out))
         grids = found[option]
@@ -76,8 +76,8 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
 
 def trained(run: Run, folder: Path) -> dict[str, Any]:
     """Weights and grids of a training on the bits, made where the folder does not have them yet."""
-    path = folder / "networks" / f"{digest(run.training())}.pt"
-    if not path.is_file():
+    path = network_path(run)
+    if not (folder / path).is_file():
         bits = {"weight_bits": run.protocol.bits, "activation_bits": run.protocol.activation_bits}
         qat = QATCallback(**bits, edge_bits=EDGE_BITS, max_samples=SAMPLES, **run.arm.arguments)
         torch.manual_seed(run.seed)
@@ -96,9 +96,8 @@ def trained(run: Run, folder: Path) -> dict[str, Any]:
             "moved": float(torch.cat(changes).mean()),
             "cpu_seconds": time.process_time() - begin,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda part: torch.save(kept, part))
-    return torch.load(path, weights_only=True)
+        write_with_record(folder, path, lambda part: torch.save(kept, part), begin)
+    return torch.load(folder / path, weights_only=True)
 
 
 def calibrated(network: nn.Module, run: Run, option: Option) -> Grids:

@@ -40,7 +40,8 @@ class Counting(Classifier):
 
 def measure(quantised: Calibrated, folder: Path) -> dict[str, Any]:
     """Quantise the network of a run that is there, and look at it with the test images once."""
-    data, cpu, run = fashion_mnist(), time.process_time(), quantised.run
+    data, run, network = fashion_mnist(), quantised.run, network_of(quantised.run, folder)
+    cpu = time.process_time()
     ptq = PTQCallback(
         weight_bits=quantised.weight_bits,
         activation_bits=quantised.activation_bits,
@@ -48,7 +49,7 @@ def measure(quantised: Calibrated, folder: Path) -> dict[str, Any]:
         **quantised.option.arguments,
     )
     torch.manual_seed(run.seed)
-    module = counted(ptq, network_of(run, folder), Batches(data.train, seed=run.seed), data.test)
+    module = counted(ptq, network, Batches(data.train, seed=run.seed), data.test)
     return {
         "test_accuracy": module.right / module.looked_at,
         "images": module.looked_at,

@@ -171,7 +171,9 @@ def shares(found: Found) -> dict[str, Cell]:
 SPARSE = {"90% sparsity": plan.NINETY, "95% sparsity": plan.NINETY_FIVE}
 CARDS = {
     "distillation": Card(
-        "kd", titled(plan.FEW, plan.SHORT, plan.LONG), lambda found: arms(found, plan.PLAIN, plan.KD, plan.LONGER)
+        "kd",
+        titled(plan.FEW, plan.SHORT, plan.LONG),
+        lambda found: arms(found, plan.PLAIN, plan.KD, plan.LIGHT_KD, plan.LONGER),
     ),
     "attention-transfer": Card(
         "at", titled(plan.FEW, plan.SHORT), lambda found: arms(found, plan.PLAIN, *plan.AT, plan.LONGER)

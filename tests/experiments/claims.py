@@ -22,14 +22,15 @@ class Claimed(Experiment):
 
     def batches(self, store: Store, seeds: int) -> Iterator[list[Job]]:
         yield from trainings(self.claim.parts, store, seeds)
+        yield [network_job(run) for run in calibrated_of(self.claim, store, seeds)]
         yield [Job.of(calibrated.measure, one) for one in quantised(self.claim, store, seeds)]
 
     def tables(self, store: Store, seeds: int) -> str:
-        text = claim_tables(self.claim, store, seeds)
-        if self.claim.options:
-            whole = minutes(self.jobs(store, seeds), store.folder)
-            text += f"\n\nAll of it: {whole:.0f} minutes of one thread, networks that tables share counted once."
-        return f"{text}\n"
+        whole = minutes(self.jobs(store, seeds), store)
+        return (
+            f"{claim_tables(self.claim, store, seeds)}\n\nAll of it: {whole:.0f} minutes of one thread, with what arms "
+            "begin with; what tables share is counted once.\n"
+        )
 
     def lines(self, store: Store, seeds: int) -> list[Line]:
         return [line for part in self.claim.parts for line in self.lines_of(*part, store, seeds)]
@@ -38,13 +39,14 @@ class Claimed(Experiment):
         """The chosen strength over the first arm and over those that train longer, and the other pairs of the claim."""
         rows = [measured(protocol, arm, store, seeds) for arm in arms]
         needed = itertools.chain.from_iterable(trainings([(protocol, arms)], store, seeds))
-        cost = minutes(needed, store.folder)
+        cost = minutes(needed, store)
         named = {arm.name: (arm.title, row) for arm, row in zip(arms, rows, strict=True)}
         pairs = [(named[one], named[other]) for one, other in self.claim.shown]
         if any(arm.candidate for arm in arms):
             chosen = chosen_candidate(arms, rows)
             best = (self.claim.method if chosen is None else chosen.arm.title, chosen)
-            pairs += [(best, named[arm.name]) for arm in arms if arm is arms[0] or arm.longer > 1]
+            others = [named[arm.name] for arm in arms if arm is arms[0] or arm.longer > 1]
+            pairs += [(best, other) for other in others if (best, other) not in pairs]
         return [
             Line(
                 f"{one} over {other}",
@@ -70,13 +72,10 @@ def trainings(parts: Iterable[tuple[Protocol, tuple[Arm, ...]]], store: Store, s
 
 def preparations(runs: list[Run], seeds: int) -> Iterator[list[Job]]:
     if any(run.protocol.bits is None for run in runs):
-        yield [Job(training.teacher_path(Teacher(), Path()), training.train_teacher, (Teacher(),))]
+        yield [Job(training.teacher_path(Teacher()), training.train_teacher, (Teacher(),))]
     pretrained = one_a_teacher(runs)
-    yield [Job(training.paraphraser_path(run, Path()), training.train_paraphraser, (run,)) for run in pretrained]
-    yield [
-        Job(rounded.network_path(rounded.start_of(run), Path()), prepare_start, (run,))
-        for run in one_a_start(runs, seeds)
-    ]
+    yield [Job(training.paraphraser_path(run), training.train_paraphraser, (run,)) for run in pretrained]
+    yield [network_job(rounded.start_of(run)) for run in one_a_start(runs, seeds)]
 
 
 def one_a_teacher(runs: Iterable[Run]) -> list[Run]:
@@ -91,14 +90,24 @@ def one_a_start(runs: Iterable[Run], seeds: int) -> list[Run]:
 
 
 def quantised(claim: Claim, store: Store, seeds: int) -> list[Calibrated]:
-    """Each option at each setting, for the networks of the claim's first arm; none before its rate is chosen."""
-    protocol, (arm, *_) = claim.parts[0]
-    runs = series(protocol, arm).runs(store, seeds) if claim.options else []
+    """Each option at each setting."""
+    runs = calibrated_of(claim, store, seeds)
     return [Calibrated(run, *bits, option) for bits in SETTINGS for option in claim.options for run in runs]
 
 
-def prepare_start(run: Run, folder: Path) -> str:
-    return f"start trained, {rounded.trained(rounded.start_of(run), folder)['cpu_seconds']:.0f} s"
+def calibrated_of(claim: Claim, store: Store, seeds: int) -> list[Run]:
+    """The runs whose networks are calibrated, those of the claim's first arm; none before its rate is chosen."""
+    protocol, (arm, *_) = claim.parts[0]
+    return series(protocol, arm).runs(store, seeds) if claim.options else []
+
+
+def network_job(run: Run) -> Job:
+    return Job(rounded.network_path(run), make_network, (run,))
+
+
+def make_network(run: Run, folder: Path) -> str:
+    rounded.trained(run, folder)
+    return "trained"
 
 
 def job_of(run: Run) -> Job:

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .store import Store, beside
+from .store import Store, beside, path_of
 
 
 @dataclass(frozen=True)
@@ -27,26 +25,32 @@ class Job:
     @classmethod
     def of(cls, measure: Callable[[Any, Path], dict[str, Any]], run: Any) -> Job:
         """A run that is measured, and whose result is kept under its key."""
-        return cls(Store(Path()).path(run), keep, (measure, run))
+        return cls(path_of(run), measure_and_keep, (measure, run))
 
-    def there(self, folder: Path) -> bool:
-        return (folder / self.path).is_file()
+    @classmethod
+    def again(cls, file: Path, measure: Callable[[Any, Path], dict[str, Any]], run: Any) -> Job:
+        """A run that is made once more for a file that it leaves last: its result was kept without the file."""
+        return cls(file, measure_again, (measure, run))
 
-    def seconds(self, folder: Path) -> dict[str, float | None]:
-        """What it took of one thread, by file, None where that was not kept.
+    def there(self, store: Store) -> bool:
+        return store.has(self.path) if self.is_result else (store.folder / self.path).is_file()
 
-        A network that several runs share has a file of its own.
-        """
-        path, name = folder / self.path, self.path.name
-        if not self.there(folder):
+    @property
+    def is_result(self) -> bool:
+        """Whether it is a record itself; anything else is a file that others begin with, its record beside it."""
+        return self.path.suffix == ".json"
+
+    @property
+    def record(self) -> Path:
+        """In the folder."""
+        return self.path if self.is_result else beside(self.path)
+
+    def seconds(self, store: Store) -> dict[str, float]:
+        """What it took of one thread, by file; a network that several runs share has a file of its own."""
+        if (kept := store.load(self.record)) is None:
             return {}
-        if beside(path).is_file():
-            return {name: Store.load(beside(path))["cpu_seconds"]}
-        if path.suffix not in (".json", ".pt"):
-            return {name: None}
-        kept = Store.load(path) if path.suffix == ".json" else torch.load(path, weights_only=True)
         network = {kept["network"]: kept["network_seconds"]} if "network" in kept else {}
-        return {name: kept["cpu_seconds"] - sum(network.values()) if "cpu_seconds" in kept else None} | network
+        return {self.path.name: kept["cpu_seconds"] - sum(network.values())} | network
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,16 @@ class Named:
     key: str
 
 
-def keep(measure: Callable[[Any, Path], dict[str, Any]], run: Any, folder: Path) -> str:
+def measure_and_keep(measure: Callable[[Any, Path], dict[str, Any]], run: Any, folder: Path) -> str:
     result = measure(run, folder)
     Store(folder).write(run, result)
     said = (f"{name} {result[name]:.4g}" for name in ("held_out_accuracy", "cpu_seconds") if name in result)
     return ", ".join(said) or "measured"
+
+
+def measure_again(measure: Callable[[Any, Path], dict[str, Any]], run: Any, folder: Path) -> str:
+    measure(run, folder)
+    return "made again"
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,10 @@ class Experiment(ABC):
 
     @abstractmethod
     def batches(self, store: Store, seeds: int) -> Iterator[list[Job]]:
-        """What is made, one batch after the other; what is chosen for one is read from those before it."""
+        """What is made, one batch after the other; what is chosen for one is read from results of those before it.
+
+        Never from files: a batch of these is only made once a result after it is missing.
+        """
 
     @abstractmethod
     def tables(self, store: Store, seeds: int) -> str:
@@ -101,11 +113,6 @@ class Experiment(ABC):
         return list({job.path: job for batch in self.batches(store, seeds) for job in batch}.values())
 
 
-def minutes(jobs: Iterable[Job], folder: Path) -> float:
-    """What jobs took of one thread; what several share is counted once, what is not known not at all."""
-    return sum(value or 0.0 for value in seconds(jobs, folder).values()) / 60
-
-
-def seconds(jobs: Iterable[Job], folder: Path) -> dict[str, float | None]:
-    """What jobs took, by file, None where that was not kept."""
-    return {name: value for job in jobs for name, value in job.seconds(folder).items()}
+def minutes(jobs: Iterable[Job], store: Store) -> float:
+    """What jobs took of one thread; what several share is counted once."""
+    return sum({name: value for job in jobs for name, value in job.seconds(store).items()}.values()) / 60

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lightning_compress.report.measure import compressed_bytes
 from .data import Images
 from .experiment import Job
 from .plan import digest
-from .store import Store
+from .store import Series, Store
 from .watch import share
 
 LOOK = 500  # images at a time
@@ -74,6 +74,17 @@ class Times:
     def read(self, store: Store) -> dict[str, dict[str, float]]:
         """By file: how many times as fast as the first one it is, and milliseconds; {} where not measured yet."""
         return (store.read(self) or {}).get("files", {})
+
+
+def chosen_files(arms: Iterable[Any], series: Callable[[Any], Series], store: Store) -> list[tuple[str, Path | None]]:
+    """The files of the first seed of each arm, by their keys; None where its rate is not chosen yet."""
+    chosen = [(arm, series(arm).chosen(store)) for arm in arms]
+    return [(key(arm, own), run and run.file(own)) for arm, run in chosen for own in arm.files]
+
+
+def files_of(runs: Iterable[Any], measure: Callable[[Any, Path], dict[str, Any]]) -> list[Job]:
+    """Runs that are made again where their files are missing."""
+    return [Job.again(run.file(run.arm.files[-1]), measure, run) for run in runs]
 
 
 def measure(times: Times, folder: Path) -> dict[str, Any]:

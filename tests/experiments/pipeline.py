@@ -20,16 +20,17 @@ from lightning_compress.demo import FASHION_FILES, ResidualBlock, _read_idx
 from lightning_compress.export import to_onnx
 from lightning_compress.report.measure import count_parameters
 
+from . import plan
 from .data import HELD_OUT, Batches, Split
 from .experiment import Experiment, Job, Line, Named, minutes
-from .files import Times, classes, exports, key, looked_at
+from .files import Times, chosen_files, classes, exports, files_of, key, looked_at
 from .plan import CHOICE_SEED, LEARNING_RATES
-from .store import Series, Store, write_atomically
+from .store import Series, Store, write_with_record
 from .tables import NOT_YET, Measured, difference, interval, t_interval
 from .training import Classifier, fit
 from .watch import share
 
-VERSION = 3
+VERSION = f"{plan.VERSION}.0"  # raised in its second number when only what is here changes
 EPOCHS, TEACHER_EPOCHS, TEACHER_WIDTH, TEACHER_RATE = 32, 16, 16, 0.1
 WIDTH = 16  # of the student
 PRUNED = {"ratio": 0.5, "budget": "params", "schedule": "iterative", "start": 0.1, "end": 0.4, "round_to": 16}
@@ -96,12 +97,17 @@ def images() -> Split:
     return Split((x[:kept], y[:kept]), (x[kept:], y[kept:]), (prepared(test_x), test_y.long()))
 
 
+def large_network() -> ResNet20:
+    """The teacher's, with its channels where those of the students are."""
+    return ResNet20(TEACHER_WIDTH).to(memory_format=torch.channels_last)
+
+
 class TeacherClassifier(Classifier):
     """The network of 20 layers in the experiments' module, whose own has 8."""
 
-    def __init__(self, width: int, rate: float) -> None:
+    def __init__(self, rate: float) -> None:
         super().__init__(1, rate)
-        self.network = ResNet20(width)  # type: ignore[assignment]
+        self.network = large_network()  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -137,23 +143,23 @@ def series(stage: Stage) -> Series:
 
 
 TEACHERS_WEIGHTS = Path(f"pipeline-teacher-v{VERSION}.pt")
-TEACHERS_FILE = Path("files/teacher.onnx")
+TEACHERS_FILE = Path(f"files/pipeline-teacher-v{VERSION}.onnx")
 TEACHER = Named(f"pipeline-v{VERSION}-teacher")
 
 
 def train_teacher(folder: Path) -> str:
     begin = time.process_time()
     torch.manual_seed(0)
-    module = TeacherClassifier(TEACHER_WIDTH, TEACHER_RATE)
+    module = TeacherClassifier(TEACHER_RATE)
     fit(module, Batches(images().train, seed=0), TEACHER_EPOCHS, [])
-    kept = {"weights": module.network.state_dict(), "cpu_seconds": time.process_time() - begin}
-    write_atomically(folder / TEACHERS_WEIGHTS, lambda part: torch.save(kept, part))
-    return f"trained, {kept['cpu_seconds']:.0f} s"
+    weights = module.network.state_dict()
+    write_with_record(folder, TEACHERS_WEIGHTS, lambda part: torch.save(weights, part), begin)
+    return "trained"
 
 
 def teacher(folder: Path) -> ResNet20:
-    network = ResNet20(TEACHER_WIDTH)
-    network.load_state_dict(torch.load(folder / TEACHERS_WEIGHTS, weights_only=True)["weights"])
+    network = large_network()
+    network.load_state_dict(torch.load(folder / TEACHERS_WEIGHTS, weights_only=True))
     return network
 
 
@@ -202,13 +208,14 @@ class Pipeline(Experiment):
         yield [Job.of(measure_teacher, TEACHER)]
         yield [Job.of(measure, run) for stage in STAGES for run in series(stage).own]
         yield [Job.of(measure, run) for stage in STAGES for run in series(stage).runs(store, seeds)]
+        chosen = (run for stage in STAGES if (run := series(stage).chosen(store)))
+        yield [*files_of(chosen, measure), Job.again(TEACHERS_FILE, measure_teacher, TEACHER)]
         yield self.times(store).jobs
 
     def times(self, store: Store) -> Times:
         """Of the first seed."""
-        chosen = [(stage, series(stage).chosen(store)) for stage in STAGES]
-        files = [(key(stage, own), run and run.file(own)) for stage, run in chosen for own in stage.files]
-        return Times(f"pipeline-v{VERSION}", (("teacher", TEACHERS_FILE), *files), side=28)
+        files = (("teacher", TEACHERS_FILE), *chosen_files(STAGES, series, store))
+        return Times(f"pipeline-v{VERSION}", files, side=28)
 
     def rows(self, store: Store, seeds: int) -> dict[tuple[Stage, str], Measured] | None:
         """By stage and file, as if each file were an arm; None if a run or the teacher's file is missing."""
@@ -219,7 +226,7 @@ class Pipeline(Experiment):
 
     def cost(self, store: Store, seeds: int) -> float:
         """Minutes of all that is there."""
-        return minutes(self.jobs(store, seeds), store.folder)
+        return minutes(self.jobs(store, seeds), store)
 
     def tables(self, store: Store, seeds: int) -> str:
         """The headline, and each stage's share."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .experiment import Experiment, minutes, seconds
+from .experiment import Experiment, minutes
 from .library import Library
 from .pipeline import Pipeline
 from .store import Store
@@ -34,19 +34,18 @@ def tables(experiments: Mapping[str, Experiment], store: Store, seeds: int) -> s
 
 def cost(experiments: Mapping[str, Experiment], store: Store, seeds: int) -> str:
     jobs = {name: experiment.jobs(store, seeds) for name, experiment in experiments.items()}
-    lines = ["| | there | missing | minutes |", "|---|---|---|---|"]
+    lines = ["| | runs | missing | minutes |", "|---|---|---|---|"]
     for name, own in jobs.items():
-        there = sum(job.there(store.folder) for job in own)
-        lines.append(f"| {name} | {there} | {len(own) - there} | {minutes(own, store.folder):.0f} |")
-    every = [job for own in jobs.values() for job in own]
-    whole, unknown = minutes(every, store.folder), list(seconds(every, store.folder).values()).count(None)
-    left_out = f"What {unknown} of the files took was not kept, and is not in it. " if unknown else ""
+        measured = [job for job in own if job.is_result]
+        there = sum(job.there(store) for job in measured)
+        lines.append(f"| {name} | {there} | {len(measured) - there} | {minutes(own, store):.0f} |")
+    whole = minutes([job for own in jobs.values() for job in own], store)
     return "\n".join(
         [
             *lines,
             "",
             f"{seeds} seeds. All that is there took {whole:.0f} minutes of one thread, {whole / 120:.1f} hours with "
-            f"two processes; what several tables share is counted once in the sum. {left_out}Missing are the runs that "
-            "can be named by now: those of the other seeds can only once a learning rate is chosen.",
+            "two processes; what several tables share is counted once in the sum. Missing are the runs that can be "
+            "named by now: those of the other seeds can only once a learning rate is chosen.",
         ]
     )

@@ -21,8 +21,8 @@ from lightning_compress.mechanisms.warping import WarpedWeights
 
 from .data import Batches, Images, fashion_mnist
 from .plan import FULL, PLAIN, Protocol, Run, digest
-from .store import write_atomically
-from .training import Classifier, fit
+from .store import write_with_record
+from .training import Classifier, fit, small_network
 from .watch import predictions, reestimated, share
 
 LATER_BATCHES = 100  # added to the seed: who goes on sees other batches
@@ -76,15 +76,16 @@ def start_of(run: Run) -> Run:
     return Run(protocol, PLAIN, start.rate, run.seed)
 
 
-def network_path(run: Run, folder: Path) -> Path:
-    return folder / "networks" / f"{digest(run.training())}.pt"
+def network_path(run: Run) -> Path:
+    """In the folder."""
+    return Path("networks") / f"{digest(run.training())}.pt"
 
 
 def trained(run: Run, folder: Path) -> dict[str, Any]:
     """The run's weights, trained where the folder does not have them yet."""
-    path = network_path(run, folder)
-    if not path.is_file():
-        cpu, callbacks = time.process_time(), scaling(run)
+    path = network_path(run)
+    if not (folder / path).is_file():
+        begin, callbacks = time.process_time(), scaling(run)
         torch.manual_seed(run.seed)
         module = Classifier(run.protocol.width, run.rate, run.arm.label_smoothing)
         if run.protocol.start is not None:
@@ -96,15 +97,14 @@ def trained(run: Run, folder: Path) -> dict[str, Any]:
             "lambda": callbacks[0].lambda_s if callbacks else None,
             "batches": f"{module.seen:08x}",
             "steps": trainer.global_step,
-            "cpu_seconds": time.process_time() - cpu,
+            "cpu_seconds": time.process_time() - begin,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda part: torch.save(kept, part))
-    return torch.load(path, weights_only=True)
+        write_with_record(folder, path, lambda part: torch.save(kept, part), begin)
+    return torch.load(folder / path, weights_only=True)
 
 
 def network_of(run: Run, folder: Path) -> SmallResNet:
-    network = SmallResNet(run.protocol.width)
+    network = small_network(run.protocol.width)
     network.load_state_dict(trained(run, folder)["weights"])
     return network
 
@@ -137,7 +137,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         "sparsity": float(zeros.float().mean()),
         "lambda": kept["lambda"],
         "mean_factor": 1.0 if kept["lambda"] is None else kept["lambda"] * float(distance.abs().mean()),
-        "network": network_path(run, folder).name,
+        "network": network_path(run).name,
         "batches": kept["batches"],
         "steps": kept["steps"],
         "seconds": time.perf_counter() - begin,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -23,9 +23,7 @@ def make_all(experiment: Experiment, store: Store, *, seeds: int, jobs: int, say
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # read when a process loads torch
     spawn = multiprocessing.get_context("spawn")
-    for batch in experiment.batches(store, seeds):
-        if not (left := missing(batch, store.folder)):
-            continue
+    for left in needed(experiment, store, seeds):
         with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=start_worker) as pool:
             failed = make_batch(left, store.folder, pool, say)
         failures += failed
@@ -34,8 +32,19 @@ def make_all(experiment: Experiment, store: Store, *, seeds: int, jobs: int, say
     return failures
 
 
-def missing(jobs: Sequence[Job], folder: Path) -> list[Job]:
-    return [job for job in jobs if not job.there(folder)]
+def needed(experiment: Experiment, store: Store, seeds: int) -> Iterator[list[Job]]:
+    """What is missing, batch by batch; files wait until a later result is missing, and are left out if none is."""
+    waiting: list[list[Job]] = []
+    for batch in experiment.batches(store, seeds):
+        if left := missing(batch, store):
+            waiting.append(left)
+        if any(job.is_result for job in left):
+            yield from waiting
+            waiting = []
+
+
+def missing(jobs: Sequence[Job], store: Store) -> list[Job]:
+    return [job for job in jobs if not job.there(store)]
 
 
 def make_batch(jobs: Sequence[Job], folder: Path, pool: Executor, say: Callable[[str], None]) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,38 @@ from .plan import CHOICE_SEED, PLAIN, Arm, Protocol, Run
 
 
 class Store:
-    """Results by the keys of their runs."""
+    """Records by their paths in a folder; where it has none, those that were published."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, published: Mapping[str, dict[str, Any]] | None = None):
+        self.folder, self.published = folder, published or {}
 
-    def path(self, run: Any) -> Path:
-        return self.folder / "runs" / f"{run.key}.json"
+    def has(self, record: Path) -> bool:
+        return (self.folder / record).is_file() or record.as_posix() in self.published
+
+    def load(self, record: Path) -> dict[str, Any] | None:
+        """None if there is none."""
+        path = self.folder / record
+        return json.loads(path.read_text()) if path.is_file() else self.published.get(record.as_posix())
+
+    def save(self, record: Path, known: dict[str, Any]) -> None:
+        text = json.dumps(known, indent=1)
+        write_atomically(self.folder / record, lambda path: Path(path).write_text(text))
 
     def read(self, run: Any) -> dict[str, Any] | None:
         """The run's result, or None if it has not been made."""
-        path = self.path(run)
-        return self.load(path) if path.is_file() else None
-
-    @staticmethod
-    def load(path: Path) -> dict[str, Any]:
-        return json.loads(path.read_text())
+        return self.load(path_of(run))
 
     def write(self, run: Any, result: dict[str, Any]) -> None:
-        text = json.dumps(result, indent=1)
-        write_atomically(self.path(run), lambda path: Path(path).write_text(text))
+        self.save(path_of(run), result)
+
+    def of_file(self, path: Path) -> dict[str, Any] | None:
+        """The record beside a file, or None."""
+        return self.load(beside(path))
+
+
+def path_of(run: Any) -> Path:
+    """Of a run's record."""
+    return Path("runs") / f"{run.key}.json"
 
 
 @dataclass(frozen=True)
@@ -92,11 +104,14 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
 
 
 def beside(path: Path) -> Path:
-    """The file that says what another one took whose format has no place for it."""
-    return path.with_name(f"{path.name}.seconds.json")
+    """The record of a file that is no record itself; it may be there without the file."""
+    return path.with_name(f"{path.name}.json")
 
 
-def keep_seconds(path: Path, begin: float) -> None:
-    """Keep what a file took of one thread since a reading of `time.process_time`."""
-    text = json.dumps({"cpu_seconds": time.process_time() - begin})
-    write_atomically(beside(path), lambda part: Path(part).write_text(text))
+def write_with_record(folder: Path, path: Path, write: Callable[[str], object], begin: float, **known: Any) -> None:
+    """Write a file, and what it took of one thread since `begin`, a reading of `time.process_time`.
+
+    The record first: whoever finds the file finds that too.
+    """
+    Store(folder).save(beside(path), {**known, "cpu_seconds": time.process_time() - begin})
+    write_atomically(folder / path, write)

@@ -21,16 +21,17 @@ from lightning_compress.mechanisms.channel_graph import StructureError
 from lightning_compress.mechanisms.shrinking import restructure_, structure_of
 from lightning_compress.report.measure import count_macs, count_parameters
 
+from . import plan
 from .data import Batches, fashion_mnist
 from .experiment import Experiment, Job, Line, Named, minutes
-from .files import Times, classes, exports, speeds
+from .files import Times, classes, exports, files_of, speeds
 from .plan import CHOICE_SEED, HINTON, LATER_RATES, LEARNING_RATES
-from .store import Series, Store, keep_seconds, write_atomically
+from .store import Series, Store, write_with_record
 from .tables import NOT_YET, Measured, difference
-from .training import Classifier, fit
+from .training import Classifier, fit, small_network
 from .watch import predictions, share
 
-VERSION = 1
+VERSION = f"{plan.VERSION}.0"  # raised in its second number when only what is here changes
 WIDTH, BASE_EPOCHS, BASE_RATE, LATER_EPOCHS = 16, 8, 0.1, 8
 RATIOS = (0.3, 0.5, 0.7)
 MULTIPLES = (1, 4, 8)
@@ -46,6 +47,7 @@ class Arm:
     score: str | None = None
     scratch: bool = False
     distilled: bool = True
+    files: tuple[str, ...] = ("fp32", "int8")
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -65,6 +67,7 @@ ARMS = (
 
 
 PARTS = ((WHOLE, 0.0), *((arm, ratio) for ratio in RATIOS for arm in ARMS))
+TIMED = tuple((arm, ratio) for arm, ratio in PARTS if arm.score != "random")  # that has the shape of another
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,13 @@ def series(arm: Arm, ratio: float) -> Series:
     return Series(tuple(Training(arm, ratio, rate, CHOICE_SEED) for rate in arm.rates))
 
 
-def base_path(seed: int, folder: Path) -> Path:
-    return folder / f"structured-base-v{VERSION}-seed{seed}.pt"
+def base_path(seed: int) -> Path:
+    """In the folder."""
+    return Path(f"structured-base-v{VERSION}-seed{seed}.pt")
 
 
-BASES_FILE = Path("files/base.onnx")
+BASES_FILE = Path(f"files/structured-base-v{VERSION}.onnx")
+EXPORTED = Named(f"structured-v{VERSION}-base")
 SHAPES = Named(f"structured-v{VERSION}-shapes")
 
 
@@ -108,22 +113,20 @@ def make_base(seed: int, folder: Path) -> str:
     module = Classifier(WIDTH, BASE_RATE)
     fit(module, Batches(data.train, seed=seed), BASE_EPOCHS, [])
     test = share(predictions(module.network, data.test), data.test[1])
-    seconds = time.process_time() - begin
-    kept = {"weights": module.network.state_dict(), "test_accuracy": test, "cpu_seconds": seconds}
-    write_atomically(base_path(seed, folder), lambda part: torch.save(kept, part))
+    weights = module.network.state_dict()
+    write_with_record(folder, base_path(seed), lambda part: torch.save(weights, part), begin, test_accuracy=test)
     return f"test accuracy {test:.4f}"
 
 
-def export_base(folder: Path) -> str:
-    begin = time.process_time()
-    to_onnx(base(0, folder), folder / BASES_FILE, fashion_mnist().test[0][:4])
-    keep_seconds(folder / BASES_FILE, begin)
-    return "written"
+def export_base(named: Named, folder: Path) -> dict[str, Any]:
+    begin, path = time.process_time(), folder / BASES_FILE
+    to_onnx(base(0, folder), path, fashion_mnist().test[0][:4])
+    return {"bytes": path.stat().st_size, "cpu_seconds": time.process_time() - begin}
 
 
 def base(seed: int, folder: Path) -> SmallResNet:
-    network = SmallResNet(WIDTH)
-    network.load_state_dict(torch.load(base_path(seed, folder), weights_only=True)["weights"])
+    network = small_network(WIDTH)
+    network.load_state_dict(torch.load(folder / base_path(seed), weights_only=True))
     return network
 
 
@@ -143,7 +146,7 @@ def fresh(ratio: float, seed: int, folder: Path) -> SmallResNet:
     """The small shape, with weights that are drawn for it."""
     small = small_shape(ratio, folder)
     torch.manual_seed(seed)
-    network = SmallResNet(WIDTH)
+    network = small_network(WIDTH)
     restructure_(network, structure_of(small), small.state_dict())
     for part in network.modules():
         if isinstance(part, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
@@ -152,13 +155,13 @@ def fresh(ratio: float, seed: int, folder: Path) -> SmallResNet:
 
 
 def base_jobs(seeds: int) -> list[Job]:
-    return [Job(base_path(seed, Path()), make_base, (seed,)) for seed in range(seeds)]
+    return [Job(base_path(seed), make_base, (seed,)) for seed in range(seeds)]
 
 
 def measure(run: Training, folder: Path) -> dict[str, Any]:
     """Train, write both files, and look at them."""
     begin, data, arm = time.process_time(), fashion_mnist(), run.arm
-    files = {precision: folder / run.file(precision) for precision in ("fp32", "int8")}
+    files = {precision: folder / run.file(precision) for precision in arm.files}
     callbacks = [*exports(files), PTQCallback(), DistillationCallback(base(run.seed, folder), **HINTON)]
     if arm.score is not None:
         callbacks.append(pruning(arm, run.ratio, run.seed))
@@ -208,20 +211,18 @@ class Structured(Experiment):
 
     def batches(self, store: Store, seeds: int) -> Iterator[list[Job]]:
         yield base_jobs(seeds)
-        yield [Job(BASES_FILE, export_base)]
+        yield [Job.of(export_base, EXPORTED)]
         yield [Job.of(measure, run) for part in PARTS for run in series(*part).own]
         yield [Job.of(measure, run) for part in PARTS for run in series(*part).runs(store, seeds)]
-        yield self.times(store).jobs
+        yield [Job.again(BASES_FILE, export_base, EXPORTED)]
         yield [Job.of(measure_shapes, SHAPES)]
+        yield files_of((run for part in TIMED if (run := series(*part).chosen(store))), measure)
+        yield self.times(store).jobs
 
     def times(self, store: Store) -> Times:
         """Of the first seed."""
-        chosen = [
-            (f"{ratio:g}-{arm.name}", series(arm, ratio).chosen(store))
-            for arm, ratio in PARTS
-            if arm.score != "random"  # of the same shape
-        ]
-        files = [(f"{name}-{own}", run and run.file(own)) for name, run in chosen for own in ("fp32", "int8")]
+        chosen = [(f"{ratio:g}-{arm.name}", series(arm, ratio).chosen(store)) for arm, ratio in TIMED]
+        files = [(f"{name}-{own}", run and run.file(own)) for name, run in chosen for own in WHOLE.files]
         return Times(f"structured-v{VERSION}", (("base", BASES_FILE), *files), side=14)
 
     def rows(self, store: Store, seeds: int) -> dict[tuple[Arm, float], Measured] | None:
@@ -231,14 +232,15 @@ class Structured(Experiment):
 
     def tables(self, store: Store, seeds: int) -> str:
         """Accuracy of each arm, and bytes and times of both files."""
-        if (rows := self.rows(store, seeds)) is None:
+        rows, exported = self.rows(store, seeds), store.read(EXPORTED)
+        bases = [own for seed in range(seeds) if (own := store.of_file(base_path(seed))) is not None]
+        if rows is None or exported is None or len(bases) < seeds:
             return f"{NOT_YET.capitalize()}.\n"
-        bases = [torch.load(base_path(seed, store.folder), weights_only=True) for seed in range(seeds)]
         accuracy = 100 * sum(own["test_accuracy"] for own in bases) / seeds
         fast = self.times(store).read(store)
         lines = [
             f"The network that is made smaller: 8 layers, {WIDTH} channels, {BASE_EPOCHS} epochs; {accuracy:.2f}% of "
-            f"the test images, {(store.folder / BASES_FILE).stat().st_size / 1e3:.0f} kB as an fp32 file.",
+            f"the test images, {exported['bytes'] / 1e3:.0f} kB as an fp32 file.",
             "",
             "| MACs removed | arm | learning rate | test accuracy | over training on the whole network | over the same "
             "shape from the start | parameters | MACs | fp32: kB, times as fast | int8: accuracy, kB, times as fast | "
@@ -247,7 +249,7 @@ class Structured(Experiment):
         ]
         for (arm, ratio), row in rows.items():
             scratch = rows.get((ARMS[-1], ratio))
-            both = [fast.get(f"{ratio:g}-{arm.name}-{precision}") for precision in ("fp32", "int8")]
+            both = [fast.get(f"{ratio:g}-{arm.name}-{precision}") for precision in arm.files]
             fp32, int8 = ("" if own is None else f", {own['faster']:.2f}" for own in both)
             cells = [
                 f"{ratio:.0%}",
@@ -263,7 +265,7 @@ class Structured(Experiment):
                 f"{row.minutes:.1f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-        cost = minutes(base_jobs(seeds), store.folder) + sum(row.minutes for row in rows.values())
+        cost = minutes(base_jobs(seeds), store) + sum(row.minutes for row in rows.values())
         lines += ["", f"{seeds} seeds; {cost:.0f} minutes of one thread, the choice of learning rates included."]
         return "\n".join([*lines, "", "### Numbers of channels", "", shapes_table(store)])
 
@@ -276,7 +278,7 @@ class Structured(Experiment):
             said, cost = NOT_YET, 0.0
             if rows is not None:
                 said = difference(rows[pruned, ratio], rows[scratch, ratio])
-                cost = minutes(base_jobs(seeds), store.folder)  # all go on from these, or are compared with who does
+                cost = minutes(base_jobs(seeds), store)  # all go on from these, or are compared with who does
                 cost += sum(row.minutes for (_, own), row in rows.items() if own in (0.0, ratio))
             found.append(
                 Line(title, f"{ratio:.0%} of the MACs removed, {BASE_EPOCHS + LATER_EPOCHS} epochs", said, cost)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .plan import FULL, GRIDS, SETTINGS, Arm, Calibrated, Claim, Column, Option, Protocol, Run, Teacher
 from .store import Series, Store, series
-from .training import teacher_file, teacher_path
+from .training import teacher_path
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 NOT_YET = "not measured yet"
@@ -139,10 +139,10 @@ def part_table(claim: Claim, protocol: Protocol, arms: Sequence[Arm], store: Sto
             continue
         cells = [
             f"**{arm.title}**" if row is chosen else arm.title,
-            f"{row.run.rate:g}",
+            rate_of(row),
             f"{100 * row.mean('test_accuracy'):.2f}",
             "" if plain is None or row is plain else difference(row, plain),
-            "" if chosen is None or arm.candidate or row is plain else difference(chosen, row),
+            over_this(row, rows, chosen),
             *(mean_of(row, column) for column in claim.columns),
             f"{row.minutes:.1f}",
         ]
@@ -152,11 +152,33 @@ def part_table(claim: Claim, protocol: Protocol, arms: Sequence[Arm], store: Sto
     named = {row.arm.name: row for row in rows if row is not None}
     for one, other in claim.against:
         if one in named and other in named:
-            compared = [paired(named[one], named[other], column) for column in claim.columns]
+            points = f"test accuracy {difference(named[one], named[other])}"
+            compared = [points, *(paired(named[one], named[other], column) for column in claim.columns)]
             lines += ["", f"{named[one].arm.title} less {named[other].arm.title}: {'; '.join(compared)}."]
     minutes = sum(row.minutes for row in rows if row is not None)
     lines += ["", f"{seeds} seeds; {minutes:.0f} minutes of one thread, the choice of learning rates included."]
     return "\n".join(lines)
+
+
+def rate_of(row: Measured) -> str:
+    """The learning rate, marked where it is an end of those that were tried; none where nothing was trained."""
+    run: Run = row.run
+    if run.epochs == 0:
+        return ""
+    ends = () if run.arm.steps is not None else (min(run.protocol.rates), max(run.protocol.rates))
+    return f"{run.rate:g}{' (end)' if run.rate in ends else ''}"
+
+
+def over_this(row: Measured, rows: Sequence[Measured | None], chosen: Measured | None) -> str:
+    """What the chosen strength gains over an arm, or over a control the strength that it controls."""
+    if row.arm.candidate or row is rows[0]:
+        return ""
+    if row.arm.control_of is None:
+        return "" if chosen is None else difference(chosen, row)
+    own = next((other for other in rows if other is not None and other.arm.name == row.arm.control_of), None)
+    if own is None:
+        return ""
+    return difference(own, row) if own is chosen else f"{own.arm.title}: {difference(own, row)}"
 
 
 def claim_tables(claim: Claim, store: Store, seeds: int) -> str:
@@ -235,9 +257,8 @@ def option_cell(
 def teacher_line(teacher: Teacher, store: Store) -> str:
     """What the teacher is, and how good."""
     what = f"Teacher: a residual network of width {teacher.width}, {teacher.epochs} epochs"
-    if not teacher_path(teacher, store.folder).is_file():
+    if (kept := store.of_file(teacher_path(teacher))) is None:
         return f"{what}, {NOT_YET}."
-    kept = teacher_file(teacher, store.folder)
     return f"{what}, test accuracy {100 * kept['test_accuracy']:.2f}, {kept['cpu_seconds'] / 60:.1f} minutes."
 
 
