@@ -98,6 +98,11 @@ def cubic(sparsity: float, epochs: int, **more: Any) -> Make:
     return lightnings(shares([cubic_schedule((e + 1) / pruned, 0.0, sparsity) for e in range(pruned)]), **more)
 
 
+def classifier(rate: float) -> Classifier:
+    """The module of both; Lightning's callback fails on weights whose channels are last."""
+    return Classifier(WIDTH, rate).to(memory_format=torch.contiguous_format)
+
+
 # One training
 
 
@@ -128,7 +133,7 @@ def zeros(weights: Iterable[Tensor]) -> float:
 
 def sparsity_of(state: Mapping[str, Tensor]) -> float:
     """The share of zeros among the weights of convolutions and linear layers in a state_dict."""
-    plain = Classifier(WIDTH, RATES[0])
+    plain = classifier(RATES[0])
     chosen = {id(layer.weight) for layer, _ in prunable(plain)}
     return zeros(state[name] for name, parameter in plain.named_parameters() if id(parameter) in chosen)
 
@@ -145,7 +150,7 @@ def fit(
 ) -> tuple[Classifier, Watch]:
     """Train; with a folder, write the checkpoint of each epoch to it and watch each step."""
     torch.manual_seed(seed)
-    module, watch = Classifier(WIDTH, rate), Watch()
+    module, watch = classifier(rate), Watch()
     saving = [] if folder is None else [watch, ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)]
     trainer = L.Trainer(
         max_epochs=epochs,
@@ -265,7 +270,7 @@ class Names:
 
 
 def names(make: Make, images: Images) -> Names:
-    plain = Classifier(WIDTH, RATES[0])
+    plain = classifier(RATES[0])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _, watch = fit(make, images, 3, folder=folder)
