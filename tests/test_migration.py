@@ -50,6 +50,13 @@ def test_the_arms_are_equally_sparse(make):
     assert measured[-3:] == pytest.approx([0.8] * 3, abs=1e-4)
 
 
+def test_weights_whose_channels_are_last(monkeypatch):
+    monkeypatch.setattr(migration, "classifier", lambda rate: migration.Classifier(migration.WIDTH, rate))
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        fit(lightnings(0.5), IMAGES, 1)
+    assert migration.sparsity_by_epoch(ours(0.5), TINY, 4)[-1] == 0.5
+
+
 def test_lightnings_masks_are_lost_on_resume():
     middle, late = migration.resumed(cubic(0.8, 8), TINY, 8, (4, 7))
     assert (middle.in_file, late.in_file) == pytest.approx((0.8 * (1 - (1 / 3) ** 3), 0.8), abs=1e-4)
