@@ -140,16 +140,14 @@ def masks(found: Found, own: Arm) -> dict[str, Cell]:
 
 
 def few_bits(found: Found) -> dict[str, Cell]:
-    sgd, strongest = plan.SGD, plan.PSGD[-1]
+    sgd, usual = plan.SGD, plan.PSGD[1]
     return {
         **arms(found, sgd, *plan.PSGD),
-        f"{strongest.title}, less itself at full precision": found.compared(
-            strongest, strongest, lambda row, _: difference(row, row.like("test_accuracy_full"))
+        f"{usual.title}, less itself at full precision": found.compared(
+            usual, usual, lambda row, _: difference(row, row.like("test_accuracy_full"))
         ),
-        f"{strongest.title}: relative error of the rounded weights, less SGD's, in %": found.less(
-            strongest, sgd, ERROR
-        ),
-        f"{strongest.title} over SGD, both with new batch-norm statistics": found.less(strongest, sgd, NEW_STATISTICS),
+        f"{usual.title}: relative error of the rounded weights, less SGD's, in %": found.less(usual, sgd, ERROR),
+        f"{usual.title} over SGD, both with new batch-norm statistics": found.less(usual, sgd, NEW_STATISTICS),
     }
 
 
