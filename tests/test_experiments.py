@@ -763,7 +763,7 @@ def test_masks_are_watched_while_they_change(tmp_path, monkeypatch):
     for arm, result in ((plan.GRADUAL, gradual), (plan.DPF, dpf)):
         for run in candidates(protocol, arm):
             store.write(run, result)
-    assert "| DPF | 0.03 |" in tables.claim_tables(claim, store, 1)
+    assert "| DPF | 0.03 (end) |" in tables.claim_tables(claim, store, 1)
     assert curves.draw(claim, store, 1, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
