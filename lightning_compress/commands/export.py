@@ -242,7 +242,6 @@ class _FirstInput(TrainerCallback):
 def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
     """The network that the step calls with the first batch of the validation, else the training, and its input."""
     duplicate: Any = independent_copy(loaded.module)
-    vars(duplicate)["configure_callbacks"] = list
     source = loaded.datamodule
     with StudentCapture(duplicate, network, argument="--network") as capture:
         capture.required = True
@@ -262,7 +261,8 @@ def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
 
 
 def _trainer(module: Any, callback: Any, **more: Any) -> Any:
-    """A Trainer of the module's package with one callback, on the CPU."""
+    """A Trainer of the module's package on the CPU, with one callback, and none of the module's own."""
+    vars(module)["configure_callbacks"] = list
     package = import_module(_compat.package_of(module))
     return package.Trainer(
         accelerator="cpu",
@@ -305,7 +305,6 @@ def _calibrated(loaded: Loaded, network: str | None, options: argparse.Namespace
     ):
         if not defines(owner, name):
             raise UsageError(f"{lacking}; they cannot be found either, as {type(owner).__name__} has no {name}")
-    vars(module)["configure_callbacks"] = list
     with _working("Calibrating"), _steps_of(module):
         ptq = PTQCallback(network=network or None, **BITS[options.precision])
         trainer = _trainer(module, ptq, logger=False, enable_checkpointing=False, limit_val_batches=1)

@@ -40,10 +40,9 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     if run.arm.technique == "qat":
         kept = trained(run, folder)
         training, cpu = kept["cpu_seconds"], time.process_time()  # it may have been made before
-        network, grids = small_network(run.protocol.width), kept["grids"]
+        network, grids = small_network(run.protocol.width), Grids.from_state(kept["grids"])
         batches, moved = kept["batches"], kept["moved"]
         network.load_state_dict(kept["weights"])
-        grids = Grids.from_state(grids)
     else:
         source = start_of(run) if run.arm.technique == "start" else run
         kept, network, cpu = trained_plainly(source, folder), network_of(source, folder), time.process_time()

@@ -82,9 +82,12 @@ def chosen_files(arms: Iterable[Any], series: Callable[[Any], Series], store: St
     return [(key(arm, own), run and run.file(own)) for arm, run in chosen for own in arm.files]
 
 
-def files_of(runs: Iterable[Any], measure: Callable[[Any, Path], dict[str, Any]]) -> list[Job]:
-    """Runs that are made again where their files are missing."""
-    return [Job.again(run.file(run.arm.files[-1]), measure, run) for run in runs]
+def files_again(
+    arms: Iterable[Any], series: Callable[[Any], Series], store: Store, measure: Callable[[Any, Path], dict[str, Any]]
+) -> list[Job]:
+    """The same runs once more, where those files are missing."""
+    chosen = (series(arm).chosen(store) for arm in arms)
+    return [Job.again(run.file(run.arm.files[-1]), measure, run) for run in chosen if run is not None]
 
 
 def measure(times: Times, folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,10 +31,10 @@ from . import plan
 from .calibrated import counted
 from .data import Batches, fashion_mnist
 from .experiment import Experiment, Job, Named, minutes
-from .files import Times, chosen_files, classes, exports, files_of, key, looked_at
+from .files import Times, chosen_files, classes, exports, files_again, key, looked_at
 from .front import Point, draw
 from .plan import CHOICE_SEED, FT, HINTON, LEARNING_RATES, SHORT, STATIC, Run, Teacher, digest
-from .store import Series, Store, beside
+from .store import Series, Store
 from .tables import NOT_YET, Measured, difference, interval, t_interval
 from .training import (
     Classifier,
@@ -188,7 +187,7 @@ TEACHER = Named(f"library-v{VERSION}-teacher-{digest(vars(Teacher()))}")
 
 
 def measure_teacher(named: Named, folder: Path) -> dict[str, Any]:
-    begin, taught = time.process_time(), json.loads((folder / beside(teacher_path(TAUGHT.teacher))).read_text())
+    begin, taught = time.process_time(), Store(folder).of_file(teacher_path(TAUGHT.teacher))
     to_onnx(teacher(folder), folder / TEACHERS_FILE, fashion_mnist().test[0][:4])
     return {
         **looked_at(folder / TEACHERS_FILE, fashion_mnist().test),
@@ -212,8 +211,7 @@ class Library(Experiment):
         ]
         yield [Job.of(measure, run) for way in WAYS for run in series(way).own]
         yield [Job.of(measure, run) for way in WAYS for run in series(way).runs(store, seeds)]
-        chosen = (run for way in WAYS if (run := series(way).chosen(store)))
-        yield [*files_of(chosen, measure), Job.again(TEACHERS_FILE, measure_teacher, TEACHER)]
+        yield [*files_again(WAYS, series, store, measure), Job.again(TEACHERS_FILE, measure_teacher, TEACHER)]
         yield self.times(store).jobs
 
     def times(self, store: Store) -> Times:

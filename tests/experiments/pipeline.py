@@ -23,7 +23,7 @@ from lightning_compress.report.measure import count_parameters
 from . import plan
 from .data import HELD_OUT, Batches, Split
 from .experiment import Experiment, Job, Line, Named, minutes
-from .files import Times, chosen_files, classes, exports, files_of, key, looked_at
+from .files import Times, chosen_files, classes, exports, files_again, key, looked_at
 from .plan import CHOICE_SEED, LEARNING_RATES
 from .store import Series, Store, write_with_record
 from .tables import NOT_YET, Measured, difference, interval, t_interval
@@ -208,8 +208,7 @@ class Pipeline(Experiment):
         yield [Job.of(measure_teacher, TEACHER)]
         yield [Job.of(measure, run) for stage in STAGES for run in series(stage).own]
         yield [Job.of(measure, run) for stage in STAGES for run in series(stage).runs(store, seeds)]
-        chosen = (run for stage in STAGES if (run := series(stage).chosen(store)))
-        yield [*files_of(chosen, measure), Job.again(TEACHERS_FILE, measure_teacher, TEACHER)]
+        yield [*files_again(STAGES, series, store, measure), Job.again(TEACHERS_FILE, measure_teacher, TEACHER)]
         yield self.times(store).jobs
 
     def times(self, store: Store) -> Times:

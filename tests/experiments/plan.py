@@ -84,9 +84,7 @@ class Arm:
     teacher: str = "trained"  # or "random", or "shuffled": its targets are exchanged within the batch
     longer: float = 1.0  # times as many epochs as the protocol says
     distilled: bool = False  # beside the technique
-    control_of: str | None = (
-        None  # the arm from which it differs in one thing; None: the chosen one is compared with it
-    )
+    control_of: str | None = None  # the arm that is compared with it, as they differ in one thing; None: the chosen one
     steps: float | None = None  # its learning rate is so many times that of the student alone, and not chosen
     candidate: bool = False
 

@@ -24,7 +24,7 @@ from lightning_compress.report.measure import count_macs, count_parameters
 from . import plan
 from .data import Batches, fashion_mnist
 from .experiment import Experiment, Job, Line, Named, minutes
-from .files import Times, classes, exports, files_of, speeds
+from .files import Times, classes, exports, files_again, speeds
 from .plan import CHOICE_SEED, HINTON, LATER_RATES, LEARNING_RATES
 from .store import Series, Store, write_with_record
 from .tables import NOT_YET, Measured, difference
@@ -216,7 +216,7 @@ class Structured(Experiment):
         yield [Job.of(measure, run) for part in PARTS for run in series(*part).runs(store, seeds)]
         yield [Job.again(BASES_FILE, export_base, EXPORTED)]
         yield [Job.of(measure_shapes, SHAPES)]
-        yield files_of((run for part in TIMED if (run := series(*part).chosen(store))), measure)
+        yield files_again(TIMED, lambda part: series(*part), store, measure)
         yield self.times(store).jobs
 
     def times(self, store: Store) -> Times:
