@@ -35,7 +35,7 @@ from .files import Times, chosen_files, classes, exports, files_again, key, look
 from .front import Point, draw
 from .plan import CHOICE_SEED, FT, HINTON, LEARNING_RATES, SHORT, STATIC, Run, Teacher, digest
 from .store import Series, Store
-from .tables import NOT_YET, Measured, difference, interval, t_interval
+from .tables import NOT_YET, Measured, difference, interval, rate_of, t_interval
 from .training import (
     Classifier,
     fit,
@@ -243,7 +243,7 @@ class Library(Experiment):
                 continue
             cells = [
                 title,
-                f"{row.run.rate:g}",
+                rate_of(row),
                 f"{100 * row.mean('test_accuracy'):.2f}",
                 "" if plain is None or row is plain else over(row, plain),
                 *(f"{row.first[size] / 1e3:.0f}" for size in ("bytes", "deflated")),

@@ -17,22 +17,21 @@ from torch import Tensor, nn
 
 from lightning_compress import DistillationCallback, PTQCallback, QATCallback, StructuredPruningCallback
 from lightning_compress.demo import FASHION_FILES, ResidualBlock, _read_idx
-from lightning_compress.export import to_onnx
 from lightning_compress.report.measure import count_parameters
 
 from . import plan
 from .data import HELD_OUT, Batches, Split
-from .experiment import Experiment, Job, Line, Named, minutes
+from .experiment import Experiment, Job, Line, minutes
 from .files import Times, chosen_files, classes, exports, files_again, key, looked_at
 from .plan import CHOICE_SEED, LEARNING_RATES
-from .store import Series, Store, write_with_record
-from .tables import NOT_YET, Measured, difference, interval, t_interval
+from .store import Series, Store, write_atomically
+from .tables import NOT_YET, Measured, difference, interval, rate_of, t_interval
 from .training import Classifier, fit
 from .watch import share
 
 VERSION = f"{plan.VERSION}.0"  # raised in its second number when only what is here changes
-EPOCHS, TEACHER_EPOCHS, TEACHER_WIDTH, TEACHER_RATE = 32, 16, 16, 0.1
-WIDTH = 16  # of the student
+EPOCHS = 32
+TEACHER_WIDTH, WIDTH = 16, 16  # of the student
 PRUNED = {"ratio": 0.5, "budget": "params", "schedule": "iterative", "start": 0.1, "end": 0.4, "round_to": 16}
 QUANTISED_FROM = 0.7
 KD_WEIGHTS = (0.3, 0.9)  # what is left of 1 is the weight of the labels
@@ -69,6 +68,7 @@ class Stage:
     chosen_with: str | None = None  # the stage whose choice is taken
 
 
+TEACHER = Stage("teacher", f"teacher, ResNet-20 of width {TEACHER_WIDTH}", distilled=False)
 STAGES = (
     Stage("alone", "student alone", distilled=False),
     Stage("distilled", "distilled"),
@@ -102,27 +102,21 @@ def large_network() -> ResNet20:
     return ResNet20(TEACHER_WIDTH).to(memory_format=torch.channels_last)
 
 
-class TeacherClassifier(Classifier):
-    """The network of 20 layers in the experiments' module, whose own has 8."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__(1, rate)
-        self.network = large_network()  # type: ignore[assignment]
-
-
 @dataclass(frozen=True)
-class Student:
-    """One training."""
+class Training:
+    """One training, of the teacher or of a student; `teacher` is that of a distilled one."""
 
     arm: Stage
     rate: float
-    kd_weight: float | None
     seed: int
+    kd_weight: float | None = None
+    teacher: Training | None = None
 
     @property
     def key(self) -> str:
         chosen = f"lr{self.rate:g}" + ("" if self.kd_weight is None else f"-kd{self.kd_weight:g}")
-        return f"pipeline-v{VERSION}-w{WIDTH}-{self.arm.name}-{chosen}-seed{self.seed}"
+        taught = "" if self.teacher is None else f"-teacher{self.teacher.rate:g}"
+        return f"pipeline-v{VERSION}-{self.arm.name}-{chosen}{taught}-seed{self.seed}"
 
     @property
     def epochs(self) -> int:
@@ -132,62 +126,56 @@ class Student:
         """In the folder."""
         return Path("files") / f"{self.key}-{precision}.onnx"
 
+    @property
+    def weights(self) -> Path:
+        """Those of a teacher, in the folder."""
+        return Path(f"{self.key}.pt")
 
-def series(stage: Stage) -> Series:
-    """A stage's runs: rate and weight of distillation are chosen together, or taken over from another stage."""
+
+def series(stage: Stage, store: Store) -> Series:
+    """A stage's runs: rate and weight of distillation are chosen together, or taken over from another stage.
+
+    A distilled student has none before its teacher is chosen.
+    """
     if stage.chosen_with is not None:
         chooses = next(own for own in STAGES if own.name == stage.chosen_with)
-        return Series(series(chooses).candidates, lambda run: dataclasses.replace(run, arm=stage))
-    weights = KD_WEIGHTS if stage.distilled else (None,)
-    return Series(tuple(Student(stage, *own, CHOICE_SEED) for own in itertools.product(LEARNING_RATES, weights)))
+        return Series(series(chooses, store).candidates, lambda run: dataclasses.replace(run, arm=stage))
+    if not stage.distilled:
+        return Series(tuple(Training(stage, rate, CHOICE_SEED) for rate in LEARNING_RATES))
+    if (taught := series(TEACHER, store).chosen(store)) is None:
+        return Series(())
+    pairs = itertools.product(LEARNING_RATES, KD_WEIGHTS)
+    return Series(tuple(Training(stage, rate, CHOICE_SEED, weight, taught) for rate, weight in pairs))
 
 
-TEACHERS_WEIGHTS = Path(f"pipeline-teacher-v{VERSION}.pt")
-TEACHERS_FILE = Path(f"files/pipeline-teacher-v{VERSION}.onnx")
-TEACHER = Named(f"pipeline-v{VERSION}-teacher")
-
-
-def train_teacher(folder: Path) -> str:
-    begin = time.process_time()
-    torch.manual_seed(0)
-    module = TeacherClassifier(TEACHER_RATE)
-    fit(module, Batches(images().train, seed=0), TEACHER_EPOCHS, [])
-    weights = module.network.state_dict()
-    write_with_record(folder, TEACHERS_WEIGHTS, lambda part: torch.save(weights, part), begin)
-    return "trained"
-
-
-def teacher(folder: Path) -> ResNet20:
+def trained(teacher: Training, folder: Path) -> ResNet20:
     network = large_network()
-    network.load_state_dict(torch.load(folder / TEACHERS_WEIGHTS, weights_only=True))
+    network.load_state_dict(torch.load(folder / teacher.weights, weights_only=True))
     return network
 
 
-def measure_teacher(named: Named, folder: Path) -> dict[str, Any]:
-    """Write the teacher's file, and look at it."""
-    begin = time.process_time()
-    to_onnx(teacher(folder), folder / TEACHERS_FILE, images().test[0][:4])
-    return {**looked_at(folder / TEACHERS_FILE, images().test), "cpu_seconds": time.process_time() - begin}
-
-
-def callbacks(run: Student, folder: Path) -> list[Callback]:
+def callbacks(run: Training, folder: Path) -> list[Callback]:
     """Those of a stage, in one list."""
     stage = run.arm
     techniques: list[Callback] = [QATCallback(start=QUANTISED_FROM) if stage.trained_on_bits else PTQCallback()]
-    if run.kd_weight is not None:
+    if run.teacher is not None and run.kd_weight is not None:
         weights = {"task_weight": 1 - run.kd_weight, "kd_weight": run.kd_weight}
-        techniques.append(DistillationCallback(teacher(folder), temperature=4.0, **weights))
+        techniques.append(DistillationCallback(trained(run.teacher, folder), temperature=4.0, **weights))
     if stage.pruned:
         techniques.append(StructuredPruningCallback(**PRUNED))
     return [*exports({precision: folder / run.file(precision) for precision in stage.files}), *techniques]
 
 
-def measure(run: Student, folder: Path) -> dict[str, Any]:
-    """Train a student, write its files, and look at them."""
+def measure(run: Training, folder: Path) -> dict[str, Any]:
+    """Train, write the files, and look at them."""
     begin, data = time.process_time(), images()
     torch.manual_seed(run.seed)
     module = Classifier(WIDTH, run.rate)
+    if run.arm == TEACHER:
+        module.network = large_network()
     fit(module, Batches(data.train, seed=run.seed), run.epochs, callbacks(run, folder))
+    if run.arm == TEACHER:
+        write_atomically(folder / run.weights, lambda part: torch.save(module.network.state_dict(), part))
     held_out = classes(folder / run.file(run.arm.files[0]), data.held_out[0])
     return {
         "held_out_accuracy": share(held_out, data.held_out[1]),
@@ -204,22 +192,24 @@ class Pipeline(Experiment):
     page = "pipeline.md"
 
     def batches(self, store: Store, seeds: int) -> Iterator[list[Job]]:
-        yield [Job(TEACHERS_WEIGHTS, train_teacher)]
-        yield [Job.of(measure_teacher, TEACHER)]
-        yield [Job.of(measure, run) for stage in STAGES for run in series(stage).own]
-        yield [Job.of(measure, run) for stage in STAGES for run in series(stage).runs(store, seeds)]
-        yield [*files_again(STAGES, series, store, measure), Job.again(TEACHERS_FILE, measure_teacher, TEACHER)]
+        stages, of = (TEACHER, *STAGES), functools.partial(series, store=store)
+        yield [Job.of(measure, run) for stage in stages if not stage.distilled for run in of(stage).own]
+        yield [Job.again(run.weights, measure, run) for run in of(TEACHER).runs(store, 1)]
+        yield [Job.of(measure, run) for stage in STAGES for run in of(stage).own]
+        yield [Job.of(measure, run) for stage in STAGES for run in of(stage).runs(store, seeds)]
+        yield files_again(stages, of, store, measure)
         yield self.times(store).jobs
 
     def times(self, store: Store) -> Times:
         """Of the first seed."""
-        files = (("teacher", TEACHERS_FILE), *chosen_files(STAGES, series, store))
-        return Times(f"pipeline-v{VERSION}", files, side=28)
+        files = chosen_files((TEACHER, *STAGES), functools.partial(series, store=store), store)
+        return Times(f"pipeline-v{VERSION}", tuple(files), side=28)
 
     def rows(self, store: Store, seeds: int) -> dict[tuple[Stage, str], Measured] | None:
-        """By stage and file, as if each file were an arm; None if a run or the teacher's file is missing."""
-        found = {stage: Measured.of(series(stage), store, seeds) for stage in STAGES}
-        if store.read(TEACHER) is None or None in found.values():
+        """By stage and file, as if each file were an arm, the teacher of one seed first; None if a run is missing."""
+        found = {TEACHER: Measured.of(series(TEACHER, store), store, 1)}
+        found |= {stage: Measured.of(series(stage, store), store, seeds) for stage in STAGES}
+        if None in found.values():
             return None
         return {(stage, own): row.of_file(own) for stage, row in found.items() if row for own in stage.files}
 
@@ -231,15 +221,13 @@ class Pipeline(Experiment):
         """The headline, and each stage's share."""
         if (rows := self.rows(store, seeds)) is None:
             return f"{NOT_YET.capitalize()}.\n"
-        whole, fast = store.read(TEACHER) or {}, self.times(store).read(store)
+        (whole, *_), fast = rows.values(), self.times(store).read(store)
         lines = [
-            f"Teacher: ResNet-20 of width {TEACHER_WIDTH}, {TEACHER_EPOCHS} epochs; its fp32 file has "
-            f"{whole['bytes'] / 1e3:.0f} kB ({whole['deflated'] / 1e3:.0f} kB deflated) and is right for "
-            f"{100 * whole['test_accuracy']:.2f}% of the 10,000 test images. The students begin with width {WIDTH} and "
-            f"learn for {EPOCHS} epochs:",
+            f"The teacher is one network; the students begin with width {WIDTH}. All learn for {EPOCHS} epochs:",
             "",
-            "| file | learning rate | KD's weight | test accuracy | less the teacher's file | over the stage before, "
-            "same precision | kB | smaller | deflated | times as fast | minutes of a training |",
+            "| file | learning rate | KD's weight | test accuracy | less the teacher's fp32 file "
+            "| over the stage before in the same precision | kB | smaller | deflated | times as fast "
+            "| minutes of a training |",
             f"|{'---|' * 11}",
         ]
         before: dict[str, Measured] = {}
@@ -247,18 +235,19 @@ class Pipeline(Experiment):
             kind = "" if own == "fp32" or stage.trained_on_bits else " (PTQ)"
             cells = [
                 f"{stage.title}, {own}{kind}",
-                f"{row.run.rate:g}",
+                rate_of(row),
                 f"{row.run.kd_weight or ''}",
                 f"{100 * row.mean('test_accuracy'):.2f}",
-                interval(over_teacher(row, whole)),
-                difference(row, before[own]) if own in before else "",
+                "" if row is whole else over_teacher(row, whole),
+                "" if own not in before else difference(row, before[own]),
                 f"{row.first['bytes'] / 1e3:.0f}",
-                *(f"{whole[size] / row.first[size]:.1f}x" for size in ("bytes", "deflated")),
+                *(f"{whole.first[size] / row.first[size]:.1f}x" for size in ("bytes", "deflated")),
                 f"{fast[key(stage, own)]['faster']:.2f}" if fast else NOT_YET,
                 f"{row.mean('cpu_seconds') / 60:.1f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-            before[own] = row
+            if stage is not TEACHER:
+                before[own] = row
         whole_student, left = (rows[stage, "int8"].first["parameters"] for stage in (STAGES[0], STAGES[-1]))
         lines += [
             "",
@@ -268,21 +257,22 @@ class Pipeline(Experiment):
         return "\n".join(lines) + "\n"
 
     def lines(self, store: Store, seeds: int) -> list[Line]:
-        rows, whole, last = self.rows(store, seeds), store.read(TEACHER), STAGES[-1]
+        rows, last = self.rows(store, seeds), STAGES[-1]
         title, protocol = f"{last.title}, over the teacher's file", f"28x28, {EPOCHS} epochs"
-        if rows is None or whole is None:
+        if rows is None:
             return [Line(title, protocol, NOT_YET, 0.0)]
-        return [Line(title, protocol, interval(over_teacher(rows[last, "int8"], whole)), self.cost(store, seeds))]
+        said = over_teacher(rows[last, "int8"], rows[TEACHER, "fp32"])
+        return [Line(title, protocol, said, self.cost(store, seeds))]
 
     def headline(self, store: Store, seeds: int) -> str:
         """The file of all stages in one fit against the target, as a table."""
-        rows, whole, fast = self.rows(store, seeds), store.read(TEACHER), self.times(store).read(store)
-        if rows is None or whole is None or not fast:
+        rows, fast = self.rows(store, seeds), self.times(store).read(store)
+        if rows is None or not fast:
             return f"{NOT_YET.capitalize()}."
-        row = rows[STAGES[-1], "int8"]
-        smaller, deflated = (whole[size] / row.first[size] for size in ("bytes", "deflated"))
-        faster, lost = fast[key(STAGES[-1], "int8")]["faster"], [-own for own in over_teacher(row, whole)]
-        mean, low, high = t_interval(lost)
+        row, whole = rows[STAGES[-1], "int8"], rows[TEACHER, "fp32"]
+        smaller, deflated = (whole.first[size] / row.first[size] for size in ("bytes", "deflated"))
+        faster = fast[key(STAGES[-1], "int8")]["faster"]
+        mean, low, high = t_interval([-own for own in points(row, whole)])
         kept = "yes" if high <= LOST else "no" if mean > LOST else "by the mean; not shown"
         return "\n".join(
             [
@@ -297,6 +287,12 @@ class Pipeline(Experiment):
         )
 
 
-def over_teacher(row: Measured, whole: dict[str, Any]) -> list[float]:
-    """Points over the teacher's file, by seed."""
-    return [100 * (own - whole["test_accuracy"]) for own in row.values("test_accuracy")]
+def points(row: Measured, teacher: Measured) -> list[float]:
+    """Test accuracy over the teacher's file, which is one, by seed of the row."""
+    return [100 * (own - teacher.first["test_accuracy"]) for own in row.values("test_accuracy")]
+
+
+def over_teacher(row: Measured, teacher: Measured) -> str:
+    """The same with an interval; the teacher's own other file has none."""
+    own = points(row, teacher)
+    return f"{own[0]:+.2f}" if row.arm == TEACHER else interval(own)

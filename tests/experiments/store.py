@@ -65,9 +65,9 @@ class Series:
         return () if self.follow else self.candidates
 
     def chosen(self, store: Store) -> Any:
-        """The best candidate on the held-out images, of equals the first; None if one is missing."""
+        """The best candidate on the held-out images, of equals the first; None if one is missing, or none is known."""
         found = [store.read(run) for run in self.candidates]
-        if None in found:
+        if not found or None in found:
             return None
         best, _ = max(zip(self.candidates, found, strict=True), key=lambda own: own[1]["held_out_accuracy"])
         return self.follow(best) if self.follow else best

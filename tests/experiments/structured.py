@@ -27,7 +27,7 @@ from .experiment import Experiment, Job, Line, Named, minutes
 from .files import Times, classes, exports, files_again, speeds
 from .plan import CHOICE_SEED, HINTON, LATER_RATES, LEARNING_RATES
 from .store import Series, Store, write_with_record
-from .tables import NOT_YET, Measured, difference
+from .tables import NOT_YET, Measured, difference, rate_of
 from .training import Classifier, fit, small_network
 from .watch import predictions, share
 
@@ -254,7 +254,7 @@ class Structured(Experiment):
             cells = [
                 f"{ratio:.0%}",
                 arm.title,
-                f"{row.run.rate:g}",
+                rate_of(row),
                 f"{100 * row.mean('test_accuracy'):.2f}",
                 "" if arm is WHOLE else difference(row, rows[WHOLE, 0.0]),
                 "" if scratch is None or arm is ARMS[-1] else difference(row, scratch),
@@ -265,6 +265,9 @@ class Structured(Experiment):
                 f"{row.minutes:.1f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+        norm, random, _ = ARMS
+        gains = (f"{ratio:.0%}: {difference(rows[norm, ratio], rows[random, ratio])}" for ratio in RATIOS)
+        lines += ["", f"{norm.title} less {random.title}, test accuracy: {'; '.join(gains)}.".capitalize()]
         cost = minutes(base_jobs(seeds), store) + sum(row.minutes for row in rows.values())
         lines += ["", f"{seeds} seeds; {cost:.0f} minutes of one thread, the choice of learning rates included."]
         return "\n".join([*lines, "", "### Numbers of channels", "", shapes_table(store)])

@@ -25,6 +25,7 @@ class Measured:
     run: Any  # that of the first seed
     results: Mapping[int, Mapping[str, Any]]
     minutes: float
+    tried: tuple[float, ...] = ()  # learning rates, of which its own was chosen
 
     @classmethod
     def of(cls, series: Series, store: Store, seeds: int) -> Measured | None:
@@ -34,7 +35,8 @@ class Measured:
         if not runs or None in results.values():
             return None
         made = {run.key: store.read(run) for run in [*series.own, *runs]}
-        return cls(runs[0], results, sum(result["cpu_seconds"] for result in made.values()) / 60)
+        minutes = sum(result["cpu_seconds"] for result in made.values()) / 60
+        return cls(runs[0], results, minutes, tuple(run.rate for run in series.own))
 
     @property
     def arm(self) -> Any:
@@ -162,11 +164,10 @@ def part_table(claim: Claim, protocol: Protocol, arms: Sequence[Arm], store: Sto
 
 def rate_of(row: Measured) -> str:
     """The learning rate, marked where it is an end of those that were tried; none where nothing was trained."""
-    run: Run = row.run
-    if run.epochs == 0:
+    if row.run.epochs == 0:
         return ""
-    ends = () if run.arm.steps is not None else (min(run.protocol.rates), max(run.protocol.rates))
-    return f"{run.rate:g}{' (end)' if run.rate in ends else ''}"
+    ends = (min(row.tried), max(row.tried)) if row.tried else ()
+    return f"{row.run.rate:g}{' (end)' if row.run.rate in ends else ''}"
 
 
 def over_this(row: Measured, rows: Sequence[Measured | None], chosen: Measured | None) -> str:
