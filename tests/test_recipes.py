@@ -18,6 +18,7 @@ TECHNIQUES = {
     "distil": ["DistillationCallback"],
     "dcil": ["DistillationCallback", "DCILCallback"],
     "distil-prune-int8": ["DistillationCallback", "PruningCallback", "QATCallback"],
+    "int8": ["PTQCallback"],
     "psgd-4bit": ["PSGDCallback", "PTQCallback"],
     "structured-distil-int8": ["StructuredPruningCallback", "DistillationCallback", "PTQCallback"],
 }
@@ -62,7 +63,7 @@ def test_an_unknown_name(capsys):
     assert captured.out == ""
     assert captured.err == (
         "lightning-compress recipes: there is no recipe 'distill'; there are dcil, distil, distil-prune-int8, "
-        "psgd-4bit, structured-distil-int8; did you mean 'distil'?\n"
+        "int8, psgd-4bit, structured-distil-int8; did you mean 'distil'?\n"
     )
 
 

@@ -24,11 +24,15 @@ from .modules import (
 from .traces import traces
 
 # Steps compiled as a whole take seconds to trace; test_distillation_exact.py has one of them among the fast tests.
-CHILD_FIRST = ["child", *(pytest.param(form, marks=pytest.mark.slow) for form in ("in place", "module"))]
+SAMPLE = [pytest.mark.slow, pytest.mark.sample]
+CHILD_FIRST = [
+    pytest.param("child", marks=SAMPLE),
+    *(pytest.param(form, marks=pytest.mark.slow) for form in ("in place", "module")),
+]
 # A row that looks at outputs, one that looks at layers and one that masks weights; two passes over compiled graphs are
-# in test_dcil.py. The rest is slow. Other forms than a compiled child are in the matrix.
-FAST_ROWS = ("DistillationCallback", "AttentionTransferCallback", "PruningCallback")
-ROWS = [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name not in FAST_ROWS)) for case in CASES]
+# in test_dcil.py. Other forms than a compiled child are in the matrix.
+SAMPLED = ("DistillationCallback", "AttentionTransferCallback", "PruningCallback")
+ROWS = [pytest.param(case, id=case.name, marks=SAMPLE if case.name in SAMPLED else pytest.mark.slow) for case in CASES]
 
 
 def compiled(module, form):

@@ -9,4 +9,4 @@ from untouched.programs import PROGRAMS, STRANGERS
 
 @pytest.mark.parametrize("name", [name for name, program in PROGRAMS.items() if program.needs == STRANGERS])
 def test_an_untouched_project(name, tmp_path):
-    check(PROGRAMS[name], tmp_path)
+    check(PROGRAMS[name], PROGRAMS[name].recipes[0], tmp_path)

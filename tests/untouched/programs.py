@@ -16,7 +16,8 @@ class Program:
         title: What it is, for people.
         folder: Below ``projects``.
         command: As a user types it.
-        recipes: Names of recipes; tests run the first.
+        recipes: Names of recipes.
+        tested: So many of them, from the first on, are run by tests.
         before: What the user ran before, to have a trained network in ``trained``.
         trained: The checkpoint that it leaves; the teacher.
         metric: What the project logs.
@@ -29,6 +30,7 @@ class Program:
     folder: str
     command: str
     recipes: Sequence[str]
+    tested: int = 1
     before: str = ""
     trained: str = "teacher.ckpt"
     metric: str = "val_acc"
@@ -39,7 +41,7 @@ class Program:
     def settings(self, recipe: str) -> list[str]:
         """What to change in a recipe, as behind ``--set``; "alone": the recipe that only exports."""
         found = [f"export.metric={self.metric}"]
-        if recipe not in ("psgd-4bit", "alone"):
+        if recipe not in ("int8", "psgd-4bit", "alone"):
             teacher = "kd.teacher.init_args"
             found += [f"{teacher}.class_path=digits.ConvNet", f"{teacher}.init_args={{width: {self.width}}}"]
             found += [f"{teacher}.ckpt_path={self.trained}"]
@@ -63,7 +65,8 @@ PROGRAMS = {
             "a project configured by Hydra, which goes on with a trained network",
             "hydra",
             f"python train.py {GOES_ON} trainer.max_epochs=5",
-            ("psgd-4bit", "structured-distil-int8"),
+            ("psgd-4bit", "int8", "structured-distil-int8"),
+            tested=2,
             before="python train.py hydra.run.dir=first && cp first/last.ckpt trained.ckpt",
             trained="trained.ckpt",
             width=16,

@@ -1,4 +1,4 @@
-"""Each project with one shipped recipe; between them they run all of these."""
+"""Each project with a shipped recipe or two; between them they run all of these."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from lightning_compress.recipe.shipped import shipped
 from .checks import check
 from .programs import PROGRAMS
 
-HERE = [name for name, program in PROGRAMS.items() if not program.needs]
+TESTED = [(name, recipe) for name, own in PROGRAMS.items() for recipe in own.recipes[: own.tested]]
+HERE = [(name, recipe) for name, recipe in TESTED if not PROGRAMS[name].needs]
 
 
 def test_each_recipe_is_run():
-    assert {program.recipes[0] for program in PROGRAMS.values()} == {*shipped()}
+    assert {recipe for _, recipe in TESTED} == {*shipped()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", HERE)
-def test_an_untouched_project(name, tmp_path):
-    check(PROGRAMS[name], tmp_path)
+@pytest.mark.parametrize(("name", "recipe"), HERE)
+def test_an_untouched_project(name, recipe, tmp_path):
+    check(PROGRAMS[name], recipe, tmp_path)
