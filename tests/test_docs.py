@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -123,6 +124,20 @@ def test_recipe_is_one(tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipes[0])
     recipe = load_recipe(tmp_path / "recipe.yaml", unseen=[STAND_IN])
     assert [path for _, path, _ in recipe.entries] == ["DistillationCallback", "ExportCallback"]
+
+
+def test_messages_that_are_explained_are_those_of_the_program():
+    texts = [
+        node.value
+        for path in (ROOT / "lightning_compress").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    rows = page.replace("| it says |", "").split("\n| `")[1:]
+    quoted = [said for row in rows for said in re.findall(r"`([^`]+)`", f"`{row.partition(' | ')[0]}")]
+    assert len(quoted) > 10
+    assert [said for said in quoted if not any(said in text for text in texts)] == []
 
 
 @each([*PAGES, *NOTEBOOKS, *sorted((ROOT / ".ci").iterdir())])
