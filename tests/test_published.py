@@ -35,9 +35,10 @@ def test_a_page_shows_its_records(name, store, tmp_path):
 
 
 @each
-def test_all_seeds_were_measured(name, store):
-    assert NOT_YET not in EXPERIMENTS[name].tables(store, SEEDS).lower()
-    assert not list(needed(EXPERIMENTS[name], store, SEEDS))
+def test_a_table_says_whether_runs_are_missing(name, store):
+    """They are kept as they come: what takes hours may be made in several goes, on several machines."""
+    missing = list(needed(EXPERIMENTS[name], store, SEEDS))
+    assert (NOT_YET in EXPERIMENTS[name].tables(store, SEEDS).lower()) == bool(missing)
 
 
 @pytest.mark.parametrize("name", [name for name, card in cards.CARDS.items() if card.experiment in PUBLISHED])
