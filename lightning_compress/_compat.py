@@ -53,6 +53,16 @@ def validates_in_inference_mode(trainer: Any) -> bool:
     return bool(trainer.validate_loop.inference_mode)
 
 
+def leave_signals(trainer: Any) -> None:
+    """Let a Trainer that only looks at something take over no signals: what ends the process ends it."""
+    trainer._signal_connector.register_signal_handlers = lambda: None
+
+
+def set_datamodule(trainer: Any, datamodule: Any) -> None:
+    """Give a Trainer the datamodule that it validates with; None: the module has its own loaders."""
+    trainer.datamodule = datamodule
+
+
 def copy_progress(trainer: Any, fresh: Any) -> None:
     """Give a fresh Trainer the epoch and the step of another, without tying the two together."""
     source, target = trainer.fit_loop, fresh.fit_loop

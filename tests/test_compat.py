@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -78,6 +79,35 @@ def test_trainer_source_progress_and_mode(namespace):
     assert (fresh.current_epoch, fresh.global_step) == (trainer.current_epoch, trainer.global_step) == (2, 6)
     fresh.fit_loop.epoch_progress.current.processed = 9
     assert trainer.current_epoch == 2
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_a_trainer_that_takes_over_no_signals(namespace):
+    handlers = []
+
+    class Module(import_module(f"{namespace}.demos.boring_classes").BoringModel):
+        def validation_step(self, batch, batch_idx):
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    settings = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    own = signal.getsignal(signal.SIGTERM)
+    for leave in (False, True):
+        trainer = import_module(namespace).Trainer(fast_dev_run=1, accelerator="cpu", **settings)
+        if leave:
+            _compat.leave_signals(trainer)
+        trainer.validate(Module(), verbose=False)
+        assert signal.getsignal(signal.SIGTERM) is own
+    assert [handler is own for handler in handlers] == [False, True]
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_the_datamodule_of_a_trainer_is_an_attribute(namespace):
+    package = import_module(namespace)
+    data = package.LightningDataModule()
+    trainer = package.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    assert trainer.datamodule is None
+    _compat.set_datamodule(trainer, data)
+    assert trainer.datamodule is data
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)

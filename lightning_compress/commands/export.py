@@ -21,7 +21,7 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.base import TrainerCallback
 from lightning_compress.callbacks.ptq import PTQCallback
 from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended, one_line
-from lightning_compress.commands.project import current_folder_importable, load_trained
+from lightning_compress.commands.project import Project, current_folder_importable, load_trained
 from lightning_compress.export.copying import independent_copy
 from lightning_compress.export.errors import EvaluationError, ExportError
 from lightning_compress.export.evaluate import (
@@ -30,6 +30,7 @@ from lightning_compress.export.evaluate import (
     evaluate_forward,
     evaluate_quantized,
     interruptible,
+    silent_logger,
 )
 from lightning_compress.export.onnx import ExportResult, checked_path, to_onnx
 from lightning_compress.export.runtime import require_onnx
@@ -38,8 +39,9 @@ from lightning_compress.export.scales import Scales
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.drafts import draft_of
-from lightning_compress.mechanisms.isolation import quiet
+from lightning_compress.mechanisms.isolation import module_kept, quiet
 from lightning_compress.mechanisms.loading import teacher_from_checkpoint
+from lightning_compress.mechanisms.quantization import QuantizationError
 from lightning_compress.mechanisms.selection import did_you_mean, plain_name
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.student import StudentCapture
@@ -63,16 +65,59 @@ class Loaded:
 
     Attributes:
         module: The LightningModule, or another module.
-        data: What its validation takes: a datamodule, or the module itself; None without a config.
+        project: What the config makes; None without one.
     """
 
     module: nn.Module
-    data: Any = None
+    project: Project | None = None
+
+    @property
+    def data(self) -> Any:
+        """What has the loaders: a datamodule, or the module itself; None without a config."""
+        return None if self.project is None else self.datamodule or self.module
 
     @property
     def datamodule(self) -> Any:
         """The datamodule, where there is one."""
-        return None if self.data is self.module else self.data
+        return None if self.project is None else self.project.datamodule
+
+    def set_up(self) -> None:
+        """Have the data ready, before anything is copied."""
+        if self.project is not None:
+            with _steps_of(self.module):
+                self.project.set_up()
+
+    def trainer(self, module: Any, *callbacks: Any, **more: Any) -> Any:
+        """A Trainer that validates, as the config says how much and in which precision, and trains nothing.
+
+        On the CPU, of the module's package, with these callbacks and none of the module's own.
+
+        Args:
+            module: The module, or a copy of it.
+            callbacks: The only ones.
+            more: Other arguments of a Trainer.
+        """
+        vars(module)["configure_callbacks"] = list
+        lightning = import_module(_compat.package_of(module))
+        settings: dict[str, Any] = {"logger": silent_logger(lightning), "enable_checkpointing": False}
+        if self.project is not None:
+            own = self.project.trainer
+            settings["precision"] = own.precision
+            if own.limit_val_batches and not own.fast_dev_run:
+                settings["limit_val_batches"] = own.limit_val_batches
+        found = lightning.Trainer(
+            accelerator="cpu",
+            devices=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            # the network that a step calls is told from what it returns, which inference mode would hide
+            inference_mode=False,
+            callbacks=list(callbacks),
+            **{**settings, **more},
+        )
+        _compat.leave_signals(found)
+        _compat.set_datamodule(found, self.datamodule)
+        return found
 
 
 def export(options: argparse.Namespace) -> int:
@@ -125,8 +170,10 @@ def _exported(options: argparse.Namespace) -> str:
             )
         metrics = _measured(loaded, result, options, calibrated=calibrated)
     here = "calibrated with the training data, " if calibrated else ""
-    difference = f"{here}largest difference to the checkpoint {result.max_logit_difference:.2g}"
-    return f"wrote {shown_path(target)} ({result.precision}, {size(result.bytes)}; {difference}{metrics})"
+    of = "checkpoint" if result.quantization is None else "quantised network"
+    difference = f"{here}largest difference to the {of} {result.max_logit_difference:.2g}"
+    remarks = "".join(f"; {remark}" for remark in loaded.project.remarks) if loaded.project else ""
+    return f"wrote {shown_path(target)} ({result.precision}, {size(result.bytes)}; {difference}{metrics}){remarks}"
 
 
 def _loaded_with_input(options: argparse.Namespace) -> tuple[Loaded, str | None, Any]:
@@ -173,7 +220,7 @@ def _loaded(options: argparse.Namespace) -> Loaded:
     """The module of the class, or of the config, with the weights of the checkpoint."""
     if options.config:
         project = load_trained(options.config, options.checkpoint, model=options.module_class, data=options.data_class)
-        return Loaded(project.module.eval(), project.module if project.datamodule is None else project.datamodule)
+        return Loaded(project.module.eval(), project)
     current_folder_importable()
     with checking(ValueError, OSError):
         read_checkpoint(options.checkpoint, or_weights=True)  # what is wrong with the file is told first
@@ -227,9 +274,10 @@ class _FirstInput(TrainerCallback):
 
     def __init__(self, capture: StudentCapture) -> None:
         super().__init__()
-        self.capture = capture
+        self.capture, self.batches = capture, 0
 
     def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
+        self.batches += 1
         self.capture.start(detect=True)
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
@@ -241,17 +289,21 @@ class _FirstInput(TrainerCallback):
 
 def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
     """The network that the step calls with the first batch of the validation, else the training, and its input."""
+    loaded.set_up()
     duplicate: Any = independent_copy(loaded.module)
     source = loaded.datamodule
     with StudentCapture(duplicate, network, argument="--network") as capture:
         capture.required = True
-        trainer = _trainer(duplicate, _FirstInput(capture), fast_dev_run=1)
+        first = _FirstInput(capture)
+        trainer = loaded.trainer(duplicate, first, fast_dev_run=1)
         with _steps_of(duplicate):
             if defines(duplicate, "validation_step") and defines(source or duplicate, "val_dataloader"):
                 trainer.validate(duplicate, datamodule=source, verbose=False)
             else:
                 trainer.fit(duplicate, datamodule=source)
         call, name = capture.last_call, capture.network
+    if first.batches == 0:
+        raise UsageError(f"the data of {type(loaded.module).__name__} give no batch, so its input is not known")
     if call is None or name is None:
         raise UsageError(
             f"the steps of {type(loaded.module).__name__} call no single network; name it with --network, and give its "
@@ -260,26 +312,12 @@ def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
     return plain_name(name), Sample(call.args, call.kwargs)
 
 
-def _trainer(module: Any, callback: Any, **more: Any) -> Any:
-    """A Trainer of the module's package on the CPU, with one callback, and none of the module's own."""
-    vars(module)["configure_callbacks"] = list
-    package = import_module(_compat.package_of(module))
-    return package.Trainer(
-        accelerator="cpu",
-        devices=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-        **more,
-    )
-
-
 @contextmanager
 def _steps_of(module: nn.Module) -> Iterator[None]:
     """Tell errors of the user's steps and data from those of the command's usage."""
     try:
         yield
-    except (CaptureError, EvaluationError):
+    except (CaptureError, EvaluationError, QuantizationError):
         raise
     except Exception as error:  # the user's code may raise anything
         raise CheckError(
@@ -305,10 +343,12 @@ def _calibrated(loaded: Loaded, network: str | None, options: argparse.Namespace
     ):
         if not defines(owner, name):
             raise UsageError(f"{lacking}; they cannot be found either, as {type(owner).__name__} has no {name}")
-    with _working("Calibrating"), _steps_of(module):
-        ptq = PTQCallback(network=network or None, **BITS[options.precision])
-        trainer = _trainer(module, ptq, logger=False, enable_checkpointing=False, limit_val_batches=1)
-        trainer.validate(module, datamodule=loaded.datamodule, verbose=False)
+    with _working("Calibrating"), checking(CaptureError, QuantizationError), _steps_of(module):
+        loaded.set_up()
+        trainer = loaded.trainer(module, PTQCallback(network=network, **BITS[options.precision]), limit_val_batches=1)
+        with module_kept(module, parameters=False):  # the validation may write into it
+            trainer.validate(module, datamodule=loaded.datamodule, verbose=False)
+    module.trainer = trainer
     return True
 
 
@@ -325,11 +365,13 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace,
     if options.metric is None:
         return ""
     with _working("Validating the network"), _steps_of(loaded.module):
+        loaded.set_up()
+        source = loaded.trainer(loaded.module)
         if result.quantization is None:
-            in_module = evaluate_forward(loaded.module, loaded.data)
+            in_module = evaluate_forward(loaded.module, source)
         else:
-            in_module = evaluate_quantized(loaded.module, loaded.data, result.quantization)
-        before = evaluate_forward(loaded.module, loaded.data) if calibrated else {}
+            in_module = evaluate_quantized(loaded.module, source, result.quantization)
+        before = evaluate_forward(loaded.module, source) if calibrated else in_module
     if options.metric not in in_module:
         raise UsageError(
             f"--metric must be one of {', '.join(sorted(in_module))}, which {type(loaded.module).__name__} logs in "
@@ -337,12 +379,16 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace,
         )
     ours = in_module[options.metric]
     with _working("Validating the file"):
-        theirs = evaluate(result.path, loaded.module, loaded.data)[options.metric]
-    if options.tolerance is not None and not abs(theirs - ours) <= options.tolerance:  # NaN fails too
-        raise CheckError(
-            f"{options.metric} is {theirs:.6g} in the file and {ours:.6g} in the module: the difference "
-            f"{abs(theirs - ours):.3g} is beyond the tolerance of {options.tolerance:g}; the file was not kept"
-        )
+        theirs = evaluate(result.path, loaded.module, source)[options.metric]
+    for value, what in (
+        (ours, "the module"),
+        (before[options.metric], "full precision, before calibration"),
+    ):
+        if options.tolerance is not None and not abs(theirs - value) <= options.tolerance:  # NaN fails too
+            raise CheckError(
+                f"{options.metric} is {theirs:.6g} in the file and {value:.6g} in {what}: the difference "
+                f"{abs(theirs - value):.3g} is beyond the tolerance of {options.tolerance:g}; the file was not kept"
+            )
     full = f", {shown_metric(before[options.metric])} in full precision" if calibrated else ""
     network = "module" if result.quantization is None else "quantised module"
     return f"; {options.metric} {shown_metric(theirs)} in the file, {shown_metric(ours)} in the {network}{full}"

@@ -70,11 +70,33 @@ class Project:
         module: The LightningModule.
         datamodule: The LightningDataModule; None where the config has none.
         trainer: The Trainer, with the callbacks of the config.
+        remarks: What a reader of its figures should know.
     """
 
     module: Any
     datamodule: Any
     trainer: Any
+    remarks: tuple[str, ...] = ()
+
+    def set_up(self) -> None:
+        """Set the data up, once, as a fit of the project does; Trainers that come later find them so.
+
+        A fit validates with what ``setup("fit")`` has made. A datamodule, or a module with loaders of its own, may know
+        no other stage, and may not bear to be set up twice. What a module's set-up does to its weights is undone.
+        """
+        for owner in filter(None, (self.datamodule, self.module)):
+            if vars(owner).get("setup") is _nothing:
+                continue
+            weights = {key: value.clone() for key, value in self.module.state_dict().items()}
+            owner.trainer = self.trainer
+            owner.prepare_data()
+            owner.setup("fit")
+            self.module.load_state_dict(weights)
+            vars(owner).update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
+
+
+def _nothing(stage: str | None = None) -> None:
+    """In the place of a hook that has done its work."""
 
 
 @dataclass(frozen=True)
@@ -199,12 +221,29 @@ def load_trained(
     """
     with checking(ValueError, OSError):
         contents = read_checkpoint(checkpoint, or_weights=True)
-    project = load_project(configs, model=model, data=data, arguments=_plain(configs))
+    arguments = [*_plain(configs), "--ckpt_path", checkpoint]  # hyperparameters that say of which class they are count
+    project = load_project(configs, model=model, data=data, arguments=arguments)
+    with suppress(NotImplementedError):
+        project.module.configure_model()  # as Lightning does before it loads
     try:
         module = load_checkpoint_(make_plain_(project.module), contents, checkpoint)
     except (ExportError, ValueError) as error:  # of another class, or of another width
         raise UsageError(one_line(error)) from error
-    return replace(project, module=module)
+    return replace(project, module=module, remarks=_differences(project.module, contents))
+
+
+def _differences(module: Any, contents: Any) -> tuple[str, ...]:
+    """Hyperparameters that the checkpoint was saved with, and that are others now: those of the config count."""
+    saved, own = contents.get("hyper_parameters"), getattr(module, "hparams", None)
+    if not isinstance(saved, Mapping) or not isinstance(own, Mapping):
+        return ()
+    plain = (str, int, float, bool, NoneType)
+    pairs = {name: (saved[name], own[name]) for name in own if name in saved and not name.startswith("_")}
+    return tuple(
+        f"the checkpoint was saved with {name}={shown(was)}, and the config, which counts, has {shown(now)}"
+        for name, (was, now) in pairs.items()
+        if isinstance(was, plain) and isinstance(now, plain) and was != now
+    )
 
 
 def _plain(configs: Sequence[str]) -> list[str]:

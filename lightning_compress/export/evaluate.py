@@ -398,6 +398,22 @@ def _metrics(trainer: Any, module: nn.Module, loaders: Any, datamodule: Any) -> 
     return {key: float(value) for result in results for key, value in result.items()}
 
 
+def silent_logger(lightning: Any) -> Any:
+    """A logger for steps that use one, which keeps nothing.
+
+    Args:
+        lightning: ``lightning.pytorch``, or ``pytorch_lightning``.
+
+    Returns:
+        A logger of that package.
+
+    Example:
+        >>> import lightning.pytorch
+        >>> silent_logger(lightning.pytorch).experiment.add_scalar("loss", 0.5)
+    """
+    return import_module(f"{lightning.__name__}.loggers.logger").DummyLogger()
+
+
 def _batches(trainer: Any) -> int | None:
     """Batches of a validation, if that is known."""
     count = 0 if trainer is None else sum(trainer.num_val_batches)
@@ -540,7 +556,7 @@ def _fresh_trainer(lightning: Any, trainer: Any, *, accelerator: str = "cpu") ->
             devices=1,
             num_nodes=1,
             plugins=[environments.LightningEnvironment()],
-            logger=import_module(f"{lightning.__name__}.loggers.logger").DummyLogger(),  # for steps that use one
+            logger=silent_logger(lightning),
             callbacks=[],
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -551,6 +567,7 @@ def _fresh_trainer(lightning: Any, trainer: Any, *, accelerator: str = "cpu") ->
     finally:
         if recipe is not None:
             os.environ[RUN_VARIABLE] = recipe
+    _compat.leave_signals(fresh)
     if trainer is not None:
         _compat.copy_progress(trainer, fresh)
     return fresh

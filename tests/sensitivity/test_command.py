@@ -72,7 +72,7 @@ def test_each_number_is_that_of_a_validation_with_this_layer_changed(project, ca
     out, found = capsys.readouterr().out, json.loads(Path("sensitivity/sensitivity.json").read_text())
     assert (found["metric"], found["mode"], found["measured"], found["planned"]) == ("val_loss", "min", 5, 5)
     assert [own["name"] for own in found["layers"]] == ["net.conv", "net.hidden", "net.head"]
-    assert projects.Data.setups == ["validate"]  # once, whatever is measured
+    assert projects.Data.setups == ["fit"]  # once, whatever is measured
     [made] = project.made
     before = {name: value.clone() for name, value in projects.Lit().state_dict().items()}
     assert all(torch.equal(value, before[name]) for name, value in made.module.state_dict().items())

@@ -128,6 +128,7 @@ def _opened(request: _Request, stack: ExitStack) -> tuple[nn.Module, Journal, Re
             f"the weights in '{options.checkpoint}' are not finite, so there is nothing to measure: NaN or infinity in "
             f"{len(broken)} of {len(weights)}, {listing(broken)}"
         )
+    project.set_up()
     validation = repeatedly(
         module,
         project.datamodule,
