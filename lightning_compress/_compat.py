@@ -58,9 +58,12 @@ def leave_signals(trainer: Any) -> None:
     trainer._signal_connector.register_signal_handlers = lambda: None
 
 
-def set_datamodule(trainer: Any, datamodule: Any) -> None:
-    """Give a Trainer the datamodule that it validates with; None: the module has its own loaders."""
+def attach(trainer: Any, module: Any, datamodule: Any) -> None:
+    """Let a Trainer, a module and a datamodule, if there is one, know each other, as they do in a fit."""
     trainer.datamodule = datamodule
+    for owner in (module, datamodule):
+        if owner is not None:
+            owner.trainer = trainer
 
 
 def copy_progress(trainer: Any, fresh: Any) -> None:

@@ -222,7 +222,9 @@ def _add_export(commands: Commands) -> None:
     sample.add_argument("--sample", metavar="FILE", help="the network's input, .pt or .npy")
     sample.add_argument("--shape", metavar="1,3,32,32", help="of a random input")
     export.add_argument("--metric", metavar="NAME", help="of the validation, measured in module and file")
-    export.add_argument("--tolerance", metavar="X", type=float, help="largest accepted difference of --metric")
+    export.add_argument(
+        "--tolerance", metavar="X", type=float, help="largest difference of --metric, file to checkpoint"
+    )
 
 
 def _add_project(parser: argparse.ArgumentParser) -> None:

@@ -106,8 +106,8 @@ def test_the_datamodule_of_a_trainer_is_an_attribute(namespace):
     data = package.LightningDataModule()
     trainer = package.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     assert trainer.datamodule is None
-    _compat.set_datamodule(trainer, data)
-    assert trainer.datamodule is data
+    _compat.attach(trainer, None, data)
+    assert trainer.datamodule is data is data.trainer.datamodule
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)

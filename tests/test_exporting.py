@@ -158,7 +158,8 @@ def test_bad_usage_is_told_and_writes_nothing(what, project, capsys):
 
 
 def test_a_fault_of_our_own_is_no_bad_usage(monkeypatch):
-    monkeypatch.setattr("lightning_compress.commands.export._loaded", lambda _: int("ours"))
+    monkeypatch.setattr("lightning_compress.commands.export.read_checkpoint", lambda *_, **__: {})
+    monkeypatch.setattr("lightning_compress.commands.export._loaded", lambda *_, **__: int("ours"))
     with pytest.raises(ValueError, match="ours"):
         main(["export", "last.ckpt", "--class", "pkg.Net", "--shape", "1,2"])
 

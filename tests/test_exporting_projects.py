@@ -18,6 +18,8 @@ import yaml
 from projects import NAMESPACES
 from test_exporting import VERSION, exported
 
+from lightning_compress.cli import main
+
 pytestmark = pytest.mark.slow
 
 SOURCE = """
@@ -91,10 +93,24 @@ SOURCE = """
                 self.model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
 
 
+    class Told(Lit):
+        def setup(self, stage):
+            self.scale = self.trainer.datamodule.scale
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step((batch[0] * self.scale, batch[1]), batch_idx)
+
+
+    class Weighted(Lit):
+        def setup(self, stage):
+            self.register_buffer("weights", torch.ones(2))
+
+
     class Waits(Lit):
         def validation_step(self, batch, batch_idx):
-            Path("mark").touch()
-            time.sleep(0.2)
+            if list(Path().glob(".last.onnx*")):  # the file is there, under the name of its draft
+                Path("mark").touch()
+                time.sleep(0.2)
             super().validation_step(batch, batch_idx)
 
 
@@ -107,6 +123,32 @@ SOURCE = """
 
         def val_dataloader(self):
             return DataLoader(self.val_set, 32)
+
+
+    class Scaled(Data):
+        scale = 1.0
+
+
+    class Sized(Data):
+        def __len__(self):
+            return 0
+
+
+    class TornDown(Data):
+        def teardown(self, stage):
+            del self.val_set  # twice would be an error, before the end too
+
+
+    class Drawn(Data):
+        def setup(self, stage):
+            with open("split", "a") as file:
+                print(torch.randperm(10).tolist(), file=file)
+            super().setup(stage)
+
+
+    class NoDisk(Data):
+        def prepare_data(self):
+            raise OSError("no disk")
 
 
     class FitOnly(Data):
@@ -171,6 +213,8 @@ class Written:
         if isinstance(built, self.code.Later):
             built.configure_model()
         built.load_state_dict(plain.state_dict())
+        if module == "Weighted":
+            built.register_buffer("weights", torch.ones(2))
         hyperparameters = {"hyper_parameters": dict(plain.hparams), "hparams_name": "kwargs"} if arguments else {}
         torch.save({"state_dict": built.state_dict(), **hyperparameters, **VERSION}, "last.ckpt")
         return plain.eval()
@@ -227,7 +271,12 @@ def test_a_forward_that_hands_on_and_steps_that_call_it(written, precision, caps
         ("Lit", "FitOnly", {}),
         ("Lit", "InPlace", {}),
         ("Lit", "Stream", {"limit_val_batches": 8}),
-        ("Lit", "Data", {"limit_val_batches": 0, "fast_dev_run": True}),
+        ("Lit", "Data", {"fast_dev_run": True}),
+        ("Lit", "Data", {"limit_val_batches": 0}),
+        ("Lit", "Sized", {}),
+        ("Lit", "TornDown", {}),
+        ("Told", "Scaled", {}),
+        ("Weighted", "Data", {}),
         ("Own", None, {}),
         ("Redrawn", None, {}),
         ("Logs", "Data", {}),
@@ -241,7 +290,8 @@ def test_what_trains_is_exported_and_measured(written, precision, module, data, 
     code, line = exported(capsys, *written.config(module, data, trainer), precision)
     assert code == 0, line
     assert told(line) == pytest.approx([written.accuracy(plain)] * 2, abs=0.02 if precision == "int8" else 1e-3)
-    assert {path.name for path in Path().iterdir()} >= {"last.ckpt", "last.onnx", "config.yaml"}
+    kept = {"last.ckpt", "last.onnx", "config.yaml", f"{written.name}.py"}
+    assert {path.name for path in Path().iterdir()} - {"__pycache__"} == kept
 
 
 def test_hyperparameters_of_the_checkpoint_count_where_it_says_of_which_class_they_are(written, capsys):
@@ -252,23 +302,55 @@ def test_hyperparameters_of_the_checkpoint_count_where_it_says_of_which_class_th
     code, line = exported(capsys, *written.config(), "int8")
     assert code == 0, line
     assert told(line)[1] == pytest.approx(written.accuracy(module), abs=1e-3)
-    assert "saved with" not in line
+    assert line.endswith("; the checkpoint was saved with act='tanh', and the config has 'relu': the checkpoint counts")
 
 
 def test_hyperparameters_that_are_others_in_the_config_are_told(written, capsys):
     written.checkpoint(act="tanh", lr=0.1)
     code, line = exported(capsys, *written.config(), "fp32")
     assert code == 0, line
-    assert line.endswith("; the checkpoint was saved with act='tanh', and the config, which counts, has 'relu'")
+    assert line.endswith("; the checkpoint was saved with act='tanh', and the config has 'relu': the config counts")
 
 
 def test_a_calibration_that_loses_more_than_the_tolerance(written, capsys):
     module = written.checkpoint()
     code, line = exported(capsys, *written.config(data="Outliers"), "int8", "--tolerance", "0.02")
     assert code == 1
-    expected = rf"in the file and {written.accuracy(module):.4g}\d* in full precision, before calibration: the diff"
+    expected = rf"in the file and {written.accuracy(module):.4g}\d* in full precision: the diff"
     assert re.search(expected, line), line
     assert not Path("last.onnx").exists()
+
+
+def test_data_are_drawn_as_in_a_fit(written, capsys):
+    """What ``configure_model`` draws comes after the set-up, in a fit and here."""
+    written.checkpoint("Later")
+    Path("split").write_text("")
+    arguments = written.config("Later", "Drawn", {"max_epochs": 1, "logger": False, "enable_checkpointing": False})
+    config = yaml.safe_load(Path("config.yaml").read_text())
+    Path("config.yaml").write_text(yaml.safe_dump({"seed_everything": 1, **config}))
+    assert main(["fit", "--config", "config.yaml"]) == 0
+    code, line = exported(capsys, *arguments, "int8")
+    assert code == 0, line
+    in_fit, here = Path("split").read_text().splitlines()
+    assert in_fit == here
+
+
+@pytest.mark.parametrize("named", [[], ["--class", "{}.Lit"]])
+def test_a_checkpoint_of_a_class_that_is_not_here(written, named, capsys):
+    module = written.checkpoint(act="relu")
+    contents = torch.load("last.ckpt", weights_only=True)
+    contents["hyper_parameters"] |= {"_class_path": "__main__.Lit", "_instantiator": "lightning"}
+    torch.save(contents, "last.ckpt")
+    code, line = exported(capsys, *written.config(), "fp32", *(own.format(written.name) for own in named))
+    assert code == 0, line
+    assert told(line)[1] == pytest.approx(written.accuracy(module), abs=1e-3)
+
+
+def test_what_fails_in_the_set_up_is_told_once(written, capsys):
+    written.checkpoint()
+    code, line = exported(capsys, *written.config(data="NoDisk"), "int8", "--shape", "1,8")
+    assert code == 1
+    assert line == "lightning-compress export: the steps or the data of Lit failed: OSError: no disk"
 
 
 @pytest.mark.parametrize(
@@ -290,3 +372,6 @@ def test_what_ends_a_process_ends_this_one(written):
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(20) == -signal.SIGTERM
     assert not Path("last.onnx").exists()
+    written.config()
+    assert main([*command[3:4], *written.config(), "int8"]) == 0
+    assert {path.name for path in Path().glob("*last.onnx*")} == {"last.onnx"}  # the draft is gone too

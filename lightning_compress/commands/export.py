@@ -7,9 +7,8 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,16 @@ import torch
 import yaml
 from torch import nn
 
-from lightning_compress import _compat
 from lightning_compress.callbacks.base import TrainerCallback
 from lightning_compress.callbacks.ptq import PTQCallback
 from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended, one_line
-from lightning_compress.commands.project import Project, current_folder_importable, load_trained
+from lightning_compress.commands.project import (
+    Project,
+    ProjectError,
+    code_of,
+    current_folder_importable,
+    load_trained,
+)
 from lightning_compress.export.copying import independent_copy
 from lightning_compress.export.errors import EvaluationError, ExportError
 from lightning_compress.export.evaluate import (
@@ -30,7 +34,7 @@ from lightning_compress.export.evaluate import (
     evaluate_forward,
     evaluate_quantized,
     interruptible,
-    silent_logger,
+    silent_trainer,
 )
 from lightning_compress.export.onnx import ExportResult, checked_path, to_onnx
 from lightning_compress.export.runtime import require_onnx
@@ -72,52 +76,27 @@ class Loaded:
     project: Project | None = None
 
     @property
-    def data(self) -> Any:
-        """What has the loaders: a datamodule, or the module itself; None without a config."""
-        return None if self.project is None else self.datamodule or self.module
-
-    @property
     def datamodule(self) -> Any:
         """The datamodule, where there is one."""
         return None if self.project is None else self.project.datamodule
 
-    def set_up(self) -> None:
-        """Have the data ready, before anything is copied."""
-        if self.project is not None:
-            with _steps_of(self.module):
-                self.project.set_up()
+    @property
+    def data(self) -> Any:
+        """What has the loaders: a datamodule, or the module itself; None without a config."""
+        return None if self.project is None else self.module if self.datamodule is None else self.datamodule
 
-    def trainer(self, module: Any, *callbacks: Any, **more: Any) -> Any:
-        """A Trainer that validates, as the config says how much and in which precision, and trains nothing.
+    def run(self, entry: str, module: Any, callback: Any, **more: Any) -> Any:
+        """Run the steps of the module, or of a copy, with one callback: "validate", or "fit"; give the Trainer.
 
-        On the CPU, of the module's package, with these callbacks and none of the module's own.
-
-        Args:
-            module: The module, or a copy of it.
-            callbacks: The only ones.
-            more: Other arguments of a Trainer.
+        Not in inference mode: which network a step calls is told from what its forward returns, and there a tensor that
+        is handed on looks like another.
         """
         vars(module)["configure_callbacks"] = list
-        lightning = import_module(_compat.package_of(module))
-        settings: dict[str, Any] = {"logger": silent_logger(lightning), "enable_checkpointing": False}
-        if self.project is not None:
-            own = self.project.trainer
-            settings["precision"] = own.precision
-            if own.limit_val_batches and not own.fast_dev_run:
-                settings["limit_val_batches"] = own.limit_val_batches
-        found = lightning.Trainer(
-            accelerator="cpu",
-            devices=1,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            # the network that a step calls is told from what it returns, which inference mode would hide
-            inference_mode=False,
-            callbacks=list(callbacks),
-            **{**settings, **more},
-        )
-        _compat.leave_signals(found)
-        _compat.set_datamodule(found, self.datamodule)
-        return found
+        source = None if self.project is None else self.project.trainer
+        trainer = silent_trainer(module, source, callbacks=[callback], inference_mode=False, **more)
+        with code_of(module):
+            getattr(trainer, entry)(module, datamodule=self.datamodule)
+        return trainer
 
 
 def export(options: argparse.Namespace) -> int:
@@ -135,8 +114,9 @@ def export(options: argparse.Namespace) -> int:
         2
     """
     try:
-        line = _exported(options)
-    except (ExportError, EvaluationError, CheckError) as error:
+        with ExitStack() as stack:
+            line = _exported(options, stack)
+    except (ExportError, EvaluationError, CheckError, ProjectError) as error:
         return ended("export", FAILED, _as_option(error))
     except (UsageError, OSError) as error:
         return ended("export", USAGE, _as_option(error))
@@ -148,15 +128,19 @@ def _as_option(error: Exception) -> str:
     return re.sub(r"\bnetwork='([^']+)'", r"--network \1", str(error))
 
 
-def _exported(options: argparse.Namespace) -> str:
+def _exported(options: argparse.Namespace, stack: ExitStack) -> str:
     """Check what can be checked without the module, then load, write and measure."""
     with checking(ValueError, ImportError):
         target = checked_path(options.out or f"{Path(options.checkpoint).stem}.onnx")
         _check(options)
         require_onnx()
+    with checking(ValueError, OSError):
+        held = Scales.of_checkpoint(read_checkpoint(options.checkpoint, or_weights=True))
+    calibrates = options.precision != "fp32" and held.empty
     with _working(f"Loading {os.path.basename(options.checkpoint)}"):
-        loaded, network, sample = _loaded_with_input(options)
-    calibrated = options.precision != "fp32" and _calibrated(loaded, network, options)
+        loaded, network, sample = _loaded_with_input(options, stack, calibrates=calibrates)
+    if calibrates:
+        _calibrate(loaded, network, options)
     target.parent.mkdir(parents=True, exist_ok=True)
     with draft_of(target) as draft:
         with _working(f"Exporting {target.name}"), checking(ValueError, TypeError, CaptureError):
@@ -165,21 +149,32 @@ def _exported(options: argparse.Namespace) -> str:
                 draft,
                 sample,
                 options.precision,
-                None if options.precision == "fp32" or calibrated else options.checkpoint,
+                None if options.precision == "fp32" or calibrates else options.checkpoint,
                 network=network,
             )
-        metrics = _measured(loaded, result, options, calibrated=calibrated)
-    here = "calibrated with the training data, " if calibrated else ""
+        metrics = _measured(loaded, result, options, calibrated=calibrates)
+    here = "calibrated with the training data, " if calibrates else ""
     of = "checkpoint" if result.quantization is None else "quantised network"
     difference = f"{here}largest difference to the {of} {result.max_logit_difference:.2g}"
-    remarks = "".join(f"; {remark}" for remark in loaded.project.remarks) if loaded.project else ""
-    return f"wrote {shown_path(target)} ({result.precision}, {size(result.bytes)}; {difference}{metrics}){remarks}"
+    return (
+        f"wrote {shown_path(target)} ({result.precision}, {size(result.bytes)}; {difference}{metrics}){_said(loaded)}"
+    )
 
 
-def _loaded_with_input(options: argparse.Namespace) -> tuple[Loaded, str | None, Any]:
+def _said(loaded: Loaded) -> str:
+    """What a reader of the figures should know of the project, behind them."""
+    return "".join(f"; {remark}" for remark in loaded.project.remarks) if loaded.project is not None else ""
+
+
+def _loaded_with_input(
+    options: argparse.Namespace, stack: ExitStack, *, calibrates: bool
+) -> tuple[Loaded, str | None, Any]:
     """The module, the name of its network, and the network's input; None: as the module says."""
     sample = _given_sample(options)
-    loaded = _loaded(options)
+    with_data = sample is None or options.metric is not None or calibrates
+    loaded = _loaded(options, set_up=with_data)
+    if loaded.project is not None and with_data:
+        stack.callback(loaded.project.tear_down)
     if options.metric is not None:
         _require_validation(loaded, options.metric)
     if sample is None and loaded.data is not None:
@@ -216,14 +211,13 @@ def _check(options: argparse.Namespace) -> None:
 # The module
 
 
-def _loaded(options: argparse.Namespace) -> Loaded:
+def _loaded(options: argparse.Namespace, *, set_up: bool) -> Loaded:
     """The module of the class, or of the config, with the weights of the checkpoint."""
     if options.config:
-        project = load_trained(options.config, options.checkpoint, model=options.module_class, data=options.data_class)
+        classes = {"model": options.module_class, "data": options.data_class}
+        project = load_trained(options.config, options.checkpoint, **classes, set_up=set_up)
         return Loaded(project.module.eval(), project)
     current_folder_importable()
-    with checking(ValueError, OSError):
-        read_checkpoint(options.checkpoint, or_weights=True)  # what is wrong with the file is told first
     arguments = _mapping(options.init_args)
     try:
         return Loaded(teacher_from_checkpoint(options.module_class, options.checkpoint, init_args=arguments))
@@ -289,18 +283,12 @@ class _FirstInput(TrainerCallback):
 
 def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
     """The network that the step calls with the first batch of the validation, else the training, and its input."""
-    loaded.set_up()
     duplicate: Any = independent_copy(loaded.module)
-    source = loaded.datamodule
     with StudentCapture(duplicate, network, argument="--network") as capture:
         capture.required = True
         first = _FirstInput(capture)
-        trainer = loaded.trainer(duplicate, first, fast_dev_run=1)
-        with _steps_of(duplicate):
-            if defines(duplicate, "validation_step") and defines(source or duplicate, "val_dataloader"):
-                trainer.validate(duplicate, datamodule=source, verbose=False)
-            else:
-                trainer.fit(duplicate, datamodule=source)
+        validates = defines(duplicate, "validation_step") and defines(loaded.data, "val_dataloader")
+        loaded.run("validate" if validates else "fit", duplicate, first, fast_dev_run=1)
         call, name = capture.last_call, capture.network
     if first.batches == 0:
         raise UsageError(f"the data of {type(loaded.module).__name__} give no batch, so its input is not known")
@@ -312,26 +300,11 @@ def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
     return plain_name(name), Sample(call.args, call.kwargs)
 
 
-@contextmanager
-def _steps_of(module: nn.Module) -> Iterator[None]:
-    """Tell errors of the user's steps and data from those of the command's usage."""
-    try:
-        yield
-    except (CaptureError, EvaluationError, QuantizationError):
-        raise
-    except Exception as error:  # the user's code may raise anything
-        raise CheckError(
-            f"the steps or the data of {type(module).__name__} failed: {type(error).__name__}: {one_line(error)}"
-        ) from error
-
-
 # The scales
 
 
-def _calibrated(loaded: Loaded, network: str | None, options: argparse.Namespace) -> bool:
-    """Whether scales were found with the project's training data, as the checkpoint has none; its Trainer has them."""
-    if not Scales.of_checkpoint(read_checkpoint(options.checkpoint, or_weights=True)).empty:
-        return False
+def _calibrate(loaded: Loaded, network: str | None, options: argparse.Namespace) -> None:
+    """Find scales with the project's training data, as the checkpoint has none; the module's Trainer has them then."""
     lacking = f"--precision {options.precision} needs scales, and the checkpoint holds none"
     if loaded.data is None:
         raise UsageError(f"{lacking}; give --config of the project, whose training data they are found with")
@@ -343,13 +316,11 @@ def _calibrated(loaded: Loaded, network: str | None, options: argparse.Namespace
     ):
         if not defines(owner, name):
             raise UsageError(f"{lacking}; they cannot be found either, as {type(owner).__name__} has no {name}")
-    with _working("Calibrating"), checking(CaptureError, QuantizationError), _steps_of(module):
-        loaded.set_up()
-        trainer = loaded.trainer(module, PTQCallback(network=network, **BITS[options.precision]), limit_val_batches=1)
+    ptq = PTQCallback(network=network, **BITS[options.precision])
+    with _working("Calibrating"), checking(CaptureError, QuantizationError):
         with module_kept(module, parameters=False):  # the validation may write into it
-            trainer.validate(module, datamodule=loaded.datamodule, verbose=False)
-    module.trainer = trainer
-    return True
+            trainer = loaded.run("validate", module, ptq, limit_val_batches=1)
+        module.trainer = trainer
 
 
 # The metrics
@@ -364,31 +335,29 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace,
     """The metric in module and file, in words, and what it was before a calibration; beyond the tolerance an error."""
     if options.metric is None:
         return ""
-    with _working("Validating the network"), _steps_of(loaded.module):
-        loaded.set_up()
-        source = loaded.trainer(loaded.module)
+    source = None if loaded.project is None else loaded.project.trainer
+    with _working("Validating the network"), code_of(loaded.module):
         if result.quantization is None:
             in_module = evaluate_forward(loaded.module, source)
         else:
             in_module = evaluate_quantized(loaded.module, source, result.quantization)
-        before = evaluate_forward(loaded.module, source) if calibrated else in_module
+        before = evaluate_forward(loaded.module, source) if calibrated else {}
     if options.metric not in in_module:
         raise UsageError(
             f"--metric must be one of {', '.join(sorted(in_module))}, which {type(loaded.module).__name__} logs in "
             f"validation, got '{options.metric}'{did_you_mean(options.metric, in_module)}"
         )
     ours = in_module[options.metric]
+    references = {"the module" if result.quantization is None else "the quantised module": ours}
+    references |= {"full precision": before[options.metric]} if calibrated else {}
     with _working("Validating the file"):
         theirs = evaluate(result.path, loaded.module, source)[options.metric]
-    for value, what in (
-        (ours, "the module"),
-        (before[options.metric], "full precision, before calibration"),
-    ):
+    for what, value in references.items():
         if options.tolerance is not None and not abs(theirs - value) <= options.tolerance:  # NaN fails too
             raise CheckError(
                 f"{options.metric} is {theirs:.6g} in the file and {value:.6g} in {what}: the difference "
                 f"{abs(theirs - value):.3g} is beyond the tolerance of {options.tolerance:g}; the file was not kept"
+                f"{_said(loaded)}"
             )
-    full = f", {shown_metric(before[options.metric])} in full precision" if calibrated else ""
-    network = "module" if result.quantization is None else "quantised module"
-    return f"; {options.metric} {shown_metric(theirs)} in the file, {shown_metric(ours)} in the {network}{full}"
+    said = "".join(f", {shown_metric(value)} in {what}" for what, value in references.items())
+    return f"; {options.metric} {shown_metric(theirs)} in the file{said}"

@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import NoneType
@@ -33,11 +33,14 @@ from lightning_compress.commands.config_errors import (
 )
 from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended, one_line
 from lightning_compress.export.copying import make_plain_
-from lightning_compress.export.errors import ExportError
-from lightning_compress.export.evaluate import interruptible
+from lightning_compress.export.errors import EvaluationError, ExportError
+from lightning_compress.export.evaluate import hooks_done, interruptible
 from lightning_compress.export.onnx import checked_path, load_checkpoint_
+from lightning_compress.export.sample import defines
 from lightning_compress.export.weights import read_checkpoint
+from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.loading import import_path
+from lightning_compress.mechanisms.quantization import QuantizationError
 from lightning_compress.recipe.file import RecipeError, check_size, shown, yaml_problem
 
 CLASS_OPTIONS = ("--class", "--data-class")
@@ -55,6 +58,8 @@ PLAIN = {
     "plugins": "null",
     "logger": "false",
     "enable_checkpointing": "false",
+    "fast_dev_run": "false",
+    "overfit_batches": "0.0",
 }
 """Of a Trainer that trains nothing: it needs neither the devices of the training nor its callbacks with their teachers.
 """
@@ -79,24 +84,64 @@ class Project:
     remarks: tuple[str, ...] = ()
 
     def set_up(self) -> None:
-        """Set the data up, once, as a fit of the project does; Trainers that come later find them so.
+        """Set the data up as a fit of the project does, in its order; Trainers that come later find them so.
 
         A fit validates with what ``setup("fit")`` has made. A datamodule, or a module with loaders of its own, may know
-        no other stage, and may not bear to be set up twice. What a module's set-up does to its weights is undone.
+        no other stage, and may not bear to be set up twice.
+
+        Raises:
+            ProjectError: If the project's code fails.
         """
-        for owner in filter(None, (self.datamodule, self.module)):
-            if vars(owner).get("setup") is _nothing:
-                continue
-            weights = {key: value.clone() for key, value in self.module.state_dict().items()}
-            owner.trainer = self.trainer
-            owner.prepare_data()
-            owner.setup("fit")
-            self.module.load_state_dict(weights)
-            vars(owner).update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
+        owners = [owner for owner in (self.datamodule, self.module) if owner is not None]
+        _compat.attach(self.trainer, self.module, self.datamodule)
+        with code_of(self.module):
+            for owner in owners:
+                owner.prepare_data()
+            for owner in owners:
+                owner.setup("fit")
+        for owner in owners:
+            hooks_done(owner)
+
+    def tear_down(self) -> None:
+        """Let the project put away what :meth:`set_up` has made.
+
+        Raises:
+            ProjectError: If the project's code fails.
+        """
+        with code_of(self.module):
+            for owner in (self.module, self.datamodule):
+                if owner is not None:
+                    type(owner).teardown(owner, "fit")
 
 
-def _nothing(stage: str | None = None) -> None:
-    """In the place of a hook that has done its work."""
+class ProjectError(RuntimeError):
+    """The project's own code failed, in a step or with the data."""
+
+
+@contextmanager
+def code_of(module: Any) -> Iterator[None]:
+    """Where the project's own code runs, which may raise anything: tell that from bad usage, and from our own faults.
+
+    Args:
+        module: The LightningModule, by whose class the project is called.
+
+    Raises:
+        ProjectError: In the place of any exception but those that speak of what a network is called.
+
+    Example:
+        >>> with code_of([]):
+        ...     {}["key"]
+        Traceback (most recent call last):
+        lightning_compress.commands.project.ProjectError: the steps or the data of list failed: KeyError: 'key'
+    """
+    try:
+        yield
+    except (CaptureError, EvaluationError, QuantizationError, ProjectError):
+        raise
+    except Exception as error:
+        raise ProjectError(
+            f"the steps or the data of {type(module).__name__} failed: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -189,7 +234,7 @@ def load_project(
 
 
 def load_trained(
-    configs: Sequence[str], checkpoint: str, *, model: str | None = None, data: str | None = None
+    configs: Sequence[str], checkpoint: str, *, model: str | None = None, data: str | None = None, set_up: bool = False
 ) -> Project:
     """Build a LightningCLI project with the weights of a checkpoint, to look at it; nothing is trained.
 
@@ -201,11 +246,13 @@ def load_trained(
             pruned network changes sizes.
         model: As in :func:`load_project`.
         data: As in :func:`load_project`.
+        set_up: Whether to set the data up; :meth:`Project.tear_down` is then the caller's to call.
 
     Returns:
         The project; nothing in its module is compiled.
 
     Raises:
+        ProjectError: If the project's own code fails.
         UsageError: If the configuration or the checkpoint cannot be used, or one does not fit the other.
 
     Example:
@@ -221,26 +268,44 @@ def load_trained(
     """
     with checking(ValueError, OSError):
         contents = read_checkpoint(checkpoint, or_weights=True)
-    arguments = [*_plain(configs), "--ckpt_path", checkpoint]  # hyperparameters that say of which class they are count
+    arguments = _plain(configs)
     project = load_project(configs, model=model, data=data, arguments=arguments)
-    with suppress(NotImplementedError):
-        project.module.configure_model()  # as Lightning does before it loads
+    remarks = _differences(project.module, contents, "the config")
+    if remarks and model is None and _names_class_of(contents, project.module):
+        remarks = _differences(project.module, contents, "the checkpoint")
+        project = load_project(configs, data=data, arguments=[*arguments, "--ckpt_path", checkpoint])
+    if set_up:
+        project.set_up()
+    if defines(project.module, "configure_model"):
+        with code_of(project.module):
+            project.module.configure_model()
     try:
         module = load_checkpoint_(make_plain_(project.module), contents, checkpoint)
     except (ExportError, ValueError) as error:  # of another class, or of another width
         raise UsageError(one_line(error)) from error
-    return replace(project, module=module, remarks=_differences(project.module, contents))
+    return replace(project, module=module, remarks=remarks)
 
 
-def _differences(module: Any, contents: Any) -> tuple[str, ...]:
-    """Hyperparameters that the checkpoint was saved with, and that are others now: those of the config count."""
-    saved, own = contents.get("hyper_parameters"), getattr(module, "hparams", None)
-    if not isinstance(saved, Mapping) or not isinstance(own, Mapping):
-        return ()
+def _hyperparameters(contents: Any) -> Mapping[str, Any]:
+    found = contents.get("hyper_parameters")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _names_class_of(contents: Any, module: Any) -> bool:
+    """Whether a checkpoint's hyperparameters say that they are of a module's class, as those of LightningCLI do."""
+    path = _hyperparameters(contents).get("_class_path")
+    with suppress(ValueError):
+        return isinstance(path, str) and import_path(path, argument="class_path") is type(module)
+    return False
+
+
+def _differences(module: Any, contents: Any, counts: str) -> tuple[str, ...]:
+    """Numbers and words among the hyperparameters that are others in the checkpoint, and whose count."""
+    saved, own = _hyperparameters(contents), getattr(module, "hparams", {})
     plain = (str, int, float, bool, NoneType)
     pairs = {name: (saved[name], own[name]) for name in own if name in saved and not name.startswith("_")}
     return tuple(
-        f"the checkpoint was saved with {name}={shown(was)}, and the config, which counts, has {shown(now)}"
+        f"the checkpoint was saved with {name}={shown(was)}, and the config has {shown(now)}: {counts} counts"
         for name, (was, now) in pairs.items()
         if isinstance(was, plain) and isinstance(now, plain) and was != now
     )
@@ -254,6 +319,8 @@ def _plain(configs: Sequence[str]) -> list[str]:
         own.update(settings if isinstance(settings, Mapping) else {})
     precision = "64-true" if own.get("precision") in DOUBLE else "null"
     chosen = {**PLAIN, "accelerator": _accelerator_here(own.get("accelerator", "auto")), "precision": precision}
+    if own.get("limit_val_batches") == 0:  # nothing was validated in the training; here it is
+        chosen["limit_val_batches"] = "1.0"
     return [f"--trainer.{key}={value}" for key, value in chosen.items()]
 
 

@@ -267,8 +267,8 @@ def _validated(
         if trainer is not None and _compat.is_running(trainer):  # data are set up, and may not be split a second time
             for owner in (duplicate, datamodule):
                 if owner is not None:
-                    vars(owner).update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
-        fresh = _fresh_trainer(lightning, trainer)
+                    hooks_done(owner)
+        fresh = silent_trainer(module, trainer)
         fresh.callbacks += [_counting(lightning, step)] if counted else []
         part = find_module(duplicate, plain_name(name), argument="network")
         counter = None if replacement is None else _replace(part, replacement(duplicate, part, stack), seen)
@@ -340,18 +340,18 @@ def repeatedly(
         TypeError: If ``module`` is not a LightningModule.
     """
     module = _compat.uncompiled(module)
-    lightning = _namespace(module)
+    _namespace(module)  # what is no LightningModule is refused first
     _require_validation(module, trainer)
     loaders, datamodule = _data(module, data)
     with _prepared(module, datamodule) as duplicate:
         with quiet(LIGHTNING_LOGGERS):
-            fresh = _fresh_trainer(lightning, trainer, accelerator=accelerator)
+            fresh = silent_trainer(module, trainer, accelerator=accelerator)
             fresh.limit_val_batches = fresh.limit_val_batches if batches is None else batches
             if datamodule is not None:
                 datamodule.trainer = fresh
                 datamodule.prepare_data()
                 datamodule.setup("validate")
-                vars(datamodule).update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
+                hooks_done(datamodule)
         yield RepeatedValidation(duplicate, fresh, loaders, datamodule)
 
 
@@ -396,22 +396,6 @@ def _metrics(trainer: Any, module: nn.Module, loaders: Any, datamodule: Any) -> 
     if not results:
         raise EvaluationError("the validation ran no batch; are the validation data empty?")
     return {key: float(value) for result in results for key, value in result.items()}
-
-
-def silent_logger(lightning: Any) -> Any:
-    """A logger for steps that use one, which keeps nothing.
-
-    Args:
-        lightning: ``lightning.pytorch``, or ``pytorch_lightning``.
-
-    Returns:
-        A logger of that package.
-
-    Example:
-        >>> import lightning.pytorch
-        >>> silent_logger(lightning.pytorch).experiment.add_scalar("loss", 0.5)
-    """
-    return import_module(f"{lightning.__name__}.loggers.logger").DummyLogger()
 
 
 def _batches(trainer: Any) -> int | None:
@@ -540,8 +524,28 @@ def _sources(module: Any, loaders: Any, datamodule: Any) -> list[Any]:
     return [datamodule, *held, *(loader for _, loader in leaves(loaders))]
 
 
-def _fresh_trainer(lightning: Any, trainer: Any, *, accelerator: str = "cpu") -> Any:
-    """A Trainer for silent validations in this process, whatever launched the process."""
+def silent_trainer(module: nn.Module, trainer: Any = None, *, accelerator: str = "cpu", **more: Any) -> Any:
+    """A Trainer that looks at a module in this process, whatever launched the process, and says and keeps nothing.
+
+    Args:
+        module: A LightningModule; the Trainer is of its package.
+        trainer: Another Trainer, whose limit of batches, inference mode and progress count.
+        accelerator: Where to run, by Lightning's name.
+        more: Other arguments of a Trainer.
+
+    Returns:
+        The Trainer. What ends the process, as SIGTERM does, ends it.
+
+    Raises:
+        TypeError: If ``module`` is not a LightningModule.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = silent_trainer(BoringModel(), limit_val_batches=1)
+        >>> trainer.callbacks, trainer.logger.experiment.add_scalar("loss", 0.5)
+        ([], None)
+    """
+    lightning = _namespace(module)
     settings: dict[str, Any] = {}
     if trainer is not None:
         settings["limit_val_batches"] = trainer.limit_val_batches
@@ -551,19 +555,19 @@ def _fresh_trainer(lightning: Any, trainer: Any, *, accelerator: str = "cpu") ->
     environments = import_module(f"{lightning.__name__}.plugins.environments")
     recipe = os.environ.pop(RUN_VARIABLE, None)
     try:
-        fresh = lightning.Trainer(
-            accelerator=accelerator,
-            devices=1,
-            num_nodes=1,
-            plugins=[environments.LightningEnvironment()],
-            logger=silent_logger(lightning),
-            callbacks=[],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            **settings,
-        )
+        with quiet(LIGHTNING_LOGGERS):
+            fresh = lightning.Trainer(
+                accelerator=accelerator,
+                devices=1,
+                num_nodes=1,
+                plugins=[environments.LightningEnvironment()],
+                logger=import_module(f"{lightning.__name__}.loggers.logger").DummyLogger(),  # for steps that use one
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                **{**settings, **more},
+            )
     finally:
         if recipe is not None:
             os.environ[RUN_VARIABLE] = recipe
@@ -571,3 +575,18 @@ def _fresh_trainer(lightning: Any, trainer: Any, *, accelerator: str = "cpu") ->
     if trainer is not None:
         _compat.copy_progress(trainer, fresh)
     return fresh
+
+
+def hooks_done(owner: Any) -> None:
+    """Let a module or a datamodule that was set up be set up and torn down no more.
+
+    Args:
+        owner: It; the hooks of its class stay as they are.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringDataModule
+        >>> data = BoringDataModule()
+        >>> hooks_done(data)
+        >>> data.setup("fit")
+    """
+    vars(owner).update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)

@@ -66,11 +66,15 @@ class Call:
         return Sample(arguments.args, arguments.kwargs)
 
 
+BASES = ("Module", "LightningModule", "DataHooks", "ModelHooks")
+"""Classes of torch and Lightning whose methods are empty."""
+
+
 def defines(module: nn.Module, method: str) -> bool:
     """Whether a method is the user's, rather than the empty one of torch or Lightning."""
     function = inspect.unwrap(getattr(module, method))
     home = getattr(function, "__module__", None) or ""
-    base_class = getattr(function, "__qualname__", "").split(".")[0] in ("Module", "LightningModule", "DataHooks")
+    base_class = getattr(function, "__qualname__", "").split(".")[0] in BASES
     return not (base_class and home.startswith(OUR_BASES)) and function.__name__ != "_forward_unimplemented"
 
 

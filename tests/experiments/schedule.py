@@ -39,7 +39,9 @@ def needed(experiment: Experiment, store: Store, seeds: int) -> Iterator[list[Jo
         if left := missing(batch, store):
             waiting.append(left)
         if any(job.is_result for job in left):
-            yield from waiting
+            for own in waiting:
+                if still := missing(own, store):  # what one leaves may be what another makes
+                    yield still
             waiting = []
 
 

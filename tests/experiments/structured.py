@@ -267,7 +267,8 @@ class Structured(Experiment):
             lines.append(f"| {' | '.join(cells)} |")
         norm, random, _ = ARMS
         gains = (f"{ratio:.0%}: {difference(rows[norm, ratio], rows[random, ratio])}" for ratio in RATIOS)
-        lines += ["", f"{norm.title} less {random.title}, test accuracy: {'; '.join(gains)}.".capitalize()]
+        said = f"{norm.title} less {random.title}, test accuracy: {'; '.join(gains)}."
+        lines += ["", said[0].upper() + said[1:]]
         cost = minutes(base_jobs(seeds), store) + sum(row.minutes for row in rows.values())
         lines += ["", f"{seeds} seeds; {cost:.0f} minutes of one thread, the choice of learning rates included."]
         return "\n".join([*lines, "", "### Numbers of channels", "", shapes_table(store)])

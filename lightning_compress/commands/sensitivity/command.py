@@ -17,8 +17,8 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from lightning_compress.commands.exits import DONE, INTERRUPTED, USAGE, UsageError, checking, ended
-from lightning_compress.commands.project import load_trained
+from lightning_compress.commands.exits import DONE, FAILED, INTERRUPTED, USAGE, UsageError, checking, ended
+from lightning_compress.commands.project import ProjectError, load_trained
 from lightning_compress.commands.sensitivity.budgets import QUANTITIES, Budget, parsed_budget
 from lightning_compress.commands.sensitivity.changes import Change, applied, parsed_levels, planned
 from lightning_compress.commands.sensitivity.costs import Costs, costs_of
@@ -107,6 +107,8 @@ def sensitivity(options: argparse.Namespace) -> int:
                 _write(request, findings, costs, module)
         except UsageError as error:
             return ended("sensitivity", USAGE, str(error))
+        except ProjectError as error:
+            return ended("sensitivity", FAILED, str(error))
         except KeyboardInterrupt:
             kept = shown_path(Path(options.out) / NAME)
             return ended(
@@ -118,7 +120,11 @@ def sensitivity(options: argparse.Namespace) -> int:
 def _opened(request: _Request, stack: ExitStack) -> tuple[nn.Module, Journal, RepeatedValidation]:
     """The module with the weights of the checkpoint, what was measured before, and its validation."""
     options = request.options
-    project = load_trained(options.config, options.checkpoint, model=options.module_class, data=options.data_class)
+    classes = {"model": options.module_class, "data": options.data_class}
+    project = load_trained(options.config, options.checkpoint, **classes, set_up=True)
+    stack.callback(project.tear_down)
+    for remark in project.remarks:
+        sys.stderr.write(f"lightning-compress sensitivity: {remark}\n")
     module: nn.Module = project.module
     with checking(ValueError):
         weights = select_weights(module, options.layers, options.exclude).weights  # selectors that match nothing first
@@ -128,7 +134,6 @@ def _opened(request: _Request, stack: ExitStack) -> tuple[nn.Module, Journal, Re
             f"the weights in '{options.checkpoint}' are not finite, so there is nothing to measure: NaN or infinity in "
             f"{len(broken)} of {len(weights)}, {listing(broken)}"
         )
-    project.set_up()
     validation = repeatedly(
         module,
         project.datamodule,
