@@ -439,11 +439,11 @@ def test_all_controls_name_an_arm_of_their_table():
 
 @pytest.mark.parametrize(("rate", "said"), [(0.03, "0.03 (end)"), (0.1, "0.1"), (0.3, "0.3 (end)")])
 def test_a_rate_at_the_end_of_those_that_were_tried_is_marked(rate, said):
-    assert tables.rate_of(tables.Measured(Run(SHORT, KD, rate, 0), {}, 0.0)) == said
+    assert tables.rate_of(tables.Measured(Run(SHORT, KD, rate, 0), {}, 0.0, SHORT.rates)) == said
     large = Run(plan.FOUR, plan.LARGE_STEPS[0], 0.03, 0)  # it follows another, and tries none
     assert tables.rate_of(tables.Measured(large, {}, 0.0)) == "0.03"
     untrained = Run(plan.TRAINED_FOR[0], plan.CALIBRATED, 0.01, 0)
-    assert tables.rate_of(tables.Measured(untrained, {}, 0.0)) == ""
+    assert tables.rate_of(tables.Measured(untrained, {}, 0.0, (0.01, 0.03))) == ""
 
 
 def test_the_results_name_the_control_that_trains_longer(tmp_path):
