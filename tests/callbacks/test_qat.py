@@ -39,7 +39,11 @@ from lightning_compress import CompressionReport, ExportCallback, PSGDCallback, 
 from lightning_compress.export.evaluate import evaluate_quantized
 from lightning_compress.mechanisms.moving_grids import MovingGrids
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*beyond the ends of their grids")  # as these networks are not trained
+pytestmark = [
+    pytest.mark.slow,  # fits on grids
+    pytest.mark.sample,
+    pytest.mark.filterwarnings("ignore:.*beyond the ends of their grids"),  # as these networks are not trained
+]
 ROWS = 2 * BATCH  # of the validation
 STEP_SIZES = pytest.mark.parametrize("step_size", ["mse", "observed", "learned"])
 

@@ -55,7 +55,11 @@ from lightning_compress.export import evaluate, to_onnx
 from lightning_compress.export.evaluate import evaluate_quantized
 from lightning_compress.mechanisms.grids import Grids
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*beyond the ends of their grids")  # as these networks are not trained
+pytestmark = [
+    pytest.mark.slow,  # fits on grids
+    pytest.mark.sample,
+    pytest.mark.filterwarnings("ignore:.*beyond the ends of their grids"),  # as these networks are not trained
+]
 ROWS = 2 * BATCH  # of the validation
 SIZES = ("mse", "observed", "learned")
 STEP_SIZES = pytest.mark.parametrize("step_size", SIZES)

@@ -21,6 +21,8 @@ from lightning_compress.export.sample import Sample, bind
 
 from .test_emission import calibrated, holding, initializers, kernels, operators, rounded, run, varied_
 
+pytestmark = [pytest.mark.slow, pytest.mark.sample]  # files, and their kernels
+
 
 def odd_network():
     """Sizes of which none is a multiple of anything: 5 * 3 * 3 * 3 and 5 weights, 180 and 17 columns."""
