@@ -65,16 +65,18 @@ SOURCE = """
             super().validation_step(batch, batch_idx)
 
 
-    class Own(Lit):
-        def setup(self, stage):
-            if stage == "fit":
-                self.train_set, self.val_set = images(0), images(1)
-
+    class Loaders:
         def train_dataloader(self):
             return DataLoader(self.train_set, 32)
 
         def val_dataloader(self):
             return DataLoader(self.val_set, 32)
+
+
+    class Own(Loaders, Lit):
+        def setup(self, stage):
+            if stage == "fit":
+                self.train_set, self.val_set = images(0), images(1)
 
 
     class Redrawn(Own):
@@ -114,15 +116,9 @@ SOURCE = """
             super().validation_step(batch, batch_idx)
 
 
-    class Data(L.LightningDataModule):
+    class Data(Loaders, L.LightningDataModule):
         def setup(self, stage):
             self.train_set, self.val_set = images(0), images(1)
-
-        def train_dataloader(self):
-            return DataLoader(self.train_set, 32)
-
-        def val_dataloader(self):
-            return DataLoader(self.val_set, 32)
 
 
     class Scaled(Data):
@@ -372,6 +368,5 @@ def test_what_ends_a_process_ends_this_one(written):
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(20) == -signal.SIGTERM
     assert not Path("last.onnx").exists()
-    written.config()
-    assert main([*command[3:4], *written.config(), "int8"]) == 0
+    assert main(["export", *written.config(), "int8"]) == 0
     assert {path.name for path in Path().glob("*last.onnx*")} == {"last.onnx"}  # the draft is gone too

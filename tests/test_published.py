@@ -16,6 +16,7 @@ from pages import ROOT
 
 DOCS = ROOT / "docs"
 PUBLISHED = sorted(path.stem for path in (DOCS / RECORDS).glob("*.json"))
+BEGUN: set[str] = set()  # of these, runs are missing: what takes hours may be made in several goes, on several machines
 each = pytest.mark.parametrize("name", PUBLISHED)
 
 
@@ -36,9 +37,8 @@ def test_a_page_shows_its_records(name, store, tmp_path):
 
 @each
 def test_a_table_says_whether_runs_are_missing(name, store):
-    """They are kept as they come: what takes hours may be made in several goes, on several machines."""
-    missing = list(needed(EXPERIMENTS[name], store, SEEDS))
-    assert (NOT_YET in EXPERIMENTS[name].tables(store, SEEDS).lower()) == bool(missing)
+    assert (NOT_YET in EXPERIMENTS[name].tables(store, SEEDS).lower()) == (name in BEGUN)
+    assert bool(list(needed(EXPERIMENTS[name], store, SEEDS))) == (name in BEGUN)
 
 
 @pytest.mark.parametrize("name", [name for name, card in cards.CARDS.items() if card.experiment in PUBLISHED])

@@ -85,6 +85,11 @@ class Loaded:
         """What has the loaders: a datamodule, or the module itself; None without a config."""
         return None if self.project is None else self.module if self.datamodule is None else self.datamodule
 
+    @property
+    def trainer(self) -> Any:
+        """That of the config, which says how much is validated; None without one."""
+        return None if self.project is None else self.project.trainer
+
     def run(self, entry: str, module: Any, callback: Any, **more: Any) -> Any:
         """Run the steps of the module, or of a copy, with one callback: "validate", or "fit"; give the Trainer.
 
@@ -92,8 +97,7 @@ class Loaded:
         is handed on looks like another.
         """
         vars(module)["configure_callbacks"] = list
-        source = None if self.project is None else self.project.trainer
-        trainer = silent_trainer(module, source, callbacks=[callback], inference_mode=False, **more)
+        trainer = silent_trainer(module, self.trainer, callbacks=[callback], inference_mode=False, **more)
         with code_of(module):
             getattr(trainer, entry)(module, datamodule=self.datamodule)
         return trainer
@@ -134,9 +138,7 @@ def _exported(options: argparse.Namespace, stack: ExitStack) -> str:
         target = checked_path(options.out or f"{Path(options.checkpoint).stem}.onnx")
         _check(options)
         require_onnx()
-    with checking(ValueError, OSError):
-        held = Scales.of_checkpoint(read_checkpoint(options.checkpoint, or_weights=True))
-    calibrates = options.precision != "fp32" and held.empty
+    calibrates = options.precision != "fp32" and Scales.of_checkpoint(_read(options)).empty
     with _working(f"Loading {os.path.basename(options.checkpoint)}"):
         loaded, network, sample = _loaded_with_input(options, stack, calibrates=calibrates)
     if calibrates:
@@ -159,6 +161,12 @@ def _exported(options: argparse.Namespace, stack: ExitStack) -> str:
     return (
         f"wrote {shown_path(target)} ({result.precision}, {size(result.bytes)}; {difference}{metrics}){_said(loaded)}"
     )
+
+
+def _read(options: argparse.Namespace) -> Any:
+    """The checkpoint; what is wrong with the file is told before all else."""
+    with checking(ValueError, OSError):
+        return read_checkpoint(options.checkpoint, or_weights=True)
 
 
 def _said(loaded: Loaded) -> str:
@@ -218,6 +226,7 @@ def _loaded(options: argparse.Namespace, *, set_up: bool) -> Loaded:
         project = load_trained(options.config, options.checkpoint, **classes, set_up=set_up)
         return Loaded(project.module.eval(), project)
     current_folder_importable()
+    _read(options)
     arguments = _mapping(options.init_args)
     try:
         return Loaded(teacher_from_checkpoint(options.module_class, options.checkpoint, init_args=arguments))
@@ -335,13 +344,12 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace,
     """The metric in module and file, in words, and what it was before a calibration; beyond the tolerance an error."""
     if options.metric is None:
         return ""
-    source = None if loaded.project is None else loaded.project.trainer
     with _working("Validating the network"), code_of(loaded.module):
         if result.quantization is None:
-            in_module = evaluate_forward(loaded.module, source)
+            in_module = evaluate_forward(loaded.module, loaded.trainer)
         else:
-            in_module = evaluate_quantized(loaded.module, source, result.quantization)
-        before = evaluate_forward(loaded.module, source) if calibrated else {}
+            in_module = evaluate_quantized(loaded.module, loaded.trainer, result.quantization)
+        before = evaluate_forward(loaded.module, loaded.trainer) if calibrated else {}
     if options.metric not in in_module:
         raise UsageError(
             f"--metric must be one of {', '.join(sorted(in_module))}, which {type(loaded.module).__name__} logs in "
@@ -351,7 +359,7 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace,
     references = {"the module" if result.quantization is None else "the quantised module": ours}
     references |= {"full precision": before[options.metric]} if calibrated else {}
     with _working("Validating the file"):
-        theirs = evaluate(result.path, loaded.module, source)[options.metric]
+        theirs = evaluate(result.path, loaded.module, loaded.trainer)[options.metric]
     for what, value in references.items():
         if options.tolerance is not None and not abs(theirs - value) <= options.tolerance:  # NaN fails too
             raise CheckError(

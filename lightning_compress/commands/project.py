@@ -270,9 +270,9 @@ def load_trained(
         contents = read_checkpoint(checkpoint, or_weights=True)
     arguments = _plain(configs)
     project = load_project(configs, model=model, data=data, arguments=arguments)
-    remarks = _differences(project.module, contents, "the config")
-    if remarks and model is None and _names_class_of(contents, project.module):
-        remarks = _differences(project.module, contents, "the checkpoint")
+    differences, counts = _differences(project.module, contents), "config"
+    if differences and model is None and _names_class_of(contents, project.module):
+        counts = "checkpoint"
         project = load_project(configs, data=data, arguments=[*arguments, "--ckpt_path", checkpoint])
     if set_up:
         project.set_up()
@@ -283,7 +283,7 @@ def load_trained(
         module = load_checkpoint_(make_plain_(project.module), contents, checkpoint)
     except (ExportError, ValueError) as error:  # of another class, or of another width
         raise UsageError(one_line(error)) from error
-    return replace(project, module=module, remarks=remarks)
+    return replace(project, module=module, remarks=tuple(f"{own}: the {counts} counts" for own in differences))
 
 
 def _hyperparameters(contents: Any) -> Mapping[str, Any]:
@@ -299,13 +299,13 @@ def _names_class_of(contents: Any, module: Any) -> bool:
     return False
 
 
-def _differences(module: Any, contents: Any, counts: str) -> tuple[str, ...]:
-    """Numbers and words among the hyperparameters that are others in the checkpoint, and whose count."""
+def _differences(module: Any, contents: Any) -> tuple[str, ...]:
+    """Numbers and words among the hyperparameters that are others in the checkpoint."""
     saved, own = _hyperparameters(contents), getattr(module, "hparams", {})
     plain = (str, int, float, bool, NoneType)
     pairs = {name: (saved[name], own[name]) for name in own if name in saved and not name.startswith("_")}
     return tuple(
-        f"the checkpoint was saved with {name}={shown(was)}, and the config has {shown(now)}: {counts} counts"
+        f"the checkpoint was saved with {name}={shown(was)}, and the config has {shown(now)}"
         for name, (was, now) in pairs.items()
         if isinstance(was, plain) and isinstance(now, plain) and was != now
     )

@@ -31,7 +31,8 @@ from .watch import share
 
 VERSION = f"{plan.VERSION}.0"  # raised in its second number when only what is here changes
 EPOCHS = 32
-TEACHER_WIDTH, WIDTH = 16, 16  # of the student
+TEACHER_WIDTH = 16
+WIDTH = 16  # of the student
 PRUNED = {"ratio": 0.5, "budget": "params", "schedule": "iterative", "start": 0.1, "end": 0.4, "round_to": 16}
 QUANTISED_FROM = 0.7
 KD_WEIGHTS = (0.3, 0.9)  # what is left of 1 is the weight of the labels
@@ -221,7 +222,7 @@ class Pipeline(Experiment):
         """The headline, and each stage's share."""
         if (rows := self.rows(store, seeds)) is None:
             return f"{NOT_YET.capitalize()}.\n"
-        (whole, *_), fast = rows.values(), self.times(store).read(store)
+        whole, fast = rows[TEACHER, "fp32"], self.times(store).read(store)
         lines = [
             f"The teacher is one network; the students begin with width {WIDTH}. All learn for {EPOCHS} epochs:",
             "",
