@@ -242,6 +242,7 @@ FT = (
 )
 NINETY = Protocol("90%", epochs=6, width=16, sparsity=0.9)
 NINETY_FIVE = Protocol("95%", epochs=6, width=16, sparsity=0.95)
+MASKS_FINAL = 0.75  # after this part of the training, the callbacks' default `end`, all weights are gone that will go
 STATIC = {"update_interval": 16}
 GRADUAL = Arm("gradual", "gradual", "pruning", STATIC)
 DPF = Arm("dpf", "DPF", "dpf")
@@ -257,7 +258,7 @@ PRUNED = (
     GRADUAL_KD,
     GRADUAL_LONGER,
     DPF,
-    Arm("dpf-frozen", "DPF, masks frozen at the end of the schedule", "dpf", {"freeze_at": 0.75}),
+    Arm("dpf-frozen", "DPF, masks frozen at the end of the schedule", "dpf", {"freeze_at": MASKS_FINAL}),
     Arm("dcil-no-kl", "DCIL without KL", "dcil", {"dense_path": "own", "kl_start": 1.0}),
     DCIL,
 )

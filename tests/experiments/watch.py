@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from .data import BATCH, Images, Split
+from .plan import MASKS_FINAL
 
 RECALIBRATION = 16  # training batches
-LOOKS = 4  # an epoch, in the last third of the training; before it one
+LOOKS = 4  # an epoch, in the last third of the training; before it one. Steadiness is of those after the schedule
 
 
 class Watch(Callback):
@@ -51,10 +52,10 @@ class Watch(Callback):
 
     def found(self, network: nn.Module) -> dict[str, Any]:
         """What the whole run showed, and the test accuracy of the final network with re-estimated statistics."""
-        late = [entry for entry in self.curve if entry[0] >= self.steps * 2 / 3]
+        late = [entry for entry in self.curve if entry[0] >= self.steps * MASKS_FINAL]
         again = predictions(reestimated(copy.deepcopy(network), self.data.train), self.data.test)
         masks = {} if self.technique is None else self.technique.masks
-        churn = [value for step, value in self.churn if step >= self.steps * 2 / 3]
+        churn = [value for step, value in self.churn if step >= self.steps * MASKS_FINAL]
         return {
             "curve": self.curve,
             "churn_curve": self.churn,
