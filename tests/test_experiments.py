@@ -964,11 +964,11 @@ def keep_times(store, times):
 def piped(tmp_path):
     """Made-up runs of the pipeline: each stage a point better than the one before, the last .4 below the teacher."""
     store = Store(tmp_path)
-    assert pipeline.series(pipeline.STAGES[1], store).runs(store, 3) == []  # its teacher is not chosen yet
+    assert pipeline.series(pipeline.STUDENTS[1], store).runs(store, 3) == []  # its teacher is not chosen yet
     whole = {"test_accuracy": 0.92, "bytes": 1_100_000, "deflated": 1_000_000}
     files = {"fp32": whole, "int8": {**whole, "test_accuracy": 0.919, "bytes": 300_000}}
     keep_series(store, pipeline.series(pipeline.TEACHER, store), 1, lambda run: {"files": files})
-    for place, stage in zip(range(len(pipeline.STAGES))[::-1], pipeline.STAGES, strict=True):
+    for place, stage in zip(range(len(pipeline.STUDENTS))[::-1], pipeline.STUDENTS, strict=True):
 
         def result(run, place=place):
             sizes = {"bytes": 50_000, "deflated": 25_000}
@@ -988,9 +988,8 @@ def test_the_pipeline_against_its_target(piped):
     assert experiment.headline(piped, 3) == "Not measured yet."  # its times are not
     keep_times(piped, times := experiment.times(piped))
     names = [name for name, _ in times.files]
-    stages = (pipeline.TEACHER, *pipeline.STAGES)
-    assert names == [f"{stage.name}-{own}" for stage in stages for own in stage.files]
-    (run,) = pipeline.series(pipeline.STAGES[-1], piped).runs(piped, 1)
+    assert names == [f"{stage.name}-{own}" for stage in pipeline.STAGES for own in stage.files]
+    (run,) = pipeline.series(pipeline.STUDENTS[-1], piped).runs(piped, 1)
     # as the distilled one has chosen, and the teacher
     assert (run.arm.name, run.rate, run.kd_weight, run.teacher.rate) == ("quantised", 0.03, 0.9, 0.1)
     assert experiment.headline(piped, 3).splitlines()[2:] == [
@@ -1064,7 +1063,7 @@ def test_the_stages_of_the_pipeline_see_the_same_batches(tmp_path, monkeypatch):
     for run in pipeline.series(pipeline.TEACHER, store).own:
         store.write(run, pipeline.measure(run, tmp_path))
     taught = pipeline.series(pipeline.TEACHER, store).chosen(store)
-    runs = [dataclasses.replace(pipeline.series(stage, store).candidates[0], arm=stage) for stage in pipeline.STAGES]
+    runs = [dataclasses.replace(pipeline.series(stage, store).candidates[0], arm=stage) for stage in pipeline.STUDENTS]
     assert [run.teacher for run in runs] == [None, taught, taught, taught]
     results = [pipeline.measure(run, tmp_path) for run in runs]
     assert len({result["batches"] for result in [store.read(taught), *results]}) == 1
@@ -1090,7 +1089,7 @@ def test_shapes_that_are_trained_as_long_see_the_same_batches(tmp_path, monkeypa
 
 
 def test_stages_that_saw_different_batches_are_not_compared(piped, tmp_path):
-    alone, distilled = (pipeline.series(pipeline.STAGES[own], piped).runs(piped, 3)[1] for own in (0, 1))
+    alone, distilled = (pipeline.series(pipeline.STUDENTS[own], piped).runs(piped, 3)[1] for own in (0, 1))
     piped.write(alone, piped.read(alone) | {"batches": "these"})
     assert "not measured yet" in pipeline.Pipeline().tables(piped, 3)  # its times; the other says nothing of batches
     piped.write(distilled, piped.read(distilled) | {"batches": "others"})

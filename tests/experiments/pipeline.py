@@ -63,14 +63,19 @@ class Stage:
     name: str
     title: str
     files: tuple[str, ...] = ("fp32", "int8")
+    teaches: bool = False  # one network, larger than the students, whose weights are kept for them
     distilled: bool = True
     pruned: bool = False
     trained_on_bits: bool = False
     chosen_with: str | None = None  # the stage whose choice is taken
 
+    def seeds(self, published: int) -> int:
+        """Of so many, how many trainings there are of this stage."""
+        return 1 if self.teaches else published
 
-TEACHER = Stage("teacher", f"teacher, ResNet-20 of width {TEACHER_WIDTH}", distilled=False)
-STAGES = (
+
+TEACHER = Stage("teacher", f"teacher, ResNet-20 of width {TEACHER_WIDTH}", teaches=True, distilled=False)
+STUDENTS = (
     Stage("alone", "student alone", distilled=False),
     Stage("distilled", "distilled"),
     Stage("pruned", f"distilled, {PRUNED['ratio']:.0%} pruned", pruned=True, chosen_with="distilled"),
@@ -83,6 +88,7 @@ STAGES = (
         chosen_with="distilled",
     ),
 )
+STAGES = (TEACHER, *STUDENTS)
 
 
 @functools.cache
@@ -172,10 +178,10 @@ def measure(run: Training, folder: Path) -> dict[str, Any]:
     begin, data = time.process_time(), images()
     torch.manual_seed(run.seed)
     module = Classifier(WIDTH, run.rate)
-    if run.arm == TEACHER:
+    if run.arm.teaches:
         module.network = large_network()
     fit(module, Batches(data.train, seed=run.seed), run.epochs, callbacks(run, folder))
-    if run.arm == TEACHER:
+    if run.arm.teaches:
         write_atomically(folder / run.weights, lambda part: torch.save(module.network.state_dict(), part))
     held_out = classes(folder / run.file(run.arm.files[0]), data.held_out[0])
     return {
@@ -193,23 +199,22 @@ class Pipeline(Experiment):
     page = "pipeline.md"
 
     def batches(self, store: Store, seeds: int) -> Iterator[list[Job]]:
-        stages, of = (TEACHER, *STAGES), functools.partial(series, store=store)
-        yield [Job.of(measure, run) for stage in stages if not stage.distilled for run in of(stage).own]
+        of = functools.partial(series, store=store)
+        yield [Job.of(measure, run) for stage in STAGES if not stage.distilled for run in of(stage).own]
         yield [Job.again(run.weights, measure, run) for run in of(TEACHER).runs(store, 1)]
         yield [Job.of(measure, run) for stage in STAGES for run in of(stage).own]
-        yield [Job.of(measure, run) for stage in STAGES for run in of(stage).runs(store, seeds)]
-        yield files_again(stages, of, store, measure)
+        yield [Job.of(measure, run) for stage in STAGES for run in of(stage).runs(store, stage.seeds(seeds))]
+        yield files_again(STAGES, of, store, measure)
         yield self.times(store).jobs
 
     def times(self, store: Store) -> Times:
         """Of the first seed."""
-        files = chosen_files((TEACHER, *STAGES), functools.partial(series, store=store), store)
+        files = chosen_files(STAGES, functools.partial(series, store=store), store)
         return Times(f"pipeline-v{VERSION}", tuple(files), side=28)
 
     def rows(self, store: Store, seeds: int) -> dict[tuple[Stage, str], Measured] | None:
-        """By stage and file, as if each file were an arm, the teacher of one seed first; None if a run is missing."""
-        found = {TEACHER: Measured.of(series(TEACHER, store), store, 1)}
-        found |= {stage: Measured.of(series(stage, store), store, seeds) for stage in STAGES}
+        """By stage and file, as if each file were an arm, the teacher first; None if a run is missing."""
+        found = {stage: Measured.of(series(stage, store), store, stage.seeds(seeds)) for stage in STAGES}
         if None in found.values():
             return None
         return {(stage, own): row.of_file(own) for stage, row in found.items() if row for own in stage.files}
@@ -247,9 +252,9 @@ class Pipeline(Experiment):
                 f"{row.mean('cpu_seconds') / 60:.1f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-            if stage is not TEACHER:
+            if not stage.teaches:
                 before[own] = row
-        whole_student, left = (rows[stage, "int8"].first["parameters"] for stage in (STAGES[0], STAGES[-1]))
+        whole_student, left = (rows[stage, "int8"].first["parameters"] for stage in (STUDENTS[0], STUDENTS[-1]))
         lines += [
             "",
             f"{left:,} parameters are left of {whole_student:,}. {seeds} seeds; {self.cost(store, seeds):.0f} minutes "
@@ -258,7 +263,7 @@ class Pipeline(Experiment):
         return "\n".join(lines) + "\n"
 
     def lines(self, store: Store, seeds: int) -> list[Line]:
-        rows, last = self.rows(store, seeds), STAGES[-1]
+        rows, last = self.rows(store, seeds), STUDENTS[-1]
         title, protocol = f"{last.title}, over the teacher's file", f"28x28, {EPOCHS} epochs"
         if rows is None:
             return [Line(title, protocol, NOT_YET, 0.0)]
@@ -270,9 +275,9 @@ class Pipeline(Experiment):
         rows, fast = self.rows(store, seeds), self.times(store).read(store)
         if rows is None or not fast:
             return f"{NOT_YET.capitalize()}."
-        row, whole = rows[STAGES[-1], "int8"], rows[TEACHER, "fp32"]
+        row, whole = rows[STUDENTS[-1], "int8"], rows[TEACHER, "fp32"]
         smaller, deflated = (whole.first[size] / row.first[size] for size in ("bytes", "deflated"))
-        faster = fast[key(STAGES[-1], "int8")]["faster"]
+        faster = fast[key(STUDENTS[-1], "int8")]["faster"]
         mean, low, high = t_interval([-own for own in points(row, whole)])
         kept = "yes" if high <= LOST else "no" if mean > LOST else "by the mean; not shown"
         return "\n".join(
@@ -296,4 +301,4 @@ def points(row: Measured, teacher: Measured) -> list[float]:
 def over_teacher(row: Measured, teacher: Measured) -> str:
     """The same with an interval; the teacher's own other file has none."""
     own = points(row, teacher)
-    return f"{own[0]:+.2f}" if row.arm == TEACHER else interval(own)
+    return f"{own[0]:+.2f}" if row.arm.teaches else interval(own)
