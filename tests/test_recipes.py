@@ -19,6 +19,7 @@ TECHNIQUES = {
     "dcil": ["DistillationCallback", "DCILCallback"],
     "distil-prune-int8": ["DistillationCallback", "PruningCallback", "QATCallback"],
     "int8": ["PTQCallback"],
+    "prune": ["PruningCallback"],
     "psgd-4bit": ["PSGDCallback", "PTQCallback"],
     "structured-distil-int8": ["StructuredPruningCallback", "DistillationCallback", "PTQCallback"],
 }
@@ -63,7 +64,7 @@ def test_an_unknown_name(capsys):
     assert captured.out == ""
     assert captured.err == (
         "lightning-compress recipes: there is no recipe 'distill'; there are dcil, distil, distil-prune-int8, "
-        "int8, psgd-4bit, structured-distil-int8; did you mean 'distil'?\n"
+        "int8, prune, psgd-4bit, structured-distil-int8; did you mean 'distil'?\n"
     )
 
 

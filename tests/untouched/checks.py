@@ -64,6 +64,7 @@ EFFECTS = {
     "dcil": _sparse,
     "distil-prune-int8": _pruned_integers,
     "int8": _integers,
+    "prune": _sparse,
     "psgd-4bit": _four_bits,
     "structured-distil-int8": _smaller_integers,
 }

@@ -41,7 +41,7 @@ class Program:
     def settings(self, recipe: str) -> list[str]:
         """What to change in a recipe, as behind ``--set``; "alone": the recipe that only exports."""
         found = [f"export.metric={self.metric}"]
-        if recipe not in ("int8", "psgd-4bit", "alone"):
+        if recipe not in ("int8", "prune", "psgd-4bit", "alone"):
             teacher = "kd.teacher.init_args"
             found += [f"{teacher}.class_path=digits.ConvNet", f"{teacher}.init_args={{width: {self.width}}}"]
             found += [f"{teacher}.ckpt_path={self.trained}"]
@@ -83,7 +83,8 @@ PROGRAMS = {
             "a package that imports pytorch_lightning, started as a module",
             "other_namespace",
             "python -m digits_project.train start=trained.ckpt",
-            ("structured-distil-int8",),
+            ("structured-distil-int8", "prune"),
+            tested=2,
             before="python -m digits_project.train save=trained.ckpt",
             trained="trained.ckpt",
             width=16,

@@ -19,7 +19,7 @@ def shipped() -> dict[str, str]:
 
     Example:
         >>> sorted(shipped())
-        ['dcil', 'distil', 'distil-prune-int8', 'int8', 'psgd-4bit', 'structured-distil-int8']
+        ['dcil', 'distil', 'distil-prune-int8', 'int8', 'prune', 'psgd-4bit', 'structured-distil-int8']
     """
     found = [file for file in files(__name__).iterdir() if file.name.endswith(SUFFIX)]
     texts = {file.name.removesuffix(SUFFIX): file.read_text(encoding="utf-8") for file in found}
