@@ -207,6 +207,19 @@ def test_an_error_names_key_value_and_nearest_key(what, project, capsys):
     assert re.fullmatch(pattern, text), text
 
 
+@pytest.mark.slow
+def test_the_weights_of_a_teacher_do_not_fit(project, capsys):
+    torch.save(torch.nn.Linear(2, 3).state_dict(), "weights.pt")
+    built = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 1}}
+    teacher = callback("lightning_compress.teacher_from_checkpoint", ckpt_path="weights.pt", **built)
+    text = said(project, capsys, one("DistillationCallback", teacher=teacher))
+    assert re.fullmatch(
+        r"trainer.callbacks \(DistillationCallback\): teacher could not be built: .* the weights in weights.pt do "
+        r"not fit Linear: .* size mismatch for weight: .*torch.Size\(\[1\]\)",
+        text,
+    ), text
+
+
 def test_a_yaml_error_has_its_line_and_column(project, capsys):
     path = project.write("broken.yaml", "trainer: {callbacks: [\n  a: b: c\n")
     assert main("fit", ["--config", path]) == 2
@@ -354,9 +367,11 @@ def test_hyperparameters_with_a_class_count(project, monkeypatch):
 
 def test_a_config_without_classes_needs_them(project):
     old = project.yaml("old.yaml", {"model": {"width": 4}, "data": {"batch_size": 8}})
-    with pytest.raises(ValueError, match=r"old\.yaml: model names no class"):
+    with pytest.raises(
+        ValueError, match=r"old\.yaml: model and data name no class.* --class pkg\.Net --data-class pkg\.Data$"
+    ):
         load_project([old])
-    with pytest.raises(ValueError, match=r"data names no class.*--data-class pkg\.Data"):
+    with pytest.raises(ValueError, match=r"data names no class.*give it as --data-class pkg\.Data"):
         load_project([old], model=f"{project.name}.LitNet")
     with pytest.raises(ValueError, match=r"--class names '.*\.LitNt'.*did you mean 'LitNet'"):
         load_project([old], model=f"{project.name}.LitNt", data=f"{project.name}.Data")

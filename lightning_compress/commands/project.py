@@ -39,7 +39,7 @@ from lightning_compress.export.onnx import checked_path, load_checkpoint_
 from lightning_compress.export.sample import defines
 from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.capture import CaptureError
-from lightning_compress.mechanisms.loading import import_path
+from lightning_compress.mechanisms.loading import differing, import_path
 from lightning_compress.mechanisms.quantization import QuantizationError
 from lightning_compress.recipe.file import RecipeError, check_size, shown, yaml_problem
 
@@ -301,13 +301,11 @@ def _names_class_of(contents: Any, module: Any) -> bool:
 
 def _differences(module: Any, contents: Any) -> tuple[str, ...]:
     """Numbers and words among the hyperparameters that are others in the checkpoint."""
-    saved, own = _hyperparameters(contents), getattr(module, "hparams", {})
-    plain = (str, int, float, bool, NoneType)
-    pairs = {name: (saved[name], own[name]) for name in own if name in saved and not name.startswith("_")}
+    others = differing(_hyperparameters(contents), getattr(module, "hparams", {}))
     return tuple(
         f"the checkpoint was saved with {name}={shown(was)}, and the config has {shown(now)}"
-        for name, (was, now) in pairs.items()
-        if isinstance(was, plain) and isinstance(now, plain) and was != now
+        for name, (was, now) in others.items()
+        if not name.startswith("_")
     )
 
 
@@ -352,32 +350,33 @@ def _read(arguments: Sequence[str]) -> Arguments:
     current_folder_importable()
     passed, given = _without(arguments, CLASS_OPTIONS)
     configs = {path: _contents(path) for path in _values(passed, ("--config", "-c"))}
-    model, passed = _chosen("model", "--class", given, configs, passed)
-    data, passed = _chosen("data", "--data-class", given, configs, passed)
-    return Arguments(tuple(passed), configs, model, data)
-
-
-def _chosen(
-    key: str, option: str, given: Mapping[str, str], configs: dict[str, Any], passed: list[str]
-) -> tuple[type | None, list[str]]:
-    """The class for a config without one; a class that is named beside no arguments is LightningCLI's own option."""
-    bare = [
-        path
-        for path, content in configs.items()
-        if isinstance(own := content.get(key), Mapping) and own and not {"class_path", "init_args"} & set(own)
-    ]
-    named = _class_in(configs, passed, key)
-    if bare and option not in given and named is None:
+    classes: dict[str, type | None] = {"model": None, "data": None}
+    lacking: dict[str, str] = {}  # the config, by the key that names no class
+    for key, option in zip(classes, CLASS_OPTIONS, strict=True):
+        bare = _without_class_path(key, configs)
+        if bare and option in given:
+            classes[key] = _imported(given[option], option)
+        elif option in given:  # beside no arguments it is LightningCLI's own option
+            passed.append(f"--{key}={given[option]}")
+        elif bare and _class_in(configs, passed, key) is None:
+            lacking[key] = bare
+    if lacking:
+        path, name = next(iter(lacking.values())), "name" if len(lacking) > 1 else "names"
+        given_as = {"model": "--class pkg.Net", "data": "--data-class pkg.Data"}
         raise ConfigError(
-            f"{bare[0]}: {key} names no class, as in the configs that a project's own LightningCLI(Net, Data) saves; "
-            f"give it as {option} pkg.{'Net' if key == 'model' else 'Data'}"
+            f"{path}: {' and '.join(lacking)} {name} no class, as in the configs that a project's own "
+            f"LightningCLI(Net, Data) saves; give it as {' '.join(given_as[key] for key in lacking)}"
         )
-    if option not in given:
-        return None, passed
-    if bare:
-        found: type = _imported(given[option], option)
-        return found, passed
-    return None, [*passed, f"--{key}={given[option]}"]
+    return Arguments(tuple(passed), configs, classes["model"], classes["data"])
+
+
+def _without_class_path(key: str, configs: Mapping[str, Any]) -> str | None:
+    """The first config in which the model, or the data, has arguments of no class that is named there."""
+    for path, content in configs.items():
+        own = content.get(key)
+        if isinstance(own, Mapping) and own and not {"class_path", "init_args"} & set(own):
+            return path
+    return None
 
 
 def _contents(path: str) -> Any:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pkgutil import iter_modules
+from types import NoneType
 from typing import Any, cast
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -18,6 +19,8 @@ from lightning_compress.mechanisms.checkpoints import resize_, structures_in
 from lightning_compress.mechanisms.reading import read_saved
 from lightning_compress.mechanisms.selection import did_you_mean, find_module, plain_name
 from lightning_compress.mechanisms.shrinking import restructure_, structure_told_by
+
+LONGEST = 600  # characters of what a class raises, in our own messages
 
 
 def build_module(source: Any, *, argument: str) -> nn.Module:
@@ -197,7 +200,7 @@ def teacher_from_checkpoint(
             arguments,
             path=path,
             argument="class_path",
-            hint=f". What {os.fspath(ckpt_path)} does not hold goes into init_args",
+            hint=_hint(ckpt_path, arguments, checkpoint),
         )
         module.__class__ = make
         return find_module(module, submodule, argument="submodule").eval()
@@ -211,7 +214,7 @@ def teacher_from_checkpoint(
         module.load_state_dict(_as_named_in(module, weights), strict=True)
     except RuntimeError as error:
         raise ValueError(
-            f"the weights in {os.fspath(ckpt_path)} do not fit {type(module).__name__}: {error}"
+            f"the weights in {os.fspath(ckpt_path)} do not fit {type(module).__name__}: {_beginning(error)}"
         ) from error
     return find_module(module, submodule, argument="submodule").eval()
 
@@ -274,11 +277,47 @@ def _built(
         module = make(**_as_annotated(make, arguments))
     except Exception as error:  # a constructor may raise anything; the user needs to know which one it was
         raise ValueError(
-            f"{argument} could not be built: {path}(**{dict(arguments)!r}) raised {type(error).__name__}: {error}{hint}"
+            f"{argument} could not be built: {path}(**{dict(arguments)!r}) raised {type(error).__name__}: "
+            f"{_beginning(error).rstrip('.')}{hint}"
         ) from error
     if not isinstance(module, nn.Module):
         raise TypeError(f"{argument}: {path} returned {type(module).__name__}, not a torch.nn.Module")
     return module
+
+
+def _hint(path: str | os.PathLike[str], arguments: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
+    """What to do about arguments that do not fit a checkpoint of Lightning."""
+    if others := differing(checkpoint.get("hyper_parameters"), arguments):
+        were = ", ".join(f"{name}={shown(was)}" for name, (was, _) in others.items())
+        return f". {os.fspath(path)} was saved with {were}, which init_args overrule"
+    return f". What {os.fspath(path)} does not hold goes into init_args"
+
+
+def differing(saved: Any, own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Numbers and words that are others than those saved under the same names.
+
+    Args:
+        saved: Hyperparameters of a checkpoint; anything but a mapping has none.
+        own: Arguments, or hyperparameters.
+
+    Returns:
+        By name, what was saved, and what there is now.
+
+    Example:
+        >>> differing({"width": 16, "lr": 0.1, "layers": [1]}, {"width": 8, "lr": 0.1, "layers": [2], "depth": 3})
+        {'width': (16, 8)}
+    """
+    plain = (str, int, float, bool, NoneType)
+    pairs = {name: (saved[name], own[name]) for name in own if isinstance(saved, Mapping) and name in saved}
+    return {
+        name: pair for name, pair in pairs.items() if all(isinstance(one, plain) for one in pair) and pair[0] != pair[1]
+    }
+
+
+def _beginning(error: BaseException) -> str:
+    """What was raised, but not all of a long text: torch lists every weight that does not fit."""
+    text = str(error).rstrip()
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def _refuse_unknown(

@@ -54,6 +54,8 @@ _EACH = {
 def chain(error: BaseException) -> Iterator[BaseException]:
     """An exception and what it comes from: its cause, or what was raised for the type that was meant, of several.
 
+    Not what an exception of this package comes from, which says that itself.
+
     Args:
         error: What a parser has raised.
 
@@ -67,7 +69,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
     link: BaseException | None = error
     while link is not None:
         yield link
-        if missing(str(link)):  # what it comes from is a look-up
+        if missing(str(link)) or ours(link):  # what it comes from is a look-up, or told in it
             return
         meant = (cause for cause in _compat.types_tried(link) if not _OTHER_TYPE.match(str(cause)))
         link = next(meant, link.__cause__)
@@ -106,6 +108,22 @@ def raised_in(error: BaseException) -> str:
     return next((str(frame.f_globals.get("__name__", "")) for frame in reversed([*frames(error)])), "")
 
 
+def ours(error: BaseException) -> bool:
+    """Whether an exception was raised by this package.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        False for one of another package, and for one that was never raised.
+
+    Example:
+        >>> ours(ValueError("never raised"))
+        False
+    """
+    return raised_in(error).partition(".")[0] == __name__.partition(".")[0]
+
+
 def missing(text: str) -> str:
     """The required argument that was not given, or all of them.
 
@@ -130,13 +148,13 @@ def first_line(error: BaseException) -> str:
         error: The exception.
 
     Returns:
-        One line.
+        One line; of an exception of this package, which ends a chain, all of it.
 
     Example:
         >>> first_line(ValueError("short"))
         'short'
     """
-    return str(error).lstrip().partition("\n")[0]
+    return " ".join(str(error).split()) if ours(error) else str(error).lstrip().partition("\n")[0]
 
 
 def refusal(error: BaseException, values: Mapping[str, Any]) -> str:

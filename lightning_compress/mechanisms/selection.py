@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -159,7 +159,7 @@ def select_modules(
     if layers is not None:
         wanted: set[int] = set()
         for selector in check_selectors(layers, argument):
-            matched = _matches(named, selector, argument)
+            matched = _matches(named, selector, argument, chosen)
             below = chosen & {id(part) for module in matched for part in module.modules()}
             if not below:
                 found = _listing(class_name(module) for module in matched)
@@ -167,7 +167,7 @@ def select_modules(
             wanted |= below
         chosen = wanted
     for selector in check_selectors([] if exclude is None else exclude, "exclude", empty=True):
-        chosen -= {id(part) for module in _matches(named, selector, "exclude") for part in module.modules()}
+        chosen -= {id(part) for module in _matches(named, selector, "exclude", chosen) for part in module.modules()}
     if not chosen:
         given = "all layers" if layers is None else f"{argument}={layers}"
         raise ValueError(f"{given} without exclude={exclude} selects nothing: no {accepted} is left")
@@ -178,19 +178,25 @@ def select_modules(
     return selected
 
 
-def _matches(named: list[tuple[str, nn.Module]], selector: str, argument: str) -> list[nn.Module]:
-    """The modules that one selector matches, without those below; at least one."""
+def _matches(
+    named: list[tuple[str, nn.Module]], selector: str, argument: str, useful: Collection[int]
+) -> list[nn.Module]:
+    """The modules that one selector matches, without those below; at least one.
+
+    What is suggested in its place is, or contains, one of the useful modules, which are told by `id`.
+    """
     if selector.startswith("type:"):
         kind = selector.removeprefix("type:")
         found = [module for _, module in named if kind in _class_names(module)]
-        candidates = {f"type:{class_name(module)}": None for _, module in named}
+        names = [(f"type:{class_name(module)}", module) for _, module in named]
     else:
         matcher = _name_matcher(selector, {plain_name(name) for name, _ in named}, argument)
         found = [module for name, module in named if matcher(name) or matcher(plain_name(name))]
-        candidates = {plain_name(name): None for name, _ in named}
+        names = [(plain_name(name), module) for name, module in named]
         if not found:
             _refuse_parameters(named, matcher, selector, argument)
     if not found:
+        candidates = [name for name, own in names if any(id(part) in useful for part in own.modules())]
         nearest = _nearest(selector.removeprefix("re:"), named[0][1], candidates)
         raise ValueError(f"{argument} has '{selector}', which matches no module{nearest}")
     return found

@@ -199,6 +199,13 @@ def test_find_module_in_compiled_networks():
     assert find_module(Task(), "net._orig_mod.stem", argument="student").kernel_size == (3, 3)
 
 
+def test_what_is_suggested_can_be_taken():
+    with pytest.raises(ValueError, match=r"matches no module; did you mean 'net\.layer10\.0\.conv1'"):
+        select_modules(Task(), ["net.layer10.0.bn1x"], None, types=WEIGHTED, argument="layers")
+    with pytest.raises(ValueError, match=r"exclude has 'type:ReLV', which matches no module; did you mean 'type:Net'"):
+        select_modules(Task(), None, ["type:ReLV"], types=WEIGHTED, argument="layers")
+
+
 def test_plain_name():
     assert [plain_name(name) for name in ("_orig_mod", "_orig_mod.net", "net._orig_mod.0", "net")] == [
         "",

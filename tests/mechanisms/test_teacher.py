@@ -507,7 +507,21 @@ def test_a_checkpoint_whose_hyperparameters_need_unpickling(tmp_path):
             Lit,
             {"width": 3},
             ValueError,
-            r"could not be built: [\s\S]*size mismatch",
+            r"could not be built: [\s\S]*size mismatch[\s\S]*What .*w\.pt does not hold goes into init_args",
+        ),
+        (
+            {"state_dict": Lit(2).state_dict(), "hyper_parameters": {"width": 2}, **VERSION},
+            Lit,
+            {"width": 3},
+            ValueError,
+            r"could not be built: [\s\S]*size mismatch[\s\S]*w\.pt was saved with width=2, which init_args overrule",
+        ),
+        (
+            nn.Sequential(*(nn.Linear(2, 2) for _ in range(40))).state_dict(),
+            Lit,
+            {"width": 3},
+            ValueError,
+            r"the weights in .*w\.pt do not fit Lit: Error[\s\S]{595} \.\.\.$",
         ),
         (
             {"state_dict": {}, **VERSION},
