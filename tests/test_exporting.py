@@ -244,7 +244,7 @@ def test_scales_that_the_checkpoint_lacks_are_found_with_the_training_data(preci
     code, line = exported(capsys, "last.ckpt", *arguments)
     assert code == 0
     told = re.search(
-        rf"\({precision}, .*; calibrated with the training data, .*; val_acc (\S+) in the file, "
+        rf"\({precision}, .*; calibrated with (?:\d+ samples of )?the training data, .*; val_acc (\S+) in the file, "
         r"\S+ in the quantised module, (\S+) in full precision",
         line,
     )

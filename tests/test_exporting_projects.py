@@ -59,6 +59,19 @@ SOURCE = """
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+    class Manual(Lit):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2))
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+
     class Logs(Lit):
         def validation_step(self, batch, batch_idx):
             self.logger.experiment.add_scalar("seen", len(batch[0]))
@@ -357,6 +370,25 @@ def test_data_without_a_batch(written, data, said, capsys):
     code, line = exported(capsys, *written.config(data=data), "int8")
     assert code == 2
     assert said in line
+
+
+def test_double_precision_stays_double(written, capsys):
+    plain = written.checkpoint()
+    arguments = written.config(trainer={"precision": "64-true"})
+    code, line = exported(capsys, *arguments, "fp32")
+    assert code == 0, line
+    assert told(line) == pytest.approx([written.accuracy(plain)] * 2, abs=1e-3)
+    code, line = exported(capsys, *arguments, "int8")
+    assert (code, "integer kernels go with float32" in line) == (1, True), line
+
+
+def test_a_step_that_optimises_by_itself_cannot_estimate_statistics_outside_of_a_fit(written, capsys):
+    torch.manual_seed(0)
+    torch.save({"state_dict": written.code.Manual().state_dict(), **VERSION}, "last.ckpt")
+    code, line = exported(capsys, *written.config("Manual"), "int4")
+    assert (code, "optimises by itself, and there are no optimizers outside of a fit" in line) == (2, True), line
+    code, line = exported(capsys, *written.config("Manual"), "int8")
+    assert (code, "calibrated with 256 samples of the training data" in line) == (0, True), line
 
 
 def test_what_ends_a_process_ends_this_one(written):

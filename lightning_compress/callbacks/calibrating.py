@@ -60,6 +60,10 @@ class CalibratingCallback(CompressionCallback):
         layers: Selectors of layers. None: all that have integer kernels.
         exclude: Selectors of layers that stay in float.
         name: As in the base class.
+
+    Attributes:
+        samples_seen: So many the ranges of the activations were found with last; the training data may have fewer than
+            ``max_samples``, and whole batches may be more.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class CalibratingCallback(CompressionCallback):
         self.network = check_name("network", network)
         self.layers, self.exclude = layers, exclude
         self._method = "validation_step"  # what is replayed
+        self.samples_seen = 0
         self._nothing: list[str] = []  # activations that were 0 throughout
         self._trial: Grids | None = None  # of the first step
 
@@ -272,7 +277,7 @@ class CalibratingCallback(CompressionCallback):
 
             with _compat.patient_group(trainer.world_size) as tell:  # nobody waits for what a failing rank would send
                 together(tell, find, trainer, pl_module)
-            self._nothing = calibration.nothing
+            self._nothing, self.samples_seen = calibration.nothing, calibration.samples
         finally:
             if not shared:
                 pl_module.to(device)
@@ -280,6 +285,12 @@ class CalibratingCallback(CompressionCallback):
 
     def _reestimate(self, trainer: Any, pl_module: Any, name: str, calibration: Calibration) -> None:
         """Find the statistics of batch norm with rounded weights; the module keeps its own."""
+        if not pl_module.automatic_optimization and not trainer.optimizers:
+            raise QuantizationError(
+                f"{type(self).__name__} '{self.name}' estimates the statistics of batch norm anew, with the training "
+                f"step of {class_name(pl_module)}; that optimises by itself, and there are no optimizers outside of a "
+                "fit: put the callback into the fit, or give reestimate_batchnorm=False"
+            )
         network = find_module(pl_module, name, argument="network")
         with (
             torch.compiler.set_stance("force_eager"),

@@ -141,8 +141,7 @@ def _exported(options: argparse.Namespace, stack: ExitStack) -> str:
     calibrates = options.precision != "fp32" and Scales.of_checkpoint(_read(options)).empty
     with _working(f"Loading {os.path.basename(options.checkpoint)}"):
         loaded, network, sample = _loaded_with_input(options, stack, calibrates=calibrates)
-    if calibrates:
-        _calibrate(loaded, network, options)
+    here = _calibrate(loaded, network, options) if calibrates else ""
     target.parent.mkdir(parents=True, exist_ok=True)
     with draft_of(target) as draft:
         with _working(f"Exporting {target.name}"), checking(ValueError, TypeError, CaptureError):
@@ -155,7 +154,6 @@ def _exported(options: argparse.Namespace, stack: ExitStack) -> str:
                 network=network,
             )
         metrics = _measured(loaded, result, options, calibrated=calibrates)
-    here = "calibrated with the training data, " if calibrates else ""
     of = "checkpoint" if result.quantization is None else "quantised network"
     difference = f"{here}largest difference to the {of} {result.max_logit_difference:.2g}"
     return (
@@ -312,8 +310,11 @@ def _received(loaded: Loaded, network: str | None) -> tuple[str, Sample]:
 # The scales
 
 
-def _calibrate(loaded: Loaded, network: str | None, options: argparse.Namespace) -> None:
-    """Find scales with the project's training data, as the checkpoint has none; the module's Trainer has them then."""
+def _calibrate(loaded: Loaded, network: str | None, options: argparse.Namespace) -> str:
+    """Find scales with the project's training data, as the checkpoint has none, and say so.
+
+    The module's Trainer has them then.
+    """
     lacking = f"--precision {options.precision} needs scales, and the checkpoint holds none"
     if loaded.data is None:
         raise UsageError(f"{lacking}; give --config of the project, whose training data they are found with")
@@ -330,6 +331,8 @@ def _calibrate(loaded: Loaded, network: str | None, options: argparse.Namespace)
         with module_kept(module, parameters=False):  # the validation may write into it
             trainer = loaded.run("validate", module, ptq, limit_val_batches=1)
         module.trainer = trainer
+    samples = f"{ptq.samples_seen:,} samples of " if ptq.samples_seen else ""  # weights alone need none
+    return f"calibrated with {samples}the training data, "
 
 
 # The metrics

@@ -283,6 +283,7 @@ def load_trained(
         module = load_checkpoint_(make_plain_(project.module), contents, checkpoint)
     except (ExportError, ValueError) as error:  # of another class, or of another width
         raise UsageError(one_line(error)) from error
+    module = project.trainer.precision_plugin.convert_module(module)  # as a fit of the project begins
     return replace(project, module=module, remarks=tuple(f"{own}: the {counts} counts" for own in differences))
 
 

@@ -236,6 +236,7 @@ class Calibration:
         grids: What was found.
         overruled: Weights whose given grids have other bits than their own, and are not taken.
         nothing: Keys of activations that were 0 throughout, whose grids say nothing.
+        samples: So many the ranges of the activations were found with.
     """
 
     def __init__(
@@ -255,6 +256,7 @@ class Calibration:
         self.grids = Grids(integer_activations=settings.activation_bits is not None)
         self._watch = Observing(network, self.grids, settings, selected, given, presented, own_bits)
         self.nothing: list[str] = []
+        self.samples = 0
         self._first: list[str] = []  # the layers of the first batch, in their order
 
     def discover(self, steps: Steps) -> None:
@@ -342,7 +344,7 @@ class Calibration:
         """
         bits, samples = self._settings.activation_bits, self._settings.max_samples
         if bits is not None:
-            self._run(self._watch, steps, samples=samples)
+            self.samples = self._run(self._watch, steps, samples=samples)
             self.grids.activations = {
                 key: ActivationGrid(*range_grid(*observer.range(), own), own)
                 for key, observer in self._watch.observers.items()
@@ -358,7 +360,8 @@ class Calibration:
 
     def _run(
         self, watch: Rounding, steps: Steps, samples: int, *, batches: int | None = None, required: bool = True
-    ) -> None:
+    ) -> int:
+        """Let something watch the steps; the number of samples that it has seen."""
         # what is watched is Python's: nothing is compiled for it, nor taken from code that was compiled
         with torch.compiler.set_stance("force_eager"), quantizing(self._network, watch) as calls, torch.no_grad():
             for _ in islice(steps(), batches):
@@ -366,6 +369,7 @@ class Calibration:
                     break
         if calls.count == 0 and required:
             raise QuantizationError("no batch reached the network, so there is nothing to calibrate with")
+        return calls.samples
 
 
 def calibrate(
