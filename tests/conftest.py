@@ -21,6 +21,14 @@ def pytest_sessionstart():
     gc.disable()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items):
+    """What is in the sample is slow, or it would need no sample."""
+    for item in items:
+        if item.get_closest_marker("sample"):
+            item.add_marker("slow")
+
+
 def pytest_collection_finish():
     gc.collect()
     gc.freeze()

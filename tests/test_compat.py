@@ -1105,7 +1105,6 @@ def test_what_fsdp2_puts_on_a_module_is_found_and_put_back():
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 @pytest.mark.sample
 def test_fsdp2_gathers_what_is_presented_of_a_shard():
     """Where it keeps parameters and what it knows of them, and when it asks what is to be gathered."""

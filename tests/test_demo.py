@@ -67,7 +67,6 @@ def test_students_see_the_same_batches():
 
 
 @pytest.mark.sample
-@pytest.mark.slow
 def test_the_folder_holds_everything_and_a_deviating_file_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path.parent)
     monkeypatch.setattr(demo, "load_data", lambda name: tiny())

@@ -158,7 +158,6 @@ def test_the_table_of_arguments_is_that_of_the_signatures():
 
 
 @pytest.mark.sample
-@pytest.mark.slow
 def test_before_and_after_run_and_are_equally_sparse(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace, reached = {}, []

@@ -41,7 +41,7 @@ from lightning_compress import functional as C
 from lightning_compress.mechanisms.isolation import RandomState
 from lightning_compress.modules import Paraphraser, Translator
 
-pytestmark = [pytest.mark.slow, pytest.mark.sample]  # paraphrasers are trained
+pytestmark = pytest.mark.sample  # paraphrasers are trained
 
 WEIGHT, EPOCHS = 10.0, 2
 CLIP = 0.1

@@ -219,7 +219,6 @@ class RareFunctions(Rare):
 
 
 @pytest.mark.sample
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "build"),
     [
@@ -369,7 +368,6 @@ def judge(kind=Judged, **settings):
 
 
 @pytest.mark.sample
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Judged, JudgedNorm])
 def test_each_loss_is_weighed_by_the_callback_whose_term_it_has(kind):
     judges, network, reference = made(kind, seed=9).discriminator.eval(), teacher(), made(kind)
@@ -493,7 +491,6 @@ class Named(Functions):
 
 
 @pytest.mark.sample
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
     [

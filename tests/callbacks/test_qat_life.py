@@ -56,8 +56,7 @@ from lightning_compress.export.evaluate import evaluate_quantized
 from lightning_compress.mechanisms.grids import Grids
 
 pytestmark = [
-    pytest.mark.slow,  # fits on grids
-    pytest.mark.sample,
+    pytest.mark.sample,  # fits on grids
     pytest.mark.filterwarnings("ignore:.*beyond the ends of their grids"),  # as these networks are not trained
 ]
 ROWS = 2 * BATCH  # of the validation

@@ -25,7 +25,7 @@ from lightning_compress.modules import Paraphraser, Translator
 
 from .modules import STEPS, Classifier, difference, loader, made, teacher_for, trainer
 
-pytestmark = [pytest.mark.slow, pytest.mark.sample]
+pytestmark = pytest.mark.sample
 SMALL = 1e-8
 """In 64 bits; PSGD sums up its distances in 32."""
 CONVOLUTION, LINEAR = "model.0.weight", "model.3.weight"

@@ -24,7 +24,7 @@ from .modules import (
 from .traces import traces
 
 # Steps compiled as a whole take seconds to trace; test_distillation_exact.py has one of them among the fast tests.
-SAMPLE = [pytest.mark.slow, pytest.mark.sample]
+SAMPLE = pytest.mark.sample
 CHILD_FIRST = [
     pytest.param("child", marks=SAMPLE),
     *(pytest.param(form, marks=pytest.mark.slow) for form in ("in place", "module")),

@@ -74,7 +74,6 @@ def wrong(value: Any) -> list[Any]:
     return [7] if isinstance(value, str) else ["zz", {"zz": 1}] if not isinstance(value, dict) else ["zz", [1]]
 
 
-@pytest.mark.slow
 @pytest.mark.sample
 @pytest.mark.parametrize("size", SIZES)
 def test_every_entry_of_another_type_or_missing_is_refused(size, checkpoints):

@@ -26,7 +26,6 @@ PLACES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.sample
 @pytest.mark.parametrize("name", PLACES)
 def test_an_optimizer_of_helpers_that_is_damaged_is_refused_and_nothing_has_changed(name, tmp_path):

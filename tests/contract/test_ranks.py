@@ -23,7 +23,7 @@ FURTHER = [
     "AttentionTransferCallback-NetworkItself",
 ]
 FIRST_AND_FURTHER = [
-    *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.sample]) for name in FIRST),
+    *(pytest.param(name, marks=pytest.mark.sample) for name in FIRST),
     *(pytest.param(name, marks=pytest.mark.slow) for name in FURTHER),
 ]
 LOGGED = {

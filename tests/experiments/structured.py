@@ -131,7 +131,8 @@ def base(seed: int, folder: Path) -> SmallResNet:
 
 
 def pruning(arm: Arm, ratio: float, seed: int, round_to: int = 1) -> StructuredPruningCallback:
-    return StructuredPruningCallback(ratio, budget="macs", score=arm.score or "l2", seed=seed, round_to=round_to)
+    score = {"score": "random", "seed": seed} if arm.score == "random" else {"score": "l2"}
+    return StructuredPruningCallback(ratio, budget="macs", round_to=round_to, **score)
 
 
 def small_shape(ratio: float, folder: Path, round_to: int = 1) -> nn.Module:

@@ -20,7 +20,7 @@ from lightning_compress.mechanisms.grids import ActivationGrid, Grids, WeightGri
 from lightning_compress.mechanisms.quantization import quantizing
 from lightning_compress.mechanisms.rounding import Rounding
 
-pytestmark = [pytest.mark.slow, pytest.mark.sample]  # a file a test, and its kernels
+pytestmark = pytest.mark.sample  # a file a test, and its kernels
 
 MOVES = {"QuantizeLinear", "DequantizeLinear", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "MaxPool", "NhwcMaxPool"}
 INTEGER = {

@@ -12,7 +12,7 @@ from export.test_emission import calibrated, holding, initializers, kernels, ope
 from lightning_compress.export import to_onnx
 from lightning_compress.mechanisms.calibration import Settings, calibrate
 
-pytestmark = [pytest.mark.slow, pytest.mark.sample]  # a file a test, and its kernels
+pytestmark = pytest.mark.sample  # a file a test, and its kernels
 
 ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 MAPS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,7 @@ from lightning_compress.export.sample import Sample, bind
 
 from .test_emission import calibrated, holding, initializers, kernels, operators, rounded, run, varied_
 
-pytestmark = [pytest.mark.slow, pytest.mark.sample]  # files, and their kernels
+pytestmark = pytest.mark.sample  # files, and their kernels
 
 
 def odd_network():

@@ -18,7 +18,7 @@ from lightning_compress.mechanisms.sharding import is_shard, own_part
 from lightning_compress.mechanisms.standins import standing_in
 from lightning_compress.mechanisms.views import WeightViews
 
-pytestmark = [pytest.mark.slow, pytest.mark.sample]  # a process group, and FSDP2
+pytestmark = pytest.mark.sample  # a process group, and FSDP2
 
 MASK = torch.tensor([[True, False, True], [False, True, False]])
 X = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.5, 4.0]])

@@ -262,7 +262,6 @@ def test_a_file_in_full_precision_alone_is_not_of_the_quantised_network(tmp_path
         fitted(PTQCallback(), *both)
 
 
-@pytest.mark.slow
 @pytest.mark.sample
 def test_a_file_that_is_not_written_ends_the_fit_after_its_report(tmp_path, monkeypatch):
     """The other file is there, and the report says what is missing."""
@@ -318,7 +317,6 @@ def test_a_low_agreement_is_said_to_be_low():
     assert "little" not in remark
 
 
-@pytest.mark.slow
 @pytest.mark.sample
 @pytest.mark.parametrize("settings", [{"fp32_comparison": False}, {"fast_dev_run": 2}])
 def test_without_the_comparison(settings, tmp_path):
@@ -335,7 +333,6 @@ def drawing_loader(seed):
     return DataLoader(plain.dataset, batch_size=8, shuffle=True, generator=generator), generator
 
 
-@pytest.mark.slow
 @pytest.mark.sample
 def test_validations_that_are_compared_see_the_same_data_and_leave_them_as_they_were(tmp_path):
     exporting, ptq = ExportCallback(tmp_path / "n.onnx", precision="int8", fp32_comparison=False), PTQCallback()
@@ -356,7 +353,6 @@ def test_two_exports_to_one_path_are_refused(tmp_path):
         fitted(*exports)
 
 
-@pytest.mark.slow
 @pytest.mark.sample
 def test_a_comparison_that_fails_is_a_warning(tmp_path, monkeypatch):
     def full(*args, **kwargs):
