@@ -1,6 +1,9 @@
 """What a training step with a callback costs: over the plain step, or with a teacher over that plus its forward.
 
     python -m tests.benchmarks.step_cost [kd at ft pruning dpf dcil psgd qat] [--profile]
+    python -m tests.benchmarks.step_cost --out costs --page docs/experiments/step-costs.md
+
+The second line puts the tables into a page; those that are in the folder already are taken from there.
 
 Every arm is a whole ``Trainer.fit`` with its own module, in a thread of its own, and the threads take turns: one step
 of each arm a round, in random order, never two at once. So an arm's time is that of Lightning's real loop, from the
@@ -31,6 +34,8 @@ import ctypes
 import pstats
 import random
 import statistics
+import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -66,6 +71,7 @@ from lightning_compress.functional import (
 )
 from lightning_compress.modules import Paraphraser, Translator
 from lightning_compress.report.latency import median_interval
+from tests.experiments.tables import splice
 
 WARMUP = 10
 TARGETS = {
@@ -401,16 +407,30 @@ def measure(arms: list[Arm], batch: tuple[Tensor, Tensor], rounds: int) -> list[
     return arms
 
 
-def table(name: str, arms: list[Arm]) -> str:
-    """Median time of each arm, and its ratio to the first."""
-    times = [arm.turns.milliseconds[WARMUP:] for arm in arms]
-    lines = [f"{name}: {len(times[0])} rounds"]
-    for arm, own in zip(arms, times, strict=True):
-        ratios = [mine / reference for mine, reference in zip(own, times[0], strict=True)]
+def costs(arms: list[Arm]) -> dict[str, str]:
+    """The ratio of each arm to the first, whose median time it is; to be called once they are measured."""
+    times = {arm.name: arm.turns.milliseconds[WARMUP:] for arm in arms}
+    (reference, first), *others = times.items()
+    found = {reference: f"{statistics.median(first):.1f} ms"}
+    for name, own in others:
+        ratios = [mine / one for mine, one in zip(own, first, strict=True)]
         low, high = median_interval(ratios) or (float("nan"), float("nan"))
-        ratio = f"{statistics.median(ratios):.4f} [{low:.4f}, {high:.4f}]"
-        lines.append(f"  {arm.name:32} {statistics.median(own):9.2f} ms   {ratio if arm is not arms[0] else '1'}")
-    return "\n".join(lines)
+        found[name] = f"{statistics.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
+    return found
+
+
+def section(technique: str, rounds: int) -> str:
+    """A table of all cases of a technique, below its heading."""
+    begin, cases = time.process_time(), {}
+    for name, (make, shape, last) in cases_of(technique).items():
+        batch = torch.randn(shape), torch.randint(0, 10, (shape[0],))
+        cases[name] = costs(measure(arms_in(technique, make, last), batch, rounds))
+        print(f"{technique}, {name}: {cases[name]}", file=sys.stderr, flush=True)
+    (first, *_) = cases.values()
+    rows = [f"| {' | '.join([arm, *(own[arm] for own in cases.values())])} |" for arm in first]
+    lines = [f"### `{technique}`", "", f"| | {' | '.join(cases)} |", f"|{'---|' * (1 + len(cases))}", *rows, ""]
+    spent = (time.process_time() - begin) / 60
+    return "\n".join([*lines, f"Target: {TARGETS[technique]}. {rounds} rounds, {spent:.0f} minutes.", ""])
 
 
 def _one_memory_arena() -> None:
@@ -435,6 +455,18 @@ MORE_BATCHES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = 
     f"small ResNet, width 16, batch {batch} at 28x28": (lambda: SmallResNet(16), (batch, 1, 28, 28), "stages")
     for batch in (8, 128)
 }
+
+
+def cases_of(technique: str) -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]]:
+    """Networks and batches by their names."""
+    return {**CASES, **MORE_BATCHES} if technique in ("dpf", "dcil") else CASES
+
+
+def arms_in(technique: str, make: Callable[[], nn.Module], last: str) -> list[Arm]:
+    """The arms of a technique, all with the same weights."""
+    torch.manual_seed(0)
+    network, teacher = make(), make()
+    return arms_of(technique, lambda: (copy.deepcopy(network), copy.deepcopy(teacher)), last)
 
 
 def profile(arm: Arm, batch: tuple[Tensor, Tensor], steps: int) -> str:
@@ -469,31 +501,39 @@ class Profiled(Callback):
 
 
 def main() -> None:
-    """Measure every case and print one table each."""
+    """Measure every case, and show a table a technique."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("techniques", nargs="*", metavar="technique", help=f"of {', '.join(TARGETS)}; all if none")
     parser.add_argument("--rounds", type=int, default=300, help="measured rounds a case, at least 200 to be quoted")
     parser.add_argument("--profile", action="store_true", help="say where time goes in the last arm, instead")
+    parser.add_argument("--out", type=Path, help="folder of the finished tables")
+    parser.add_argument("--page", type=Path, help="put all tables between the marks of this page")
     arguments = parser.parse_args()
     unknown = set(arguments.techniques) - set(TARGETS)
     if unknown:
         parser.error(f"technique must be one of {', '.join(TARGETS)}, got {', '.join(sorted(unknown))}")
     _one_memory_arena()
     warnings.filterwarnings("ignore", message=".*paraphraser random.*")
-    for technique in arguments.techniques or TARGETS:
-        cases = {**CASES, **MORE_BATCHES} if technique in ("dpf", "dcil") else CASES
-        for name, (make, shape, last) in cases.items():
-            begin = time.perf_counter()
-            torch.manual_seed(0)
-            network, teacher = make(), make()
-            arms = arms_of(technique, lambda: (copy.deepcopy(network), copy.deepcopy(teacher)), last)  # noqa: B023
-            if arguments.profile:
+    techniques = arguments.techniques or list(TARGETS)
+    if arguments.profile:
+        for technique in techniques:
+            for name, (make, shape, last) in cases_of(technique).items():
                 batch = torch.randn(shape), torch.randint(0, 10, (shape[0],))
-                print(f"{technique}, {name}\n{profile(arms[-1], batch, arguments.rounds)}\n", flush=True)
-                continue
-            measure(arms, (torch.randn(shape), torch.randint(0, 10, (shape[0],))), arguments.rounds)
-            print(table(f"{technique}, {name}", arms))
-            print(f"  target {TARGETS[technique]}; one thread, {time.perf_counter() - begin:.0f} s\n", flush=True)
+                found = profile(arms_in(technique, make, last)[-1], batch, arguments.rounds)
+                print(f"{technique}, {name}\n{found}\n", flush=True)
+        return
+    with contextlib.ExitStack() as stack:
+        folder = arguments.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / f"{technique}.md" for technique in techniques]
+        for technique, file in zip(techniques, files, strict=True):
+            if not file.exists():
+                file.write_text(section(technique, arguments.rounds))
+        text = "\n".join(file.read_text() for file in files)
+    if arguments.page:
+        splice(arguments.page, text)
+    else:
+        print(text)
 
 
 if __name__ == "__main__":
