@@ -151,6 +151,7 @@ def select_modules(
         {'0': Linear(in_features=2, out_features=8, bias=True)}
     """
     named = list(root.named_modules(remove_duplicate=False))
+    everything = {id(module) for _, module in named}
     chosen = {id(module) for _, module in named if isinstance(module, types)}
     accepted = _listing(kind.__name__ for kind in types)
     if not chosen:
@@ -167,7 +168,7 @@ def select_modules(
             wanted |= below
         chosen = wanted
     for selector in check_selectors([] if exclude is None else exclude, "exclude", empty=True):
-        chosen -= {id(part) for module in _matches(named, selector, "exclude", chosen) for part in module.modules()}
+        chosen -= {id(part) for module in _matches(named, selector, "exclude", everything) for part in module.modules()}
     if not chosen:
         given = "all layers" if layers is None else f"{argument}={layers}"
         raise ValueError(f"{given} without exclude={exclude} selects nothing: no {accepted} is left")

@@ -38,6 +38,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress import PTQCallback
 
+pytestmark = pytest.mark.sample  # fits, and a calibration after each
 ROWS = 2 * BATCH  # of the validation
 
 
@@ -974,7 +975,6 @@ PROCESSES = """
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn", "popen"])
 def test_two_processes_find_the_same_grids_and_the_parent_gets_them(method, tmp_path):
     script = tmp_path / "script.py"

@@ -61,10 +61,11 @@ class Residual(nn.Module):
         return F.linear(x.flatten(1), weight("last.weight"), self.last.bias)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*beyond the ends of their grids")  # which fit what did not train
-# Of the network with a residual sum, the fast tests have the plain loop and the one with everything as by default.
-KINDS = pytest.mark.parametrize("kind", [Straight, pytest.param(Residual, marks=pytest.mark.slow)])
-BOTH_KINDS = pytest.mark.parametrize("kind", [Straight, Residual])
+pytestmark = [
+    pytest.mark.sample,  # fits on grids, and the same by hand
+    pytest.mark.filterwarnings("ignore:.*beyond the ends of their grids"),  # which fit what did not train
+]
+KINDS = pytest.mark.parametrize("kind", [Straight, Residual])
 
 
 def network(kind):
@@ -344,7 +345,7 @@ def tolerance_of(step_size):
     return SUMS if step_size == "learned" else 0.0
 
 
-@BOTH_KINDS
+@KINDS
 @STEP_SIZES
 def test_the_plain_loop(kind, step_size):
     """It is validated in between, on other numbers, of which nothing is taken in."""
@@ -380,7 +381,7 @@ def test_accumulation(kind, step_size):
 
 
 @STEP_SIZES
-@pytest.mark.parametrize("algorithm", ["norm", pytest.param("value", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_clipping(step_size, algorithm):
     """Of the user's parameters; the steps that learn are none of them."""
     clips = {"norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}
@@ -442,7 +443,7 @@ def test_from_the_middle_with_accumulation(step_size):
 
 @KINDS
 @STEP_SIZES
-@pytest.mark.parametrize("at", [0.5, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("at", [0.5, 0.0])
 def test_batch_norm_is_frozen(kind, step_size, at):
     """Then it uses its running statistics, which stay as they are."""
     hand = by_hand(kind, step_size, freeze_norm=8 * at)
@@ -459,7 +460,7 @@ def test_grids_that_follow_are_frozen(kind, at):
     assert_same(trained(kind, "observed", callback={"freeze_observers_at": at}), hand)
 
 
-@BOTH_KINDS
+@KINDS
 @STEP_SIZES
 def test_everything_as_it_is_by_default(kind, step_size):
     """Grids that follow are frozen after three quarters, and batch norm not at all, as the learning rate stays."""

@@ -20,6 +20,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_compress import DPFCallback, PruningCallback, QATCallback, StructuredPruningCallback
 from lightning_compress.mechanisms.channel_graph import StructureError
 
+pytestmark = pytest.mark.sample  # fits of convolutions
+
 
 def structured(ratio=0.5, **arguments):
     return StructuredPruningCallback(ratio, **arguments)
@@ -41,7 +43,6 @@ class Sizes(Lit):
         return DataLoader([(F.interpolate(images[:4], size=(own, own)), labels[:4]) for own in sizes], batch_size=None)
 
 
-@pytest.mark.slow
 def test_rounds_on_batches_of_other_sizes_take_as_much():
     """The share of multiply-accumulates is of the network, not of the batch at hand."""
     results = []
@@ -106,7 +107,6 @@ def test_all_networks_of_a_step_are_compared(precision):
     assert callback.plan.difference < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [PruningCallback, DPFCallback])
 def test_masks_on_what_stays_have_the_sparsity_that_was_asked_for(kind, tmp_path):
     """Filters go by another score than weights, so what stays may be masked more, or less, than the whole was."""
@@ -299,7 +299,6 @@ def test_a_round_is_logged_once_whatever_the_interval(tmp_path):
     assert float(logged[1][1]) == 0.5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -313,7 +312,6 @@ def test_arguments_without_effect_are_told_of(arguments, message):
         structured(**arguments)
 
 
-@pytest.mark.slow
 def test_more_rounds_than_steps_are_told():
     with pytest.warns(UserWarning, match="rounds=50 are more than the 4 steps between start and end"):
         fitted(Lit(), structured(schedule="iterative", rounds=50))
@@ -658,7 +656,6 @@ def test_random_numbers_are_no_difference(kind):
     assert callback.plan.difference is None if "otherwise" in kind else callback.plan.difference < 1e-9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dropout", "dropout that always drops", "noise", "a random slope"])
 def test_random_numbers_hide_no_difference(kind):
     with pytest.raises(StructureError, match=r"computes something else"):
@@ -689,7 +686,6 @@ def test_what_is_differentiated_twice_says_so():
         fitted(Penalised(), structured())
 
 
-@pytest.mark.slow
 def test_skipped_batches_are_counted_in_a_row():
     skipped = [index for index in range(80) if index % 7 != 6]
     module = Skipping(skipped)

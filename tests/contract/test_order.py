@@ -35,7 +35,9 @@ def trained(kind, callbacks):
     ("masking", "quantising", "kind", "heavy"),
     [
         *(
-            pytest.param(MASKING[-1], own.name, Classifier, False, id=f"light rows with {own.name}")
+            pytest.param(
+                MASKING[-1], own.name, Classifier, False, id=f"light rows with {own.name}", marks=pytest.mark.sample
+            )
             for own in QUANTISING
         ),
         *(
@@ -66,7 +68,10 @@ def test_the_order_of_all_rows_does_not_matter(masking, quantising, kind, heavy,
 
 @pytest.mark.parametrize(
     "masking",
-    [pytest.param(own, id=own.name, marks=[pytest.mark.slow] * (own is not MASKING[-1])) for own in MASKING],
+    [
+        pytest.param(own, id=own.name, marks=pytest.mark.sample if own is MASKING[-1] else pytest.mark.slow)
+        for own in MASKING
+    ],
 )
 def test_the_order_does_not_matter_where_filters_go_before_the_first_step(masking, tmp_path):
     """With all rows that do not quantise in training: their state is made for the larger network, or follows."""

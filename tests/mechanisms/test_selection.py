@@ -202,7 +202,7 @@ def test_find_module_in_compiled_networks():
 def test_what_is_suggested_can_be_taken():
     with pytest.raises(ValueError, match=r"matches no module; did you mean 'net\.layer10\.0\.conv1'"):
         select_modules(Task(), ["net.layer10.0.bn1x"], None, types=WEIGHTED, argument="layers")
-    with pytest.raises(ValueError, match=r"exclude has 'type:ReLV', which matches no module; did you mean 'type:Net'"):
+    with pytest.raises(ValueError, match=r"exclude has 'type:ReLV', which matches no module; did you mean 'type:ReLU'"):
         select_modules(Task(), None, ["type:ReLV"], types=WEIGHTED, argument="layers")
 
 
