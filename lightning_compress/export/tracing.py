@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress.export.errors import ExportError
-from lightning_compress.export.parity import FIXED_HINT, batch_size, is_batched
+from lightning_compress.export.parity import FIXED_HINT, batch_size, is_batched, resized
 from lightning_compress.export.sample import Call
 from lightning_compress.mechanisms.isolation import evaluating, quiet
 from lightning_compress.mechanisms.tree import named_tensors
@@ -70,13 +70,15 @@ def convert(
         ExportError: If the exporter fails, or writes another operator set than asked for.
     """
     _check_size(network)
-    batch = batch_size(call.tensors)
-    shapes = tuple({0: "batch"} if dynamic_batch and is_batched(tensor, batch) else {} for tensor in call.tensors)
+    tensors, batch = call.tensors, batch_size(call.tensors)
+    if dynamic_batch and batch == 1:  # of one row alone torch takes several layouts for the same, as channels_last
+        tensors, batch = resized(tensors, 2), 2
+    shapes = tuple({0: "batch"} if dynamic_batch and is_batched(tensor, batch) else {} for tensor in tensors)
     try:
         with quiet(EXPORT_LOGGERS), evaluating(network), _compat.values_unseen():
             program = torch.onnx.export(
                 _Flat(network, call, children).eval(),
-                call.tensors,
+                tensors,
                 input_names=list(call.names),
                 output_names=list(output_names),
                 dynamic_shapes=(shapes,),

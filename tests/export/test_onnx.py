@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import lightning_compress
+from lightning_compress.demo import ResidualBlock
 from lightning_compress.export import ExportError, Sample, to_onnx
 from lightning_compress.export import tracing as tracing_module
 
@@ -237,6 +238,13 @@ def test_example_input_array_and_none_at_all(tmp_path):
     module.example_input_array = (torch.ones(2, FEATURES),)
     assert to_onnx(module, tmp_path / "n.onnx").input_names == ("x",)
     assert module._trainer is None
+
+
+def test_a_sample_of_one_row_does_not_decide_on_the_layout_of_channels(tmp_path):
+    network = ResidualBlock(2, 2).to(memory_format=torch.channels_last)  # adds what has one layout to what has another
+    x = torch.randn(5, 2, 6, 6)
+    to_onnx(network, tmp_path / "n.onnx", x[:1])
+    np.testing.assert_allclose(run(tmp_path / "n.onnx", x)[0], network.eval()(x).detach().numpy(), atol=1e-5)
 
 
 def test_checkpoint_weights_go_into_the_copy(tmp_path):
