@@ -343,7 +343,7 @@ def is_tuner_fit(trainer: Any) -> bool:
 def batch_bounds(program: Any) -> tuple[int, int | None]:
     """Smallest and largest batch that a traced program was found to hold for; None for no upper bound.
 
-    A branch on the batch size leaves a bound here: the program holds the branch of the sample only.
+    A branch on the batch size leaves a bound here: the program holds the branch that was traced only.
     """
     exported = program.exported_program
     inputs = set(exported.graph_signature.user_inputs)

@@ -146,7 +146,7 @@ def test_results_are_those_of_the_experiments(page):
     figures = re.findall(FIGURE, before + after)
     assert [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", known)] == []
     [seeds] = {*re.findall(r"(\d+) seeds", before + table + after)}
-    assert f"{seeds} seeds" in known
+    assert all(f"{seeds} seeds" in (page.parent / link).read_text(encoding="utf-8") for link in linked)
     intervals = re.findall(r"\[([+-]\d+\.\d+), ([+-]\d+\.\d+)\](, not shown)?", measured)
     assert [entry for entry in intervals if (float(entry[0]) <= 0 <= float(entry[1])) != bool(entry[2])] == []
 

@@ -378,6 +378,7 @@ def test_double_precision_stays_double(written, capsys):
     code, line = exported(capsys, *arguments, "fp32")
     assert code == 0, line
     assert told(line) == pytest.approx([written.accuracy(plain)] * 2, abs=1e-3)
+    assert exported(capsys, *arguments, "fp32", "--shape", "1,8")[0] == 0
     code, line = exported(capsys, *arguments, "int8")
     assert (code, "integer kernels go with float32" in line) == (1, True), line
 

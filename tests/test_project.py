@@ -258,6 +258,14 @@ def test_what_the_user_s_own_code_raises_is_raised(argument, error, message, pro
         main("fit", ["--config", project.base, f"--model.init_args.{argument}"])
 
 
+@pytest.mark.slow
+def test_what_the_user_s_own_teacher_raises_is_raised(project):
+    teacher = callback(f"{project.name}.LitNet", width=-2)
+    path = project.yaml("case.yaml", one("DistillationCallback", teacher=teacher))
+    with pytest.raises(RuntimeError, match="negative dimension"):
+        main("fit", ["--config", project.base, "--config", path])
+
+
 @BOTH
 def test_a_config_that_lies_where_it_would_be_saved_is_left_alone(project):
     config = project.config()

@@ -62,8 +62,8 @@ class CalibratingCallback(CompressionCallback):
         name: As in the base class.
 
     Attributes:
-        samples_seen: So many the ranges of the activations were found with last; the training data may have fewer than
-            ``max_samples``, and whole batches may be more.
+        samples_seen: Samples of the training data that this process has found the ranges of the activations with: whole
+            batches, up to ``max_samples`` or all there are. 0 before that, and where the scales are a checkpoint's.
     """
 
     def __init__(
@@ -285,12 +285,6 @@ class CalibratingCallback(CompressionCallback):
 
     def _reestimate(self, trainer: Any, pl_module: Any, name: str, calibration: Calibration) -> None:
         """Find the statistics of batch norm with rounded weights; the module keeps its own."""
-        if not pl_module.automatic_optimization and not trainer.optimizers:
-            raise QuantizationError(
-                f"{type(self).__name__} '{self.name}' estimates the statistics of batch norm anew, with the training "
-                f"step of {class_name(pl_module)}; that optimises by itself, and there are no optimizers outside of a "
-                "fit: put the callback into the fit, or give reestimate_batchnorm=False"
-            )
         network = find_module(pl_module, name, argument="network")
         with (
             torch.compiler.set_stance("force_eager"),
@@ -300,7 +294,17 @@ class CalibratingCallback(CompressionCallback):
             controller.weights.presented(),
             quantizing(network, calibration.weights_only()),
         ):
-            estimated = reestimate_batchnorm_(trainer, pl_module, shared=False)  # rank 0's grids count in the end
+            try:
+                estimated = reestimate_batchnorm_(trainer, pl_module, shared=False)  # rank 0's grids count in the end
+            except Exception as error:  # whatever the user's step raises
+                if trainer.optimizers or pl_module.automatic_optimization:
+                    raise
+                raise QuantizationError(
+                    f"{type(self).__name__} '{self.name}' estimates the statistics of batch norm anew, and the "
+                    f"training step of {class_name(pl_module)} failed: {type(error).__name__}: {error}; it optimises "
+                    "by itself, and there are no optimizers outside of a fit: put the callback into the fit, or give "
+                    "reestimate_batchnorm=False"
+                ) from error
             done = {plain_name(entry) for entry in estimated}
             names = [own for own in batch_norms(network) if joined(name, plain_name(own)) in done]
             found = statistics_of(names, network)

@@ -67,7 +67,7 @@ class PTQCallback(QuantisedCallback):
 
     Attributes:
         quantization: The grids, once calibrated.
-        samples_seen: Samples of the training data that the ranges of the activations were found with.
+        samples_seen: Samples of the training data that this process has found the ranges of the activations with.
         metrics: The metrics of the quantised network in the module's own validation, after a fit.
 
     Raises:

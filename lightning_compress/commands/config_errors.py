@@ -23,10 +23,10 @@ from lightning_compress.mechanisms.parsing import (
     KEY,
     UNKNOWN,
     chain,
-    first_line,
     frames,
     missing,
     raised_in,
+    told,
     wrong_value,
 )
 from lightning_compress.mechanisms.selection import did_you_mean
@@ -79,7 +79,7 @@ def explanation(error: BaseException, configs: dict[str, Any], keys: Collection[
         "unknown key 'trainer.max_epoch'; accepted are trainer.max_epochs; did you mean 'trainer.max_epochs'?"
     """
     links = list(chain(error))
-    place, said = _place(links), first_line(links[-1])
+    place, said = _place(links), told(links[-1])
     if match := UNKNOWN_KEY.match(said):
         return _unknown_key(place, match[1] or match[2], configs, keys)
     if left_out := missing(said):

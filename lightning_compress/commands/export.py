@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_compress.callbacks.base import TrainerCallback
 from lightning_compress.callbacks.ptq import PTQCallback
-from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended, one_line
+from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended
 from lightning_compress.commands.project import (
     Project,
     ProjectError,
@@ -183,6 +183,8 @@ def _loaded_with_input(
         stack.callback(loaded.project.tear_down)
     if options.metric is not None:
         _require_validation(loaded, options.metric)
+    if sample is not None and loaded.project is not None:
+        sample = loaded.trainer.precision_plugin.convert_input(sample)
     if sample is None and loaded.data is not None:
         with checking(ValueError, CaptureError):
             return loaded, *_received(loaded, options.network)
@@ -229,9 +231,8 @@ def _loaded(options: argparse.Namespace, *, set_up: bool) -> Loaded:
     try:
         return Loaded(teacher_from_checkpoint(options.module_class, options.checkpoint, init_args=arguments))
     except (ValueError, TypeError) as error:
-        raise UsageError(
-            one_line(error).replace("class_path", "--class").replace("init_args", "--init-args")
-        ) from error
+        said = " ".join(str(error).split())
+        raise UsageError(said.replace("class_path", "--class").replace("init_args", "--init-args")) from error
 
 
 def _mapping(text: str | None) -> dict[str, Any]:

@@ -362,10 +362,10 @@ def _read(arguments: Sequence[str]) -> Arguments:
         elif bare and _class_in(configs, passed, key) is None:
             lacking[key] = bare
     if lacking:
-        path, name = next(iter(lacking.values())), "name" if len(lacking) > 1 else "names"
+        paths, name = dict.fromkeys(lacking.values()), "name" if len(lacking) > 1 else "names"
         given_as = {"model": "--class pkg.Net", "data": "--data-class pkg.Data"}
         raise ConfigError(
-            f"{path}: {' and '.join(lacking)} {name} no class, as in the configs that a project's own "
+            f"{', '.join(paths)}: {' and '.join(lacking)} {name} no class, as in the configs that a project's own "
             f"LightningCLI(Net, Data) saves; give it as {' '.join(given_as[key] for key in lacking)}"
         )
     return Arguments(tuple(passed), configs, classes["model"], classes["data"])

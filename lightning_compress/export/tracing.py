@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress.export.errors import ExportError
-from lightning_compress.export.parity import FIXED_HINT, batch_size, is_batched, resized
+from lightning_compress.export.parity import FIXED_HINT, is_batched, resized, traced_size
 from lightning_compress.export.sample import Call
 from lightning_compress.mechanisms.isolation import evaluating, quiet
 from lightning_compress.mechanisms.tree import named_tensors
@@ -56,7 +56,7 @@ def convert(
 
     Args:
         network: The network, on the CPU.
-        call: The input to trace with.
+        call: The input to trace with; its rows are repeated where they are traced at another batch size.
         output_names: One name for each tensor of the output.
         dynamic_batch: Whether dimension 0 of the inputs stays open.
         opset: ONNX operator set.
@@ -70,9 +70,8 @@ def convert(
         ExportError: If the exporter fails, or writes another operator set than asked for.
     """
     _check_size(network)
-    tensors, batch = call.tensors, batch_size(call.tensors)
-    if dynamic_batch and batch == 1:  # of one row alone torch takes several layouts for the same, as channels_last
-        tensors, batch = resized(tensors, 2), 2
+    batch = traced_size(call.tensors, dynamic_batch)
+    tensors = resized(call.tensors, batch)
     shapes = tuple({0: "batch"} if dynamic_batch and is_batched(tensor, batch) else {} for tensor in tensors)
     try:
         with quiet(EXPORT_LOGGERS), evaluating(network), _compat.values_unseen():

@@ -236,7 +236,7 @@ class Calibration:
         grids: What was found.
         overruled: Weights whose given grids have other bits than their own, and are not taken.
         nothing: Keys of activations that were 0 throughout, whose grids say nothing.
-        samples: So many the ranges of the activations were found with.
+        samples: Samples that the ranges of the activations were found with.
     """
 
     def __init__(
@@ -344,7 +344,8 @@ class Calibration:
         """
         bits, samples = self._settings.activation_bits, self._settings.max_samples
         if bits is not None:
-            self.samples = self._run(self._watch, steps, samples=samples)
+            seen = self._run(self._watch, steps, samples=samples)
+            self.samples = self.samples or seen  # not those of another way through the network
             self.grids.activations = {
                 key: ActivationGrid(*range_grid(*observer.range(), own), own)
                 for key, observer in self._watch.observers.items()

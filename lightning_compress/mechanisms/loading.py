@@ -16,11 +16,12 @@ from torch import nn
 from lightning_compress import _compat
 from lightning_compress.functional._checks import check_flag, check_path, shown
 from lightning_compress.mechanisms.checkpoints import resize_, structures_in
+from lightning_compress.mechanisms.parsing import ours
 from lightning_compress.mechanisms.reading import read_saved
 from lightning_compress.mechanisms.selection import did_you_mean, find_module, plain_name
 from lightning_compress.mechanisms.shrinking import restructure_, structure_told_by
 
-LONGEST = 600  # characters of what a class raises, in our own messages
+MOST_LINES, LONGEST = 4, 150  # of what a class raises, and characters of such a line, in our own messages
 
 
 def build_module(source: Any, *, argument: str) -> nn.Module:
@@ -278,7 +279,7 @@ def _built(
     except Exception as error:  # a constructor may raise anything; the user needs to know which one it was
         raise ValueError(
             f"{argument} could not be built: {path}(**{dict(arguments)!r}) raised {type(error).__name__}: "
-            f"{_beginning(error).rstrip('.')}{hint}"
+            f"{_beginning(error)}{hint}"
         ) from error
     if not isinstance(module, nn.Module):
         raise TypeError(f"{argument}: {path} returned {type(module).__name__}, not a torch.nn.Module")
@@ -287,10 +288,11 @@ def _built(
 
 def _hint(path: str | os.PathLike[str], arguments: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
     """What to do about arguments that do not fit a checkpoint of Lightning."""
+    hint = f". What {os.fspath(path)} does not hold goes into init_args"
     if others := differing(checkpoint.get("hyper_parameters"), arguments):
         were = ", ".join(f"{name}={shown(was)}" for name, (was, _) in others.items())
-        return f". {os.fspath(path)} was saved with {were}, which init_args overrule"
-    return f". What {os.fspath(path)} does not hold goes into init_args"
+        hint += f"; it was saved with {were}, which they overrule"
+    return hint
 
 
 def differing(saved: Any, own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -316,8 +318,11 @@ def differing(saved: Any, own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 def _beginning(error: BaseException) -> str:
     """What was raised, but not all of a long text: torch lists every weight that does not fit."""
-    text = str(error).rstrip()
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    if ours(error):  # short enough
+        return str(error)
+    lines = str(error).strip().rstrip(".").splitlines()
+    shortened = [line if len(line) <= LONGEST else f"{line[:LONGEST]} ..." for line in lines[:MOST_LINES]]
+    return "\n".join([*shortened, *[f"and {len(lines) - MOST_LINES} lines more"] * (len(lines) > MOST_LINES)])
 
 
 def _refuse_unknown(

@@ -8,8 +8,10 @@ the type that was meant.
 from __future__ import annotations
 
 import ast
+import os
 import re
 import reprlib
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from traceback import walk_tb
@@ -54,7 +56,7 @@ _EACH = {
 def chain(error: BaseException) -> Iterator[BaseException]:
     """An exception and what it comes from: its cause, or what was raised for the type that was meant, of several.
 
-    Not what an exception of this package comes from, which says that itself.
+    Not what an exception of this package comes from, which says that itself; but what the user's own code has raised.
 
     Args:
         error: What a parser has raised.
@@ -69,7 +71,9 @@ def chain(error: BaseException) -> Iterator[BaseException]:
     link: BaseException | None = error
     while link is not None:
         yield link
-        if missing(str(link)) or ours(link):  # what it comes from is a look-up, or told in it
+        if missing(str(link)):  # what it comes from is a look-up
+            return
+        if ours(link) and not of_the_user(link.__cause__):  # told in it
             return
         meant = (cause for cause in _compat.types_tried(link) if not _OTHER_TYPE.match(str(cause)))
         link = next(meant, link.__cause__)
@@ -124,6 +128,29 @@ def ours(error: BaseException) -> bool:
     return raised_in(error).partition(".")[0] == __name__.partition(".")[0]
 
 
+def of_the_user(error: BaseException | None) -> bool:
+    """Whether code of the user's led to an exception, rather than this package, an installed one, or none.
+
+    Args:
+        error: The exception, or None.
+
+    Returns:
+        True if a frame of its trace is in a file that no installation put there.
+
+    Example:
+        >>> of_the_user(None)
+        False
+    """
+    paths = sysconfig.get_paths()
+    installed = tuple(os.path.join(paths[name], "") for name in ("stdlib", "purelib", "platlib"))
+    for frame in () if error is None else frames(error):
+        inside = str(frame.f_globals.get("__name__", "")).partition(".")[0] == __name__.partition(".")[0]
+        file = frame.f_code.co_filename
+        if not (inside or file.startswith(("<", *installed))):
+            return True
+    return False
+
+
 def missing(text: str) -> str:
     """The required argument that was not given, or all of them.
 
@@ -141,17 +168,17 @@ def missing(text: str) -> str:
     return (match["name"] or match["names"]) if match else ""
 
 
-def first_line(error: BaseException) -> str:
-    """The text of an exception, which the next ones of a chain repeat below its first line.
+def told(error: BaseException) -> str:
+    """What an exception says, without what the next ones of a chain say: they stand below its first line.
 
     Args:
         error: The exception.
 
     Returns:
-        One line; of an exception of this package, which ends a chain, all of it.
+        One line: the first; of an exception of this package, which ends a chain, all of its words.
 
     Example:
-        >>> first_line(ValueError("short"))
+        >>> told(ValueError("short"))
         'short'
     """
     return " ".join(str(error).split()) if ours(error) else str(error).lstrip().partition("\n")[0]
@@ -180,7 +207,7 @@ def refusal(error: BaseException, values: Mapping[str, Any]) -> str:
     links = list(chain(error))
     found = [match[1] for match in map(KEY.match, map(str, links)) if match]
     names = [name for name, _ in groupby(found)]  # some are told twice
-    said = first_line(links[-1])
+    said = told(links[-1])
     if left_out := missing(said):
         return f"the required key '{'.'.join([*names, left_out])}' is missing"
     if not names:
@@ -207,7 +234,7 @@ def wrong_value(links: Sequence[BaseException], value: Any = UNKNOWN) -> str:
     """
     key = max((index for index, link in enumerate(links) if KEY.match(str(link))), default=-1)
     tried = next(filter(None, map(_compat.types_tried, reversed(links[key + 1 :]))), [links[-1]])
-    matches = [match for match in map(EXPECTED.search, map(first_line, tried)) if match]
+    matches = [match for match in map(EXPECTED.search, map(told, tried)) if match]
     seen = next((value for value in map(_value, matches) if value is not None), "nothing")
     if seen not in str(value):  # it is that of another argument of the same name
         value = UNKNOWN

@@ -18,7 +18,7 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.base import CompressionCallback, TrainerCallback
 from lightning_compress.callbacks.teaching import TeacherCallback
 from lightning_compress.mechanisms.loading import check_source, import_path
-from lightning_compress.mechanisms.parsing import raised_in, refusal
+from lightning_compress.mechanisms.parsing import ours, refusal
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe.file import RecipeError, check_keys, shown
 
@@ -162,19 +162,14 @@ def _explained(error: Exception, place: str) -> tuple[str, BaseException | None]
 
     That is the reason that our own functions have told, not the calls that led to it.
     """
-    if not _is_own(error):
+    if not ours(error):
         return f"{place} could not be built: {type(error).__name__}: {error}", error
-    while isinstance(cause := error.__cause__, (ValueError, OSError)) and _is_own(cause):
+    while isinstance(cause := error.__cause__, (ValueError, OSError)) and ours(cause):
         argument = re.match(r"(\w+) could not be built: ", str(error))
         place += f".{argument[1]}" if argument else ""
         error = cause
-    says_no_more = cause is None or _is_own(cause) or isinstance(cause, ModuleNotFoundError)
+    says_no_more = cause is None or ours(cause) or isinstance(cause, ModuleNotFoundError)
     return f"{place}: {error}", None if says_no_more else cause
-
-
-def _is_own(error: BaseException) -> bool:
-    """Whether this package raised it, so that its message needs no more."""
-    return raised_in(error).startswith("lightning_compress.")
 
 
 def _parsed(cls: type[Callback], init_args: Mapping[str, Any], where: str) -> tuple[ArgumentParser, Namespace]:

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.step_cost [kd at ft pruning dpf dcil psgd qat] [--profile]
     python -m tests.benchmarks.step_cost --out costs --page docs/experiments/step-costs.md
 
-The second line puts the tables into a page; those that are in the folder already are taken from there.
+The second line puts the tables of all techniques into a page; those that are in the folder already, of as many rounds,
+are taken from there.
 
 Every arm is a whole ``Trainer.fit`` with its own module, in a thread of its own, and the threads take turns: one step
 of each arm a round, in random order, never two at once. So an arm's time is that of Lightning's real loop, from the
@@ -71,7 +72,7 @@ from lightning_compress.functional import (
 )
 from lightning_compress.modules import Paraphraser, Translator
 from lightning_compress.report.latency import median_interval
-from tests.experiments.tables import splice
+from tests.experiments.tables import BEGIN, splice
 
 WARMUP = 10
 TARGETS = {
@@ -408,7 +409,7 @@ def measure(arms: list[Arm], batch: tuple[Tensor, Tensor], rounds: int) -> list[
 
 
 def costs(arms: list[Arm]) -> dict[str, str]:
-    """The ratio of each arm to the first, whose median time it is; to be called once they are measured."""
+    """By arm, once all are measured: the median time of the first, and the ratios of the others to it."""
     times = {arm.name: arm.turns.milliseconds[WARMUP:] for arm in arms}
     (reference, first), *others = times.items()
     found = {reference: f"{statistics.median(first):.1f} ms"}
@@ -515,6 +516,10 @@ def main() -> None:
     _one_memory_arena()
     warnings.filterwarnings("ignore", message=".*paraphraser random.*")
     techniques = arguments.techniques or list(TARGETS)
+    if arguments.page and arguments.techniques:
+        parser.error("--page takes the tables of all techniques; leave the names out")
+    if arguments.page and BEGIN not in arguments.page.read_text():
+        parser.error(f"{arguments.page} has no line {BEGIN}, below which the tables are put")
     if arguments.profile:
         for technique in techniques:
             for name, (make, shape, last) in cases_of(technique).items():
@@ -525,7 +530,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = arguments.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / f"{technique}.md" for technique in techniques]
+        files = [folder / f"{technique}-{arguments.rounds}.md" for technique in techniques]
         for technique, file in zip(techniques, files, strict=True):
             if not file.exists():
                 file.write_text(section(technique, arguments.rounds))

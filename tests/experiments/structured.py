@@ -131,8 +131,8 @@ def base(seed: int, folder: Path) -> SmallResNet:
 
 
 def pruning(arm: Arm, ratio: float, seed: int, round_to: int = 1) -> StructuredPruningCallback:
-    score = {"score": "random", "seed": seed} if arm.score == "random" else {"score": "l2"}
-    return StructuredPruningCallback(ratio, budget="macs", round_to=round_to, **score)
+    more = {"seed": seed} if arm.score == "random" else {}  # no other score draws
+    return StructuredPruningCallback(ratio, budget="macs", score=arm.score or "l2", round_to=round_to, **more)
 
 
 def small_shape(ratio: float, folder: Path, round_to: int = 1) -> nn.Module:

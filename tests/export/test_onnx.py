@@ -511,6 +511,15 @@ def test_branch_on_the_batch_size(tmp_path, network, rows, bounds):
     assert (tmp_path / "n.onnx").read_text() == "an older file"
 
 
+def test_a_branch_for_one_row_is_told_as_one(tmp_path):
+    class Alone(nn.Module):
+        def forward(self, x):
+            return 2 * x if x.shape[0] == 1 else x
+
+    with pytest.raises(ExportError, match=r"at batch size 1 .* probably branches on the batch size"):
+        to_onnx(Alone(), tmp_path / "n.onnx", torch.ones(1, 2))
+
+
 def test_branch_beyond_every_size_that_is_run(tmp_path):
     class Wide(nn.Module):
         def forward(self, x):

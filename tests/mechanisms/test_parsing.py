@@ -9,7 +9,8 @@ from typing import Literal
 import pytest
 from jsonargparse import ArgumentParser
 
-from lightning_compress.mechanisms.parsing import chain, missing, refusal, wrong_value
+from lightning_compress.mechanisms.loading import build_module
+from lightning_compress.mechanisms.parsing import chain, missing, of_the_user, ours, refusal, told, wrong_value
 
 NO_LIST = ValueError("Expected a <class 'list'>. Got value: half")
 NULL = ValueError("Expected a <class 'NoneType'>")
@@ -44,6 +45,29 @@ def test_it_goes_on_with_the_first_where_all_are_other_types():
 def test_lists_of_exceptions_elsewhere_are_no_business_of_ours():
     error = of_types(NULL, MEANT, module="their.module")
     assert list(chain(error)) == [error, NULL]
+
+
+def caught(source):
+    with pytest.raises(ValueError, match="teacher") as found:
+        build_module(source, argument="teacher")
+    return found.value
+
+
+def test_what_this_package_says_ends_the_chain():
+    error = caught({"class_path": "torch.nn.Linear", "init_args": {"in_features": -2, "out_features": 1}})
+    assert (ours(error), of_the_user(error.__cause__), list(chain(error))) == (True, False, [error])
+    assert told(error) == " ".join(str(error).split())
+
+
+def test_unless_code_of_the_user_s_led_to_it():
+    error = caught(f"{__name__}.fails")
+    *_, last = chain(error)
+    assert (ours(error), ours(last), of_the_user(last)) == (True, False, True)
+    assert (type(last), told(last)) == (ZeroDivisionError, "of the user's")
+
+
+def fails():
+    raise ZeroDivisionError("of the user's\nand more")
 
 
 @pytest.mark.parametrize("order", [(NULL, NO_LIST), (NO_LIST, NULL)])
