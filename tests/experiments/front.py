@@ -52,7 +52,7 @@ def figure_of(points: Sequence[Point]) -> Figure:
     """Two panels, a name beside each point."""
     figure = Figure(figsize=(7.0, 10.0), dpi=100 * DENSE)
     FigureCanvasAgg(figure)
-    figure.subplots_adjust(left=0.09, right=0.985, bottom=0.05, top=0.97, hspace=0.13)
+    figure.subplots_adjust(left=0.09, right=0.965, bottom=0.05, top=0.97, hspace=0.13)
     panels = figure.subplots(2)
     costs: tuple[Callable[[Point], float], ...] = (lambda own: own.kilobytes, lambda own: own.milliseconds)
     for panel, cost, title in zip(panels, costs, ("kB of the file after deflate", "ms an image"), strict=True):
