@@ -43,7 +43,7 @@ from lightning_compress.mechanisms.loading import differing, import_path
 from lightning_compress.mechanisms.quantization import QuantizationError
 from lightning_compress.recipe.file import RecipeError, check_size, shown, yaml_problem
 
-CLASS_OPTIONS = ("--class", "--data-class")
+CLASS_OPTIONS = {"model": "--class", "data": "--data-class"}
 """Classes for a config that names none, as those are that a project's own ``LightningCLI(Net, Data)`` has saved."""
 EPILOG = (
     "--class pkg.Net and --data-class pkg.Data name the classes of a config without class_path. "
@@ -349,11 +349,11 @@ def current_folder_importable() -> None:
 def _read(arguments: Sequence[str]) -> Arguments:
     """Take out what LightningCLI does not know, and look at the rest."""
     current_folder_importable()
-    passed, given = _without(arguments, CLASS_OPTIONS)
+    passed, given = _without(arguments, [*CLASS_OPTIONS.values()])
     configs = {path: _contents(path) for path in _values(passed, ("--config", "-c"))}
-    classes: dict[str, type | None] = {"model": None, "data": None}
+    classes: dict[str, type | None] = dict.fromkeys(CLASS_OPTIONS)
     lacking: dict[str, str] = {}  # the config, by the key that names no class
-    for key, option in zip(classes, CLASS_OPTIONS, strict=True):
+    for key, option in CLASS_OPTIONS.items():
         bare = _without_class_path(key, configs)
         if bare and option in given:
             classes[key] = _imported(given[option], option)
@@ -363,10 +363,10 @@ def _read(arguments: Sequence[str]) -> Arguments:
             lacking[key] = bare
     if lacking:
         paths, name = dict.fromkeys(lacking.values()), "name" if len(lacking) > 1 else "names"
-        given_as = {"model": "--class pkg.Net", "data": "--data-class pkg.Data"}
+        given_as = [f"{CLASS_OPTIONS[key]} pkg.{'Net' if key == 'model' else 'Data'}" for key in lacking]
         raise ConfigError(
             f"{', '.join(paths)}: {' and '.join(lacking)} {name} no class, as in the configs that a project's own "
-            f"LightningCLI(Net, Data) saves; give it as {' '.join(given_as[key] for key in lacking)}"
+            f"LightningCLI(Net, Data) saves; give it as {' '.join(given_as)}"
         )
     return Arguments(tuple(passed), configs, classes["model"], classes["data"])
 

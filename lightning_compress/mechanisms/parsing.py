@@ -125,7 +125,7 @@ def ours(error: BaseException) -> bool:
         >>> ours(ValueError("never raised"))
         False
     """
-    return raised_in(error).partition(".")[0] == __name__.partition(".")[0]
+    return any(map(_is_ours, [*frames(error)][-1:]))
 
 
 def of_the_user(error: BaseException | None) -> bool:
@@ -143,12 +143,14 @@ def of_the_user(error: BaseException | None) -> bool:
     """
     paths = sysconfig.get_paths()
     installed = tuple(os.path.join(paths[name], "") for name in ("stdlib", "purelib", "platlib"))
-    for frame in () if error is None else frames(error):
-        inside = str(frame.f_globals.get("__name__", "")).partition(".")[0] == __name__.partition(".")[0]
-        file = frame.f_code.co_filename
-        if not (inside or file.startswith(("<", *installed))):
-            return True
-    return False
+    return error is not None and any(
+        not _is_ours(frame) and not frame.f_code.co_filename.startswith(("<", *installed)) for frame in frames(error)
+    )
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Whether it is one of this package."""
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == __name__.partition(".")[0]
 
 
 def missing(text: str) -> str:

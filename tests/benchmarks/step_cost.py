@@ -36,7 +36,6 @@ import pstats
 import random
 import statistics
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -434,6 +433,18 @@ def section(technique: str, rounds: int) -> str:
     return "\n".join([*lines, f"Target: {TARGETS[technique]}. {rounds} rounds, {spent:.0f} minutes.", ""])
 
 
+def kept(technique: str, rounds: int, folder: Path | None) -> str:
+    """The same from the folder, where one is given and has it; else it is measured, and kept there."""
+    file = None if folder is None else folder / f"{technique}-{rounds}.md"
+    if file is not None and file.exists():
+        return file.read_text()
+    text = section(technique, rounds)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return text
+
+
 def _one_memory_arena() -> None:
     """Let all threads share the memory arena of the main one, where a user's training runs; glibc only."""
     with contextlib.suppress(OSError, AttributeError):
@@ -527,14 +538,7 @@ def main() -> None:
                 found = profile(arms_in(technique, make, last)[-1], batch, arguments.rounds)
                 print(f"{technique}, {name}\n{found}\n", flush=True)
         return
-    with contextlib.ExitStack() as stack:
-        folder = arguments.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / f"{technique}-{arguments.rounds}.md" for technique in techniques]
-        for technique, file in zip(techniques, files, strict=True):
-            if not file.exists():
-                file.write_text(section(technique, arguments.rounds))
-        text = "\n".join(file.read_text() for file in files)
+    text = "\n".join(kept(technique, arguments.rounds, arguments.out) for technique in techniques)
     if arguments.page:
         splice(arguments.page, text)
     else:
