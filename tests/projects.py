@@ -105,5 +105,5 @@ class Project:
         return self.write(name, yaml.safe_dump(content, sort_keys=False))
 
 
-def callback(name, **init_args):
+def callback(name, /, **init_args):
     return {"class_path": name, "init_args": init_args}

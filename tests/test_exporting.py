@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from disks import room_for
@@ -72,6 +73,12 @@ def exported(capsys, *arguments):
 def outputs(path, images):
     [found] = OnnxNetwork(path).run([images])
     return found
+
+
+def integers(path):
+    """The weights of a file in int8, as they are stored."""
+    stored = [own for own in onnx.load(path).graph.initializer if own.data_type == onnx.TensorProto.INT8]
+    return [onnx.numpy_helper.to_array(own).astype(np.int32) for own in stored if len(own.dims) > 1]
 
 
 BAD = {
@@ -255,6 +262,62 @@ def test_scales_that_the_checkpoint_lacks_are_found_with_the_training_data(preci
     assert Path("last.onnx").stat().st_size < Path("fp32.onnx").stat().st_size
     assert not Path("out").exists()
     assert not Path("lightning_logs").exists()
+
+
+PTQ = "lightning_compress.PTQCallback"
+CALIBRATIONS = {
+    "its bits and its samples": (
+        [callback(PTQ, weight_bits=4, max_samples=32, name="mine")],
+        "int8",
+        "calibrated with 32 samples of the training data as 'mine' of the config says, ",
+    ),
+    "by its short name, alone": (
+        callback("PTQCallback", max_samples=32),
+        "int8",
+        "calibrated with 32 samples of the training data as 'ptq' of the config says, ",
+    ),
+    "for another network": (
+        [callback(PTQ, network="model.1", max_samples=32)],
+        "int8",
+        "samples of the training data by the defaults, as 'ptq' of the config is for 'model.1', ",
+    ),
+    "of too many bits": (
+        [callback(PTQ)],
+        "int4",
+        "calibrated with the training data by the defaults, as 'ptq' of the config gives weights of 8 bits, ",
+    ),
+    "the one of two that fits": (
+        [callback(PTQ, network="model.1"), callback(PTQ, network="model", max_samples=32, name="mine")],
+        "int8",
+        "calibrated with 32 samples of the training data as 'mine' of the config says, ",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CALIBRATIONS)
+@pytest.mark.parametrize("project", NAMESPACES, indirect=True)
+def test_the_config_says_how_to_calibrate(case, project, capsys):
+    callbacks, precision, told = CALIBRATIONS[case]
+    saved(project)
+    config = project.config([callback("PruningCallback", sparsity=0.5)])
+    config["trainer"]["callbacks+" if case == "its bits and its samples" else "callbacks"] = callbacks
+    arguments = ["--config", project.yaml("own.yaml", config), "--precision", precision, "--metric", "val_acc"]
+    code, line = exported(capsys, "last.ckpt", *arguments)
+    assert code == 0, line
+    assert told in line
+    if precision == "int8":
+        widest = max(np.abs(values).max() for values in integers("last.onnx"))
+        assert (widest <= 7) == (case == "its bits and its samples")
+
+
+@pytest.mark.slow
+def test_a_calibration_of_the_config_that_cannot_be(project, capsys):
+    saved(project)
+    config = project.yaml("own.yaml", project.config([callback(PTQ, observer="minmxa")]))
+    code, line = exported(capsys, "last.ckpt", "--config", config, "--precision", "int8")
+    assert code == 2
+    assert "did you mean 'minmax'?" in line
 
 
 @pytest.mark.slow

@@ -327,13 +327,28 @@ def _calibrate(loaded: Loaded, network: str | None, options: argparse.Namespace)
     ):
         if not defines(owner, name):
             raise UsageError(f"{lacking}; they cannot be found either, as {type(owner).__name__} has no {name}")
-    ptq = PTQCallback(network=network, **BITS[options.precision])
+    ptq, how = _calibration(loaded, network, options.precision)
     with _working("Calibrating"), checking(CaptureError, QuantizationError):
         with module_kept(module, parameters=False):  # the validation may write into it
             trainer = loaded.run("validate", module, ptq, limit_val_batches=1)
         module.trainer = trainer
     samples = f"{ptq.samples_seen:,} samples of " if ptq.samples_seen else ""  # weights alone need none
-    return f"calibrated with {samples}the training data, "
+    return f"calibrated with {samples}the training data{how}, "
+
+
+def _calibration(loaded: Loaded, network: str | None, precision: str) -> tuple[PTQCallback, str]:
+    """That of the config, where it is for this network and these bits, else the defaults; and which, in words."""
+    reasons = []
+    for own in loaded.project.calibrations if loaded.project is not None else ():
+        if own.network not in (None, network):
+            reasons.append(f"'{own.name}' of the config is for '{own.network}'")
+        elif precision == "int4" and own.fewest_bits > BITS[precision]["weight_bits"]:
+            reasons.append(f"'{own.name}' of the config gives weights of {own.fewest_bits} bits")
+        else:
+            own.network = network
+            return own, f" as '{own.name}' of the config says"
+    because = f" by the defaults, as {' and '.join(reasons)}" if reasons else ""
+    return PTQCallback(network=network, **BITS[precision]), because
 
 
 # The metrics

@@ -5,6 +5,7 @@ The project's own package decides whether LightningCLI is that of ``lightning.py
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -23,6 +24,7 @@ import lightning_compress
 from lightning_compress import _compat
 from lightning_compress.callbacks.base import callbacks_of
 from lightning_compress.callbacks.export import ExportCallback
+from lightning_compress.callbacks.ptq import PTQCallback
 from lightning_compress.commands.config_errors import (
     ConfigError,
     explanation,
@@ -54,7 +56,6 @@ PLAIN = {
     "devices": 1,
     "num_nodes": 1,
     "strategy": "auto",
-    "callbacks": "null",
     "plugins": "null",
     "logger": "false",
     "enable_checkpointing": "false",
@@ -75,12 +76,14 @@ class Project:
         module: The LightningModule.
         datamodule: The LightningDataModule; None where the config has none.
         trainer: The Trainer, with the callbacks of the config.
+        calibrations: Callbacks of the config by which an export may find scales; the Trainer has them no longer.
         remarks: What a reader of its figures should know.
     """
 
     module: Any
     datamodule: Any
     trainer: Any
+    calibrations: tuple[PTQCallback, ...] = ()
     remarks: tuple[str, ...] = ()
 
     def set_up(self) -> None:
@@ -239,6 +242,7 @@ def load_trained(
     """Build a LightningCLI project with the weights of a checkpoint, to look at it; nothing is trained.
 
     The Trainer is a plain one on one device: the accelerator of the config where this machine has it, else the CPU.
+    Of the callbacks each ``PTQCallback`` is made, and stands beside the Trainer.
 
     Args:
         configs: As in :func:`load_project`.
@@ -284,7 +288,11 @@ def load_trained(
     except (ExportError, ValueError) as error:  # of another class, or of another width
         raise UsageError(one_line(error)) from error
     module = project.trainer.precision_plugin.convert_module(module)  # as a fit of the project begins
-    return replace(project, module=module, remarks=tuple(f"{own}: the {counts} counts" for own in differences))
+    calibrations = tuple(own for own in project.trainer.callbacks if isinstance(own, PTQCallback))
+    for own in calibrations:
+        project.trainer.callbacks.remove(own)
+    remarks = tuple(f"{own}: the {counts} counts" for own in differences)
+    return replace(project, module=module, calibrations=calibrations, remarks=remarks)
 
 
 def _hyperparameters(contents: Any) -> Mapping[str, Any]:
@@ -317,10 +325,27 @@ def _plain(configs: Sequence[str]) -> list[str]:
         settings = _contents(path).get("trainer")
         own.update(settings if isinstance(settings, Mapping) else {})
     precision = "64-true" if own.get("precision") in DOUBLE else "null"
-    chosen = {**PLAIN, "accelerator": _accelerator_here(own.get("accelerator", "auto")), "precision": precision}
+    accelerator = _accelerator_here(own.get("accelerator", "auto"))
+    calibrations = json.dumps([entry for entry in _callbacks(own) if _calibrates(entry)])
+    chosen = {**PLAIN, "accelerator": accelerator, "precision": precision, "callbacks": calibrations}
     if own.get("limit_val_batches") == 0:  # nothing was validated in the training; here it is
         chosen["limit_val_batches"] = "1.0"
     return [f"--trainer.{key}={value}" for key, value in chosen.items()]
+
+
+def _callbacks(settings: Mapping[str, Any]) -> list[Any]:
+    """The entries of a list, or the one that stands in its place, and those that are appended to it."""
+    found: list[Any] = []
+    for key in ("callbacks", "callbacks+"):
+        given = settings.get(key)
+        found += given if isinstance(given, list) else [given]
+    return found
+
+
+def _calibrates(entry: Any) -> bool:
+    """Whether it is a ``PTQCallback``, by its name: the classes of other callbacks need not be here."""
+    path = entry.get("class_path") if isinstance(entry, Mapping) else entry
+    return isinstance(path, str) and path.rpartition(".")[2] == PTQCallback.__name__
 
 
 def _accelerator_here(wanted: Any) -> str:

@@ -17,12 +17,12 @@ and the ratio smaller.
 
 The arms by hand say where time goes. What matters most is when the teacher runs: before the student, its temporary
 memory is free again when the student asks for its own; after it, both are needed at once, and the C library gives
-memory back to the system and takes it again in every step. In factor transfer, the arm by hand is what translator and
-paraphraser themselves cost; attention by gradients runs the teacher forward and backward, and the student backward
-twice. Pruning by hand multiplies weights by a fixed mask in each step; the callback is measured with fixed masks, and
-while its masks change, which they do for three quarters of a training unless other fractions are given. DCIL by hand is
-the step twice, the second time with ``(1 - M) * g``, and nothing else. PSGD by hand is the plain formula. QAT by hand
-is the weights alone, rounded by torch's own operation.
+memory back to the system and takes it again in every step. In attention transfer, the arm by hand is what maps of whole
+features cost; in factor transfer, what translator and paraphraser themselves cost. Attention by gradients runs the
+teacher forward and backward, and the student backward twice. Pruning by hand multiplies weights by a fixed mask in
+each step; the callback is measured with fixed masks, and while its masks change, which they do for three quarters of a
+training unless other fractions are given. DCIL by hand is the step twice, the second time with ``(1 - M) * g``, and
+nothing else. PSGD by hand is the plain formula. QAT by hand is the weights alone, rounded by torch's own operation.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning.pytorch as L
 import torch
@@ -138,16 +138,37 @@ class ByHand(WithTeacherForward):
         return 0.1 * loss + 0.9 * distillation_loss(logits, target, 4.0)
 
 
-class FactorsByHand(WithTeacherForward):
+class WithFeatures(WithTeacherForward):
+    """One that keeps what layers return in either network."""
+
+    def __init__(self, network: nn.Module, teacher: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__(network, teacher)
+        self.student_features: dict[str, Tensor] = {}
+        self.teacher_features: dict[str, Tensor] = {}
+        for root, kept in ((network, self.student_features), (teacher, self.teacher_features)):
+            for name in layers:
+                root.get_submodule(name).register_forward_hook(
+                    lambda part, args, output, kept=kept, name=name: kept.update({name: output})
+                )
+
+
+class MapsByHand(WithFeatures):
+    """Attention transfer written into the step: what the maps and their difference cost."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.teacher_logits(batch[0])
+        loss: Tensor = Plain.training_step(self, batch, batch_idx)
+        for name, feature in self.student_features.items():
+            maps = [F.normalize(own.square().mean(1).flatten(1)) for own in (feature, self.teacher_features[name])]
+            loss = loss + 1000 * (maps[0] - maps[1]).square().mean()
+        return loss
+
+
+class FactorsByHand(WithFeatures):
     """Factor transfer written into the step: what the loss, the translator and the paraphraser cost."""
 
-    def __init__(self, network: nn.Module, teacher: nn.Module, layers: tuple[str, str]) -> None:
-        super().__init__(network, teacher)
-        self.layers, self.kept = layers, {}
-        for owner, root, name in zip(("student", "teacher"), (network, teacher), layers, strict=True):
-            root.get_submodule(name).register_forward_hook(
-                lambda part, args, output, owner=owner: self.kept.update({owner: output})
-            )
+    def __init__(self, network: nn.Module, teacher: nn.Module, layer: str) -> None:
+        super().__init__(network, teacher, [layer])
         self.helpers: list[nn.Module] = []
         self.optimizer: torch.optim.Optimizer | None = None
 
@@ -156,7 +177,7 @@ class FactorsByHand(WithTeacherForward):
         self.teacher_logits(images)
         loss = F.cross_entropy(self.network(images), labels)
         self.log("train_loss", loss)
-        student, teacher = self.kept["student"], self.kept["teacher"]
+        [student], [teacher] = self.student_features.values(), self.teacher_features.values()
         if not self.helpers:
             paraphraser = Paraphraser(teacher.shape[1]).eval().requires_grad_(False)
             self.helpers = [paraphraser, Translator(student.shape[1], paraphraser.factor_channels)]
@@ -295,13 +316,13 @@ class Arm:
             self.turns.paused.release()
 
 
-def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], last: str) -> list[Arm]:
+def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], layers: Sequence[str]) -> list[Arm]:
     """The arms of one technique; the first is the reference.
 
     Args:
         technique: "kd", "at", "ft", "pruning", "dpf", "dcil", "psgd" or "qat".
         pair: Makes a student and a teacher, from the same weights each time.
-        last: Name of the layer that ends the last stage of both.
+        layers: Names of the layers that end the stages of both.
     """
 
     def with_callback(name: str, make: Callable[[nn.Module], Callback]) -> Arm:
@@ -371,21 +392,21 @@ def arms_of(technique: str, pair: Callable[[], tuple[nn.Module, nn.Module]], las
             with_callback("DistillationCallback", DistillationCallback),
         ]
     if technique == "at":
+        pairs = {layer: layer for layer in layers}
         return [
             reference,
-            with_callback("AttentionTransferCallback", AttentionTransferCallback),
+            Arm("by hand", MapsByHand(*pair(), layers)),
+            with_callback("AttentionTransferCallback", lambda teacher: AttentionTransferCallback(teacher, pairs=pairs)),
             with_callback(
                 "the same, map_kind='gradient'",
                 lambda teacher: AttentionTransferCallback(teacher, map_kind="gradient", weight=1.0),
             ),
         ]
+    factors: dict[str, Any] = {"pair": (layers[-1], layers[-1]), "pretrain_epochs": 0, "weight": 10.0}
     return [
         reference,
-        Arm("by hand", FactorsByHand(*pair(), (last, last))),
-        with_callback(
-            "FactorTransferCallback",
-            lambda teacher: FactorTransferCallback(teacher, pair=(last, last), pretrain_epochs=0, weight=10.0),
-        ),
+        Arm("by hand", FactorsByHand(*pair(), layers[-1])),
+        with_callback("FactorTransferCallback", lambda teacher: FactorTransferCallback(teacher, **factors)),
     ]
 
 
@@ -422,9 +443,9 @@ def costs(arms: list[Arm]) -> dict[str, str]:
 def section(technique: str, rounds: int) -> str:
     """A table of all cases of a technique, below its heading."""
     begin, cases = time.process_time(), {}
-    for name, (make, shape, last) in cases_of(technique).items():
+    for name, (make, shape, layers) in cases_of(technique).items():
         batch = torch.randn(shape), torch.randint(0, 10, (shape[0],))
-        cases[name] = costs(measure(arms_in(technique, make, last), batch, rounds))
+        cases[name] = costs(measure(arms_in(technique, make, layers), batch, rounds))
         print(f"{technique}, {name}: {cases[name]}", file=sys.stderr, flush=True)
     (first, *_) = cases.values()
     rows = [f"| {' | '.join([arm, *(own[arm] for own in cases.values())])} |" for arm in first]
@@ -457,28 +478,28 @@ def _resnet18() -> nn.Module:
     return resnet18(num_classes=10)
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
-    "small ResNet, width 16, batch 64 at 28x28": (lambda: SmallResNet(16), (64, 1, 28, 28), "stages"),
-    "resnet18, batch 16 at 64x64": (_resnet18, (16, 3, 64, 64), "layer4"),
+Case: TypeAlias = tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]
+STAGES = ("stages.0", "stages.1", "stages.2")
+CASES: dict[str, Case] = {
+    "small ResNet, width 16, batch 64 at 28x28": (lambda: SmallResNet(16), (64, 1, 28, 28), STAGES),
+    "resnet18, batch 16 at 64x64": (_resnet18, (16, 3, 64, 64), ("layer1", "layer2", "layer3", "layer4")),
 }
-
-
-MORE_BATCHES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
-    f"small ResNet, width 16, batch {batch} at 28x28": (lambda: SmallResNet(16), (batch, 1, 28, 28), "stages")
+MORE_BATCHES: dict[str, Case] = {
+    f"small ResNet, width 16, batch {batch} at 28x28": (lambda: SmallResNet(16), (batch, 1, 28, 28), STAGES)
     for batch in (8, 128)
 }
 
 
-def cases_of(technique: str) -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]]:
+def cases_of(technique: str) -> dict[str, Case]:
     """Networks and batches by their names."""
     return {**CASES, **MORE_BATCHES} if technique in ("dpf", "dcil") else CASES
 
 
-def arms_in(technique: str, make: Callable[[], nn.Module], last: str) -> list[Arm]:
+def arms_in(technique: str, make: Callable[[], nn.Module], layers: Sequence[str]) -> list[Arm]:
     """The arms of a technique, all with the same weights."""
     torch.manual_seed(0)
     network, teacher = make(), make()
-    return arms_of(technique, lambda: (copy.deepcopy(network), copy.deepcopy(teacher)), last)
+    return arms_of(technique, lambda: (copy.deepcopy(network), copy.deepcopy(teacher)), layers)
 
 
 def profile(arm: Arm, batch: tuple[Tensor, Tensor], steps: int) -> str:
@@ -533,9 +554,9 @@ def main() -> None:
         parser.error(f"{arguments.page} has no line {BEGIN}, below which the tables are put")
     if arguments.profile:
         for technique in techniques:
-            for name, (make, shape, last) in cases_of(technique).items():
+            for name, (make, shape, layers) in cases_of(technique).items():
                 batch = torch.randn(shape), torch.randint(0, 10, (shape[0],))
-                found = profile(arms_in(technique, make, last)[-1], batch, arguments.rounds)
+                found = profile(arms_in(technique, make, layers)[-1], batch, arguments.rounds)
                 print(f"{technique}, {name}\n{found}\n", flush=True)
         return
     text = "\n".join(kept(technique, arguments.rounds, arguments.out) for technique in techniques)
