@@ -1,4 +1,4 @@
-# Sourced by .ci/run and .ci/full: steps that are timed, counted, and compared with a list at the end.
+# Sourced by the scripts beside it: steps that are timed, counted, and compared with a list at the end.
 #
 # A script lists its steps in `planned`, runs each with `step NAME COMMAND...`, and calls `finish`. A step that fails
 # ends the script; a step that was listed and not run, or run and not listed, fails it in `finish`.

@@ -12,7 +12,7 @@ import struct
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -336,7 +336,7 @@ def _metrics(module: LitClassifier, source: DemoData, seed: int) -> dict[str, fl
     return evaluate_forward(module, source.loaders(seed)[1])
 
 
-def _about_the_students(metrics: dict[str, dict[str, float]]) -> str:
+def _about_the_students(metrics: Mapping[str, Mapping[str, float]]) -> str:
     accuracy = {name: 100 * of_row[METRIC] for name, of_row in metrics.items()}
     gain = accuracy["student distilled"] - accuracy["student alone"]
     cost = accuracy["distilled and pruned"] - accuracy["student distilled"]
@@ -372,7 +372,7 @@ def _report(source: DemoData, folder: Path, seed: int, data: str, compared: _Com
         recipe={"demo": {"data": data}},
     )
     for name, of, export in compared.quantised:
-        row = Row(name, metrics=export.module_metrics)
+        row = Row(name, metrics=dict(export.module_metrics))
         report = with_quantised(report, row, of=of, files=[str(export.path)])
     written = write_report(report, folder)
     names = [os.path.basename(file.path) for file in files]

@@ -22,7 +22,6 @@ from lightning_compress import CompressionReport, DistillationCallback
 from lightning_compress._factory import callbacks
 from lightning_compress.commands.attachment import (
     KEPT_OFFLINE,
-    VARIABLE,
     Events,
     Order,
     RecipeAttachment,
@@ -54,7 +53,7 @@ def lightning_project():
 def order(tmp_path, monkeypatch):
     """What `run` would set in the child's environment, with a recipe that distils."""
     found = Order("my.yaml", str(tmp_path), str(tmp_path / "events.jsonl"))
-    monkeypatch.setenv(VARIABLE, found.to_json())
+    monkeypatch.setenv(RUN_VARIABLE, found.to_json())
     monkeypatch.setenv("WANDB_MODE", "disabled")  # left as it is
     monkeypatch.chdir(tmp_path)
     found.held.write_text(KD)
@@ -81,7 +80,7 @@ def ours(trainer):
 
 
 def test_without_the_variable_there_is_nothing(monkeypatch, project):
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(RUN_VARIABLE, raising=False)
     assert callbacks() == []
     assert ours(project.trainer()) == []
 
@@ -126,7 +125,7 @@ def test_a_broken_package_hurts_no_other_training(broken_package, tmp_path):
     """)
     (tmp_path / "train.py").write_text(script(body))
     environment = {**os.environ, "PYTHONPATH": str(broken_package)}
-    environment.pop(VARIABLE, None)
+    environment.pop(RUN_VARIABLE, None)
     child = subprocess.run(
         [sys.executable, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
@@ -140,13 +139,9 @@ def test_a_broken_package_hurts_no_other_training(broken_package, tmp_path):
     "value", ["", "1", "[]", '{"recipe": "a"}', '{"recipe": "a", "cwd": "", "events": "", "b": 1}']
 )
 def test_a_variable_that_somebody_else_set_is_an_error(monkeypatch, value):
-    monkeypatch.setenv(VARIABLE, value)
+    monkeypatch.setenv(RUN_VARIABLE, value)
     with pytest.raises(RuntimeError, match=r"LIGHTNING_COMPRESS_RUN holds .* did not write; unset it"):
         callbacks()
-
-
-def test_the_validation_of_an_exported_file_hides_the_same_variable():
-    assert RUN_VARIABLE == VARIABLE
 
 
 # The place in the list
@@ -173,7 +168,7 @@ def test_the_callbacks_come_behind_the_attachment_and_before_checkpoints(order, 
 
 def test_settings_change_what_is_attached_and_what_the_report_says(order, lightning_project, monkeypatch):
     changed = replace(order, settings=["kd.temperature=2", "CompressionReport.name=table"])
-    monkeypatch.setenv(VARIABLE, changed.to_json())
+    monkeypatch.setenv(RUN_VARIABLE, changed.to_json())
     trainer = lightning_project.trainer()
     fit(trainer, lightning_project.Lit(), lightning_project)
     kd, report = ours(trainer)[1:]
@@ -187,7 +182,7 @@ def test_it_equals_callbacks_given_in_python(order, lightning_project, monkeypat
     torch.manual_seed(3)
     attached = project.Lit()
     fit(project.trainer(), attached, project)
-    monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv(RUN_VARIABLE)
     torch.manual_seed(3)
     given = project.Lit()
     teacher = torch.nn.Linear(8, 3)
@@ -423,7 +418,7 @@ def test_other_ranks_say_nothing_when_a_trainer_is_made(order, monkeypatch):
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    (attachment,) = attachments(os.environ[VARIABLE])
+    (attachment,) = attachments(os.environ[RUN_VARIABLE])
     assert isinstance(attachment, RecipeAttachment)
     assert Events(order.events).read() == []
 

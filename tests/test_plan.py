@@ -18,8 +18,9 @@ from torch.multiprocessing import ProcessRaisedException
 
 from lightning_compress.cli import main
 from lightning_compress.commands import plan
-from lightning_compress.commands.attachment import VARIABLE, Events, Order
+from lightning_compress.commands.attachment import Events, Order
 from lightning_compress.commands.foresight import PlanAttachment
+from lightning_compress.export.evaluate import RUN_VARIABLE
 
 FACTORY = {"event": "factory"}
 FIT = {"event": "fit", "module": "A", "matches": True, "attached": True, "script": 1}
@@ -138,7 +139,7 @@ def test_the_cost_of_a_step(passes, teachers, times, text):
 def project(tmp_path, monkeypatch):
     """An empty project as the working directory, and how to plan a script of it with a recipe."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(RUN_VARIABLE, raising=False)
 
     def run(recipe, text, *command):
         Path("recipe.yaml").write_text(recipe)

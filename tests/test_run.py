@@ -17,8 +17,8 @@ import pytest
 from scripts import of_paths, script
 
 from lightning_compress.cli import main
-from lightning_compress.commands.attachment import VARIABLE
 from lightning_compress.commands.run import outcome
+from lightning_compress.export.evaluate import RUN_VARIABLE
 from lightning_compress.mechanisms.drafts import draft_of
 
 KD = """
@@ -45,7 +45,7 @@ def tell(event, **fields):
 def project(tmp_path, monkeypatch):
     """An empty project as the working directory, and how to run a script of it with a recipe."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(RUN_VARIABLE, raising=False)
 
     def run(recipe, text, *arguments, name="train.py", mode="run"):
         Path("recipe.yaml").write_text(recipe)
@@ -265,7 +265,7 @@ def test_without_programs_none_is_suggested(project, capsys, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["run", "plan"])
 def test_within_another_run(project, capsys, monkeypatch, mode):
-    monkeypatch.setenv(VARIABLE, "{}")
+    monkeypatch.setenv(RUN_VARIABLE, "{}")
     assert project(EXPORT, "open('mark', 'w').close()", mode=mode) == 2
     assert "it was started by a command of `lightning-compress run` or `plan`" in capsys.readouterr().err
     assert not Path("mark").exists()
@@ -311,7 +311,7 @@ def test_the_child_has_the_streams_the_arguments_and_the_order(project, capfd, t
         f"['--lr', '0.1'] ['command', 'cwd', 'events', 'mode', 'recipe', 'settings'] {tmp_path}",
         "lightning-compress run: the command ended with exit code 9",
     ]
-    assert VARIABLE not in os.environ
+    assert RUN_VARIABLE not in os.environ
     assert files(tmp_path) == ["recipe.yaml", "train.py"]
 
 

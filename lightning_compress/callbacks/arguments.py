@@ -111,15 +111,19 @@ def tell_without_effect(owner: object, kind: type, because: str, **given: Any) -
         because: What makes them so, such as "schedule='one_shot'".
         given: Their values, once each of them is checked.
     """
-    parameters = inspect.signature(kind).parameters
     for argument, value in given.items():
-        usual = parameters[argument].default
+        usual = default_of(kind, argument)
         if value != usual:
             warnings.warn(
                 f"{type(owner).__name__}: {argument}={shown(value)} has no effect with {because}; leave it out (its "
                 f"default is {shown(usual)})",
                 stacklevel=3,
             )
+
+
+def default_of(kind: type, argument: str) -> Any:
+    """The default of an argument, which stands in the signature alone."""
+    return inspect.signature(kind).parameters[argument].default
 
 
 def takes(function: Callable[..., Any], count: int) -> bool:

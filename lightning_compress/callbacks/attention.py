@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress import functional as F
-from lightning_compress.callbacks.arguments import check_choice, check_positive, check_whole, is_auto, shown
+from lightning_compress.callbacks.arguments import (
+    check_choice,
+    check_positive,
+    check_whole,
+    default_of,
+    is_auto,
+    shown,
+)
 from lightning_compress.callbacks.base import callbacks_of
 from lightning_compress.callbacks.features import FeatureCallback, Pair
 from lightning_compress.callbacks.intents import Intent
@@ -106,7 +113,7 @@ class AttentionTransferCallback(FeatureCallback):
         self.pairs = _checked_pairs(pairs)
         self.weight, self.strength = _checked_weight(weight, strength, mode, map_kind)
         self.power = check_positive("power", power)
-        if power != 2.0 and map_kind not in ("power", "max"):
+        if power != default_of(AttentionTransferCallback, "power") and map_kind not in ("power", "max"):
             raise ValueError(f"power={power} has no effect with map_kind='{map_kind}': only 'power' and 'max' use it")
         self.drop_tokens = check_whole("drop_tokens", drop_tokens, at_least=0)
         if pictures_every_n_epochs is not None:
@@ -362,6 +369,6 @@ def _checked_weight(weight: Any, strength: Any, mode: str, map_kind: str) -> tup
             )
         return "auto", strength
     weight = check_positive("weight", weight, "'auto' or a positive number")
-    if strength != 1.0:
+    if strength != default_of(AttentionTransferCallback, "strength"):
         raise ValueError(f"strength={strength} has no effect with weight={weight}: multiply the weight by it")
     return weight, strength

@@ -316,6 +316,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if shards(trainer):
             refuse_layout(pl_module, type(self).__name__)
         self._close()
+        if not self.has_fitted(pl_module):
+            self.captured_sample = None
         self._trainer, self.failure = trainer, None
         self.effects.clear()
         self._verified = False
@@ -644,12 +646,16 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 f"{type(self).__name__} changes the step, and {class_name(pl_module)} optimises manually: let it "
                 "inherit lightning_compress.CompressionMixin and call self.compressed_loss(task_loss) in its step"
             )
+        self._tell_of_tuners(trainer)
+
+    def _tell_of_tuners(self, trainer: Any) -> None:
+        """They try steps before any callback is at work."""
         for callback in trainer.callbacks:
             if type(callback).__name__ in ("LearningRateFinder", "BatchSizeFinder"):
                 warnings.warn(
                     f"{type(callback).__name__} sets all callbacks aside: what it finds belongs to the step without "
                     f"{type(self).__name__}",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
 
     def _refuse_shrinking(self, trainer: Any, why: str, *, fine: Callable[[float], bool] = lambda until: False) -> None:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_compress import _compat
 from lightning_compress.export.copying import independent_copy, widen_
+from lightning_compress.export.errors import first_line
 from lightning_compress.export.tracing import users_place
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.channel_graph import StructureError
@@ -24,7 +25,7 @@ from lightning_compress.mechanisms.selection import find_module, listing
 from lightning_compress.mechanisms.shrinking import Shrinkage, shrink_, tensors_of
 from lightning_compress.mechanisms.student import Detector
 from lightning_compress.mechanisms.tree import detached, named_tensors, rebuild
-from lightning_compress.report.measure import first_line, macs_by_layer, single_sample
+from lightning_compress.report.measure import macs_by_layer, single_sample
 
 TOLERANCE = 1e-5
 """By how much the smaller network may differ from the one with zeros, of the largest output."""

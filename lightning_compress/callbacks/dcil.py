@@ -43,7 +43,7 @@ from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.densepath import OwnLayers, classifiers_named, last_layer, norms_of
 from lightning_compress.mechanisms.masking import DenseWeight
-from lightning_compress.mechanisms.outputs import Locator, find_logits
+from lightning_compress.mechanisms.outputs import Locator, class_dimension, find_logits
 from lightning_compress.mechanisms.owned import OwnedParameters, holders, parameters_of, refuse_lbfgs, separate_networks
 from lightning_compress.mechanisms.passes import Pass, Term, View
 from lightning_compress.mechanisms.saved_optimizers import flaw_of_owned
@@ -516,13 +516,11 @@ class DCILCallback(DynamicMaskCallback):
             )
 
     def _class_dimension(self, logits: Tensor) -> int:
-        if self.class_dim is not None:
-            if not -logits.ndim <= self.class_dim < logits.ndim:
-                raise ValueError(f"class_dim={self.class_dim} is no dimension of logits of shape {tuple(logits.shape)}")
-            return self.class_dim % logits.ndim
         try:
-            return F.class_dimension(logits.shape)
+            return class_dimension(logits, self.class_dim)
         except ValueError as error:
+            if self.class_dim is not None:
+                raise
             raise ValueError(
                 f"from kl_start={self.kl_start} on the two passes learn from each other's classes, and the network "
                 f"gives {tuple(logits.shape)}; say where the classes are with class_dim=, or give kl_start=1"

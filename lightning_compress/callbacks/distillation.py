@@ -29,7 +29,7 @@ from lightning_compress.callbacks.base import log
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.teaching import TeacherCallback
 from lightning_compress.mechanisms.capture import NetworkCall
-from lightning_compress.mechanisms.outputs import Locator, find_labels, find_logits
+from lightning_compress.mechanisms.outputs import Locator, class_dimension, find_labels, find_logits
 from lightning_compress.mechanisms.passes import Pass
 from lightning_compress.mechanisms.step import StepController
 
@@ -182,13 +182,7 @@ class DistillationCallback(TeacherCallback):
 
     def _dimension(self, logits: Tensor) -> int | None:
         """Dimension of the classes; None where each logit stands alone."""
-        if self._kind in PER_ELEMENT:
-            return None
-        if self.class_dim is None:
-            return F.class_dimension(logits.shape)
-        if not -logits.ndim <= self.class_dim < logits.ndim:
-            raise ValueError(f"class_dim={self.class_dim} is no dimension of logits of shape {tuple(logits.shape)}")
-        return self.class_dim % logits.ndim
+        return None if self._kind in PER_ELEMENT else class_dimension(logits, self.class_dim)
 
     def _loss(self, student: Tensor, teacher: Tensor, mask: Tensor | None, labels: Tensor | None) -> Tensor:
         if self._kind == "bernoulli":

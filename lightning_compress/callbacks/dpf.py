@@ -115,7 +115,7 @@ class DPFCallback(DynamicMaskCallback):
     def updated(self, changed: float, *, more: bool) -> None:
         """As the base; say what filters learn that are masked completely, when there are some."""
         super().updated(changed, more=more)
-        if dead := self.dead_filters_by_weight:
+        if dead := self._dead:
             what = (
                 "no gradient reaches what is dead until an update brings a weight of it back"
                 if self.dead_filters == "zero_grad"

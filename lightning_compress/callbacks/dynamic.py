@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_compress.callbacks.arguments import check_flag
-from lightning_compress.callbacks.base import found_by_rank_zero
 from lightning_compress.callbacks.masks import MaskCallback
 from lightning_compress.callbacks.returned import Returned
-from lightning_compress.export.evaluate import evaluate_forward, has_validation
+from lightning_compress.callbacks.validating import SecondValidation
+from lightning_compress.export.evaluate import has_validation
 from lightning_compress.functional.masks import Filters, count_dead_filters
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_, statistics_kept
 from lightning_compress.mechanisms.controller import StepController
@@ -59,6 +59,7 @@ class DynamicMaskCallback(MaskCallback):
     ) -> None:
         super().__init__(sparsity, **settings)
         self.reestimated_validation = check_flag("reestimated_validation", reestimated_validation)
+        self._second: SecondValidation | None = None
         self._validated = False
 
     @property
@@ -97,7 +98,7 @@ class DynamicMaskCallback(MaskCallback):
         """As the base; count the filters that are masked completely."""
         super().updated(changed, more=more)
         self._dead = self._count_dead()
-        self._to_log["dead_filters"] = float(sum(self.dead_filters_by_weight.values()))
+        self._to_log["dead_filters"] = float(sum(self._dead.values()))
 
     def remarks(self) -> list[str]:
         """As the base; and how many filters are dead."""
@@ -115,6 +116,9 @@ class DynamicMaskCallback(MaskCallback):
                 raise ValueError("reestimated_validation has no effect: there is nothing to validate on")
             if not batch_norms(pl_module):
                 raise ValueError("reestimated_validation has no effect: no layer keeps batch-norm statistics")
+            what = "the network with statistics estimated anew"
+            self._second = SecondValidation(what, "reestimated_validation=False", self._warn_once)
+            stack.callback(setattr, self, "_second", None)
         self._validated = False
         super().attach(controller, stack, trainer, pl_module)
 
@@ -137,13 +141,14 @@ class DynamicMaskCallback(MaskCallback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """As the base; validate once more, with other batch-norm statistics."""
         super().on_train_epoch_end(trainer, pl_module)
-        if not (self.reestimated_validation and self._validated):
+        second, validated, self._validated = self._second, self._validated, False
+        if second is None or not (second.possible and validated):
             return
-        self._validated = False
         masks = self._require_masks()
         with weights_replaced(masks.weights, masks.masked), statistics_kept(pl_module):
             reestimate_batchnorm_(trainer, pl_module)
-            found = found_by_rank_zero(trainer, pl_module, lambda: evaluate_forward(pl_module, trainer))
+            second.begin(trainer, pl_module, lambda name, seen: seen)
+        found = second.metrics(trainer, pl_module)
         many = trainer.world_size > 1
         for metric, value in found.items():
             pl_module.log(f"compress/{self.name}/reestimated/{metric}", value, sync_dist=many, batch_size=1)

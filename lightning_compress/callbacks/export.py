@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 
 from lightning_compress import _compat
@@ -19,11 +22,11 @@ from lightning_compress.callbacks.arguments import (
 from lightning_compress.callbacks.base import CapturedSample, CompressionCallback, callbacks_of, log, shards, whole
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
-from lightning_compress.export.errors import ExportError
+from lightning_compress.export.errors import ExportError, first_line
 from lightning_compress.export.evaluate import Choices, evaluate, evaluate_forward, evaluate_quantized, has_validation
 from lightning_compress.export.onnx import ExportResult, checked_path, checked_precision, write_onnx
 from lightning_compress.export.runtime import require_onnx
-from lightning_compress.export.sample import Sample, check_sample, check_sample_type
+from lightning_compress.export.sample import Sample, as_sample, check_sample_type
 from lightning_compress.export.scales import HOW, Scales, given_steps
 from lightning_compress.functional.quantizers import MOST_BITS
 from lightning_compress.mechanisms.replay import replay
@@ -31,7 +34,7 @@ from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.step import StepController, step_controller
-from lightning_compress.report.measure import compressed_bytes, count_nonzeros, count_parameters, first_line
+from lightning_compress.report.measure import compressed_bytes, count_nonzeros, count_parameters
 from lightning_compress.report.precision import AgainstFp32, against_fp32
 from lightning_compress.tracking import Exported, checkpoint_of, recipe_of
 
@@ -78,9 +81,9 @@ class ExportCallback(CompressionCallback):
     without_fit = "no file is written here; lightning_compress.export.to_onnx writes one at any time"
     places = ("path",)
     result = Returned[ExportResult | None](None)
-    module_metrics = Returned[dict[str, float]]({})
+    module_metrics = Returned[Mapping[str, float]](MappingProxyType({}))
     """Of the compressed module: quantised as the file is."""
-    file_metrics = Returned[dict[str, float]]({})
+    file_metrics = Returned[Mapping[str, float]](MappingProxyType({}))
     agreement = Returned[float | None](None)
     """The share of the validation for which the file chooses the same class as the quantised module."""
     against_fp32 = Returned[AgainstFp32 | None](None)
@@ -141,7 +144,7 @@ class ExportCallback(CompressionCallback):
         if self.precision == "fp32":
             self._tell_of_grids(trainer)
         if self.sample is not None:
-            check_sample(self.sample)
+            as_sample(self.sample, inspect.Signature())  # before the forward that it is for is known
         if self.metric is not None and not self._validates(trainer, pl_module):
             raise ValueError(
                 f"metric='{self.metric}' is measured in validation, and {class_name(pl_module)} has none here: it "
@@ -154,7 +157,7 @@ class ExportCallback(CompressionCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Record what the network receives."""
-        self.result, self.trial_bytes = None, None
+        self.result, self.trial_bytes, self.trial_compressed = None, None, None
         self.module_metrics, self.file_metrics, self.agreement, self.against_fp32 = {}, {}, None, None
         self.student_capture = controller.capture(self.network, required=self.sample is None, argument="network")
 
@@ -248,6 +251,14 @@ class ExportCallback(CompressionCallback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Drop what ``fast_dev_run`` wrote."""
         super().teardown(trainer, pl_module, stage)
+        self._drop_draft()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Drop what ``fast_dev_run`` wrote."""
+        super().on_exception(trainer, pl_module, exception)
+        self._drop_draft()
+
+    def _drop_draft(self) -> None:
         if self._draft is not None:
             self._draft.cleanup()
             self._draft = None

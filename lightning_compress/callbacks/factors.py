@@ -43,7 +43,7 @@ from lightning_compress.mechanisms.replay import Replay
 from lightning_compress.mechanisms.saved_optimizers import flaw_of_owned
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.stages import Stage
-from lightning_compress.mechanisms.states import Each, Sometimes
+from lightning_compress.mechanisms.states import Each, Sometimes, damage
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.modules import Paraphraser, Translator
 
@@ -95,7 +95,7 @@ class FactorTransferCallback(FeatureCallback):
         "reconstruction_errors": Sometimes([float], beside="layer"),
         "translator": Sometimes(dict, beside="layer"),
     }
-    reconstruction_errors = Returned[list[float]]([])
+    reconstruction_errors = Returned[Sequence[float]](())
     _paraphraser = Returned[Paraphraser | None](None)
     effect = "the factor loss"
     pairs_argument = "pair"
@@ -399,6 +399,8 @@ def _read(path: str, factor_ratio: float) -> dict[str, Tensor]:
     saved = read_saved(path, "paraphraser", trusted="save its state_dict() instead")
     argument = f"paraphraser: '{path}'"
     own = isinstance(saved, dict) and "weights" in saved  # otherwise the weights of a Paraphraser that the user trained
+    if own and (wrong := damage(saved, {"schema": int, "factor_ratio": float, "weights": Each(Tensor)})):
+        raise ValueError(f"{argument} is damaged: {wrong}")
     if own and saved["schema"] > PARAPHRASER_SCHEMA:
         raise ValueError(
             f"{argument} has schema {saved['schema']}, newer than {PARAPHRASER_SCHEMA}, the newest that this version "

@@ -192,7 +192,8 @@ class PruningCallback(MaskCallback):
 
     def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """All weights; with an n:m pattern those whose input channels divide into groups."""
-        self._input_dims = {name: _input_dim(sites_of(pl_module)[id(weight)]) for name, weight in weights.items()}
+        sites = sites_of(pl_module)
+        self._input_dims = {name: _input_dim(sites[id(weight)]) for name, weight in weights.items()}
         if self._n_m is None:
             return weights
         m = self._n_m[1]

@@ -8,7 +8,6 @@ follows the range of the weights by an exponential average; here the grid is tha
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType
@@ -27,6 +26,7 @@ from lightning_compress.callbacks.arguments import (
     check_flag,
     check_layers,
     check_positive,
+    default_of,
     edge_bits_of,
     is_auto,
     tell_without_effect,
@@ -37,7 +37,7 @@ from lightning_compress.callbacks.returned import Returned
 from lightning_compress.callbacks.validating import SecondValidation
 from lightning_compress.functional.quantizers import check_bits
 from lightning_compress.mechanisms.controller import StepController
-from lightning_compress.mechanisms.optimizers import Way, way_of
+from lightning_compress.mechanisms.optimizers import Way, repeats_steps, way_of
 from lightning_compress.mechanisms.order import call_order
 from lightning_compress.mechanisms.owned import parameters_of
 from lightning_compress.mechanisms.scaled_steps import ScaledSteps
@@ -160,7 +160,7 @@ class PSGDCallback(CompressionCallback):
         if not is_auto(gradient_scale):
             self.gradient_scale = check_positive("gradient_scale", gradient_scale, "'auto' or a positive number")
         self.mean_factor = check_positive("mean_factor", mean_factor)
-        if self.gradient_scale != "auto" and self.mean_factor != 3.0:
+        if self.gradient_scale != "auto" and self.mean_factor != default_of(PSGDCallback, "mean_factor"):
             raise ValueError(f"mean_factor={mean_factor} has no effect: gradient_scale={gradient_scale} is fixed")
         check_choice("granularity", granularity, get_args(Granularity))
         check_choice("target", target, get_args(Target))
@@ -291,13 +291,7 @@ class PSGDCallback(CompressionCallback):
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Say what tuners measure."""
-        for callback in trainer.callbacks:
-            if type(callback).__name__ in ("LearningRateFinder", "BatchSizeFinder"):
-                warnings.warn(
-                    f"{type(callback).__name__} sets all callbacks aside: what it finds belongs to the step without "
-                    f"{type(self).__name__}",
-                    stacklevel=2,
-                )
+        self._tell_of_tuners(trainer)
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Select the weights, and get between gradients and optimizers."""
@@ -495,7 +489,7 @@ class PSGDCallback(CompressionCallback):
     def _selected(self, trainer: Any, pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """The weights that can be scaled, by name."""
         for optimizer in trainer.optimizers:
-            if isinstance(optimizer, torch.optim.LBFGS):
+            if repeats_steps(optimizer):
                 raise ValueError(
                     f"{type(self).__name__} '{self.name}' cannot work with LBFGS, which builds its step from gradients "
                     "that belong together; use another optimizer"

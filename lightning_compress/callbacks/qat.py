@@ -365,7 +365,6 @@ class QATCallback(QuantisedCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Go on with grids that were trained before, if this is the same training."""
-        self.captured_sample = None
         goes_on = trainer.global_step > 0 and self.quantization is not None and self.has_fitted(pl_module)
         super().attach(controller, stack, trainer, pl_module)
         if sharded_units(pl_module):

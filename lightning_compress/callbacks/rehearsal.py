@@ -13,15 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_compress.callbacks.channel_plan import BUDGETS, LayerPlan, Plan, Wanted, by_reason
 from lightning_compress.callbacks.copies import TOLERANCE, Copies
-from lightning_compress.callbacks.planning import BUDGETS, LayerPlan, Plan, Wanted, by_reason
 from lightning_compress.functional.filters import kept_filters
-from lightning_compress.mechanisms.budgets import ChannelGroup, Costs, Sizes, fewest_channels, kept_channels
+from lightning_compress.mechanisms.budgets import (
+    ChannelGroup,
+    Costs,
+    Sizes,
+    fewest_channels,
+    kept_channels,
+    sizes_of,
+)
 from lightning_compress.mechanisms.channel_graph import LAYERS, StructureError
-from lightning_compress.mechanisms.dependencies import ATTENTION, Dependencies
+from lightning_compress.mechanisms.dependencies import ATTENTION, RECURRENT, Dependencies, fixed_modules
 from lightning_compress.mechanisms.selection import find_module, joined, listing, plain_name, select_modules
 from lightning_compress.mechanisms.shrinking import Shrinkage, shrink_
 from lightning_compress.mechanisms.weights import select_weights, sites_of
@@ -29,7 +34,6 @@ from lightning_compress.mechanisms.weights import select_weights, sites_of
 POINTS = 0.02
 """By how much a share of parameters or multiply-accumulates may differ from the one that was asked for."""
 
-RECURRENT, OTHER = "a recurrent layer", "which is of another network"
 Removed = Mapping[str, Sequence[int]]
 """Name of a group to its channels that go."""
 
@@ -121,33 +125,11 @@ class Rehearsal:
 
     def _fixed(self) -> dict[str, str]:
         """Modules that must not be touched."""
-        fixed: dict[str, str] = {}
-        sites = sites_of(self._module)
-        excluded: set[nn.Module] = set()
+        excluded: list[nn.Module] = []
         if self._wanted.exclude:
             every = select_modules(self._module, list(self._wanted.exclude), None, types=(nn.Module,))
-            excluded.update(every.values())
-        for name, part in self._module.named_modules():
-            if not self._copies.has(plain_name(name)):
-                own = [joined(plain_name(name), leaf) for leaf, _ in part.named_parameters(recurse=False)]
-                fixed.update(dict.fromkeys([plain_name(name), *own] if name and own else own, OTHER))
-                continue
-            shared = any(
-                len({id(site.module) for site in sites[id(leaf)]}) > 1 for leaf in part.parameters(recurse=False)
-            )
-            if isinstance(part, nn.MultiheadAttention) and part in excluded:
-                fixed[plain_name(name)] = "which is excluded"
-            elif is_parametrized(part) or any(leaf.endswith(("_orig", "_g")) for leaf in part._parameters):
-                fixed[plain_name(name)] = "whose weight is computed from other parameters"
-            elif isinstance(part, nn.RNNBase) and not _is_plain_lstm(part):
-                fixed[plain_name(name)] = RECURRENT
-            elif isinstance(part, _ConvTransposeNd) and 1 < part.groups < part.in_channels:
-                fixed[plain_name(name)] = "a transposed convolution with groups"
-            elif isinstance(part, nn.Bilinear):
-                fixed[plain_name(name)] = "a bilinear layer"
-            elif shared:
-                fixed[plain_name(name)] = "whose weight another layer has too"
-        return fixed
+            excluded += every.values()
+        return fixed_modules(self._module, excluded=excluded, has=self._copies.has)
 
     def _dependencies(self, copied: nn.Module, chosen: Sequence[str]) -> Dependencies:
         return Dependencies(
@@ -197,14 +179,8 @@ class Rehearsal:
         with self._copies.copy() as copied:
             shapes = self._shapes(copied)
             counted = self._copies.macs(copied)
-        macs: dict[str, float] = {}
-        for layer, count in counted.items():  # in proportion to what each of its matrices holds
-            prefix = f"{layer}." if layer else ""
-            sizes = {f"{prefix}{name}": math.prod(shape) for name, shape in _matrices(shapes, prefix).items()}
-            macs.update({name: count * size / sum(sizes.values()) for name, size in sizes.items()})
-        other = float(sum(counted.values()) - sum(macs.values()))
         earlier = {name: tuple(shape) for name, shape in self._wanted.earlier.shapes.items() if name in shapes}
-        return Sizes(shapes, macs, other, earlier)
+        return sizes_of(shapes, counted, earlier)
 
     def _shapes(self, copied: nn.Module) -> dict[str, tuple[int, ...]]:
         """Of the parameters of the networks that the step calls."""
@@ -389,12 +365,6 @@ class Rehearsal:
                     )
 
 
-def _matrices(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:
-    """The weights of one layer that it multiplies with, by their own names."""
-    found = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
-    return {name: shape for name, shape in found.items() if "." not in name and len(shape) > 1}
-
-
 def _count(layer: nn.Module) -> str:
     """The attribute that says how many filters a layer has."""
     return "out_features" if isinstance(layer, nn.Linear) else "out_channels"
@@ -402,11 +372,6 @@ def _count(layer: nn.Module) -> str:
 
 def _leave(name: str) -> str:
     return f", without channels of '{name}'; leave these with exclude=['{name}']"
-
-
-def _is_plain_lstm(layer: nn.RNNBase) -> bool:
-    one = layer.num_layers == 1 and not layer.bidirectional and not layer.proj_size
-    return isinstance(layer, nn.LSTM) and one
 
 
 def _seed(seed: int, group: ChannelGroup) -> int:

@@ -17,7 +17,7 @@ from lightning_compress.callbacks.base import CompressionCallback, announce, cal
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.copying import independent_copy, widen_
-from lightning_compress.export.errors import ExportError
+from lightning_compress.export.errors import ExportError, first_line
 from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
 from lightning_compress.export.onnx import ExportResult, checked_folder
 from lightning_compress.export.sample import Sample
@@ -30,7 +30,6 @@ from lightning_compress.mechanisms.step import StepController
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.mechanisms.teacher import Teacher
 from lightning_compress.report.compare import compare, file_names
-from lightning_compress.report.measure import first_line
 from lightning_compress.report.pictures import kept
 from lightning_compress.report.render import to_console, to_markdown
 from lightning_compress.report.table import ExportedFile, Picture, Report, Row, with_quantised
@@ -129,14 +128,14 @@ class CompressionReport(CompressionCallback):
             self._before = before if trainer.is_global_zero else None
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Drop the copy."""
+        """Drop the copy, and what the network received."""
         super().teardown(trainer, pl_module, stage)
-        self._before = None
+        self._before = self._capture = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Drop the copy."""
+        """Drop the copy, and what the network received."""
         super().on_exception(trainer, pl_module, exception)
-        self._before = None
+        self._before = self._capture = None
 
     def report(self, trainer: Any, pl_module: Any) -> None:
         """Measure, print, log and write; on rank 0."""

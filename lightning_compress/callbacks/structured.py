@@ -33,9 +33,9 @@ from lightning_compress.callbacks.base import (
     optimises_automatically,
     together,
 )
+from lightning_compress.callbacks.channel_plan import BUDGETS, Plan, Wanted
 from lightning_compress.callbacks.copies import Copies, SkippedBatchError
 from lightning_compress.callbacks.intents import Aim, Intent
-from lightning_compress.callbacks.planning import BUDGETS, Plan, Wanted
 from lightning_compress.callbacks.rehearsal import Rehearsal
 from lightning_compress.functional.schedules import iterative_schedule
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_all_
@@ -49,6 +49,7 @@ from lightning_compress.mechanisms.checkpoints import (
     saving_structure,
 )
 from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.optimizers import repeats_steps
 from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.selection import find_module, listing
 from lightning_compress.mechanisms.shrinking import (
@@ -314,7 +315,7 @@ class StructuredPruningCallback(CompressionCallback):
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Find out whether this goes on with a network that was made smaller before."""
         for optimizer in trainer.optimizers:
-            if any(base.__name__ == "LBFGS" for base in type(optimizer).__mro__):
+            if repeats_steps(optimizer):
                 raise ValueError(
                     f"{type(self).__name__} '{self.name}' cannot take entries out of the state of "
                     f"{type(optimizer).__name__}, which is of all parameters at once; use another optimizer"

@@ -110,10 +110,6 @@ class SecondValidation:
         self.possible = found.pop(_FAILED, None) is None  # on all ranks, or some would wait for those who gave up
         return found
 
-    def forget(self) -> None:
-        """Drop the copy."""
-        self._copy = None
-
     def _measured(self, trainer: Any, users: float) -> dict[str, float]:
         module, self._copy = self._copy, None
         if module is None:

@@ -27,11 +27,10 @@ from lightning_compress._compat import asks_wandb, is_tuner_fit, wandb_would_fai
 from lightning_compress.callbacks.base import TrainerCallback, callbacks_of
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport
+from lightning_compress.export.evaluate import RUN_VARIABLE
 from lightning_compress.recipe import Recipe, RecipeError, build_callbacks, load_recipe
 from lightning_compress.recipe.file import naming
 
-VARIABLE = "LIGHTNING_COMPRESS_RUN"
-"""Of the environment of the child; ``_factory`` knows it by heart, as it imports nothing of this package."""
 KEPT_OFFLINE = "LIGHTNING_COMPRESS_OFFLINE"
 """Of the environment too: that it was not the user who keeps wandb offline, and that nobody has been told."""
 
@@ -120,8 +119,8 @@ class Order:
             return cls(**json.loads(value))
         except (ValueError, TypeError) as error:
             raise RuntimeError(
-                f"the environment variable {VARIABLE} holds {value!r}, which `lightning-compress run` did not write; "
-                "unset it"
+                f"the environment variable {RUN_VARIABLE} holds {value!r}, which `lightning-compress run` did not "
+                "write; unset it"
             ) from error
 
 

@@ -13,13 +13,14 @@ from lightning_compress.callbacks.base import CompressionCallback, callbacks_of
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.structured import StructuredPruningCallback
+from lightning_compress.export.errors import first_line
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.controller import StepRecord
 from lightning_compress.mechanisms.isolation import evaluating
 from lightning_compress.mechanisms.selection import find_module, plain_name
 from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.teacher import Teacher
-from lightning_compress.report.measure import count_parameters, first_line, macs_by_layer, single_sample
+from lightning_compress.report.measure import count_parameters, macs_by_layer, single_sample
 
 FAR = 100.0
 """A term that is so many times larger, or smaller, than the task loss is worth a warning."""

@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import NoneType
@@ -278,16 +278,19 @@ def load_trained(
     if differences and model is None and _names_class_of(contents, project.module):
         counts = "checkpoint"
         project = load_project(configs, data=data, arguments=[*arguments, "--ckpt_path", checkpoint])
-    if set_up:
-        project.set_up()
-    if defines(project.module, "configure_model"):
-        with code_of(project.module):
-            project.module.configure_model()
-    try:
-        module = load_checkpoint_(make_plain_(project.module), contents, checkpoint)
-    except (ExportError, ValueError) as error:  # of another class, or of another width
-        raise UsageError(one_line(error)) from error
-    module = project.trainer.precision_plugin.convert_module(module)  # as a fit of the project begins
+    with ExitStack() as undo:
+        if set_up:
+            project.set_up()
+            undo.callback(project.tear_down)
+        if defines(project.module, "configure_model"):
+            with code_of(project.module):
+                project.module.configure_model()
+        try:
+            module = load_checkpoint_(make_plain_(project.module), contents, checkpoint)
+        except (ExportError, ValueError) as error:  # of another class, or of another width
+            raise UsageError(one_line(error)) from error
+        module = project.trainer.precision_plugin.convert_module(module)  # as a fit of the project begins
+        undo.pop_all()  # the caller's from here on
     calibrations = tuple(own for own in project.trainer.callbacks if isinstance(own, PTQCallback))
     for own in calibrations:
         project.trainer.callbacks.remove(own)

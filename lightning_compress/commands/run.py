@@ -19,8 +19,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lightning_compress.commands.attachment import VARIABLE, Events, Order
+from lightning_compress.commands.attachment import Events, Order
 from lightning_compress.commands.exits import DONE, FAILED, USAGE, ended
+from lightning_compress.export.evaluate import RUN_VARIABLE
 from lightning_compress.mechanisms.drafts import remove_abandoned, write_whole
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe import Recipe, check_outputs, export_paths, load_recipe
@@ -101,7 +102,7 @@ def attached(
         try:
             with _no_drafts(loaded):
                 quiet = {"WANDB_MODE": "disabled"} if mode == "plan" else {}  # if the script itself begins a run
-                environment = {**quiet, **os.environ, VARIABLE: order.to_json()}
+                environment = {**quiet, **os.environ, RUN_VARIABLE: order.to_json()}
                 over = None if is_over is None else lambda: is_over(events.read())
                 code, interrupted = _exit_code(command, environment, over)
         except OSError as error:
@@ -203,10 +204,10 @@ def _check_command(command: Sequence[str], mode: str) -> None:
             f"the command to run is missing; it comes behind --, as in: lightning-compress {mode} recipe.yaml -- "
             "python train.py"
         )
-    if VARIABLE in os.environ:
+    if RUN_VARIABLE in os.environ:
         raise ValueError(
             f"it was started by a command of `lightning-compress run` or `plan`, which has the environment variable "
-            f"{VARIABLE}; only one of them can attach a recipe: start this one by itself, or unset the variable"
+            f"{RUN_VARIABLE}; only one of them can attach a recipe: start this one by itself, or unset the variable"
         )
     if shutil.which(command[0]) is None:
         is_script = command[0].endswith(".py")

@@ -9,3 +9,13 @@ class ExportError(RuntimeError):
 
 class EvaluationError(RuntimeError):
     """The metrics could not be computed, or would not have been those of the file."""
+
+
+def first_line(error: Exception) -> str:
+    r"""The first line of an error's message: what fits into a note.
+
+    Example:
+        >>> first_line(ValueError("one\ntwo"))
+        'one'
+    """
+    return next(iter(str(error).splitlines()), "")

@@ -38,7 +38,11 @@ from lightning_compress.mechanisms.selection import find_module, plain_name
 from lightning_compress.mechanisms.signs import is_shown, sign
 from lightning_compress.mechanisms.tree import leaves, named_tensors, with_tensors
 
-RUN_VARIABLE = "LIGHTNING_COMPRESS_RUN"  # tells every Trainer to attach a recipe; not the one made here
+RUN_VARIABLE = "LIGHTNING_COMPRESS_RUN"
+"""Of the environment: tells every Trainer to attach a recipe, but not the one that is made here.
+
+``_factory`` knows it by heart, as it imports nothing of this package.
+"""
 LIGHTNING_LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_utilities")
 
 Forward = Callable[..., Any]

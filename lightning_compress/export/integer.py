@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_compress.export.emission import CHILD, Emitting, buffer_name
 from lightning_compress.export.errors import ExportError
-from lightning_compress.export.parity import RANDOM_HINT, Reference, check_parity, references
+from lightning_compress.export.parity import RANDOM_HINT, Reference, check_parity, references, usual_size
 from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Call
 from lightning_compress.export.tracing import convert
@@ -32,8 +32,6 @@ NOISE = 2.0
 """A file may be off by so many times what quantisation has changed: it rounds as often, in other places."""
 LEAST_NOISE, MOST_NOISE, MOST_OF_FEW_BITS = 0.02, 0.5, 0.9
 """Of the output's size, whatever quantisation has changed; one step of few bits is many of 8."""
-LARGE = 10.0
-"""Times what a quarter of the output stays below: what is larger, such as a masked score, counts as if it were so."""
 
 
 class IntegerExport:
@@ -230,7 +228,7 @@ def _weighed(exact: Tensor, rounded: Tensor, got: Tensor) -> tuple[Tensor, Tenso
     same = ~exact.isfinite() & (exact == rounded) & (exact == got)
     exact, rounded, got = (torch.where(same, 0.0, own) for own in (exact, rounded, got))
     magnitude = exact.abs()
-    limit = LARGE * magnitude.flatten().kthvalue(max(1, magnitude.numel() // 4)).values
+    limit = usual_size(magnitude)
     weight = torch.where((magnitude > limit) & (limit > 0), limit / magnitude, 1.0)
     return exact * weight, rounded * weight, got * weight
 

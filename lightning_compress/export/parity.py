@@ -168,5 +168,16 @@ def _scale(reference: Tensor) -> Tensor:
     The largest of all would let a masked logit of -1e9 excuse any error elsewhere.
     """
     magnitude = torch.where(reference.isfinite(), reference.abs(), 0.0)
-    quarter = magnitude.flatten().kthvalue(max(1, magnitude.numel() // 4)).values
-    return magnitude.clamp(min=max(1.0, 10 * quarter.item()))
+    return magnitude.clamp(min=max(1.0, usual_size(magnitude).item()))
+
+
+def usual_size(magnitude: Tensor) -> Tensor:
+    """Ten times what a quarter of all elements stay below: what is larger, such as a masked score, is no usual element.
+
+    Args:
+        magnitude: At least one element, none negative.
+
+    Returns:
+        A number, of 0 dimensions.
+    """
+    return 10.0 * magnitude.flatten().kthvalue(max(1, magnitude.numel() // 4)).values

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.export.errors import EvaluationError
+from lightning_compress.export.errors import EvaluationError, first_line
 
 ELEMENT_TYPES = {
     "tensor(float)": torch.float32,
@@ -88,7 +88,7 @@ class OnnxNetwork:
                     os.fspath(self.path), options, providers=["CPUExecutionProvider"]
                 )
             except Exception as error:  # onnxruntime has a class for each status code, without a common base
-                raise EvaluationError(f"ONNX Runtime cannot open '{self.path}': {_first_line(error)}") from error
+                raise EvaluationError(f"ONNX Runtime cannot open '{self.path}': {first_line(error)}") from error
         return self._session
 
     @property
@@ -130,7 +130,7 @@ class OnnxNetwork:
             shapes = {entry.name: tuple(feed[entry.name].shape) for entry in inputs}
             declared = {entry.name: tuple(entry.shape) for entry in inputs}
             raise EvaluationError(
-                f"'{self.path}' does not take inputs of shape {shapes}; it declares {declared}: {_first_line(error)}"
+                f"'{self.path}' does not take inputs of shape {shapes}; it declares {declared}: {first_line(error)}"
             ) from error
         self.calls += 1
         device = tensors[0].device if tensors else torch.device("cpu")
@@ -146,7 +146,3 @@ class OnnxNetwork:
         if dtype != tensor.dtype and dtype.is_floating_point != tensor.dtype.is_floating_point:
             raise EvaluationError(f"input '{entry.name}' of '{self.path}' is {dtype}, but got {tensor.dtype}")
         return tensor.detach().to("cpu", dtype).contiguous().numpy()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

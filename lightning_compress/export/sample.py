@@ -147,16 +147,6 @@ def check_sample_type(sample: Any) -> None:
         )
 
 
-def check_sample(sample: Any) -> None:
-    """Refuse what cannot be a sample, before the forward that it is for is known.
-
-    Raises:
-        TypeError: If it is neither a tensor, a tuple, a dict nor a :class:`Sample`.
-        ValueError: If it holds no tensor.
-    """
-    as_sample(sample, inspect.Signature())
-
-
 def bind(signature: inspect.Signature, sample: Sample) -> Call:
     """Bind a sample to the signature of a forward.
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_compress.functional._checks import check_tensor
+from lightning_compress.functional._checks import check_floating
 from lightning_compress.functional._dtypes import at_least_float32
 
 
 def as_floats(name: str, feature: Tensor) -> Tensor:
     """The feature in float32 or better; integers are refused."""
-    if not check_tensor(name, feature).is_floating_point():
-        raise TypeError(f"{name} must be floating point, got dtype {feature.dtype}")
-    return at_least_float32(feature)
+    return at_least_float32(check_floating(name, feature))
 
 
 def check_batches(student: Tensor, teacher: Tensor) -> None:

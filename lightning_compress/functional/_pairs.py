@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_compress.functional._checks import LARGEST, check_tensor, check_whole
+from lightning_compress.functional._checks import LARGEST, check_floating, check_tensor, check_whole
 from lightning_compress.functional._dtypes import at_least_float32
 
 
@@ -75,8 +75,7 @@ def _class_dim(logits: Tensor, class_dim: int) -> int:
 
 def _check_pair(student: Tensor, teacher: Tensor) -> None:
     for owner, output in (("student", student), ("teacher", teacher)):
-        if not check_tensor(f"the {owner}'s output", output).is_floating_point():
-            raise TypeError(f"the {owner}'s output must be floating point, got dtype {output.dtype}")
+        check_floating(f"the {owner}'s output", output)
     if student.shape != teacher.shape:
         raise ValueError(
             "student and teacher must give outputs of the same shape, "

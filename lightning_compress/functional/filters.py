@@ -30,6 +30,10 @@ def filter_rows(weight: Tensor, filters: Filters = Filters()) -> Tensor:  # noqa
     Returns:
         Shape ``(C_out, n)``.
 
+    Raises:
+        ValueError: If ``weight`` has no dimension, or its first does not divide into the groups.
+        TypeError: If ``weight`` is no tensor, or ``filters`` are not ``Filters``.
+
     Example:
         >>> filter_rows(torch.arange(4.0).reshape(1, 2, 2), Filters(groups=1))  # transposed, of one input channel
         tensor([[0., 1.],

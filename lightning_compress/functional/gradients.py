@@ -11,6 +11,7 @@ little memory on a GPU.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ def position_scale(weight: Tensor, bits: int, eps: float = 0.0, *, axis: int | N
         ``|w - wbar| + eps``, shape of ``weight``; float32, or float64 for float64 weights.
 
     Raises:
-        ValueError: If ``bits`` or ``eps`` is out of range, or a weight is NaN or infinite.
+        ValueError: If ``bits``, ``eps`` or ``axis`` is out of range, or a weight is NaN or infinite.
+        TypeError: If ``weight`` is not floating point.
 
     Example:
         >>> position_scale(torch.tensor([0.70, 0.33, -0.12, 0.06, -0.70]), bits=4)
@@ -63,6 +65,7 @@ def zero_scale(weight: Tensor, eps: float) -> Tensor:
 
     Raises:
         ValueError: If ``eps`` is not positive.
+        TypeError: If ``weight`` is not floating point.
 
     Example:
         >>> zero_scale(torch.tensor([0.5, -0.25, 0.0]), eps=0.01)
@@ -304,13 +307,17 @@ def _steps(
 def _groups(rows: Sequence[tuple[Any, ...]], most: int) -> Iterator[list[tuple[Any, ...]]]:
     """Rows of a weight and what belongs to it, in groups of few elements on one device."""
     waiting: dict[torch.device, list[tuple[Any, ...]]] = {}
+    elements: Counter[torch.device] = Counter()
     for row in rows:
-        group = waiting.setdefault(row[0].device, [])
+        device = row[0].device
+        group = waiting.setdefault(device, [])
         for piece in _split(row, most):
-            if group and sum(own[0].numel() for own in group) + piece[0].numel() > most:
+            if group and elements[device] + piece[0].numel() > most:
                 yield group.copy()
                 group.clear()
+                elements[device] = 0
             group.append(piece)
+            elements[device] += piece[0].numel()
     yield from waiting.values()
 
 

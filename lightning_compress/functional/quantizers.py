@@ -90,7 +90,8 @@ def quantization_grid(weight: Tensor, bits: int, *, axis: int | None = None) -> 
         float64 for float64 weights. 1 where the magnitudes are 0, or too small for a normal step.
 
     Raises:
-        ValueError: If ``bits`` is out of range, or a weight is NaN or infinite.
+        ValueError: If ``bits`` or ``axis`` is out of range, there is no weight, or one is NaN or infinite.
+        TypeError: If ``weight`` is not floating point.
 
     Example:
         >>> quantization_grid(torch.tensor([0.70, 0.33, -0.12, 0.05, -0.70]), bits=4)
@@ -114,6 +115,7 @@ def mse_grid(weight: Tensor, bits: int, *, axis: int | None = None) -> Tensor:
 
     Raises:
         ValueError: As :func:`quantization_grid`.
+        TypeError: As :func:`quantization_grid`.
 
     Example:
         >>> weight = torch.tensor([1.0, *[0.33] * 40])  # one outlier: with 2 bits the grid is better off without it
@@ -151,7 +153,8 @@ def nearest_grid_point(weight: Tensor, step: Tensor, bits: int, *, axis: int | N
         ``step * clamp(round(weight / step), -limit, limit)``, ties to even; shape and type of ``weight``.
 
     Raises:
-        ValueError: If ``bits`` is out of range.
+        ValueError: If ``bits`` is out of range, or ``step`` does not belong to dimension ``axis``.
+        TypeError: If ``weight`` is not floating point.
 
     Example:
         >>> nearest_grid_point(torch.tensor([0.33, -0.12, 0.9]), torch.tensor(0.1), bits=4)
@@ -245,6 +248,11 @@ def quantize(
     Returns:
         ``clamp(round(x / scale) + zero_point, quant_min, quant_max)``, ties to even; int32, shape of ``x``.
 
+    Raises:
+        ValueError: If ``scale``, ``zero_point``, ``quant_min`` or ``quant_max`` is out of range, or ``scale`` or
+            ``zero_point`` does not belong to dimension ``axis``.
+        TypeError: If ``x`` is not floating point.
+
     Example:
         >>> quantize(torch.tensor([-1.0, 0.25, 0.75, 9.0]), 0.5, 1, 0, 3)
         tensor([0, 1, 3, 3], dtype=torch.int32)
@@ -278,6 +286,10 @@ def fake_quantize(
     Returns:
         ``(quantize(x, ...) - zero_point) * scale``, shape and type of ``x``. The gradient is 1 where ``quant_min <=
         round(x / scale) + zero_point <= quant_max`` and 0 elsewhere; neither scale nor zero point get one.
+
+    Raises:
+        ValueError: As :func:`quantize`.
+        TypeError: As :func:`quantize`.
 
     Example:
         >>> x = torch.tensor([-1.0, 0.25, 0.75, 9.0], requires_grad=True)

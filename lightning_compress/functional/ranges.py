@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_compress.functional._checks import check_number, check_tensor
 from lightning_compress.functional.quantizers import integer_limits
 
 OCTAVES = 8  # how often what is tried gets halved
@@ -45,8 +46,10 @@ def percentile_range(
         (-0.5, 2.5)
     """
     counts, width = _checked(histogram, minimum, maximum)
-    if not 0.0 <= lower <= upper <= 100.0:
-        raise ValueError(f"lower and upper must be percentiles in order, in [0, 100], got {lower} and {upper}")
+    for argument, percentile in (("lower", lower), ("upper", upper)):
+        check_number(argument, percentile, "a percentile in [0, 100]", lambda number: 0.0 <= number <= 100.0)
+    if lower > upper:
+        raise ValueError(f"lower must not be above upper, got {lower} and {upper}")
     below = counts.cumsum(0)  # (B,)
     ends = []
     for percentile, right in ((lower, True), (upper, False)):  # of empty bins, neither takes any into the range
@@ -253,7 +256,7 @@ def _shares(per_octave: int) -> Tensor:
 
 def _checked(histogram: Tensor, minimum: float, maximum: float) -> tuple[Tensor, float]:
     """The counts in float64 on the CPU, and the width of a bin."""
-    if histogram.ndim != 1:
+    if check_tensor("histogram", histogram).ndim != 1:
         raise ValueError(f"histogram must be one-dimensional, (B,), got shape {tuple(histogram.shape)}")
     counts = histogram.detach().cpu().double()
     if not (counts.isfinite().all() and (counts >= 0).all() and (counts > 0).any()):

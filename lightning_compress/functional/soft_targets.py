@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_compress.functional._checks import check_number, check_numbers, check_positive, check_whole, is_finite
+from lightning_compress.functional._features import mean
 from lightning_compress.functional._pairs import label_column, paired_rows, paired_values
 
 
@@ -88,7 +89,7 @@ def bernoulli_distillation_loss(
     student, teacher = student / temperature, teacher / temperature
     positive = _divergence_terms(F.logsigmoid(student), F.logsigmoid(teacher))
     negative = _divergence_terms(F.logsigmoid(-student), F.logsigmoid(-teacher))
-    return temperature**2 * _mean(positive + negative)
+    return temperature**2 * mean(positive + negative)
 
 
 def regression_distillation_loss(
@@ -113,7 +114,7 @@ def regression_distillation_loss(
         tensor(2.)
     """
     student, teacher = paired_values(student_output, teacher_output, mask)
-    return _mean((student - teacher).square())
+    return mean((student - teacher).square())
 
 
 def hard_distillation_loss(
@@ -307,13 +308,13 @@ def teacher_agreement(
     else:
         student, teacher = paired_rows(student_logits, teacher_logits, class_dim, mask)
         same = student.argmax(dim=1) == teacher.argmax(dim=1)
-    return _mean(same.float())
+    return mean(same.float())
 
 
 def _softmax_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over the rows of ``(P, K)`` logits of KL(teacher || student)."""
     terms = _divergence_terms(student.log_softmax(dim=1), teacher.log_softmax(dim=1))
-    return _mean(terms.sum(dim=1))
+    return mean(terms.sum(dim=1))
 
 
 def _divergence_terms(student_log: Tensor, teacher_log: Tensor) -> Tensor:
@@ -333,11 +334,6 @@ def _row_correlation(first: Tensor, second: Tensor) -> Tensor:
     second = second - second.mean(dim=1, keepdim=True)
     lengths: Tensor = torch.linalg.vector_norm(first, dim=1) * torch.linalg.vector_norm(second, dim=1)
     return (first * second).sum(dim=1) / (lengths + 1e-8)
-
-
-def _mean(values: Tensor) -> Tensor:
-    """Mean that is 0, still with a graph, where there is nothing to average."""
-    return values.sum() / max(values.numel(), 1)
 
 
 def _check_temperature(temperature: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 Budget = Literal["filters", "params", "macs"]
@@ -54,6 +55,33 @@ class Sizes:
     macs: Mapping[str, float]
     other_macs: float = 0.0
     originally: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+def sizes_of(
+    shapes: Mapping[str, Sequence[int]],
+    counted: Mapping[str, int],
+    originally: Mapping[str, Sequence[int]] = MappingProxyType({}),
+) -> Sizes:
+    """Sizes from what was counted layer by layer: what a layer computes is shared out by what its matrices hold.
+
+    Args:
+        shapes: Name of each parameter to its shape.
+        counted: Layer to its multiply-accumulates for one sample.
+        originally: As in :class:`Sizes`.
+
+    Returns:
+        The sizes.
+
+    Example:
+        >>> sizes_of({"a.weight": (2, 3), "a.bias": (2,)}, {"a": 6, "": 1}).macs
+        {'a.weight': 6.0}
+    """
+    macs: dict[str, float] = {}
+    for layer, count in counted.items():
+        own = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] == layer and len(shape) > 1}
+        whole = sum(map(math.prod, own.values()))
+        macs |= {name: count * math.prod(shape) / whole for name, shape in own.items()}
+    return Sizes(shapes, macs, float(sum(counted.values()) - sum(macs.values())), originally)
 
 
 class Costs:

@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.functional.filters import FilterScore, filter_rows, filter_scores
 from lightning_compress.mechanisms.budgets import ChannelGroup, Place
 from lightning_compress.mechanisms.channel_graph import LAYERS, ChannelGraph, Item
-from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.selection import joined, listing, plain_name
 from lightning_compress.mechanisms.shrinking import Shrinkage, Structure, structure_of
-from lightning_compress.mechanisms.weights import Site, filters_of
+from lightning_compress.mechanisms.weights import Site, filters_of, sites_of
 
 ATTENTION, OUTPUT = "reaches attention", "is what the network returns"
+RECURRENT, SHARED = "a recurrent layer", "whose weight another layer has too"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,50 @@ class Left:
 
     layers: tuple[str, ...]
     reason: str
+
+
+def fixed_modules(
+    root: nn.Module, *, excluded: Collection[nn.Module] = (), has: Callable[[str], bool] = lambda name: True
+) -> dict[str, str]:
+    """The modules that no cut may touch, whatever is selected.
+
+    Args:
+        root: What the names are relative to.
+        excluded: Attention among them keeps its heads.
+        has: Whether the module of a name belongs to the networks that are made smaller.
+
+    Returns:
+        Name to the reason, as the end of a sentence; for what is of another network, of its parameters too.
+
+    Example:
+        >>> fixed_modules(nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4), nn.LSTM(4, 4)))
+        {'1': 'a recurrent layer'}
+    """
+    fixed: dict[str, str] = {}
+    sites = sites_of(root)
+    for given, part in root.named_modules():
+        name = plain_name(given)
+        if not has(name):
+            own = [joined(name, leaf) for leaf, _ in part.named_parameters(recurse=False)]
+            fixed.update(dict.fromkeys([name, *own] if name and own else own, "which is of another network"))
+        elif isinstance(part, nn.MultiheadAttention) and part in excluded:
+            fixed[name] = "which is excluded"
+        elif is_parametrized(part) or any(leaf.endswith(("_orig", "_g")) for leaf in part._parameters):
+            fixed[name] = "whose weight is computed from other parameters"
+        elif isinstance(part, nn.RNNBase) and not _is_plain_lstm(part):
+            fixed[name] = RECURRENT
+        elif isinstance(part, _ConvTransposeNd) and 1 < part.groups < part.in_channels:
+            fixed[name] = "a transposed convolution with groups"
+        elif isinstance(part, nn.Bilinear):
+            fixed[name] = "a bilinear layer"
+        elif any(len({id(site.module) for site in sites[id(leaf)]}) > 1 for leaf in part.parameters(recurse=False)):
+            fixed[name] = SHARED
+    return fixed
+
+
+def _is_plain_lstm(layer: nn.RNNBase) -> bool:
+    one = layer.num_layers == 1 and not layer.bidirectional and not layer.proj_size
+    return isinstance(layer, nn.LSTM) and one
 
 
 class Dependencies:

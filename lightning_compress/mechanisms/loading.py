@@ -169,6 +169,7 @@ def teacher_from_checkpoint(
 
     Raises:
         ValueError: If the file cannot be read without unpickling, or class, arguments and weights do not fit.
+        TypeError: If an argument is of another type than it should be.
         FileNotFoundError: If there is no such file.
 
     Example:

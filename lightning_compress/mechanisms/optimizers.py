@@ -141,6 +141,22 @@ def found_infinite(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(found, Tensor) and bool(found)
 
 
+def repeats_steps(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it calls the step several times before it moves the parameters once, all of them together, as LBFGS does.
+
+    Args:
+        optimizer: Any.
+
+    Returns:
+        False for all other optimizers.
+
+    Example:
+        >>> repeats_steps(torch.optim.LBFGS([torch.ones(1)])), repeats_steps(torch.optim.SGD([torch.ones(1)], lr=0.1))
+        (True, False)
+    """
+    return _is_one_of(optimizer, ("LBFGS",))
+
+
 def _is_one_of(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> bool:
     """By name, so that the same algorithm from another package counts too."""
     return any(base.__name__ in names for base in type(optimizer).__mro__)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_compress.functional import soft_targets
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.tree import named_tensors
 
@@ -51,6 +52,30 @@ def find_logits(output: Any, locator: Locator, *, owner: str) -> Tensor:
     if not isinstance(found, Tensor):
         raise ValueError(f"output={locator!r}: that entry of the {owner}'s output is {describe(found)}, not a tensor")
     return found
+
+
+def class_dimension(logits: Tensor, given: int | None) -> int:
+    """The dimension of the classes.
+
+    Args:
+        logits: Of any shape.
+        given: The dimension, from the front or from the back; None: found by the shape.
+
+    Returns:
+        The dimension, from the front.
+
+    Raises:
+        ValueError: If there is no such dimension, or none can be told.
+
+    Example:
+        >>> class_dimension(torch.zeros(2, 10, 8, 8), None), class_dimension(torch.zeros(2, 8, 8, 10), -1)
+        (1, 3)
+    """
+    if given is None:
+        return soft_targets.class_dimension(logits.shape)
+    if not -logits.ndim <= given < logits.ndim:
+        raise ValueError(f"class_dim={given} is no dimension of logits of shape {tuple(logits.shape)}")
+    return given % logits.ndim
 
 
 def find_labels(batch: Any, locator: Locator, *, shape: Sequence[int], why: str) -> Tensor:

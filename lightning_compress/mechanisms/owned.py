@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.mechanisms.isolation import drawn_from
+from lightning_compress.mechanisms.optimizers import repeats_steps
 
 
 class OwnedParameters:
@@ -224,5 +225,5 @@ def refuse_lbfgs(optimizers: Sequence[torch.optim.Optimizer], what: str) -> None
         >>> refuse_lbfgs([torch.optim.SGD([torch.ones(1)], lr=0.1)], "the translator")
     """
     for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.LBFGS):
+        if repeats_steps(optimizer):
             raise ValueError(f"{what} has an optimizer of its own and cannot follow LBFGS, which repeats each step")

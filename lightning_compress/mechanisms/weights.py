@@ -251,8 +251,9 @@ def _refuse_shared(root: nn.Module, weights: dict[str, nn.Parameter], exclude: S
     every = (nn.Module,)
     remaining = {id(module) for module in select_modules(root, None, exclude, types=every).values()}
     names = {id(module): name for name, module in root.named_modules()}
+    sites = sites_of(root)
     for name, parameter in weights.items():
-        for site in sites_of(root)[id(parameter)]:
+        for site in sites[id(parameter)]:
             if id(site.module) not in remaining:
                 other = plain_name(names[id(site.module)])
                 raise ValueError(

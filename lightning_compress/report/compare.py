@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_compress import __version__
 from lightning_compress.export.copying import independent_copy, widen_
-from lightning_compress.export.errors import ExportError
+from lightning_compress.export.errors import ExportError, first_line
 from lightning_compress.export.onnx import ExportResult
 from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Sample, bind, on_cpu
@@ -26,7 +26,6 @@ from lightning_compress.report.measure import (
     count_macs,
     count_nonzeros,
     count_parameters,
-    first_line,
     layer_table,
     serialized_state,
     single_sample,

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_compress.export.errors import first_line
 from lightning_compress.mechanisms.isolation import evaluating, module_kept, random_state_kept
 from lightning_compress.mechanisms.tree import is_constant, leaves, rebuild
 from lightning_compress.report.table import Layer
@@ -288,16 +289,6 @@ def compressed_bytes(source: bytes | str | os.PathLike[str], *, level: int = 9) 
     """
     deflate = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
     return sum(len(deflate.compress(chunk)) for chunk in _chunks(source)) + len(deflate.flush())
-
-
-def first_line(error: Exception) -> str:
-    r"""The first line of an error's message: what fits into a note.
-
-    Example:
-        >>> first_line(ValueError("one\ntwo"))
-        'one'
-    """
-    return next(iter(str(error).splitlines()), "")
 
 
 def _chunks(source: bytes | str | os.PathLike[str]) -> Iterable[bytes]:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_compress.export.errors import first_line
 from lightning_compress.report.directions import Mode
-from lightning_compress.report.measure import first_line
 from lightning_compress.tracking.exported import Exported
 from lightning_compress.tracking.sinks import Picture, Sink, Table, sink_of
 

@@ -291,9 +291,13 @@ class Arm:
     def finish(self) -> None:
         self.turns.go.release()
         self.thread.join()
+        self._check()
 
     def _wait(self) -> None:
         self.turns.paused.acquire()
+        self._check()
+
+    def _check(self) -> None:
         if self.error is not None:
             raise RuntimeError(f"the arm '{self.name}' failed") from self.error
 
@@ -550,7 +554,7 @@ def main() -> None:
     techniques = arguments.techniques or list(TARGETS)
     if arguments.page and arguments.techniques:
         parser.error("--page takes the tables of all techniques; leave the names out")
-    if arguments.page and BEGIN not in arguments.page.read_text():
+    if arguments.page and not (arguments.page.is_file() and BEGIN in arguments.page.read_text()):
         parser.error(f"{arguments.page} has no line {BEGIN}, below which the tables are put")
     if arguments.profile:
         for technique in techniques:

@@ -1543,7 +1543,9 @@ def test_attributes_of_other_callbacks_are_theirs():
         grids = {"images": (torch.zeros(3), 3)}
         quantization = "none"
 
-    fitted(QATCallback(), Classifier, Pictures())
+    qat = QATCallback()
+    fitted(qat, Classifier, Pictures())
+    assert qat.quantization is not None
 
 
 def test_an_error_in_reading_the_grids_hides_nothing_and_leaves_nothing(monkeypatch):

@@ -15,6 +15,14 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_compress import (
+    AttentionTransferCallback,
+    DCILCallback,
+    DistillationCallback,
+    DPFCallback,
+    FactorTransferCallback,
+    PruningCallback,
+)
 from lightning_compress.demo import SmallResNet
 
 from .data import NO_LABEL, Batches, Images, fashion_mnist
@@ -107,7 +115,7 @@ def fit(module: L.LightningModule, batches: Batches, epochs: int, callbacks: lis
 
 
 def make_callbacks(run: Run, folder: Path) -> list[Callback]:
-    """The technique's callback; imported here, so that one can be measured where another does not exist yet."""
+    """The technique's callback."""
     arm = run.arm
     if arm.technique == "plain":
         return []
@@ -115,18 +123,12 @@ def make_callbacks(run: Run, folder: Path) -> list[Callback]:
         return mask_callbacks(run, folder)
     teacher: nn.Module = make_teacher(run.teacher, arm, folder)
     if arm.technique == "kd":
-        from lightning_compress import DistillationCallback
-
         if arm.teacher == "shuffled":
             teacher = ShuffledTeacher(teacher, run.seed)
         return [DistillationCallback(teacher, **arm.arguments)]
     if arm.technique == "at":
-        from lightning_compress import AttentionTransferCallback
-
         return [AttentionTransferCallback(teacher, **arm.arguments)]
     if arm.technique == "ft":
-        from lightning_compress import FactorTransferCallback
-
         trained = {} if needs_no_paraphraser(arm) else {"paraphraser": str(folder / paraphraser_path(run))}
         return [FactorTransferCallback(teacher, **arm.arguments, **trained)]
     raise ValueError(f"technique must be one of plain, kd, at, ft, got {arm.technique!r}")
@@ -134,8 +136,6 @@ def make_callbacks(run: Run, folder: Path) -> list[Callback]:
 
 def mask_callbacks(run: Run, folder: Path) -> list[Callback]:
     """All of them mask the convolutions, so that equal sparsity is the same number of weights."""
-    from lightning_compress import DCILCallback, DistillationCallback, DPFCallback, PruningCallback
-
     kinds = {"pruning": PruningCallback, "dpf": DPFCallback, "dcil": DCILCallback}
     masking = kinds[run.arm.technique](run.protocol.sparsity, layers=["type:Conv2d"], **run.arm.arguments)
     taught = [DistillationCallback(make_teacher(run.teacher, run.arm, folder), **HINTON)] if run.arm.distilled else []
@@ -183,8 +183,6 @@ def paraphraser_path(run: Run) -> Path:
 
 def train_paraphraser(run: Run, folder: Path) -> str:
     """Let the callback pre-train the paraphraser of the run's teacher, as it does before a fit, and keep it."""
-    from lightning_compress import FactorTransferCallback
-
     begin = time.process_time()
     torch.manual_seed(run.teacher.seed)
     callback = FactorTransferCallback(make_teacher(run.teacher, run.arm, folder), pretrain_epochs=PRETRAIN_EPOCHS)

@@ -117,7 +117,7 @@ def choose(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, 
 
 def _with_layer(best: np.ndarray, own: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
     """The same with one layer more, and which option of it that takes."""
-    new, pick = np.full_like(best, np.inf), np.zeros(len(best), dtype=np.int8)
+    new, pick = np.full_like(best, np.inf), np.zeros(len(best), dtype=np.int32)
     for place, (cost, loss) in enumerate(own):
         if cost >= len(best):
             continue

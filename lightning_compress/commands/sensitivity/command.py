@@ -98,22 +98,22 @@ def sensitivity(options: argparse.Namespace) -> int:
         >>> main(["sensitivity", "last.ckpt"])
         2
     """
-    with ExitStack() as stack:
-        try:
-            request = _Request.of(options)
+    try:
+        request = _Request.of(options)
+        with ExitStack() as stack:
             module, journal, validation = _opened(request, stack)
             findings, costs = _measured(request, module, journal, validation)
             with checking(OSError):
                 _write(request, findings, costs, module)
-        except UsageError as error:
-            return ended("sensitivity", USAGE, str(error))
-        except ProjectError as error:
-            return ended("sensitivity", FAILED, str(error))
-        except KeyboardInterrupt:
-            kept = shown_path(Path(options.out) / NAME)
-            return ended(
-                "sensitivity", INTERRUPTED, f"interrupted; what was measured is in {kept}, and the same command goes on"
-            )
+    except UsageError as error:
+        return ended("sensitivity", USAGE, str(error))
+    except ProjectError as error:
+        return ended("sensitivity", FAILED, str(error))
+    except KeyboardInterrupt:
+        kept = shown_path(Path(options.out) / NAME)
+        return ended(
+            "sensitivity", INTERRUPTED, f"interrupted; what was measured is in {kept}, and the same command goes on"
+        )
     return DONE
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +14,13 @@ from lightning_compress.callbacks.rehearsal import POINTS
 from lightning_compress.callbacks.structured import StructuredPruningCallback
 from lightning_compress.commands.sensitivity.layers import Layer
 from lightning_compress.export.copying import independent_copy
-from lightning_compress.mechanisms.budgets import ChannelGroup, Costs, Sizes, kept_channels
+from lightning_compress.mechanisms.budgets import ChannelGroup, Costs, Sizes, kept_channels, sizes_of
 from lightning_compress.mechanisms.channel_graph import LAYERS, StructureError
-from lightning_compress.mechanisms.dependencies import Dependencies
+from lightning_compress.mechanisms.dependencies import Dependencies, fixed_modules
 from lightning_compress.mechanisms.isolation import evaluating
 from lightning_compress.mechanisms.selection import find_module, joined, plain_name
 from lightning_compress.mechanisms.student import Detector
 from lightning_compress.mechanisms.tree import rebuild
-from lightning_compress.mechanisms.weights import sites_of
 from lightning_compress.report.measure import macs_by_layer, single_sample
 
 MIN_CHANNELS: int = inspect.signature(StructuredPruningCallback).parameters["min_channels"].default
@@ -38,19 +36,17 @@ class Coupling:
 
     Attributes:
         groups: Channels that can only go together.
-        left: Layers that keep their filters whatever is asked for, with the reason.
         sizes: What the network holds and computes.
         unmeasured: Layers with filters that were not to be measured.
 
     Example:
         >>> group = ChannelGroup("0", ("0", "1"), 16, 1, {("0.weight", 0): 1}, (("0.weight", 0),), 16)
-        >>> coupling = Coupling((group,), {}, Sizes({"0.weight": (16, 4)}, {"0.weight": 64.0}))
+        >>> coupling = Coupling((group,), Sizes({"0.weight": (16, 4)}, {"0.weight": 64.0}))
         >>> coupling.gone(coupling.groups, 0.25), coupling.reach([group], {"0": 0.25, "1": 0.75})[0]
         ((0.25, {'0': 0.25, '1': 0.25}), 0.25)
     """
 
     groups: Sequence[ChannelGroup]
-    left: Mapping[str, str]
     sizes: Sizes
     unmeasured: Sequence[str] = field(default=())
 
@@ -188,16 +184,13 @@ def find_coupling(module: nn.Module, run: Callable[[], object], layers: Sequence
     with evaluating(copied):
         sizes = _sizes(copied, calls, called)
     copied = independent_copy(module).eval()
-    shared = _shared(module)
-    able = [layer.name for layer in layers if "filters" in layer.methods and layer.name not in shared]
-    found = Dependencies(copied, called, selected=able, fixed=_fixed(copied, shared))
-    left = {name: entry.reason for entry in found.left for name in entry.layers}
-    left |= dict.fromkeys(shared, "shares its weight with another layer")
-    small = [group for group in found.groups if group.channels <= MIN_CHANNELS]
-    left |= {name: f"goes with no more than min_channels={MIN_CHANNELS}" for group in small for name in group.layers}
+    within_networks = tuple({f"{name}." if name else "" for name, *_ in calls})
+    fixed = fixed_modules(copied, has=lambda name: f"{name}.".startswith(within_networks))
+    able = [layer.name for layer in layers if "filters" in layer.methods and layer.name not in fixed]
+    found = Dependencies(copied, called, selected=able, fixed=fixed)
     groups = tuple(group for group in found.groups if group.channels > MIN_CHANNELS)
     found.release()
-    return Coupling(groups, left, sizes, _unmeasured(module, layers))
+    return Coupling(groups, sizes, _unmeasured(module, layers))
 
 
 def _own(leaf: Any) -> Any:
@@ -211,26 +204,7 @@ def _sizes(copied: nn.Module, calls: Sequence[tuple[str, Any, Any]], called: Cal
         one = [(name, *single_sample((args, kwargs))) for name, args, kwargs in calls]
         counted = macs_by_layer(copied, lambda: called(copied, one))
     counted = counted or macs_by_layer(copied, lambda: called(copied))
-    shapes = {plain_name(name): tuple(leaf.shape) for name, leaf in copied.named_parameters()}
-    macs: dict[str, float] = {}
-    for layer, count in counted.items():
-        own = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] == layer and len(shape) > 1}
-        whole = sum(map(math.prod, own.values()))
-        macs |= {name: count * math.prod(shape) / whole for name, shape in own.items()}
-    return Sizes(shapes, macs, float(sum(counted.values()) - sum(macs.values())))
-
-
-def _shared(module: nn.Module) -> set[str]:
-    """Layers whose weight another one has too."""
-    names = {id(part): plain_name(name) for name, part in module.named_modules()}
-    owners = [{names[id(site.module)] for site in sites} for sites in sites_of(module).values()]
-    return {name for own in owners if len(own) > 1 for name in own}
-
-
-def _fixed(copied: nn.Module, shared: Collection[str]) -> dict[str, str]:
-    kinds = (nn.RNNBase, nn.Bilinear)
-    fixed = {plain_name(name): "which stays" for name, part in copied.named_modules() if isinstance(part, kinds)}
-    return fixed | dict.fromkeys(shared, "whose weight another layer has too")
+    return sizes_of({plain_name(name): tuple(leaf.shape) for name, leaf in copied.named_parameters()}, counted)
 
 
 def _unmeasured(module: nn.Module, layers: Sequence[Layer]) -> tuple[str, ...]:

@@ -139,9 +139,9 @@ def suggest(
     if found is None or budget is given or _is_usable(findings, found.loss):
         return found
     told = f"with the default, {budget}, the losses of the layers add up to more than {findings.metric.name} itself; "
-    for share in MILDER:
+    for share in (own for own in MILDER if own > budget.amount):
         milder = _suggested(method, findings, costs, module, Budget(budget.quantity, share, True), told)
-        if share > budget.amount and milder is not None and _is_usable(findings, milder.loss):
+        if milder is not None and _is_usable(findings, milder.loss):
             return milder
     return found
 
