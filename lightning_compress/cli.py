@@ -217,13 +217,16 @@ def _add_export(commands: Commands) -> None:
         help="default: %(default)s; "
         "integers have the scales of the checkpoint, or, with --config, such as are found with the training data",
     )
-    export.add_argument("--out", metavar="FILE.onnx", help="default: the checkpoint's name, in this folder")
+    export.add_argument("--out", metavar="FILE.onnx", help="default: the checkpoint's name and the precision, here")
     sample = export.add_mutually_exclusive_group()
     sample.add_argument("--sample", metavar="FILE", help="the network's input, .pt or .npy")
     sample.add_argument("--shape", metavar="1,3,32,32", help="of a random input")
     export.add_argument("--metric", metavar="NAME", help="of the validation, measured in module and file")
     export.add_argument(
-        "--tolerance", metavar="X", type=float, help="largest difference of --metric, file to checkpoint"
+        "--tolerance",
+        metavar="X",
+        type=float,
+        help="how far --metric may move in the file, or worsen by calibrating",
     )
 
 

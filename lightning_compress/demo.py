@@ -35,6 +35,7 @@ from lightning_compress.callbacks.structured import StructuredPruningCallback
 from lightning_compress.export import Sample, evaluate, to_onnx
 from lightning_compress.export.evaluate import evaluate_forward
 from lightning_compress.mechanisms.channel_graph import require_torch_pruning
+from lightning_compress.mechanisms.extras import install_line
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.report import compare, to_console, units, write_report
 from lightning_compress.report.cells import shown_path
@@ -391,7 +392,7 @@ def _digits() -> DemoData:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError('the demo needs scikit-learn: pip install "lightning-compress[demo]"') from error
+        raise ImportError(f"the demo needs scikit-learn: {install_line('demo')}") from error
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     x = (torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)[order] - 4.9) / 6.0

@@ -135,7 +135,7 @@ def test_with_structured_the_teacher_is_made_smaller_too(tmp_path, monkeypatch, 
 def test_structured_without_the_extra_says_so_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     assert demo.run_demo(out=str(tmp_path / "out"), structured=True) == 2
-    assert 'pip install "lightning-compress[structured]"' in capsys.readouterr().err
+    assert 'needs torch-pruning: pip install "torch-pruning<2' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -19,6 +19,7 @@ from projects import NAMESPACES, TRAINER, Project, callback
 import lightning_compress
 from lightning_compress import export as exports
 from lightning_compress.cli import main
+from lightning_compress.commands import export as export_command
 from lightning_compress.commands.project import load_project
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.runtime import OnnxNetwork
@@ -236,7 +237,7 @@ def test_integers_with_the_scales_of_the_checkpoint(precision, quantised, projec
     code, line = exported(capsys, "last.ckpt", *arguments)
     assert (fp32[0], code) == (0, 0)
     assert f"({precision}, " in line
-    files = [(project.folder / name).stat().st_size for name in ("last.onnx", "fp32.onnx")]
+    files = [(project.folder / name).stat().st_size for name in (f"last-{precision}.onnx", "fp32.onnx")]
     assert files[0] < files[1]
 
 
@@ -257,9 +258,11 @@ def test_scales_that_the_checkpoint_lacks_are_found_with_the_training_data(preci
         line,
     )
     assert told, line
-    assert float(told[1]) == pytest.approx(exports.evaluate("last.onnx", module, data)["val_acc"], abs=1e-4)
+    assert float(told[1]) == pytest.approx(
+        exports.evaluate(f"last-{precision}.onnx", module, data)["val_acc"], abs=1e-4
+    )
     assert float(told[2]) == pytest.approx(exports.evaluate("fp32.onnx", module, data)["val_acc"], abs=1e-4)
-    assert Path("last.onnx").stat().st_size < Path("fp32.onnx").stat().st_size
+    assert Path(f"last-{precision}.onnx").stat().st_size < Path("fp32.onnx").stat().st_size
     assert not Path("out").exists()
     assert not Path("lightning_logs").exists()
 
@@ -286,6 +289,11 @@ CALIBRATIONS = {
         "int4",
         "calibrated with the training data by the defaults, as 'ptq' of the config gives weights of 8 bits, ",
     ),
+    "one that trains its scales": (
+        [callback("lightning_compress.QATCallback", weight_bits=4)],
+        "int8",
+        "samples of the training data by the defaults, as 'qat' of the config trains its scales, and had none yet, ",
+    ),
     "the one of two that fits": (
         [callback(PTQ, network="model.1"), callback(PTQ, network="model", max_samples=32, name="mine")],
         "int8",
@@ -307,17 +315,45 @@ def test_the_config_says_how_to_calibrate(case, project, capsys):
     assert code == 0, line
     assert told in line
     if precision == "int8":
-        widest = max(np.abs(values).max() for values in integers("last.onnx"))
+        widest = max(np.abs(values).max() for values in integers("last-int8.onnx"))
         assert (widest <= 7) == (case == "its bits and its samples")
 
 
 @pytest.mark.slow
-def test_a_calibration_of_the_config_that_cannot_be(project, capsys):
+@pytest.mark.parametrize(
+    ("callbacks", "told"),
+    [
+        ([callback(PTQ, observer="minmxa")], "did you mean 'minmax'?"),
+        (
+            [callback(PTQ, layer_bits={"model.2x": 4})],
+            r"trainer.callbacks (PTQCallback 'ptq'): layer_bits has 'model.2x'",
+        ),
+        ([callback(PTQ), callback(PTQ, name="two")], "trainer.callbacks: 'ptq', 'two' quantise one network; keep one"),
+    ],
+)
+def test_a_calibration_of_the_config_that_cannot_be(callbacks, told, project, capsys):
     saved(project)
-    config = project.yaml("own.yaml", project.config([callback(PTQ, observer="minmxa")]))
+    config = project.yaml("own.yaml", project.config(callbacks))
     code, line = exported(capsys, "last.ckpt", "--config", config, "--precision", "int8")
     assert code == 2
-    assert "did you mean 'minmax'?" in line
+    assert told in line
+    assert not list(Path().glob("*.onnx"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("metric", "kept"), [("val_acc", (True, False)), ("val_loss", (False, True)), ("m", (False, False))]
+)
+def test_a_file_that_is_better_than_full_precision_is_kept(metric, kept, project, capsys, monkeypatch):
+    """Where the metric's name says which way that is."""
+    saved(project)
+    monkeypatch.setattr(export_command, "evaluate_forward", lambda *_: {metric: 0.5})
+    for better, expected in zip((0.6, 0.4), kept, strict=True):
+        monkeypatch.setattr(export_command, "evaluate", lambda *_, better=better: {metric: better})
+        monkeypatch.setattr(export_command, "evaluate_quantized", lambda *_, better=better: {metric: better})
+        arguments = ["--config", project.base, "--precision", "int8", "--metric", metric, "--tolerance", "0.05"]
+        code, line = exported(capsys, "last.ckpt", *arguments)
+        assert (code == 0) == expected, line
 
 
 @pytest.mark.slow
@@ -331,7 +367,7 @@ def test_what_is_needed_to_find_scales_is_named(owner, project, capsys, monkeypa
     code, line = exported(capsys, "last.ckpt", "--config", project.base, "--precision", "int8", "--shape", "2,64")
     assert code == 2
     assert line.endswith(f"the checkpoint holds none; they cannot be found either, as {kind} has no {name}")
-    assert not Path("last.onnx").exists()
+    assert not list(Path().glob("*.onnx"))
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ SOURCE = """
 
     class Waits(Lit):
         def validation_step(self, batch, batch_idx):
-            if list(Path().glob(".last.onnx*")):  # the file is there, under the name of its draft
+            if list(Path().glob(".last-int8.onnx*")):  # the file is there, under the name of its draft
                 Path("mark").touch()
                 time.sleep(0.2)
             super().validation_step(batch, batch_idx)
@@ -299,7 +299,8 @@ def test_what_trains_is_exported_and_measured(written, precision, module, data, 
     code, line = exported(capsys, *written.config(module, data, trainer), precision)
     assert code == 0, line
     assert told(line) == pytest.approx([written.accuracy(plain)] * 2, abs=0.02 if precision == "int8" else 1e-3)
-    kept = {"last.ckpt", "last.onnx", "config.yaml", f"{written.name}.py"}
+    file = "last.onnx" if precision == "fp32" else "last-int8.onnx"
+    kept = {"last.ckpt", file, "config.yaml", f"{written.name}.py"}
     assert {path.name for path in Path().iterdir()} - {"__pycache__"} == kept
 
 
@@ -327,7 +328,7 @@ def test_a_calibration_that_loses_more_than_the_tolerance(written, capsys):
     assert code == 1
     expected = rf"in the file and {written.accuracy(module):.4g}\d* in full precision: the diff"
     assert re.search(expected, line), line
-    assert not Path("last.onnx").exists()
+    assert not list(Path().glob("*.onnx"))
 
 
 def test_data_are_drawn_as_in_a_fit(written, capsys):
@@ -400,6 +401,6 @@ def test_what_ends_a_process_ends_this_one(written):
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(20) == -signal.SIGTERM
-    assert not Path("last.onnx").exists()
+    assert not list(Path().glob("*.onnx"))
     assert main(["export", *written.config(), "int8"]) == 0
-    assert {path.name for path in Path().glob("*last.onnx*")} == {"last.onnx"}  # the draft is gone too
+    assert {path.name for path in Path().glob("*.onnx*")} == {"last-int8.onnx"}  # the draft is gone too

@@ -34,7 +34,7 @@ from lightning_compress.callbacks.arguments import (
 from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.intents import Intent, layers_of, left_out
 from lightning_compress.callbacks.returned import Returned
-from lightning_compress.callbacks.validating import SecondValidation
+from lightning_compress.callbacks.validating import SecondValidation, own_name
 from lightning_compress.functional.quantizers import check_bits
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.optimizers import Way, repeats_steps, way_of
@@ -374,7 +374,7 @@ class PSGDCallback(CompressionCallback):
         if self._second is None or not self._validates(trainer):
             return
         for metric, value in self._second.metrics(trainer, pl_module).items():
-            self.log_quantity(_quantity(metric), value, batch_size=1, validation=True)
+            self.log_quantity(own_name(metric), value, batch_size=1, validation=True)
 
     def estimate_statistics(self, trainer: Any, pl_module: Any) -> None:
         """Draw where the weights have ended, now that all who change them have done so."""
@@ -685,11 +685,6 @@ class PSGDCallback(CompressionCallback):
         if self._warped is None:
             raise RuntimeError(f"{type(self).__name__} has no weights before a fit")
         return self._warped
-
-
-def _quantity(metric: str) -> str:
-    """The user's "val_acc" becomes "acc", which is logged as "val_acc" of this callback."""
-    return metric.removeprefix("val_").removeprefix("val/")
 
 
 def _listed_bits(bits: Mapping[str, int]) -> str:

@@ -21,6 +21,11 @@ LONG = 60.0  # seconds that this may take without a word
 _FAILED = ""  # in the place of a metric: it was not possible
 
 
+def own_name(metric: str) -> str:
+    """The user's "val_acc", or "val/acc", becomes "acc", which is logged as "val_acc" of a callback."""
+    return metric.removeprefix("val_").removeprefix("val/")
+
+
 class SecondValidation:
     """The module's own validation once more, on a copy with other weights, on the CPU of rank 0.
 

@@ -46,17 +46,19 @@ from lightning_compress.mechanisms.drafts import draft_of
 from lightning_compress.mechanisms.isolation import module_kept, quiet
 from lightning_compress.mechanisms.loading import teacher_from_checkpoint
 from lightning_compress.mechanisms.quantization import QuantizationError
-from lightning_compress.mechanisms.selection import did_you_mean, plain_name
+from lightning_compress.mechanisms.selection import did_you_mean, listing, plain_name
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.recipe.file import check_size, shown
 from lightning_compress.report.cells import shown_path
+from lightning_compress.report.directions import direction
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size
 
 BITS: dict[str, dict[str, Any]] = {"int8": {}, "int4": {"weight_bits": 4, "activation_bits": None}}
 MOST_NUMBERS = 2**30  # of an input: 4 GB
 SEED = 0  # of the random input that --shape asks for
+FULL_PRECISION = "full precision"
 
 
 class CheckError(RuntimeError):
@@ -135,7 +137,7 @@ def _as_option(error: Exception) -> str:
 def _exported(options: argparse.Namespace, stack: ExitStack) -> str:
     """Check what can be checked without the module, then load, write and measure."""
     with checking(ValueError, ImportError):
-        target = checked_path(options.out or f"{Path(options.checkpoint).stem}.onnx")
+        target = checked_path(options.out or _name(options))
         _check(options)
         require_onnx()
     calibrates = options.precision != "fp32" and Scales.of_checkpoint(_read(options)).empty
@@ -159,6 +161,12 @@ def _exported(options: argparse.Namespace, stack: ExitStack) -> str:
     return (
         f"wrote {shown_path(target)} ({result.precision}, {size(result.bytes)}; {difference}{metrics}){_said(loaded)}"
     )
+
+
+def _name(options: argparse.Namespace) -> str:
+    """That of the checkpoint; files of another precision take no other one's place."""
+    precision = "" if options.precision == "fp32" else f"-{options.precision}"
+    return f"{Path(options.checkpoint).stem}{precision}.onnx"
 
 
 def _read(options: argparse.Namespace) -> Any:
@@ -318,7 +326,10 @@ def _calibrate(loaded: Loaded, network: str | None, options: argparse.Namespace)
     """
     lacking = f"--precision {options.precision} needs scales, and the checkpoint holds none"
     if loaded.data is None:
-        raise UsageError(f"{lacking}; give --config of the project, whose training data they are found with")
+        raise UsageError(
+            f"{lacking}; give --config of the project, whose training data they are found with (a script needs "
+            "three lines of one, which name its classes)"
+        )
     module: Any = loaded.module
     for name, owner in (
         ("validation_step", module),
@@ -338,17 +349,29 @@ def _calibrate(loaded: Loaded, network: str | None, options: argparse.Namespace)
 
 def _calibration(loaded: Loaded, network: str | None, precision: str) -> tuple[PTQCallback, str]:
     """That of the config, where it is for this network and these bits, else the defaults; and which, in words."""
-    reasons = []
-    for own in loaded.project.calibrations if loaded.project is not None else ():
-        if own.network not in (None, network):
+    fitting: list[PTQCallback] = []
+    reasons: list[str] = []
+    for own in loaded.project.quantising if loaded.project is not None else ():
+        if not isinstance(own, PTQCallback):
+            reasons.append(f"'{own.name}' of the config trains its scales, and had none yet")
+        elif own.network is not None and plain_name(own.network) != network:
             reasons.append(f"'{own.name}' of the config is for '{own.network}'")
         elif precision == "int4" and own.fewest_bits > BITS[precision]["weight_bits"]:
             reasons.append(f"'{own.name}' of the config gives weights of {own.fewest_bits} bits")
         else:
-            own.network = network
-            return own, f" as '{own.name}' of the config says"
-    because = f" by the defaults, as {' and '.join(reasons)}" if reasons else ""
-    return PTQCallback(network=network, **BITS[precision]), because
+            fitting.append(own)
+    if not fitting:
+        because = f" by the defaults, as {' and '.join(reasons)}" if reasons else ""
+        return PTQCallback(network=network, **BITS[precision]), because
+    if len(fitting) > 1:
+        raise UsageError(f"trainer.callbacks: {listing([own.name for own in fitting])} quantise one network; keep one")
+    [ptq] = fitting
+    ptq.network = network
+    try:
+        ptq.check(loaded.trainer, loaded.module)
+    except ValueError as error:
+        raise UsageError(f"trainer.callbacks ({type(ptq).__name__} '{ptq.name}'): {error}") from error
+    return ptq, f" as '{ptq.name}' of the config says"
 
 
 # The metrics
@@ -376,11 +399,16 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace,
         )
     ours = in_module[options.metric]
     references = {"the module" if result.quantization is None else "the quantised module": ours}
-    references |= {"full precision": before[options.metric]} if calibrated else {}
+    references |= {FULL_PRECISION: before[options.metric]} if calibrated else {}
     with _working("Validating the file"):
         theirs = evaluate(result.path, loaded.module, loaded.trainer)[options.metric]
     for what, value in references.items():
-        if options.tolerance is not None and not abs(theirs - value) <= options.tolerance:  # NaN fails too
+        worse = theirs - value
+        if what == FULL_PRECISION and (mode := direction(options.metric)) is not None:
+            worse *= 1 if mode == "min" else -1  # a file may well be better
+        else:
+            worse = abs(worse)
+        if options.tolerance is not None and not worse <= options.tolerance:  # NaN fails too
             raise CheckError(
                 f"{options.metric} is {theirs:.6g} in the file and {value:.6g} in {what}: the difference "
                 f"{abs(theirs - value):.3g} is beyond the tolerance of {options.tolerance:g}; the file was not kept"

@@ -25,6 +25,7 @@ from lightning_compress import _compat
 from lightning_compress.callbacks.base import callbacks_of
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.ptq import PTQCallback
+from lightning_compress.callbacks.qat import QATCallback
 from lightning_compress.commands.config_errors import (
     ConfigError,
     explanation,
@@ -64,6 +65,7 @@ PLAIN = {
 }
 """Of a Trainer that trains nothing: it needs neither the devices of the training nor its callbacks with their teachers.
 """
+QUANTISING = (PTQCallback, QATCallback)
 DOUBLE = (64, "64", "64-true")
 """Precisions that decide what the data have to be."""
 
@@ -76,14 +78,14 @@ class Project:
         module: The LightningModule.
         datamodule: The LightningDataModule; None where the config has none.
         trainer: The Trainer, with the callbacks of the config.
-        calibrations: Callbacks of the config by which an export may find scales; the Trainer has them no longer.
+        quantising: The callbacks of the config that quantise, where the Trainer no longer has any.
         remarks: What a reader of its figures should know.
     """
 
     module: Any
     datamodule: Any
     trainer: Any
-    calibrations: tuple[PTQCallback, ...] = ()
+    quantising: tuple[PTQCallback | QATCallback, ...] = ()
     remarks: tuple[str, ...] = ()
 
     def set_up(self) -> None:
@@ -242,7 +244,7 @@ def load_trained(
     """Build a LightningCLI project with the weights of a checkpoint, to look at it; nothing is trained.
 
     The Trainer is a plain one on one device: the accelerator of the config where this machine has it, else the CPU.
-    Of the callbacks each ``PTQCallback`` is made, and stands beside the Trainer.
+    Of the callbacks those that quantise are made, and stand beside the Trainer.
 
     Args:
         configs: As in :func:`load_project`.
@@ -291,11 +293,11 @@ def load_trained(
             raise UsageError(one_line(error)) from error
         module = project.trainer.precision_plugin.convert_module(module)  # as a fit of the project begins
         undo.pop_all()  # the caller's from here on
-    calibrations = tuple(own for own in project.trainer.callbacks if isinstance(own, PTQCallback))
-    for own in calibrations:
+    quantising = tuple(own for own in project.trainer.callbacks if isinstance(own, QUANTISING))
+    for own in quantising:
         project.trainer.callbacks.remove(own)
     remarks = tuple(f"{own}: the {counts} counts" for own in differences)
-    return replace(project, module=module, calibrations=calibrations, remarks=remarks)
+    return replace(project, module=module, quantising=quantising, remarks=remarks)
 
 
 def _hyperparameters(contents: Any) -> Mapping[str, Any]:
@@ -329,8 +331,8 @@ def _plain(configs: Sequence[str]) -> list[str]:
         own.update(settings if isinstance(settings, Mapping) else {})
     precision = "64-true" if own.get("precision") in DOUBLE else "null"
     accelerator = _accelerator_here(own.get("accelerator", "auto"))
-    calibrations = json.dumps([entry for entry in _callbacks(own) if _calibrates(entry)])
-    chosen = {**PLAIN, "accelerator": accelerator, "precision": precision, "callbacks": calibrations}
+    quantising = json.dumps([entry for entry in _callbacks(own) if _quantises(entry)])
+    chosen = {**PLAIN, "accelerator": accelerator, "precision": precision, "callbacks": quantising}
     if own.get("limit_val_batches") == 0:  # nothing was validated in the training; here it is
         chosen["limit_val_batches"] = "1.0"
     return [f"--trainer.{key}={value}" for key, value in chosen.items()]
@@ -345,10 +347,10 @@ def _callbacks(settings: Mapping[str, Any]) -> list[Any]:
     return found
 
 
-def _calibrates(entry: Any) -> bool:
-    """Whether it is a ``PTQCallback``, by its name: the classes of other callbacks need not be here."""
+def _quantises(entry: Any) -> bool:
+    """Whether it quantises, by the name of its class: those of other callbacks need not be here."""
     path = entry.get("class_path") if isinstance(entry, Mapping) else entry
-    return isinstance(path, str) and path.rpartition(".")[2] == PTQCallback.__name__
+    return isinstance(path, str) and path.rpartition(".")[2] in [kind.__name__ for kind in QUANTISING]
 
 
 def _accelerator_here(wanted: Any) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.export.errors import EvaluationError, first_line
+from lightning_compress.mechanisms.extras import install_line
 
 ELEMENT_TYPES = {
     "tensor(float)": torch.float32,
@@ -37,7 +38,7 @@ def require_onnx() -> None:
     if missing:
         raise ImportError(
             f"ONNX export needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
-            'run: pip install "lightning-compress[onnx]"'
+            f"run: {install_line('onnx')}"
         )
 
 

@@ -17,12 +17,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from lightning_compress.mechanisms.budgets import Place
+from lightning_compress.mechanisms.extras import install_line
 from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.mechanisms.shrinking import Kept, tensors_of
 from lightning_compress.mechanisms.student import is_metric
 from lightning_compress.mechanisms.tree import named_tensors
 
-INSTALL = 'pip install "lightning-compress[structured]"'
 LAYERS = (_ConvNd, nn.Linear)
 """What has filters."""
 
@@ -51,7 +51,7 @@ def require_torch_pruning() -> Any:
     try:
         import torch_pruning
     except ImportError as error:
-        raise ImportError(f"structured pruning needs torch-pruning: {INSTALL}") from error
+        raise ImportError(f"structured pruning needs torch-pruning: {install_line('structured')}") from error
     return torch_pruning
 
 

@@ -56,7 +56,7 @@ def columns(report: Report) -> list[Column]:
             units.size(row.bytes_compressed),
             units.times(row.bytes_compressed, first.bytes_compressed, "smaller", "larger"),
         ),
-        "Latency": lambda row: _latency_cell(row.latency_ms),
+        "Latency": lambda row: _latency_cell(report, row),
         "Runtime": lambda row: _runtime_cell(row.latency_ms),
     }
     for name in metric_names(report):
@@ -150,11 +150,37 @@ def _zeros(row: Row) -> str:
     return f"{units.share(1 - row.nonzeros / row.parameters)} zeros"
 
 
-def _latency_cell(latency: Latency | None) -> Cell:
-    if latency is None:
+def _latency_cell(report: Report, row: Row) -> Cell:
+    if row.latency_ms is None:
         return Cell(units.MISSING)
-    remark = ", ".join(filter(None, (speed(latency), f"IQR {units.significant(latency.spread, 2)}")))
-    return Cell(units.milliseconds(latency.median), remark)
+    spread = f"IQR {units.significant(row.latency_ms.spread, 2)}"
+    return Cell(
+        units.milliseconds(row.latency_ms.median), ", ".join(filter(None, (latency_remark(report, row), spread)))
+    )
+
+
+def latency_remark(report: Report, row: Row) -> str:
+    """How a time compares with the first row's, in words; where that ran elsewhere, with a file in the same runtime.
+
+    Empty where nothing was run in the same runtime: a ratio between two of them is none of the compression.
+    """
+    mine, first = row.latency_ms, report.rows[0].latency_ms
+    if mine is None:
+        return ""
+    if first is None or first.runtime == mine.runtime:
+        return speed(mine)
+    files = {id(own): file for own, file in file_rows(report)}
+    if id(row) in files and (remark := speed_over_fp32(files[id(row)])):
+        return f"{remark} than in fp32"
+    for other, _ in file_rows(report):
+        theirs = other.latency_ms
+        if theirs is None or (theirs.runtime, theirs.batch) != (mine.runtime, mine.batch):
+            continue
+        if other is row:  # the first of its runtime
+            break
+        ratio = _speed_between(mine, theirs)
+        return f"{ratio} than {other.name}" if ratio else f"no difference to {other.name} shown"
+    return ""
 
 
 def speed(latency: Latency) -> str:
@@ -167,7 +193,7 @@ def speed(latency: Latency) -> str:
     return units.times(ratio, 1.0, "faster", "slower")
 
 
-def speed_between(latency: Latency, other: Latency) -> str:
+def _speed_between(latency: Latency, other: Latency) -> str:
     """The ratio of two medians in words; empty where the 95% intervals of their ratios to the first row overlap."""
     ends = (latency.ratio_low, latency.ratio_high, other.ratio_low, other.ratio_high)
     if None not in ends:

@@ -10,10 +10,9 @@ from lightning_compress.report.cells import (
     compressed_row,
     file_rows,
     file_table,
+    latency_remark,
     layer_table,
     speed,
-    speed_between,
-    speed_over_fp32,
     version_line,
 )
 from lightning_compress.report.figure import panels
@@ -134,7 +133,8 @@ def _tiles(report: Report) -> str:
         ("MACs", units.count(row.macs), units.times(row.macs, first.macs, "fewer", "more")),
     ]
     if row.latency_ms is not None:
-        tiles.append(("Latency", units.milliseconds(row.latency_ms.median), _latency_remark(report, row)))
+        remark = latency_remark(report, row) or _between_runtimes(first, row)
+        tiles.append(("Latency", units.milliseconds(row.latency_ms.median), remark))
     for name, value in list(row.metrics.items())[:2]:
         was = first.metrics.get(name) if row is not first else None
         tiles.append((name, units.metric(value), "" if was is None else f"{first.name}: {units.metric(was)}"))
@@ -142,22 +142,12 @@ def _tiles(report: Report) -> str:
     return f'<div class="tiles">{"".join(_tile(*tile) for tile in shown)}</div>'
 
 
-def _latency_remark(report: Report, row: Row) -> str:
-    """The ratio of the headline row's time; where the first row ran elsewhere, to a file in the same runtime."""
-    mine, first = row.latency_ms, report.rows[0].latency_ms
-    if mine is None:
+def _between_runtimes(first: Row, row: Row) -> str:
+    """The ratio of the times of two runtimes, and which they are."""
+    mine, theirs = row.latency_ms, first.latency_ms
+    if mine is None or theirs is None or mine.runtime == theirs.runtime:
         return ""
-    if first is None or first.runtime == mine.runtime:
-        return speed(mine)
-    files = {id(own): file for own, file in file_rows(report)}
-    if id(row) in files and (remark := speed_over_fp32(files[id(row)])):
-        return f"{remark} than in fp32, by {mine.runtime}"
-    for other, _ in file_rows(report):
-        theirs = other.latency_ms
-        if other is not row and theirs is not None and (theirs.runtime, theirs.batch) == (mine.runtime, mine.batch):
-            ratio = speed_between(mine, theirs)
-            return f"{ratio} than {other.name}" if ratio else f"no difference to {other.name} shown"
-    return ", ".join(filter(None, (speed(mine), f"{first.runtime} to {mine.runtime}")))
+    return ", ".join(filter(None, (speed(mine), f"{theirs.runtime} to {mine.runtime}")))
 
 
 def _tile(title: str, value: str, remark: str) -> str:

@@ -23,6 +23,8 @@ class AgainstFp32:
         milliseconds: Median time of a call.
         milliseconds_fp32: The same in fp32.
         speed: How many times as fast as in fp32: the median over rounds in which both ran.
+        speed_low: Lower end of its 95% interval; None with too few rounds.
+        speed_high: Upper end.
     """
 
     precision: str
@@ -32,10 +34,14 @@ class AgainstFp32:
     milliseconds: float
     milliseconds_fp32: float
     speed: float
+    speed_low: float | None = None
+    speed_high: float | None = None
 
     def __str__(self) -> str:
         size = f"the {self.precision} file has {self.bytes / self.bytes_fp32:.3f} of the bytes of one in fp32"
         batch = f"(batch {self.batch}, one thread)"
+        if self.speed_low is not None and self.speed_high is not None and self.speed_low <= 1 <= self.speed_high:
+            return f"{size}; no difference in time is shown {batch}"
         if self.speed >= 1:
             return f"{size} and runs {self.speed:.2f} times as fast {batch}"
         return (
@@ -63,13 +69,16 @@ def against_fp32(file: ExportResult, plain: ExportResult, *, seconds: float = 5.
         return lambda: network.run(tensors)
 
     times = measure_latency({"fp32": call(plain), "file": call(file)}, seconds=seconds)
-    ratio = times["file"].ratio or times["file"].median / times["fp32"].median
+    own = times["file"]
+    ratio = own.ratio or own.median / times["fp32"].median
     return AgainstFp32(
         precision=file.precision,
         bytes=file.bytes,
         bytes_fp32=plain.bytes,
         batch=len(tensors[0]) if tensors and tensors[0].ndim else 1,
-        milliseconds=times["file"].median,
+        milliseconds=own.median,
         milliseconds_fp32=times["fp32"].median,
         speed=1 / ratio,
+        speed_low=None if own.ratio_high is None else 1 / own.ratio_high,
+        speed_high=None if own.ratio_low is None else 1 / own.ratio_low,
     )

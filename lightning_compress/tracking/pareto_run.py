@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightning_compress.mechanisms.extras import install_line
 from lightning_compress.report.pareto import Pareto
 from lightning_compress.report.pareto_files import pareto_records
 from lightning_compress.report.scatter import scatter_png
@@ -23,7 +24,7 @@ def require_wandb() -> None:
         >>> require_wandb()
     """
     if find_spec("wandb") is None:
-        raise ImportError('--wandb needs wandb, which is not installed; run: pip install "lightning-compress[wandb]"')
+        raise ImportError(f"--wandb needs wandb, which is not installed; run: {install_line('wandb')}")
 
 
 def log_pareto(project: str, table: Pareto, sources: Mapping[str, str], page: Path) -> None:

