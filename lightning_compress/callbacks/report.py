@@ -29,6 +29,7 @@ from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.mechanisms.teacher import Teacher
+from lightning_compress.report.cells import shown_path
 from lightning_compress.report.compare import compare, file_names
 from lightning_compress.report.pictures import kept
 from lightning_compress.report.render import to_console, to_markdown
@@ -154,7 +155,7 @@ class CompressionReport(CompressionCallback):
         except OSError as error:  # the training itself went well, and the table was printed and logged
             warnings.warn(f"the report could not be written to '{directory}': {error}", stacklevel=2)
         else:
-            log.info("%s: wrote %s", self.name, self.files.html)
+            announce(f"The same as a page: {shown_path(self.files.html)}\n")
 
     def _keep(self, pl_module: Any) -> None:
         """Copy the module, for the row "before"; the report does without where that is impossible."""

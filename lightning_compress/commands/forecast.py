@@ -22,6 +22,8 @@ from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.teacher import Teacher
 from lightning_compress.report.measure import count_parameters, macs_by_layer, single_sample
 
+BYTES = {"fp32": 4.0, "int8": 1.0, "int4": 0.5}
+"""Of a weight in a file."""
 FAR = 100.0
 """A term that is so many times larger, or smaller, than the task loss is worth a warning."""
 
@@ -62,7 +64,7 @@ def forecast(trainer: Any, pl_module: Any, step: StepRecord, warned: Sequence[st
         "parameters": whole,
         "macs": sum(before.values()) if macs else None,
         "callbacks": callbacks,
-        "files": [_file(callback, ours) for callback in ours if isinstance(callback, ExportCallback)],
+        "files": [_file(callback, ours, parameters) for callback in ours if isinstance(callback, ExportCallback)],
         "step": _step(trainer, ours, step, macs),
         "losses": {"task": task, "terms": losses},
         "warnings": [*warned, *problems, *_strengths(task, losses, warned)],
@@ -97,13 +99,14 @@ def _share(layers: Mapping[str, int], intent: Intent) -> float:
     return sum(taken) / sum(layers.values())
 
 
-def _file(callback: ExportCallback, ours: Sequence[CompressionCallback]) -> dict[str, Any]:
-    """The size of what was tried in the first step, less what is still to be taken away."""
-    share = math.prod(other.foreseen_share for other in ours)
+def _file(callback: ExportCallback, ours: Sequence[CompressionCallback], parameters: int) -> dict[str, Any]:
+    """The size of what was tried in the first step, less the weights that are still to be taken away; a graph stays."""
+    share, tried = math.prod(other.foreseen_share for other in ours), callback.trial_bytes
+    gone = (1 - share) * parameters * BYTES[callback.precision]
     return {
         "path": callback.path,
         "precision": callback.precision,
-        "bytes": None if callback.trial_bytes is None else round(callback.trial_bytes * share),
+        "bytes": None if tried is None else round(max(tried - gone, tried * share)),
         "compressed": None if callback.trial_compressed is None else round(callback.trial_compressed * share),
     }
 

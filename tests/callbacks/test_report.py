@@ -109,6 +109,7 @@ def test_all_rows_in_print_loggers_and_files(pl, tmp_path, capsys):
 
     printed = capsys.readouterr().out
     assert printed.count("Compression report") == 1
+    assert "The same as a page: " in printed
     assert re.search(r"val_acc +\S+ +\S+ +\S+ +\S+\n", printed)
     assert report.files.json.parent == tmp_path / "logs" / "lightning_logs" / "version_0"
     assert from_json(report.files.json.read_text(encoding="utf-8")) == report.result
