@@ -320,6 +320,35 @@ def test_the_config_says_how_to_calibrate(case, project, capsys):
 
 
 @pytest.mark.slow
+def test_callbacks_of_several_configs_and_of_classes_of_one_s_own(project, capsys):
+    saved(project)
+    project.write("own_ptq.py", "from lightning_compress import PTQCallback as P\n\n\nclass Mine(P):\n    pass\n")
+    base = project.yaml("base.yaml", project.config())
+    added = [callback("own_ptq.Mine", max_samples=32, name="2024-01-01")]
+    more = project.yaml("more.yaml", {"trainer": {"callbacks+": added}})
+    last = project.yaml("last.yaml", {"trainer": {"callbacks+": [callback("PruningCallback", sparsity=0.5)]}})
+    none = project.yaml("none.yaml", {"trainer": {"callbacks": []}})
+    for configs, told in (
+        ((base, more, last), "calibrated with 32 samples of the training data as '2024-01-01' of the config says, "),
+        ((base, more, none), " samples of the training data, largest"),
+    ):
+        given = [part for path in configs for part in ("--config", path)]
+        code, line = exported(capsys, "last.ckpt", *given, "--precision", "int8")
+        assert code == 0, line
+        assert told in line
+
+
+@pytest.mark.slow
+def test_weights_that_know_their_grids_leave_a_calibration_out(project, capsys):
+    """Of a fit with PSGD whose PTQ had not come yet."""
+    trained(project, callback("PSGDCallback", bits=4))
+    config = project.yaml("own.yaml", project.config([callback("PSGDCallback", bits=4), callback(PTQ)]))
+    code, line = exported(capsys, "last.ckpt", "--config", config, "--precision", "int8")
+    assert code == 0, line
+    assert "; weights alone on the grids that they were trained for, as 'ptq' had no scales yet, largest" in line
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("callbacks", "told"),
     [
@@ -328,6 +357,7 @@ def test_the_config_says_how_to_calibrate(case, project, capsys):
             [callback(PTQ, layer_bits={"model.2x": 4})],
             r"trainer.callbacks (PTQCallback 'ptq'): layer_bits has 'model.2x'",
         ),
+        ([callback(PTQ, network="modle")], "(PTQCallback 'ptq'): network names 'modle'"),
         ([callback(PTQ), callback(PTQ, name="two")], "trainer.callbacks: 'ptq', 'two' quantise one network; keep one"),
     ],
 )

@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_compress.callbacks.base import TrainerCallback
 from lightning_compress.callbacks.ptq import PTQCallback
+from lightning_compress.callbacks.qat import QATCallback
 from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended
 from lightning_compress.commands.project import (
     Project,
@@ -140,10 +141,11 @@ def _exported(options: argparse.Namespace, stack: ExitStack) -> str:
         target = checked_path(options.out or _name(options))
         _check(options)
         require_onnx()
-    calibrates = options.precision != "fp32" and Scales.of_checkpoint(_read(options)).empty
+    scales = Scales() if options.precision == "fp32" else Scales.of_checkpoint(_read(options))
+    calibrates = options.precision != "fp32" and scales.empty
     with _working(f"Loading {os.path.basename(options.checkpoint)}"):
         loaded, network, sample = _loaded_with_input(options, stack, calibrates=calibrates)
-    here = _calibrate(loaded, network, options) if calibrates else ""
+    here = _calibrate(loaded, network, options) if calibrates else _left_out(loaded, scales)
     target.parent.mkdir(parents=True, exist_ok=True)
     with draft_of(target) as draft:
         with _working(f"Exporting {target.name}"), checking(ValueError, TypeError, CaptureError):
@@ -352,6 +354,7 @@ def _calibration(loaded: Loaded, network: str | None, precision: str) -> tuple[P
     fitting: list[PTQCallback] = []
     reasons: list[str] = []
     for own in loaded.project.quantising if loaded.project is not None else ():
+        _check_callback(own, loaded)
         if not isinstance(own, PTQCallback):
             reasons.append(f"'{own.name}' of the config trains its scales, and had none yet")
         elif own.network is not None and plain_name(own.network) != network:
@@ -367,11 +370,22 @@ def _calibration(loaded: Loaded, network: str | None, precision: str) -> tuple[P
         raise UsageError(f"trainer.callbacks: {listing([own.name for own in fitting])} quantise one network; keep one")
     [ptq] = fitting
     ptq.network = network
-    try:
-        ptq.check(loaded.trainer, loaded.module)
-    except ValueError as error:
-        raise UsageError(f"trainer.callbacks ({type(ptq).__name__} '{ptq.name}'): {error}") from error
     return ptq, f" as '{ptq.name}' of the config says"
+
+
+def _left_out(loaded: Loaded, scales: Scales) -> str:
+    """Which callback of the config would have calibrated, where the checkpoint has weights that know their grids."""
+    names = [own.name for own in loaded.project.quantising] if loaded.project is not None else []
+    if not names or not scales.weights_only:
+        return ""
+    return f"weights alone on the grids that they were trained for, as {listing(names)} had no scales yet, "
+
+
+def _check_callback(own: PTQCallback | QATCallback, loaded: Loaded) -> None:
+    try:
+        own.check(loaded.trainer, loaded.module)
+    except ValueError as error:
+        raise UsageError(f"trainer.callbacks ({type(own).__name__} '{own.name}'): {error}") from error
 
 
 # The metrics

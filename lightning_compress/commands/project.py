@@ -274,6 +274,7 @@ def load_trained(
     """
     with checking(ValueError, OSError):
         contents = read_checkpoint(checkpoint, or_weights=True)
+    current_folder_importable()
     arguments = _plain(configs)
     project = load_project(configs, model=model, data=data, arguments=arguments)
     differences, counts = _differences(project.module, contents), "config"
@@ -326,31 +327,35 @@ def _differences(module: Any, contents: Any) -> tuple[str, ...]:
 def _plain(configs: Sequence[str]) -> list[str]:
     """The arguments of LightningCLI for a Trainer that trains nothing."""
     own: dict[str, Any] = {}
+    callbacks: list[Any] = []
     for path in configs:
-        settings = _contents(path).get("trainer")
-        own.update(settings if isinstance(settings, Mapping) else {})
+        settings = _contents(path).get("trainer") or {}
+        own.update(settings)
+        callbacks = [*_entries(settings["callbacks"])] if "callbacks" in settings else callbacks
+        callbacks += _entries(settings.get("callbacks+"))
     precision = "64-true" if own.get("precision") in DOUBLE else "null"
     accelerator = _accelerator_here(own.get("accelerator", "auto"))
-    quantising = json.dumps([entry for entry in _callbacks(own) if _quantises(entry)])
+    quantising = json.dumps([entry for entry in callbacks if _quantises(entry)], default=str)
     chosen = {**PLAIN, "accelerator": accelerator, "precision": precision, "callbacks": quantising}
     if own.get("limit_val_batches") == 0:  # nothing was validated in the training; here it is
         chosen["limit_val_batches"] = "1.0"
     return [f"--trainer.{key}={value}" for key, value in chosen.items()]
 
 
-def _callbacks(settings: Mapping[str, Any]) -> list[Any]:
-    """The entries of a list, or the one that stands in its place, and those that are appended to it."""
-    found: list[Any] = []
-    for key in ("callbacks", "callbacks+"):
-        given = settings.get(key)
-        found += given if isinstance(given, list) else [given]
-    return found
+def _entries(given: Any) -> list[Any]:
+    """Those of a list, or the one that stands in its place."""
+    return given if isinstance(given, list) else [] if given is None else [given]
 
 
 def _quantises(entry: Any) -> bool:
-    """Whether it quantises, by the name of its class: those of other callbacks need not be here."""
+    """Whether it makes a callback that quantises; what cannot be imported is not asked for."""
     path = entry.get("class_path") if isinstance(entry, Mapping) else entry
-    return isinstance(path, str) and path.rpartition(".")[2] in [kind.__name__ for kind in QUANTISING]
+    if not isinstance(path, str):
+        return False
+    with suppress(ValueError):
+        made = getattr(lightning_compress, path, None) or import_path(path, argument="class_path")
+        return isinstance(made, type) and issubclass(made, QUANTISING)
+    return False
 
 
 def _accelerator_here(wanted: Any) -> str:

@@ -99,6 +99,11 @@ class Scales:
         return not self._found and not self._steps and not self._ranges
 
     @property
+    def weights_only(self) -> bool:
+        """Whether they are grids that weights were trained for, and nothing is known of activations."""
+        return not self._found and not self.empty
+
+    @property
     def network(self) -> str | None:
         """The network that they were calibrated for; None where that is open."""
         return self._found[0].network if len(self._found) == 1 else None
@@ -268,7 +273,8 @@ def for_precision(grids: Grids, precision: str) -> Grids:
     if len(wide) == len(grids.weights):
         raise ValueError(
             f"precision 'int4' needs weights of at most 4 bits, and those of the network have "
-            f"{max(grid.bits for grid in grids.weights.values())}: give PTQCallback or QATCallback weight_bits=4"
+            f"{max(grid.bits for grid in grids.weights.values())}: give PTQCallback or QATCallback weight_bits=4, and "
+            "no edge_bits above"
         )
     floats = (*grids.left_in_float, *(["all activations"] if grids.activations else []))
     return replace(grids, integer_activations=False, activations={}, left_in_float=floats)
