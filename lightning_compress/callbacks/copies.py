@@ -20,7 +20,7 @@ from lightning_compress.export.tracing import users_place
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.channel_graph import StructureError
 from lightning_compress.mechanisms.isolation import evaluating
-from lightning_compress.mechanisms.replay import traceless
+from lightning_compress.mechanisms.replay import prepare_step, traceless
 from lightning_compress.mechanisms.selection import find_module, listing
 from lightning_compress.mechanisms.shrinking import Shrinkage, shrink_, tensors_of
 from lightning_compress.mechanisms.student import Detector
@@ -227,7 +227,9 @@ class Copies:
         if plainly:
             batch = rebuild(batch, _plain(copied))
         with nullcontext() if plainly else self._trainer.precision_plugin.train_step_context():
-            return copied.training_step(*_compat.step_arguments(self._trainer, copied, batch, self._batch_idx))
+            arguments = _compat.step_arguments(self._trainer, copied, batch, self._batch_idx)
+        prepare_step(copied, arguments)
+        return copied.training_step(*arguments)
 
     def _last_shapes(self, copied: nn.Module, training: bool) -> list[tuple[int, ...]]:
         """Of the outputs of the last network: what those before it return may have other shapes."""

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_compress.callbacks.arguments import check_flag
 from lightning_compress.callbacks.masks import MaskCallback
 from lightning_compress.callbacks.returned import Returned
-from lightning_compress.callbacks.validating import SecondValidation
+from lightning_compress.callbacks.validating import SecondValidation, loggable
 from lightning_compress.export.evaluate import has_validation
 from lightning_compress.functional.masks import Filters, count_dead_filters
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_, statistics_kept
@@ -151,7 +151,7 @@ class DynamicMaskCallback(MaskCallback):
         found = second.metrics(trainer, pl_module)
         many = trainer.world_size > 1
         for metric, value in found.items():
-            pl_module.log(f"compress/{self.name}/reestimated/{metric}", value, sync_dist=many, batch_size=1)
+            pl_module.log(f"compress/{self.name}/reestimated/{loggable(metric)}", value, sync_dist=many, batch_size=1)
 
     # Private
 

@@ -81,7 +81,7 @@ class FeatureCallback(TeacherCallback):
         self._layers, self._ready = stack, False
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Settle what is to be compared, before the first step and after the module's own hooks have run."""
+        """Settle what is to be compared, before the first step."""
         if not self._ready and self.student_capture is not None:
             self.settle(trainer, pl_module)
             self._ready = True

@@ -377,6 +377,8 @@ class StructuredPruningCallback(CompressionCallback):
 
     def bake(self, trainer: Any, pl_module: Any) -> None:
         """The module is as small as it should be; its files are saved as those of any module."""
+        if not (self._begun or self._reached_all):
+            self._warn_once("no training step was run, so no filter went")
         self._files.close()
 
     def estimate_statistics(self, trainer: Any, pl_module: Any) -> None:

@@ -23,7 +23,12 @@ _FAILED = ""  # in the place of a metric: it was not possible
 
 def own_name(metric: str) -> str:
     """The user's "val_acc", or "val/acc", becomes "acc", which is logged as "val_acc" of a callback."""
-    return metric.removeprefix("val_").removeprefix("val/")
+    return loggable(metric.removeprefix("val_").removeprefix("val/"))
+
+
+def loggable(metric: str) -> str:
+    """A metric's name where ``self.log`` takes it once more: it adds the loader's number to names itself."""
+    return metric.replace("/dataloader_idx_", "/loader_")
 
 
 class SecondValidation:

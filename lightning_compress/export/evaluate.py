@@ -399,7 +399,13 @@ def _metrics(trainer: Any, module: nn.Module, loaders: Any, datamodule: Any) -> 
     results = trainer.validate(module, dataloaders=loaders, datamodule=datamodule, verbose=False)
     if not results:
         raise EvaluationError("the validation ran no batch; are the validation data empty?")
-    return {key: float(value) for result in results for key, value in result.items()}
+    found = {key: float(value) for result in results for key, value in result.items()}
+    unseen = {  # of metrics that are logged with logger=False
+        key: float(value)
+        for key, value in trainer.callback_metrics.items()
+        if not key.endswith("_step") and not {key, f"{key}_epoch"} & set(found)
+    }
+    return {**found, **unseen}
 
 
 def _batches(trainer: Any) -> int | None:

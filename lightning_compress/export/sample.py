@@ -73,6 +73,8 @@ BASES = ("Module", "LightningModule", "DataHooks", "ModelHooks")
 def defines(module: nn.Module, method: str) -> bool:
     """Whether a method is the user's, rather than the empty one of torch or Lightning."""
     function = inspect.unwrap(getattr(module, method))
+    if function is None:  # how Lightning lets a subclass have none
+        return False
     home = getattr(function, "__module__", None) or ""
     base_class = getattr(function, "__qualname__", "").split(".")[0] in BASES
     return not (base_class and home.startswith(OUR_BASES)) and function.__name__ != "_forward_unimplemented"

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_compress.mechanisms.controller import StepController
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+BATCH_STARTS = {"training_step": "on_train_batch_start", "validation_step": "on_validation_batch_start"}
 TRIES = 32  # batches that may be skipped by the step before the first that is not
 
 
@@ -228,6 +229,24 @@ class Replay:
             yield arguments
 
 
+def prepare_step(module: Any, arguments: tuple[Any, ...], method: str = "training_step") -> bool:
+    """Let the module's own hook prepare a step, as it does in a fit.
+
+    Args:
+        module: The LightningModule, or a copy of it.
+        arguments: The step's.
+        method: Name of the step.
+
+    Returns:
+        Whether the step is to be run.
+    """
+    hook = getattr(module, BATCH_STARTS[method], None)
+    if not callable(hook) or not arguments or isinstance(arguments[0], Iterator):  # the step draws its batches
+        return True
+    number = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], int) else 0
+    return not (hook(arguments[0], number) == -1 and method == "training_step")
+
+
 @contextmanager
 def replay(
     controller: StepController,
@@ -274,6 +293,8 @@ def replay(
         return (arguments[0], number, *[0] * len(needed))[: len(needed) + 1]
 
     def step(*arguments: Any, gradients: bool) -> Any:
+        if not prepare_step(module, arguments, method):
+            return None
         with context(), torch.set_grad_enabled(gradients), _no_learning(module):
             try:
                 return getattr(module, method)(*(arguments if method == "training_step" else fitting(arguments)))

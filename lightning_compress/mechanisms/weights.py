@@ -223,7 +223,7 @@ def _refuse(name: str, module: nn.Module) -> None:
             f"the fit, or leave it out with exclude=['{name}']"
         )
     cause, own = None, module._parameters
-    if is_parametrized(module):
+    if any(is_parametrized(module, name) for name in getattr(module, "parametrizations", ()) if "weight" in name):
         cause = "a parametrization"
     elif any(f"{attribute[:-2]}_v" in own for attribute in own if attribute.endswith("_g")):
         cause = "weight_norm"

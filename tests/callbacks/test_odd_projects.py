@@ -12,10 +12,23 @@ from contract.modules import CLASSES, difference, made, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
-from lightning_compress import AttentionTransferCallback, DistillationCallback, FactorTransferCallback
+from lightning_compress import (
+    AttentionTransferCallback,
+    CompressionReport,
+    DistillationCallback,
+    DPFCallback,
+    ExportCallback,
+    FactorTransferCallback,
+    PruningCallback,
+    PSGDCallback,
+    PTQCallback,
+    QATCallback,
+    StructuredPruningCallback,
+)
 
 
 def attention(**settings):
@@ -285,3 +298,126 @@ def test_a_stopped_replay_does_not_stop_the_training():
             return super().training_step(batch, batch_idx)
 
     assert fit(made(Ending), factors(), max_epochs=2, min_epochs=1).global_step == STEPS
+
+
+# What a module prepares for its step
+
+
+class Prepared(ConvClassifier):
+    """Its own hook makes what its step needs, and skips nothing."""
+
+    prepared = 0
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.scaled, self.prepared = batch[0] * (1 + batch_idx), self.prepared + 1
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((self.scaled, batch[1]), batch_idx)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [
+        attention,
+        factors,
+        lambda: QATCallback(step_size="observed"),
+        lambda: PTQCallback(max_samples=BATCH),
+        lambda: StructuredPruningCallback(0.25, min_channels=2),
+    ],
+    ids=["at", "ft", "qat", "ptq", "structured"],
+)
+def test_what_its_own_hook_prepares_is_there_in_a_replay(make):
+    if isinstance(make(), StructuredPruningCallback):
+        pytest.importorskip("torch_pruning")
+    assert fit(made(Prepared), make()).prepared == STEPS
+
+
+class Shown(ConvClassifier):
+    """Its validation looks at what the hook before it has left."""
+
+    def on_validation_batch_start(self, batch, batch_idx, dataloader_idx=0):
+        self.shown = batch[0]
+
+    def validation_step(self, batch, batch_idx):
+        return super().validation_step((self.shown, batch[1]), batch_idx)
+
+
+@pytest.mark.slow
+def test_a_calibration_sees_every_batch_that_a_hook_prepares():
+    """And so it is that of a module which takes its batches as they are."""
+    found = []
+    for kind in (ConvClassifier, Shown):
+        ptq = PTQCallback(max_samples=4 * BATCH)
+        fit(made(kind), ptq)
+        found.append({key: vars(grid) for key, grid in ptq.quantization.activations.items()})
+    assert found[0] == found[1]
+
+
+# Metrics
+
+
+class TwoLoaders(ConvNormClassifier):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log("val_acc", (self.model(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (PSGDCallback, "compress/psgd/val_acc/loader_{}"),
+        (
+            lambda: DPFCallback(0.5, update_interval=2, reestimated_validation=True),
+            "compress/dpf/reestimated/val_acc/loader_{}",
+        ),
+    ],
+)
+def test_metrics_of_several_loaders(make, key):
+    run = trainer(make())
+    run.fit(made(TwoLoaders), feature_loader(), [feature_loader(), feature_loader()])
+    assert {key.format(0), key.format(1)} <= set(run.callback_metrics)
+
+
+class Unlogged(ConvNormClassifier):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", (self.model(batch[0]).argmax(1) == batch[1]).float().mean(), logger=False)
+
+
+@pytest.mark.slow
+def test_metrics_that_no_logger_gets(tmp_path):
+    ptq = PTQCallback(max_samples=BATCH)
+    export = ExportCallback(str(tmp_path / "m.onnx"), precision="int8", metric="val_acc", tolerance=1.0)
+    fit(made(Unlogged), ptq, export)
+    assert set(ptq.metrics) == set(export.file_metrics) == {"val_acc"}
+
+
+class WithoutValidation(ConvNormClassifier):
+    validation_step = None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lambda: PTQCallback(max_samples=BATCH), QATCallback, CompressionReport])
+def test_a_class_that_takes_its_validation_away(make, tmp_path):
+    run = trainer(make(), default_root_dir=str(tmp_path))
+    run.fit(made(WithoutValidation), feature_loader())
+    assert run.global_step == STEPS
+
+
+@pytest.mark.slow
+def test_no_step_and_no_filter_gone():
+    pytest.importorskip("torch_pruning")
+    with pytest.warns(UserWarning, match="'structured': no training step was run, so no filter went"):
+        trainer(StructuredPruningCallback(0.25, min_channels=2), max_steps=0).fit(
+            made(ConvClassifier), feature_loader()
+        )
+
+
+@pytest.mark.slow
+def test_a_bias_may_be_computed():
+    """Only weights are masked."""
+    module = made(ConvClassifier)
+    layer = next(part for part in module.modules() if isinstance(part, nn.Linear))
+    parametrize.register_parametrization(layer, "bias", nn.Identity())
+    fit(module, PruningCallback(0.5, schedule="one_shot"))
+    assert int((layer.weight == 0).sum()) > 0

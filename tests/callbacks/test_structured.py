@@ -705,7 +705,7 @@ def test_two_of_them_are_refused():
 
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(ImportError, match=r'pip install "lightning-compress\[structured\]"'):
+    with pytest.raises(ImportError, match=r'pip install "torch-pruning<2'):
         fitted(Lit(), structured())
 
 

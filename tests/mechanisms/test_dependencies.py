@@ -129,7 +129,7 @@ def test_a_network_that_does_not_run_says_where():
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(ImportError, match=r'structured pruning needs torch-pruning: pip install "lightning-compress'):
+    with pytest.raises(ImportError, match=r'structured pruning needs torch-pruning: pip install "torch-pruning<2'):
         require_torch_pruning()
 
 
