@@ -15,7 +15,7 @@ from lightning_compress import _compat
 from lightning_compress.export.errors import ExportError
 from lightning_compress.mechanisms.gathering import sharded_as
 from lightning_compress.mechanisms.sharding import is_shard, own_part, shards_in_place
-from lightning_compress.mechanisms.wrapping import OWN_MARK
+from lightning_compress.mechanisms.wrapping import HOOK_FLAGS, HOOK_TABLES, OWN_MARK, is_own
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -28,8 +28,6 @@ WRAPPED_METHODS = (
     "on_save_checkpoint",
     "on_load_checkpoint",
 )
-HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-HOOK_FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 SHARED_LIGHTNING_CLASSES = ("Trainer", "LightningDataModule", "CombinedLoader", "Callback", "Logger")
 
 
@@ -147,7 +145,7 @@ def _prepared_memo(module: nn.Module) -> dict[int, Any]:
                 memo[id(value)] = value.detach().clone()
         elif _is_shared(value):
             memo[id(value)] = copy.copy(value) if _held_of(parts, value) else value
-        elif _is_ours(value):
+        elif is_own(value):
             memo[id(value)] = value
         elif isinstance(value, nn.Module):
             waiting.append(vars(value))
@@ -185,15 +183,10 @@ def _refer_to_copies_(shared: Iterable[Any], source: nn.Module, copies: Mapping[
             vars(owner)[name] = copies.get(id(part), part)
 
 
-def _is_ours(value: Any) -> bool:
-    """Whether a callable was put there by this package."""
-    return callable(value) and bool(getattr(value, OWN_MARK, False))
-
-
 def _strip_hooks(part: nn.Module) -> None:
     for table in HOOK_TABLES:
         hooks = vars(part).get(table) or {}
-        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+        for key in [key for key, hook in hooks.items() if is_own(hook)]:
             del hooks[key]
             for flags in HOOK_FLAGS:
                 vars(part).get(flags, {}).pop(key, None)
@@ -203,9 +196,9 @@ def _strip_wrappers(part: nn.Module) -> None:
     part.__dict__.pop(f"{OWN_MARK}_controller", None)
     for name in WRAPPED_METHODS:
         entry = vars(part).get(name)
-        if not _is_ours(entry):
+        if not is_own(entry):
             continue
-        while _is_ours(entry):  # one may lie on another
+        while is_own(entry):  # one may lie on another
             entry = getattr(entry, f"{OWN_MARK}_original_entry", None)
         del part.__dict__[name]
         if entry is not None:
@@ -232,7 +225,7 @@ def _followed(value: Any, copies: dict[int, Any]) -> Any:
     if isinstance(value, MethodType):
         owner = copies.get(id(value.__self__), value.__self__)
         return value if owner is value.__self__ else MethodType(value.__func__, owner)
-    if not isinstance(value, FunctionType) or _is_ours(value):
+    if not isinstance(value, FunctionType) or is_own(value):
         return copies.get(id(value), value)
     cells = [_contents(cell) for cell in value.__closure__ or ()]
     defaults = list(value.__defaults__ or ())

@@ -239,6 +239,10 @@ def prepare_step(module: Any, arguments: tuple[Any, ...], method: str = "trainin
 
     Returns:
         Whether the step is to be run.
+
+    Example:
+        >>> prepare_step(nn.Linear(2, 2), (torch.ones(1, 2), 0))  # it has no such hook
+        True
     """
     hook = getattr(module, BATCH_STARTS[method], None)
     if not callable(hook) or not arguments or isinstance(arguments[0], Iterator):  # the step draws its batches

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.sharding import class_name, sharded_units
-from lightning_compress.mechanisms.wrapping import OWN_MARK, marked, shadowed
+from lightning_compress.mechanisms.wrapping import OWN_MARK, copied_plainly, marked, shadowed
 
 __all__ = ["StepController", "find_controller", "step_controller"]
 
@@ -85,6 +85,7 @@ def _install(controller: StepController) -> None:
     def validation(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: controller.run_validation(original, args, kwargs)
 
+    stack.enter_context(copied_plainly(module))
     vars(module)[_CONTROLLER] = marked(lambda: controller)  # a function, so that deep copies do not copy it
     stack.callback(vars(module).pop, _CONTROLLER, None)
     stack.enter_context(shadowed(module, "training_step", training))

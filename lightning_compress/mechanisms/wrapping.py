@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+
+import torch
+from torch import nn
 
 OWN_MARK = "_lightning_compress"
 """Attribute that marks a hook or a wrapper as ours, so that copies of a module can be made without it."""
 
+HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+HOOK_FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+_GETSTATE = "__getstate__"
 _ORIGINAL_ENTRY = f"{OWN_MARK}_original_entry"
 _CLOSED = f"{OWN_MARK}_closed"
 
@@ -79,6 +86,72 @@ def shadowed(
     finally:
         setattr(wrapper, _CLOSED, True)
         _living_entry(owner, method)
+
+
+@contextmanager
+def copied_plainly(root: nn.Module) -> Iterator[None]:
+    """Let a deep copy, or a pickle, of a module or of a part of it be one without our hooks and wrappers.
+
+    These are bound to the module that they are on: a copy that had them would go on running the original's step.
+
+    Args:
+        root: The module; what it gets as a part later is copied as it is.
+
+    Example:
+        >>> from copy import deepcopy
+        >>> relu = nn.ReLU()
+        >>> with copied_plainly(relu), shadowed(relu, "extra_repr", lambda original: lambda: "shadowed"):
+        ...     relu, deepcopy(relu)
+        (ReLU(shadowed), ReLU())
+    """
+    parts = [part for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    parts = [part for part in parts if _GETSTATE not in vars(part)]
+    for part in parts:
+        vars(part)[_GETSTATE] = marked(partial(_plain_state, part))
+    try:
+        yield
+    finally:
+        for part in parts:
+            if is_own(vars(part).get(_GETSTATE)):
+                del vars(part)[_GETSTATE]
+
+
+def is_own(value: Any) -> bool:
+    """Whether a callable was put there by this package.
+
+    Args:
+        value: Any.
+
+    Returns:
+        False for what is no callable.
+
+    Example:
+        >>> is_own(marked(abs)), is_own(abs)
+        (True, False)
+    """
+    return callable(value) and bool(getattr(value, OWN_MARK, False))
+
+
+def _plain_state(part: nn.Module) -> Any:
+    """What a copy of a module is made from."""
+    inherited = getattr(type(part), _GETSTATE, None)  # LightningModules leave their Trainer out
+    state = vars(part) if inherited is None else inherited(part)
+    if not isinstance(state, dict):
+        return state
+    plain = {}
+    for name, given in state.items():
+        entry = given
+        while is_own(entry) and not hasattr(entry, "__self__"):
+            entry = getattr(entry, _ORIGINAL_ENTRY, None)
+            if entry is None:
+                break
+        else:
+            plain[name] = entry
+    ours = {key for table in HOOK_TABLES for key, hook in (plain.get(table) or {}).items() if is_own(hook)}
+    for table in (*HOOK_TABLES, *HOOK_FLAGS) if ours else ():
+        if plain.get(table):
+            plain[table] = type(plain[table])((key, hook) for key, hook in plain[table].items() if key not in ours)
+    return plain
 
 
 def _living_entry(owner: Any, method: str) -> Any:

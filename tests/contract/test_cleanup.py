@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 
 import lightning.pytorch as L
 import pytest
@@ -183,3 +185,35 @@ def test_a_module_with_its_own_hooks_and_wrapped_step_keeps_them(case, tmp_path)
     assert traces(module)["model.0"] == before["model.0"]
     assert len(calls) >= STEPS + STEPS + 2  # steps, validation and its sanity check; the report's copies may add some
     assert case.name == "CompressionReport" or len(calls) == STEPS + STEPS + 2
+
+
+class Copied(L.Callback):
+    """Somebody else's, which keeps a copy of the module, and one that was pickled, in the midst of a fit."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 2:
+            self.copies = copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))
+
+
+@pytest.mark.slow
+@each_case_and_some_modules(heavy_is_slow=True)
+def test_a_copy_in_the_midst_of_a_fit_is_one_of_its_own(case, kind, tmp_path):
+    """It runs its own step with its own weights, and nothing of ours is on it."""
+    module, kept = made(kind), Copied()
+    trainer(case.build(tmp_path, kind), kept).fit(module, loader(kind), loader(kind, rows=2 * BATCH))
+    plain = parts(made(kind))
+    for copied in kept.copies:
+        assert case.shrinks or parts(copied) == plain
+        for parameter in copied.parameters():
+            parameter.grad = None
+        [batch, *_] = loader(kind)
+        found = copied.training_step(batch, 0)
+        (found["loss"] if isinstance(found, dict) else found).backward()
+        assert all(own.grad is None for own in module.parameters())
+        assert any(own.grad is not None for own in copied.parameters())
+
+
+def parts(module):
+    """What each part of a module has, without what Lightning leaves on it while it fits."""
+    found = {name: own for name, own in traces(module).items() if isinstance(own, tuple) and "(tensor)" not in name}
+    return {name: own[:3] for name, own in found.items() if name}
