@@ -21,7 +21,7 @@ from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.channel_graph import StructureError
 from lightning_compress.mechanisms.isolation import evaluating
 from lightning_compress.mechanisms.replay import prepare_step, traceless
-from lightning_compress.mechanisms.selection import find_module, listing
+from lightning_compress.mechanisms.selection import find_module, lies_within, listing
 from lightning_compress.mechanisms.shrinking import Shrinkage, shrink_, tensors_of
 from lightning_compress.mechanisms.student import Detector
 from lightning_compress.mechanisms.tree import detached, named_tensors, rebuild
@@ -111,7 +111,7 @@ class Copies:
         Returns:
             False for what is beside them.
         """
-        return any(not part or f"{name}.".startswith(f"{part}.") for part in self.names)
+        return lies_within(name, self.names)
 
     def run(self, copied: nn.Module, *, plainly: bool = False) -> tuple[Any, list[Any]]:
         """Run the network in a copy; the whole step, where it calls several, or one more than once.
@@ -226,10 +226,10 @@ class Copies:
         batch = _copied(self._batch)
         if plainly:
             batch = rebuild(batch, _plain(copied))
-        with nullcontext() if plainly else self._trainer.precision_plugin.train_step_context():
-            arguments = _compat.step_arguments(self._trainer, copied, batch, self._batch_idx)
+        arguments = _compat.step_arguments(self._trainer, copied, batch, self._batch_idx)
         prepare_step(copied, arguments)
-        return copied.training_step(*arguments)
+        with nullcontext() if plainly else self._trainer.precision_plugin.train_step_context():
+            return copied.training_step(*arguments)
 
     def _last_shapes(self, copied: nn.Module, training: bool) -> list[tuple[int, ...]]:
         """Of the outputs of the last network: what those before it return may have other shapes."""

@@ -67,6 +67,23 @@ def joined(name: str, inner: str) -> str:
     return ".".join(part for part in (plain_name(name), inner) if part)
 
 
+def lies_within(name: str, parts: Iterable[str]) -> bool:
+    """Whether a module is one of some parts, or lies in one.
+
+    Args:
+        name: Its dotted name.
+        parts: Dotted names; "" is the whole.
+
+    Returns:
+        False for what is beside them.
+
+    Example:
+        >>> lies_within("model.0", ["model"]), lies_within("model2", ["model"]), lies_within("model2", [""])
+        (True, False, True)
+    """
+    return any(not part or f"{name}.".startswith(f"{part}.") for part in parts)
+
+
 def excluding(name: str) -> str:
     """How to leave out the layer of a weight; the root itself can only be left out by naming others.
 

@@ -97,6 +97,20 @@ class TwoHeads(Lit):
         return self.first(features) + self.second(features)
 
 
+def test_a_step_is_rehearsed_in_the_precision_of_the_fit():
+    """But where copies are compared, in double."""
+
+    class Noting(Lit):
+        noted = []
+
+        def training_step(self, batch, batch_idx):
+            self.noted.append((torch.is_autocast_enabled("cpu"), self.net(batch[0]).dtype))
+            return super().training_step(batch, batch_idx)
+
+    fitted(Noting(), structured(), precision="bf16-mixed")
+    assert set(Noting.noted) == {(True, torch.bfloat16), (False, torch.float64)}
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_all_networks_of_a_step_are_compared(precision):
     with pytest.raises(StructureError, match=r"computes something else .*exclude=\['first.a'\]"):
