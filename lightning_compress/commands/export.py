@@ -93,6 +93,11 @@ class Loaded:
         """That of the config, which says how much is validated; None without one."""
         return None if self.project is None else self.project.trainer
 
+    @property
+    def quantising(self) -> tuple[PTQCallback | QATCallback, ...]:
+        """The callbacks of the config that quantise."""
+        return () if self.project is None else self.project.quantising
+
     def run(self, entry: str, module: Any, callback: Any, **more: Any) -> Any:
         """Run the steps of the module, or of a copy, with one callback: "validate", or "fit"; give the Trainer.
 
@@ -353,7 +358,7 @@ def _calibration(loaded: Loaded, network: str | None, precision: str) -> tuple[P
     """That of the config, where it is for this network and these bits, else the defaults; and which, in words."""
     fitting: list[PTQCallback] = []
     reasons: list[str] = []
-    for own in loaded.project.quantising if loaded.project is not None else ():
+    for own in loaded.quantising:
         _check_callback(own, loaded)
         if not isinstance(own, PTQCallback):
             reasons.append(f"'{own.name}' of the config trains its scales, and had none yet")
@@ -375,7 +380,7 @@ def _calibration(loaded: Loaded, network: str | None, precision: str) -> tuple[P
 
 def _left_out(loaded: Loaded, scales: Scales) -> str:
     """Which callback of the config would have calibrated, where the checkpoint has weights that know their grids."""
-    names = [own.name for own in loaded.project.quantising] if loaded.project is not None else []
+    names = [own.name for own in loaded.quantising]
     if not names or not scales.weights_only:
         return ""
     return f"weights alone on the grids that they were trained for, as {listing(names)} had no scales yet, "
@@ -417,11 +422,8 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace,
     with _working("Validating the file"):
         theirs = evaluate(result.path, loaded.module, loaded.trainer)[options.metric]
     for what, value in references.items():
-        worse = theirs - value
-        if what == FULL_PRECISION and (mode := direction(options.metric)) is not None:
-            worse *= 1 if mode == "min" else -1  # a file may well be better
-        else:
-            worse = abs(worse)
+        mode = direction(options.metric) if what == FULL_PRECISION else None  # than which a file may well be better
+        worse = {"min": theirs - value, "max": value - theirs, None: abs(theirs - value)}[mode]
         if options.tolerance is not None and not worse <= options.tolerance:  # NaN fails too
             raise CheckError(
                 f"{options.metric} is {theirs:.6g} in the file and {value:.6g} in {what}: the difference "

@@ -44,6 +44,7 @@ from lightning_compress.export.weights import read_checkpoint
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.loading import differing, import_path
 from lightning_compress.mechanisms.quantization import QuantizationError
+from lightning_compress.recipe.classes import callback_class
 from lightning_compress.recipe.file import RecipeError, check_size, shown, yaml_problem
 
 CLASS_OPTIONS = {"model": "--class", "data": "--data-class"}
@@ -350,11 +351,8 @@ def _entries(given: Any) -> list[Any]:
 def _quantises(entry: Any) -> bool:
     """Whether it makes a callback that quantises; what cannot be imported is not asked for."""
     path = entry.get("class_path") if isinstance(entry, Mapping) else entry
-    if not isinstance(path, str):
-        return False
-    with suppress(ValueError):
-        made = getattr(lightning_compress, path, None) or import_path(path, argument="class_path")
-        return isinstance(made, type) and issubclass(made, QUANTISING)
+    with suppress(RecipeError):
+        return isinstance(path, str) and issubclass(callback_class(path, "trainer.callbacks"), QUANTISING)
     return False
 
 

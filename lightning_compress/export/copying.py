@@ -15,19 +15,10 @@ from lightning_compress import _compat
 from lightning_compress.export.errors import ExportError
 from lightning_compress.mechanisms.gathering import sharded_as
 from lightning_compress.mechanisms.sharding import is_shard, own_part, shards_in_place
-from lightning_compress.mechanisms.wrapping import HOOK_FLAGS, HOOK_TABLES, OWN_MARK, is_own
+from lightning_compress.mechanisms.wrapping import HOOK_FLAGS, HOOK_TABLES, is_own, own_hooks, unwrapped
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-WRAPPED_METHODS = (
-    "forward",
-    "training_step",
-    "validation_step",
-    "test_step",
-    "predict_step",
-    "on_save_checkpoint",
-    "on_load_checkpoint",
-)
 SHARED_LIGHTNING_CLASSES = ("Trainer", "LightningDataModule", "CombinedLoader", "Callback", "Logger")
 
 
@@ -184,22 +175,14 @@ def _refer_to_copies_(shared: Iterable[Any], source: nn.Module, copies: Mapping[
 
 
 def _strip_hooks(part: nn.Module) -> None:
-    for table in HOOK_TABLES:
-        hooks = vars(part).get(table) or {}
-        for key in [key for key, hook in hooks.items() if is_own(hook)]:
-            del hooks[key]
-            for flags in HOOK_FLAGS:
-                vars(part).get(flags, {}).pop(key, None)
+    for key in own_hooks(vars(part)):
+        for table in (*HOOK_TABLES, *HOOK_FLAGS):
+            (vars(part).get(table) or {}).pop(key, None)
 
 
 def _strip_wrappers(part: nn.Module) -> None:
-    part.__dict__.pop(f"{OWN_MARK}_controller", None)
-    for name in WRAPPED_METHODS:
-        entry = vars(part).get(name)
-        if not is_own(entry):
-            continue
-        while is_own(entry):  # one may lie on another
-            entry = getattr(entry, f"{OWN_MARK}_original_entry", None)
+    for name, wrapper in [(name, entry) for name, entry in vars(part).items() if is_own(entry)]:
+        entry = unwrapped(wrapper)
         del part.__dict__[name]
         if entry is not None:
             part.__dict__[name] = _rebound(entry, part)

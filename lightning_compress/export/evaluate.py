@@ -403,7 +403,7 @@ def _metrics(trainer: Any, module: nn.Module, loaders: Any, datamodule: Any) -> 
     unseen = {  # of metrics that are logged with logger=False
         key: float(value)
         for key, value in trainer.callback_metrics.items()
-        if not key.endswith("_step") and not {key, f"{key}_epoch"} & set(found)
+        if not key.endswith("_step") and found.keys().isdisjoint((key, f"{key}_epoch"))
     }
     return {**found, **unseen}
 

@@ -120,9 +120,8 @@ def to_onnx(
             of the first is the batch.
         max_difference: Largest accepted absolute difference of an element between file and network, in units of its
             own size, of 1, or of ten times what a quarter of the output stays below, whichever is largest. None: 1e-3;
-            or, where ONNX Runtime multiplies integers, and so rounds
-            elsewhere, twice what quantisation has changed, but from 2% to 50% of the output's size, and to 90% where
-            activations have fewer than 8 bits.
+            or, where ONNX Runtime multiplies integers, and so rounds elsewhere, twice what quantisation has changed,
+            but from 2% to 50% of the output's size, and to 90% where activations have fewer than 8 bits.
         opset: ONNX operator set, at least 18. None: 20, or 21 for ``"int4"``, which needs it.
 
     Returns:

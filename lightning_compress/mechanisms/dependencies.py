@@ -28,7 +28,7 @@ from lightning_compress.mechanisms.shrinking import Shrinkage, Structure, struct
 from lightning_compress.mechanisms.weights import Site, filters_of, sites_of
 
 ATTENTION, OUTPUT = "reaches attention", "is what the network returns"
-RECURRENT, SHARED = "a recurrent layer", "whose weight another layer has too"
+RECURRENT = "a recurrent layer"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def fixed_modules(
         elif isinstance(part, nn.Bilinear):
             fixed[name] = "a bilinear layer"
         elif any(len({id(site.module) for site in sites[id(leaf)]}) > 1 for leaf in part.parameters(recurse=False)):
-            fixed[name] = SHARED
+            fixed[name] = "whose weight another layer has too"
     return fixed
 
 

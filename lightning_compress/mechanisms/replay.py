@@ -247,8 +247,12 @@ def prepare_step(module: Any, arguments: tuple[Any, ...], method: str = "trainin
     hook = getattr(module, BATCH_STARTS[method], None)
     if not callable(hook) or not arguments or isinstance(arguments[0], Iterator):  # the step draws its batches
         return True
-    number = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], int) else 0
-    return not (hook(arguments[0], number) == -1 and method == "training_step")
+    return not (hook(arguments[0], _number_of(arguments)) == -1 and method == "training_step")
+
+
+def _number_of(arguments: tuple[Any, ...]) -> int:
+    """That of the batch, 0 where a step is not given it."""
+    return arguments[1] if len(arguments) > 1 and isinstance(arguments[1], int) else 0
 
 
 @contextmanager
@@ -293,8 +297,7 @@ def replay(
         """A batch, its number, and 0 for each further argument without a default."""
         parameters = list(inspect.signature(getattr(module, method)).parameters.values())[1:]
         needed = [entry for entry in parameters if entry.default is entry.empty and entry.kind in POSITIONAL]
-        number = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], int) else 0
-        return (arguments[0], number, *[0] * len(needed))[: len(needed) + 1]
+        return (arguments[0], _number_of(arguments), *[0] * len(needed))[: len(needed) + 1]
 
     def step(*arguments: Any, gradients: bool) -> Any:
         if not prepare_step(module, arguments, method):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -129,7 +129,45 @@ def is_own(value: Any) -> bool:
         >>> is_own(marked(abs)), is_own(abs)
         (True, False)
     """
-    return callable(value) and bool(getattr(value, OWN_MARK, False))
+    return callable(value) and getattr(value, OWN_MARK, False) is True  # some objects have any attribute
+
+
+def unwrapped(entry: Any) -> Any:
+    """What an instance held under a name before the first wrapper of ours.
+
+    Args:
+        entry: A wrapper of ours; one may lie on another.
+
+    Returns:
+        None where the instance held nothing.
+
+    Example:
+        >>> relu = nn.ReLU()
+        >>> with shadowed(relu, "extra_repr", lambda original: original) as wrapper:
+        ...     unwrapped(wrapper) is None
+        True
+    """
+    while is_own(entry):
+        entry = getattr(entry, _ORIGINAL_ENTRY, None)
+    return entry
+
+
+def own_hooks(attributes: Mapping[str, Any]) -> set[int]:
+    """The numbers of our hooks.
+
+    Args:
+        attributes: Of a module, its tables of hooks among them.
+
+    Returns:
+        Keys of any of the tables; one number is in one table only.
+
+    Example:
+        >>> relu = nn.ReLU()
+        >>> handle = relu.register_forward_hook(marked(lambda *_: None))
+        >>> own_hooks(vars(relu)) == {handle.id}
+        True
+    """
+    return {key for table in HOOK_TABLES for key, hook in (attributes.get(table) or {}).items() if is_own(hook)}
 
 
 def _plain_state(part: nn.Module) -> Any:
@@ -138,19 +176,12 @@ def _plain_state(part: nn.Module) -> Any:
     state = vars(part) if inherited is None else inherited(part)
     if not isinstance(state, dict):
         return state
-    plain = {}
-    for name, given in state.items():
-        entry = given
-        while is_own(entry) and not hasattr(entry, "__self__"):
-            entry = getattr(entry, _ORIGINAL_ENTRY, None)
-            if entry is None:
-                break
-        else:
-            plain[name] = entry
-    ours = {key for table in HOOK_TABLES for key, hook in (plain.get(table) or {}).items() if is_own(hook)}
-    for table in (*HOOK_TABLES, *HOOK_FLAGS) if ours else ():
-        if plain.get(table):
-            plain[table] = type(plain[table])((key, hook) for key, hook in plain[table].items() if key not in ours)
+    entries = {name: unwrapped(entry) if is_own(entry) else entry for name, entry in state.items()}
+    plain = {name: entry for name, entry in entries.items() if entry is not None or not is_own(state[name])}
+    if ours := own_hooks(plain):
+        for table in (*HOOK_TABLES, *HOOK_FLAGS):
+            if hooks := plain.get(table):
+                plain[table] = type(hooks)((key, hook) for key, hook in hooks.items() if key not in ours)
     return plain
 
 

@@ -153,10 +153,8 @@ def _zeros(row: Row) -> str:
 def _latency_cell(report: Report, row: Row) -> Cell:
     if row.latency_ms is None:
         return Cell(units.MISSING)
-    spread = f"IQR {units.significant(row.latency_ms.spread, 2)}"
-    return Cell(
-        units.milliseconds(row.latency_ms.median), ", ".join(filter(None, (latency_remark(report, row), spread)))
-    )
+    remarks = latency_remark(report, row), f"IQR {units.significant(row.latency_ms.spread, 2)}"
+    return Cell(units.milliseconds(row.latency_ms.median), ", ".join(filter(None, remarks)))
 
 
 def latency_remark(report: Report, row: Row) -> str:

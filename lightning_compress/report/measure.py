@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.export.errors import first_line
 from lightning_compress.mechanisms.isolation import evaluating, module_kept, random_state_kept
+from lightning_compress.mechanisms.selection import lies_within
 from lightning_compress.mechanisms.tree import is_constant, leaves, rebuild
 from lightning_compress.report.table import Layer
 
@@ -186,7 +187,7 @@ def macs_by_layer(
     with ExitStack() as stack:
         for name, layer in root.named_modules():
             leaf, whole = not list(layer.children()), within is not None and name in within
-            inside = within is None or any(not part or f"{name}.".startswith(f"{part}.") for part in within)
+            inside = within is None or lies_within(name, within)
             for counts in [counted] * (leaf and inside) + [networks] * whole:
                 stack.callback(layer.register_forward_pre_hook(before).remove)
                 done = partial(lambda counts, name, layer, *_: after(counts, name, layer), counts, name)

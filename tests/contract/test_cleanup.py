@@ -217,3 +217,23 @@ def parts(module):
     """What each part of a module has, without what Lightning leaves on it while it fits."""
     found = {name: own for name, own in traces(module).items() if isinstance(own, tuple) and "(tensor)" not in name}
     return {name: own[:3] for name, own in found.items() if name}
+
+
+class Anything:
+    """It can be called, and has any attribute, as a mock."""
+
+    def __call__(self):
+        return self
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
+@pytest.mark.slow
+def test_what_has_any_attribute_is_no_wrapper_of_ours():
+    module, kept = made(Classifier), Copied()
+    module.helper = Anything()
+    trainer(CASES[0].build(None, Classifier), kept).fit(module, loader(Classifier))
+    assert [type(copied.helper) for copied in kept.copies] == [Anything, Anything]

@@ -18,7 +18,7 @@ from lightning_compress.mechanisms.budgets import ChannelGroup, Costs, Sizes, ke
 from lightning_compress.mechanisms.channel_graph import LAYERS, StructureError
 from lightning_compress.mechanisms.dependencies import Dependencies, fixed_modules
 from lightning_compress.mechanisms.isolation import evaluating
-from lightning_compress.mechanisms.selection import find_module, joined, plain_name
+from lightning_compress.mechanisms.selection import find_module, joined, lies_within, plain_name
 from lightning_compress.mechanisms.student import Detector
 from lightning_compress.mechanisms.tree import rebuild
 from lightning_compress.report.measure import macs_by_layer, single_sample
@@ -184,8 +184,8 @@ def find_coupling(module: nn.Module, run: Callable[[], object], layers: Sequence
     with evaluating(copied):
         sizes = _sizes(copied, calls, called)
     copied = independent_copy(module).eval()
-    within_networks = tuple({f"{name}." if name else "" for name, *_ in calls})
-    fixed = fixed_modules(copied, has=lambda name: f"{name}.".startswith(within_networks))
+    networks = {name for name, *_ in calls}
+    fixed = fixed_modules(copied, has=lambda name: lies_within(name, networks))
     able = [layer.name for layer in layers if "filters" in layer.methods and layer.name not in fixed]
     found = Dependencies(copied, called, selected=able, fixed=fixed)
     groups = tuple(group for group in found.groups if group.channels > MIN_CHANNELS)
