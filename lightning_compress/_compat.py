@@ -689,6 +689,12 @@ def runs_again() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def copies_its_tensors(module: torch.nn.Module) -> bool:
+    """Whether a module with a full backward hook takes and returns copies, that such a hook may see their gradients."""
+    whole = bool(module._backward_hooks) and module._is_full_backward_hook is True
+    return torch.is_grad_enabled() and (whole or bool(module._backward_pre_hooks))
+
+
 def after_backward(function: Callable[[], None]) -> None:
     """Call a function when the backward pass is over within which this runs, with those that it runs itself."""
     torch.autograd.Variable._execution_engine.queue_callback(function)
@@ -703,6 +709,12 @@ def takes_iterator(trainer: Any, module: Any) -> bool:
 def batches_seen(trainer: Any) -> int:
     """How many training batches a Trainer has begun, over all epochs."""
     return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1
+
+
+def is_in_step(trainer: Any) -> bool:
+    """Whether a Trainer has begun a training batch, and the step of it is not over."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(batches.processed < batches.ready)
 
 
 def _samplers(loaders: list[Any]) -> list[Any]:

@@ -606,17 +606,14 @@ def test_layers_that_keep_no_list_of_weights_are_left_alone():
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("automatic", [True, False])
 def test_batches_are_counted_over_all_epochs(namespace, automatic, tmp_path):
-    package, seen = import_module(namespace), []
+    package, seen, running = import_module(namespace), [], []
 
     class Watch(package.Callback):
-        def on_train_start(self, trainer, pl_module):
+        def look(self, trainer, *args):
             seen.append(_compat.batches_seen(trainer))
+            running.append(_compat.is_in_step(trainer))
 
-        def on_train_batch_start(self, trainer, *args):
-            seen.append(_compat.batches_seen(trainer))
-
-        def on_train_batch_end(self, trainer, *args):
-            seen.append(_compat.batches_seen(trainer))
+        on_train_start = on_train_batch_start = on_train_batch_end = look
 
     module = import_module(f"{namespace}.demos.boring_classes").BoringModel()
     module.automatic_optimization = automatic
@@ -625,11 +622,14 @@ def test_batches_are_counted_over_all_epochs(namespace, automatic, tmp_path):
     trainer = package.Trainer(max_epochs=2, enable_checkpointing=False, callbacks=[Watch()], **quiet)
     trainer.fit(module, data)
     assert seen == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    assert running == [False] + [True, False] * 6
     trainer.save_checkpoint(tmp_path / "end")
     seen.clear()
+    running.clear()
     trainer = package.Trainer(max_epochs=3, enable_checkpointing=False, callbacks=[Watch()], **quiet)
     trainer.fit(module, data, ckpt_path=tmp_path / "end")
     assert seen == [6, 7, 7, 8, 8, 9, 9]
+    assert running == [False] + [True, False] * 3
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)

@@ -262,10 +262,7 @@ class MaskCallback(MaskedWeightsCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._progress is None:
             return
-        steps = self._progress.steps
-        if steps != self._steps:
-            self._steps = steps
-            self._update()
+        self._follow_step()
         if self._logged != self.reached or batch_idx == 0:  # what was logged stands until the end of the epoch
             self._logged = self.reached
             self.log_quantity("sparsity", self._logged, batch_size=1)
@@ -332,7 +329,8 @@ class MaskCallback(MaskedWeightsCallback):
             reestimate_all_(trainer, pl_module, self._warn_once)
 
     def extra_state(self) -> dict[str, Any]:
-        """The masks, and the place in the schedule."""
+        """The masks, and the place in the schedule; somebody may save before it is our turn after a step."""
+        self._follow_step()
         return {**super().extra_state(), "begun": self._begun, "finished": self._finished}
 
     # Private
@@ -348,6 +346,14 @@ class MaskCallback(MaskedWeightsCallback):
         elif self.start == self.end and self.schedule != "one_shot":
             because = f"start={self.start} and end={self.end}, all at once"
             tell_without_effect(self, MaskCallback, because, schedule=self.schedule)
+
+    def _follow_step(self) -> None:
+        """Update the masks after an optimizer step, once."""
+        if self._progress is None or self._progress.steps_over == self._steps:
+            return
+        self._steps = self._progress.steps_over
+        self._drop()
+        self._update()
 
     def _update(self) -> None:
         """Bring the masks to where the schedule is, if it is time."""

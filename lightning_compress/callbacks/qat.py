@@ -457,16 +457,7 @@ class QATCallback(QuantisedCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if moving is None:
             return
-        steps = 0 if fit.progress is None else fit.progress.steps
-        if steps != fit.steps_of_grids:  # not before accumulated batches are complete
-            many = trainer.world_size > 1
-            if lost := moving.finish_step(partial(trainer.strategy.reduce, reduce_op="max") if many else None):
-                self._warn_once(
-                    f"the activation {listing(lost)} was NaN or infinite in a training batch, which is left out of the "
-                    "ranges that its grid follows",
-                    "lost",
-                )
-        fit.steps_of_grids = steps
+        self._follow_step(moving)
         parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1  # Lightning divides by it
         if fit.watch.see(outputs, averaging(trainer), device=pl_module.device, times=parts):
             self._check_loss(moving)
@@ -545,7 +536,9 @@ class QATCallback(QuantisedCallback):
         log.info("%s: %s", self.name, self._summary(self.quantization))
 
     def extra_state(self) -> dict[str, Any]:
-        """The grids as they are now, and what is needed to go on with them."""
+        """The grids as they are now, and what it takes to go on; somebody may save before our turn after a step."""
+        if self._fit.moving is not None:
+            self._follow_step(self._fit.moving)
         grids = self.quantization if self._fit.moving is None else self._grids_now(self._fit.moving)
         start = self._start_grids
         return {
@@ -575,6 +568,22 @@ class QATCallback(QuantisedCallback):
         self._kept = {name: state[name] for name in KEPT if name in state}
 
     # Private
+
+    def _follow_step(self, moving: MovingGrids) -> None:
+        """Let the grids take in what was seen, once an optimizer step: not before accumulated batches are over."""
+        fit = self._fit
+        steps = 0 if fit.progress is None else fit.progress.steps_over
+        if steps == fit.steps_of_grids:
+            return
+        fit.steps_of_grids = steps
+        strategy = self._trainer.strategy
+        many = self._trainer.world_size > 1
+        if lost := moving.finish_step(partial(strategy.reduce, reduce_op="max") if many else None):
+            self._warn_once(
+                f"the activation {listing(lost)} was NaN or infinite in a training batch, which is left out of the "
+                "ranges that its grid follows",
+                "lost",
+            )
 
     def _when(self, fraction: float | Literal["auto"], usual: float) -> float:
         """A fraction of the training; "auto": so far on the way from the start to the end."""

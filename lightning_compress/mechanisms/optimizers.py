@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -97,6 +99,8 @@ def around_steps(
 ) -> Iterator[None]:
     """Call functions before and after each step that an optimizer takes; a step that a scaler skips is none.
 
+    The step of a base class that the optimizer's own step calls is a part of that.
+
     Args:
         optimizer: Any.
         before: Called with it before the step, and before the closure that the step may run.
@@ -111,12 +115,21 @@ def around_steps(
         1.0
         0.5
     """
+    outermost: FrameType | None = None  # torch's call around the step; one that raised is on no stack any more
 
     def first(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        before(stepping)
+        nonlocal outermost
+        calls = _calls()
+        if outermost not in calls:
+            outermost = calls[0] if calls else None
+            before(stepping)
 
     def last(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        after(stepping)
+        nonlocal outermost
+        calls = _calls()
+        if not calls or calls[0] is outermost:
+            outermost = None
+            after(stepping)
 
     with ExitStack() as stack:
         stack.callback(optimizer.register_step_pre_hook(first).remove)
@@ -155,6 +168,18 @@ def repeats_steps(optimizer: torch.optim.Optimizer) -> bool:
         (True, False)
     """
     return _is_one_of(optimizer, ("LBFGS",))
+
+
+def _calls() -> list[FrameType]:
+    """What called the function that asks, the innermost first; nothing in a step that is compiled."""
+    if torch.compiler.is_compiling():
+        return []
+    frame: FrameType | None = sys._getframe(2)
+    calls = []
+    while frame is not None:
+        calls.append(frame)
+        frame = frame.f_back
+    return calls
 
 
 def _is_one_of(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> bool:

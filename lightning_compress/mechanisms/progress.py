@@ -42,6 +42,11 @@ class Progress:
         """Optimizer steps so far; batches with manual optimisation."""
         return int(self._trainer.global_step) if self._automatic else _compat.batches_seen(self._trainer)
 
+    @property
+    def steps_over(self) -> int:
+        """Those of :attr:`steps` that nothing of is left to be done: a batch counts from its start."""
+        return self.steps - (not self._automatic and _compat.is_in_step(self._trainer))
+
     def step_at(self, fraction: float) -> int:
         """Before which step, counted from 0, so much of the training is behind for the first time."""
         return math.ceil(fraction * min(self._lengths) - 1e-9)

@@ -74,6 +74,12 @@ _CHECKPOINTING = (
 )
 
 
+_BACKWARD_HOOK = (
+    "a full backward hook on a part of a network makes copies of what that takes and returns, which a quantised "
+    "network cannot follow; remove it, or register it on tensors (Tensor.register_hook)"
+)
+
+
 class QuantizationError(RuntimeError):
     """A network cannot be quantised, or not in the way that it was calibrated."""
 
@@ -570,7 +576,8 @@ def quantizing(
         A counter of its calls.
 
     Raises:
-        QuantizationError: When activation checkpointing runs a part of it again, which would not be quantised.
+        QuantizationError: When activation checkpointing runs a part of it again, which would not be quantised, or a
+            part of it has a full backward hook.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
@@ -616,6 +623,8 @@ def quantizing(
         def enter(module: nn.Module, args: Any) -> None:
             if calls.depth:
                 paths.enter(name, owner)
+                if _compat.copies_its_tensors(module):
+                    raise QuantizationError(f"'{name}': {_BACKWARD_HOOK}")
             elif _compat.runs_again() and when():
                 raise QuantizationError(f"'{name}': {_CHECKPOINTING}")
 

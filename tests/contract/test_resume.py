@@ -24,13 +24,24 @@ from torch.utils._pytree import tree_leaves
 from lightning_compress.mechanisms.checkpoints import SECTION
 
 from .grid import each_case_and_some_modules
-from .modules import AUTOMATIC, BATCH, Classifier, difference, loader, made, trainer, twin
+from .modules import AUTOMATIC, BATCH, Classifier, MixinClassifier, difference, loader, made, trainer, twin
 
 CONTROL = pytest.param(None, id="control")
 ROWS = [
     CONTROL,
     *(pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case is not CASES[0])) for case in CASES),
 ]
+
+
+class SavesEarly(L.Callback):
+    """Saves in the end of a batch, before those that come later in the list have seen it."""
+
+    def __init__(self, at_step: int, path: Path) -> None:
+        self.at_step, self.path = at_step, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.at_step:
+            trainer.save_checkpoint(self.path)
 
 
 class Unplug(L.Callback):
@@ -107,6 +118,27 @@ def test_from_the_middle_of_an_epoch_with_a_stateful_loader(case, tmp_path):
         Classifier, tmp_path / "resumed", callbacks, ckpt_path=tmp_path / "whole" / "step=3.ckpt", **settings
     )
     assert fitting.global_step == 16
+    assert_same_checkpoints(tmp_path / "whole", tmp_path / "resumed", case, callbacks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        pytest.param(case, kind, id=f"{'control' if case is None else case.name}-{kind.__name__}")
+        for case in (None, *CASES)
+        for kind in (Classifier, MixinClassifier)
+        if kind is Classifier or case is None or case.name not in ("DCILCallback", "StructuredPruningCallback")
+    ],
+)
+def test_from_a_checkpoint_that_somebody_saved_before_our_turn(case, kind, tmp_path):
+    settings = {"stateful": True, "epochs": 2, "rows": 64}
+    saver = SavesEarly(3, tmp_path / "early.ckpt")
+    exact_fit(kind, tmp_path / "whole", [saver, *build(case, tmp_path, kind)], **settings)
+    callbacks = build(case, tmp_path, kind)
+    exact_fit(kind, tmp_path / "resumed", callbacks, ckpt_path=tmp_path / "early.ckpt", **settings)
+    if case is not None and case.quantises:  # one loss fewer is looked at for whether it grows
+        callbacks = [own for own in callbacks if not hasattr(own, "step_size")]
     assert_same_checkpoints(tmp_path / "whole", tmp_path / "resumed", case, callbacks)
 
 

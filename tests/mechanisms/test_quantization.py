@@ -1031,6 +1031,24 @@ def test_without_gradients(context):
         assert torch.equal(run(net, MAPS.clone())[0], expected)
 
 
+# --- hooks of the backward pass ---
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_full_backward_hook_below_the_network_is_refused(register):
+    net = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    hook = getattr(net[1], register)(lambda module, *gradients: None)
+    with quantizing(net, Quarters()):
+        with torch.no_grad():
+            expected = net(MAPS)  # nothing is copied there
+        with pytest.raises(QuantizationError, match=r"'1': a full backward hook on a part of a network .* remove it"):
+            net(MAPS)
+        hook.remove()
+        assert torch.equal(net(MAPS), expected)
+        getattr(net, register)(lambda module, *gradients: None)  # on the network itself it sees what comes and goes
+        assert torch.equal(net(MAPS), expected)
+
+
 # --- activation checkpointing ---
 
 

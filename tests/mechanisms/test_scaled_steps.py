@@ -79,6 +79,33 @@ def test_the_first_error_of_a_step_leaves_no_hook():
     assert not optimizer._optimizer_step_post_hooks
 
 
+class Watched(torch.optim.SGD):
+    """Its step is that of its base class, and something after it; it raises when told to."""
+
+    breaks = False
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        if self.breaks:
+            raise RuntimeError("broken")
+        return loss
+
+
+def test_the_step_of_a_base_class_is_a_part_of_the_step():
+    torch.optim.SGD([torch.ones(1)])  # from here on the step of the base class calls hooks, too
+    weight = nn.Parameter(torch.ones(1))
+    optimizer, seen = Watched([weight], lr=0.5), []
+    weight.grad = torch.ones(1)
+    with around_steps(optimizer, lambda own: seen.append("before"), lambda own: seen.append(weight.item())):
+        optimizer.step()
+        optimizer.breaks = True
+        with pytest.raises(RuntimeError, match="broken"):
+            optimizer.step()
+        optimizer.breaks = False
+        optimizer.step(lambda: seen.append("closure"))
+    assert seen == ["before", 0.5, "before", "before", "closure", -0.5]
+
+
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_plain_loop(make):
     torch.manual_seed(0)
