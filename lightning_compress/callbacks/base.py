@@ -28,7 +28,7 @@ from torch import nn
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import shown
 from lightning_compress.callbacks.intents import Intent, intents
-from lightning_compress.callbacks.returned import Returned, ReturnsResults
+from lightning_compress.callbacks.returned import FOUND, Returned, ReturnsResults
 from lightning_compress.export.copying import whole_copy
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.grids import Grids
@@ -134,6 +134,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self.effects: Counter[str] = Counter()
         self.student_capture: StudentCapture | None = None
         self.captured_sample: CapturedSample | None = None
+        self._idle: dict[str, Any] | None = None  # its attributes before the fit
         self._stack: ExitStack | None = None
         self._controller: StepController | None = None
         self._trainer: Any = None  # while at work
@@ -305,6 +306,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if self.changes_step:
             self._check_optimisation(trainer, pl_module)
         self.check(trainer, pl_module)
+        self._idle = self._as_now()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the mechanisms."""
@@ -404,7 +406,13 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         reduce = averaging(trainer)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         for parameters in self._owned:
-            parameters.step(scaler=scaler, reduce=reduce, lr=self.owned_lr(optimizer))
+            try:
+                parameters.step(scaler=scaler, reduce=reduce, lr=self.owned_lr(optimizer))
+            except TypeError as error:
+                raise ValueError(
+                    f"{type(self).__name__} '{self.name}' has an optimizer of its own and cannot follow "
+                    f"{type(optimizer).__name__}, whose step fails without a closure ({error})"
+                ) from error
             parameters.zero_grad()  # of several optimizers, only the one that follows the backward pass counts
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -482,8 +490,9 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self.load_extra_state(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy in another process has fitted no module there."""
-        return {**vars(self), "_fitted": None, "_tracker": None}
+        """A copy is at work in no fit, has found nothing in one that goes on, and has fitted no module."""
+        state = vars(self) if self._stack is None or self._idle is None else self._idle
+        return {**state, "_fitted": None, "_tracker": None}
 
     def _refuse_damaged(self, state: Any) -> None:
         """Look at a state before any of it is used.
@@ -713,13 +722,18 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             raise RuntimeError(f"{type(self).__name__} is only active during a fit")
         return self._controller
 
+    def _as_now(self) -> dict[str, Any]:
+        """Its attributes as they are before a fit, without what the last one found and without what holds hooks."""
+        found = {key: value for key, value in vars(self).items() if not key.startswith(FOUND)}
+        return {key: ExitStack() if isinstance(value, ExitStack) else value for key, value in found.items()}
+
     def _close(self) -> None:
         stack, self._stack, self._controller, self._trainer = self._stack, None, None, None
         self._owned, self._owned_step = [], None
         if stack is None:
             return
         self.captured_sample = self.last_sample()
-        self.student_capture = None
+        self.student_capture = self._idle = None
         stack.close()
 
     def last_sample(self) -> CapturedSample | None:

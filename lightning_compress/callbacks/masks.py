@@ -37,7 +37,7 @@ from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.shrinking import Shrinkage
-from lightning_compress.mechanisms.wrapping import shadowed
+from lightning_compress.mechanisms.wrapping import copied_plainly, shadowed
 from lightning_compress.report.table import Picture
 from lightning_compress.tracking import LayerHistory
 
@@ -212,6 +212,7 @@ class MaskCallback(MaskedWeightsCallback):
         self._check_target()
         self._forget_best(trainer)
         for callback in self._guarded(trainer):
+            stack.enter_context(copied_plainly(callback))
             stack.enter_context(shadowed(callback, "check_monitor_top_k", partial(self._guarding, callback)))
 
     def forget(self) -> None:

@@ -22,6 +22,9 @@ from lightning_compress.mechanisms.drafts import remove_abandoned, write_whole
 
 T = TypeVar("T")
 
+FOUND = "_returned_"
+"""How the entries begin under which a callback has its results."""
+
 
 class Returned(Generic[T]):
     """An attribute of a callback that its original in the parent process gets back.
@@ -42,7 +45,7 @@ class Returned(Generic[T]):
         self.default = default
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.entry = f"_returned_{name}"
+        self.entry = f"{FOUND}{name}"
 
     @overload
     def __get__(self, instance: None, owner: type) -> Returned[T]: ...

@@ -164,7 +164,7 @@ class Observing(Rounding):
     def place(self, site: str, weight: Tensor) -> WeightSite | None:
         """As the base; note it."""
         place = self.names.find(weight, module_of(site))
-        if place is None or not self.selected(place.name) or weight.ndim < 2:
+        if place is None or not self.selected(place.name) or weight.ndim < 2 or not weight.is_floating_point():
             return None
         if site not in self.grids.sites and not self.names.is_whole(place, weight):
             return None

@@ -17,6 +17,7 @@ from lightning_compress.mechanisms.capture import Capture, NetworkCall, only_cal
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.tree import named_tensors, rebuild
+from lightning_compress.mechanisms.wrapping import copied_plainly
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -67,8 +68,9 @@ class Teacher:
             The teacher itself.
         """
         modules = [module for module in (self.module, self.transform) if module is not None]
-        with _restored(modules):
+        with _restored(modules), ExitStack() as stack:
             for module in modules:
+                stack.enter_context(copied_plainly(module))
                 if convert is not None:
                     convert(module)
                 if device is not None:

@@ -332,7 +332,7 @@ class WeightViews:
             backward pass goes through both.
 
         Raises:
-            ValueError: If a weight is not owned by this owner.
+            ValueError: If a weight is not owned by this owner, or a part of the module is scripted.
             RuntimeError: In the backward pass, if activation checkpointing runs a layer again: for which of the passes
                 is not known then.
 
@@ -378,6 +378,11 @@ class WeightViews:
             for other in others:
                 stack.callback(self._others.remove, other)
             for name, module in self.module.named_modules():  # all: the pass may see also what has no view otherwise
+                if isinstance(module, torch.jit.ScriptModule):
+                    raise ValueError(
+                        f"'{plain_name(name)}' is scripted (torch.jit), and takes no part in the two passes of "
+                        f"'{owner}'; use it unscripted"
+                    )
                 reads = any(parameter is not None for parameter in module._parameters.values())
                 if reads or _compat.is_compiled(module):  # within compiled code a hook cannot tell
                     hook = _RefusesAgain(owner, plain_name(name), module)

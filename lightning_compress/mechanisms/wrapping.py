@@ -89,13 +89,13 @@ def shadowed(
 
 
 @contextmanager
-def copied_plainly(root: nn.Module) -> Iterator[None]:
-    """Let a deep copy, or a pickle, of a module or of a part of it be one without our hooks and wrappers.
+def copied_plainly(root: Any) -> Iterator[None]:
+    """Let a deep copy, or a pickle, of an object be one without our hooks and wrappers; of a module, its parts too.
 
-    These are bound to the module that they are on: a copy that had them would go on running the original's step.
+    These are bound to what they are on: a copy of a module that had them would go on running the original's step.
 
     Args:
-        root: The module; what it gets as a part later is copied as it is.
+        root: A module, or another object with wrappers; what it gets as a part later is copied as it is.
 
     Example:
         >>> from copy import deepcopy
@@ -104,7 +104,8 @@ def copied_plainly(root: nn.Module) -> Iterator[None]:
         ...     relu, deepcopy(relu)
         (ReLU(shadowed), ReLU())
     """
-    parts = [part for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    parts = list(root.modules()) if isinstance(root, nn.Module) else [root]
+    parts = [part for part in parts if not isinstance(part, torch.jit.ScriptModule)]
     parts = [part for part in parts if _GETSTATE not in vars(part)]
     for part in parts:
         vars(part)[_GETSTATE] = marked(partial(_plain_state, part))
@@ -170,8 +171,8 @@ def own_hooks(attributes: Mapping[str, Any]) -> set[int]:
     return {key for table in HOOK_TABLES for key, hook in (attributes.get(table) or {}).items() if is_own(hook)}
 
 
-def _plain_state(part: nn.Module) -> Any:
-    """What a copy of a module is made from."""
+def _plain_state(part: Any) -> Any:
+    """What a copy of an object is made from."""
     inherited = getattr(type(part), _GETSTATE, None)  # LightningModules leave their Trainer out
     state = vars(part) if inherited is None else inherited(part)
     if not isinstance(state, dict):

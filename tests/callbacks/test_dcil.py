@@ -1126,6 +1126,31 @@ def test_an_optimizer_that_repeats_the_step_is_refused_with_layers_of_its_own():
         fitted(DCILCallback(0.5, **AT_ONCE), Repeats)
 
 
+def test_an_optimizer_that_needs_a_closure_is_refused_with_layers_of_its_own():
+    class Again(torch.optim.SGD):
+        def step(self, closure=None):
+            closure()
+            return super().step()
+
+    class Repeats(NormClassifier):
+        def configure_optimizers(self):
+            return Again(self.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match=r"'dcil' .* cannot follow Again, whose step fails without a closure"):
+        fitted(DCILCallback(0.5, **AT_ONCE), Repeats)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_scripted_part_is_refused():
+    class Scripted(NormClassifier):
+        def build(self):
+            super().build()
+            self.model[1] = torch.jit.script(self.model[1])
+
+    with pytest.raises(ValueError, match=r"'model.1' is scripted .* no part in the two passes of 'dcil'; use it unscr"):
+        fitted(DCILCallback(0.5, layers=["model.0"], **AT_ONCE), Scripted)
+
+
 def test_other_norms_at_a_resume_are_refused(tmp_path):
     _, fitting = fitted(DCILCallback(0.4, kl_start=1.0, **AT_ONCE), NormClassifier)
     fitting.save_checkpoint(tmp_path / "end.ckpt")

@@ -138,6 +138,21 @@ def test_layers_that_match_nothing_and_computed_weights_are_refused():
     refused(r"'second' computes its weight from other parameters \(a parametrization\)", module)
 
 
+class OwnStep(torch.optim.SGD):
+    """Its step is that of SGD, which may have been used before, and then calls hooks too."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("make", [PSGDCallback, lambda: PruningCallback(0.5, score="taylor", update_interval=2)])
+def test_an_optimizer_whose_step_calls_that_of_its_base(make):
+    modules = [Mlp(kind, lr=0.1) for kind in (torch.optim.SGD, OwnStep)]
+    for module in modules:
+        fitted(module, make())
+    assert difference(*modules) == 0
+
+
 def test_lbfgs_is_refused():
     refused("cannot work with LBFGS", Mlp(torch.optim.LBFGS, lr=0.1))
 

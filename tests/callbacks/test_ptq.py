@@ -606,6 +606,29 @@ def test_layers_without_an_integer_kernel_are_listed_as_left_in_float():
     assert difference(made(Mixed), module) > 0
 
 
+class Spectrum(nn.Module):
+    """Computes with complex numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixing = nn.Linear(5, 5, dtype=torch.complex64)
+
+    def forward(self, x):
+        return torch.fft.irfft(self.mixing(torch.fft.rfft(x)), n=8)
+
+
+class Fourier(Classifier):
+    def build(self):
+        self.model = nn.Sequential(nn.Linear(8, 8), Spectrum(), nn.Linear(8, 3))
+
+
+def test_complex_layers_are_left_in_float():
+    ptq = PTQCallback()
+    fitted(ptq, Fourier, fast_dev_run=2)
+    assert list(ptq.quantization.weights) == ["0.weight", "2.weight"]
+    assert "1.mixing.weight" in ptq.quantization.left_in_float
+
+
 class Scripted(Classifier):
     def build(self):
         super().build()

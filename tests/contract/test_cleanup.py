@@ -10,6 +10,9 @@ import lightning.pytorch as L
 import pytest
 import torch
 from cases import CASES, each_case
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from lightning_compress.callbacks.base import CompressionCallback
 
 from .grid import each_case_and_some_modules
 from .modules import BATCH, STEPS, Classifier, NormClassifier, difference, interrupted, loader, made, trainer
@@ -211,6 +214,45 @@ def test_a_copy_in_the_midst_of_a_fit_is_one_of_its_own(case, kind, tmp_path):
         (found["loss"] if isinstance(found, dict) else found).backward()
         assert all(own.grad is None for own in module.parameters())
         assert any(own.grad is not None for own in copied.parameters())
+
+
+class Data(L.LightningDataModule):
+    """Whose bound methods a loader's workers may be given: with the Trainer, and its callbacks."""
+
+    def train_dataloader(self):
+        return loader()
+
+    def val_dataloader(self):
+        return loader(rows=2 * BATCH)
+
+
+class CopiesData(L.Callback):
+    """Somebody else's, which copies the data, and the Trainer with them, wherever it can."""
+
+    copies = ()
+
+    def look(self, trainer, *_):
+        if trainer.datamodule is not None:
+            self.copies = ()  # which are copied with the Trainer
+            self.copies = copy.deepcopy(trainer.datamodule), pickle.loads(pickle.dumps(trainer.datamodule))
+
+    on_train_batch_start = on_train_batch_end = on_validation_batch_end = on_train_epoch_end = look
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*(no checkpoint is kept before|the best checkpoints so far):UserWarning")
+@each_case(heavy_is_slow=True)
+def test_the_data_can_be_copied_in_the_midst_of_a_fit(case, tmp_path):
+    module, reference, kept = made(Classifier), made(Classifier), CopiesData()
+    others = [ModelCheckpoint(tmp_path, monitor="val_loss"), EarlyStopping("val_loss")]
+    settings = {"enable_checkpointing": True, "max_epochs": 2}
+    trainer(case.build(tmp_path, Classifier), *others, kept, **settings).fit(module, Data())
+    trainer(case.build(tmp_path, Classifier), **settings).fit(reference, Data())
+    assert difference(module, reference) == 0
+    for copied in kept.copies:
+        [own] = [one for one in copied.trainer.callbacks if isinstance(one, CompressionCallback)]
+        trainer(own, **settings).fit(reference := made(Classifier), Data())
+        assert difference(module, reference) == 0  # a copy begins as the original did
 
 
 def parts(module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_compress.export.errors import ExportError
+from lightning_compress.export.errors import EvaluationError, ExportError
 from lightning_compress.export.parity import Reference, check_parity
 
 
@@ -51,6 +51,20 @@ def test_nan_and_infinity_are_equal_to_themselves_only():
     assert check_parity(FakeFile(wanted.clone()), [reference(wanted)], 1e-3) == 0
     with pytest.raises(ExportError, match="differs by nan"):
         check_parity(FakeFile(torch.tensor([0.0, float("inf"), 1.0])), [reference(wanted)], 1e-3)
+
+
+class Unrunnable:
+    output_names = ("output",)
+
+    def run(self, tensors):
+        raise EvaluationError("no implementation for Conv")
+
+
+def test_a_file_that_does_not_run_at_the_size_that_was_traced_is_no_branch():
+    with pytest.raises(ExportError, match=r"ONNX Runtime does not run the file \(no implementation for Conv\)"):
+        check_parity(Unrunnable(), [reference(torch.zeros(2, 1))], 1e-3)
+    with pytest.raises(ExportError, match=r"does not run the file; it has no kernels in double .*precision='32-true'"):
+        check_parity(Unrunnable(), [reference(torch.zeros(2, 1, dtype=torch.double))], 1e-3)
 
 
 def test_the_message_blames_chance_at_the_size_that_was_traced_and_a_branch_at_others():
