@@ -129,7 +129,52 @@ class Mutation(NamedTuple):
     hangs: bool = False
 
 
+RESUME = "tests/contract/test_resume.py::test_from_a_checkpoint_that_somebody_saved_before_our_turn"
+DATA_COPIED = "tests/contract/test_cleanup.py::test_the_data_can_be_copied_in_the_midst_of_a_fit"
+
 MUTATIONS = (
+    Mutation(
+        "the step of a base class counts as another",
+        f"{PACKAGE}/mechanisms/optimizers.py",
+        "        if outermost not in calls:\n",
+        "        if True:\n",
+        "tests/mechanisms/test_scaled_steps.py::test_the_step_of_a_base_class_is_a_part_of_the_step",
+    ),
+    Mutation(
+        "a step that raised hides the next",
+        f"{PACKAGE}/mechanisms/optimizers.py",
+        "        if outermost not in calls:\n",
+        "        if outermost is None:\n",
+        "tests/mechanisms/test_scaled_steps.py::test_the_step_of_a_base_class_is_a_part_of_the_step",
+    ),
+    Mutation(
+        "masks of the last step miss in what somebody saves before our turn",
+        MASKS,
+        "        self._follow_step()\n        return {",
+        "        return {",
+        f"{RESUME}[DPFCallback-Classifier]",
+    ),
+    Mutation(
+        "a batch is over when it begins",
+        f"{PACKAGE}/mechanisms/progress.py",
+        "self.steps - (not self._automatic and _compat.is_in_step(self._trainer))",
+        "self.steps",
+        "tests/mechanisms/test_progress.py::test_a_step_is_over_when_its_batch_is",
+    ),
+    Mutation(
+        "a copy of a callback is at work",
+        BASE,
+        "vars(self) if self._stack is None or self._idle is None else self._idle",
+        "vars(self)",
+        f"{DATA_COPIED}[DistillationCallback]",
+    ),
+    Mutation(
+        "a hook of the backward pass is passed over",
+        f"{PACKAGE}/mechanisms/quantization.py",
+        "                if _compat.copies_its_tensors(module):\n",
+        "                if False:\n",
+        "tests/mechanisms/test_quantization.py::test_a_full_backward_hook_below_the_network_is_refused",
+    ),
     Mutation(
         "what only distillation uses gets no gradient",
         DISTILLATION,
@@ -204,9 +249,9 @@ MUTATIONS = (
     # Copies and ranks
     Mutation(
         "a wrapper that lies on another stays in copies",
-        f"{PACKAGE}/export/copying.py",
-        "        while _is_ours(entry):  # one may lie on another",
-        "        if _is_ours(entry):",
+        f"{PACKAGE}/mechanisms/wrapping.py",
+        "    while is_own(entry):\n",
+        "    if is_own(entry):\n",
         "tests/callbacks/test_export.py::test_a_network_made_of_parts_is_reported_and_exported_from_copies",
     ),
     Mutation(
@@ -218,7 +263,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the other ranks do not hear of a failure",
-        BASE,
+        f"{PACKAGE}/callbacks/ranks.py",
         "    if problem is not None:\n        told",
         "    if False:\n        told",
         "tests/callbacks/test_base.py::test_work_that_fails_on_one_rank_fails_everywhere",
@@ -1759,7 +1804,7 @@ MUTATIONS = (
     Mutation(
         "filters: networks beside are cut",
         COPIES,
-        '        return any(not part or f"{name}.".startswith(f"{part}.") for part in self.names)',
+        "        return lies_within(name, self.names)",
         "        return True",
         f"{STRUCTURED_TRIALS}::test_one_network_may_change_though_it_is_called_twice_beside_others",
     ),

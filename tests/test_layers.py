@@ -40,12 +40,13 @@ BASES = (
         "channel_plan",
         "copies",
         "dynamic",
+        "ending",
         "features",
         "intents",
         "masked",
         "masks",
     ),
-    *("quantised", "rehearsal", "returned", "teaching", "validating"),
+    *("quantised", "ranks", "rehearsal", "returned", "teaching", "validating"),
 )
 
 # When Lightning may be imported: never, or only inside a function or for type checkers. Others: at any time.

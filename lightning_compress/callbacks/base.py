@@ -27,9 +27,10 @@ from torch import nn
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import shown
+from lightning_compress.callbacks.ending import WHOLE_STAGES, run_end_of_fit
 from lightning_compress.callbacks.intents import Intent, intents
+from lightning_compress.callbacks.ranks import SHARDING_STRATEGY, averaging, is_of_kind, shards, together
 from lightning_compress.callbacks.returned import FOUND, Returned, ReturnsResults
-from lightning_compress.export.copying import whole_copy
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.lessons import Lesson
@@ -47,13 +48,7 @@ from lightning_compress.tracking import Tracker, goals, recipe_of, run_settings
 log = logging.getLogger("lightning_compress")
 
 SCHEMA = 1
-_TOLD = "_lightning_compress_told"
-"""Attribute of an exception that all ranks know of."""
-STAGES = ("bake", "estimate_statistics", "calibrate", "export", "evaluate", "report")
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy")
-SHARDING_STRATEGY = "ModelParallelStrategy"
-WHOLE_STAGES = ("export", "evaluate", "report")
-"""Rank 0 works in them, on all of each parameter."""
 
 
 def _callback_bases() -> tuple[type, ...]:
@@ -582,10 +577,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def _check_strategy(self, strategy: Any) -> None:
         who, kind = type(self).__name__, type(strategy).__name__
-        if _is_of_kind(strategy, *UNSUPPORTED_STRATEGIES):
+        if is_of_kind(strategy, *UNSUPPORTED_STRATEGIES):
             more = "" if self.problem_with_shards() else f", or FSDP2 with {SHARDING_STRATEGY}"
             raise ValueError(f"{who} does not support {kind}; use one device or DDP{more}")
-        if not _is_of_kind(strategy, SHARDING_STRATEGY):
+        if not is_of_kind(strategy, SHARDING_STRATEGY):
             return
         problem = self.problem_with_shards()
         if problem is not None:
@@ -780,49 +775,6 @@ def callbacks_of(trainer: Any) -> list[CompressionCallback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, CompressionCallback)]
 
 
-def _is_of_kind(strategy: Any, *names: str) -> bool:
-    return any(base.__name__ in names for base in type(strategy).__mro__)
-
-
-def shards(trainer: Any) -> bool:
-    """Whether a Trainer has its parameters sharded by FSDP2."""
-    return _is_of_kind(trainer.strategy, SHARDING_STRATEGY)
-
-
-def whole(trainer: Any, pl_module: Any) -> Any:
-    """What rank 0 exports and measures: the module, or, where it is sharded, a copy without shards.
-
-    Args:
-        trainer: The user's Trainer.
-        pl_module: The module; every rank has to call, to give its shards.
-
-    Returns:
-        On rank 0 the copy, attached to the Trainer; on the others, and where nothing is sharded, the module itself.
-
-    Raises:
-        ExportError: On rank 0, if the module is sharded and cannot be copied.
-        RuntimeError: Then on the others.
-    """
-    if not shards(trainer):
-        return pl_module
-    copies: list[Any] = []
-
-    def copy(trainer: Any, pl_module: Any) -> None:
-        copies.append(whole_copy(pl_module, wanted=trainer.is_global_zero))
-
-    with _compat.patient_group(trainer.world_size) as tell:
-        together(tell, copy, trainer, pl_module)
-    if copies[0] is None:
-        return pl_module
-    _compat.attach_trainer_(copies[0], trainer)
-    return copies[0]
-
-
-def averaging(trainer: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What averages a tensor over the processes; None where there is one."""
-    return functools.partial(trainer.strategy.reduce, reduce_op="mean") if trainer.world_size > 1 else None
-
-
 def announce(text: str) -> None:
     """Write to the terminal, whatever characters it has.
 
@@ -831,99 +783,6 @@ def announce(text: str) -> None:
     """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     sys.stdout.write("\n" + text.encode(encoding, "replace").decode(encoding))
-
-
-def run_end_of_fit(callbacks: list[CompressionCallback], trainer: Any, pl_module: Any) -> None:
-    """Run every stage for every callback before the next stage; no rank leaves before the others are done.
-
-    Where a file cannot be written, the others still are, and the report: the training was not in vain.
-
-    Args:
-        callbacks: Those of this package, in the Trainer's order.
-        trainer: The user's Trainer.
-        pl_module: The trained module.
-    """
-    unwritten: list[Exception] = []
-    shown = pl_module
-    with _compat.patient_group(trainer.world_size) as tell:
-        for stage in STAGES:
-            if stage == WHOLE_STAGES[0] and any(own.needs_whole for own in callbacks):
-                shown = whole(trainer, pl_module)
-            for callback in callbacks:
-                unwritten += _unwritten(
-                    stage, functools.partial(together, tell, getattr(callback, stage)), trainer, shown
-                )
-    for further in unwritten[1:]:
-        warnings.warn(f"one more file was not written: {further}", stacklevel=2)
-    if unwritten:
-        raise unwritten[0]
-    if trainer.is_global_zero and _compat.runs_in_children(trainer):
-        for callback in callbacks:
-            callback.send_home()
-
-
-def _unwritten(stage: str, work: Callable[[Any, Any], None], trainer: Any, pl_module: Any) -> list[Exception]:
-    """Do the work of a stage; what has kept a file from being written is for later."""
-    try:
-        work(trainer, pl_module)
-    except Exception as error:
-        if stage != "export":
-            raise
-        return [error]
-    return []
-
-
-def together(
-    tell: Callable[[str | None], str | None], work: Callable[[Any, Any], None], trainer: Any, pl_module: Any
-) -> None:
-    """Do some work of which rank 0 may do the most, and go on, or fail, with all ranks at once.
-
-    The others wait in a process group of our own, without Lightning's time limit: exporting and validating on one rank
-    may take longer. Without this, a failure on one rank would leave the others in their next collective for ever.
-
-    Args:
-        tell: From :func:`lightning_compress._compat.patient_group`.
-        work: Called with the Trainer and the module, on every rank.
-        trainer: The user's Trainer.
-        pl_module: The module.
-
-    Raises:
-        RuntimeError: On the other ranks, if the work failed on one, which raises its own error.
-    """
-    try:
-        work(trainer, pl_module)
-    except BaseException as error:
-        if not getattr(error, _TOLD, False):  # by what was done together within
-            setattr(error, _TOLD, True)
-            tell(f"{type(error).__name__}: {error}")
-        raise
-    problem = tell(None)
-    if problem is not None:
-        told = RuntimeError(problem)
-        setattr(told, _TOLD, True)
-        raise told
-
-
-def found_by_rank_zero(trainer: Any, pl_module: Any, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """What rank 0 measures while the others wait for it; told to all of them.
-
-    Args:
-        trainer: The user's Trainer.
-        pl_module: The module.
-        measure: Called on rank 0 only.
-
-    Returns:
-        Its result, on every rank.
-    """
-    found: dict[str, float] = {}
-
-    def work(trainer: Any, pl_module: Any) -> None:
-        found.update(measure() if trainer.is_global_zero else {})
-
-    with _compat.patient_group(trainer.world_size) as tell:
-        together(tell, work, trainer, pl_module)
-    result: dict[str, float] = trainer.strategy.broadcast(found)
-    return result
 
 
 def _primitive(value: Any) -> Any:

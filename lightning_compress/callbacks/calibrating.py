@@ -21,8 +21,9 @@ from lightning_compress.callbacks.arguments import (
     check_whole,
     edge_bits_of,
 )
-from lightning_compress.callbacks.base import CompressionCallback, log, shards, together
+from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.intents import Aim, Intent, layers_of, left_out
+from lightning_compress.callbacks.ranks import shards, together
 from lightning_compress.export.sample import defines
 from lightning_compress.export.scales import given_steps, grids_of_steps, inside
 from lightning_compress.functional.quantizers import check_bits

@@ -19,8 +19,9 @@ from lightning_compress.callbacks.arguments import (
     check_name,
     check_path,
 )
-from lightning_compress.callbacks.base import CapturedSample, CompressionCallback, callbacks_of, log, shards, whole
+from lightning_compress.callbacks.base import CapturedSample, CompressionCallback, callbacks_of, log
 from lightning_compress.callbacks.intents import Intent
+from lightning_compress.callbacks.ranks import shards, whole
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.errors import ExportError, first_line
 from lightning_compress.export.evaluate import Choices, evaluate, evaluate_forward, evaluate_quantized, has_validation

@@ -27,9 +27,9 @@ from lightning_compress.callbacks.arguments import (
     shown,
     tell_without_effect,
 )
-from lightning_compress.callbacks.base import averaging
 from lightning_compress.callbacks.features import FeatureCallback, Pair
 from lightning_compress.callbacks.intents import Intent
+from lightning_compress.callbacks.ranks import averaging
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.callbacks.teaching import samples_of
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall

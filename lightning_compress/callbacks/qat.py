@@ -30,11 +30,12 @@ from lightning_compress.callbacks.arguments import (
     shown,
     tell_without_effect,
 )
-from lightning_compress.callbacks.base import CompressionCallback, averaging, log, together
+from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.calibrating import bits_of_layers, selection
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.masked import MaskedWeightsCallback
 from lightning_compress.callbacks.quantised import QuantisedCallback
+from lightning_compress.callbacks.ranks import averaging, together
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.scales import given_steps, grids_of_ranges, inside, trained_ranges
 from lightning_compress.export.weights import read_checkpoint

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from lightning_compress.callbacks.arguments import absolute_path, check_flag
-from lightning_compress.callbacks.base import CompressionCallback, announce, callbacks_of, log, shards, whole
+from lightning_compress.callbacks.base import CompressionCallback, announce, callbacks_of, log
 from lightning_compress.callbacks.intents import Intent
+from lightning_compress.callbacks.ranks import shards, whole
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError, first_line

@@ -25,17 +25,11 @@ from lightning_compress.callbacks.arguments import (
     check_whole,
     tell_without_effect,
 )
-from lightning_compress.callbacks.base import (
-    CompressionCallback,
-    announce,
-    callbacks_of,
-    log,
-    optimises_automatically,
-    together,
-)
+from lightning_compress.callbacks.base import CompressionCallback, announce, callbacks_of, log, optimises_automatically
 from lightning_compress.callbacks.channel_plan import BUDGETS, Plan, Wanted
 from lightning_compress.callbacks.copies import Copies, SkippedBatchError
 from lightning_compress.callbacks.intents import Aim, Intent
+from lightning_compress.callbacks.ranks import together
 from lightning_compress.callbacks.rehearsal import Rehearsal
 from lightning_compress.functional.schedules import iterative_schedule
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_all_

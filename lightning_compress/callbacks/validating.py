@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.callbacks.base import found_by_rank_zero, shards
+from lightning_compress.callbacks.ranks import found_by_rank_zero, shards
 from lightning_compress.export.copying import independent_copy, whole_copy
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.evaluate import evaluate_forward

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_compress import _compat
-from lightning_compress.callbacks.base import callbacks_of, together
+from lightning_compress.callbacks.base import callbacks_of
+from lightning_compress.callbacks.ranks import together
 from lightning_compress.commands.attachment import (
     Events,
     Order,

@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import nn
 
 from lightning_compress import CompressionCallback, CompressionReport, DistillationCallback, PTQCallback
-from lightning_compress.callbacks.base import STAGES, run_end_of_fit, together
+from lightning_compress.callbacks.ending import STAGES, run_end_of_fit
+from lightning_compress.callbacks.ranks import together
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.passes import Term
 

@@ -44,6 +44,16 @@ class Two(ManualClassifier):
             second.step()
 
 
+class WatchWithin(Watch):
+    """What is over at the start of each batch, and after it."""
+
+    def look(self):
+        self.steps.append(self.progress.steps_over)
+
+    def on_train_batch_start(self, *args):
+        self.look()
+
+
 class Skipping(Classifier):
     """Every other batch teaches nothing."""
 
@@ -67,6 +77,13 @@ def watched(kind, data=None, path=None, **settings):
     watch = Watch()
     trainer(watch, **settings).fit(made(kind), loader() if data is None else data, ckpt_path=path)
     return watch
+
+
+@pytest.mark.parametrize("kind", [Classifier, ManualClassifier])
+def test_a_step_is_over_when_its_batch_is(kind):
+    watch = WatchWithin()
+    trainer(watch).fit(made(kind), loader())
+    assert watch.steps == [0, *(step for count in range(STEPS) for step in (count, count + 1))]
 
 
 @pytest.mark.parametrize("kind", [Classifier, ManualClassifier])
