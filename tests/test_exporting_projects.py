@@ -331,6 +331,14 @@ def test_a_calibration_that_loses_more_than_the_tolerance(written, capsys):
     assert not list(Path().glob("*.onnx"))
 
 
+@pytest.mark.parametrize(("limit", "samples"), [(2, 64), (0, 256)])
+def test_a_calibration_takes_no_more_batches_than_the_training(written, limit, samples, capsys):
+    """Where there was none, all."""
+    written.checkpoint()
+    code, line = exported(capsys, *written.config(trainer={"limit_train_batches": limit}), "int8")
+    assert (code, f"calibrated with {samples} samples of the training data" in line) == (0, True), line
+
+
 def test_data_are_drawn_as_in_a_fit(written, capsys):
     """What ``configure_model`` draws comes after the set-up, in a fit and here."""
     written.checkpoint("Later")

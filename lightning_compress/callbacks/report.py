@@ -33,7 +33,7 @@ from lightning_compress.mechanisms.teacher import Teacher
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.compare import compare, file_names
 from lightning_compress.report.pictures import kept
-from lightning_compress.report.render import to_console, to_markdown
+from lightning_compress.report.render import terminal_width, to_console, to_markdown
 from lightning_compress.report.table import ExportedFile, Picture, Report, Row, with_quantised
 from lightning_compress.report.write import FILE_STEM, ReportFiles, write_report
 from lightning_compress.tracking import Table
@@ -146,7 +146,7 @@ class CompressionReport(CompressionCallback):
             return
         self.result = self._measured(trainer, pl_module)
         self._before = self._capture = None
-        announce(to_console(self.result))
+        announce(to_console(self.result, width=terminal_width()))
         self._log(trainer, self.result)
         if trainer.fast_dev_run:
             log.info("%s: fast_dev_run, so no file is written", self.name)
@@ -198,9 +198,9 @@ class CompressionReport(CompressionCallback):
         if self._before is None and shards(trainer):
             notes.append("before was not measured: the fit ran no step.")
         befores = [] if self._before is None else [("before", self._before)]
-        models = {name: find_module(module, network, argument="network") for name, module in befores}
+        models = _teachers(trainer)  # first, as a student that begins with random weights is compared with nothing else
+        models |= {name: find_module(module, network, argument="network") for name, module in befores}
         models["after"] = find_module(pl_module, network, argument="network")
-        models.update(_teachers(trainer))
         metrics = self._metrics(trainer, pl_module, network, models, notes)
         with sign(trainer, f"Measuring sizes{' and times' if self.latency else ''}"):
             report = compare(

@@ -338,8 +338,9 @@ def _plain(configs: Sequence[str]) -> list[str]:
     accelerator = _accelerator_here(own.get("accelerator", "auto"))
     quantising = json.dumps([entry for entry in callbacks if _quantises(entry)], default=str)
     chosen = {**PLAIN, "accelerator": accelerator, "precision": precision, "callbacks": quantising}
-    if own.get("limit_val_batches") == 0:  # nothing was validated in the training; here it is
-        chosen["limit_val_batches"] = "1.0"
+    for name in ("limit_train_batches", "limit_val_batches"):
+        if own.get(name) == 0:  # the training made nothing of these data; here they are looked at
+            chosen[name] = "1.0"
     return [f"--trainer.{key}={value}" for key, value in chosen.items()]
 
 

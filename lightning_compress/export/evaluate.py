@@ -539,7 +539,7 @@ def silent_trainer(module: nn.Module, trainer: Any = None, *, accelerator: str =
 
     Args:
         module: A LightningModule; the Trainer is of its package.
-        trainer: Another Trainer, whose limit of batches, inference mode and progress count.
+        trainer: Another Trainer, whose limits of batches, inference mode and progress count.
         accelerator: Where to run, by Lightning's name.
         more: Other arguments of a Trainer.
 
@@ -558,7 +558,7 @@ def silent_trainer(module: nn.Module, trainer: Any = None, *, accelerator: str =
     lightning = _namespace(module)
     settings: dict[str, Any] = {}
     if trainer is not None:
-        settings["limit_val_batches"] = trainer.limit_val_batches
+        settings |= {name: getattr(trainer, name) for name in ("limit_train_batches", "limit_val_batches")}
         settings["inference_mode"] = _compat.validates_in_inference_mode(trainer)
         if trainer.precision == "64-true":
             settings["precision"] = trainer.precision

@@ -5,6 +5,8 @@ Both, and the HTML page, show the same cells; ratios are to the first row.
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Sequence
 
 from lightning_compress.report import units
@@ -16,11 +18,13 @@ from lightning_compress.report.table import Report
 _NAME_LENGTH = 24  # characters of a model's name in the terminal
 
 
-def to_console(report: Report) -> str:
+def to_console(report: Report, *, width: int | None = None) -> str:
     """The table as aligned ASCII text, quantities downwards and models across, with remarks and notes below.
 
     Args:
         report: What was measured.
+        width: Columns of the terminal: of models that do not fit beside each other, the rest follows below. ``None``:
+            as many as it takes.
 
     Returns:
         Lines, the last one ending in a newline.
@@ -40,7 +44,21 @@ def to_console(report: Report) -> str:
         if any(cell.remark for cell in column.cells):
             lines.append(["", *(cell.remark for cell in column.cells)])
     sentences = [f"* {sentence}" for sentence in (*remarks(report), *report.notes)]
-    return "\n".join(["Compression report", *aligned(lines), *sentences]) + "\n"
+    parts = ["\n".join(aligned(part)) for part in _beside_each_other(lines, width)]
+    return "\n".join(["Compression report", "\n\n".join(parts), *sentences]) + "\n"
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal; ``None`` where the output goes elsewhere.
+
+    Returns:
+        At least 1.
+
+    Example:
+        >>> terminal_width() is None or terminal_width() > 0
+        True
+    """
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -58,6 +76,19 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """
     widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
     return ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _beside_each_other(lines: Sequence[Sequence[str]], width: int | None) -> list[list[list[str]]]:
+    """A table in parts that fit, each with the first column, and without lines that are empty in it."""
+    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
+    parts: list[list[int]] = [[0]]
+    for index in range(1, len(widths)):
+        needed = sum(widths[own] + 2 for own in parts[-1]) + widths[index]
+        if width is not None and needed > width and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(index)
+    tables = [[[line[index] for index in part] for line in lines] for part in parts]
+    return [[line for line in table if any(line)] for table in tables]
 
 
 def to_markdown(report: Report) -> str:

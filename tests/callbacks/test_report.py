@@ -95,7 +95,7 @@ def test_all_rows_in_print_loggers_and_files(pl, tmp_path, capsys):
     trainer.fit(module)
 
     rows = {row.name: row for row in report.result.rows}
-    assert list(rows) == ["before", "after", "teacher", "model.onnx"]
+    assert list(rows) == ["teacher", "before", "after", "model.onnx"]
     assert rows["before"].parameters == rows["after"].parameters == sum(tensor.numel() for tensor in before)
     assert rows["before"].macs == 4 * 4 + 4 * 3
     assert rows["teacher"].macs == 4 * 16 + 16 * 3

@@ -44,6 +44,25 @@ def test_remarks_say_what_the_numbers_do_not():
     ]
 
 
+def test_what_does_not_fit_the_terminal_follows_below():
+    rows = [Row(name, bytes=size) for name, size in (("teacher", 8000), ("before", 4000), ("after", 2000))]
+    wide = to_console(Report(rows=tuple(rows)), width=41)
+    assert wide.splitlines()[1] == "      teacher  before        after"
+    assert to_console(Report(rows=tuple(rows)), width=40) == (
+        "Compression report\n"
+        "      teacher  before\n"
+        "Size  8.00 kB  4.00 kB\n"
+        "               2.0x smaller\n"
+        "\n"
+        "      after\n"
+        "Size  2.00 kB\n"
+        "      4.0x smaller\n"
+    )
+    one_each = to_console(Report(rows=tuple(rows)), width=1)
+    assert one_each.count("Size  ") == 3
+    assert to_console(Report(rows=tuple(rows))) == wide
+
+
 def test_no_remark_without_evidence():
     slower = Latency("torch", 1, 3.0, 0.2, 50, 1.0, 0.95, 1.05)
     overlapping = Latency("onnxruntime", 1, 3.1, 0.2, 50, 1.03, 0.97, 1.2)
