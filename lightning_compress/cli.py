@@ -79,7 +79,7 @@ _DISPATCH: dict[str, Callable[[argparse.Namespace, Sequence[str]], int]] = {
     ),
     "export": lambda options, _: _called("lightning_compress.commands.export", "export", options),
     "report": lambda options, _: _called("lightning_compress.commands.report", "report", options),
-    "recipes": lambda options, _: _called("lightning_compress.recipe.shipped", "show", options.name),
+    "recipes": lambda options, _: _called("lightning_compress.commands.recipes", "show", options.name),
     "sensitivity": lambda options, _: _called("lightning_compress.commands.sensitivity", "sensitivity", options),
     "sweep": lambda options, command: _called("lightning_compress.commands.sweep", "sweep", options, command),
 }

@@ -111,7 +111,7 @@ def test_ctrl_c_in_any_command_is_told_and_has_its_code(monkeypatch, capsys):
     def show(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_compress.recipe.shipped.show", show)
+    monkeypatch.setattr("lightning_compress.commands.recipes.show", show)
     assert main(["recipes"]) == 130
     assert capsys.readouterr().err == "lightning-compress recipes: interrupted\n"
     monkeypatch.setattr("lightning_compress.cli.import_module", show)  # while heavy modules are imported
@@ -125,11 +125,17 @@ def test_how_a_command_ends_is_said_where_it_belongs(capsys):
     assert capsys.readouterr() == ("lightning-compress plan: two\nlines\n", "lightning-compress export: two lines\n")
 
 
-def test_help_imports_nothing_heavy():
+RECIPES = "lightning_compress.commands.recipes"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "modules"), [(["--help"], OURS), (["recipes", "int8"], sorted([*OURS, RECIPES]))]
+)
+def test_what_only_prints_imports_nothing_heavy(arguments, modules):
     code = (
-        "import sys; from lightning_compress.cli import main; main(['--help'])\n"
+        f"import sys; from lightning_compress.cli import main; main({arguments})\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'lightning', 'yaml', 'onnx'}))\n"
         "print(sorted(name for name in sys.modules if name.startswith('lightning_compress')))"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert child.stdout.splitlines()[-2:] == ["[]", str(OURS)]
+    assert child.stdout.splitlines()[-2:] == ["[]", str(modules)]

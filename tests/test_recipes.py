@@ -11,8 +11,8 @@ import pytest
 from scripts import of_paths
 
 from lightning_compress.cli import main
+from lightning_compress.commands.recipes import shipped
 from lightning_compress.recipe import load_recipe
-from lightning_compress.recipe.shipped import shipped
 
 TECHNIQUES = {
     "distil": ["DistillationCallback"],
@@ -27,7 +27,7 @@ TECHNIQUES = {
 
 def test_there_are_these():
     assert {*shipped()} == {*TECHNIQUES}
-    folder = files("lightning_compress.recipe.shipped")
+    folder = files("lightning_compress.commands.recipes")
     assert {name: folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8") for name in TECHNIQUES} == shipped()
 
 

@@ -21,12 +21,12 @@ from typing import Any
 
 from lightning_compress.commands.attachment import Events, Order
 from lightning_compress.commands.exits import DONE, FAILED, USAGE, ended
+from lightning_compress.commands.recipes import shipped
 from lightning_compress.export.evaluate import RUN_VARIABLE
 from lightning_compress.mechanisms.drafts import remove_abandoned, write_whole
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.recipe import Recipe, check_outputs, export_paths, load_recipe
 from lightning_compress.recipe.file import naming, read_text
-from lightning_compress.recipe.shipped import shipped
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.units import metric as shown_metric
 from lightning_compress.report.units import size

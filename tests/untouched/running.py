@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_compress.recipe.shipped import shipped
+from lightning_compress.commands.recipes import shipped
 
 from .programs import Program
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_compress.recipe.shipped import shipped
+from lightning_compress.commands.recipes import shipped
 
 from .checks import check
 from .programs import PROGRAMS

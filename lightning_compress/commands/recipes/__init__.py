@@ -6,7 +6,6 @@ import sys
 from importlib.resources import files
 
 from lightning_compress.commands.exits import DONE, USAGE, ended
-from lightning_compress.mechanisms.selection import did_you_mean
 
 SUFFIX = ".yaml"
 
@@ -46,6 +45,8 @@ def show(name: str | None = None) -> int:
         sys.stdout.write("\n".join([*lines, "", "lightning-compress recipes NAME > recipe.yaml", ""]))
         return DONE
     if name not in texts:
+        from lightning_compress.mechanisms.selection import did_you_mean  # with torch, which takes seconds
+
         there = f"there is no recipe '{name}'; there are {', '.join(texts)}{did_you_mean(name, texts)}"
         return ended("recipes", USAGE, there)
     sys.stdout.write(texts[name])
