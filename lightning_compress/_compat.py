@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
 from traceback import walk_tb
-from types import CodeType, SimpleNamespace
+from types import CodeType, FrameType, SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -53,9 +53,13 @@ def validates_in_inference_mode(trainer: Any) -> bool:
     return bool(trainer.validate_loop.inference_mode)
 
 
+def _nothing() -> None:
+    pass
+
+
 def leave_signals(trainer: Any) -> None:
     """Let a Trainer that only looks at something take over no signals: what ends the process ends it."""
-    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer._signal_connector.register_signal_handlers = _nothing  # no lambda: the Trainer may be pickled
 
 
 def attach(trainer: Any, module: Any, datamodule: Any) -> None:
@@ -689,10 +693,30 @@ def runs_again() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def calls_of_step_hook() -> list[FrameType]:
+    """Torch's call of an optimizer's step, asked for in a function that a hook of it calls, and what called that.
+
+    Returns:
+        The innermost first; nothing in a step that is compiled, which cannot look at calls.
+    """
+    if torch.compiler.is_compiling():
+        return []
+    frame: FrameType | None = sys._getframe(2)
+    calls = []
+    while frame is not None:
+        calls.append(frame)
+        frame = frame.f_back
+    return calls
+
+
 def copies_its_tensors(module: torch.nn.Module) -> bool:
-    """Whether a module with a full backward hook takes and returns copies, that such a hook may see their gradients."""
-    whole = bool(module._backward_hooks) and module._is_full_backward_hook is True
-    return torch.is_grad_enabled() and (whole or bool(module._backward_pre_hooks))
+    """Whether a module has a full backward hook, so that it takes and returns copies, whose gradients the hook sees.
+
+    None are made where nothing within asks for a gradient, which is not looked at here.
+    """
+    before: list[Any] = module._get_backward_pre_hooks()  # type: ignore[no-untyped-call]
+    after: list[Any] = module._get_backward_hooks()[0]  # type: ignore[no-untyped-call]
+    return torch.is_grad_enabled() and bool(before or after)
 
 
 def after_backward(function: Callable[[], None]) -> None:

@@ -37,9 +37,9 @@ from lightning_compress.export.evaluate import evaluate_forward
 from lightning_compress.mechanisms.channel_graph import require_torch_pruning
 from lightning_compress.mechanisms.extras import install_line
 from lightning_compress.mechanisms.selection import did_you_mean
-from lightning_compress.report import compare, to_console, units, write_report
+from lightning_compress.report import compare, units, write_report
 from lightning_compress.report.cells import shown_path
-from lightning_compress.report.render import terminal_width
+from lightning_compress.report.render import for_terminal
 from lightning_compress.report.table import Row, with_quantised
 
 METRIC = "val_accuracy"
@@ -380,7 +380,7 @@ def _report(source: DemoData, folder: Path, seed: int, data: str, compared: _Com
     names = [os.path.basename(file.path) for file in files]
     _say_finished(begin, ", ".join(f"{METRIC} {units.metric(metrics[name][METRIC])} in {name}" for name in names))
     _say("")
-    sys.stdout.write(to_console(report, width=terminal_width()) + "\n")
+    sys.stdout.write(for_terminal(report) + "\n")
     _say(f"\nReport: {shown_path(written.html)}\nFiles:  {', '.join(shown_path(file.path) for file in files)}")
     failures = [export.failure for export in exports if export.failure]
     gap = abs(metrics["teacher.onnx"][METRIC] - metrics["teacher"][METRIC])

@@ -129,7 +129,7 @@ class Mutation(NamedTuple):
     hangs: bool = False
 
 
-RESUME = "tests/contract/test_resume.py::test_from_a_checkpoint_that_somebody_saved_before_our_turn"
+SAVED_EARLY = "tests/contract/test_resume.py::test_from_a_checkpoint_that_somebody_saved_before_our_turn"
 DATA_COPIED = "tests/contract/test_cleanup.py::test_the_data_can_be_copied_in_the_midst_of_a_fit"
 
 MUTATIONS = (
@@ -152,7 +152,49 @@ MUTATIONS = (
         MASKS,
         "        self._follow_step()\n        return {",
         "        return {",
-        f"{RESUME}[DPFCallback-Classifier]",
+        f"{SAVED_EARLY}[DPFCallback-Classifier]",
+    ),
+    Mutation(
+        "masks of the last step miss in a file of weights alone that somebody saves before our turn",
+        MASKS,
+        "        self._follow_step()\n        return super()._comp",
+        "        return super()._comp",
+        "tests/contract/test_resume.py::test_weights_alone_that_somebody_saved_before_our_turn_are_masked",
+    ),
+    Mutation(
+        "grids of the last step miss in what somebody saves before our turn",
+        f"{PACKAGE}/callbacks/qat.py",
+        "            self._follow_step(self._fit.moving)\n",
+        "            pass\n",
+        f"{SAVED_EARLY}[QATCallback-Classifier]",
+    ),
+    Mutation(
+        "a ModelCheckpoint is copied with our wrapper",
+        MASKS,
+        "            stack.enter_context(copied_plainly(callback))\n",
+        "",
+        f"{DATA_COPIED}[PruningCallback]",
+    ),
+    Mutation(
+        "a teacher is copied with our hooks",
+        f"{PACKAGE}/mechanisms/teacher.py",
+        "                stack.enter_context(copied_plainly(module))\n",
+        "",
+        f"{DATA_COPIED}[AttentionTransferCallback]",
+    ),
+    Mutation(
+        "complex weights are put on a grid",
+        f"{PACKAGE}/mechanisms/calibration.py",
+        " or not weight.is_floating_point():",
+        ":",
+        "tests/callbacks/test_ptq.py::test_complex_layers_are_left_in_float",
+    ),
+    Mutation(
+        "scripted parts without parameters are refused too",
+        VIEWS,
+        "                    if not any(True for _ in (*module.parameters(), *module.buffers())):\n",
+        "                    if False:\n",
+        "tests/callbacks/test_dcil.py::test_a_scripted_part_without_parameters_is_as_any_other",
     ),
     Mutation(
         "a batch is over when it begins",
@@ -164,8 +206,8 @@ MUTATIONS = (
     Mutation(
         "a copy of a callback is at work",
         BASE,
-        "vars(self) if self._stack is None or self._idle is None else self._idle",
-        "vars(self)",
+        "now if self._stack is None or self._before_fit is None else self._before_fit",
+        "now",
         f"{DATA_COPIED}[DistillationCallback]",
     ),
     Mutation(

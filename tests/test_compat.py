@@ -1162,3 +1162,28 @@ def test_all_other_exceptions_have_tried_no_types():
     with pytest.raises(ValueError, match="else") as error:
         raise exceptions[0]
     assert _compat.types_tried(error.value) == []
+
+
+# --- what torch does around modules and optimizers ---
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook", None])
+def test_a_full_backward_hook_makes_copies_where_there_are_gradients(register):
+    layer, x, seen = nn.Linear(2, 2), torch.ones(1, 2), []
+    layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    if register is None:
+        layer.register_forward_pre_hook(lambda module, args: None)
+    else:
+        getattr(layer, register)(lambda module, *gradients: None)
+    assert _compat.copies_its_tensors(layer) is (layer(x) is not seen[-1]) is (register is not None)
+    with torch.no_grad():
+        assert _compat.copies_its_tensors(layer) is (layer(x) is not seen[-1]) is False
+
+
+def test_a_hook_of_a_step_is_called_by_torchs_call_of_the_step():
+    optimizer, found = torch.optim.SGD([torch.ones(1)], lr=0.1), []
+    for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
+        register(lambda *_: found.append(_compat.calls_of_step_hook()[0]))
+    optimizer.step()
+    assert found[0] is found[1]
+    assert found[0].f_code is type(optimizer).step.__code__

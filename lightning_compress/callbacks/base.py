@@ -34,7 +34,14 @@ from lightning_compress.callbacks.returned import FOUND, Returned, ReturnsResult
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.lessons import Lesson
-from lightning_compress.mechanisms.owned import OwnedParameters, holders, refuse_lbfgs, separate_networks
+from lightning_compress.mechanisms.owned import (
+    OwnedParameters,
+    StepError,
+    cannot_follow,
+    holders,
+    refuse_lbfgs,
+    separate_networks,
+)
 from lightning_compress.mechanisms.scores import forget_scores
 from lightning_compress.mechanisms.selection import find_module, listing
 from lightning_compress.mechanisms.sharding import class_name, refuse_layout, sharded_units, shards_in_place
@@ -129,7 +136,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self.effects: Counter[str] = Counter()
         self.student_capture: StudentCapture | None = None
         self.captured_sample: CapturedSample | None = None
-        self._idle: dict[str, Any] | None = None  # its attributes before the fit
+        self._before_fit: dict[str, Any] | None = None  # its attributes then
         self._stack: ExitStack | None = None
         self._controller: StepController | None = None
         self._trainer: Any = None  # while at work
@@ -301,7 +308,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if self.changes_step:
             self._check_optimisation(trainer, pl_module)
         self.check(trainer, pl_module)
-        self._idle = self._as_now()
+        self._before_fit = self._snapshot()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the mechanisms."""
@@ -391,22 +398,19 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Take the helpers' step with the user's: through the same scaler, with gradients averaged over processes."""
         if not self._owned or not self.leads(trainer, pl_module, optimizer):
             return
-        refuse_lbfgs(trainer.optimizers, f"{type(self).__name__} '{self.name}'")
+        who = f"{type(self).__name__} '{self.name}'"
+        refuse_lbfgs(trainer.optimizers, who)
         if self._owned_step == trainer.global_step:
-            raise ValueError(
-                f"{type(self).__name__} '{self.name}' has an optimizer of its own and cannot follow "
-                f"{type(optimizer).__name__}, which repeats the step before it moves"
-            )
+            raise ValueError(cannot_follow(who, optimizer, "which repeats the step before it moves"))
         self._owned_step = trainer.global_step
         reduce = averaging(trainer)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         for parameters in self._owned:
             try:
                 parameters.step(scaler=scaler, reduce=reduce, lr=self.owned_lr(optimizer))
-            except TypeError as error:
+            except StepError as error:
                 raise ValueError(
-                    f"{type(self).__name__} '{self.name}' has an optimizer of its own and cannot follow "
-                    f"{type(optimizer).__name__}, whose step fails without a closure ({error})"
+                    cannot_follow(who, optimizer, f"whose step fails without a closure ({error})")
                 ) from error
             parameters.zero_grad()  # of several optimizers, only the one that follows the backward pass counts
 
@@ -486,8 +490,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is at work in no fit, has found nothing in one that goes on, and has fitted no module."""
-        state = vars(self) if self._stack is None or self._idle is None else self._idle
-        return {**state, "_fitted": None, "_tracker": None}
+        now = self._snapshot()
+        state = now if self._stack is None or self._before_fit is None else self._before_fit
+        found = {} if state is not now else {key: value for key, value in vars(self).items() if key.startswith(FOUND)}
+        return {**state, **found, "_before_fit": None, "_fitted": None, "_tracker": None}
 
     def _refuse_damaged(self, state: Any) -> None:
         """Look at a state before any of it is used.
@@ -717,10 +723,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             raise RuntimeError(f"{type(self).__name__} is only active during a fit")
         return self._controller
 
-    def _as_now(self) -> dict[str, Any]:
-        """Its attributes as they are before a fit, without what the last one found and without what holds hooks."""
-        found = {key: value for key, value in vars(self).items() if not key.startswith(FOUND)}
-        return {key: ExitStack() if isinstance(value, ExitStack) else value for key, value in found.items()}
+    def _snapshot(self) -> dict[str, Any]:
+        """Its attributes as they are, without what a fit has found, and without what it has opened."""
+        kept = {key: value for key, value in vars(self).items() if not key.startswith(FOUND) and key != "_before_fit"}
+        return {key: ExitStack() if isinstance(value, ExitStack) else value for key, value in kept.items()}
 
     def _close(self) -> None:
         stack, self._stack, self._controller, self._trainer = self._stack, None, None, None
@@ -728,7 +734,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if stack is None:
             return
         self.captured_sample = self.last_sample()
-        self.student_capture = self._idle = None
+        self.student_capture = self._before_fit = None
         stack.close()
 
     def last_sample(self) -> CapturedSample | None:

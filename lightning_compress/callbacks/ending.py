@@ -5,28 +5,20 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.ranks import together, whole
+
+if TYPE_CHECKING:
+    from lightning_compress.callbacks.base import CompressionCallback
 
 STAGES = ("bake", "estimate_statistics", "calibrate", "export", "evaluate", "report")
 WHOLE_STAGES = ("export", "evaluate", "report")
 """Rank 0 works in them, on all of each parameter."""
 
 
-class Ending(Protocol):
-    """A callback that has a part in the end of a fit: beside these, a method for each of the stages."""
-
-    @property
-    def needs_whole(self) -> bool:
-        """Whether it has work in the stages for which the network is whole."""
-
-    def send_home(self) -> None:
-        """In a child process: leave all results for the parent."""
-
-
-def run_end_of_fit(callbacks: Sequence[Ending], trainer: Any, pl_module: Any) -> None:
+def run_end_of_fit(callbacks: Sequence[CompressionCallback], trainer: Any, pl_module: Any) -> None:
     """Run every stage for every callback before the next stage; no rank leaves before the others are done.
 
     Where a file cannot be written, the others still are, and the report: the training was not in vain.

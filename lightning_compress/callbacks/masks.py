@@ -33,6 +33,7 @@ from lightning_compress.functional import schedules
 from lightning_compress.functional.masks import layer_zeros, smallest_masks
 from lightning_compress.functional.schedules import Schedule
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_all_
+from lightning_compress.mechanisms.checkpoints import Compress
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.selection import listing
@@ -247,7 +248,7 @@ class MaskCallback(MaskedWeightsCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out how long the training is; mask at once if the schedule begins here."""
         self._progress = Progress(trainer, pl_module)
-        self._steps = self._progress.steps
+        self._steps = self._progress.steps_over
         self._forget_best(trainer)  # a strategy with shards has loaded them since the start of the fit
         if not self._begun:
             self._update()
@@ -330,7 +331,10 @@ class MaskCallback(MaskedWeightsCallback):
             reestimate_all_(trainer, pl_module, self._warn_once)
 
     def extra_state(self) -> dict[str, Any]:
-        """The masks, and the place in the schedule; somebody may save before it is our turn after a step."""
+        """The masks, and the place in the schedule, as they are when the last step is over; ask on all ranks.
+
+        Where somebody saves before it is our turn after a step, masks that are due are made now.
+        """
         self._follow_step()
         return {**super().extra_state(), "begun": self._begun, "finished": self._finished}
 
@@ -353,8 +357,13 @@ class MaskCallback(MaskedWeightsCallback):
         if self._progress is None or self._progress.steps_over == self._steps:
             return
         self._steps = self._progress.steps_over
-        self._drop()
+        self._drop()  # with manual optimisation the step's views are there until our turn
         self._update()
+
+    def _compressing(self, checkpoint: dict[str, Any]) -> Compress:
+        """As the base; a file of weights alone asks for no state before."""
+        self._follow_step()
+        return super()._compressing(checkpoint)
 
     def _update(self) -> None:
         """Bring the masks to where the schedule is, if it is time."""

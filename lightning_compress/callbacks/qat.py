@@ -537,7 +537,10 @@ class QATCallback(QuantisedCallback):
         log.info("%s: %s", self.name, self._summary(self.quantization))
 
     def extra_state(self) -> dict[str, Any]:
-        """The grids as they are now, and what it takes to go on; somebody may save before our turn after a step."""
+        """The grids as they are when the last step is over, and what it takes to go on; ask on all ranks.
+
+        Where somebody saves before it is our turn after a step, its loss is not among those that are watched.
+        """
         if self._fit.moving is not None:
             self._follow_step(self._fit.moving)
         grids = self.quantization if self._fit.moving is None else self._grids_now(self._fit.moving)
@@ -610,7 +613,7 @@ class QATCallback(QuantisedCallback):
         if not self._verified:  # else it was checked after the first step
             self._check_calls(trainer, pl_module, name)
         grids = replace(self._calibrated(trainer, pl_module, name, in_training=True), statistics={}, fingerprints={})
-        self._fit.steps_of_grids = 0 if self._fit.progress is None else self._fit.progress.steps_before
+        self._fit.steps_of_grids = 0 if self._fit.progress is None else self._fit.progress.steps_over
         self._fit.steps_before_grids = self._require_controller().steps
         self._fit.clipped = self._clipped(self._quantise(grids, pl_module, {}))
         self._tell_of_nothing(grids)
@@ -719,7 +722,7 @@ class QATCallback(QuantisedCallback):
             "froze": fit.froze,
             "waits": fit.waits,
             "clipped": fit.clipped,
-            "run": sorted(fit.run),
+            "run": sorted(fit.run | moving.used),
         }
 
     def _grids_now(self, moving: MovingGrids) -> Grids:

@@ -33,7 +33,7 @@ from lightning_compress.mechanisms.teacher import Teacher
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.compare import compare, file_names
 from lightning_compress.report.pictures import kept
-from lightning_compress.report.render import terminal_width, to_console, to_markdown
+from lightning_compress.report.render import for_terminal, to_markdown
 from lightning_compress.report.table import ExportedFile, Picture, Report, Row, with_quantised
 from lightning_compress.report.write import FILE_STEM, ReportFiles, write_report
 from lightning_compress.tracking import Table
@@ -44,9 +44,10 @@ class CompressionReport(CompressionCallback):
 
     When it acts: it copies the module when the fit starts ("before"), and measures when everything else is done: bytes,
     multiply-accumulates, time (on the CPU, one thread, all in turn), and the metrics of the module's own validation.
-    The table is printed, its numbers go to every logger as ``compress/<name>/<row>/<quantity>``, and
-    ``compression_report.json``, ``.md`` and ``.html`` are written. What it leaves alone: the module; all is measured on
-    copies. Under ``fast_dev_run`` nothing is written.
+    The table is printed, everything in it compared with the first teacher, or, where there is none, with "before"; its
+    numbers go to every logger as ``compress/<name>/<row>/<quantity>``, and ``compression_report.json``, ``.md`` and
+    ``.html`` are written. What it leaves alone: the module; all is measured on copies. Under ``fast_dev_run`` nothing
+    is written.
 
     Args:
         path: Directory of the three files, relative to the working directory when the callback is made. ``None``: the
@@ -146,7 +147,7 @@ class CompressionReport(CompressionCallback):
             return
         self.result = self._measured(trainer, pl_module)
         self._before = self._capture = None
-        announce(to_console(self.result, width=terminal_width()))
+        announce(for_terminal(self.result))
         self._log(trainer, self.result)
         if trainer.fast_dev_run:
             log.info("%s: fast_dev_run, so no file is written", self.name)
@@ -198,7 +199,7 @@ class CompressionReport(CompressionCallback):
         if self._before is None and shards(trainer):
             notes.append("before was not measured: the fit ran no step.")
         befores = [] if self._before is None else [("before", self._before)]
-        models = _teachers(trainer)  # first, as a student that begins with random weights is compared with nothing else
+        models = _teachers(trainer)  # first, so ratios are to it: "before" may be random weights
         models |= {name: find_module(module, network, argument="network") for name, module in befores}
         models["after"] = find_module(pl_module, network, argument="network")
         metrics = self._metrics(trainer, pl_module, network, models, notes)

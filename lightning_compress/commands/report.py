@@ -13,7 +13,7 @@ from lightning_compress.report.cells import shown_path
 from lightning_compress.report.find import find_reports, read_report, run_names
 from lightning_compress.report.pareto import pareto
 from lightning_compress.report.pareto_files import pareto_console, write_pareto
-from lightning_compress.report.render import terminal_width, to_console
+from lightning_compress.report.render import for_terminal
 from lightning_compress.report.table import Report
 from lightning_compress.report.write import write_report
 from lightning_compress.tracking.pareto_run import log_pareto, require_wandb
@@ -65,7 +65,7 @@ def report(options: argparse.Namespace) -> int:
 
 
 def _one(found: Report, out: str | None) -> int:
-    announce(to_console(found, width=terminal_width()))
+    announce(for_terminal(found))
     if out is not None:
         files = write_report(found, out)
         sys.stdout.write(f"wrote {', '.join(shown_path(path) for path in files)}\n")

@@ -21,7 +21,7 @@ MAX_DIFFERENCE = 1e-3
 BRANCH_HINT = "the forward probably branches on the batch size, and the file holds one branch only"
 RANDOM_HINT = "the forward may draw random numbers in evaluation, or keep a state between calls"
 DOUBLE_HINT = (
-    "; it has no kernels in double precision for some operations: train with precision='32-true', or export "
+    "it has no kernels in double precision for some operations: train with precision='32-true', or export "
     "module.float()"
 )
 FIXED_HINT = "pass dynamic_batch=False if the network is only used at one batch size"
@@ -138,7 +138,7 @@ def check_parity(file: OnnxNetwork, expected: Sequence[Reference], max_differenc
                 hint = f"the file fails at batch size {size}: {BRANCH_HINT}; {FIXED_HINT}"
             else:
                 double = any(own.dtype is torch.double for own in (*reference.tensors, *wanted))
-                hint = f"ONNX Runtime does not run the file{DOUBLE_HINT if double else ''}"
+                hint = f"ONNX Runtime does not run the file{f'; {DOUBLE_HINT}' if double else ''}"
             raise ExportError(f"{hint} ({error})") from error
         hint = RANDOM_HINT if reference.traced else f"{BRANCH_HINT}; {FIXED_HINT}"
         largest = max(largest, _difference(wanted, found, file.output_names, size, max_difference, hint))

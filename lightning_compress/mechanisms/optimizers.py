@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -10,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from lightning_compress import _compat
 
 Way = Literal["gradient", "update"]
 
@@ -99,7 +100,7 @@ def around_steps(
 ) -> Iterator[None]:
     """Call functions before and after each step that an optimizer takes; a step that a scaler skips is none.
 
-    The step of a base class that the optimizer's own step calls is a part of that.
+    The step of a base class that the optimizer's own step calls is a part of that, but in compiled code.
 
     Args:
         optimizer: Any.
@@ -119,14 +120,14 @@ def around_steps(
 
     def first(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal outermost
-        calls = _calls()
+        calls = _compat.calls_of_step_hook()
         if outermost not in calls:
             outermost = calls[0] if calls else None
             before(stepping)
 
     def last(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal outermost
-        calls = _calls()
+        calls = _compat.calls_of_step_hook()
         if not calls or calls[0] is outermost:
             outermost = None
             after(stepping)
@@ -168,18 +169,6 @@ def repeats_steps(optimizer: torch.optim.Optimizer) -> bool:
         (True, False)
     """
     return _is_one_of(optimizer, ("LBFGS",))
-
-
-def _calls() -> list[FrameType]:
-    """What called the function that asks, the innermost first; nothing in a step that is compiled."""
-    if torch.compiler.is_compiling():
-        return []
-    frame: FrameType | None = sys._getframe(2)
-    calls = []
-    while frame is not None:
-        calls.append(frame)
-        frame = frame.f_back
-    return calls
 
 
 def _is_one_of(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> bool:

@@ -17,6 +17,10 @@ from lightning_compress.mechanisms.isolation import drawn_from
 from lightning_compress.mechanisms.optimizers import repeats_steps
 
 
+class StepError(RuntimeError):
+    """An optimizer took no step."""
+
+
 class OwnedParameters:
     """Trainable modules that are built on first use, from the shapes that the first step shows.
 
@@ -89,6 +93,9 @@ class OwnedParameters:
             scaler: The gradient scaler of 16-bit mixed precision, which must see this optimizer too.
             reduce: Averages a gradient over processes.
             lr: Learning rate for this step; None keeps the optimizer's.
+
+        Raises:
+            StepError: If the optimizer fails; that of a class of the user's may need a closure.
         """
         if self.optimizer is None:
             return
@@ -99,11 +106,14 @@ class OwnedParameters:
             group["lr"] = lr
         if reduce is not None:
             _reduce_together(parameters, reduce)
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.unscale_(self.optimizer)
-            scaler.step(self.optimizer)
+        try:
+            if scaler is None:
+                self.optimizer.step()
+            else:
+                scaler.unscale_(self.optimizer)
+                scaler.step(self.optimizer)
+        except Exception as error:  # whatever an optimizer of the user's class raises
+            raise StepError(f"{type(error).__name__}: {error}") from error
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,4 +236,22 @@ def refuse_lbfgs(optimizers: Sequence[torch.optim.Optimizer], what: str) -> None
     """
     for optimizer in optimizers:
         if repeats_steps(optimizer):
-            raise ValueError(f"{what} has an optimizer of its own and cannot follow LBFGS, which repeats each step")
+            raise ValueError(cannot_follow(what, optimizer, "which repeats each step"))
+
+
+def cannot_follow(what: str, optimizer: torch.optim.Optimizer, why: str) -> str:
+    """The message where steps beside an optimizer's cannot be had.
+
+    Args:
+        what: What has parameters of its own.
+        optimizer: The user's.
+        why: What keeps it from following, as a relative clause.
+
+    Returns:
+        A sentence.
+
+    Example:
+        >>> cannot_follow("'ft'", torch.optim.LBFGS([torch.ones(1)]), "which repeats each step")
+        "'ft' has an optimizer of its own and cannot follow LBFGS, which repeats each step"
+    """
+    return f"{what} has an optimizer of its own and cannot follow {type(optimizer).__name__}, {why}"

@@ -44,7 +44,7 @@ class Progress:
 
     @property
     def steps_over(self) -> int:
-        """Those of :attr:`steps` that nothing of is left to be done: a batch counts from its start."""
+        """Complete steps: with manual optimisation the batch that is under way does not count yet."""
         return self.steps - (not self._automatic and _compat.is_in_step(self._trainer))
 
     def step_at(self, fraction: float) -> int:
@@ -57,14 +57,9 @@ class Progress:
         return self.steps + self._automatic  # a batch counts from its start
 
     @property
-    def steps_before(self) -> int:
-        """What :attr:`steps` was before the batch that has just begun."""
-        return self.steps - (not self._automatic)
-
-    @property
     def fraction_before(self) -> float:
         """The share of the training that is behind when a batch begins."""
-        done = [self.steps_before] if self._automatic else [self.steps_before, self._trainer.global_step]
+        done = [self.steps_over] if self._automatic else [self.steps_over, self._trainer.global_step]
         return self._share(done)
 
     @property

@@ -379,6 +379,8 @@ class WeightViews:
                 stack.callback(self._others.remove, other)
             for name, module in self.module.named_modules():  # all: the pass may see also what has no view otherwise
                 if isinstance(module, torch.jit.ScriptModule):
+                    if not any(True for _ in (*module.parameters(), *module.buffers())):
+                        continue
                     raise ValueError(
                         f"'{plain_name(name)}' is scripted (torch.jit), and takes no part in the two passes of "
                         f"'{owner}'; use it unscripted"

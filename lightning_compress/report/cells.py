@@ -158,11 +158,11 @@ def _latency_cell(report: Report, row: Row) -> Cell:
 
 
 def latency_remark(report: Report, row: Row) -> str:
-    """How a time compares with the first row's, in words; where that ran elsewhere, with a file in the same runtime.
+    """How a time compares with the first one, in words; where that ran elsewhere, with a file in the same runtime.
 
     Empty where nothing was run in the same runtime: a ratio between two of them is none of the compression.
     """
-    mine, first = row.latency_ms, report.rows[0].latency_ms
+    mine, first = row.latency_ms, next((own.latency_ms for own in report.rows if own.latency_ms is not None), None)
     if mine is None:
         return ""
     if first is None or first.runtime == mine.runtime:

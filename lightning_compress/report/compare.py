@@ -108,10 +108,8 @@ def compare(
                 for (name, file), source in zip(named_files.items(), sources, strict=True)
             }
             times = _times(calls, set(named_files), seconds, all_notes)
-            if next(iter(models)) not in times:  # what the ratios of the report are to
-                times = {
-                    name: replace(time, ratio=None, ratio_low=None, ratio_high=None) for name, time in times.items()
-                }
+            if len(times) > 1 and next(iter(models)) not in times:  # what everything else is compared with
+                all_notes.append(f"Times are compared with that of '{next(iter(times))}'.")
     return Report(
         rows=tuple(
             replace(row, latency_ms=times.get(row.name), metrics=dict((metrics or {}).get(row.name, {})))

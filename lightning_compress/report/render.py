@@ -48,17 +48,21 @@ def to_console(report: Report, *, width: int | None = None) -> str:
     return "\n".join(["Compression report", "\n\n".join(parts), *sentences]) + "\n"
 
 
-def terminal_width() -> int | None:
-    """Columns of the terminal; ``None`` where the output goes elsewhere.
+def for_terminal(report: Report) -> str:
+    """The table as wide as the terminal, or as it takes where the output goes elsewhere.
+
+    Args:
+        report: What was measured.
 
     Returns:
-        At least 1.
+        As :func:`to_console`.
 
     Example:
-        >>> terminal_width() is None or terminal_width() > 0
-        True
+        >>> from lightning_compress.report.table import Row
+        >>> for_terminal(Report(rows=(Row("after", bytes=1000),))).splitlines()
+        ['Compression report', '      after', 'Size  1.00 kB']
     """
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return to_console(report, width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -74,13 +78,13 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
         >>> aligned([["", "Size"], ["after", "1 kB"]])
         ['       Size', 'after  1 kB']
     """
-    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
+    widths = _widths(lines)
     return ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def _beside_each_other(lines: Sequence[Sequence[str]], width: int | None) -> list[list[list[str]]]:
     """A table in parts that fit, each with the first column, and without lines that are empty in it."""
-    widths = [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
+    widths = _widths(lines)
     parts: list[list[int]] = [[0]]
     for index in range(1, len(widths)):
         needed = sum(widths[own] + 2 for own in parts[-1]) + widths[index]
@@ -89,6 +93,10 @@ def _beside_each_other(lines: Sequence[Sequence[str]], width: int | None) -> lis
         parts[-1].append(index)
     tables = [[[line[index] for index in part] for line in lines] for part in parts]
     return [[line for line in table if any(line)] for table in tables]
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(line[index]) for line in lines) for index in range(len(lines[0]))]
 
 
 def to_markdown(report: Report) -> str:

@@ -1151,6 +1151,21 @@ def test_a_scripted_part_is_refused():
         fitted(DCILCallback(0.5, layers=["model.0"], **AT_ONCE), Scripted)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_scripted_part_without_parameters_is_as_any_other():
+    class Augmenting(NormClassifier):
+        def build(self):
+            super().build()
+            self.augment = torch.jit.script(nn.Identity())
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step([self.augment(batch[0]), batch[1]], batch_idx)
+
+    scripted, _ = fitted(DCILCallback(0.5, layers=["model.0"], **AT_ONCE), Augmenting)
+    plain, _ = fitted(DCILCallback(0.5, layers=["model.0"], **AT_ONCE), NormClassifier)
+    assert difference(scripted, plain) == 0
+
+
 def test_other_norms_at_a_resume_are_refused(tmp_path):
     _, fitting = fitted(DCILCallback(0.4, kl_start=1.0, **AT_ONCE), NormClassifier)
     fitting.save_checkpoint(tmp_path / "end.ckpt")

@@ -96,6 +96,7 @@ def test_all_rows_in_print_loggers_and_files(pl, tmp_path, capsys):
 
     rows = {row.name: row for row in report.result.rows}
     assert list(rows) == ["teacher", "before", "after", "model.onnx"]
+    assert rows["teacher"].latency_ms.ratio == 1  # all others are compared with it
     assert rows["before"].parameters == rows["after"].parameters == sum(tensor.numel() for tensor in before)
     assert rows["before"].macs == 4 * 4 + 4 * 3
     assert rows["teacher"].macs == 4 * 16 + 16 * 3

@@ -237,6 +237,7 @@ class CopiesData(L.Callback):
             self.copies = copy.deepcopy(trainer.datamodule), pickle.loads(pickle.dumps(trainer.datamodule))
 
     on_train_batch_start = on_train_batch_end = on_validation_batch_end = on_train_epoch_end = look
+    on_fit_end = on_validation_start = look
 
 
 @pytest.mark.slow
@@ -249,6 +250,7 @@ def test_the_data_can_be_copied_in_the_midst_of_a_fit(case, tmp_path):
     trainer(case.build(tmp_path, Classifier), *others, kept, **settings).fit(module, Data())
     trainer(case.build(tmp_path, Classifier), **settings).fit(reference, Data())
     assert difference(module, reference) == 0
+    assert len(kept.copies) == 2
     for copied in kept.copies:
         [own] = [one for one in copied.trainer.callbacks if isinstance(one, CompressionCallback)]
         trainer(own, **settings).fit(reference := made(Classifier), Data())

@@ -1049,6 +1049,16 @@ def test_a_full_backward_hook_below_the_network_is_refused(register):
         assert torch.equal(net(MAPS), expected)
 
 
+def test_a_backward_hook_on_all_modules_is_refused():
+    net = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU())
+    hook = nn.modules.module.register_module_full_backward_hook(lambda module, *gradients: None)
+    try:
+        with quantizing(net, Quarters()), pytest.raises(QuantizationError, match="'0': a full backward hook"):
+            net(MAPS)
+    finally:
+        hook.remove()
+
+
 # --- activation checkpointing ---
 
 

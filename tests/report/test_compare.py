@@ -73,12 +73,21 @@ def test_half_precision_is_weighed_as_it_is_and_run_in_float32():
     assert report.layers[0].bits == 16
 
 
+def test_times_are_compared_with_the_first_that_has_one():
+    models = {"teacher": nn.Linear(5, 2), "before": small(), "after": small()}
+    report = compare(models, sample=Sample((torch.randn(4, 6),)), seconds=0.1)
+    assert [row.latency_ms and row.latency_ms.ratio is not None for row in report.rows] == [None, True, True]
+    assert report.rows[1].latency_ms.ratio == 1
+    assert "Times are compared with that of 'before'." in report.notes
+
+
 def test_a_model_that_cannot_run_has_a_note_and_no_number():
     models = {"before": nn.Linear(5, 2), "after": small()}
     report = compare(models, sample=Sample((torch.randn(4, 6),)), seconds=0.1)
     assert (report.rows[0].macs, report.rows[0].latency_ms) == (None, None)
     assert report.rows[0].parameters == 12
-    assert report.rows[1].latency_ms.ratio is None
+    assert report.rows[1].latency_ms.ratio == 1  # and no note says what it is compared with
+    assert len(report.notes) == 2
     assert report.notes[0].startswith("before: MACs were not counted: RuntimeError: mat1 and mat2")
     assert report.notes[1].startswith("The latency of before was not measured: RuntimeError")
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 from lightning_compress.report import ExportedFile, Latency, Report, Row, to_console, to_markdown
 from lightning_compress.report.cells import columns, compressed_row, file_table
 from lightning_compress.report.remarks import remarks
+from lightning_compress.report.render import for_terminal
 
 from .samples import full_report, nasty_report
 
@@ -44,11 +46,11 @@ def test_remarks_say_what_the_numbers_do_not():
     ]
 
 
-def test_what_does_not_fit_the_terminal_follows_below():
+def test_what_does_not_fit_the_terminal_follows_below(monkeypatch):
     rows = [Row(name, bytes=size) for name, size in (("teacher", 8000), ("before", 4000), ("after", 2000))]
     wide = to_console(Report(rows=tuple(rows)), width=41)
     assert wide.splitlines()[1] == "      teacher  before        after"
-    assert to_console(Report(rows=tuple(rows)), width=40) == (
+    narrow = (
         "Compression report\n"
         "      teacher  before\n"
         "Size  8.00 kB  4.00 kB\n"
@@ -58,6 +60,11 @@ def test_what_does_not_fit_the_terminal_follows_below():
         "Size  2.00 kB\n"
         "      4.0x smaller\n"
     )
+    assert to_console(Report(rows=tuple(rows)), width=40) == narrow
+    monkeypatch.setenv("COLUMNS", "40")
+    assert for_terminal(Report(rows=tuple(rows))) == wide
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert for_terminal(Report(rows=tuple(rows))) == narrow
     one_each = to_console(Report(rows=tuple(rows)), width=1)
     assert one_each.count("Size  ") == 3
     assert to_console(Report(rows=tuple(rows))) == wide
