@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.functional.filters import FilterScore, filter_rows, filter_scores
 from lightning_compress.mechanisms.budgets import ChannelGroup, Place
 from lightning_compress.mechanisms.channel_graph import LAYERS, ChannelGraph, Item
 from lightning_compress.mechanisms.selection import joined, listing, plain_name
 from lightning_compress.mechanisms.shrinking import Shrinkage, Structure, structure_of
-from lightning_compress.mechanisms.weights import Site, filters_of, sites_of
+from lightning_compress.mechanisms.weights import Site, computed_parameters, filters_of, sites_of
 
 ATTENTION, OUTPUT = "reaches attention", "is what the network returns"
 RECURRENT = "a recurrent layer"
@@ -70,7 +69,7 @@ def fixed_modules(
             fixed.update(dict.fromkeys([name, *own] if name and own else own, "which is of another network"))
         elif isinstance(part, nn.MultiheadAttention) and part in excluded:
             fixed[name] = "which is excluded"
-        elif is_parametrized(part) or any(leaf.endswith(("_orig", "_g")) for leaf in part._parameters):
+        elif computed_parameters(part):
             fixed[name] = "whose weight is computed from other parameters"
         elif isinstance(part, nn.RNNBase) and not _is_plain_lstm(part):
             fixed[name] = RECURRENT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +211,30 @@ def _weights_of(module: nn.Module) -> list[str]:
     ]
 
 
+def computed_parameters(module: nn.Module) -> dict[str, str]:
+    """The attributes of a module that are computed from other parameters.
+
+    Args:
+        module: One layer; what is within it is not looked at.
+
+    Returns:
+        Name of the attribute to what computes it.
+
+    Example:
+        >>> computed_parameters(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+        {'weight': 'a parametrization'}
+    """
+    parametrizations: Any = getattr(module, "parametrizations", ()) if is_parametrized(module) else ()
+    found = dict.fromkeys(parametrizations, "a parametrization")
+    for name in module._parameters:
+        base, _, kind = name.rpartition("_")
+        if kind == "g" and f"{base}_v" in module._parameters:
+            found[base] = "weight_norm"
+        elif kind == "orig":
+            found[base] = "spectral_norm or torch.nn.utils.prune"
+    return found
+
+
 def _is_lazy(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, UninitializedParameter)
 
@@ -222,13 +246,7 @@ def _refuse(name: str, module: nn.Module) -> None:
             f"the layer '{name}' has sparse=True, and sparse gradients cannot be masked; make it sparse=False before "
             f"the fit, or leave it out with exclude=['{name}']"
         )
-    cause, own = None, module._parameters
-    if any(is_parametrized(module, name) for name in getattr(module, "parametrizations", ()) if "weight" in name):
-        cause = "a parametrization"
-    elif any(f"{attribute[:-2]}_v" in own for attribute in own if attribute.endswith("_g")):
-        cause = "weight_norm"
-    elif any(attribute.endswith("_orig") for attribute in own):
-        cause = "spectral_norm or torch.nn.utils.prune"
+    cause = next((cause for attribute, cause in computed_parameters(module).items() if "weight" in attribute), None)
     if cause is not None:
         raise ValueError(
             f"the layer '{name}' computes its weight from other parameters ({cause}), which would overwrite what is "
