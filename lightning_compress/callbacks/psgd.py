@@ -34,7 +34,7 @@ from lightning_compress.callbacks.arguments import (
 from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.intents import Intent, layers_of, left_out
 from lightning_compress.callbacks.returned import Returned
-from lightning_compress.callbacks.validating import SecondValidation, own_name
+from lightning_compress.callbacks.validating import SecondValidation, own_names
 from lightning_compress.functional.quantizers import check_bits
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.optimizers import Way, repeats_steps, way_of
@@ -373,8 +373,8 @@ class PSGDCallback(CompressionCallback):
         """Validate the quantised copy, and log its metrics under this callback's name."""
         if self._second is None or not self._validates(trainer):
             return
-        for metric, value in self._second.metrics(trainer, pl_module).items():
-            self.log_quantity(own_name(metric), value, batch_size=1, validation=True)
+        for metric, value in own_names(self._second.metrics(trainer, pl_module)).items():
+            self.log_quantity(metric, value, batch_size=1, validation=True)
 
     def estimate_statistics(self, trainer: Any, pl_module: Any) -> None:
         """Draw where the weights have ended, now that all who change them have done so."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_compress.callbacks.calibrating import CalibratingCallback
 from lightning_compress.callbacks.returned import Returned
-from lightning_compress.callbacks.validating import own_name
+from lightning_compress.callbacks.validating import own_names
 from lightning_compress.export.evaluate import evaluate_quantized, has_validation
 from lightning_compress.mechanisms.calibration import fingerprints
 from lightning_compress.mechanisms.grids import Grids
@@ -70,11 +70,7 @@ class QuantisedCallback(CalibratingCallback):
                 f"the validation of the quantised network failed: {type(error).__name__}: {error}", stacklevel=2
             )
             return
-        short = [own_name(metric) for metric in self.metrics]
-        names = short if len({*short}) == len(short) else self.metrics  # "loss" beside "val_loss" keep their names
-        numbers = {
-            f"compress/{self.name}/val_{name}": value for name, value in zip(names, self.metrics.values(), strict=True)
-        }
+        numbers = {f"compress/{self.name}/val_{name}": value for name, value in own_names(self.metrics).items()}
         self.tracker(trainer).numbers(numbers)
 
     def remarks(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,9 +21,22 @@ LONG = 60.0  # seconds that this may take without a word
 _FAILED = ""  # in the place of a metric: it was not possible
 
 
-def own_name(metric: str) -> str:
-    """The user's "val_acc", or "val/acc", becomes "acc", which is logged as "val_acc" of a callback."""
-    return loggable(metric.removeprefix("val_").removeprefix("val/"))
+def own_names(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The user's "val_acc", or "val/acc", becomes "acc", which is logged as "val_acc" of a callback.
+
+    Args:
+        metrics: By the user's names.
+
+    Returns:
+        By these; where two would have one, as "loss" beside "val_loss", all keep the user's.
+
+    Example:
+        >>> own_names({"val_acc": 0.9, "loss": 0.5}), own_names({"val_loss": 0.4, "loss": 0.5})
+        ({'acc': 0.9, 'loss': 0.5}, {'val_loss': 0.4, 'loss': 0.5})
+    """
+    short = [loggable(metric.removeprefix("val_").removeprefix("val/")) for metric in metrics]
+    names = short if len({*short}) == len(short) else map(loggable, metrics)
+    return dict(zip(names, metrics.values(), strict=True))
 
 
 def loggable(metric: str) -> str:

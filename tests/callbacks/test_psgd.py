@@ -153,6 +153,18 @@ def test_an_optimizer_whose_step_calls_that_of_its_base(make):
     assert difference(*modules) == 0
 
 
+def test_metrics_of_one_short_name_keep_their_own():
+    class Both(Mlp):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("acc", 2.0, batch_size=len(batch[1]))
+
+    fitting = fitted(Both(), PSGDCallback())
+    ours = {name for name in fitting.callback_metrics if name.startswith("compress/psgd/val_") and name.endswith("acc")}
+    assert ours == {"compress/psgd/val_acc", "compress/psgd/val_val_acc"}
+    assert fitting.callback_metrics["compress/psgd/val_acc"] == 2.0
+
+
 def test_lbfgs_is_refused():
     refused("cannot work with LBFGS", Mlp(torch.optim.LBFGS, lr=0.1))
 
