@@ -672,9 +672,10 @@ def let_last_be_saved(callback: Any, trainer: Any) -> None:
 
 
 def hook_first(tensor: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> Any:
-    """Register a hook on a gradient that runs before those that were there, which may change it."""
+    """Register a hook on a gradient that runs before those that were there, which may change it; copies are without."""
     earlier = dict(tensor._backward_hooks or {})
-    handle = tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+    unserializable: Any = torch.utils.hooks.unserializable_hook
+    handle = tensor.register_hook(unserializable(hook))  # type: ignore[no-untyped-call]
     for key in earlier:  # the hooks run in the order in which they were put into the dict
         tensor._backward_hooks[key] = tensor._backward_hooks.pop(key)  # type: ignore[index, union-attr]
     return handle

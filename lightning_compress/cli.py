@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from importlib import import_module
 from typing import TypeAlias
 
 from lightning_compress import __version__
-from lightning_compress.commands.exits import INTERRUPTED, USAGE, ended
+from lightning_compress.commands.exits import DONE, INTERRUPTED, USAGE, ended
 
 CHILD_COMMANDS = ("run", "plan")
 """These start a command of the user's, which comes behind ``--``."""
@@ -36,7 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _code(arguments)
+        code = _code(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except KeyboardInterrupt:  # also while heavy modules are imported
         return ended(arguments[0], INTERRUPTED, "interrupted")
 

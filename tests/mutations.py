@@ -192,8 +192,8 @@ MUTATIONS = (
     Mutation(
         "scripted parts without parameters are refused too",
         VIEWS,
-        "                    if not any(True for _ in (*module.parameters(), *module.buffers())):\n",
-        "                    if False:\n",
+        "                    if learns or next(module.buffers(), None) is not None:\n",
+        "                    if True:\n",
         "tests/callbacks/test_dcil.py::test_a_scripted_part_without_parameters_is_as_any_other",
     ),
     Mutation(
@@ -211,11 +211,11 @@ MUTATIONS = (
         f"{DATA_COPIED}[DistillationCallback]",
     ),
     Mutation(
-        "a hook of the backward pass is passed over",
+        "what torch copies for a hook of the backward pass is another tensor",
         f"{PACKAGE}/mechanisms/quantization.py",
-        "                if _compat.copies_its_tensors(module):\n",
-        "                if False:\n",
-        "tests/mechanisms/test_quantization.py::test_a_full_backward_hook_below_the_network_is_refused",
+        '        if name == "view_as" and args[0] is args[1]:\n',
+        "        if False:\n",
+        "tests/mechanisms/test_quantization.py::test_full_backward_hooks_change_nothing",
     ),
     Mutation(
         "what only distillation uses gets no gradient",
@@ -1105,8 +1105,8 @@ MUTATIONS = (
     Mutation(
         "a parameter that a network takes as input keeps its marks",
         QUANTIZATION,
-        "            if not isinstance(x, nn.Parameter):",
-        "            if True:",
+        "            while own is not None and not isinstance(own, nn.Parameter):",
+        "            while own is not None:",
         f"{CALIBRATION_TEST}::test_a_parameter_as_input_is_observed_with_the_data",
     ),
     Mutation(

@@ -139,3 +139,10 @@ def test_what_only_prints_imports_nothing_heavy(arguments, modules):
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stdout.splitlines()[-2:] == ["[]", str(modules)]
+
+
+def test_a_pipe_that_is_closed_early_is_no_error():
+    code = "from lightning_compress.cli import main; import sys; sys.exit(main(['recipes', 'dcil']))"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    assert (child.stderr.read(), child.wait()) == (b"", 0)

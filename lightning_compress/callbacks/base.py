@@ -125,6 +125,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     left out."""
     without_fit: ClassVar[str | None] = None
     """What does not happen where there is only a validation or a test, and what does it there."""
+    without_helpers: ClassVar[str] = ""
+    """How to do without helpers that it trains beside the module: the end of a sentence."""
     failure = Returned[str | None](None)
     """What is wrong with the result of the last fit: ``lightning-compress run`` then ends with 1."""
 
@@ -409,9 +411,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             try:
                 parameters.step(scaler=scaler, reduce=reduce, lr=self.owned_lr(optimizer))
             except StepError as error:
-                raise ValueError(
-                    cannot_follow(who, optimizer, f"whose step fails without a closure ({error})")
-                ) from error
+                raise ValueError(f"{who} trains helpers of its own, and {error}{self.without_helpers}") from error
             parameters.zero_grad()  # of several optimizers, only the one that follows the backward pass counts
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

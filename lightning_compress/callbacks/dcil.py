@@ -121,6 +121,8 @@ class DCILCallback(DynamicMaskCallback):
     _own_state = Returned[dict[str, Any] | None](None)
     """What the dense path had for itself after a fit."""
 
+    without_helpers = "; dense_path='shared' has none"
+
     def __init__(
         self,
         sparsity: float,

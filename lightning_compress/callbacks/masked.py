@@ -33,6 +33,7 @@ from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.states import Each
 from lightning_compress.mechanisms.views import Usage
 from lightning_compress.mechanisms.weights import PLAIN_LAYERS, named_weights, select_weights
+from lightning_compress.mechanisms.wrapping import copied_plainly
 
 
 class MaskedWeightsCallback(CompressionCallback):
@@ -125,6 +126,7 @@ class MaskedWeightsCallback(CompressionCallback):
         self._files.close()
         self._loaded = None
         super().setup(trainer, pl_module, stage)
+        self._files.enter_context(copied_plainly(pl_module))
         self._files.enter_context(loading_dense(pl_module, self.name, self._receive, resumes=stage == "fit"))
         if stage == "fit":
             self._files.enter_context(saving_compressed(pl_module, self.name, self._compressing))

@@ -430,10 +430,10 @@ class PSGDCallback(CompressionCallback):
         weights = self._candidates
         bits = self._continued(trainer, weights)
         if bits is None:
-            self.lambda_s, self._first_mean, self._bits, self._start = None, None, NOTHING, NOTHING
+            self.lambda_s, self._first_mean, self._bits, self._start = None, None, {}, {}
             bits = dict.fromkeys(weights, self.bits)
         goes_on = self.lambda_s is not None
-        self.picture, self._last_grids, self._end = None, NOTHING, None
+        self.picture, self._last_grids, self._end = None, {}, None
         self._warped = self._warp({name: weights[name] for name in bits}, bits)
         if not goes_on:
             self._leave_out_resting()

@@ -311,8 +311,8 @@ def _teachers(trainer: Any) -> dict[str, nn.Module]:
     """Each teacher once, under the name of its row."""
     found: dict[str, nn.Module] = {}
     seen: list[nn.Module] = []
-    for callback in trainer.callbacks:
-        teacher = getattr(callback, "teacher_network", None)
+    for callback in callbacks_of(trainer):
+        teacher = callback.teacher_network
         if teacher is None or any(teacher is other for other in seen):
             continue
         seen.append(teacher)

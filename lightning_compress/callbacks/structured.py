@@ -55,6 +55,7 @@ from lightning_compress.mechanisms.shrinking import (
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.states import Each
 from lightning_compress.mechanisms.time_limit import within
+from lightning_compress.mechanisms.wrapping import copied_plainly
 
 SCORES = ("l1", "l2", "taylor", "bn_scale", "random")
 SCHEDULES = ("one_shot", "iterative")
@@ -298,6 +299,7 @@ class StructuredPruningCallback(CompressionCallback):
         self._files.close()
         self._loaded = False
         super().setup(trainer, pl_module, stage)
+        self._files.enter_context(copied_plainly(pl_module))
         self._files.enter_context(
             before_loading(pl_module, lambda checkpoint: self._resize(trainer, pl_module, checkpoint))
         )

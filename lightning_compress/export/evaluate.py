@@ -37,6 +37,7 @@ from lightning_compress.mechanisms.rounding import Rounding
 from lightning_compress.mechanisms.selection import find_module, plain_name
 from lightning_compress.mechanisms.signs import is_shown, sign
 from lightning_compress.mechanisms.tree import leaves, named_tensors, with_tensors
+from lightning_compress.mechanisms.wrapping import OWN_MARK, copied_plainly
 
 RUN_VARIABLE = "LIGHTNING_COMPRESS_RUN"
 """Of the environment: tells every Trainer to attach a recipe, but not the one that is made here.
@@ -275,6 +276,7 @@ def _validated(
         fresh = silent_trainer(module, trainer)
         fresh.callbacks += [_counting(lightning, step)] if counted else []
         part = find_module(duplicate, plain_name(name), argument="network")
+        stack.enter_context(copied_plainly(part))  # its loaders may be given it, with all that knows it
         counter = None if replacement is None else _replace(part, replacement(duplicate, part, stack), seen)
         metrics = _metrics(fresh, duplicate, loaders, datamodule)
     if counter is not None and counter.calls == 0:
@@ -442,6 +444,7 @@ def _replace(network: nn.Module, forward: Forward, seen: Callable[[Any], None] |
             seen(output)
         return output
 
+    setattr(counted, OWN_MARK, True)
     vars(network)["forward"] = counted
     return counter
 

@@ -238,7 +238,7 @@ def _refuse_float64(network: nn.Module, call: Call) -> None:
     if wide := [name for name, value in named if value.dtype == torch.float64]:
         raise ExportError(
             f"integer kernels go with float32, and {listing(wide)} {'is' if len(wide) == 1 else 'are'} float64, as "
-            "with precision='64-true'; train in another precision, or export with precision='fp32'"
+            "with precision='64-true'; train in another precision"
         )
 
 

@@ -19,7 +19,7 @@ from lightning_compress.mechanisms.sharding import own_part
 from lightning_compress.mechanisms.shrinking import Structure, restructure_, structure_of, structure_told_by
 from lightning_compress.mechanisms.states import Each, Sometimes, damage
 from lightning_compress.mechanisms.weights import named_weights
-from lightning_compress.mechanisms.wrapping import shadowed
+from lightning_compress.mechanisms.wrapping import copied_plainly, shadowed
 
 SECTION = "lightning_compress"
 """Key of a checkpoint under which each callback keeps the dense weights by its name."""
@@ -342,4 +342,5 @@ def close_after_exception(trainer: Any, files: ExitStack) -> None:
 
         return on_exception
 
+    stack.enter_context(copied_plainly(trainer.strategy))
     stack.enter_context(shadowed(trainer.strategy, "on_exception", closing))

@@ -18,7 +18,7 @@ from lightning_compress.mechanisms.optimizers import repeats_steps
 
 
 class StepError(RuntimeError):
-    """An optimizer took no step."""
+    """An optimizer takes no step without a closure."""
 
 
 class OwnedParameters:
@@ -95,7 +95,7 @@ class OwnedParameters:
             lr: Learning rate for this step; None keeps the optimizer's.
 
         Raises:
-            StepError: If the optimizer fails; that of a class of the user's may need a closure.
+            StepError: If the optimizer needs a closure.
         """
         if self.optimizer is None:
             return
@@ -112,8 +112,9 @@ class OwnedParameters:
             else:
                 scaler.unscale_(self.optimizer)
                 scaler.step(self.optimizer)
-        except Exception as error:  # whatever an optimizer of the user's class raises
-            raise StepError(f"{type(error).__name__}: {error}") from error
+        except (AssertionError, TypeError) as error:  # as those of the user's classes raise that call their closure
+            said = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise StepError(f"{type(self.optimizer).__name__} takes no step without a closure ({said})") from error
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -31,8 +31,9 @@ from lightning_compress.mechanisms.operations import (
 )
 from lightning_compress.mechanisms.pausing import PausableMode
 from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.tree import named_tensors, rebuild
-from lightning_compress.mechanisms.wrapping import marked, shadowed
+from lightning_compress.mechanisms.wrapping import copied_plainly, marked, shadowed
 
 KEY = "_lightning_compress_key"
 """Attribute of a tensor: the operation that made it."""
@@ -57,9 +58,11 @@ STEP = "_lightning_compress_step"
 """Attribute of a layer's output that goes into a batch norm: the step of its weight's grid."""
 BIAS = "_lightning_compress_bias"
 """Attribute of such an output: the bias in it."""
+COPIED = "_lightning_compress_copied"
+"""Attribute of a tensor: what it is a copy of, which torch makes for a full backward hook."""
 OUTPUT = ":output:0"
 """The key under which a network's return consumes tensors."""
-MARKS = (KEY, ROUNDED, VERSION, OWNS, ORIGIN, STATE, LAYER, CHANNELS, STEP, BIAS)
+MARKS = (KEY, ROUNDED, VERSION, OWNS, ORIGIN, STATE, LAYER, CHANNELS, STEP, BIAS, COPIED)
 
 
 _WRITTEN = (
@@ -75,8 +78,8 @@ _CHECKPOINTING = (
 
 
 _BACKWARD_HOOK = (
-    "a full backward hook on a part of a network makes copies of what that takes and returns, which a quantised "
-    "network cannot follow; remove it, or register it on tensors (Tensor.register_hook)"
+    "its full backward hook makes copies of what it takes and returns, which cannot be followed between pieces of "
+    "compiled code; remove it, or do not compile the network"
 )
 
 
@@ -216,6 +219,8 @@ class QuantizationMode(PausableMode):
             result = func(*args, **options)
             pending = isinstance(result, Tensor) and getattr(args[0], STATE, None) == PENDING  # ``x.T``, say
             return self._moved(Kind.CUT, "", func, args[0], args[1:], options) if pending else result
+        if name == "view_as" and args[0] is args[1]:
+            return self._copied(func, args[0])
         if name == "multi_head_attention_forward":
             if torch.compiler.is_dynamo_compiling():  # which cannot be told to look into it
                 raise QuantizationError(
@@ -457,9 +462,11 @@ class QuantizationMode(PausableMode):
         key = getattr(x, KEY, None)
         if key is None:
             key = f"in:{site}"
-            if not isinstance(x, nn.Parameter):  # which outlives the call, and may be others' at the same time
-                setattr(x, KEY, key)
-                self._borrow(x)
+            own: Tensor | None = x
+            while own is not None and not isinstance(own, nn.Parameter):  # which outlives the call, and may be others'
+                setattr(own, KEY, key)
+                self._borrow(own)
+                own = getattr(own, COPIED, None)
         rounded = self.quantizers.activation(key, x)
         if rounded is not x:  # never on itself: a cycle would hold it until the garbage collector runs
             self._mark(rounded, key, GRID)
@@ -476,6 +483,20 @@ class QuantizationMode(PausableMode):
         if not torch.compiler.is_compiling():
             self._made.append(weakref.ref(tensor))
         return tensor
+
+    def _copied(self, func: Callable[..., Any], x: Tensor) -> Tensor:
+        """What torch makes for a full backward hook: it bears the marks of what it is a copy of.
+
+        But for the rounded tensor, which is made anew, from the copy: the hook is to get the gradient of that.
+        """
+        result: Tensor = func(x, x)
+        for mark in MARKS:
+            if mark not in (ROUNDED, VERSION) and hasattr(x, mark):
+                setattr(result, mark, getattr(x, mark))
+        setattr(result, COPIED, x)
+        if not torch.compiler.is_compiling():
+            self._made.append(weakref.ref(result))
+        return result
 
     def _borrow(self, x: Tensor) -> None:
         """Nobody made it in this call: take the marks off it when the call ends."""
@@ -577,7 +598,7 @@ def quantizing(
 
     Raises:
         QuantizationError: When activation checkpointing runs a part of it again, which would not be quantised, or a
-            part of it has a full backward hook.
+            part of it that is compiled has a full backward hook.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
@@ -586,7 +607,7 @@ def quantizing(
         >>> calls.count
         1
     """
-    paths, calls = ModulePaths(), GuardedCalls()
+    paths, calls, compiled = ModulePaths(), GuardedCalls(), _compat.holds_compiled_code(network)
     mode = QuantizationMode(quantizers, paths)
 
     def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -623,8 +644,8 @@ def quantizing(
         def enter(module: nn.Module, args: Any) -> None:
             if calls.depth:
                 paths.enter(name, owner)
-                if _compat.copies_its_tensors(module):
-                    raise QuantizationError(f"'{name}': {_BACKWARD_HOOK}")
+                if compiled and _compat.copies_its_tensors(module):
+                    raise QuantizationError(f"'{plain_name(name) or class_name(module)}': {_BACKWARD_HOOK}")
             elif _compat.runs_again() and when():
                 raise QuantizationError(f"'{name}': {_CHECKPOINTING}")
 
@@ -643,6 +664,7 @@ def quantizing(
             unmark(tensor)
 
     with ExitStack() as stack:
+        stack.enter_context(copied_plainly(network))
         stack.callback(unmark_all)  # such as `weight.to(x.dtype)`, which gives back the weight, leaves
         for name, module in network.named_modules():
             if name and _compat.uncompiled(module) is module and not isinstance(module, torch.jit.ScriptModule):

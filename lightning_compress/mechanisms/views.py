@@ -379,12 +379,13 @@ class WeightViews:
                 stack.callback(self._others.remove, other)
             for name, module in self.module.named_modules():  # all: the pass may see also what has no view otherwise
                 if isinstance(module, torch.jit.ScriptModule):
-                    if not any(True for _ in (*module.parameters(), *module.buffers())):
-                        continue
-                    raise ValueError(
-                        f"'{plain_name(name)}' is scripted (torch.jit), and takes no part in the two passes of "
-                        f"'{owner}'; use it unscripted"
-                    )
+                    learns = any(own.requires_grad for own in module.parameters())
+                    if learns or next(module.buffers(), None) is not None:
+                        raise ValueError(
+                            f"'{plain_name(name)}' is of torch.jit, and learns or keeps buffers, which cannot be "
+                            f"followed through the two passes of '{owner}'; use the module that it was made of"
+                        )
+                    continue
                 reads = any(parameter is not None for parameter in module._parameters.values())
                 if reads or _compat.is_compiled(module):  # within compiled code a hook cannot tell
                     hook = _RefusesAgain(owner, plain_name(name), module)

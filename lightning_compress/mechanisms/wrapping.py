@@ -17,6 +17,7 @@ HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_
 HOOK_FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _GETSTATE = "__getstate__"
 _ORIGINAL_ENTRY = f"{OWN_MARK}_original_entry"
+_OPENERS = f"{OWN_MARK}_openers"
 _CLOSED = f"{OWN_MARK}_closed"
 
 
@@ -105,15 +106,21 @@ def copied_plainly(root: Any) -> Iterator[None]:
         (ReLU(shadowed), ReLU())
     """
     parts = list(root.modules()) if isinstance(root, nn.Module) else [root]
-    parts = [part for part in parts if not isinstance(part, torch.jit.ScriptModule)]
-    parts = [part for part in parts if _GETSTATE not in vars(part)]
+    opened: list[tuple[Any, Any]] = []
     for part in parts:
-        vars(part)[_GETSTATE] = marked(partial(_plain_state, part))
+        entry = vars(part).get(_GETSTATE)
+        if isinstance(part, torch.jit.ScriptModule) or not (entry is None or is_own(entry)):
+            continue
+        if entry is None:
+            entry = vars(part)[_GETSTATE] = marked(partial(_plain_state, part))
+        setattr(entry, _OPENERS, getattr(entry, _OPENERS, 0) + 1)
+        opened.append((part, entry))
     try:
         yield
     finally:
-        for part in parts:
-            if is_own(vars(part).get(_GETSTATE)):
+        for part, entry in opened:
+            setattr(entry, _OPENERS, getattr(entry, _OPENERS) - 1)
+            if getattr(entry, _OPENERS) == 0 and vars(part).get(_GETSTATE) is entry:  # the last closes
                 del vars(part)[_GETSTATE]
 
 

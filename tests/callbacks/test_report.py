@@ -390,3 +390,12 @@ def test_each_part_of_the_end_of_fit_gives_a_sign(lightning, tmp_path, monkeypat
         "Validating model.onnx": [4, 4],
         "Measuring sizes and times": [0, 0],
     }
+
+
+def test_an_attribute_of_somebody_elses_callback_is_no_teacher(lightning, tmp_path):
+    class Other(lightning.Callback):
+        teacher_network = "vit_base"
+
+    report = CompressionReport(latency=False)
+    make_trainer(lightning, tmp_path, [Other(), report]).fit(make_module(lightning))
+    assert [row.name for row in report.result.rows] == ["before", "after"]

@@ -10,8 +10,10 @@ import lightning.pytorch as L
 import pytest
 import torch
 from cases import CASES, each_case
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from torch.utils.data import DataLoader, default_collate
 
+from lightning_compress import PruningCallback, StructuredPruningCallback
 from lightning_compress.callbacks.base import CompressionCallback
 
 from .grid import each_case_and_some_modules
@@ -225,6 +227,29 @@ class Data(L.LightningDataModule):
     def val_dataloader(self):
         return loader(rows=2 * BATCH)
 
+    test_dataloader = val_dataloader
+
+
+class AsSpawning(DataLoader):
+    """Pickles what it would give to workers that it spawns."""
+
+    def __iter__(self):
+        pickle.dumps((self.dataset, self.collate_fn))
+        return super().__iter__()
+
+
+class Spawning(Data):
+    def collate(self, rows):
+        return default_collate(rows)
+
+    def train_dataloader(self, rows=STEPS * BATCH):
+        return AsSpawning(loader(rows=rows).dataset, batch_size=BATCH, collate_fn=self.collate)
+
+    def val_dataloader(self):
+        return self.train_dataloader(2 * BATCH)
+
+    test_dataloader = val_dataloader
+
 
 class CopiesData(L.Callback):
     """Somebody else's, which copies the data, and the Trainer with them, wherever it can."""
@@ -255,6 +280,37 @@ def test_the_data_can_be_copied_in_the_midst_of_a_fit(case, tmp_path):
         [own] = [one for one in copied.trainer.callbacks if isinstance(one, CompressionCallback)]
         trainer(own, **settings).fit(reference := made(Classifier), Data())
         assert difference(module, reference) == 0  # a copy begins as the original did
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*(acts in a fit|no checkpoint is kept before):UserWarning")
+@each_case(heavy_is_slow=True)
+def test_data_whose_workers_are_spawned(case, tmp_path):
+    """In all that reads them: the fit, what is measured at its end, a test and a failed fit."""
+    module, run = made(Classifier), trainer(case.build(tmp_path, Classifier))
+    run.fit(module, Spawning())
+    assert "val_loss" in run.validate(module, Spawning(), verbose=False)[0]
+    run.test(module, Spawning(), verbose=False)
+    again = case.build(tmp_path, Classifier)
+    module = made(Classifier)
+    module.fails_at = 3
+    with pytest.raises(RuntimeError):
+        trainer(again).fit(module, Spawning())
+    copy.deepcopy(again)
+    pickle.dumps((again, module))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "build", [lambda: PruningCallback(0.5), lambda: StructuredPruningCallback(0.5, min_channels=1)]
+)
+def test_an_average_of_the_weights_that_is_made_before_the_fit_is_plain(build):
+    average, module = WeightAveraging(), made(Classifier)
+    trainer(build(), average).fit(module, loader(), loader(rows=2 * BATCH))
+    copied = average._average_model.module
+    assert parts(copied) == parts(module)
+    assert not {"on_save_checkpoint", "on_load_checkpoint", "__getstate__"} & {*vars(copied)}
+    pickle.dumps(copied)
 
 
 def parts(module):

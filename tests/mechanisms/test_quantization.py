@@ -1034,29 +1034,50 @@ def test_without_gradients(context):
 # --- hooks of the backward pass ---
 
 
-@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
-def test_a_full_backward_hook_below_the_network_is_refused(register):
-    net = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1))
-    hook = getattr(net[1], register)(lambda module, *gradients: None)
-    with quantizing(net, Quarters()):
-        with torch.no_grad():
-            expected = net(MAPS)  # nothing is copied there
-        with pytest.raises(QuantizationError, match=r"'1': a full backward hook on a part of a network .* remove it"):
-            net(MAPS)
-        hook.remove()
-        assert torch.equal(net(MAPS), expected)
-        getattr(net, register)(lambda module, *gradients: None)  # on the network itself it sees what comes and goes
-        assert torch.equal(net(MAPS), expected)
+class Joining(nn.Module):
+    """Takes its input twice, and the output of a layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.beside, self.act = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.ReLU()
+        self.pool, self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(2, 2)
+
+    def forward(self, x):
+        y = self.act(self.first(x))
+        return self.head(self.pool(y + self.beside(x)) + self.pool(y))
 
 
-def test_a_backward_hook_on_all_modules_is_refused():
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook", None])
+def test_full_backward_hooks_change_nothing(register):
+    """Torch gives the modules copies of what they take and return, which are told as what they were made of."""
+    net, gradients, seen = Joining(), [], []
+    for hooked in (False, True):
+        if hooked and register is None:
+            handles = [nn.modules.module.register_module_full_backward_hook(lambda *_: seen.append(1))]
+        else:
+            parts = list(net.modules()) if hooked else []
+            handles = [getattr(part, register)(lambda *_: seen.append(1)) for part in parts]
+        x = MAPS.clone().requires_grad_()
+        output, noted = run(net, x)
+        output.square().sum().backward()
+        gradients.append((noted.keys, output, x.grad, *(own.grad.clone() for own in net.parameters())))
+        net.zero_grad()
+        for handle in handles:
+            handle.remove()
+    (keys, *plain), (same, *others) = gradients
+    assert len(seen) >= len(list(net.modules()))
+    assert {*same} == {*keys}
+    for one, other in zip(plain, others, strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(not hasattr(own, mark) for own in (x, output) for mark in MARKS)
+
+
+def test_full_backward_hooks_within_compiled_code_are_refused(fresh_compiler):
     net = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU())
-    hook = nn.modules.module.register_module_full_backward_hook(lambda module, *gradients: None)
-    try:
-        with quantizing(net, Quarters()), pytest.raises(QuantizationError, match="'0': a full backward hook"):
-            net(MAPS)
-    finally:
-        hook.remove()
+    net[0].register_full_backward_hook(lambda module, *gradients: None)
+    net.compile(backend="eager")
+    with quantizing(net, Quarters()), pytest.raises(QuantizationError, match="'0': its full backward hook makes"):
+        net(MAPS)
 
 
 # --- activation checkpointing ---
