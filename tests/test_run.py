@@ -474,7 +474,7 @@ def test_an_untouched_script(project, capfd, tmp_path):
     session = onnxruntime.InferenceSession("out/model.onnx")
     assert [entry.shape[1:] for entry in session.get_inputs()] == [[8]]
     report = json.loads(Path("job/compression_report/compression_report.json").read_text())
-    assert [row["name"] for row in report["rows"]] == ["before", "after", "teacher", "model.onnx"]
+    assert [row["name"] for row in report["rows"]] == ["teacher", "before", "after", "model.onnx"]
     assert report["recipe"]["callbacks"][0]["class_path"] == "DistillationCallback"
     assert report["command"].startswith("lightning-compress run recipe.yaml -- ")
     assert report["command"].endswith(" train.py")

@@ -360,8 +360,8 @@ def test_distillation_and_export_go_on(first, tmp_path):
     fitted(module, *callbacks, export, report, steps=16)
     assert export.failure is None
     assert sizes(module) == [8, 8, 12]
-    before, after = report.result.rows[0], report.result.rows[1]
-    assert (before.name, after.name) == ("before", "after")
+    rows = {row.name: row for row in report.result.rows}
+    before, after = rows["before"], rows["after"]
     assert after.parameters == sum(own.numel() for own in module.net.parameters())
     assert after.parameters < before.parameters
     assert after.macs < before.macs
