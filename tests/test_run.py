@@ -237,6 +237,11 @@ def test_a_place_that_cannot_be_written(project, capsys, monkeypatch, recipe):
             ["distil", "--", sys.executable, "-c", "1"],
             "recipe of this package; write it into one, and say there what it",
         ),
+        (
+            ["folder/distil.yaml", "--", sys.executable, "-c", "1"],
+            "'folder/distil.yaml' is no file here, but a recipe of this package",
+        ),
+        (["distill", "--", sys.executable, "-c", "1"], "'distill' is no file here; did you mean 'distil'?"),
         (["recipe.yaml"], "the command to run is missing; it comes behind --, as in: lightning-compress run"),
         (["recipe.yaml", "--"], "the command to run is missing"),
         (["recipe.yaml", "--", "pyhton", "a.py"], "'pyhton' is not a program that can be run here; did you mean 'pyt"),

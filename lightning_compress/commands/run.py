@@ -21,7 +21,7 @@ from typing import Any
 
 from lightning_compress.commands.attachment import Events, Order
 from lightning_compress.commands.exits import DONE, FAILED, USAGE, ended
-from lightning_compress.commands.recipes import shipped
+from lightning_compress.commands.recipes import SUFFIX, shipped
 from lightning_compress.export.evaluate import RUN_VARIABLE
 from lightning_compress.mechanisms.drafts import remove_abandoned, write_whole
 from lightning_compress.mechanisms.selection import did_you_mean
@@ -230,11 +230,8 @@ def checked_recipe(recipe: str, command: Sequence[str], settings: Sequence[str] 
     Raises:
         ValueError: If it cannot be used, or its files cannot be written.
     """
-    if recipe in shipped() and not os.path.exists(recipe):
-        raise ValueError(
-            f"'{recipe}' is no file here, but a recipe of this package; write it into one, and say there what it asks "
-            f"for: lightning-compress recipes {recipe} > {recipe}.yaml"
-        )
+    if not os.path.exists(recipe):
+        _refuse_name(recipe)
     with naming(recipe):
         text = read_text(recipe)
     scripts = [Path(argument) for argument in command if argument.endswith(".py") and os.path.isfile(argument)]
@@ -339,3 +336,15 @@ def _written(exports: Sequence[dict[str, Any]], reports: Sequence[str]) -> str:
             parts.append(written if export["kept"] else f"checked {path}, and did not keep it (fast_dev_run)")
     parts += [f"report in {shown_path(report)}" for report in reports]
     return ", ".join(parts) or "the recipe was attached to the fit; it writes no file"
+
+
+def _refuse_name(recipe: str) -> None:
+    """Say what to do with the name of a recipe that ships, where there is no such file."""
+    name = Path(recipe).name.removesuffix(SUFFIX)
+    if name in shipped():
+        raise ValueError(
+            f"'{recipe}' is no file here, but a recipe of this package; write it into one, and say there what it asks "
+            f"for: lightning-compress recipes {name} > {name}.yaml"
+        )
+    if near := did_you_mean(name, shipped()):
+        raise ValueError(f"'{recipe}' is no file here{near} lightning-compress recipes NAME writes one of this package")
