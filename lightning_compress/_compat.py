@@ -53,13 +53,9 @@ def validates_in_inference_mode(trainer: Any) -> bool:
     return bool(trainer.validate_loop.inference_mode)
 
 
-def _nothing() -> None:
-    pass
-
-
 def leave_signals(trainer: Any) -> None:
     """Let a Trainer that only looks at something take over no signals: what ends the process ends it."""
-    trainer._signal_connector.register_signal_handlers = _nothing  # no lambda: the Trainer may be pickled
+    trainer._signal_connector.register_signal_handlers = _do_nothing  # no lambda: the Trainer may be pickled
 
 
 def attach(trainer: Any, module: Any, datamodule: Any) -> None:

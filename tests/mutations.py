@@ -206,14 +206,14 @@ MUTATIONS = (
     Mutation(
         "a copy of a callback is at work",
         BASE,
-        "now if self._stack is None or self._before_fit is None else self._before_fit",
-        "now",
+        "self._snapshot() if self._stack is None or self._before_fit is None else self._before_fit",
+        "self._snapshot()",
         f"{DATA_COPIED}[DistillationCallback]",
     ),
     Mutation(
         "what torch copies for a hook of the backward pass is another tensor",
         f"{PACKAGE}/mechanisms/quantization.py",
-        '        if name == "view_as" and args[0] is args[1]:\n',
+        '        if name == "view_as" and len(args) == 2 and args[0] is args[1]:\n',
         "        if False:\n",
         "tests/mechanisms/test_quantization.py::test_full_backward_hooks_change_nothing",
     ),

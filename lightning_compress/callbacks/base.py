@@ -310,7 +310,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if self.changes_step:
             self._check_optimisation(trainer, pl_module)
         self.check(trainer, pl_module)
-        self._before_fit = self._snapshot()
+        self._before_fit = None
+        self._before_fit = {key: value for key, value in self._snapshot().items() if not key.startswith(FOUND)}
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the mechanisms."""
@@ -490,10 +491,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is at work in no fit, has found nothing in one that goes on, and has fitted no module."""
-        now = self._snapshot()
-        state = now if self._stack is None or self._before_fit is None else self._before_fit
-        found = {} if state is not now else {key: value for key, value in vars(self).items() if key.startswith(FOUND)}
-        return {**state, **found, "_before_fit": None, "_fitted": None, "_tracker": None}
+        state = self._snapshot() if self._stack is None or self._before_fit is None else self._before_fit
+        return {**state, "_before_fit": None, "_fitted": None, "_tracker": None}
 
     def _refuse_damaged(self, state: Any) -> None:
         """Look at a state before any of it is used.
@@ -724,9 +723,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         return self._controller
 
     def _snapshot(self) -> dict[str, Any]:
-        """Its attributes as they are, without what a fit has found, and without what it has opened."""
-        kept = {key: value for key, value in vars(self).items() if not key.startswith(FOUND) and key != "_before_fit"}
-        return {key: ExitStack() if isinstance(value, ExitStack) else value for key, value in kept.items()}
+        """Its attributes as they are, without what it has opened."""
+        return {key: ExitStack() if isinstance(value, ExitStack) else value for key, value in vars(self).items()}
 
     def _close(self) -> None:
         stack, self._stack, self._controller, self._trainer = self._stack, None, None, None

@@ -132,7 +132,6 @@ def check_parity(file: OnnxNetwork, expected: Sequence[Reference], max_differenc
     largest = 0.0
     for reference in sorted(expected, key=lambda own: not own.traced):  # what fails there as well is no branch
         size = batch_size(reference.tensors) or 0
-        wanted = [tensor for _, tensor in named_tensors(reference.output)]
         try:
             found = file.run(reference.tensors)
         except EvaluationError as error:
@@ -141,6 +140,7 @@ def check_parity(file: OnnxNetwork, expected: Sequence[Reference], max_differenc
             else:
                 hint = f"ONNX Runtime does not run the file{KERNEL_HINT if NO_KERNEL in str(error) else ''}"
             raise ExportError(f"{hint} ({error})") from error
+        wanted = [tensor for _, tensor in named_tensors(reference.output)]
         hint = RANDOM_HINT if reference.traced else f"{BRANCH_HINT}; {FIXED_HINT}"
         largest = max(largest, _difference(wanted, found, file.output_names, size, max_difference, hint))
     return largest

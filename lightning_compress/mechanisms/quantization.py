@@ -219,7 +219,7 @@ class QuantizationMode(PausableMode):
             result = func(*args, **options)
             pending = isinstance(result, Tensor) and getattr(args[0], STATE, None) == PENDING  # ``x.T``, say
             return self._moved(Kind.CUT, "", func, args[0], args[1:], options) if pending else result
-        if name == "view_as" and args[0] is args[1]:
+        if name == "view_as" and len(args) == 2 and args[0] is args[1]:
             return self._copied(func, args[0])
         if name == "multi_head_attention_forward":
             if torch.compiler.is_dynamo_compiling():  # which cannot be told to look into it

@@ -332,7 +332,7 @@ class WeightViews:
             backward pass goes through both.
 
         Raises:
-            ValueError: If a weight is not owned by this owner, or a part of the module is scripted.
+            ValueError: If a weight is not owned by this owner, or a part of ``torch.jit`` learns or keeps buffers.
             RuntimeError: In the backward pass, if activation checkpointing runs a layer again: for which of the passes
                 is not known then.
 

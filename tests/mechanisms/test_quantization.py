@@ -1072,6 +1072,19 @@ def test_full_backward_hooks_change_nothing(register):
     assert all(not hasattr(own, mark) for own in (x, output) for mark in MARKS)
 
 
+def test_a_view_whose_shape_is_given_by_name_is_a_view():
+    class Shaped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(2, 2, 1)
+
+        def forward(self, x):
+            return self.layer(x).view_as(other=x)
+
+    net = Shaped()
+    torch.testing.assert_close(run(net, MAPS)[0], run(nn.Sequential(net.layer), MAPS)[0])
+
+
 def test_full_backward_hooks_within_compiled_code_are_refused(fresh_compiler):
     net = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU())
     net[0].register_full_backward_hook(lambda module, *gradients: None)
