@@ -55,7 +55,7 @@ def validates_in_inference_mode(trainer: Any) -> bool:
 
 def leave_signals(trainer: Any) -> None:
     """Let a Trainer that only looks at something take over no signals: what ends the process ends it."""
-    trainer._signal_connector.register_signal_handlers = _do_nothing  # no lambda: the Trainer may be pickled
+    trainer._signal_connector.register_signal_handlers = do_nothing  # no lambda: the Trainer may be pickled
 
 
 def attach(trainer: Any, module: Any, datamodule: Any) -> None:
@@ -479,15 +479,15 @@ def quieten_(trainer: Any, folder: str) -> None:
     trainer.loggers = [_silent(package, type(logger).__name__, said) for logger in trainer.loggers]
     trainer._default_root_dir = folder
     trainer.profiler = import_module(f"{package}.profilers").PassThroughProfiler()
-    trainer.save_checkpoint = _do_nothing  # callbacks that save on an exception call it too
+    trainer.save_checkpoint = do_nothing  # callbacks that save on an exception call it too
     for callback in trainer.callbacks:
         for method in ("lr_find", "scale_batch_size"):
             if hasattr(callback, method):
-                vars(callback)[method] = _do_nothing
+                vars(callback)[method] = do_nothing
 
 
-def _do_nothing(*_: Any, **__: Any) -> None:
-    """In the place of a method."""
+def do_nothing(*_: Any, **__: Any) -> None:
+    """In the place of a method, or of a hook."""
 
 
 def wrap_fits(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -690,20 +690,9 @@ def runs_again() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def calls_of_step_hook() -> list[FrameType]:
-    """Torch's call of an optimizer's step, asked for in a function that a hook of it calls, and what called that.
-
-    Returns:
-        The innermost first; nothing in a step that is compiled, which cannot look at calls.
-    """
-    if torch.compiler.is_compiling():
-        return []
-    frame: FrameType | None = sys._getframe(2)
-    calls = []
-    while frame is not None:
-        calls.append(frame)
-        frame = frame.f_back
-    return calls
+def call_of_step_hook() -> FrameType | None:
+    """Torch's call of an optimizer's step, asked for in a hook of it; None where that is compiled and has no frames."""
+    return None if torch.compiler.is_compiling() else sys._getframe(2)
 
 
 def copies_its_tensors(module: torch.nn.Module) -> bool:

@@ -46,7 +46,7 @@ BASES = (
         "masked",
         "masks",
     ),
-    *("quantised", "ranks", "rehearsal", "returned", "teaching", "validating"),
+    *("quantised", "ranks", "rehearsal", "returned", "saving", "teaching", "validating"),
 )
 
 # When Lightning may be imported: never, or only inside a function or for type checkers. Others: at any time.

@@ -338,7 +338,7 @@ class CalibratingCallback(CompressionCallback):
                 kinds = sorted({class_name(module) for module in chosen.values()})
                 raise ValueError(
                     f"{argument} has '{selector}', and nothing of it ({', '.join(kinds[:3])}) runs as a convolution or "
-                    "a linear layer that is selected, for which ONNX Runtime has integer kernels"
+                    "a linear layer of real numbers that is selected, for which ONNX Runtime has integer kernels"
                 )
 
     def _trained_for(self, trainer: Any, name: str) -> dict[str, WeightGrid]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress.callbacks.arguments import check_layers
-from lightning_compress.callbacks.base import CompressionCallback, log, optimises_automatically
+from lightning_compress.callbacks.base import log, optimises_automatically
 from lightning_compress.callbacks.intents import Intent, layers_of, left_out
 from lightning_compress.callbacks.returned import Returned
+from lightning_compress.callbacks.saving import SavingCallback
 from lightning_compress.mechanisms.checkpoints import (
     Compress,
-    close_after_exception,
     compress_,
     dense_of,
     keep_dense_,
@@ -33,10 +33,9 @@ from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.states import Each
 from lightning_compress.mechanisms.views import Usage
 from lightning_compress.mechanisms.weights import PLAIN_LAYERS, named_weights, select_weights
-from lightning_compress.mechanisms.wrapping import copied_plainly
 
 
-class MaskedWeightsCallback(CompressionCallback):
+class MaskedWeightsCallback(SavingCallback):
     """Base of the techniques that present masked weights, whenever their masks may change.
 
     Steps and validations see ``M * W``; the optimizer, and whatever acts between steps, the dense weights. Checkpoints
@@ -70,8 +69,6 @@ class MaskedWeightsCallback(CompressionCallback):
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
         self._undo: dict[str, Any] | None = None  # what this was before a fit that has not trained anything yet
         self._undo_bakes = False  # whether the module was compressed then
-        self._files = ExitStack()
-        self._saving = False  # whether the module's own hook compresses what is saved
         self._usage: Callable[[], Usage] | None = None
 
     # For techniques
@@ -122,16 +119,17 @@ class MaskedWeightsCallback(CompressionCallback):
     # Life cycle
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let the module load the dense weights to go on with a fit, and in a fit save compressed ones."""
-        self._files.close()
+        """As the base; no checkpoint is resumed yet."""
         self._loaded = None
         super().setup(trainer, pl_module, stage)
-        self._files.enter_context(copied_plainly(pl_module))
-        self._files.enter_context(loading_dense(pl_module, self.name, self._receive, resumes=stage == "fit"))
-        if stage == "fit":
-            self._files.enter_context(saving_compressed(pl_module, self.name, self._compressing))
-            self._files.callback(setattr, self, "_saving", False)
-            self._saving = True
+
+    def loading(self, trainer: Any, pl_module: Any, stage: str) -> AbstractContextManager[None]:
+        """Load the dense weights to go on with a fit."""
+        return loading_dense(pl_module, self.name, self._receive, resumes=stage == "fit")
+
+    def saving(self, pl_module: Any) -> AbstractContextManager[None]:
+        """Save compressed weights."""
+        return saving_compressed(pl_module, self.name, self._compressing)
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Select the weights, and present them masked from here on."""
@@ -240,13 +238,8 @@ class MaskedWeightsCallback(CompressionCallback):
         self._compress_averages(trainer, pl_module)
         self._files.close()
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave nothing on the module."""
-        super().teardown(trainer, pl_module, stage)
-        self._files.close()
-
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave nothing on the module, once the checkpoints of the exception are written."""
+        """As the base; a fit that has trained nothing goes back to what was before it."""
         super().on_exception(trainer, pl_module, exception)
         if self._masks is not None and self._masks.parts is not None:
             self._undo = None  # the others may not come: no process goes back alone
@@ -261,7 +254,6 @@ class MaskedWeightsCallback(CompressionCallback):
                 "hold the masked ones",
                 self.name,
             )
-        close_after_exception(trainer, self._files)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep masks whole; outside of a fit, where the module's own hook is as it was, also what a later fit needs."""

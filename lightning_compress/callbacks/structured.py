@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -25,19 +25,19 @@ from lightning_compress.callbacks.arguments import (
     check_whole,
     tell_without_effect,
 )
-from lightning_compress.callbacks.base import CompressionCallback, announce, callbacks_of, log, optimises_automatically
+from lightning_compress.callbacks.base import announce, callbacks_of, log, optimises_automatically
 from lightning_compress.callbacks.channel_plan import BUDGETS, Plan, Wanted
 from lightning_compress.callbacks.copies import Copies, SkippedBatchError
 from lightning_compress.callbacks.intents import Aim, Intent
 from lightning_compress.callbacks.ranks import together
 from lightning_compress.callbacks.rehearsal import Rehearsal
+from lightning_compress.callbacks.saving import SavingCallback
 from lightning_compress.functional.schedules import iterative_schedule
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_all_
 from lightning_compress.mechanisms.channel_graph import StructureError, require_torch_pruning
 from lightning_compress.mechanisms.checkpoints import (
     SECTION,
     before_loading,
-    close_after_exception,
     keep_structure_,
     resize_,
     saving_structure,
@@ -55,7 +55,6 @@ from lightning_compress.mechanisms.shrinking import (
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.states import Each
 from lightning_compress.mechanisms.time_limit import within
-from lightning_compress.mechanisms.wrapping import copied_plainly
 
 SCORES = ("l1", "l2", "taylor", "bn_scale", "random")
 SCHEDULES = ("one_shot", "iterative")
@@ -89,7 +88,7 @@ class _State:
     done: int = 0
 
 
-class StructuredPruningCallback(CompressionCallback):
+class StructuredPruningCallback(SavingCallback):
     """Take whole filters out of a network, with all that belongs to them, and train on with what is left.
 
     When it acts: with the first batch, all is tried on copies, and what will go is printed; before the batch at which a
@@ -195,7 +194,6 @@ class StructuredPruningCallback(CompressionCallback):
         """What the last round of this fit did; None before the first."""
         self._progress: Progress | None = None
         self._begun = False  # whether the network was looked at in this fit
-        self._files, self._saving = ExitStack(), False
         self._loaded, self._budget = False, budget
         self._skipped = 0  # batches with which the step did nothing
         self._state = _State()
@@ -295,18 +293,17 @@ class StructuredPruningCallback(CompressionCallback):
             )
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let the module load, and in a fit save, networks of other sizes."""
-        self._files.close()
+        """As the base; no checkpoint is resumed yet."""
         self._loaded = False
         super().setup(trainer, pl_module, stage)
-        self._files.enter_context(copied_plainly(pl_module))
-        self._files.enter_context(
-            before_loading(pl_module, lambda checkpoint: self._resize(trainer, pl_module, checkpoint))
-        )
-        if stage == "fit":
-            self._files.enter_context(saving_structure(pl_module, self.name, lambda: self._state.whole))
-            self._files.callback(setattr, self, "_saving", False)
-            self._saving = True
+
+    def loading(self, trainer: Any, pl_module: Any, stage: str) -> AbstractContextManager[None]:
+        """Load networks of other sizes."""
+        return before_loading(pl_module, lambda checkpoint: self._resize(trainer, pl_module, checkpoint))
+
+    def saving(self, pl_module: Any) -> AbstractContextManager[None]:
+        """Save the sizes of what is left, too."""
+        return saving_structure(pl_module, self.name, lambda: self._state.whole)
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Find out whether this goes on with a network that was made smaller before."""
@@ -381,16 +378,6 @@ class StructuredPruningCallback(CompressionCallback):
         """Batch-norm statistics of the smaller network."""
         if self.reestimate_batchnorm:
             reestimate_all_(trainer, pl_module, self._warn_once)
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave nothing on the module."""
-        super().teardown(trainer, pl_module, stage)
-        self._files.close()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave nothing on the module, once the checkpoints of the exception are written."""
-        super().on_exception(trainer, pl_module, exception)
-        close_after_exception(trainer, self._files)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Outside of a fit too, what is needed to load a smaller network."""

@@ -13,7 +13,7 @@ from lightning_compress.report.cells import shown_path
 from lightning_compress.report.find import find_reports, read_report, run_names
 from lightning_compress.report.pareto import pareto
 from lightning_compress.report.pareto_files import pareto_console, write_pareto
-from lightning_compress.report.render import for_terminal
+from lightning_compress.report.render import for_terminal, terminal_width
 from lightning_compress.report.table import Report
 from lightning_compress.report.write import write_report
 from lightning_compress.tracking.pareto_run import log_pareto, require_wandb
@@ -54,7 +54,7 @@ def report(options: argparse.Namespace) -> int:
         return ended("report", USAGE, str(error))
     except OSError as error:
         return ended("report", USAGE, f"the files cannot be written: {error}")
-    announce(pareto_console(table))
+    announce(pareto_console(table, width=terminal_width()))
     sys.stdout.write(f"wrote {', '.join(shown_path(path) for path in files)}\n")
     if options.wandb is not None:
         try:

@@ -79,12 +79,8 @@ def whole_copy(module: ModuleT, *, wanted: bool = True, rows: Callable[[Tensor],
     source = cast(ModuleT, _compat.uncompiled(module))
     with _compat.without_sharding(source):
         duplicate = _copied(source, whole).cpu()
-    vars(duplicate).update(configure_model=_nothing, _device_mesh=None)
+    vars(duplicate).update(configure_model=_compat.do_nothing, _device_mesh=None)
     return duplicate
-
-
-def _nothing() -> None:
-    """In the place of a hook that has done its work."""
 
 
 def _copied(source: ModuleT, given: Mapping[int, Any]) -> ModuleT:

@@ -472,10 +472,6 @@ def _is_trainer(source: Any) -> bool:
     return hasattr(source, "validate") and hasattr(source, "fit_loop")
 
 
-def _nothing(stage: str | None = None) -> None:
-    """In the place of a hook that has done its work."""
-
-
 def _has_base(value: Any, name: str) -> bool:
     return any(base.__name__ == name for base in type(value).__mro__)
 
@@ -602,4 +598,4 @@ def hooks_done(owner: Any) -> None:
         >>> hooks_done(data)
         >>> data.setup("fit")
     """
-    vars(owner).update(prepare_data=_nothing, setup=_nothing, teardown=_nothing)
+    vars(owner).update(dict.fromkeys(("prepare_data", "setup", "teardown"), _compat.do_nothing))

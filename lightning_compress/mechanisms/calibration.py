@@ -273,7 +273,8 @@ class Calibration:
         grids.shared = frozenset(key for key, sites in watch.fused.items() if len(sites) > 1 or key in watch.met)
         if not grids.sites:
             raise QuantizationError(
-                "no weight would be quantised: the network runs no convolution and no linear layer that is selected"
+                "no weight would be quantised: the network runs no convolution and no linear layer of real numbers "
+                "that is selected"
             )
         if self._settings.equalize:
             _equalize(grids, watch)

@@ -120,15 +120,14 @@ def around_steps(
 
     def first(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal outermost
-        calls = _compat.calls_of_step_hook()
-        if outermost not in calls:
-            outermost = calls[0] if calls else None
+        call = _compat.call_of_step_hook()
+        if outermost is None or not _lies_within(call, outermost):
+            outermost = call
             before(stepping)
 
     def last(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         nonlocal outermost
-        calls = _compat.calls_of_step_hook()
-        if not calls or calls[0] is outermost:
+        if _compat.call_of_step_hook() is outermost:
             outermost = None
             after(stepping)
 
@@ -136,6 +135,12 @@ def around_steps(
         stack.callback(optimizer.register_step_pre_hook(first).remove)
         stack.callback(optimizer.register_step_post_hook(last).remove)
         yield
+
+
+def _lies_within(call: FrameType | None, outer: FrameType) -> bool:
+    while call is not None and call is not outer:
+        call = call.f_back
+    return call is not None
 
 
 def found_infinite(optimizer: torch.optim.Optimizer) -> bool:

@@ -530,8 +530,4 @@ class _RefusesAgain:
 
 
 def _no_hook() -> Callable[..., None]:
-    return _do_nothing
-
-
-def _do_nothing(*_: Any) -> None:
-    """In the place of a hook of ours in a copy."""
+    return _compat.do_nothing

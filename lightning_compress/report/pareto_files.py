@@ -15,7 +15,7 @@ from lightning_compress.report import units
 from lightning_compress.report.cells import Cell, Column
 from lightning_compress.report.page import pareto_figure
 from lightning_compress.report.pareto import TITLES, Pareto, Point, latency_of
-from lightning_compress.report.render import aligned, escaped, grid
+from lightning_compress.report.render import escaped, fitting, grid
 from lightning_compress.report.scatter import FORMATS, scatter_legend
 from lightning_compress.report.sheet import details, document, numbers, sentences
 from lightning_compress.report.table import encoded
@@ -23,6 +23,7 @@ from lightning_compress.report.table import encoded
 SCHEMA = 1
 _TITLE = "Pareto table"
 _NAME_LENGTH = 28  # characters of a name in the terminal
+_NAMES = 3  # columns that say which model it is, and whether it is on the front
 
 
 class ParetoFiles(NamedTuple):
@@ -82,11 +83,13 @@ def pareto_records(pareto: Pareto) -> list[dict[str, str | float | None]]:
     ]
 
 
-def pareto_console(pareto: Pareto) -> str:
+def pareto_console(pareto: Pareto, *, width: int | None = None) -> str:
     """The table as aligned ASCII text, with notes below.
 
     Args:
         pareto: What to show.
+        width: Columns of the terminal: of numbers that do not fit beside each other, the rest follows below. ``None``:
+            as many as it takes.
 
     Returns:
         Lines, the last one ending in a newline.
@@ -103,7 +106,7 @@ def pareto_console(pareto: Pareto) -> str:
     header, rows = pareto_table(pareto)
     short = [[*(units.shortened(entry, _NAME_LENGTH) for entry in row[:2]), *row[2:]] for row in rows]
     notes = [f"* {note}" for note in pareto.notes]
-    return "\n".join([_heading(pareto), *aligned([header, *short]), *notes]) + "\n"
+    return "\n".join([_heading(pareto), fitting([header, *short], width, names=_NAMES), *notes]) + "\n"
 
 
 def write_pareto(pareto: Pareto, sources: Mapping[str, str], directory: str | os.PathLike[str]) -> ParetoFiles:

@@ -44,8 +44,7 @@ def to_console(report: Report, *, width: int | None = None) -> str:
         if any(cell.remark for cell in column.cells):
             lines.append(["", *(cell.remark for cell in column.cells)])
     sentences = [f"* {sentence}" for sentence in (*remarks(report), *report.notes)]
-    parts = ["\n".join(aligned(part)) for part in _beside_each_other(lines, width)]
-    return "\n".join(["Compression report", "\n\n".join(parts), *sentences]) + "\n"
+    return "\n".join(["Compression report", fitting(lines, width), *sentences]) + "\n"
 
 
 def for_terminal(report: Report) -> str:
@@ -62,37 +61,62 @@ def for_terminal(report: Report) -> str:
         >>> for_terminal(Report(rows=(Row("after", bytes=1000),))).splitlines()
         ['Compression report', '      after', 'Size  1.00 kB']
     """
-    return to_console(report, width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+    return to_console(report, width=terminal_width())
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """A table for the terminal.
+def terminal_width() -> int | None:
+    """How wide a table may be.
+
+    Returns:
+        Columns of the terminal; None where the output goes elsewhere, as into a file.
+
+    Example:
+        >>> terminal_width() is None or terminal_width() > 0
+        True
+    """
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def fitting(lines: Sequence[Sequence[str]], width: int | None, *, names: int = 1) -> str:
+    """A table for the terminal: what does not fit beside each other follows below.
 
     Args:
         lines: As many entries in each.
+        width: Columns of the terminal; ``None``: as many as it takes.
+        names: The first columns that say what a line is of; each part has them.
 
     Returns:
-        The lines, their entries below one another.
+        The lines, their entries below one another; an empty line between parts. Lines of a part that would be empty
+        are left out.
 
     Example:
-        >>> aligned([["", "Size"], ["after", "1 kB"]])
-        ['       Size', 'after  1 kB']
+        >>> table = [["", "Size", "MACs"], ["after", "1 kB", "2 k"]]
+        >>> print(fitting(table, None))
+               Size  MACs
+        after  1 kB  2 k
+        >>> print(fitting(table, 14))
+               Size
+        after  1 kB
+        <BLANKLINE>
+               MACs
+        after  2 k
     """
     widths = _widths(lines)
-    return ["  ".join(entry.ljust(width) for entry, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-
-
-def _beside_each_other(lines: Sequence[Sequence[str]], width: int | None) -> list[list[list[str]]]:
-    """A table in parts that fit, each with the first column, and without lines that are empty in it."""
-    widths = _widths(lines)
-    parts: list[list[int]] = [[0]]
-    for index in range(1, len(widths)):
+    first = list(range(names))
+    parts = [[*first]]
+    for index in range(names, len(widths)):
         needed = sum(widths[own] + 2 for own in parts[-1]) + widths[index]
-        if width is not None and needed > width and len(parts[-1]) > 1:
-            parts.append([0])
+        if width is not None and needed > width and len(parts[-1]) > names:
+            parts.append([*first])
         parts[-1].append(index)
     tables = [[[line[index] for index in part] for line in lines] for part in parts]
-    return [[line for line in table if any(line)] for table in tables]
+    return "\n\n".join(_aligned([line for line in table if any(line)]) for table in tables)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = _widths(lines)
+    padded = [[entry.ljust(width) for entry, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def _widths(lines: Sequence[Sequence[str]]) -> list[int]:

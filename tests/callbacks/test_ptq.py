@@ -627,6 +627,7 @@ def test_complex_layers_are_left_in_float():
     fitted(ptq, Fourier, fast_dev_run=2)
     assert list(ptq.quantization.weights) == ["0.weight", "2.weight"]
     assert "1.mixing.weight" in ptq.quantization.left_in_float
+    refused(PTQCallback(layers=["model.1"]), Fourier, "no weight would be quantised.* of real numbers")
 
 
 class Scripted(Classifier):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_compress.report import Latency, Report, Row, pareto
 from lightning_compress.report.pareto import on_front
+from lightning_compress.report.pareto_files import pareto_console
 
 
 def runs(**metrics: float) -> dict[str, Report]:
@@ -128,3 +129,18 @@ def test_what_cannot_be_compared_is_refused():
     apart = {run: Report((Row("m", bytes=1, metrics={run: 1.0}),)) for run in ("a", "b")}
     with pytest.raises(ValueError, match="no metric in common, so say which one is meant: 'a' has 'a'; 'b' has 'b'"):
         pareto(apart)
+
+
+def test_what_does_not_fit_the_terminal_follows_below():
+    table = pareto({"kd": Report((Row("after", bytes=400, bytes_compressed=300, metrics={"acc": 0.9}),))})
+    whole = "Run  Model  Front  Size   acc  Deflated"
+    assert pareto_console(table).splitlines()[1] == whole
+    assert pareto_console(table, width=len(whole)) == pareto_console(table)
+    assert pareto_console(table, width=len(whole) - 1) == (
+        "Pareto table: Size against acc, higher is better, going by its name\n"
+        "Run  Model  Front  Size   acc\n"
+        "kd   after  yes    400 B  0.9\n"
+        "\n"
+        "Run  Model  Front  Deflated\n"
+        "kd   after  yes    300 B\n"
+    )
