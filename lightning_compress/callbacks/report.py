@@ -19,7 +19,7 @@ from lightning_compress.callbacks.ranks import shards, whole
 from lightning_compress.callbacks.returned import Returned
 from lightning_compress.export.copying import independent_copy, widen_
 from lightning_compress.export.errors import ExportError, first_line
-from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation
+from lightning_compress.export.evaluate import evaluate, evaluate_forward, has_validation, samples_validated
 from lightning_compress.export.onnx import ExportResult, checked_folder
 from lightning_compress.export.sample import Sample
 from lightning_compress.mechanisms.capture import NetworkCall
@@ -258,6 +258,8 @@ class CompressionReport(CompressionCallback):
         if not has_validation(pl_module, trainer):
             notes.append(f"There are no metrics: {class_name(pl_module)} has no validation here.")
             return {}
+        if samples := samples_validated(trainer):
+            notes.append(f"The metrics are of {samples:,} {'sample' if samples == 1 else 'samples'} of the validation.")
         metrics: dict[str, dict[str, float]] = {}
         exports = _exports(trainer)
         for name, callback in exports.items():

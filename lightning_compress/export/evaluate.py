@@ -162,6 +162,35 @@ def has_validation(module: nn.Module, trainer: Any) -> bool:
     return True
 
 
+def samples_validated(trainer: Any) -> int | None:
+    """How many samples a Trainer validates on.
+
+    Args:
+        trainer: A Trainer that has validated.
+
+    Returns:
+        Those of all loaders, within the limit of batches; None where a loader does not say, or there are several
+        processes.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, limit_val_batches=7)
+        >>> _ = trainer.validate(BoringModel(), verbose=False)
+        >>> samples_validated(trainer)
+        7
+    """
+    batches = _batches(trainer)
+    if batches is None or trainer.world_size > 1:
+        return None
+    loaders = import_module(f"{_compat.package_of(trainer)}.utilities").CombinedLoader(trainer.val_dataloaders)
+    try:
+        limits = zip(loaders.flattened, trainer.num_val_batches, strict=True)
+        return sum(int(min(len(loader.sampler), count * loader.batch_size)) for loader, count in limits)
+    except (AttributeError, TypeError):  # a sampler without a length, a loader without a sampler or of ready batches
+        return None
+
+
 class Choices:
     """The class that a network chooses for each sample, or each position, over a whole validation."""
 

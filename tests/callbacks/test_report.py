@@ -107,6 +107,7 @@ def test_all_rows_in_print_loggers_and_files(pl, tmp_path, capsys):
     assert {row.latency_ms.runtime for row in rows.values()} == {"torch", "onnxruntime"}
     assert [layer.name for layer in report.result.layers] == ["net.0", "net.3"]
     assert "Parameters, bytes and times are those of 'net' inside Lit." in report.result.notes
+    assert "The metrics are of 32 samples of the validation." in report.result.notes
 
     printed = capsys.readouterr().out
     assert printed.count("Compression report") == 1

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_compress.export import EvaluationError, Sample, evaluate, to_onnx
-from lightning_compress.export.evaluate import evaluate_forward, repeatedly
+from lightning_compress.export.evaluate import evaluate_forward, repeatedly, samples_validated
 
 from . import networks
 from .networks import CLASSES, FEATURES, NAMESPACES
@@ -183,6 +183,54 @@ def test_limits_and_inference_mode_of_the_trainer(fitted):
         assert seen == [inference] * 2
     with pytest.raises(EvaluationError, match="limit_val_batches=0"):
         evaluate_forward(module, networks.trainer("lightning.pytorch", limit_val_batches=0))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(TensorDataset(torch.zeros(10, 3), torch.zeros(10, dtype=torch.long)))
+
+
+class Ready:
+    """Batches that no loader has made."""
+
+    def __iter__(self):
+        return iter([(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))])
+
+    def __len__(self):
+        return 1
+
+
+def batches_of(size, *, dropping=False):
+    data = TensorDataset(torch.zeros(10, 3), torch.zeros(10, dtype=torch.long))
+    return DataLoader(data, batch_size=size, drop_last=dropping)
+
+
+@pytest.mark.parametrize(
+    ("loaders", "limit", "samples"),
+    [
+        (batches_of(4), 1.0, 10),
+        (batches_of(4, dropping=True), 1.0, 8),
+        (batches_of(4), 2, 8),
+        (batches_of(4), 3, 10),
+        ({"a": batches_of(4), "b": [batches_of(5), batches_of(1)]}, 2, 8 + 10 + 2),
+        (DataLoader(Stream(), batch_size=4), 2, None),
+        (DataLoader([(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))] * 3, batch_size=None), 1.0, None),
+        (Ready(), 1.0, None),
+    ],
+)
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_how_many_samples_are_validated(loaders, limit, samples, namespace):
+    seen = []
+
+    class Counting(import_module(namespace).LightningModule):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            seen.append(len(batch[0]))
+
+    trainer = networks.trainer(namespace, limit_val_batches=limit)
+    assert samples_validated(trainer) is None
+    trainer.validate(Counting(), loaders, verbose=False)
+    assert samples_validated(trainer) == samples
+    assert samples in (None, sum(seen))
 
 
 def test_datamodule_is_put_back(fitted):
