@@ -1183,7 +1183,7 @@ def test_a_full_backward_hook_makes_copies_where_there_are_gradients(register):
 def test_a_hook_of_a_step_is_called_by_torchs_call_of_the_step():
     optimizer, found = torch.optim.SGD([torch.ones(1)], lr=0.1), []
     for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
-        register(lambda *_: found.append(_compat.calls_of_step_hook()[0]))
+        register(lambda *_: found.append(_compat.call_of_step_hook()))
     optimizer.step()
     assert found[0] is found[1]
     assert found[0].f_code is type(optimizer).step.__code__
