@@ -277,7 +277,7 @@ def test_the_last_selector_of_bits_counts_and_ranges_go_by_bits():
         ),
         (
             {"layer_bits": {"model.0": 4}, "exclude": ["model.0"]},
-            r"layer_bits has 'model.0', and nothing of it \(Convolution\) runs as a convolution or a linear layer of real",
+            r"layer_bits has 'model.0', and nothing of it \(Convolution\) runs as a convolution or a linear layer of",
             ValueError,
         ),
     ],
