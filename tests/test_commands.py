@@ -33,7 +33,6 @@ OURS = "{class_path: lightning_compress.teacher_from_checkpoint, init_args: {cla
 TEACHER = OURS % "ckpt_path: teacher.ckpt, submodule: model"
 STAND_INS = {
     "{class_path: torchvision.models.resnet18, init_args: {num_classes: 10}}": TEACHER,
-    "{class_path: torchvision.models.resnet34, init_args: {num_classes: 10}}": TEACHER,
     "{layer3: layer3, layer4: layer4}": "{'0': '0', '1': '1'}",
     "[layer4, layer4]": "['0', '0']",
 }

@@ -68,6 +68,13 @@ class ExportCallback(CompressionCallback):
         fp32_comparison: Whether an integer file is compared in bytes and time with one in fp32, for 5 seconds.
         name: As in the base class; default "export".
 
+    Attributes:
+        result: What was written, after a fit.
+        module_metrics: Of the compressed module, quantised as the file is.
+        file_metrics: Of the file, in the same validation.
+        agreement: The share of the validation for which the file chooses the same class as the quantised module.
+        against_fp32: A file of lower precision beside one of the same network in fp32.
+
     Raises:
         TypeError: If ``path`` is neither a string nor a path.
         ValueError: If ``precision``, ``tolerance`` or ``path`` is not accepted.
@@ -83,12 +90,9 @@ class ExportCallback(CompressionCallback):
     places = ("path",)
     result = Returned[ExportResult | None](None)
     module_metrics = Returned[Mapping[str, float]](MappingProxyType({}))
-    """Of the compressed module: quantised as the file is."""
     file_metrics = Returned[Mapping[str, float]](MappingProxyType({}))
     agreement = Returned[float | None](None)
-    """The share of the validation for which the file chooses the same class as the quantised module."""
     against_fp32 = Returned[AgainstFp32 | None](None)
-    """A file of lower precision beside one of the same network in fp32."""
 
     def __init__(
         self,
