@@ -33,6 +33,9 @@ from torch._guards import CompileId
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+FUNCTION_OWNERS = (torch._C._VariableFunctions, torch._C._nn, torch._C.TensorBase)
+"""Where torch's built-in functions are, by all the names they have, besides its public modules."""
+
 
 def attached_trainer(module: nn.Module) -> Any:
     """The Trainer that a LightningModule is attached to, or None; ``module.trainer`` itself raises without one."""
@@ -46,6 +49,24 @@ def validation_source(trainer: Any) -> Any:
     """
     sources = (trainer.fit_loop.epoch_loop.val_loop._data_source, trainer.validate_loop._data_source)
     return next((source.instance for source in sources if source.instance is not None), None)
+
+
+def validation_loaders(trainer: Any) -> list[Any] | None:
+    """The loaders that a Trainer has validated with, if it read one after the other; None: it read them otherwise."""
+    loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop)
+    combined = (loops[1] if trainer.state.fn == "validate" else loops[0])._combined_loader
+    return list(combined.flattened) if combined is not None and combined._mode == "sequential" else None
+
+
+def forget_workers_(loader: Any) -> None:
+    """Let a copy of a loader start workers of its own, where the other one keeps its workers."""
+    if "_iterator" in getattr(loader, "__dict__", {}):
+        loader._iterator = None
+
+
+def settle_(module: Any) -> None:
+    """Let the whole copy of a sharded LightningModule be no longer one that is still to be configured on a mesh."""
+    vars(module).update(configure_model=do_nothing, _device_mesh=None)
 
 
 def validates_in_inference_mode(trainer: Any) -> bool:
@@ -360,7 +381,7 @@ def batch_bounds(program: Any) -> tuple[int, int | None]:
     return max((int(found.lower) for found in ranges), default=0), min(upper, default=None)
 
 
-_open_groups: list[Callable[[str | None], str | None]] = []
+_open_groups: list[Callable[[str | None], str | None]] = []  # of the process, as torch's default group is
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
@@ -1187,3 +1188,44 @@ def test_a_hook_of_a_step_is_called_by_torchs_call_of_the_step():
     optimizer.step()
     assert found[0] is found[1]
     assert found[0].f_code is type(optimizer).step.__code__
+
+
+def test_torch_keeps_its_functions_in_three_places():
+    for owner, name in zip(_compat.FUNCTION_OWNERS, ("relu", "gelu", "add"), strict=True):
+        assert callable(getattr(owner, name))
+
+
+def test_a_loader_keeps_its_workers_in_an_attribute():
+    loader = DataLoader(range(4), num_workers=1, persistent_workers=True)
+    assert "_iterator" in vars(loader)
+    next(iter(loader))
+    assert loader._iterator is not None
+    other = copy.copy(loader)
+    _compat.forget_workers_(other)
+    assert other._iterator is None
+    assert loader._iterator is not None
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_a_settled_module_is_on_no_mesh(namespace):
+    module = import_module(namespace).LightningModule()
+    assert module._device_mesh is None
+    module._device_mesh = object()
+    _compat.settle_(module)
+    assert module.device_mesh is None
+    assert module.configure_model() is None
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_how_a_trainer_reads_its_loaders(namespace):
+    module = import_module(f"{namespace}.demos.boring_classes").BoringModel()
+    combined = import_module(f"{namespace}.utilities").CombinedLoader
+    loader = DataLoader(torch.zeros(4, 32))
+    for given, expected in ((loader, [loader]), (combined([loader, loader], "min_size"), None)):
+        trainer = import_module(namespace).Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
+        )
+        assert _compat.validation_loaders(trainer) is None
+        module.validation_step = lambda batch, batch_idx: None
+        trainer.validate(module, given, verbose=False)
+        assert _compat.validation_loaders(trainer) == expected

@@ -34,6 +34,7 @@ from lightning_compress.callbacks.returned import FOUND, Returned, ReturnsResult
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.lessons import Lesson
+from lightning_compress.mechanisms.optimizers import foreign
 from lightning_compress.mechanisms.owned import (
     OwnedParameters,
     StepError,
@@ -55,6 +56,8 @@ from lightning_compress.tracking import Tracker, goals, recipe_of, run_settings
 log = logging.getLogger("lightning_compress")
 
 SCHEMA = 1
+LIGHTNINGS = ("log", "log_dict")
+"""What Lightning gives a callback: methods of the module, which a copy would bring along."""
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy")
 
 
@@ -456,11 +459,14 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Close the mechanisms, if ``on_fit_end`` was never reached."""
-        self._close()
-        self._tracker = None
+        self.leave()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Close the mechanisms: no other hook follows an exception."""
+        self.leave()
+
+    def leave(self) -> None:
+        """Let go of the module, and of all that was needed for one run only, however that ended."""
         self._close()
         self._tracker = None
 
@@ -676,6 +682,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def _forget_scores(self, trainer: Any, earlier: str, now: str) -> None:
         """Let what chooses by the best so far begin anew, and say so."""
+        self.tracker(trainer).forget()
         forgotten = forget_scores(trainer)
         if "ModelCheckpoint" in forgotten:
             self._warn_once(
@@ -704,6 +711,14 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 f"be changed, layers={networks[0]} for one of them, layers={every} for all"
             )
 
+    def _refuse_foreign(self, trainer: Any, what: str, instead: str = "") -> None:
+        """Refuse optimizers that are none of torch's."""
+        if others := foreign(trainer.optimizers):
+            raise ValueError(
+                f"{type(self).__name__} '{self.name}' {what}, and {listing(others)} is no torch.optim.Optimizer: let "
+                f"it inherit that{instead}"
+            )
+
     def _refuse_passing_by(self) -> None:
         """Complain about a step of an optimizer that Lightning was not told of."""
         raise RuntimeError(
@@ -724,7 +739,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def _snapshot(self) -> dict[str, Any]:
         """Its attributes as they are, without what it has opened."""
-        return {key: ExitStack() if isinstance(value, ExitStack) else value for key, value in vars(self).items()}
+        state = {key: ExitStack() if isinstance(value, ExitStack) else value for key, value in vars(self).items()}
+        return {key: value for key, value in state.items() if key not in LIGHTNINGS}
 
     def _close(self) -> None:
         stack, self._stack, self._controller, self._trainer = self._stack, None, None, None

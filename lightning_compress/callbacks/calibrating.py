@@ -166,7 +166,7 @@ class CalibratingCallback(CompressionCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Learn which network the step calls."""
-        self._trial = None
+        self._trial, self.samples_seen = None, 0
         self.student_capture = controller.capture(self.network, required=True, argument="network")
 
     def verify(self, trainer: Any, pl_module: Any) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lightning_compress.mechanisms.budgets import Budget
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.shrinking import Shrinkage
+from lightning_compress.report.render import aligned
 
 BUDGETS: dict[str, str] = {"filters": "filters", "params": "parameters", "macs": "MACs"}
 """What a share can be of, and how that is called."""
@@ -113,9 +114,7 @@ class Plan:
             (name, _change(*layer.filters), _change(*layer.parameters), _change(*layer.macs))
             for name, layer in self.layers.items()
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [title, *(f"  {line}" for line in self.totals())]
-        lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines = [title, *(f"  {line}" for line in [*self.totals(), *aligned(rows).splitlines()])]
         lines += [f"  keep their filters: {line}" for line in by_reason(self.left)]
         if self.unchecked:
             lines.append(f"  not compared with zeros, as something over channels sees them: {listing(self.unchecked)}")

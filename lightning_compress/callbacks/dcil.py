@@ -219,6 +219,9 @@ class DCILCallback(DynamicMaskCallback):
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """As the base; add the dense pass, and what the two learn from each other."""
+        if self.dense_path != "shared":
+            what = f"makes optimizers of the kind of yours for dense_path='{self.dense_path}'"
+            self._refuse_foreign(trainer, what, ", or choose dense_path='shared'")
         if len(trainer.optimizers) > 1:
             self._refuse_defaults(trainer, pl_module)
         super().attach(controller, stack, trainer, pl_module)

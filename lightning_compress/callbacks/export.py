@@ -150,7 +150,7 @@ class ExportCallback(CompressionCallback):
             self._tell_of_grids(trainer)
         if self.sample is not None:
             as_sample(self.sample, inspect.Signature())  # before the forward that it is for is known
-        if self.metric is not None and not self._validates(trainer, pl_module):
+        if self.metric is not None and not has_validation(pl_module, trainer):
             raise ValueError(
                 f"metric='{self.metric}' is measured in validation, and {class_name(pl_module)} has none here: it "
                 "needs a validation_step, validation data and limit_val_batches above 0"
@@ -253,17 +253,9 @@ class ExportCallback(CompressionCallback):
             return
         log.info("%s: %s", self.name, self.against_fp32)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Drop what ``fast_dev_run`` wrote."""
-        super().teardown(trainer, pl_module, stage)
-        self._drop_draft()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Drop what ``fast_dev_run`` wrote."""
-        super().on_exception(trainer, pl_module, exception)
-        self._drop_draft()
-
-    def _drop_draft(self) -> None:
+    def leave(self) -> None:
+        """As the base; drop what ``fast_dev_run`` wrote."""
+        super().leave()
         if self._draft is not None:
             self._draft.cleanup()
             self._draft = None
@@ -272,7 +264,7 @@ class ExportCallback(CompressionCallback):
         """Run module and file through the module's own validation, on rank 0."""
         if not trainer.is_global_zero or self.result is None:
             return
-        if not self._validates(trainer, pl_module):
+        if not has_validation(pl_module, trainer):
             log.info("%s: %s has no validation, so the file has no metrics", self.name, class_name(pl_module))
             return
         try:
@@ -393,9 +385,6 @@ class ExportCallback(CompressionCallback):
     def _fail(self, message: str) -> None:
         self.failure = message
         warnings.warn(message, stacklevel=2)
-
-    def _validates(self, trainer: Any, pl_module: Any) -> bool:
-        return has_validation(pl_module, trainer)
 
 
 def _weight_bits(callback: Any) -> int | None:

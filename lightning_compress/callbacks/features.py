@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from textwrap import indent
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.stages import Stage, match_stages, record_outputs, stages
 from lightning_compress.mechanisms.states import Sometimes
 from lightning_compress.mechanisms.step import StepController
+from lightning_compress.report.render import aligned
 
 DOMINATES = 3.0  # a term this many times as large as the task loss is what the network will learn
 
@@ -209,9 +211,8 @@ def _table(proposals: Sequence[tuple[Stage, Stage]]) -> str:
     """The proposed pairs as text."""
     rows = [("student", "", "teacher", "")]
     rows += [(one.layer, _shape(one), other.layer, _shape(other)) for one, other in proposals]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "proposed pairs, to be given as an argument if others are meant\n  " + "\n  ".join(lines)
+    table = indent(aligned(rows), "  ")
+    return f"proposed pairs, to be given as an argument if others are meant\n{table}"
 
 
 def _shape(stage: Stage) -> str:

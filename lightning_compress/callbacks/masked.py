@@ -69,6 +69,7 @@ class MaskedWeightsCallback(SavingCallback):
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
         self._undo: dict[str, Any] | None = None  # what this was before a fit that has not trained anything yet
         self._undo_bakes = False  # whether the module was compressed then
+        self._forgotten: dict[str, Any] = {}  # what this was before a checkpoint that is read, until that run is over
         self._usage: Callable[[], Usage] | None = None
 
     # For techniques
@@ -239,7 +240,8 @@ class MaskedWeightsCallback(SavingCallback):
         self._files.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """As the base; a fit that has trained nothing goes back to what was before it."""
+        """As the base; a fit that has trained nothing, and a file that was not loaded, leave what was before them."""
+        self._remember()
         super().on_exception(trainer, pl_module, exception)
         if self._masks is not None and self._masks.parts is not None:
             self._undo = None  # the others may not come: no process goes back alone
@@ -254,6 +256,11 @@ class MaskedWeightsCallback(SavingCallback):
                 "hold the masked ones",
                 self.name,
             )
+
+    def leave(self) -> None:
+        """As the base; what was before the run counts no more."""
+        super().leave()
+        self._forgotten = {}
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep masks whole; outside of a fit, where the module's own hook is as it was, also what a later fit needs."""
@@ -270,7 +277,8 @@ class MaskedWeightsCallback(SavingCallback):
         if self._masks.parts is None:
             names = {key: name for key, value in state.items() if (name := self._name_of(key, value)) is not None}
             same = all(
-                torch.equal(self._masks.masked(name, dense[name]), state[key].cpu()) for key, name in names.items()
+                torch.equal(self._masks.masked(name, dense[name]).to(state[key].dtype), state[key].cpu())
+                for key, name in names.items()
             )
         else:  # only some ranks have a state
             names, same = dict(self._names), self._holds(self._masks, dense)
@@ -326,6 +334,14 @@ class MaskedWeightsCallback(SavingCallback):
             self.go_on(self._undo)
             self._undo = None
 
+    def _remember(self) -> None:
+        """Take back what was forgotten for a file, where the weights are still those of before: it did not fit."""
+        since = {key: vars(self).get(key) for key in self._forgotten}
+        vars(self).update(self._forgotten)
+        masks, dense = self._masks, self._dense
+        if masks is None or dense is None or masks.parts is not None or not self._holds(masks, dense):
+            vars(self).update(since)  # with shards the others may not come to compare
+
     def _replaced(self, pl_module: nn.Module) -> list[str]:
         """The weights that are not the module's, or not any more."""
         present = named_weights(pl_module)
@@ -365,6 +381,14 @@ class MaskedWeightsCallback(SavingCallback):
         """Keep the dense weights of a checkpoint that is loaded to be tested, for a fit that goes on from it."""
         if self._controller is not None:  # a fit looks for a learning rate, and comes back to where it was
             return
+        before = dict(vars(self))
+        try:
+            self._read(checkpoint)
+        finally:
+            self._forgotten = {key: value for key, value in before.items() if vars(self).get(key) is not value}
+
+    def _read(self, checkpoint: dict[str, Any]) -> None:
+        """Hold the masks and the dense weights of a checkpoint, and nothing of those that were here."""
         self.forget()
         states = checkpoint.get("callbacks", {})
         if self.state_key in states:  # as it is in the file: Lightning passes over an empty one
@@ -394,6 +418,10 @@ class MaskedWeightsCallback(SavingCallback):
             same = all(earlier.weights[name] is weight for name, weight in weights.items())
         else:
             same = self._holds(earlier, dense)
+        if not same and dense is not None:
+            log.info(
+                "%s: the weights have changed since the last fit, so this one begins with them as they are", self.name
+            )
         if same:
             self._undo, self._undo_bakes = last, dense is not None
             for name, value in (dense or {}).items():
@@ -406,7 +434,8 @@ class MaskedWeightsCallback(SavingCallback):
         others = 0
         for name, weight in now.weights.items():
             left = rows_of(dense[name], weight).masked_fill(~rows_of(masks[name], weight), 0.0)
-            others += not torch.equal(left, own_part(weight))
+            own = own_part(weight)  # which may have been cast since
+            others += not torch.equal(left.to(own.dtype), own)
         return (others if now.parts is None else now.parts.totals([others])[0]) == 0
 
     def _announce(self) -> None:

@@ -280,9 +280,9 @@ class PSGDCallback(CompressionCallback):
         self._bind()
         super().setup(trainer, pl_module, stage)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def leave(self) -> None:
         """As the base; forget whose weights a checkpoint is about."""
-        super().teardown(trainer, pl_module, stage)
+        super().leave()
         self._tested = None
 
     def problem_with_shards(self) -> str | None:
@@ -296,6 +296,7 @@ class PSGDCallback(CompressionCallback):
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Select the weights, and get between gradients and optimizers."""
         super().attach(controller, stack, trainer, pl_module)
+        self._refuse_foreign(trainer, "follows the steps of optimizers")
         self._candidates = self._selected(trainer, pl_module)
         if self.layers is None:
             self._refuse_separate(trainer, self._candidates)

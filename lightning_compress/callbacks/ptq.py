@@ -185,8 +185,8 @@ class PTQCallback(QuantisedCallback):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take the scales of a checkpoint; one that was written during a fit has none, nor one of other arguments."""
         found = None if state["quantization"] is None else Grids.from_state(state["quantization"])
-        before = {"layer_bits": None, **state.get("arguments", {})}  # older checkpoints do not have it
-        self.quantization = found if before == self._arguments() else None
+        self.quantization = found if state["arguments"] == self._arguments() else None
+        self.samples_seen = 0
 
     # Private
 

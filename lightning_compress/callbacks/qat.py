@@ -570,6 +570,8 @@ class QATCallback(QuantisedCallback):
         self.quantization = None if grids is None else Grids.from_state(grids)
         self._start_grids = None if start is None else Grids.from_state(start)
         self._kept = {name: state[name] for name in KEPT if name in state}
+        self._highest_lr = state.get("highest_lr", 0.0)
+        self.samples_seen = 0
 
     # Private
 
@@ -771,7 +773,7 @@ class QATCallback(QuantisedCallback):
 
     def _refuse_other_grids(self, state: dict[str, Any], pl_module: Any) -> None:
         """Refuse arguments by which other weights would be rounded, or the same to other bits."""
-        before = {"layer_bits": None, **state["arguments"]}  # older checkpoints do not have it
+        before = state["arguments"]
         now = {argument: getattr(self, argument) for argument in GRID_ARGUMENTS}
         edges = [edge_bits_of(own["edge_bits"], own["weight_bits"]) for own in (before, now)]
         changed = [own for own in ("weight_bits", "activation_bits") if before[own] != now[own]]

@@ -79,7 +79,7 @@ class QuantisedCallback(CalibratingCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """As the base; two of these cannot quantise one network."""
-        self._evaluation.close()
+        self._end_evaluation()
         super().setup(trainer, pl_module, stage)
         for other in trainer.callbacks:
             if not isinstance(other, QuantisedCallback) or other is self:
@@ -130,15 +130,10 @@ class QuantisedCallback(CalibratingCallback):
         except QuantizationError as error:
             warnings.warn(str(error), stacklevel=2)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave nothing on the module."""
-        super().teardown(trainer, pl_module, stage)
-        self._evaluation.close()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave nothing on the module."""
-        super().on_exception(trainer, pl_module, exception)
-        self._evaluation.close()
+    def leave(self) -> None:
+        """As the base; show the plain network again."""
+        super().leave()
+        self._end_evaluation()
 
     def flaw(self, state: Mapping[str, Any]) -> str | None:
         """As the base; with the numbers of the grids."""
@@ -161,14 +156,19 @@ class QuantisedCallback(CalibratingCallback):
             self._calls = self._evaluation.enter_context(quantizing(network, Rounding(network, grids)))
 
     def _hide(self, pl_module: Any) -> None:
-        calls, self._calls = self._calls, None
-        self._evaluation.close()
+        calls = self._end_evaluation()
         if calls is not None and calls.count == 0:
             raise QuantizationError(
                 f"{type(self).__name__} '{self.name}' had no effect: {class_name(pl_module)} never called "
                 f"'{(self.quantization or Grids()).network or 'self'}', so what was measured is the plain network; "
                 "name the part that it calls with network="
             )
+
+    def _end_evaluation(self) -> GuardedCalls | None:
+        """Show the plain network; what has counted the calls of the quantised one is given back."""
+        calls, self._calls = self._calls, None
+        self._evaluation.close()
+        return calls
 
     def _belongs_to(self, grids: Grids, pl_module: nn.Module) -> bool:
         """Whether the module has the network, and that the weights, that grids were found for."""

@@ -130,14 +130,9 @@ class CompressionReport(CompressionCallback):
             before = whole(trainer, pl_module)
             self._before = before if trainer.is_global_zero else None
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Drop the copy, and what the network received."""
-        super().teardown(trainer, pl_module, stage)
-        self._before = self._capture = None
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Drop the copy, and what the network received."""
-        super().on_exception(trainer, pl_module, exception)
+    def leave(self) -> None:
+        """As the base; drop the copy, and what the network received."""
+        super().leave()
         self._before = self._capture = None
 
     def report(self, trainer: Any, pl_module: Any) -> None:
@@ -258,8 +253,6 @@ class CompressionReport(CompressionCallback):
         if not has_validation(pl_module, trainer):
             notes.append(f"There are no metrics: {class_name(pl_module)} has no validation here.")
             return {}
-        if samples := samples_validated(trainer):
-            notes.append(f"The metrics are of {samples:,} {'sample' if samples == 1 else 'samples'} of the validation.")
         metrics: dict[str, dict[str, float]] = {}
         exports = _exports(trainer)
         for name, callback in exports.items():
@@ -273,6 +266,8 @@ class CompressionReport(CompressionCallback):
                 owner = self._before if name == "before" else pl_module
                 stand_in = None if name in ("before", "after") else model
                 metrics[name] = _attempt(name, notes, _validated, owner, trainer, network, stand_in)
+        if any(metrics.values()) and (samples := samples_validated(trainer)):
+            notes.append(f"The metrics are of {samples:,} {'sample' if samples == 1 else 'samples'} of the validation.")
         return metrics
 
     def _log(self, trainer: Any, report: Report) -> None:

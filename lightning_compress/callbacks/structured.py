@@ -51,6 +51,7 @@ from lightning_compress.mechanisms.shrinking import (
     Structure,
     prepared_shrinkage,
     structure_of,
+    structure_told_by,
 )
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.states import Each
@@ -220,6 +221,11 @@ class StructuredPruningCallback(SavingCallback):
         aims: dict[str, Aim] = {"ratio": self.ratio, "budget": self.budget, "schedule": self.schedule}
         aims |= {"start": self.start} if self.schedule == "one_shot" else {"start": self.start, "end": self.end}
         kind, plan = type(self).__name__, self.plan
+        if plan is None and self._state.done and self._reached_all:
+            smaller = [name.removesuffix(".weight") for name, kept in self.shrinkage.kept.items() if 0 in kept]
+            named = dict(pl_module.named_modules())
+            takes = tuple(name for name in smaller if name in named and named[name].weight.ndim > 1)
+            return Intent(kind, takes, aims=aims, notes=tuple(self.remarks()))
         if plan is None:
             return Intent(kind, aims=aims, notes=("the first batch shows what can go",))
         takes = tuple(plan.filters)
@@ -499,12 +505,19 @@ class StructuredPruningCallback(SavingCallback):
                 f"the checkpoint was saved with StructuredPruningCallback '{owners[0]}', whose rounds '{self.name}' "
                 f"does not know of: give this one name='{owners[0]}'"
             )
-        if not owners and not self.has_fitted(pl_module):
+        if not owners and not (self.has_fitted(pl_module) and self._knows(pl_module, checkpoint)):
             return  # of a network that nobody has made smaller: if it does not fit, Lightning says so
         for module in (pl_module, *_compat.averages_of(trainer, pl_module)):
             told = resize_(module, checkpoint)
             if told is not None and module is pl_module and self._saving and not self.has_fitted(pl_module):
                 self._warn_once(f"the checkpoint's network takes the place of this one: {told}")
+
+    def _knows(self, pl_module: nn.Module, checkpoint: Mapping[str, Any]) -> bool:
+        """Whether each size in a checkpoint is that of now, or the one at first."""
+        known = [structure_of(pl_module), self._state.whole]
+        told = structure_told_by(pl_module, checkpoint["state_dict"]).items()
+        sizes = [(name, *size) for name, own in told for size in own.items()]
+        return all(size in [own.get(name, {}).get(what) for own in known] for name, what, size in sizes)
 
 
 def _numbers(what: str, numbers: Sequence[int]) -> str:

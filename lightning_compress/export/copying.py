@@ -79,7 +79,7 @@ def whole_copy(module: ModuleT, *, wanted: bool = True, rows: Callable[[Tensor],
     source = cast(ModuleT, _compat.uncompiled(module))
     with _compat.without_sharding(source):
         duplicate = _copied(source, whole).cpu()
-    vars(duplicate).update(configure_model=_compat.do_nothing, _device_mesh=None)
+    _compat.settle_(duplicate)
     return duplicate
 
 

@@ -169,8 +169,8 @@ def samples_validated(trainer: Any) -> int | None:
         trainer: A Trainer that has validated.
 
     Returns:
-        Those of all loaders, within the limit of batches; None where a loader does not say, or there are several
-        processes.
+        Those of all loaders, within the limit of batches; None where a loader does not say, loaders are not read one
+        after the other, or there are several processes.
 
     Example:
         >>> import lightning.pytorch as L
@@ -183,11 +183,11 @@ def samples_validated(trainer: Any) -> int | None:
     batches = _batches(trainer)
     if batches is None or trainer.world_size > 1:
         return None
-    loaders = import_module(f"{_compat.package_of(trainer)}.utilities").CombinedLoader(trainer.val_dataloaders)
+    loaders = _compat.validation_loaders(trainer)
     try:
-        limits = zip(loaders.flattened, trainer.num_val_batches, strict=True)
+        limits = zip(loaders or (), trainer.num_val_batches, strict=True)
         return sum(int(min(len(loader.sampler), count * loader.batch_size)) for loader, count in limits)
-    except (AttributeError, TypeError):  # a sampler without a length, a loader without a sampler or of ready batches
+    except Exception:  # somebody's own loader or sampler, or one that says by an error that it has no length
         return None
 
 

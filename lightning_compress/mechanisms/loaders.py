@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
+from lightning_compress import _compat
 from lightning_compress.mechanisms.isolation import attributes_kept
 
 DATA = ("dataset", "datasets", "data_source")
@@ -50,8 +51,7 @@ def independent_loaders(loaders: Sequence[Any]) -> Iterator[list[Any]]:
     copies = []
     for loader in loaders:
         copied = copy.copy(loader)
-        if "_iterator" in getattr(copied, "__dict__", {}):
-            copied._iterator = None  # that of persistent workers
+        _compat.forget_workers_(copied)
         copies.append(copied)
     with data_kept(loaders):
         yield copies

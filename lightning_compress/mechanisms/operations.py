@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_compress import _compat
+
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 """Name to the number of spatial dimensions."""
 LAYERS = (*CONVOLUTIONS, *(f"conv_transpose{own}d" for own in (1, 2, 3)), "linear", "addmm", "baddbmm")
@@ -82,7 +84,7 @@ def _writes(name: str) -> bool:
 
 _BUILT_IN: dict[Any, str] = {
     function: str(function.__name__)
-    for owner in (functional, torch.functional, torch._C._VariableFunctions, torch._C._nn, torch._C.TensorBase, Tensor)
+    for owner in (functional, torch.functional, *_compat.FUNCTION_OWNERS, Tensor)
     for function in (getattr(owner, attribute, None) for attribute in dir(owner))
     if isinstance(function, (BuiltinFunctionType, FunctionType, MethodDescriptorType, WrapperDescriptorType))
 }

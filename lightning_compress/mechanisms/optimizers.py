@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, Literal
@@ -174,6 +174,22 @@ def repeats_steps(optimizer: torch.optim.Optimizer) -> bool:
         (True, False)
     """
     return _is_one_of(optimizer, ("LBFGS",))
+
+
+def foreign(optimizers: Sequence[object]) -> list[str]:
+    """Optimizers that are none of torch's, which Lightning takes too: nobody can follow their steps.
+
+    Args:
+        optimizers: Any.
+
+    Returns:
+        Their classes.
+
+    Example:
+        >>> foreign([torch.optim.SGD([torch.ones(1)], lr=0.1), object()])
+        ['object']
+    """
+    return [type(own).__name__ for own in optimizers if not isinstance(own, torch.optim.Optimizer)]
 
 
 def _is_one_of(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> bool:

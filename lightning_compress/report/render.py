@@ -110,10 +110,23 @@ def fitting(lines: Sequence[Sequence[str]], width: int | None, *, names: int = 1
             parts.append([*first])
         parts[-1].append(index)
     tables = [[[line[index] for index in part] for line in lines] for part in parts]
-    return "\n\n".join(_aligned([line for line in table if any(line)]) for table in tables)
+    return "\n\n".join(aligned([line for line in table if any(line)]) for table in tables)
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table as text, as wide as it takes.
+
+    Args:
+        lines: As many entries in each.
+
+    Returns:
+        The lines, their entries below one another.
+
+    Example:
+        >>> print(aligned([["layer", "filters"], ["0", "16 -> 8"]]))
+        layer  filters
+        0      16 -> 8
+    """
     widths = _widths(lines)
     padded = [[entry.ljust(width) for entry, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in padded)

@@ -68,6 +68,10 @@ class Tracker:
         self._goals, self._best = dict(goals), {}
         self._each("the definitions of metrics", lambda sink: sink.define())
 
+    def forget(self) -> None:
+        """Compare nothing with the best values so far: they are of another network."""
+        self._best = {}
+
     def validated(self, metrics: Mapping[str, Any]) -> None:
         """Log the best value so far of each metric that counts, as ``compress/best/<metric>``.
 

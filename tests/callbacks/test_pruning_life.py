@@ -599,3 +599,66 @@ def test_each_layer_is_rounded_for_itself(sparsity):
     pruning = PruningCallback(sparsity, scope="layer", schedule="one_shot")
     trainer(pruning).fit(module, loader())
     assert all(torch.equal(mask, own) for mask, own in zip(pruning.masks.values(), expected, strict=True))
+
+
+class Begins(L.Callback):
+    """Counts the zeros that a fit begins with."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.zeros = zeros(pl_module)
+
+
+@pytest.mark.parametrize("run", ["test", "fit"])
+def test_a_file_that_does_not_fit_leaves_the_dense_weights(run, tmp_path):
+    pruning, begins = PruningCallback(0.5), Begins()
+    module = made(Classifier)
+    fitting = trainer(pruning)
+    fitting.fit(module, loader(), loader())
+    fitting.save_checkpoint(tmp_path / "file.ckpt")
+    file = torch.load(tmp_path / "file.ckpt", weights_only=True)
+    file["state_dict"] = {name: value[:1] for name, value in file["state_dict"].items()}
+    file["lightning_compress"] = {}
+    torch.save(file, tmp_path / "other.ckpt")
+    masks = pruning.masks
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        getattr(trainer(pruning), run)(module, loader(), ckpt_path=tmp_path / "other.ckpt")
+    assert same(masks, pruning.masks)
+    assert pruning.reached == pytest.approx(0.5, abs=0.01)
+    trainer(pruning, begins).fit(module, loader(), loader())
+    assert begins.zeros == 0
+
+
+def test_a_file_that_was_loaded_counts_where_the_validation_of_it_fails(tmp_path):
+    first, second = PruningCallback(0.5), PruningCallback(0.5)
+    fitting = trainer(first)
+    fitting.fit(made(Classifier), loader(), loader())
+    fitting.save_checkpoint(tmp_path / "file.ckpt")
+    module = made(Classifier)
+    with torch.no_grad():
+        for value in module.parameters():
+            value.copy_(value.flip(0))
+    trainer(second).fit(module, loader(), loader())
+    assert not same(first.masks, second.masks)
+    module.fails_in_validation = True
+    with pytest.raises(RuntimeError):
+        trainer(second).validate(module, loader(), ckpt_path=tmp_path / "file.ckpt")
+    assert same(first.masks, second.masks)
+
+
+@pytest.mark.parametrize("then", ["bf16-true", "64-true"])
+def test_a_fit_in_another_precision_goes_on_from_the_dense_weights(then):
+    pruning, begins, module = PruningCallback(0.5), Begins(), made(Classifier)
+    trainer(pruning).fit(module, loader(), loader())
+    assert zeros(module) > 0
+    trainer(pruning, begins, precision=then).fit(module, loader(), loader())
+    assert begins.zeros == 0
+
+
+def test_other_weights_than_those_of_the_last_fit_are_told(caplog):
+    pruning, module = PruningCallback(0.5), made(Classifier)
+    trainer(pruning).fit(module, loader(), loader())
+    with torch.no_grad():
+        next(module.parameters()).add_(1)
+    with caplog.at_level(logging.INFO, logger="lightning_compress"):
+        trainer(pruning).fit(module, loader(), loader())
+    assert "the weights have changed since the last fit" in caplog.text

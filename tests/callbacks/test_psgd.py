@@ -6,6 +6,7 @@ import csv
 import logging
 import math
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import lightning.pytorch as L
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import DistillationCallback, PruningCallback, PSGDCallback
+from lightning_compress import DCILCallback, DistillationCallback, PruningCallback, PSGDCallback
 from lightning_compress.functional import nearest_grid_point, quantization_grid
 from lightning_compress.functional.gradients import grid_positions
 from lightning_compress.report.positions import position_histogram
@@ -775,3 +776,43 @@ def test_a_tied_weight_is_scaled_once():
     data = DataLoader(TensorDataset(torch.randn(BATCH, 8)), batch_size=BATCH)
     trainer(psgd).fit(module, data)
     assert sorted(psgd.grids) == ["a.bias", "a.weight", "b.bias"]
+
+
+class Foreign:
+    """An optimizer that is none of torch's; Lightning takes it."""
+
+    def __init__(self, parameters, lr=0.05):
+        self.param_groups, self.defaults, self.state = [{"params": list(parameters), "lr": lr}], {}, {}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+    def zero_grad(self, set_to_none=True):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                if parameter.grad is not None:
+                    parameter -= self.param_groups[0]["lr"] * parameter.grad
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (PSGDCallback(), "'psgd' follows the steps of optimizers, and 'Foreign' is no torch.optim.Optimizer"),
+        (DCILCallback(0.5, layers=["type:Linear"], dense_path="own_norm"), "or choose dense_path='shared'"),
+        (DCILCallback(0.5, layers=["type:Linear"], dense_path="shared"), None),
+        (PruningCallback(0.5), None),
+    ],
+)
+def test_optimizers_of_other_makers(callback, message):
+    module = Mlp(Foreign)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        fitted(module, callback)

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_compress import PTQCallback
+from lightning_compress import PTQCallback, QATCallback
 
 pytestmark = pytest.mark.sample  # fits, and a calibration after each
 ROWS = 2 * BATCH  # of the validation
@@ -1004,3 +1004,52 @@ def test_two_processes_find_the_same_grids_and_the_parent_gets_them(method, tmp_
     assert parent["metrics"] == first["metrics"]
     assert parent["shown"]["val_loss"] == pytest.approx(parent["metrics"]["val_loss"], abs=1e-6)
     assert len(list(tmp_path.rglob("compression_report.json"))) == 1
+
+
+class Breaking(NormClassifier):
+    """Its validation and its test fail before they call the network, where they are told to."""
+
+    breaks = False
+
+    def validation_step(self, batch, batch_idx):
+        if self.breaks:
+            raise OSError("the data are gone")
+        super().validation_step(batch, batch_idx)
+
+    test_step = validation_step
+
+
+@pytest.mark.parametrize("kind", [PTQCallback, QATCallback])
+@pytest.mark.parametrize("run", ["validate", "test"])
+@pytest.mark.filterwarnings("ignore:.*beyond the ends of their grids")
+def test_after_an_evaluation_that_failed_a_fit_goes_on(kind, run):
+    callback = kind()
+    module, fitting = fitted(callback, Breaking)
+    module.breaks = True
+    with pytest.raises(OSError, match="gone"):
+        getattr(fitting, run)(module, loader(), verbose=False)
+    module.breaks = False
+    fitting = trainer(callback)
+    fitting.fit(module, loader(), loader(rows=ROWS))
+    assert callback.quantization is not None
+
+
+def test_samples_are_those_that_this_process_has_looked_at(tmp_path):
+    ptq = PTQCallback(max_samples=16)
+    module, fitting = fitted(ptq)
+    assert ptq.samples_seen == 16
+    fitting.save_checkpoint(tmp_path / "scales.ckpt")
+    other = PTQCallback(max_samples=16)
+    fitted(other)
+    trainer(other).validate(module, loader(), ckpt_path=tmp_path / "scales.ckpt", verbose=False)
+    assert same(ptq, other)
+    assert other.samples_seen == 0
+
+
+def test_a_copy_does_not_bring_the_module_along():
+    ptq = PTQCallback()
+    module, _ = fitted(ptq)
+    assert ptq.log.__self__ is module  # as Lightning has left it
+    copied = copy.deepcopy(ptq)
+    assert "log" not in vars(copied)
+    assert not any(value is module for value in vars(copied).values())

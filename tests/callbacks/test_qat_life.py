@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import math
 import os
 import subprocess
@@ -33,6 +34,7 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.loggers import CSVLogger
 from onnx import numpy_helper
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
@@ -1273,3 +1275,39 @@ def test_other_bits_than_psgd_are_a_warning():
     with pytest.warns(UserWarning, match="'psgd' trains for 3 bits, and weight_bits=4: .*give weight_bits=3") as caught:
         fitted(qat_of("mse", start=0.5), Classifier, PSGDCallback(3, edge_bits=None, quantized_validation=False))
     assert len([entry for entry in caught if "trains for 3 bits" in str(entry.message)]) == 1
+
+
+def test_the_largest_rate_outlives_a_test(tmp_path):
+    module, qat = made(NormClassifier), QATCallback()
+    fitting = trainer(qat)
+    fitting.fit(module, loader(), loader())
+    fitting.save_checkpoint(tmp_path / "first.ckpt")
+    other = trainer(QATCallback())
+    other.validate(made(NormClassifier), loader(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    other.save_checkpoint(tmp_path / "second.ckpt")
+    first, second = (
+        torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["callbacks"][qat.state_key]["highest_lr"]
+        for name in ("first", "second")
+    )
+    assert first == second > 0
+
+
+class Worse(NormClassifier):
+    """Its accuracy falls when it is quantised, and does not come back."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("known", (0.9, 0.5, 0.6, 0.6)[self.current_epoch])  # once more after the last epoch
+
+
+@pytest.mark.filterwarnings("ignore:.*the best checkpoints so far")
+def test_the_best_so_far_is_that_of_the_quantised_network(tmp_path):
+    logger = CSVLogger(tmp_path)
+    saver = ModelCheckpoint(tmp_path, monitor="known", mode="max")
+    fitting = trainer(
+        QATCallback(start=0.5), saver, max_epochs=3, logger=logger, enable_checkpointing=True, num_sanity_val_steps=0
+    )
+    fitting.fit(made(Worse), loader(), loader())
+    rows = csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines())
+    assert [float(row["compress/best/known"]) for row in rows if row.get("compress/best/known")] == [0.9, 0.5, 0.6]
+    assert float(saver.best_model_score) == pytest.approx(0.6)

@@ -400,3 +400,13 @@ def test_an_attribute_of_somebody_elses_callback_is_no_teacher(lightning, tmp_pa
     report = CompressionReport(latency=False)
     make_trainer(lightning, tmp_path, [Other(), report]).fit(make_module(lightning))
     assert [row.name for row in report.result.rows] == ["before", "after"]
+
+
+def test_no_number_of_samples_stands_beside_metrics_that_were_not_measured(lightning, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("lightning_compress.callbacks.report._validated", fails)
+    report = CompressionReport(latency=False, path=tmp_path)
+    make_trainer(lightning, tmp_path, [report]).fit(make_module(lightning))
+    assert not any("samples" in note for note in report.result.notes)

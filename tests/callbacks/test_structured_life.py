@@ -501,3 +501,30 @@ def test_a_step_that_calls_parts_of_the_network():
     fitted(chain, structured(), steps=16)
     ours, theirs = list(chain.state_dict().values()), list(plain.state_dict().values())
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_file_of_any_other_size_is_refused_after_a_fit_too(tmp_path):
+    wider = Lit("sgd")
+    wider.net.conv1, wider.net.conv2 = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 16, 3, padding=1)
+    first, module = Lit("sgd"), Lit("sgd")
+    for name, other in (("wider", wider), ("first", first)):
+        state = {"state_dict": other.state_dict(), "pytorch-lightning_version": L.__version__, "callbacks": {}}
+        torch.save({**state, "epoch": 0, "global_step": 0}, tmp_path / f"{name}.ckpt")
+    pruning = structured()
+    fitted(module, pruning)
+    smaller = sizes(module)
+    fitting = L.Trainer(callbacks=[pruning], accelerator="cpu", logger=False, enable_progress_bar=False)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fitting.validate(module, ckpt_path=tmp_path / "wider.ckpt", verbose=False)
+    assert sizes(module) == smaller
+    fitting.validate(module, ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    assert sizes(module) == sizes(first)
+
+
+def test_a_resumed_fit_says_what_went_before(tmp_path):
+    fitted(Lit("sgd"), structured(), saving(tmp_path), steps=16)
+    pruning, module = structured(), Lit("sgd")
+    fitted(module, pruning, steps=16, ckpt_path=tmp_path / "step=14.ckpt", weights_only=True)
+    intent = pruning.intent(None, module)
+    assert intent.takes == ("net.conv1", "net.conv2")
+    assert "are gone" in intent.notes[0]

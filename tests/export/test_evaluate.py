@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler, TensorDataset
 
 from lightning_compress.export import EvaluationError, Sample, evaluate, to_onnx
 from lightning_compress.export.evaluate import evaluate_forward, repeatedly, samples_validated
@@ -200,6 +201,16 @@ class Ready:
         return 1
 
 
+class Endless(Sampler):
+    """Says by an error of its own that it has no length."""
+
+    def __iter__(self):
+        return iter(range(10))
+
+    def __len__(self):
+        raise NotImplementedError
+
+
 def batches_of(size, *, dropping=False):
     data = TensorDataset(torch.zeros(10, 3), torch.zeros(10, dtype=torch.long))
     return DataLoader(data, batch_size=size, drop_last=dropping)
@@ -216,6 +227,8 @@ def batches_of(size, *, dropping=False):
         (DataLoader(Stream(), batch_size=4), 2, None),
         (DataLoader([(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))] * 3, batch_size=None), 1.0, None),
         (Ready(), 1.0, None),
+        (DataLoader(batches_of(1).dataset, batch_size=4, sampler=Endless()), 2, None),
+        (CombinedLoader([batches_of(4), batches_of(5)], "max_size"), 2, None),
     ],
 )
 @pytest.mark.parametrize("namespace", NAMESPACES)
@@ -224,7 +237,7 @@ def test_how_many_samples_are_validated(loaders, limit, samples, namespace):
 
     class Counting(import_module(namespace).LightningModule):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            seen.append(len(batch[0]))
+            seen.append(0 if isinstance(batch, list) and isinstance(batch[0], list) else len(batch[0]))
 
     trainer = networks.trainer(namespace, limit_val_batches=limit)
     assert samples_validated(trainer) is None

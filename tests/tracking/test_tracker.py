@@ -287,3 +287,18 @@ def test_json_is_what_a_csv_logger_keeps_of_a_file(tmp_path):
         "failure": "too far",
         "step": 7,
     }
+
+
+def test_the_best_of_another_network_is_forgotten():
+    logger = Plain()
+    own = tracker(logger)
+    own.define({"acc": "max"})
+    for value in (0.9, 0.5):
+        own.validated({"acc": value})
+    own.forget()
+    own.validated({"acc": 0.6})
+    assert [metrics["compress/best/acc"] for metrics, _ in logger.seen if "compress/best/acc" in metrics] == [
+        0.9,
+        0.9,
+        0.6,
+    ]

@@ -13,6 +13,7 @@ from lightning_compress.commands.sensitivity.journal import Measurement
 from lightning_compress.commands.sensitivity.layers import Layer
 from lightning_compress.commands.sensitivity.metrics import Metric
 from lightning_compress.report import units
+from lightning_compress.report.render import escaped
 
 SCHEMA = 1
 NAME_LENGTH = 60
@@ -147,7 +148,7 @@ def to_markdown(findings: Findings, notes: Sequence[str]) -> str:
         "![](sensitivity.png)",
     ]
     for method, rows in tables(findings).items():
-        head, *body = [[entry.replace("|", "\\|") for entry in row] for row in rows]
+        head, *body = [[escaped(entry) for entry in row] for row in rows]
         lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
         parts += [f"## {method}", "\n".join(f"| {' | '.join(row)} |" for row in lines)]
     return "\n\n".join(parts) + "\n"
