@@ -51,11 +51,11 @@ def validation_source(trainer: Any) -> Any:
     return next((source.instance for source in sources if source.instance is not None), None)
 
 
-def validation_loaders(trainer: Any) -> list[Any] | None:
-    """The loaders that a Trainer has validated with, if it read one after the other; None: it read them otherwise."""
+def validation_loaders(trainer: Any) -> list[Any]:
+    """The loaders that a Trainer has validated with; none where it has not."""
     loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop)
     combined = (loops[1] if trainer.state.fn == "validate" else loops[0])._combined_loader
-    return list(combined.flattened) if combined is not None and combined._mode == "sequential" else None
+    return [] if combined is None else list(combined.flattened)
 
 
 def forget_workers_(loader: Any) -> None:
@@ -65,7 +65,7 @@ def forget_workers_(loader: Any) -> None:
 
 
 def settle_(module: Any) -> None:
-    """Let the whole copy of a sharded LightningModule be no longer one that is still to be configured on a mesh."""
+    """A whole copy of a sharded LightningModule is not to be configured, nor to be put on a mesh, any more."""
     vars(module).update(configure_model=do_nothing, _device_mesh=None)
 
 

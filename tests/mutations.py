@@ -415,8 +415,8 @@ MUTATIONS = (
     Mutation(
         "an exception leaves the mechanisms open",
         BASE,
-        '"""Close the mechanisms: no other hook follows an exception."""\n        self.leave()',
-        '"""Close the mechanisms: no other hook follows an exception."""',
+        'no other hook follows an exception."""\n        if not self._is_elsewhere(trainer):\n',
+        'no other hook follows an exception."""\n        if False:\n',
         f"{CONTRACT}/test_cleanup.py::test_after_an_exception_nothing_stays",
     ),
     Mutation(
@@ -429,15 +429,16 @@ MUTATIONS = (
     Mutation(
         "a file that does not fit takes the dense weights along",
         MASKED,
-        "        self._remember()\n",
+        "        self._put_back()\n",
         "",
         "tests/callbacks/test_pruning_life.py::test_a_file_that_does_not_fit_leaves_the_dense_weights[test]",
     ),
     Mutation(
         "what was before a file comes back though that was loaded",
         MASKED,
-        " or masks.parts is not None or not self._holds(masks, dense):\n",
-        " or masks.parts is not None:\n",
+        '        """Validation in a fit sees the masked weights; outside of one, a file is loaded by now."""\n'
+        "        self._forgotten = {}\n",
+        '        """Validation in a fit sees the masked weights; outside of one, a file is loaded by now."""\n',
         "tests/callbacks/test_pruning_life.py::test_a_file_that_was_loaded_counts_where_the_validation_of_it_fails",
     ),
     Mutation(

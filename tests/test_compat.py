@@ -1221,11 +1221,11 @@ def test_how_a_trainer_reads_its_loaders(namespace):
     module = import_module(f"{namespace}.demos.boring_classes").BoringModel()
     combined = import_module(f"{namespace}.utilities").CombinedLoader
     loader = DataLoader(torch.zeros(4, 32))
-    for given, expected in ((loader, [loader]), (combined([loader, loader], "min_size"), None)):
+    for given, expected in ((loader, [loader]), (combined([loader, loader], "min_size"), [loader, loader])):
         trainer = import_module(namespace).Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
         )
-        assert _compat.validation_loaders(trainer) is None
+        assert _compat.validation_loaders(trainer) == []
         module.validation_step = lambda batch, batch_idx: None
         trainer.validate(module, given, verbose=False)
         assert _compat.validation_loaders(trainer) == expected

@@ -56,7 +56,7 @@ from lightning_compress.tracking import Tracker, goals, recipe_of, run_settings
 log = logging.getLogger("lightning_compress")
 
 SCHEMA = 1
-LIGHTNINGS = ("log", "log_dict")
+LOGGING_METHODS = ("log", "log_dict")
 """What Lightning gives a callback: methods of the module, which a copy would bring along."""
 UNSUPPORTED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "XLAFSDPStrategy")
 
@@ -299,6 +299,11 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work before anything happens."""
+        if self._is_elsewhere(trainer):
+            raise RuntimeError(
+                f"{type(self).__name__} '{self.name}' is at work in another fit that has not ended; give this Trainer "
+                "a callback of its own, or none"
+            )
         if stage != "fit":
             if self.quantises:  # it shows another network there
                 self._check_strategy(trainer.strategy)
@@ -318,11 +323,6 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the mechanisms."""
-        if self._trainer is not None and self._trainer is not trainer and _compat.is_running(self._trainer):
-            raise RuntimeError(
-                f"{type(self).__name__} '{self.name}' is at work in another fit that has not ended; give this one "
-                "a callback of its own"
-            )
         if shards(trainer):
             refuse_layout(pl_module, type(self).__name__)
         self._close()
@@ -459,11 +459,13 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Close the mechanisms, if ``on_fit_end`` was never reached."""
-        self.leave()
+        if not self._is_elsewhere(trainer):
+            self.leave()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Close the mechanisms: no other hook follows an exception."""
-        self.leave()
+        if not self._is_elsewhere(trainer):
+            self.leave()
 
     def leave(self) -> None:
         """Let go of the module, and of all that was needed for one run only, however that ended."""
@@ -520,6 +522,10 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             self._refuse_state(problem)
 
     # Private
+
+    def _is_elsewhere(self, trainer: Any) -> bool:
+        """Whether it is at work in a fit of another Trainer."""
+        return self._trainer is not None and self._trainer is not trainer and _compat.is_running(self._trainer)
 
     def _taught_moved(self, pl_module: Any) -> bool:
         """Whether a parameter that it teaches was written to since the fit began."""
@@ -682,7 +688,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
 
     def _forget_scores(self, trainer: Any, earlier: str, now: str) -> None:
         """Let what chooses by the best so far begin anew, and say so."""
-        self.tracker(trainer).forget()
+        self.tracker(trainer).forget(trainer.callback_metrics)
         forgotten = forget_scores(trainer)
         if "ModelCheckpoint" in forgotten:
             self._warn_once(
@@ -740,7 +746,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def _snapshot(self) -> dict[str, Any]:
         """Its attributes as they are, without what it has opened."""
         state = {key: ExitStack() if isinstance(value, ExitStack) else value for key, value in vars(self).items()}
-        return {key: value for key, value in state.items() if key not in LIGHTNINGS}
+        return {key: value for key, value in state.items() if key not in LOGGING_METHODS}
 
     def _close(self) -> None:
         stack, self._stack, self._controller, self._trainer = self._stack, None, None, None

@@ -34,6 +34,9 @@ from lightning_compress.mechanisms.states import Each
 from lightning_compress.mechanisms.views import Usage
 from lightning_compress.mechanisms.weights import PLAIN_LAYERS, named_weights, select_weights
 
+ABSENT = object()
+"""In the place of an attribute that was not there."""
+
 
 class MaskedWeightsCallback(SavingCallback):
     """Base of the techniques that present masked weights, whenever their masks may change.
@@ -69,7 +72,7 @@ class MaskedWeightsCallback(SavingCallback):
         self._loaded: dict[str, Any] | None = None  # state of a checkpoint that is resumed, until the fit starts
         self._undo: dict[str, Any] | None = None  # what this was before a fit that has not trained anything yet
         self._undo_bakes = False  # whether the module was compressed then
-        self._forgotten: dict[str, Any] = {}  # what this was before a checkpoint that is read, until that run is over
+        self._forgotten: dict[str, Any] = {}  # what this was before a checkpoint, until its weights are loaded
         self._usage: Callable[[], Usage] | None = None
 
     # For techniques
@@ -121,14 +124,14 @@ class MaskedWeightsCallback(SavingCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """As the base; no checkpoint is resumed yet."""
-        self._loaded = None
+        self._loaded, self._forgotten = None, {}
         super().setup(trainer, pl_module, stage)
 
-    def loading(self, trainer: Any, pl_module: Any, stage: str) -> AbstractContextManager[None]:
+    def _loading_files(self, trainer: Any, pl_module: Any, stage: str) -> AbstractContextManager[None]:
         """Load the dense weights to go on with a fit."""
         return loading_dense(pl_module, self.name, self._receive, resumes=stage == "fit")
 
-    def saving(self, pl_module: Any) -> AbstractContextManager[None]:
+    def _saving_files(self, pl_module: Any) -> AbstractContextManager[None]:
         """Save compressed weights."""
         return saving_compressed(pl_module, self.name, self._compressing)
 
@@ -149,6 +152,7 @@ class MaskedWeightsCallback(SavingCallback):
         goes_on = self._restore_dense(earlier, last) and trainer.global_step > 0
         state = self._loaded or (last if goes_on else None)
         self._loaded = self._tested = None
+        self._forgotten = {}
         self.go_on(state)
         self._announce()
         stack.enter_context(controller.weights.owned(self.name, self._masks.views))
@@ -210,8 +214,17 @@ class MaskedWeightsCallback(SavingCallback):
         self._undo = None  # an optimizer of the user's own may have stepped
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """A file is loaded by now."""
+        self._forgotten = {}
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """A file is loaded by now."""
+        self._forgotten = {}
+
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Validation in a fit sees the masked weights."""
+        """Validation in a fit sees the masked weights; outside of one, a file is loaded by now."""
+        self._forgotten = {}
         if self._controller is not None:
             self._controller.weights.show()
 
@@ -241,7 +254,7 @@ class MaskedWeightsCallback(SavingCallback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """As the base; a fit that has trained nothing, and a file that was not loaded, leave what was before them."""
-        self._remember()
+        self._put_back()
         super().on_exception(trainer, pl_module, exception)
         if self._masks is not None and self._masks.parts is not None:
             self._undo = None  # the others may not come: no process goes back alone
@@ -256,11 +269,6 @@ class MaskedWeightsCallback(SavingCallback):
                 "hold the masked ones",
                 self.name,
             )
-
-    def leave(self) -> None:
-        """As the base; what was before the run counts no more."""
-        super().leave()
-        self._forgotten = {}
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep masks whole; outside of a fit, where the module's own hook is as it was, also what a later fit needs."""
@@ -334,13 +342,14 @@ class MaskedWeightsCallback(SavingCallback):
             self.go_on(self._undo)
             self._undo = None
 
-    def _remember(self) -> None:
-        """Take back what was forgotten for a file, where the weights are still those of before: it did not fit."""
-        since = {key: vars(self).get(key) for key in self._forgotten}
-        vars(self).update(self._forgotten)
-        masks, dense = self._masks, self._dense
-        if masks is None or dense is None or masks.parts is not None or not self._holds(masks, dense):
-            vars(self).update(since)  # with shards the others may not come to compare
+    def _put_back(self) -> None:
+        """Take back what was forgotten for a file that was not loaded; whether the weights fit, the next fit sees."""
+        for key, value in self._forgotten.items():
+            if value is ABSENT:
+                vars(self).pop(key, None)
+            else:
+                vars(self)[key] = value
+        self._forgotten = {}
 
     def _replaced(self, pl_module: nn.Module) -> list[str]:
         """The weights that are not the module's, or not any more."""
@@ -385,7 +394,9 @@ class MaskedWeightsCallback(SavingCallback):
         try:
             self._read(checkpoint)
         finally:
-            self._forgotten = {key: value for key, value in before.items() if vars(self).get(key) is not value}
+            now = vars(self)
+            changed = [key for key in {**before, **now} if before.get(key, ABSENT) is not now.get(key, ABSENT)]
+            self._forgotten = {key: before.get(key, ABSENT) for key in changed}
 
     def _read(self, checkpoint: dict[str, Any]) -> None:
         """Hold the masks and the dense weights of a checkpoint, and nothing of those that were here."""
@@ -418,7 +429,7 @@ class MaskedWeightsCallback(SavingCallback):
             same = all(earlier.weights[name] is weight for name, weight in weights.items())
         else:
             same = self._holds(earlier, dense)
-        if not same and dense is not None:
+        if not same and dense is not None and all(earlier.weights[name] is weight for name, weight in weights.items()):
             log.info(
                 "%s: the weights have changed since the last fit, so this one begins with them as they are", self.name
             )

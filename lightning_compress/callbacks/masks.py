@@ -382,8 +382,8 @@ class MaskCallback(MaskedWeightsCallback):
         """Reach the final sparsity exactly, whatever the schedule said."""
         self._take(self.new_masks(self.sparsity), more=more)
         self._finished = self._has_target()  # else nothing is known of the weights yet, and the next step tries again
-        if self._finished and self.guard_checkpoints:
-            self.tracker(self._trainer).forget()
+        if self._finished:
+            self.tracker(self._trainer).forget(self._trainer.callback_metrics)
 
     def _has_target(self) -> bool:
         """Whether the final sparsity is reached, be it before ``end``."""

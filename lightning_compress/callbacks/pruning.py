@@ -298,6 +298,8 @@ class PruningCallback(MaskCallback):
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """As the base; look for steps from which Taylor scores would learn nothing."""
         super().attach(controller, stack, trainer, pl_module)
+        if self.rewind == "weights":
+            self._refuse_foreign(trainer, "rewinds optimizers, with rewind='weights'")
         self._announced.clear()
         every = [own for own in trainer.optimizers if isinstance(own, torch.optim.Optimizer)]  # Lightning takes others
         for optimizer in every if self.score == "taylor" else ():

@@ -26,11 +26,11 @@ class SavingCallback(CompressionCallback):
 
     # For techniques
 
-    def loading(self, trainer: Any, pl_module: Any, stage: str) -> AbstractContextManager[None]:
+    def _loading_files(self, trainer: Any, pl_module: Any, stage: str) -> AbstractContextManager[None]:
         """Act on each checkpoint that the module loads."""
         raise NotImplementedError
 
-    def saving(self, pl_module: Any) -> AbstractContextManager[None]:
+    def _saving_files(self, pl_module: Any) -> AbstractContextManager[None]:
         """Act on each checkpoint that the module saves."""
         raise NotImplementedError
 
@@ -38,12 +38,12 @@ class SavingCallback(CompressionCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Begin to act on files."""
-        self._files.close()
         super().setup(trainer, pl_module, stage)
+        self._files.close()
         self._files.enter_context(copied_plainly(pl_module))
-        self._files.enter_context(self.loading(trainer, pl_module, stage))
+        self._files.enter_context(self._loading_files(trainer, pl_module, stage))
         if stage == "fit":
-            self._files.enter_context(self.saving(pl_module))
+            self._files.enter_context(self._saving_files(pl_module))
             self._files.callback(setattr, self, "_saving", False)
             self._saving = True
 

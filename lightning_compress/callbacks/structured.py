@@ -45,7 +45,7 @@ from lightning_compress.mechanisms.checkpoints import (
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.optimizers import repeats_steps
 from lightning_compress.mechanisms.progress import Progress
-from lightning_compress.mechanisms.selection import find_module, listing
+from lightning_compress.mechanisms.selection import find_module, listing, plain_name
 from lightning_compress.mechanisms.shrinking import (
     Shrinkage,
     Structure,
@@ -223,9 +223,10 @@ class StructuredPruningCallback(SavingCallback):
         kind, plan = type(self).__name__, self.plan
         if plan is None and self._state.done and self._reached_all:
             smaller = [name.removesuffix(".weight") for name, kept in self.shrinkage.kept.items() if 0 in kept]
-            named = dict(pl_module.named_modules())
+            named = {plain_name(name): module for name, module in pl_module.named_modules()}
             takes = tuple(name for name in smaller if name in named and named[name].weight.ndim > 1)
-            return Intent(kind, takes, aims=aims, notes=tuple(self.remarks()))
+            elements = sum(own.numel() for name in takes for own in named[name].parameters())
+            return Intent(kind, takes, elements=elements, aims=aims, notes=tuple(self.remarks()))
         if plan is None:
             return Intent(kind, aims=aims, notes=("the first batch shows what can go",))
         takes = tuple(plan.filters)
@@ -303,11 +304,11 @@ class StructuredPruningCallback(SavingCallback):
         self._loaded = False
         super().setup(trainer, pl_module, stage)
 
-    def loading(self, trainer: Any, pl_module: Any, stage: str) -> AbstractContextManager[None]:
+    def _loading_files(self, trainer: Any, pl_module: Any, stage: str) -> AbstractContextManager[None]:
         """Load networks of other sizes."""
         return before_loading(pl_module, lambda checkpoint: self._resize(trainer, pl_module, checkpoint))
 
-    def saving(self, pl_module: Any) -> AbstractContextManager[None]:
+    def _saving_files(self, pl_module: Any) -> AbstractContextManager[None]:
         """Save the sizes of what is left, too."""
         return saving_structure(pl_module, self.name, lambda: self._state.whole)
 
@@ -506,18 +507,18 @@ class StructuredPruningCallback(SavingCallback):
                 f"does not know of: give this one name='{owners[0]}'"
             )
         if not owners and not (self.has_fitted(pl_module) and self._knows(pl_module, checkpoint)):
-            return  # of a network that nobody has made smaller: if it does not fit, Lightning says so
+            return  # of a network that this one never was: if it does not fit, Lightning says so
         for module in (pl_module, *_compat.averages_of(trainer, pl_module)):
             told = resize_(module, checkpoint)
             if told is not None and module is pl_module and self._saving and not self.has_fitted(pl_module):
                 self._warn_once(f"the checkpoint's network takes the place of this one: {told}")
 
     def _knows(self, pl_module: nn.Module, checkpoint: Mapping[str, Any]) -> bool:
-        """Whether each size in a checkpoint is that of now, or the one at first."""
-        known = [structure_of(pl_module), self._state.whole]
+        """Whether each size in a checkpoint lies between that of now and the one at first."""
+        now, first = structure_of(pl_module), self._state.whole
         told = structure_told_by(pl_module, checkpoint["state_dict"]).items()
         sizes = [(name, *size) for name, own in told for size in own.items()]
-        return all(size in [own.get(name, {}).get(what) for own in known] for name, what, size in sizes)
+        return all(now[name][what] <= size <= first.get(name, now[name])[what] for name, what, size in sizes)
 
 
 def _numbers(what: str, numbers: Sequence[int]) -> str:

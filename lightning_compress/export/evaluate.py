@@ -169,8 +169,8 @@ def samples_validated(trainer: Any) -> int | None:
         trainer: A Trainer that has validated.
 
     Returns:
-        Those of all loaders, within the limit of batches; None where a loader does not say, loaders are not read one
-        after the other, or there are several processes.
+        Those within the limit of batches; None where the loader does not say, or there are several of them, or several
+        processes.
 
     Example:
         >>> import lightning.pytorch as L
@@ -183,10 +183,9 @@ def samples_validated(trainer: Any) -> int | None:
     batches = _batches(trainer)
     if batches is None or trainer.world_size > 1:
         return None
-    loaders = _compat.validation_loaders(trainer)
     try:
-        limits = zip(loaders or (), trainer.num_val_batches, strict=True)
-        return sum(int(min(len(loader.sampler), count * loader.batch_size)) for loader, count in limits)
+        [loader] = _compat.validation_loaders(trainer)
+        return int(min(len(loader.sampler), batches * loader.batch_size))
     except Exception:  # somebody's own loader or sampler, or one that says by an error that it has no length
         return None
 

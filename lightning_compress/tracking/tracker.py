@@ -42,6 +42,7 @@ class Tracker:
         self._settings: dict[str, Any] = {}
         self._goals: dict[str, Mode] = {}
         self._best: dict[str, float] = {}
+        self._stale: dict[str, Any] = {}
         self._checkpoints: set[Path] = set()
         self._failed: set[int] = set()
 
@@ -65,12 +66,16 @@ class Tracker:
         Args:
             goals: Name of a metric of the module's to "max" or "min".
         """
-        self._goals, self._best = dict(goals), {}
+        self._goals, self._best, self._stale = dict(goals), {}, {}
         self._each("the definitions of metrics", lambda sink: sink.define())
 
-    def forget(self) -> None:
-        """Compare nothing with the best values so far: they are of another network."""
-        self._best = {}
+    def forget(self, metrics: Mapping[str, Any]) -> None:
+        """Compare nothing with the best values so far, nor with those that are known: they are of another network.
+
+        Args:
+            metrics: Those of now; one of the training stays among those of the next validation.
+        """
+        self._best, self._stale = {}, {name: metrics.get(name) for name in self._goals}
 
     def validated(self, metrics: Mapping[str, Any]) -> None:
         """Log the best value so far of each metric that counts, as ``compress/best/<metric>``.
@@ -79,6 +84,8 @@ class Tracker:
             metrics: Of a validation.
         """
         for name, way in self._goals.items():
+            if self._stale.get(name) is not None and metrics.get(name) is self._stale[name]:
+                continue
             value = float(metrics.get(name, math.nan))
             if not math.isnan(value):
                 self._best[name] = (max if way == "max" else min)(value, self._best.get(name, value))

@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from lightning_compress import DCILCallback, DPFCallback, PruningCallback, QATCallback
-from lightning_compress.callbacks.arguments import default_of, tell_without_effect
+from lightning_compress.callbacks.arguments import tell_without_effect
 from lightning_compress.callbacks.masks import MaskCallback
 
 
@@ -65,10 +65,3 @@ def test_techniques_with_masks_have_the_defaults_of_their_base(kind):
     usual = {name: parameter.default for name, parameter in base.items() if parameter.default is not parameter.empty}
     assert usual == {"schedule": "cubic", "end": 0.75}
     assert {name: own[name].default for name in usual} == usual
-
-
-@pytest.mark.parametrize("argument", ["schedule", "end"])
-def test_a_default_that_stands_twice_is_the_same(argument):
-    """Those of the base say what has no effect, and those of a technique what it does."""
-    kinds = (MaskCallback, PruningCallback, DPFCallback, DCILCallback)
-    assert len({default_of(kind, argument) for kind in kinds}) == 1

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import csv
 import gc
 import logging
 import pickle
 import warnings
 import weakref
 from contextlib import nullcontext
+from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
 from contract.modules import Classifier, MixinClassifier, NormClassifier, difference, loader, made, trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -601,6 +604,14 @@ def test_each_layer_is_rounded_for_itself(sparsity):
     assert all(torch.equal(mask, own) for mask, own in zip(pruning.masks.values(), expected, strict=True))
 
 
+class Falling(Classifier):
+    """Its metric falls when it is pruned."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("known", (0.9, 0.4, 0.5)[self.current_epoch])
+
+
 class Begins(L.Callback):
     """Counts the zeros that a fit begins with."""
 
@@ -639,10 +650,71 @@ def test_a_file_that_was_loaded_counts_where_the_validation_of_it_fails(tmp_path
             value.copy_(value.flip(0))
     trainer(second).fit(module, loader(), loader())
     assert not same(first.masks, second.masks)
-    module.fails_in_validation = True
-    with pytest.raises(RuntimeError):
-        trainer(second).validate(module, loader(), ckpt_path=tmp_path / "file.ckpt")
-    assert same(first.masks, second.masks)
+    for loaded in (module, made(Classifier)):
+        loaded.fails_in_validation = True
+        with pytest.raises(RuntimeError):
+            trainer(second).validate(loaded, loader(), ckpt_path=tmp_path / "file.ckpt")
+        assert same(first.masks, second.masks)
+
+
+def test_an_interrupted_fit_of_another_module_saves_its_own_masks(tmp_path):
+    fitting = trainer(PruningCallback(0.5))
+    fitting.fit(made(Classifier), loader(), loader())
+    fitting.save_checkpoint(tmp_path / "resumed.ckpt")
+    pruning, first, second = PruningCallback(0.5), made(Classifier), made(Classifier)
+    with torch.no_grad():
+        for value in first.parameters():
+            value.copy_(value.flip(0))
+    trainer(pruning).fit(first, loader(), loader())
+    saver = ModelCheckpoint(tmp_path, filename="interrupted", save_on_exception=True, save_top_k=0)
+    again = trainer(pruning, Interrupt(12), saver, max_epochs=2, enable_checkpointing=True)
+    earlier = pruning.masks
+    with pytest.raises(OSError, match="interrupted"):
+        again.fit(second, loader(), loader(), ckpt_path=tmp_path / "resumed.ckpt")
+    [file] = [own for own in tmp_path.glob("*.ckpt") if own.name != "resumed.ckpt"]
+    state = torch.load(file, weights_only=True)
+    assert not same(earlier, pruning.masks)
+    for name, mask in pruning.masks.items():
+        assert torch.equal(state["callbacks"][pruning.state_key]["masks"][name], mask)
+        assert torch.equal(state["state_dict"][name] == 0, ~mask)
+
+
+def test_a_file_that_does_not_fit_leaves_a_fresh_callback_as_it_was(tmp_path):
+    fitting = trainer(PruningCallback(0.5))
+    fitting.fit(made(Classifier), loader(), loader())
+    fitting.save_checkpoint(tmp_path / "file.ckpt")
+    file = torch.load(tmp_path / "file.ckpt", weights_only=True)
+    file["state_dict"] = {name: value[:1] for name, value in file["state_dict"].items()}
+    torch.save(file, tmp_path / "other.ckpt")
+    fresh = PruningCallback(0.5)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        trainer(fresh).test(made(Classifier), loader(), ckpt_path=tmp_path / "other.ckpt")
+    assert (fresh.reached, fresh.masks) == (0.0, {})
+    assert not fresh.state_dict()["masks"]
+
+
+@pytest.mark.parametrize("guards", [True, False])
+@pytest.mark.filterwarnings("ignore:.*no checkpoint is kept before", "ignore:.*the best checkpoints so far")
+def test_the_best_so_far_is_that_of_the_final_sparsity(guards, tmp_path):
+    logger, saver = CSVLogger(tmp_path), ModelCheckpoint(tmp_path, monitor="known", mode="max")
+    settings = {"max_epochs": 3, "logger": logger, "enable_checkpointing": True, "num_sanity_val_steps": 0}
+    pruning = PruningCallback(0.5, schedule="one_shot", start=0.5, end=0.5, guard_checkpoints=guards)
+    trainer(pruning, saver, **settings).fit(made(Falling), loader(), loader())
+    rows = csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines())
+    best = [float(row["compress/best/known"]) for row in rows if row.get("compress/best/known")]
+    assert best == pytest.approx([0.9, 0.4, 0.5])
+
+
+def test_a_nested_trainer_is_told_that_the_callback_is_at_work():
+    pruning = PruningCallback(0.5)
+
+    class Nested(L.Callback):
+        def on_train_epoch_end(self, outer, module):
+            with pytest.raises(RuntimeError, match="is at work in another fit"):
+                trainer(pruning).validate(made(Classifier), loader(), verbose=False)
+
+    trainer(pruning, Nested(), max_epochs=2).fit(made(Classifier), loader(), loader())
+    assert pruning.reached == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("then", ["bf16-true", "64-true"])

@@ -810,6 +810,7 @@ class Foreign:
         (DCILCallback(0.5, layers=["type:Linear"], dense_path="own_norm"), "or choose dense_path='shared'"),
         (DCILCallback(0.5, layers=["type:Linear"], dense_path="shared"), None),
         (PruningCallback(0.5), None),
+        (PruningCallback(0.5, schedule="iterative", end=0.5, rewind="weights"), "rewinds optimizers"),
     ],
 )
 def test_optimizers_of_other_makers(callback, message):

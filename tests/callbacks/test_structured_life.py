@@ -525,6 +525,19 @@ def test_a_resumed_fit_says_what_went_before(tmp_path):
     fitted(Lit("sgd"), structured(), saving(tmp_path), steps=16)
     pruning, module = structured(), Lit("sgd")
     fitted(module, pruning, steps=16, ckpt_path=tmp_path / "step=14.ckpt", weights_only=True)
+    module.net = torch.compile(module.net)
     intent = pruning.intent(None, module)
     assert intent.takes == ("net.conv1", "net.conv2")
+    assert intent.elements == sum(own.numel() for name, own in module.named_parameters() if ".conv" in name)
     assert "are gone" in intent.notes[0]
+
+
+def test_a_file_from_between_two_fits_is_loaded(tmp_path):
+    module = Lit("sgd")
+    fitted(module, structured(0.25)).save_checkpoint(tmp_path / "between.ckpt", weights_only=True)
+    between, pruning = sizes(module), structured(0.45)
+    fitted(module, pruning)
+    assert sizes(module) != between
+    fitting = L.Trainer(callbacks=[pruning], accelerator="cpu", logger=False, enable_progress_bar=False)
+    fitting.validate(module, ckpt_path=tmp_path / "between.ckpt", verbose=False)
+    assert sizes(module) == between
