@@ -231,7 +231,7 @@ def batches_of(size, *, dropping=False):
         (CombinedLoader([batches_of(4), batches_of(5)], "max_size"), 2, None),
     ],
 )
-@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("namespace", [NAMESPACES[0], pytest.param(NAMESPACES[1], marks=pytest.mark.slow)])
 def test_how_many_samples_are_validated(loaders, limit, samples, namespace):
     seen = []
 
