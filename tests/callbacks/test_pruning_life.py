@@ -639,7 +639,7 @@ def test_a_file_that_does_not_fit_leaves_the_dense_weights(run, tmp_path):
     assert begins.zeros == 0
 
 
-@pytest.mark.slow
+@pytest.mark.sample
 def test_a_file_that_was_loaded_counts_where_the_validation_of_it_fails(tmp_path):
     first, second = PruningCallback(0.5), PruningCallback(0.5)
     fitting = trainer(first)
@@ -658,7 +658,7 @@ def test_a_file_that_was_loaded_counts_where_the_validation_of_it_fails(tmp_path
         assert same(first.masks, second.masks)
 
 
-@pytest.mark.slow
+@pytest.mark.sample
 def test_an_interrupted_fit_of_another_module_saves_its_own_masks(tmp_path):
     fitting = trainer(PruningCallback(0.5))
     fitting.fit(made(Classifier), loader(), loader())
@@ -681,7 +681,7 @@ def test_an_interrupted_fit_of_another_module_saves_its_own_masks(tmp_path):
         assert torch.equal(state["state_dict"][name] == 0, ~mask)
 
 
-@pytest.mark.slow
+@pytest.mark.sample
 def test_a_file_that_does_not_fit_leaves_a_fresh_callback_as_it_was(tmp_path):
     fitting = trainer(PruningCallback(0.5))
     fitting.fit(made(Classifier), loader(), loader())
@@ -696,7 +696,7 @@ def test_a_file_that_does_not_fit_leaves_a_fresh_callback_as_it_was(tmp_path):
     assert not fresh.state_dict()["masks"]
 
 
-@pytest.mark.slow
+@pytest.mark.sample
 @pytest.mark.parametrize("guards", [True, False])
 @pytest.mark.filterwarnings("ignore:.*no checkpoint is kept before", "ignore:.*the best checkpoints so far")
 def test_the_best_so_far_is_that_of_the_final_sparsity(guards, tmp_path):
@@ -709,7 +709,7 @@ def test_the_best_so_far_is_that_of_the_final_sparsity(guards, tmp_path):
     assert best == pytest.approx([0.9, 0.4, 0.5])
 
 
-@pytest.mark.slow
+@pytest.mark.sample
 def test_a_nested_trainer_is_told_that_the_callback_is_at_work():
     pruning = PruningCallback(0.5)
 
@@ -722,7 +722,7 @@ def test_a_nested_trainer_is_told_that_the_callback_is_at_work():
     assert pruning.reached == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.sample
 @pytest.mark.parametrize("then", ["bf16-true", "64-true"])
 def test_a_fit_in_another_precision_goes_on_from_the_dense_weights(then):
     pruning, begins, module = PruningCallback(0.5), Begins(), made(Classifier)
@@ -732,7 +732,7 @@ def test_a_fit_in_another_precision_goes_on_from_the_dense_weights(then):
     assert begins.zeros == 0
 
 
-@pytest.mark.slow
+@pytest.mark.sample
 def test_other_weights_than_those_of_the_last_fit_are_told(caplog):
     pruning, module = PruningCallback(0.5), made(Classifier)
     trainer(pruning).fit(module, loader(), loader())

@@ -503,7 +503,7 @@ def test_a_step_that_calls_parts_of_the_network():
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.sample
 def test_a_file_of_any_other_size_is_refused_after_a_fit_too(tmp_path):
     wider = Lit("sgd")
     wider.net.conv1, wider.net.conv2 = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 16, 3, padding=1)
@@ -522,7 +522,7 @@ def test_a_file_of_any_other_size_is_refused_after_a_fit_too(tmp_path):
     assert sizes(module) == sizes(first)
 
 
-@pytest.mark.slow
+@pytest.mark.sample
 def test_a_resumed_fit_says_what_went_before(tmp_path):
     fitted(Lit("sgd"), structured(), saving(tmp_path), steps=16)
     pruning, module = structured(), Lit("sgd")
@@ -534,7 +534,7 @@ def test_a_resumed_fit_says_what_went_before(tmp_path):
     assert "are gone" in intent.notes[0]
 
 
-@pytest.mark.slow
+@pytest.mark.sample
 def test_a_file_from_between_two_fits_is_loaded(tmp_path):
     module = Lit("sgd")
     fitted(module, structured(0.25)).save_checkpoint(tmp_path / "between.ckpt", weights_only=True)
