@@ -192,6 +192,10 @@ class CalibratingCallback(CompressionCallback):
 
     # Private
 
+    def _saved_arguments(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Those that a state was saved with; older checkpoints do not have ``layer_bits``."""
+        return {"layer_bits": None, **state["arguments"]}
+
     def _choose_step(self, trainer: Any, pl_module: Any) -> None:
         """The validation step, if there is one and it takes batches of the training data; else the training step."""
         self._method = "training_step"

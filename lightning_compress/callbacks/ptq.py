@@ -185,7 +185,7 @@ class PTQCallback(QuantisedCallback):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take the scales of a checkpoint; one that was written during a fit has none, nor one of other arguments."""
         found = None if state["quantization"] is None else Grids.from_state(state["quantization"])
-        self.quantization = found if state["arguments"] == self._arguments() else None
+        self.quantization = found if self._saved_arguments(state) == self._arguments() else None
         self.samples_seen = 0
 
     # Private

@@ -773,7 +773,7 @@ class QATCallback(QuantisedCallback):
 
     def _refuse_other_grids(self, state: dict[str, Any], pl_module: Any) -> None:
         """Refuse arguments by which other weights would be rounded, or the same to other bits."""
-        before = state["arguments"]
+        before = self._saved_arguments(state)
         now = {argument: getattr(self, argument) for argument in GRID_ARGUMENTS}
         edges = [edge_bits_of(own["edge_bits"], own["weight_bits"]) for own in (before, now)]
         changed = [own for own in ("weight_bits", "activation_bits") if before[own] != now[own]]
