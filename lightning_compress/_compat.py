@@ -53,9 +53,8 @@ def validation_source(trainer: Any) -> Any:
 
 def validation_loaders(trainer: Any) -> list[Any]:
     """The loaders that a Trainer has validated with; none where it has not."""
-    loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop)
-    combined = (loops[1] if trainer.state.fn == "validate" else loops[0])._combined_loader
-    return [] if combined is None else list(combined.flattened)
+    loop = trainer.validate_loop if trainer.state.fn == "validate" else trainer.fit_loop.epoch_loop.val_loop
+    return [] if loop._combined_loader is None else list(loop._combined_loader.flattened)
 
 
 def forget_workers_(loader: Any) -> None:

@@ -425,11 +425,9 @@ class MaskedWeightsCallback(SavingCallback):
         weights = self._require_masks().weights
         if earlier is None or earlier.weights.keys() != weights.keys():
             return False
-        if dense is None:  # it was interrupted
-            same = all(earlier.weights[name] is weight for name, weight in weights.items())
-        else:
-            same = self._holds(earlier, dense)
-        if not same and dense is not None and all(earlier.weights[name] is weight for name, weight in weights.items()):
+        known = all(earlier.weights[name] is weight for name, weight in weights.items())
+        same = known if dense is None else self._holds(earlier, dense)  # None: it was interrupted
+        if known and not same:
             log.info(
                 "%s: the weights have changed since the last fit, so this one begins with them as they are", self.name
             )

@@ -222,11 +222,9 @@ class StructuredPruningCallback(SavingCallback):
         aims |= {"start": self.start} if self.schedule == "one_shot" else {"start": self.start, "end": self.end}
         kind, plan = type(self).__name__, self.plan
         if plan is None and self._state.done and self._reached_all:
-            smaller = [name.removesuffix(".weight") for name, kept in self.shrinkage.kept.items() if 0 in kept]
-            named = {plain_name(name): module for name, module in pl_module.named_modules()}
-            takes = tuple(name for name in smaller if name in named and named[name].weight.ndim > 1)
-            elements = sum(own.numel() for name in takes for own in named[name].parameters())
-            return Intent(kind, takes, elements=elements, aims=aims, notes=tuple(self.remarks()))
+            smaller = self._smaller(pl_module)
+            elements = sum(own.numel() for layer in smaller.values() for own in layer.parameters())
+            return Intent(kind, tuple(smaller), elements=elements, aims=aims, notes=tuple(self.remarks()))
         if plan is None:
             return Intent(kind, aims=aims, notes=("the first batch shows what can go",))
         takes = tuple(plan.filters)
@@ -512,6 +510,12 @@ class StructuredPruningCallback(SavingCallback):
             told = resize_(module, checkpoint)
             if told is not None and module is pl_module and self._saving and not self.has_fitted(pl_module):
                 self._warn_once(f"the checkpoint's network takes the place of this one: {told}")
+
+    def _smaller(self, pl_module: nn.Module) -> dict[str, nn.Module]:
+        """The layers that filters have gone from; norms of theirs are not among them."""
+        named = {plain_name(name): layer for name, layer in pl_module.named_modules()}
+        gone = [name.removesuffix(".weight") for name, kept in self.shrinkage.kept.items() if 0 in kept]
+        return {name: named[name] for name in gone if name in named and named[name].weight.ndim > 1}
 
     def _knows(self, pl_module: nn.Module, checkpoint: Mapping[str, Any]) -> bool:
         """Whether each size in a checkpoint lies between that of now and the one at first."""

@@ -84,9 +84,10 @@ class Tracker:
             metrics: Of a validation.
         """
         for name, way in self._goals.items():
-            if self._stale.get(name) is not None and metrics.get(name) is self._stale[name]:
+            found = metrics.get(name)
+            if found is None or found is self._stale.get(name):
                 continue
-            value = float(metrics.get(name, math.nan))
+            value = float(found)
             if not math.isnan(value):
                 self._best[name] = (max if way == "max" else min)(value, self._best.get(name, value))
         if self._best:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import csv
 import math
 import signal
 from contextlib import contextmanager
-from pathlib import Path
 
 import lightning.pytorch as L
 import onnx
@@ -27,7 +25,7 @@ from contract.features import (
     seeded,
     token_teacher,
 )
-from contract.modules import BATCH, STEPS, difference, made, trainer
+from contract.modules import BATCH, STEPS, difference, made, rows_logged, trainer
 from contract.traces import condition, is_portable, traces
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -309,12 +307,10 @@ class Chatty(ConvClassifier):
 def test_reconstruction_errors_are_logged_for_each_epoch_and_nothing_else_of_the_replay(tmp_path):
     callback, logger = transfer(pretrain_epochs=3), CSVLogger(tmp_path)
     trainer(callback, logger=logger, log_every_n_steps=1).fit(made(Chatty), feature_loader())
-    with (Path(logger.log_dir) / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    key = "compress/ft/reconstruction"
-    logged = {int(row["step"]): float(row[key]) for row in rows if row[key]}
-    assert logged == pytest.approx(dict(enumerate(callback.reconstruction_errors)))
-    assert list(logged) == [0, 1, 2]
+    rows, key = rows_logged(logger), "compress/ft/reconstruction"
+    errors = {int(row["step"]): float(row[key]) for row in rows if row[key]}
+    assert errors == pytest.approx(dict(enumerate(callback.reconstruction_errors)))
+    assert list(errors) == [0, 1, 2]
     assert sum(bool(row["train_loss"]) for row in rows) == STEPS
     assert sum(bool(row["rows"]) for row in rows) == STEPS
     assert set(rows[0]) == {"epoch", "step", "train_loss", "rows", "compress/ft/loss", key}

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import csv
 import gc
 import logging
 import pickle
 import warnings
 import weakref
 from contextlib import nullcontext
-from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
-from contract.modules import Classifier, MixinClassifier, NormClassifier, difference, loader, made, trainer
+from contract.modules import Classifier, MixinClassifier, NormClassifier, difference, loader, made, rows_logged, trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -619,17 +617,21 @@ class Begins(L.Callback):
         self.zeros = zeros(pl_module)
 
 
+def save_cut(fitting, path, **others):
+    """Save what does not fit into the module."""
+    fitting.save_checkpoint(path)
+    file = torch.load(path, weights_only=True)
+    file["state_dict"] = {name: value[:1] for name, value in file["state_dict"].items()}
+    torch.save({**file, **others}, path)
+
+
 @pytest.mark.parametrize("run", ["test", "fit"])
 def test_a_file_that_does_not_fit_leaves_the_dense_weights(run, tmp_path):
     pruning, begins = PruningCallback(0.5), Begins()
     module = made(Classifier)
     fitting = trainer(pruning)
     fitting.fit(module, loader(), loader())
-    fitting.save_checkpoint(tmp_path / "file.ckpt")
-    file = torch.load(tmp_path / "file.ckpt", weights_only=True)
-    file["state_dict"] = {name: value[:1] for name, value in file["state_dict"].items()}
-    file["lightning_compress"] = {}
-    torch.save(file, tmp_path / "other.ckpt")
+    save_cut(fitting, tmp_path / "other.ckpt", lightning_compress={})
     masks = pruning.masks
     with pytest.raises(RuntimeError, match="size mismatch"):
         getattr(trainer(pruning), run)(module, loader(), ckpt_path=tmp_path / "other.ckpt")
@@ -685,10 +687,7 @@ def test_an_interrupted_fit_of_another_module_saves_its_own_masks(tmp_path):
 def test_a_file_that_does_not_fit_leaves_a_fresh_callback_as_it_was(tmp_path):
     fitting = trainer(PruningCallback(0.5))
     fitting.fit(made(Classifier), loader(), loader())
-    fitting.save_checkpoint(tmp_path / "file.ckpt")
-    file = torch.load(tmp_path / "file.ckpt", weights_only=True)
-    file["state_dict"] = {name: value[:1] for name, value in file["state_dict"].items()}
-    torch.save(file, tmp_path / "other.ckpt")
+    save_cut(fitting, tmp_path / "other.ckpt")
     fresh = PruningCallback(0.5)
     with pytest.raises(RuntimeError, match="size mismatch"):
         trainer(fresh).test(made(Classifier), loader(), ckpt_path=tmp_path / "other.ckpt")
@@ -704,8 +703,7 @@ def test_the_best_so_far_is_that_of_the_final_sparsity(guards, tmp_path):
     settings = {"max_epochs": 3, "logger": logger, "enable_checkpointing": True, "num_sanity_val_steps": 0}
     pruning = PruningCallback(0.5, schedule="one_shot", start=0.5, end=0.5, guard_checkpoints=guards)
     trainer(pruning, saver, **settings).fit(made(Falling), loader(), loader())
-    rows = csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines())
-    best = [float(row["compress/best/known"]) for row in rows if row.get("compress/best/known")]
+    best = [float(row["compress/best/known"]) for row in rows_logged(logger) if row.get("compress/best/known")]
     assert best == pytest.approx([0.9, 0.4, 0.5])
 
 

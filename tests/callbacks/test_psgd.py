@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 import re
@@ -13,7 +12,18 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
-from contract.modules import BATCH, STEPS, Classifier, NormClassifier, difference, loader, made, teacher_for, trainer
+from contract.modules import (
+    BATCH,
+    STEPS,
+    Classifier,
+    NormClassifier,
+    difference,
+    loader,
+    made,
+    rows_logged,
+    teacher_for,
+    trainer,
+)
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
@@ -421,8 +431,7 @@ def test_each_step_is_logged_where_the_trainer_logs_each(tmp_path):
     logger = CSVLogger(tmp_path)
     fitted(Mlp(), PSGDCallback(quantized_validation=False), logger=logger, log_every_n_steps=2)
     logger.save()
-    lines = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
-    rows = [row for row in csv.DictReader(lines) if row["compress/psgd/scale"]]
+    rows = [row for row in rows_logged(logger) if row["compress/psgd/scale"]]
     assert [row["step"] for row in rows] == ["1", "3", "5", "7"]
     assert len({row["compress/psgd/scale"] for row in rows}) == 4
     assert (tmp_path / "lightning_logs/version_0/compress/psgd/positions.png").stat().st_size > 5000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import logging
 import math
@@ -24,6 +23,7 @@ from contract.modules import (
     difference,
     loader,
     made,
+    rows_logged,
     teacher_for,
     trainer,
 )
@@ -704,8 +704,7 @@ def test_a_network_that_is_never_called_in_a_test_is_no_silent_float():
 def test_loggers_get_the_quantised_metrics(tmp_path):
     ptq = PTQCallback(name="w8")
     module, fitting = fitted(ptq, Classifier, logger=CSVLogger(tmp_path))
-    with open(fitting.logger.experiment.metrics_file_path) as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_logged(fitting.logger)
     [row] = [row for row in rows if row.get("compress/w8/val_loss")]
     assert float(row["compress/w8/val_loss"]) == pytest.approx(ptq.metrics["val_loss"], rel=1e-6)
     assert int(row["step"]) == STEPS

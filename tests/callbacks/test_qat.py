@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 import warnings
@@ -24,6 +23,7 @@ from contract.modules import (
     difference,
     loader,
     made,
+    rows_logged,
     small_network,
     trainer,
 )
@@ -795,8 +795,7 @@ def test_what_is_logged(step_size, tmp_path):
         change = float(np.mean(np.abs(np.array(changes) - 1)))
         assert metrics["compress/few/step_change"] == pytest.approx(change, rel=1e-4)
         assert change > 1e-3
-    with open(fitting.logger.experiment.metrics_file_path) as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_logged(fitting.logger)
     assert len([row for row in rows if row.get("compress/few/clipped")]) == 2  # epochs
     [row] = [row for row in rows if row.get("compress/few/val_loss")]
     assert float(row["compress/few/val_loss"]) == pytest.approx(qat.metrics["val_loss"], rel=1e-6)

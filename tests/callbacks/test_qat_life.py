@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import math
 import os
 import subprocess
@@ -24,6 +23,7 @@ from contract.modules import (
     difference,
     loader,
     made,
+    rows_logged,
     teacher_for,
     trainer,
 )
@@ -1308,7 +1308,18 @@ def test_the_best_so_far_is_that_of_the_quantised_network(tmp_path):
         QATCallback(start=0.5), saver, max_epochs=3, logger=logger, enable_checkpointing=True, num_sanity_val_steps=0
     )
     fitting.fit(made(Worse), loader(), loader())
-    rows = csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines())
-    best = [float(row["compress/best/known"]) for row in rows if row.get("compress/best/known")]
+    best = [float(row["compress/best/known"]) for row in rows_logged(logger) if row.get("compress/best/known")]
     assert best == pytest.approx([0.9, 0.5, 0.6])
     assert float(saver.best_model_score) == pytest.approx(0.6)
+
+
+def test_a_checkpoint_from_before_bits_of_layers_is_resumed(tmp_path):
+    fitting = trainer(QATCallback())
+    fitting.fit(made(NormClassifier), loader(), loader())
+    fitting.save_checkpoint(tmp_path / "file.ckpt")
+    file = torch.load(tmp_path / "file.ckpt", weights_only=True)
+    del file["callbacks"][QATCallback().state_key]["arguments"]["layer_bits"]
+    torch.save(file, tmp_path / "file.ckpt")
+    qat = QATCallback()
+    trainer(qat, max_epochs=2).fit(made(NormClassifier), loader(), loader(), ckpt_path=tmp_path / "file.ckpt")
+    assert qat.quantization is not None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -303,6 +306,12 @@ def fit(kind: type[Classifier], *callbacks: Any, **settings: Any) -> Classifier:
 def scaled(begins: float = 2.0**16) -> MixedPrecision:
     """16-mixed with a real scaler; on the CPU the Trainer would silently take bf16 and none."""
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=begins))
+
+
+def rows_logged(logger: CSVLogger) -> list[dict[str, str]]:
+    """The rows of what a logger has written."""
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
 def twin(kind: type[Classifier], checkpoint: dict[str, Any]) -> Classifier:
