@@ -636,6 +636,18 @@ def batches_an_epoch(trainer: Any) -> float:
     return batches
 
 
+def logged_names(trainer: Any) -> set[str]:
+    """What the metrics of a validation at its end are called; in the sanity check Lightning shows not all of them."""
+    results = trainer._results
+    found = [] if results is None else [own for own in results.values() if own.meta.on_epoch]
+    return {*trainer.callback_metrics, *(name for own in found for name in results._forked_name(own, on_step=False))}
+
+
+def unscales_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether gradients are still multiplied by the scale of the loss when an optimizer's step begins, as fused."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 def keeps_best(callback: Any) -> bool:
     """Whether a callback is a ``ModelCheckpoint`` that chooses by a metric, not the newest."""
     chooses = hasattr(callback, "check_monitor_top_k") and callback.save_top_k != 0
@@ -646,7 +658,12 @@ def keeps_last(callback: Any) -> bool:
     """Whether a callback is a ``ModelCheckpoint`` that writes files whatever a metric says."""
     if not hasattr(callback, "check_monitor_top_k"):
         return False
-    return bool(callback.save_last or (callback.save_top_k != 0 and not keeps_best(callback)))
+    return bool(callback.save_last or keeps_all(callback) or (callback.save_top_k != 0 and not keeps_best(callback)))
+
+
+def keeps_all(callback: Any) -> bool:
+    """Whether a ``ModelCheckpoint`` writes all files, and its metric only says which is best."""
+    return bool(callback.save_top_k == -1)
 
 
 def forget_best(callback: Any) -> bool:

@@ -23,10 +23,15 @@ def pytest_sessionstart():
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items):
-    """What is in the sample is slow, or it would need no sample."""
+    """What is in the sample is slow, or it would need no sample; a case that is marked slow itself is beyond it."""
     for item in items:
         if item.get_closest_marker("sample"):
             item.add_marker("slow")
+            case = {mark.name for mark in getattr(getattr(item, "callspec", None), "marks", ())}
+            own = {mark.name for mark in getattr(item.function, "pytestmark", ())}
+            nearest = case & {"slow", "sample"} or own
+            if "slow" in nearest and "sample" not in nearest:
+                item.add_marker("beyond")
 
 
 def pytest_collection_finish():

@@ -420,6 +420,27 @@ MUTATIONS = (
         f"{CONTRACT}/test_cleanup.py::test_after_an_exception_nothing_stays",
     ),
     Mutation(
+        "a Trainer that is refused interrupts the fit in which a callback is at work",
+        BASE,
+        "        if not self._is_elsewhere(trainer):\n            self.interrupted(",
+        "        if True:\n            self.interrupted(",
+        f"{CONTRACT}/test_cleanup.py::test_a_callback_that_is_refused_to_another_trainer_goes_on[PruningCallback]",
+    ),
+    Mutation(
+        "names in a file that are spelled alike are one",
+        EMISSION,
+        "next(name for name in names if not hasattr(self.held, name))",
+        "spelled",
+        f"{INTEGER_TEST}::test_names_that_are_spelled_alike_are_two",
+    ),
+    Mutation(
+        "gradients that a fused optimizer is going to unscale are taken for unscaled ones",
+        OPTIMIZERS,
+        "if scaler is None or not (optimizer is None or _compat.unscales_itself(optimizer)):",
+        "if scaler is None or optimizer is not None:",
+        f"{PRUNING_TEST}::test_taylor_scores_of_gradients_that_a_fused_optimizer_is_going_to_unscale",
+    ),
+    Mutation(
         "calls of an evaluation that failed are counted in the next fit",
         QUANTISED,
         "        calls, self._calls = self._calls, None\n",
@@ -887,8 +908,8 @@ MUTATIONS = (
     Mutation(
         "the best checkpoint may be denser than the target",
         MASKS,
-        "            if self._has_target():\n                return original(trainer, *args, **kwargs)",
-        "            if True:\n                return original(trainer, *args, **kwargs)",
+        "            if self._has_target():\n                if early:",
+        "            if True:\n                if early:",
         f"{PRUNING_TEST}::test_the_best_checkpoint_has_the_final_sparsity",
     ),
     Mutation(

@@ -690,12 +690,48 @@ def test_a_forward_pass_within_a_backward_pass_is_told(reentrant):
     assert seen == [False, True]
 
 
+def test_fused_optimizers_unscale_themselves():
+    weight = torch.nn.Parameter(torch.ones(1))
+    found = [_compat.unscales_itself(torch.optim.SGD([weight], lr=0.1, fused=fused)) for fused in (True, False)]
+    assert found == [True, False]
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_names_that_are_logged_are_known_in_the_sanity_check(namespace):
+    L, names = import_module(namespace), []
+
+    class Logs(L.LightningModule):
+        def training_step(self, batch, batch_idx):
+            pass
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.log("val", batch.sum(), on_step=dataloader_idx == 1, on_epoch=True)
+            self.log("step", batch.sum(), on_step=True, on_epoch=False)
+
+        def on_validation_epoch_end(self):
+            self.log("own", 1.0)
+
+        def configure_optimizers(self):
+            pass
+
+        def on_validation_end(self):
+            names.append(_compat.logged_names(self.trainer))
+
+    data = DataLoader(torch.ones(2, 1))
+    settings = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False, "enable_checkpointing": False}
+    fitting = L.Trainer(**settings, max_epochs=1, enable_model_summary=False, num_sanity_val_steps=1)
+    fitting.fit(Logs(), data, [data, data])
+    expected = {"own", *(f"val{part}/dataloader_idx_{index}" for part, index in (("", 0), ("", 1), ("_epoch", 1)))}
+    assert names == [expected, expected]
+
+
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize(
     ("settings", "best", "last"),
     [
         ({"monitor": "x"}, True, False),
         ({"monitor": "x", "save_last": True}, True, True),
+        ({"monitor": "x", "save_top_k": -1}, True, True),
         ({"monitor": "step", "mode": "max"}, False, True),
         ({}, False, True),
         ({"monitor": "x", "save_top_k": 0}, False, False),

@@ -40,6 +40,7 @@ from lightning_compress.mechanisms.input_gradients import (
     input_gradient,
     loss_of_teacher,
 )
+from lightning_compress.mechanisms.optimizers import loss_scale
 from lightning_compress.mechanisms.passes import Pass
 from lightning_compress.mechanisms.selection import find_module
 from lightning_compress.mechanisms.stages import Stage
@@ -128,7 +129,7 @@ class AttentionTransferCallback(FeatureCallback):
         self.pictures_every_n_epochs = pictures_every_n_epochs
         self.teacher_goes_first = map_kind != "gradient"
         self._pictured: int | None = None  # the last epoch that has its picture
-        self._mapped: int | None = None  # the last epoch whose maps are kept
+        self._mapped: int | None = None  # the step of the validation whose maps are kept
         self._last_maps: tuple[Tensor | None, list[MapPair]] | None = None
         self._directory: Path | None = None
 
@@ -212,11 +213,11 @@ class AttentionTransferCallback(FeatureCallback):
         terms = self._terms(seen, call, first=False)
         total = functools.reduce(torch.add, terms.values())
         self.log_quantity("loss", total, batch_size=samples_of(call), validation=True)
-        every, epoch = self.pictures_every_n_epochs, self._trainer.current_epoch
+        every, epoch, step = self.pictures_every_n_epochs, self._trainer.current_epoch, self._trainer.global_step
         wanted = every is not None or any(own.embed_pictures for own in callbacks_of(self._trainer))
-        if not wanted or epoch == self._mapped or not self._trainer.is_global_zero:
+        if not wanted or step == self._mapped or not self._trainer.is_global_zero:
             return
-        self._mapped, self._last_maps = epoch, self._maps_of(seen, call)
+        self._mapped, self._last_maps = step, self._maps_of(seen, call)
         if every is not None and (self._pictured is None or epoch - self._pictured >= every):
             self._pictured = epoch
             if not self._trainer.fast_dev_run:
@@ -326,8 +327,7 @@ class AttentionTransferCallback(FeatureCallback):
                 "a function that computes the loss, lambda: ..."
             )
         module = self._require_controller().module
-        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        scale = loss_scale(self._trainer)
         student = input_gradient(seen.task_loss, call, "student", create_graph=True, scale=scale)
         network = find_module(module, self._student_name(), argument="student")
         loss, given = loss_of_teacher(seen, network, self._shared_teacher().teacher)

@@ -304,6 +304,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
                 f"{type(self).__name__} '{self.name}' is at work in another fit that has not ended; give this Trainer "
                 "a callback of its own, or none"
             )
+        self.enter(trainer, pl_module, stage)
         if stage != "fit":
             if self.quantises:  # it shows another network there
                 self._check_strategy(trainer.strategy)
@@ -465,7 +466,14 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Close the mechanisms: no other hook follows an exception."""
         if not self._is_elsewhere(trainer):
-            self.leave()
+            self.interrupted(trainer, pl_module)
+
+    def enter(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget what was of the last run only; called once it is clear that this one may begin."""
+
+    def interrupted(self, trainer: Any, pl_module: Any) -> None:
+        """Do what is left to do where a run has ended in an exception; here, leave it."""
+        self.leave()
 
     def leave(self) -> None:
         """Let go of the module, and of all that was needed for one run only, however that ended."""
@@ -822,6 +830,8 @@ def _primitive(value: Any) -> Any:
         return [_primitive(entry) for entry in value]
     if isinstance(value, Mapping):
         return {str(key): _primitive(entry) for key, entry in value.items()}
-    if inspect.isfunction(value):
+    if inspect.isroutine(value):
         return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, functools.partial):
+        return [_primitive(own) for own in (value.func, value.args, value.keywords)]
     return str(value) if isinstance(value, (torch.dtype, torch.device)) else type(value).__name__

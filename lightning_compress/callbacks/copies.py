@@ -20,6 +20,7 @@ from lightning_compress.export.tracing import users_place
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.channel_graph import StructureError
 from lightning_compress.mechanisms.isolation import evaluating
+from lightning_compress.mechanisms.optimizers import loss_scale
 from lightning_compress.mechanisms.replay import prepare_step, traceless
 from lightning_compress.mechanisms.selection import find_module, lies_within, listing
 from lightning_compress.mechanisms.shrinking import Shrinkage, shrink_, tensors_of
@@ -99,8 +100,7 @@ class Copies:
             self._call = NetworkCall(args, kwargs, None)
         if gradients:
             loss: Any = output.get("loss") if isinstance(output, Mapping) else output
-            scaler = getattr(self._trainer.precision_plugin, "scaler", None)
-            (loss if scaler is None else loss * scaler.get_scale()).backward()
+            (loss * loss_scale(self._trainer)).backward()
 
     def has(self, name: str) -> bool:
         """Whether a module is a part of the networks that are made smaller.

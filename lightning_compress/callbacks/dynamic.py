@@ -19,6 +19,7 @@ from lightning_compress.export.evaluate import has_validation
 from lightning_compress.functional.masks import Filters, count_dead_filters
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_, statistics_kept
 from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.optimizers import loss_scale
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.sharding import own_part, sharded_units
 from lightning_compress.mechanisms.weights import filters_of, sites_of, weights_replaced
@@ -130,7 +131,8 @@ class DynamicMaskCallback(MaskCallback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Measure the gradient in the step before an update, before it is clipped."""
         if self._progress is not None and self._progress.steps_after_this % self.update_interval == 0:
-            self._to_log.update(self._gradient_norms())
+            scale = loss_scale(trainer, optimizer)
+            self._to_log.update({name: norm / scale for name, norm in self._gradient_norms().items()})
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

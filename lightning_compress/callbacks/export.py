@@ -193,7 +193,7 @@ class ExportCallback(CompressionCallback):
         In the sanity check, before training, it is an error; later, when a training would be lost, a warning.
         """
         super().on_validation_end(trainer, pl_module)
-        known = {str(key) for key in trainer.callback_metrics}
+        known = _compat.logged_names(trainer)
         if self.student_capture is None or self.metric is None or self.metric in known or not known:
             return
         message = (
@@ -201,7 +201,7 @@ class ExportCallback(CompressionCallback):
             f"{did_you_mean(self.metric, known)}"
         )
         if trainer.sanity_checking:
-            raise ValueError(message)
+            raise ValueError(f"{message}; give num_sanity_val_steps=0 if it logs it, but not in the sanity check")
         self._warn_once(message)
 
     def export(self, trainer: Any, pl_module: Any) -> None:

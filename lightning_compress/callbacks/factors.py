@@ -238,6 +238,8 @@ class FactorTransferCallback(FeatureCallback):
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take them back: a resumed run does not train the paraphraser again."""
+        if self._paraphraser is not None:
+            return  # a file is tested, and these are of the last fit
         super().load_extra_state(state)
         self._loaded = {
             key: state[key] for key in ("layer", "paraphraser", "reconstruction_errors", "translator") if key in state

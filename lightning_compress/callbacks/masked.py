@@ -122,10 +122,9 @@ class MaskedWeightsCallback(SavingCallback):
 
     # Life cycle
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """As the base; no checkpoint is resumed yet."""
+    def enter(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """No checkpoint is resumed yet."""
         self._loaded, self._forgotten = None, {}
-        super().setup(trainer, pl_module, stage)
 
     def _loading_files(self, trainer: Any, pl_module: Any, stage: str) -> AbstractContextManager[None]:
         """Load the dense weights to go on with a fit."""
@@ -252,10 +251,10 @@ class MaskedWeightsCallback(SavingCallback):
         self._compress_averages(trainer, pl_module)
         self._files.close()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def interrupted(self, trainer: Any, pl_module: Any) -> None:
         """As the base; a fit that has trained nothing, and a file that was not loaded, leave what was before them."""
         self._put_back()
-        super().on_exception(trainer, pl_module, exception)
+        super().interrupted(trainer, pl_module)
         if self._masks is not None and self._masks.parts is not None:
             self._undo = None  # the others may not come: no process goes back alone
         if self._undo is not None and self._undo_bakes:

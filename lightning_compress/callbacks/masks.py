@@ -306,7 +306,8 @@ class MaskCallback(MaskedWeightsCallback):
     def _end_early(self, trainer: Any, progress: Progress) -> None:
         before, fraction, (argument, at) = self.reached, progress.fraction, self.reached_at
         if trainer.should_stop:
-            kept = ", and no monitored checkpoint was kept" if self._guarded(trainer) else ""
+            held_back = [own for own in self._guarded(trainer) if not _compat.keeps_all(own)]
+            kept = ", and no monitored checkpoint was kept" if held_back else ""
             self.failure = (
                 f"training stopped at {fraction:.0%} of its length, before {argument}={at}: the sparsity is "
                 f"{before:.4f}, not {self.sparsity}{kept}"
@@ -418,13 +419,21 @@ class MaskCallback(MaskedWeightsCallback):
             )
 
     def _guarding(self, callback: Any, original: Callable[..., bool]) -> Callable[..., bool]:
-        """Keep no monitored checkpoint before the final sparsity, but for the last, to resume from."""
+        """Let no checkpoint before the final sparsity be the best; to resume from, the last is kept, or all are."""
+        early = False
 
         def check_monitor_top_k(trainer: Any, *args: Any, **kwargs: Any) -> bool:
+            nonlocal early
             if self._has_target():
-                return original(trainer, *args, **kwargs)
-            _compat.let_last_be_saved(callback, trainer)
-            return False
+                if early:
+                    _compat.forget_best(callback)
+                early = False
+            elif _compat.keeps_all(callback):
+                early = True
+            else:
+                _compat.let_last_be_saved(callback, trainer)
+                return False
+            return original(trainer, *args, **kwargs)
 
         return check_monitor_top_k
 

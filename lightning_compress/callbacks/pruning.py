@@ -39,7 +39,7 @@ from lightning_compress.functional.schedules import Schedule, iterative_schedule
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.gathering import rows_of
 from lightning_compress.mechanisms.importance import TaylorScores
-from lightning_compress.mechanisms.optimizers import around_steps
+from lightning_compress.mechanisms.optimizers import around_steps, loss_scale
 from lightning_compress.mechanisms.owned import holders, parameters_of
 from lightning_compress.mechanisms.rewinding import TrainingStart
 from lightning_compress.mechanisms.selection import did_you_mean, listing
@@ -319,7 +319,7 @@ class PruningCallback(MaskCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._announced.add(id(optimizer))
         if self._importance is not None and not self._finished:
-            self._importance.add(parameters_of(optimizer))
+            self._importance.add(parameters_of(optimizer), scale=loss_scale(trainer, optimizer))
 
     def extra_state(self) -> dict[str, Any]:
         """The masks; Taylor scores since the last update; the start of training if it is rewound to."""

@@ -274,11 +274,10 @@ class PSGDCallback(CompressionCallback):
 
     # Life cycle
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """As the base; and know whose weights a checkpoint is about."""
+    def enter(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Know whose weights a checkpoint is about."""
         self._loaded, self._tested = None, None if stage == "fit" else pl_module
         self._bind()
-        super().setup(trainer, pl_module, stage)
 
     def leave(self) -> None:
         """As the base; forget whose weights a checkpoint is about."""

@@ -359,10 +359,10 @@ class QATCallback(QuantisedCallback):
         if self.grids_from is not None:
             self._ranges_from(self.grids_from)
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def enter(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """As the base; and know what a checkpoint is loaded for."""
+        super().enter(trainer, pl_module, stage)
         self._stage, self._loaded = stage, None
-        super().setup(trainer, pl_module, stage)
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Go on with grids that were trained before, if this is the same training."""
@@ -465,6 +465,7 @@ class QATCallback(QuantisedCallback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """As the base; log how the grids fit."""
+        self._fit.in_step = False  # of a batch that a hook of the module has ended the epoch in
         super().on_train_epoch_end(trainer, pl_module)
         moving = self._fit.moving
         if moving is None:

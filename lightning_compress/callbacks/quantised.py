@@ -77,9 +77,12 @@ class QuantisedCallback(CalibratingCallback):
         """What is quantised, and what is not."""
         return [] if self.quantization is None else [f"{self.name}: {self._summary(self.quantization)}."]
 
+    def enter(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """End an evaluation that failed."""
+        self._end_evaluation()
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """As the base; two of these cannot quantise one network."""
-        self._end_evaluation()
         super().setup(trainer, pl_module, stage)
         for other in trainer.callbacks:
             if not isinstance(other, QuantisedCallback) or other is self:

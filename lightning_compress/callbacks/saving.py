@@ -50,9 +50,10 @@ class SavingCallback(CompressionCallback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave nothing on the module."""
         super().teardown(trainer, pl_module, stage)
-        self._files.close()
+        if not self._is_elsewhere(trainer):
+            self._files.close()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def interrupted(self, trainer: Any, pl_module: Any) -> None:
         """Leave nothing on the module, once the checkpoints of the exception are written."""
-        super().on_exception(trainer, pl_module, exception)
+        super().interrupted(trainer, pl_module)
         close_after_exception(trainer, self._files)

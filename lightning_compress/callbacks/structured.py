@@ -297,10 +297,9 @@ class StructuredPruningCallback(SavingCallback):
                 f"'{self.name}' and '{others[0].name}' would both take filters away: give one of them only"
             )
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """As the base; no checkpoint is resumed yet."""
+    def enter(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """No checkpoint is resumed yet."""
         self._loaded = False
-        super().setup(trainer, pl_module, stage)
 
     def _loading_files(self, trainer: Any, pl_module: Any, stage: str) -> AbstractContextManager[None]:
         """Load networks of other sizes."""
@@ -325,7 +324,7 @@ class StructuredPruningCallback(SavingCallback):
         if goes_on:
             self._check_state()
         else:
-            self._state = _State(structure=structure, whole=structure)
+            self._state, self.plan = _State(structure=structure, whole=structure), None
         self._begun, self._skipped, self.went = False, 0, None
         stack.callback(setattr, self, "_progress", None)
 

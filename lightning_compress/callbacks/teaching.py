@@ -82,12 +82,11 @@ class TeacherCallback(CompressionCallback):
         notes = f"the teacher is a {who}" if other is None else f"the teacher, a {who}, runs for '{other}' already"
         return Intent(type(self).__name__, student=names or (), teachers=int(other is None), notes=(notes,))
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Find the teacher if another callback has it, and refuse what cannot work."""
+    def enter(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find the teacher, if another callback has it."""
         if stage == "fit" and self._teacher_of is not None:
             other = self._owner(trainer)
             self.teacher, self.teacher_transform = other.teacher, other.teacher_transform
-        super().setup(trainer, pl_module, stage)
 
     def _owner(self, trainer: Any) -> TeacherCallback:
         """The callback whose teacher this one shares."""

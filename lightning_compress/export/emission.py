@@ -99,6 +99,7 @@ class Emitting(Rounding):
 
     Attributes:
         held: What goes into the file, as buffers, which the trace reads.
+        buffers: For each key and part, ``site:part``, the name of its buffer.
     """
 
     def __init__(self, network: nn.Module, grids: Grids, *, opset: int, products: bool = False) -> None:
@@ -106,6 +107,7 @@ class Emitting(Rounding):
         self._opset = opset
         self._products = products
         self.held = nn.Module()
+        self.buffers: dict[str, str] = {}
         self._multiplied: set[str] = set()  # layers that become ``MatMulNBits``
         for site in grids.sites:
             self._hold_layer(site, network)
@@ -165,7 +167,7 @@ class Emitting(Rounding):
         if site in self._multiplied:
             return self._product(site, x, weight.shape[0], weight.shape[1], offset)
         matrix = self._weight(site, axis=1)  # (in, out): no transposition is left between it and the product
-        if x.ndim == 2 and hasattr(self.held, buffer_name(site, "bias")):
+        if x.ndim == 2 and f"{site}:bias" in self.buffers:
             parts = (self._tensor(site, "bias"), self._tensor(site, "bias_scale"))
             offset = self._symbol("DequantizeLinear", parts, torch.float32, parts[0].shape, axis=0)
             return torch.addmm(offset, x, matrix)
@@ -208,10 +210,14 @@ class Emitting(Rounding):
 
     def _hold(self, site: str, **tensors: Tensor) -> None:
         for part, tensor in tensors.items():
-            self.held.register_buffer(buffer_name(site, part), tensor)
+            key = f"{site}:{part}"
+            spelled = _spelled(key)  # "a.b" and "a__b" alike
+            names = (spelled, *(f"{spelled}_{number}" for number in range(2, len(self.buffers) + 3)))
+            self.buffers[key] = next(name for name in names if not hasattr(self.held, name))
+            self.held.register_buffer(self.buffers[key], tensor)
 
     def _tensor(self, site: str, part: str) -> Tensor:
-        value: Tensor = getattr(self.held, buffer_name(site, part))
+        value: Tensor = getattr(self.held, self.buffers[f"{site}:{part}"])
         return value
 
     def _weight(self, site: str, *, axis: int) -> Tensor:
@@ -258,13 +264,13 @@ class Emitting(Rounding):
         return result
 
 
-def buffer_name(site: str, part: str) -> str:
-    """Name of a buffer: of letters, digits and underscores, another for each key."""
+def _spelled(key: str) -> str:
+    """A key in letters, digits and underscores."""
 
-    def spelled(sign: re.Match[str]) -> str:
-        return {".": "__", ":": "_"}.get(sign[0], f"_{ord(sign[0])}_")
+    def sign(found: re.Match[str]) -> str:
+        return {".": "__", ":": "_"}.get(found[0], f"_{ord(found[0])}_")
 
-    return re.sub(r"[^A-Za-z0-9_]", spelled, f"{site}:{part}")
+    return re.sub(r"[^A-Za-z0-9_]", sign, key)
 
 
 def block_size(columns: int) -> int:

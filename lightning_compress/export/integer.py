@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.export.emission import CHILD, Emitting, buffer_name
+from lightning_compress.export.emission import CHILD, Emitting
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.parity import RANDOM_HINT, Reference, check_parity, references, usual_size
 from lightning_compress.export.runtime import OnnxNetwork
@@ -91,6 +91,7 @@ class IntegerExport:
         """
         emitting = Emitting(self._network, self._grids, opset=opset, products=self._precision == "int4")
         self._held = {f"{CHILD}.{name}": value for name, value in emitting.held.named_buffers()}
+        self._weights = {site: f"{CHILD}.{emitting.buffers[f'{site}:weight']}" for site in self._grids.sites}
         with quantizing(self._network, emitting):
             children = {CHILD: emitting.held}
             graph = convert(self._network, self._call, output_names, opset=opset, children=children, **options)
@@ -209,7 +210,7 @@ class IntegerExport:
         kernels = [node for node in optimised(file) if node.op_type in KERNELS]
         if len(kernels) < self._layers:
             read = {name for node in kernels for name in node.input}
-            floats = [site for site in self._grids.sites if f"{CHILD}.{buffer_name(site, 'weight')}" not in read]
+            floats = [site for site, name in self._weights.items() if name not in read]
             left = sorted({joined(self._grids.network, module_of(site)) for site in floats})
             raise ExportError(
                 f"ONNX Runtime runs {self._layers - len(kernels)} of {self._layers} quantised layers in float: "

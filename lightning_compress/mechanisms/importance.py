@@ -39,12 +39,13 @@ class TaylorScores:
         self._steps: dict[str, Tensor] = {}  # counted where the weights are: whether a step counts is known there
         self._taken: set[str] = set()  # what begins anew with its next gradient
 
-    def add(self, parameters: Iterable[Tensor]) -> None:
+    def add(self, parameters: Iterable[Tensor], *, scale: float = 1.0) -> None:
         """Add the scores of a step.
 
         Args:
             parameters: Those that the step is going to change; the weights among them that have a gradient count. A
                 step with gradients that are not finite, which a scaler will skip, does not count.
+            scale: What their gradients are multiplied by.
         """
         stepping = {id(parameter) for parameter in parameters}
         found = {
@@ -63,7 +64,7 @@ class TaylorScores:
                 self._steps[name] = torch.zeros((), dtype=torch.int64, device=weight.device)
                 self._taken.discard(name)
             counts = finite.to(weight.device)  # type: ignore[union-attr]
-            self._sums[name] += torch.where(counts, taylor_score(weight, gradient), 0.0)
+            self._sums[name] += torch.where(counts, taylor_score(weight, gradient / scale), 0.0)
             self._steps[name] += counts
 
     def follow(self, shrinkage: Shrinkage) -> None:

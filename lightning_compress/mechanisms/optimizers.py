@@ -160,6 +160,27 @@ def found_infinite(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(found, Tensor) and bool(found)
 
 
+def loss_scale(trainer: Any, optimizer: torch.optim.Optimizer | None = None) -> float:
+    """What gradients are multiplied by, so that they do not vanish in 16 bits.
+
+    Args:
+        trainer: The Trainer.
+        optimizer: Whose step begins, by when most gradients are divided by it again; None: in the backward pass.
+
+    Returns:
+        1 where nothing scales them.
+
+    Example:
+        >>> import lightning.pytorch as L
+        >>> loss_scale(L.Trainer(logger=False, accelerator="cpu"))
+        1.0
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not (optimizer is None or _compat.unscales_itself(optimizer)):
+        return 1.0
+    return float(scaler.get_scale())
+
+
 def repeats_steps(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it calls the step several times before it moves the parameters once, all of them together, as LBFGS does.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 from lightning_compress.report import units
 from lightning_compress.report.cells import Cell, columns, file_table, layer_table, version_line
@@ -77,13 +78,16 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def fitting(lines: Sequence[Sequence[str]], width: int | None, *, names: int = 1) -> str:
+def fitting(
+    lines: Sequence[Sequence[str]], width: int | None, *, names: int = 1, numbers: Literal["left", "right"] = "left"
+) -> str:
     """A table for the terminal: what does not fit beside each other follows below.
 
     Args:
         lines: As many entries in each.
         width: Columns of the terminal; ``None``: as many as it takes.
         names: The first columns that say what a line is of; each part has them.
+        numbers: Where the others are aligned.
 
     Returns:
         The lines, their entries below one another; an empty line between parts. Lines of a part that would be empty
@@ -110,14 +114,16 @@ def fitting(lines: Sequence[Sequence[str]], width: int | None, *, names: int = 1
             parts.append([*first])
         parts[-1].append(index)
     tables = [[[line[index] for index in part] for line in lines] for part in parts]
-    return "\n\n".join(aligned([line for line in table if any(line)]) for table in tables)
+    right = None if numbers == "left" else names
+    return "\n\n".join(aligned([line for line in table if any(line)], right=right) for table in tables)
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]], *, right: int | None = None) -> str:
     """A table as text, as wide as it takes.
 
     Args:
         lines: As many entries in each.
+        right: Columns from this one on are aligned to the right.
 
     Returns:
         The lines, their entries below one another.
@@ -128,7 +134,8 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
         0      16 -> 8
     """
     widths = _widths(lines)
-    padded = [[entry.ljust(width) for entry, width in zip(line, widths, strict=True)] for line in lines]
+    pads = [str.rjust if right is not None and column >= right else str.ljust for column in range(len(widths))]
+    padded = [[pad(own, width) for pad, own, width in zip(pads, line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 

@@ -1173,6 +1173,18 @@ def test_a_logger_that_fails_does_not_stop_the_training(drawn):
     assert module.global_step == 2 * STEPS
 
 
+@pytest.mark.sample
+def test_of_several_validations_in_an_epoch_the_last_is_kept():
+    callback, seen = attention(pairs=STAGES, pictures_every_n_epochs=1), []
+
+    class Look(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            seen.append(callback._last_maps)
+
+    feature_fit(made(ConvClassifier), callback, Look(), val_check_interval=2)
+    assert len(seen[1:]) == len(set(map(id, seen[1:]))) == STEPS // 2  # the first is the sanity check
+
+
 @pytest.mark.parametrize("embedded", [True, False])
 def test_the_report_gets_the_maps_of_the_last_validation_if_it_wants_them(drawn, tmp_path, embedded):
     callback, report = attention(pairs=STAGES), CompressionReport(path=tmp_path, latency=False, embed_pictures=embedded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import lightning.pytorch as L
@@ -113,6 +114,18 @@ def test_changed_arguments_are_named():
         Adding(1.0, layers=("a",)).load_state_dict(state)
     with pytest.warns(UserWarning, match=r"'adding' resumes with other arguments .*: amount was 1.0 and is 2.0$"):
         Adding(2.0, layers=("a",)).load_state_dict(state)
+
+
+def power(x, *, exponent):
+    return x**exponent
+
+
+def test_a_function_with_other_arguments_is_another():
+    state = Adding(partial(power, exponent=3)).state_dict()
+    assert state["arguments"]["amount"] == [f"{__name__}.power", [], {"exponent": 3}]
+    Adding(partial(power, exponent=3)).load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"resumes with other arguments .*: amount was .*3.* and is .*2"):
+        Adding(partial(power, exponent=2)).load_state_dict(state)
 
 
 def test_a_resume_finds_the_state_whatever_the_arguments(tmp_path):

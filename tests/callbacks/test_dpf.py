@@ -10,7 +10,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from contract.features import ConvNormClassifier, feature_loader
-from contract.modules import Classifier, MixinClassifier, NormClassifier, difference, loader, made, trainer
+from contract.modules import Classifier, MixinClassifier, NormClassifier, difference, loader, made, scaled, trainer
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -470,6 +470,18 @@ def test_validation_sees_the_pruned_weights_and_training_goes_on_with_the_dense_
     fitting = trainer(callback, Look(), max_epochs=2)
     fitting.fit(made(ConvNormClassifier), feature_loader(), feature_loader())
     assert float(fitting.callback_metrics["val_loss"]) == pytest.approx(values[-1], abs=1e-6)
+
+
+@pytest.mark.sample
+def test_norms_of_gradients_that_a_fused_optimizer_is_going_to_unscale():
+    def norms(fused):
+        plugin, module = scaled(2.0**10), made(Classifier)
+        module.optimise = lambda own: torch.optim.SGD(own.parameters(), lr=0.1, fused=fused)
+        fitting = trainer(DPFCallback(0.6, update_interval=1), plugins=[plugin])
+        fitting.fit(module, loader())
+        return {key: float(value) for key, value in fitting.callback_metrics.items() if "gradient_norm" in key}
+
+    assert norms(True) == pytest.approx(norms(False), rel=1e-2)
 
 
 def test_no_warning_without_a_reason():

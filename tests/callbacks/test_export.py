@@ -142,6 +142,25 @@ def test_a_metric_that_is_not_logged_stops_before_training_and_only_warns_later(
     assert (tmp_path / "m.onnx").is_file()
 
 
+@pytest.mark.sample
+def test_a_metric_of_the_second_loader_is_known_in_the_sanity_check(tmp_path):
+    class TwoLoaders(Measured):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            return super().validation_step(batch, batch_idx)
+
+        def on_validation_epoch_end(self):
+            self.log("own", 1.0)
+
+    def exported(metric):
+        callback = ExportCallback(tmp_path / "m.onnx", metric=metric)
+        trainer(callback, num_sanity_val_steps=1).fit(made(TwoLoaders), loader(), [loader(), loader()])
+        return callback.file_metrics
+
+    assert "val_loss/dataloader_idx_1" in exported("val_loss/dataloader_idx_1")
+    with pytest.raises(ValueError, match=r"which logs \['own', .*dataloader_idx_0.*num_sanity_val_steps=0"):
+        exported("val_loss/dataloader_idx_2")
+
+
 def test_a_validation_that_fails_outside_of_the_fit_is_a_failure_and_no_exception(tmp_path):
     class Picky(Measured):
         def validation_step(self, batch, batch_idx):

@@ -5,6 +5,7 @@ Bit for bit, unless a test says otherwise. Run as a script it is the two process
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import random
@@ -591,6 +592,19 @@ def test_a_resumed_run_equals_the_whole_one_and_trains_no_paraphraser(tmp_path):
     assert resumed.reconstruction_errors == callback.reconstruction_errors
     assert len(callback.reconstruction_errors) == EPOCHS
     assert len(forwards) == 4 + 2  # the steps of the second epoch, and its validation
+
+
+@pytest.mark.sample
+def test_a_file_that_is_tested_after_a_fit_leaves_the_networks_of_the_fit(tmp_path):
+    saved_fit(tmp_path, transfer())
+    callback, module = transfer(), made(Lambda)
+    fitting = trainer(callback, max_epochs=3)
+    fitting.fit(module, feature_loader())
+    before, errors = copy.deepcopy(callback.state_dict()), list(callback.reconstruction_errors)
+    fitting.validate(module, feature_loader(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert difference(callback.state_dict()["translator"]["module"], before["translator"]["module"]) == 0
+    assert difference(callback.state_dict()["paraphraser"], before["paraphraser"]) == 0
+    assert list(callback.reconstruction_errors) == errors
 
 
 def test_a_resume_without_the_callback_and_one_that_adds_it(tmp_path):

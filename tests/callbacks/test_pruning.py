@@ -20,6 +20,7 @@ from contract.modules import (
     difference,
     loader,
     made,
+    scaled,
     trainer,
 )
 from contract.traces import traces
@@ -247,6 +248,27 @@ def test_taylor_scores_are_those_of_the_steps_since_the_last_update():
     assert all(torch.equal(mask, own) for mask, own in zip(expected, pruning.masks.values(), strict=True))
 
 
+@pytest.mark.sample
+def test_taylor_scores_of_gradients_that_a_fused_optimizer_is_going_to_unscale():
+    """The scale doubles in each step, so that scores which have it would be those of the last one."""
+
+    def scores(fused):
+        plugin, pruning = scaled(), PruningCallback(0.5, score="taylor", schedule="one_shot", start=0.5, end=0.5)
+        plugin.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+        module, seen = made(Classifier), []
+
+        class Look(L.Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                if batch_idx < STEPS // 2 - 1:
+                    seen[:] = [pruning.state_dict()["importance"]]
+
+        module.optimise = lambda own: torch.optim.SGD(own.parameters(), lr=0.1, fused=fused)
+        trainer(Look(), pruning, plugins=[plugin]).fit(module, loader())
+        return seen[0]
+
+    torch.testing.assert_close(scores(True), scores(False), rtol=1e-2, atol=1e-4)
+
+
 class Wide(Classifier):
     """Four and eight input channels, and one layer whose input channels are odd."""
 
@@ -406,6 +428,7 @@ def test_the_best_checkpoint_has_the_final_sparsity(guard, save_top_k, tmp_path)
     assert found == (106 if guard else 74)
     assert saver.best_model_path.endswith("epoch=2.ckpt" if guard else "epoch=0.ckpt")
     assert (tmp_path / "last.ckpt").is_file()
+    assert (tmp_path / "epoch=0.ckpt").is_file() == (not guard or save_top_k == -1)  # to resume from
     assert "check_monitor_top_k" not in vars(saver)
 
 

@@ -246,6 +246,20 @@ def count(net, x):
     return {"params": sum(own.numel() for own in net.parameters()), "macs": counter.get_total_flops() // 2}
 
 
+@pytest.mark.sample
+def test_the_plan_of_another_module_is_forgotten():
+    plans = []
+
+    class Look(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            plans.append(callback.plan)
+
+    _, callback = shrunk(Net())
+    fitted(Lit(net=Net(24, 16)), callback, Look())
+    assert plans == [None]
+    assert callback.plan.filters["net.conv1"][0] == 24
+
+
 @pytest.mark.parametrize(("ratio", "expected"), [(0.25, (12, 18)), (0.3, (11, 17)), (0.5, (8, 12)), (0.6, (8, 8))])
 def test_each_layer_loses_the_share_of_its_filters(ratio, expected):
     module, callback = shrunk(Net(), ratio=ratio)

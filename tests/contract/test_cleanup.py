@@ -337,3 +337,48 @@ def test_what_has_any_attribute_is_no_wrapper_of_ours():
     module.helper = Anything()
     trainer(CASES[0].build(None, Classifier), kept).fit(module, loader(Classifier))
     assert [type(copied.helper) for copied in kept.copies] == [Anything, Anything]
+
+
+class Saves(L.Callback):
+    """Saves again and again."""
+
+    def __init__(self, callback, path):
+        self._callback, self._path, self.files = callback, path, []
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.save_checkpoint(self._path, weights_only=True)
+        self.files.append(torch.load(self._path, weights_only=True)["state_dict"])
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.on_train_start(trainer, pl_module)
+
+
+class SharesIt(Saves):
+    """The same; before, it gives somebody's callback to another Trainer, and bears the refusal."""
+
+    def on_train_start(self, trainer, pl_module):
+        other = L.Trainer(accelerator="cpu", logger=False, callbacks=[self._callback])
+        before = self._attributes()
+        with pytest.raises(RuntimeError, match="is at work in another fit"):
+            other.validate(made(Classifier, seed=7), loader())
+        assert self._attributes() == before
+        super().on_train_start(trainer, pl_module)
+
+    def _attributes(self):
+        lightnings = ("log", "log_dict")
+        return {name: id(value) for name, value in vars(self._callback).items() if name not in lightnings}
+
+
+@pytest.mark.sample
+@each_case()
+def test_a_callback_that_is_refused_to_another_trainer_goes_on(case, tmp_path):
+    def twice(kind):
+        callback = case.build(tmp_path / kind.__name__, Classifier)
+        module, other = made(Classifier), kind(callback, tmp_path / "weights.ckpt")
+        for _ in range(2):
+            trainer(callback, other).fit(module, loader(), loader(rows=2 * BATCH))
+        return module, other.files
+
+    (refused, files), (plain, expected) = twice(SharesIt), twice(Saves)
+    assert difference(refused, plain) == 0
+    assert [difference(*pair) for pair in zip(files, expected, strict=True)] == [0] * len(files)

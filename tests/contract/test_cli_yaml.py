@@ -96,13 +96,7 @@ class Project:
         return self.cli("fit", "--config", self.base, "--config", extra)
 
 
-# What this package says is the same in both packages.
-IN_ONE_PACKAGE = pytest.mark.parametrize(
-    "project", [NAMESPACES[0], pytest.param(NAMESPACES[1], marks=pytest.mark.slow)], indirect=True
-)
-
-
-@pytest.fixture(params=NAMESPACES)
+@pytest.fixture(params=[NAMESPACES[0], pytest.param(NAMESPACES[1], marks=pytest.mark.slow)])
 def project(request, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -130,7 +124,6 @@ FORMS = {
 }
 
 
-@IN_ONE_PACKAGE
 @pytest.mark.parametrize("form", FORMS)
 def test_the_teacher_in_yaml(project, form):
     spec, kind = FORMS[form]
@@ -200,7 +193,6 @@ def test_yaml_and_python_give_the_same_weights(project):
     assert torch.equal(ours(in_yaml).teacher[1].weight, teacher[1].weight)
 
 
-@IN_ONE_PACKAGE
 @pytest.mark.parametrize("name", ["DistillationCallback", "ExportCallback", "CompressionReport"])
 def test_the_help_is_short_and_complete(project, name, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -231,7 +223,6 @@ BAD = {
 }
 
 
-@IN_ONE_PACKAGE
 @pytest.mark.parametrize("what", BAD)
 def test_a_teacher_that_cannot_be_built(project, what, capsys):
     spec, message = BAD[what]
@@ -240,7 +231,6 @@ def test_a_teacher_that_cannot_be_built(project, what, capsys):
     assert_said(message, f"{raised.value} {capsys.readouterr().err}")
 
 
-@IN_ONE_PACKAGE
 def test_an_unknown_argument_is_named(project, capsys):
     with pytest.raises(SystemExit) as raised:
         project.fit({"class_path": f"{project.name}.Teacher", "init_args": {"classes": 3}}, temprature=2.0)

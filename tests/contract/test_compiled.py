@@ -125,8 +125,8 @@ def test_the_network_is_really_compiled(form):
     ("form", "student"),
     [
         ("child", None),
-        ("in place", "model"),
-        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("child", "model"), ("in place", None))),
+        *(pytest.param("in place", own, marks=pytest.mark.slow) for own in ("model", None)),
+        pytest.param("child", "model", marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_child_is_found_and_named_plainly(form, student):

@@ -181,6 +181,7 @@ def test_only_one_callback_weighs_the_task_loss():
     assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("export_first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_student_named_by_one_callback_serves_the_other(export_first, tmp_path):
     """An export that was not told of a network takes the student of the distillation, in both orders."""

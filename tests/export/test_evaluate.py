@@ -381,6 +381,7 @@ def uncompiled(tmp_path_factory):
     return module.state_dict(), own_metrics(module, "lightning.pytorch"), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["wrapped child", "compiled child", "lightning", "compiled module"])
 def test_compiled_modules(uncompiled, how):
     from lightning.pytorch.utilities.compile import from_compiled
@@ -445,6 +446,7 @@ def test_structure_of_the_output_is_the_networks(tmp_path):
 # Bad input
 
 
+@pytest.mark.sample
 def test_a_forward_that_is_never_called(fitted, tmp_path):
     module = networks.lightning_module("lightning.pytorch", "layers")
     to_onnx(module, tmp_path / "n.onnx", torch.ones(2, FEATURES), network="model")
@@ -454,6 +456,7 @@ def test_a_forward_that_is_never_called(fitted, tmp_path):
         evaluate_forward(module, networks.loader(), "", lambda x: x)
 
 
+@pytest.mark.sample
 def test_a_file_for_another_call(fitted, tmp_path):
     module, _ = fitted("lightning.pytorch", "keywords")
     features = torch.ones(2, FEATURES)
@@ -466,6 +469,7 @@ def test_a_file_for_another_call(fitted, tmp_path):
     assert evaluate(tmp_path / "n.onnx", module, networks.loader()).keys() >= {"val_acc"}
 
 
+@pytest.mark.slow
 def test_a_fixed_batch_and_a_last_batch_that_is_shorter(fitted, tmp_path):
     module, _ = fitted("lightning.pytorch")
     to_onnx(module, tmp_path / "n.onnx", torch.ones(6, FEATURES), network="model", dynamic_batch=False)

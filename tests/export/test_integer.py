@@ -101,6 +101,29 @@ def test_each_scale_of_the_grids_is_used_by_a_quantiser(written):
     assert not model.graph.value_info
 
 
+class Alike(nn.Module):
+    """Scales whose names in the file would be the same: of what enters "proj", and of what leaves "in_proj"."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.in_proj, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.out(self.in_proj(self.proj(x)))
+
+
+def test_names_that_are_spelled_alike_are_two(tmp_path):
+    network = varied_(Alike()).eval()
+    network.proj.weight.data *= 0.1
+    x = torch.randn(4, 6)
+    grids = calibrated(network, x)
+    emitting = Emitting(network, grids, opset=20)
+    assert len(set(emitting.buffers.values())) == len(emitting.buffers) == len(dict(emitting.held.named_buffers()))
+    assert {"in:proj:linear:0:scale", "in_proj:linear:0:scale"} <= emitting.buffers.keys()
+    to_onnx(holding(network, quantization=grids), tmp_path / "n.onnx", x, precision="int8")
+    assert (run(tmp_path / "n.onnx", x)[0] - rounded(network, grids, x)).abs().max() < 1e-5
+
+
 # What is no file
 
 

@@ -102,6 +102,7 @@ def test_contents_of_the_file(tmp_path):
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
+@pytest.mark.slow
 def test_exporting_twice_gives_the_same_bytes(tmp_path, request):
     network = mlp()
     to_onnx(network, tmp_path / "one.onnx", torch.ones(2, FEATURES))
@@ -113,11 +114,16 @@ def test_exporting_twice_gives_the_same_bytes(tmp_path, request):
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        ("tuple", ("output_0", "output_1")),
         ("list", ("output_0", "output_1_0", "output_1_1")),
         ("namedtuple", ("first", "second")),
-        ("dataclass", ("logits", "embedding")),
-        ("twice", ("output_0", "output_1")),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                ("tuple", ("output_0", "output_1")),
+                ("dataclass", ("logits", "embedding")),
+                ("twice", ("output_0", "output_1")),
+            )
+        ),
     ],
 )
 def test_output_structures(tmp_path, kind, names):
@@ -189,6 +195,7 @@ def test_half_precision_is_widened(tmp_path):
     assert network[0].weight.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_compiled_networks(tmp_path):
     network, x = mlp().eval(), torch.randn(2, FEATURES)
     expected = network(x).detach().numpy()
@@ -654,6 +661,7 @@ def test_torchvision_segmentation(tmp_path):
     assert result.checked_batch_sizes == (2, 1, 5)
 
 
+@pytest.mark.slow
 def test_transformers_classifier(tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
 

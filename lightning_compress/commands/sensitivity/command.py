@@ -38,6 +38,7 @@ from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.weights import select_weights
 from lightning_compress.report.cells import shown_path
+from lightning_compress.report.render import terminal_width
 from lightning_compress.tracking.exported import file_digest
 
 METHODS = ("bits", "sparsity")
@@ -218,7 +219,7 @@ def _check_methods(request: _Request, layers: Sequence[Layer]) -> None:
 def _write(request: _Request, findings: Findings, costs: Mapping[str, Costs], module: nn.Module) -> None:
     """Tables, picture and recipes, and what there is to say about them."""
     folder = request.folder
-    _say("\n" + to_console(findings))
+    _say("\n" + to_console(findings, width=terminal_width()))
     suggestions: list[Suggestion] = []
     for method, own in costs.items():
         suggested = suggest(method, findings, own, module, request.budget)

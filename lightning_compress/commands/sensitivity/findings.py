@@ -13,7 +13,7 @@ from lightning_compress.commands.sensitivity.journal import Measurement
 from lightning_compress.commands.sensitivity.layers import Layer
 from lightning_compress.commands.sensitivity.metrics import Metric
 from lightning_compress.report import units
-from lightning_compress.report.render import escaped
+from lightning_compress.report.render import escaped, fitting
 
 SCHEMA = 1
 NAME_LENGTH = 60
@@ -114,21 +114,18 @@ def headline(findings: Findings) -> str:
     return f"{name} {units.metric(findings.plain[name])} as it is; below, how much worse it is with one layer changed"
 
 
-def to_console(findings: Findings) -> str:
+def to_console(findings: Findings, *, width: int | None = None) -> str:
     """All tables as aligned text.
 
     Args:
         findings: What was found.
+        width: Columns of the terminal; None: as many as it takes.
 
     Returns:
         Lines, each ending in a newline.
     """
-    parts = [headline(findings)]
-    for rows in tables(findings, name_length=NAME_LENGTH).values():
-        widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+    found = tables(findings, name_length=NAME_LENGTH).values()
+    return "\n\n".join([headline(findings), *(fitting(rows, width, numbers="right") for rows in found)]) + "\n"
 
 
 def to_markdown(findings: Findings, notes: Sequence[str]) -> str:
