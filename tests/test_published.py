@@ -16,7 +16,7 @@ from pages import ROOT
 
 DOCS = ROOT / "docs"
 PUBLISHED = sorted(path.stem for path in (DOCS / RECORDS).glob("*.json"))
-BEGUN = {"pipeline"}  # of these, runs are missing: what takes hours may be made in several goes, on several machines
+BEGUN: set[str] = set()  # of these, runs are missing: what takes hours may be made in several goes, on several machines
 each = pytest.mark.parametrize("name", PUBLISHED)
 
 

@@ -73,6 +73,7 @@ class IntegerExport:
                 "sample= like the data that it was calibrated with"
             )
         self._held: dict[str, Tensor] = {}
+        self._weights: dict[str, str] = {}  # of each layer, what its integers are called in the file
         self._layers = len(grids.sites)
 
     def convert(self, output_names: Sequence[str], *, opset: int, **options: Any) -> bytes:

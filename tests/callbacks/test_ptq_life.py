@@ -975,7 +975,7 @@ PROCESSES = """
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "popen"])
+@pytest.mark.parametrize("method", ["fork", *(pytest.param(own, marks=pytest.mark.slow) for own in ("spawn", "popen"))])
 def test_two_processes_find_the_same_grids_and_the_parent_gets_them(method, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(PROCESSES))

@@ -112,6 +112,7 @@ class Condition:
         loops: Names of rows that are compared with a loop by hand too: exact, in 64 bits.
         alone: Names of the only rows that it is tried on; empty for all.
         heavy: Whether a fit takes seconds: then a cell in three is in the sample.
+        sampled: Whether any cell is in the sample.
     """
 
     key: str
@@ -122,6 +123,7 @@ class Condition:
     within: float = 0.0
     outcome: Outcome = "exact"
     heavy: bool = False
+    sampled: bool = True
     alone: Collection[str] = ()
     loops: Collection[str] = ()
 
@@ -391,7 +393,7 @@ CONDITIONS = (
         against_one_process_and_complete,
         WITHOUT_NORM,
         ROUNDING,
-        heavy=True,
+        sampled=False,
         outcome="repeatable",
     ),
     Condition(
