@@ -225,6 +225,7 @@ def test_the_authors_own_lines():
     assert difference(by_hand, fitted(ConvClassifier, attention(weight=20.0))) < 1e-5
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("dropped", "positions"), [(0, 5), (1, 4)])
 def test_tokens(dropped, positions):
     weights = {"block1": 0.1 * 1000 * positions / 16**2, "block2": 0.1 * 1000 * positions / 8**2}
@@ -243,6 +244,7 @@ def test_gradients_of_tokens():
 # Trainers
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("kind", [ConvNormClassifier, slow(ConvClassifier)])
 def test_accumulation(kind):
     by_hand, module = ByHand(kind).run(windows=4), fitted(kind, accumulate_grad_batches=4)

@@ -278,6 +278,7 @@ def test_nothing_stays_on_the_module():
     pickle.loads(pickle.dumps(module))
 
 
+@pytest.mark.sample
 def test_an_exception_leaves_a_checkpoint_to_go_on_from(tmp_path):
     whole = Lit()
     fitted(whole, structured(), steps=16)
@@ -369,7 +370,8 @@ def test_distillation_and_export_go_on(first, tmp_path):
     assert any("50.0% of the filters are gone" in note for note in report.result.notes)
 
 
-@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.sample
+@pytest.mark.parametrize("order", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_masks_follow(order):
     """Masks that are there when filters go are cut with the weights, and the final sparsity is met."""
     results = []
@@ -469,6 +471,7 @@ def test_two_ranks_are_identical_and_equal_one_process(settings, score, tmp_path
         assert difference(first, alone) < 1e-7
 
 
+@pytest.mark.sample
 def test_before_the_step_nothing_of_the_users_has_moved():
     """With a ratio that takes nothing away in the end, the run is the one without us."""
 

@@ -42,6 +42,7 @@ def untouched(kind):
     return trained(kind, [[], []])
 
 
+@pytest.mark.sample
 @each_case_and_some_modules()
 def test_a_second_fit_with_the_same_callback_equals_one_with_a_fresh_callback(case, kind, tmp_path):
     callback = case.build(tmp_path, kind)
