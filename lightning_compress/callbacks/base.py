@@ -830,7 +830,7 @@ def _primitive(value: Any) -> Any:
         return [_primitive(entry) for entry in value]
     if isinstance(value, Mapping):
         return {str(key): _primitive(entry) for key, entry in value.items()}
-    if inspect.isroutine(value):
+    if inspect.isfunction(value) or inspect.ismethod(value):
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, functools.partial):
         return [_primitive(own) for own in (value.func, value.args, value.keywords)]

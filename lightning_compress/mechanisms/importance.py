@@ -64,7 +64,7 @@ class TaylorScores:
                 self._steps[name] = torch.zeros((), dtype=torch.int64, device=weight.device)
                 self._taken.discard(name)
             counts = finite.to(weight.device)  # type: ignore[union-attr]
-            self._sums[name] += torch.where(counts, taylor_score(weight, gradient / scale), 0.0)
+            self._sums[name].add_(torch.where(counts, taylor_score(weight, gradient), 0.0), alpha=1 / scale)
             self._steps[name] += counts
 
     def follow(self, shrinkage: Shrinkage) -> None:

@@ -1174,14 +1174,14 @@ def test_a_logger_that_fails_does_not_stop_the_training(drawn):
 
 
 @pytest.mark.sample
-def test_of_several_validations_in_an_epoch_the_last_is_kept():
+def test_of_several_validations_in_an_epoch_the_last_is_kept(tmp_path):
     callback, seen = attention(pairs=STAGES, pictures_every_n_epochs=1), []
 
     class Look(L.Callback):
         def on_validation_end(self, trainer, pl_module):
             seen.append(callback._last_maps)
 
-    feature_fit(made(ConvClassifier), callback, Look(), val_check_interval=2)
+    feature_fit(made(ConvClassifier), callback, Look(), val_check_interval=2, default_root_dir=tmp_path)
     assert len(seen[1:]) == len(set(map(id, seen[1:]))) == STEPS // 2  # the first is the sanity check
 
 
