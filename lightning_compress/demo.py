@@ -312,13 +312,14 @@ def _fit(
     source: DemoData, module: LitClassifier, epochs: int, folder: Path, seed: int, callbacks: Sequence[Callback] = ()
 ) -> LitClassifier:
     start = time.perf_counter()
-    bars = [TQDMProgressBar(refresh_rate=5)] if sys.stdout.isatty() else []
+    watched = sys.stdout.isatty()
+    progress = TQDMProgressBar(refresh_rate=5) if watched else _FirstEpoch(start)
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="auto",
         devices=1,
-        callbacks=[*bars, *callbacks],
-        enable_progress_bar=bool(bars),
+        callbacks=[progress, *callbacks],
+        enable_progress_bar=watched,
         logger=CSVLogger(folder, name="", version=""),
         default_root_dir=folder,
         enable_checkpointing=False,
@@ -332,6 +333,17 @@ def _fit(
     trainer.save_checkpoint(folder / "last.ckpt")
     _say_finished(start, f"{METRIC} {units.metric(float(trainer.callback_metrics[METRIC]))}")
     return module
+
+
+class _FirstEpoch(Callback):
+    """Says how long the first epoch took, where no bar shows how it goes on."""
+
+    def __init__(self, start: float) -> None:
+        self._start = start
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            _say(f"      epoch 1 of {trainer.max_epochs}: {time.perf_counter() - self._start:.1f} s")
 
 
 def _metrics(module: LitClassifier, source: DemoData, seed: int) -> dict[str, float]:

@@ -95,12 +95,13 @@ def test_the_folder_holds_everything_and_a_deviating_file_fails(tmp_path, monkey
 def test_bars_are_for_terminals_and_every_stage_says_how_it_went(tmp_path, monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     with demo._quiet():
-        demo._fit(tiny(), demo._made(8, 0), 1, tmp_path, 0)
+        demo._fit(tiny(), demo._made(8, 0), 2, tmp_path, 0)
     out = capsys.readouterr().out
     assert ("Epoch 0" in out) == terminal
     last = re.fullmatch(r" {6}\d+ s, val_accuracy (0\.\d+|0|1)", out.splitlines()[-1])
     assert 0 <= float(last[1]) <= 1
-    assert len(out.splitlines()) == 1 or terminal
+    assert terminal or re.fullmatch(r" {6}epoch 1 of 2: \d+\.\d s", out.splitlines()[0])
+    assert len(out.splitlines()) == 2 or terminal
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)])

@@ -59,6 +59,13 @@ SOURCE = """
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+    class Wide(Lit):
+        def __init__(self, width: int = 16):
+            super().__init__()
+            self.save_hyperparameters()
+            self.model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 2))
+
+
     class Manual(Lit):
         def __init__(self):
             super().__init__()
@@ -320,6 +327,16 @@ def test_hyperparameters_that_are_others_in_the_config_are_told(written, capsys)
     code, line = exported(capsys, *written.config(), "fp32")
     assert code == 0, line
     assert line.endswith("; the checkpoint was saved with act='tanh', and the config has 'relu': the config counts")
+
+
+def test_an_argument_that_is_another_in_the_config_comes_before_the_sizes_that_do_not_fit(written, capsys):
+    module = written.code.Wide(width=24)
+    torch.save({"state_dict": module.state_dict(), "hyper_parameters": {"width": 24}}, "last.ckpt")
+    code, line = exported(capsys, *written.config("Wide"), "fp32")
+    assert code == 2
+    reason, sizes = "the checkpoint was saved with width=24, and the config has 16: ", "size mismatch"
+    assert reason in line
+    assert sizes in line.partition(reason)[2]
 
 
 def test_a_calibration_that_loses_more_than_the_tolerance(written, capsys):

@@ -292,7 +292,8 @@ def load_trained(
         try:
             module = load_checkpoint_(make_plain_(project.module), contents, checkpoint)
         except (ExportError, ValueError) as error:  # of another class, or of another width
-            raise UsageError(one_line(error)) from error
+            reason = f"{'; '.join(differences)}: " if counts == "config" and differences else ""
+            raise UsageError(f"{reason}{one_line(error)}") from error
         module = project.trainer.precision_plugin.convert_module(module)  # as a fit of the project begins
         undo.pop_all()  # the caller's from here on
     quantising = tuple(own for own in project.trainer.callbacks if isinstance(own, QUANTISING))

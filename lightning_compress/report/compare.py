@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +34,9 @@ from lightning_compress.report.measure import (
 from lightning_compress.report.table import ExportedFile, Latency, Layer, Report, Row
 
 Metrics = Mapping[str, Mapping[str, float]]
+
+_OF_EXTRAS = ("onnx", "onnxscript", "torch-pruning")
+"""Packages that are imported where a file is written, or filters are removed."""
 
 
 def compare(
@@ -140,7 +144,7 @@ def _file(result: ExportResult, model: str) -> ExportedFile:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a report depends on; what is not installed is left out.
+    """Versions of what a report depends on; what is not installed, or had no part in it, is left out.
 
     Returns:
         Name to version.
@@ -150,7 +154,8 @@ def versions() -> dict[str, str]:
         ['lightning', 'lightning_compress']
     """
     found = {"lightning_compress": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-    optional = {package: _installed(package) for package in ("lightning", "onnxruntime")}
+    used = [package for package in _OF_EXTRAS if package.replace("-", "_") in sys.modules]
+    optional = {package: _installed(package) for package in ("lightning", "onnxruntime", *used)}
     return found | {package: number for package, number in optional.items() if number is not None}
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lightning_compress.mechanisms.selection import did_you_mean, listing
+from lightning_compress.report import units
 from lightning_compress.report.cells import metric_names
 from lightning_compress.report.directions import Mode, direction, preferred
 from lightning_compress.report.table import Report, Row
@@ -119,7 +120,6 @@ def pareto(
     deployed = [point for point in points if not point.reference and None not in (point.cost, point.metric)]
     if not deployed:
         raise ValueError(f"no model has both {TITLES[cost]} and {chosen}, so there is nothing to compare")
-    references, notes = _references(points)
     front = on_front([(_number(point.cost), _number(point.metric)) for point in deployed], way)
     placed = [
         Point(point.run, point.row, point.cost, point.metric, front=best)
@@ -127,8 +127,8 @@ def pareto(
     ]
     sign = -1 if way == "max" else 1
     placed.sort(key=lambda point: (_number(point.cost), _last_if_nan(sign * _number(point.metric))))
-    notes = [*_notes(points, placed, reports, chosen, cost), *notes]
-    return Pareto(chosen, way, mode is None, cost, (*placed, *references), tuple(notes))
+    notes = tuple(_notes(points, placed, reports, chosen, cost))
+    return Pareto(chosen, way, mode is None, cost, (*placed, *_references(points)), notes)
 
 
 def on_front(points: Sequence[tuple[float, float]], mode: Mode) -> list[bool]:
@@ -200,20 +200,14 @@ def _point(run: str, row: Row, metric: str, cost: Cost) -> Point:
     return Point(run, row, None if price is None else float(price), row.metrics.get(metric), is_reference(row))
 
 
-def _references(points: Sequence[Point]) -> tuple[list[Point], list[str]]:
-    """Each reference once; the same network under the same name in several runs is that of the first run."""
+def _references(points: Sequence[Point]) -> list[Point]:
+    """Each reference once: what several runs call, count and measure alike is the same network."""
     kept: dict[tuple[object, ...], Point] = {}
-    differing: list[str] = []
     for point in points:
-        if not point.reference or not point.placed:
-            continue
-        first = kept.setdefault((point.row.name, point.row.parameters, point.row.bytes), point)
-        if first.metric != point.metric and first.row.name not in differing:
-            differing.append(first.row.name)
-    notes = [
-        f"'{name}' is that of the first run that has it; its metric differs between the runs." for name in differing
-    ]
-    return list(kept.values()), notes
+        if point.reference and point.placed:
+            measured = units.metric(_number(point.metric))  # as it is shown
+            kept.setdefault((point.row.name, point.row.parameters, point.row.bytes, measured), point)
+    return list(kept.values())
 
 
 def _notes(

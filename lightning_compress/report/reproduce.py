@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
+from lightning_compress.mechanisms.extras import PACKAGE
 from lightning_compress.report.table import Report
 
-_PACKAGE, _VERSION = re.compile(r"(?!python$)[A-Za-z0-9._-]+"), re.compile(r"[0-9][A-Za-z0-9.]*")
+_PACKAGE, _VERSION = re.compile(r"[A-Za-z0-9._-]+"), re.compile(r"[0-9][A-Za-z0-9.]*")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -50,27 +51,31 @@ def recipe_yaml(report: Report) -> str | None:
 def install_line(report: Report) -> str | None:
     """The command that installs the versions that the report was made with.
 
+    This package has no release yet, so the line is for its checkout.
+
     Args:
         report: Any.
 
     Returns:
-        One line, with Python's version as a comment; ``None`` where no version is known.
+        One line, with the versions of this package and of Python as a comment; ``None`` where no version is known.
 
     Example:
         >>> versions = {"lightning_compress": "0.1.0", "torch": "2.14.1+cpu", "python": "3.11.4"}
         >>> install_line(Report((), versions=versions))
-        'pip install lightning-compress==0.1.0 torch==2.14.1  # Python 3.11.4'
+        'pip install . torch==2.14.1  # in a checkout of lightning-compress 0.1.0, Python 3.11.4'
     """
-    packages = [
-        f"{name.replace('_', '-')}=={public[0]}"  # an index has no "+cpu"
+    found = {
+        name: public[0]  # an index has no "+cpu"
         for name, version in report.versions.items()
         if _PACKAGE.fullmatch(name) and (public := _VERSION.match(version))  # it is a line to be copied into a shell
-    ]
+    }
+    python, own = found.pop("python", None), found.pop(PACKAGE.replace("-", "_"), None)
+    packages = [*(["."] if own else []), *(f"{name}=={version}" for name, version in found.items())]
     if not packages:
         return None
-    python = _VERSION.match(report.versions.get("python", ""))
-    comment = f"  # Python {python[0]}" if python else ""
-    return f"pip install {' '.join(packages)}{comment}"
+    remarks = [f"in a checkout of {PACKAGE} {own}"] if own else []
+    remarks += [f"Python {python}"] if python else []
+    return f"pip install {' '.join(packages)}{'  # ' if remarks else ''}{', '.join(remarks)}"
 
 
 def reproduction(report: Report) -> list[tuple[str, str]]:

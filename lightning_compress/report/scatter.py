@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse, Polygon
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from lightning_compress.mechanisms.selection import listing
 from lightning_compress.report import units
 from lightning_compress.report.drawing import FONT, LIGHT, PAGE, PLAIN, Colours, canvas, fitting, png, svg, text_width
 from lightning_compress.report.labels import Box, Label, leader, place
@@ -21,6 +22,7 @@ WIDE, NARROW = (720, 420), (340, 340)  # pixels: for a desk, and for a phone
 _SMALL = 12  # pixels: the text at the axes
 _RADIUS = 5.0
 _NAME = 200  # pixels of a name
+_FEW = 3  # points that are not on the front: as many names have room in a narrow plot
 _NAMED = 40  # points, at most: more names are unreadable, and finding places for them takes minutes
 _DECADE = 8.0  # ratio of the largest to the smallest cost from which on the axis is logarithmic
 
@@ -72,8 +74,8 @@ def scatter_svg(pareto: Pareto, size: tuple[int, int] = WIDE) -> str:
 
     Args:
         pareto: The table.
-        size: Width and height in pixels; in narrow ones only the front and references have names, of which there are
-            40 at most.
+        size: Width and height in pixels. There are 40 names at most; in narrow plots only the front and references
+            have one, and what is not on the front where these are at most three.
 
     Returns:
         One SVG element.
@@ -126,7 +128,7 @@ def scatter_legend(pareto: Pareto) -> str:
     if (count := len(_shown(pareto))) > _NAMED:
         parts.append(f"At most {_NAMED} of the {count} have their names here, the front first.")
     if away:
-        parts.append(f"Out of the picture: {', '.join(away)}.")
+        parts.append(f"Out of the picture: {listing(away)}.")
     return " ".join(parts)
 
 
@@ -163,7 +165,9 @@ def _drawn(pareto: Pareto, size: tuple[int, int], colours: Colours, background: 
     order = sorted(places, key=lambda index: (not shown[index].front, not shown[index].reference))
     for index in reversed(order):
         _draw_point(axes, *places[index], shown[index], colours, background)
-    named = [index for index in order if size[0] >= WIDE[0] or shown[index].front or shown[index].reference][:_NAMED]
+    beaten = [index for index in order if not (shown[index].front or shown[index].reference)]
+    unnamed = set(beaten if size[0] < WIDE[0] and len(beaten) > _FEW else ())
+    named = [index for index in order if index not in unnamed][:_NAMED]
     room = Box(across.start + 1, down.end - 8, size[0] - 2, down.start - 2)
     texts = {index: fitting(point_label(pareto, shown[index]), min(_NAME, size[0] / 3), _SMALL) for index in named}
     labels = [
@@ -180,7 +184,7 @@ def _drawn(pareto: Pareto, size: tuple[int, int], colours: Colours, background: 
 
 
 def _shown(pareto: Pareto) -> list[Point]:
-    """The points that are drawn: a network before its training may be so far off that the others would be one dot."""
+    """The points that are drawn: a network with random weights may be so far off that the others would be one dot."""
     deployed = [point for point in pareto.points if point.placed and not point.reference]
     values = [_finite(point.metric) for point in deployed]
     if not values:
@@ -188,10 +192,9 @@ def _shown(pareto: Pareto) -> list[Point]:
     teachers = [_finite(point.metric) for point in _references(pareto) if point.row.name != "before"]
     low, high = min(values + teachers), max(values + teachers)
     span = (high - low) or 0.02 * abs(high) or 1.0
+    bottom, top = (-math.inf, high + span) if pareto.mode == "min" else (low - span, math.inf)
     return deployed + [
-        point
-        for point in _references(pareto)
-        if point.row.name != "before" or low - span <= _finite(point.metric) <= high + span
+        point for point in _references(pareto) if point.row.name != "before" or bottom <= _finite(point.metric) <= top
     ]
 
 

@@ -100,7 +100,7 @@ def test_large_pictures_are_made_smaller_and_many_are_told_of():
 
 def test_the_page_says_how_to_do_it_again(page):
     text = " ".join(Document(page).text)
-    assert "pip install lightning-compress==0.1.0 torch==2.14.1" in text
+    assert "pip install . torch==2.14.1" in text
     assert "version: 1\ncallbacks:\n- class_path: PruningCallback" in text
     assert "To do it again" not in to_html(Report(rows=()))
 

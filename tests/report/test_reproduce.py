@@ -30,6 +30,10 @@ def test_what_is_copied_into_a_shell_holds_no_surprise():
     assert install_line(nasty_report()) is None
     evil = {"torch": "2.1; rm -rf ~", "a b": "1", "python": "3.11 $(x)", "lightning": "2.6.6"}
     assert install_line(Report((), versions=evil)) == "pip install torch==2.1 lightning==2.6.6  # Python 3.11"
+    assert install_line(Report((), versions={"python": "3.11"})) is None
+    assert install_line(Report((), versions={"lightning_compress": "0.1.0"})) == (
+        "pip install .  # in a checkout of lightning-compress 0.1.0"
+    )
 
 
 def test_only_what_is_known_is_shown():

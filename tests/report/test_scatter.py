@@ -31,8 +31,13 @@ def test_front_is_filled_and_named_and_the_rest_is_muted():
     names = re.findall(r">([abc])</text>", drawn)
     assert sorted(names) == ["a", "b", "c"]
     assert 'aria-label="Size against acc. Front: a 100 B, 0.9, c 300 B, 0.95"' in drawn
-    narrow = scatter_svg(table(a=[row("m", 1, 0.9)], b=[row("m", 2, 0.8)]), NARROW)
-    assert re.findall(r">([abc])</text>", narrow) == ["a"]
+
+
+@pytest.mark.parametrize("beaten", [3, 4])
+def test_a_narrow_plot_names_what_is_beaten_where_it_is_little(beaten):
+    each = table(a=[row("m", 1, 0.9)], **{f"b{index}": [row("m", 3 * index + 5, 0.1)] for index in range(beaten)})
+    names = re.findall(r">(a|b\d)</text>", scatter_svg(each, NARROW))
+    assert len(names) == (4 if beaten == 3 else 1)
 
 
 def test_of_many_points_forty_have_names():
@@ -56,9 +61,11 @@ def test_names_are_as_short_as_they_can_be():
 
 def test_a_network_before_its_training_does_not_squeeze_the_others():
     far = table(a=[row("before", 9, 0.1), row("teacher", 20, 0.97), row("m", 2, 0.9), row("n", 1, 0.89)])
-    assert scatter_legend(far).endswith("Out of the picture: before.")
+    assert scatter_legend(far).endswith("Out of the picture: 'before'.")
     assert ">before</text>" not in scatter_svg(far)
     assert ">teacher</text>" in scatter_svg(far)
+    trained = table(a=[row("before", 9, 0.9), row("m", 2, 0.3), row("n", 1, 0.29)])
+    assert ">before</text>" in scatter_svg(trained)
     near = table(a=[row("before", 9, 0.88), row("m", 2, 0.9), row("n", 1, 0.89)])
     assert ">before</text>" in scatter_svg(near)
 

@@ -32,6 +32,9 @@ from lightning_compress.mechanisms.selection import plain_name
 from lightning_compress.report import units
 
 WIDTH = 110
+_GOES_ON = """\
+# It goes on with the training. A learning rate that was made for its number of steps, as by OneCycleLR, cannot go on:
+#   train anew from these weights, with start: 0."""
 RESUMED = 0.5
 """Fraction of a training of twice the epochs at which the checkpoint ends."""
 SUM = (
@@ -103,7 +106,9 @@ class Suggestion:
                 note, WIDTH, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False
             )
         ]
-        lines += [f"# To run it: {command}"] if command else []
+        if command:
+            lines.append(f"# To run it: {command}")
+            lines += [_GOES_ON] * (self.method != "bits")  # which trains nothing
         content = {"version": 1, "callbacks": list(self.callbacks), "export": dict(self.export)}
         return "\n".join([*lines, yaml.safe_dump(content, sort_keys=False, width=WIDTH)])
 
