@@ -101,6 +101,7 @@ def test_every_page_with_python_is_run():
     "page",
     [pytest.param(ROOT / name, id=name, marks=[pytest.mark.slow] if name in SECONDS else []) for name in RUNS],
 )
+@pytest.mark.sample
 def test_python_runs(page, tmp_path, monkeypatch, capsys):
     run_python(page, monkeypatch, tmp_path)
     leaves, prints = RUNS[name_of(page)]

@@ -880,6 +880,7 @@ def few_bits(tmp_path, monkeypatch):
     return claim, store
 
 
+@pytest.mark.sample
 def test_a_claim_on_few_bits_from_its_runs_to_its_tables(few_bits, monkeypatch):
     claim, store = few_bits
     (full, _), (four, arms) = claim.parts

@@ -182,6 +182,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("before", ["", "signal.signal(signal.SIGTERM, signal.SIG_IGN)"])
 @pytest.mark.parametrize(("event", "code"), [(planned(), 0), (FAILED, 1)])
+@pytest.mark.sample
 def test_a_command_that_goes_on_after_the_plan_is_ended(project, monkeypatch, event, code, before):
     monkeypatch.setattr("lightning_compress.commands.run.GRACE", 0.5)
     text = TELLS.format(event=json.dumps(event) + "\n", before=before)

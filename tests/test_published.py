@@ -30,6 +30,7 @@ def between_markers(page: Path) -> str:
 
 
 @each
+@pytest.mark.sample
 def test_a_page_shows_its_records(name, store, tmp_path):
     text = shown(EXPERIMENTS[name], store, SEEDS, [tmp_path])
     assert between_markers(DOCS / "experiments" / EXPERIMENTS[name].page) == text

@@ -335,6 +335,7 @@ def test_the_mixin():
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("pairs", [STAGES, "auto"], ids=["given", "auto"])
 @pytest.mark.parametrize("form", ["child", "in place"])
+@pytest.mark.sample
 def test_compiled(form, pairs):
     module = made(ConvClassifier)
     network = module.model

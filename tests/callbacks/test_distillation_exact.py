@@ -275,6 +275,7 @@ def test_float16_with_a_scaler(windows):
 @pytest.mark.parametrize(
     "form", ["module", *(pytest.param(form, marks=pytest.mark.slow) for form in ("child", "in place"))]
 )
+@pytest.mark.sample
 def test_compiled(form):
     """The first two forms are among the fast tests of contract/test_compiled.py."""
     module = made(Classifier)

@@ -234,6 +234,7 @@ def compile_and_validate(module):
         pytest.param(compile_child, 0.375, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.sample
 def test_compiled(before, start):
     """With the sanity check, dense steps first, validation within the epoch, and validation before the fit."""
     module, pruning = pruned(Convolutions, before=before, start=start, val_check_interval=3, num_sanity_val_steps=2)

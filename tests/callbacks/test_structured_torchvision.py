@@ -80,6 +80,7 @@ class Lit(L.LightningModule):
         pytest.param({"budget": "macs", "round_to": 8, "score": "l1"}, 0.7, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.sample
 def test_these_work(name, arguments, ratio):
     module = Lit(made(name), 64)
     before = copy.deepcopy(module.net)

@@ -64,6 +64,7 @@ ROWS_AND_AVERAGES = [
 
 
 @pytest.mark.parametrize(("case", "average"), ROWS_AND_AVERAGES)
+@pytest.mark.sample
 def test_before_and_after_are_the_same(case, average, tmp_path):
     first = trained(NormClassifier, [average(), case.build(tmp_path / "a", NormClassifier)])
     last = trained(NormClassifier, [case.build(tmp_path / "b", NormClassifier), average()])

@@ -102,6 +102,7 @@ def resumed_at_the_end_of_an_epoch(case, kind, folder):
 
 
 @each_case_and_some_modules()
+@pytest.mark.sample
 def test_from_the_end_of_an_epoch(case, kind, tmp_path):
     resumed_at_the_end_of_an_epoch(case, kind, tmp_path)
 

@@ -83,6 +83,7 @@ def assert_same(before, after):
 
 
 @pytest.mark.parametrize(("kind", "namespace"), KINDS_AND_NAMESPACES)
+@pytest.mark.sample
 def test_metrics_of_the_file_are_those_of_validate(fitted, tmp_path, capfd, caplog, namespace, kind, monkeypatch):
     module, trainer = fitted(namespace, kind)
     exported(module, kind, tmp_path / "n.onnx")

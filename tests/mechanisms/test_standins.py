@@ -199,6 +199,7 @@ def story(compiled, training, order, make):
     [(others_for, True), (frozen_others, False)]
     + [pytest.param(*row, marks=pytest.mark.slow) for row in ((others_for, False), (frozen_others, True))],
 )
+@pytest.mark.sample
 def test_compiled_code_reads_what_is_there(training, make, order):
     ours, theirs = (story(compiled, training, order, make) for compiled in (True, False))
     for found, expected in zip(ours, theirs, strict=True):

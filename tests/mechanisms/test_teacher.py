@@ -432,6 +432,7 @@ class SelfCompiling(Lit):
 
 @pytest.mark.parametrize("kind", ["plain", "masked", "quantised"])
 @pytest.mark.parametrize("cls", [Lit, SelfCompiling])
+@pytest.mark.sample
 def test_a_checkpoint_of_a_compiled_network(tmp_path, kind, cls):
     callbacks = {
         "masked": [lightning_compress.PruningCallback(0.5, schedule="one_shot")],

@@ -918,6 +918,7 @@ FORMS = [
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("backend", "form"), FORMS)
+@pytest.mark.sample
 def test_compiled_code_sees_what_is_presented_in_any_order(backend, form):
     expected, got = story(None), story(backend, form)
     for theirs, ours in zip(expected, got, strict=True):

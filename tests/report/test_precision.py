@@ -186,6 +186,7 @@ def run(tmp_path_factory):
     )
 
 
+@pytest.mark.sample
 def test_a_fit_writes_an_integer_file_with_the_scales_of_the_other_callback(run):
     result = run.exporting.result
     assert (result.path, result.precision, result.network) == (run.folder / "n.onnx", "int8", "model")
