@@ -1244,7 +1244,11 @@ def test_a_loader_keeps_its_workers_in_an_attribute():
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_a_settled_module_is_on_no_mesh(namespace):
-    module = import_module(namespace).LightningModule()
+    class Lit(import_module(namespace).LightningModule):
+        def configure_model(self):
+            raise AssertionError("it has been configured")
+
+    module = Lit()
     assert module._device_mesh is None
     module._device_mesh = object()
     _compat.settle_(module)

@@ -144,7 +144,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self._before_fit: dict[str, Any] | None = None  # its attributes then
         self._stack: ExitStack | None = None
         self._controller: StepController | None = None
-        self._trainer: Any = None  # while at work
+        self._trainer: Any = None  # of a fit
+        self._runs_in: Any = None  # the Trainer, from set-up to the end of a fit or an evaluation
         self._owned: list[OwnedParameters] = []
         self._lesson: Lesson | None = None
         self._owned_step: int | None = None  # number of the step in which these moved last
@@ -300,10 +301,13 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work before anything happens."""
         if self._is_elsewhere(trainer):
+            for name in LOGGING_METHODS:  # Lightning has given it those of the other module by now
+                setattr(self, name, getattr(self._runs_in.lightning_module, name))
             raise RuntimeError(
-                f"{type(self).__name__} '{self.name}' is at work in another fit that has not ended; give this Trainer "
-                "a callback of its own, or none"
+                f"{type(self).__name__} '{self.name}' is at work in another Trainer's {self._runs_in.state.fn.value} "
+                "that has not ended; give this Trainer a callback of its own, or none"
             )
+        self._runs_in = trainer
         self.enter(trainer, pl_module, stage)
         if stage != "fit":
             if self.quantises:  # it shows another network there
@@ -469,7 +473,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
             self.interrupted(trainer, pl_module)
 
     def enter(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Forget what was of the last run only; called once it is clear that this one may begin."""
+        """Prepare for a run; no other one goes on, and what else would be refused is looked at afterwards."""
 
     def interrupted(self, trainer: Any, pl_module: Any) -> None:
         """Do what is left to do where a run has ended in an exception; here, leave it."""
@@ -478,7 +482,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def leave(self) -> None:
         """Let go of the module, and of all that was needed for one run only, however that ended."""
         self._close()
-        self._tracker = None
+        self._tracker = self._runs_in = None
 
     def state_dict(self) -> dict[str, Any]:
         """Schema version, arguments, and the technique's own state: tensors and primitives only."""
@@ -508,7 +512,7 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def __getstate__(self) -> dict[str, Any]:
         """A copy is at work in no fit, has found nothing in one that goes on, and has fitted no module."""
         state = self._snapshot() if self._stack is None or self._before_fit is None else self._before_fit
-        return {**state, "_before_fit": None, "_fitted": None, "_tracker": None}
+        return {**state, "_before_fit": None, "_fitted": None, "_tracker": None, "_runs_in": None}
 
     def _refuse_damaged(self, state: Any) -> None:
         """Look at a state before any of it is used.
@@ -532,8 +536,9 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     # Private
 
     def _is_elsewhere(self, trainer: Any) -> bool:
-        """Whether it is at work in a fit of another Trainer."""
-        return self._trainer is not None and self._trainer is not trainer and _compat.is_running(self._trainer)
+        """Whether it is at work in another Trainer."""
+        other = self._runs_in
+        return other is not None and other is not trainer and _compat.is_running(other)
 
     def _taught_moved(self, pl_module: Any) -> bool:
         """Whether a parameter that it teaches was written to since the fit began."""

@@ -90,7 +90,7 @@ class DCILCallback(DynamicMaskCallback):
         student: Its dotted name, or both ends of a chain.
         output: Key, attribute or index of logits. None: found.
         class_dim: Dimension of classes. None: last of (N, L, K), else 1.
-        guard_checkpoints: Whether monitored checkpoints are kept from the final sparsity on.
+        guard_checkpoints: Whether a monitored checkpoint may be the best from the final sparsity on only.
         reestimate_batchnorm: Estimate batch norm anew at the end, on 16 training batches.
         reestimated_validation: Validate once more, on the CPU, with batch norm estimated anew.
         layers: As for ``PruningCallback``. None: convolutions.

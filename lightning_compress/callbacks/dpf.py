@@ -40,7 +40,7 @@ class DPFCallback(DynamicMaskCallback):
             never do.
         dead_filters: What a filter learns while it is masked completely: nothing with "zero_grad", all that the rule
             says with "keep". A filter is an output channel of a convolution, or of a linear layer before batch norm.
-        guard_checkpoints: Whether monitored checkpoints are kept from the final sparsity on.
+        guard_checkpoints: Whether a monitored checkpoint may be the best from the final sparsity on only.
         reestimate_batchnorm: Estimate batch norm anew at the end, on 16 training batches.
         reestimated_validation: Validate once more, on the CPU, with batch norm estimated anew, as masks change faster
             than running statistics follow.

@@ -226,7 +226,7 @@ class FactorTransferCallback(FeatureCallback):
             return {**super().extra_state(), **self._loaded}
         return {
             **super().extra_state(),
-            "layer": self.settled[0].teacher,
+            "layer": self._loaded.get("layer", self.settled[0].teacher),
             "paraphraser": self._paraphraser.state_dict(),
             "reconstruction_errors": list(self.reconstruction_errors),
             "translator": self._translator.state_dict(),
@@ -238,15 +238,16 @@ class FactorTransferCallback(FeatureCallback):
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take them back: a resumed run does not train the paraphraser again."""
-        if self._paraphraser is not None:
-            return  # a file is tested, and these are of the last fit
         super().load_extra_state(state)
         self._loaded = {
             key: state[key] for key in ("layer", "paraphraser", "reconstruction_errors", "translator") if key in state
         }
         self.reconstruction_errors = list(self._loaded.get("reconstruction_errors", ()))
-        if self._translator is not None:  # FSDP2 restores a fit that has begun
+        if self._translator is not None:  # FSDP2 restores a fit that has begun, or a file is tested after one
             self._translator.load_state_dict(self._loaded.get("translator", {}))
+        if self._paraphraser is not None:
+            saved = self._loaded.get("paraphraser")
+            self._paraphraser = paraphraser_from(saved, self.factor_ratio, argument="the checkpoint") if saved else None
 
     def term(self, passes: Mapping[str, Pass]) -> Tensor | None:
         """What it adds to the loss of a training step, weighted."""

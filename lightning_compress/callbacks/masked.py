@@ -213,6 +213,10 @@ class MaskedWeightsCallback(SavingCallback):
         self._undo = None  # an optimizer of the user's own may have stepped
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """A file is loaded by now; of a file of weights alone Lightning tells nobody."""
+        self._forgotten = {}
+
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """A file is loaded by now."""
         self._forgotten = {}
@@ -389,6 +393,7 @@ class MaskedWeightsCallback(SavingCallback):
         """Keep the dense weights of a checkpoint that is loaded to be tested, for a fit that goes on from it."""
         if self._controller is not None:  # a fit looks for a learning rate, and comes back to where it was
             return
+        self.recall()  # what children have found is of before
         before = dict(vars(self))
         try:
             self._read(checkpoint)

@@ -63,8 +63,8 @@ class MaskCallback(MaskedWeightsCallback):
         update_interval: Optimizer steps between two updates of the masks.
         layers: Selectors of the layers whose weights are masked; None for ``default_layers``.
         exclude: Selectors of layers that are left dense.
-        guard_checkpoints: Whether a checkpoint that ``ModelCheckpoint`` monitors is kept only from the final sparsity
-            on, so that "best" is as sparse as its name says.
+        guard_checkpoints: Whether a checkpoint that ``ModelCheckpoint`` monitors may be the best only from the final
+            sparsity on, so that "best" is as sparse as its name says; ``save_top_k=-1`` keeps earlier ones too.
         reestimate_batchnorm: Whether to estimate batch-norm statistics anew at the end, on 16 training batches.
         name: As in the base class.
 
@@ -111,6 +111,8 @@ class MaskCallback(MaskedWeightsCallback):
         self._steps: int | None = None  # optimizer steps at the last update; None before training
         self._logged: float | None = None
         self._to_log: dict[str, float | Tensor] = {}  # of an update, at the end of the batch
+        self._at_target = False  # whether what is measured is of the final sparsity
+        self._early: list[Any] = []  # callbacks that hold checkpoints of before
         self._history = LayerHistory([])  # of this fit
 
     # For techniques
@@ -212,6 +214,8 @@ class MaskCallback(MaskedWeightsCallback):
         self._history = LayerHistory(list(self._require_masks().weights))
         self._check_target()
         self._forget_best(trainer)
+        self._early = []
+        stack.callback(self._forget_early)
         for callback in self._guarded(trainer):
             stack.enter_context(copied_plainly(callback))
             stack.enter_context(shadowed(callback, "check_monitor_top_k", partial(self._guarding, callback)))
@@ -230,6 +234,7 @@ class MaskCallback(MaskedWeightsCallback):
             masks.replace([torch.ones_like(mask) for mask in last])
             masks.replace(self.new_masks(self.sparsity) or last)
         self._finished = self._finished and self._has_target()
+        self._at_target = self._has_target()
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """With the place in the schedule."""
@@ -249,6 +254,7 @@ class MaskCallback(MaskedWeightsCallback):
         """Find out how long the training is; mask at once if the schedule begins here."""
         self._progress = Progress(trainer, pl_module)
         self._steps = self._progress.steps_over
+        self._at_target = self._has_target()
         self._forget_best(trainer)  # a strategy with shards has loaded them since the start of the fit
         if not self._begun:
             self._update()
@@ -306,8 +312,7 @@ class MaskCallback(MaskedWeightsCallback):
     def _end_early(self, trainer: Any, progress: Progress) -> None:
         before, fraction, (argument, at) = self.reached, progress.fraction, self.reached_at
         if trainer.should_stop:
-            held_back = [own for own in self._guarded(trainer) if not _compat.keeps_all(own)]
-            kept = ", and no monitored checkpoint was kept" if held_back else ""
+            kept = ", and no monitored checkpoint was kept as the best" if self._guarded(trainer) else ""
             self.failure = (
                 f"training stopped at {fraction:.0%} of its length, before {argument}={at}: the sparsity is "
                 f"{before:.4f}, not {self.sparsity}{kept}"
@@ -383,8 +388,6 @@ class MaskCallback(MaskedWeightsCallback):
         """Reach the final sparsity exactly, whatever the schedule said."""
         self._take(self.new_masks(self.sparsity), more=more)
         self._finished = self._has_target()  # else nothing is known of the weights yet, and the next step tries again
-        if self._finished:
-            self.tracker(self._trainer).forget(self._trainer.callback_metrics)
 
     def _has_target(self) -> bool:
         """Whether the final sparsity is reached, be it before ``end``."""
@@ -403,10 +406,13 @@ class MaskCallback(MaskedWeightsCallback):
             step = self._require_progress().steps
             self._history.add(step, own.shares(own.counts), own.shares(own.changed))
             self._to_log["churn"] = changed
+            if not self._at_target and self._has_target():
+                self._at_target = True
+                self.tracker(self._trainer).forget(self._trainer.callback_metrics)
             self.updated(changed, more=more)
 
     def _guarded(self, trainer: Any) -> list[Any]:
-        """The callbacks that keep no checkpoint before the final sparsity."""
+        """The callbacks whose best checkpoint shall have the final sparsity."""
         return [own for own in trainer.callbacks if self.guard_checkpoints and _compat.keeps_best(own)]
 
     def _forget_best(self, trainer: Any) -> None:
@@ -418,18 +424,25 @@ class MaskCallback(MaskedWeightsCallback):
                 "their files stay"
             )
 
+    def _forget_early(self) -> None:
+        """Where no checkpoint came after the final sparsity, none is the best."""
+        if self._early:
+            self._warn_once("no checkpoint was saved at the final sparsity, so none is the best; those before stay")
+        for callback in self._early:
+            _compat.forget_best(callback)
+        self._early = []
+
     def _guarding(self, callback: Any, original: Callable[..., bool]) -> Callable[..., bool]:
         """Let no checkpoint before the final sparsity be the best; to resume from, the last is kept, or all are."""
-        early = False
 
         def check_monitor_top_k(trainer: Any, *args: Any, **kwargs: Any) -> bool:
-            nonlocal early
             if self._has_target():
-                if early:
+                if callback in self._early:
                     _compat.forget_best(callback)
-                early = False
+                    self._early.remove(callback)
             elif _compat.keeps_all(callback):
-                early = True
+                if callback not in self._early:
+                    self._early.append(callback)
             else:
                 _compat.let_last_be_saved(callback, trainer)
                 return False

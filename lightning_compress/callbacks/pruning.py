@@ -80,7 +80,7 @@ class PruningCallback(MaskCallback):
             alone; with "one_shot" and "iterative".
         reestimate_batchnorm: Estimate batch norm anew at the end, on 16 training batches.
         seed: Of the random score.
-        guard_checkpoints: Whether monitored checkpoints are kept from the final sparsity on.
+        guard_checkpoints: Whether a monitored checkpoint may be the best from the final sparsity on only.
         layers: Selectors: dotted names, with what lies below; patterns ``"*.conv1"``; ``"re:..."``; ``"type:Conv2d"``.
             None: all convolutions and linear layers.
         exclude: What is left dense.

@@ -45,7 +45,7 @@ from lightning_compress.mechanisms.checkpoints import (
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.optimizers import repeats_steps
 from lightning_compress.mechanisms.progress import Progress
-from lightning_compress.mechanisms.selection import find_module, listing, plain_name
+from lightning_compress.mechanisms.selection import find_module, listing
 from lightning_compress.mechanisms.shrinking import (
     Shrinkage,
     Structure,
@@ -222,8 +222,9 @@ class StructuredPruningCallback(SavingCallback):
         aims |= {"start": self.start} if self.schedule == "one_shot" else {"start": self.start, "end": self.end}
         kind, plan = type(self).__name__, self.plan
         if plan is None and self._state.done and self._reached_all:
-            smaller = self._smaller(pl_module)
-            elements = sum(own.numel() for layer in smaller.values() for own in layer.parameters())
+            smaller = self._smaller()
+            layers = [find_module(pl_module, name, argument="layers") for name in smaller]
+            elements = sum(own.numel() for layer in layers for own in layer.parameters())
             return Intent(kind, tuple(smaller), elements=elements, aims=aims, notes=tuple(self.remarks()))
         if plan is None:
             return Intent(kind, aims=aims, notes=("the first batch shows what can go",))
@@ -255,8 +256,8 @@ class StructuredPruningCallback(SavingCallback):
             f"{self.name}: {self.reached:.1%} of the {BUDGETS[self.budget]} are gone{rounds} (asked {self.ratio:.1%}): "
             f"{_numbers('parameters', self._state.parameters)}, {_numbers('MACs', self._state.macs)}."
         ]
-        kept = self.shrinkage.kept  # an earlier round may have taken filters of a layer that the last one leaves
-        left = [] if self.plan is None else [name for name in self.plan.left if 0 not in kept.get(f"{name}.weight", {})]
+        smaller = self._smaller()  # an earlier round may have taken filters of a layer that the last one leaves
+        left = [] if self.plan is None else [name for name in self.plan.left if name not in smaller]
         if left:
             remarks.append(f"{self.name}: layers that stay as they are: {listing(left, None)}.")
         return remarks
@@ -510,18 +511,24 @@ class StructuredPruningCallback(SavingCallback):
             if told is not None and module is pl_module and self._saving and not self.has_fitted(pl_module):
                 self._warn_once(f"the checkpoint's network takes the place of this one: {told}")
 
-    def _smaller(self, pl_module: nn.Module) -> dict[str, nn.Module]:
+    def _smaller(self) -> list[str]:
         """The layers that filters have gone from; norms of theirs are not among them."""
-        named = {plain_name(name): layer for name, layer in pl_module.named_modules()}
-        gone = [name.removesuffix(".weight") for name, kept in self.shrinkage.kept.items() if 0 in kept]
-        return {name: named[name] for name in gone if name in named and named[name].weight.ndim > 1}
+        whole, now = self._state.whole, self._state.structure
+        return [name for name, own in whole.items() if _filters(now.get(name, own)) < _filters(own)]
 
     def _knows(self, pl_module: nn.Module, checkpoint: Mapping[str, Any]) -> bool:
-        """Whether each size in a checkpoint lies between that of now and the one at first."""
-        now, first = structure_of(pl_module), self._state.whole
-        told = structure_told_by(pl_module, checkpoint["state_dict"]).items()
-        sizes = [(name, *size) for name, own in told for size in own.items()]
-        return all(now[name][what] <= size <= first.get(name, now[name])[what] for name, what, size in sizes)
+        """Whether each size in a checkpoint lies between those that this network has had."""
+        had = (structure_of(pl_module), self._state.structure, self._state.whole)
+        for name, told in structure_told_by(pl_module, checkpoint["state_dict"]).items():
+            for what, size in told.items():
+                known = [own[name][what] for own in had if what in own.get(name, ())]
+                if not known or not min(known) <= size <= max(known):
+                    return False
+        return True
+
+
+def _filters(sizes: Mapping[str, Any]) -> int:
+    return int(sizes.get("out_channels", sizes.get("out_features", 0)))
 
 
 def _numbers(what: str, numbers: Sequence[int]) -> str:

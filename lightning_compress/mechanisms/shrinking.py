@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -413,7 +414,7 @@ def _set_attributes(module: nn.Module, structure: Mapping[str, Mapping[str, Any]
 
 
 def _is_size(value: Any) -> bool:
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)  # those of NumPy too
     return whole or (isinstance(value, (tuple, list)) and bool(value) and all(_is_size(entry) for entry in value))
 
 

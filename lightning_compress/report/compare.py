@@ -144,7 +144,7 @@ def _file(result: ExportResult, model: str) -> ExportedFile:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a report depends on; what is not installed, or had no part in it, is left out.
+    """Versions of what a report depends on; what is not installed, or not used in this process, is left out.
 
     Returns:
         Name to version.

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lightning_compress.export.errors import first_line
 from lightning_compress.report.directions import Mode
 from lightning_compress.tracking.exported import Exported
@@ -85,7 +87,7 @@ class Tracker:
         """
         for name, way in self._goals.items():
             found = metrics.get(name)
-            if found is None or found is self._stale.get(name):
+            if found is None or _is_one(found, self._stale.get(name)):
                 continue
             value = float(found)
             if not math.isnan(value):
@@ -181,3 +183,9 @@ class Tracker:
             "goes on, and what else this logger may not take is not told",
             stacklevel=5,
         )
+
+
+def _is_one(found: Any, known: Any) -> bool:
+    """Whether two metrics are one value: of those of a step Lightning makes a new view each time."""
+    tensors = isinstance(found, Tensor) and isinstance(known, Tensor)
+    return bool(found.data_ptr() == known.data_ptr()) if tensors else found is known

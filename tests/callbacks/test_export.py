@@ -240,7 +240,7 @@ def test_a_callback_at_work_is_refused_in_a_second_trainer():
         def on_train_start(self, trainer_, module):
             trainer(callback).fit(made(Classifier), loader())
 
-    with pytest.raises(RuntimeError, match="is at work in another fit"):
+    with pytest.raises(RuntimeError, match="is at work in another Trainer's fit"):
         trainer(callback, Nested()).fit(made(Classifier), loader())
 
 

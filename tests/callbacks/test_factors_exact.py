@@ -595,16 +595,22 @@ def test_a_resumed_run_equals_the_whole_one_and_trains_no_paraphraser(tmp_path):
 
 
 @pytest.mark.sample
-def test_a_file_that_is_tested_after_a_fit_leaves_the_networks_of_the_fit(tmp_path):
+def test_what_is_saved_after_the_test_of_a_file_is_that_file_again(tmp_path):
     saved_fit(tmp_path, transfer())
     callback, module = transfer(), made(Lambda)
     fitting = trainer(callback, max_epochs=3)
     fitting.fit(module, feature_loader())
-    before, errors = copy.deepcopy(callback.state_dict()), list(callback.reconstruction_errors)
+    before = copy.deepcopy(callback.state_dict())
     fitting.validate(module, feature_loader(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
-    assert difference(callback.state_dict()["translator"]["module"], before["translator"]["module"]) == 0
-    assert difference(callback.state_dict()["paraphraser"], before["paraphraser"]) == 0
-    assert list(callback.reconstruction_errors) == errors
+    fitting.save_checkpoint(tmp_path / "again.ckpt")
+    file, again = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("epoch=0", "again"))
+    assert difference(file["state_dict"], again["state_dict"]) == 0
+    found, saved = (own["callbacks"][callback.state_key] for own in (again, file))
+    assert difference(found["translator"]["module"], saved["translator"]["module"]) == 0
+    assert difference(found["translator"]["module"], before["translator"]["module"]) > 0
+    assert difference(found["paraphraser"], saved["paraphraser"]) == 0
+    assert difference(callback.factor_networks[0].state_dict(), saved["paraphraser"]) == 0
+    assert found["reconstruction_errors"] == saved["reconstruction_errors"]
 
 
 def test_a_resume_without_the_callback_and_one_that_adds_it(tmp_path):

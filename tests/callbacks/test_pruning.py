@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 import warnings
+from contextlib import nullcontext
 
 import lightning.pytorch as L
 import pytest
@@ -408,6 +409,11 @@ def test_a_checkpoint_can_be_chosen_by_its_sparsity(tmp_path):
     assert float(saver.best_model_score) == 0.5
 
 
+class Shorten(L.Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.fit_loop.max_epochs = 2
+
+
 class Worsening(Classifier):
     """The loss grows with each epoch, so the first checkpoint is the best."""
 
@@ -445,6 +451,27 @@ def test_a_checkpoint_is_the_best_from_the_final_sparsity_on_not_from_the_end(tm
     assert pruning.reached * TOTAL == 106
 
 
+class RaisesAtTheEnd(L.Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("ends", ["stopping", "shorter", "interrupt"])
+def test_where_no_checkpoint_has_the_final_sparsity_none_is_the_best(ends, tmp_path):
+    saver = ModelCheckpoint(tmp_path, monitor="val_loss", filename="{epoch}", save_top_k=-1)
+    pruning, module = PruningCallback(0.8, end=0.75), made(Worsening)
+    also = {"stopping": EarlyStopping("val_loss", patience=0), "shorter": Shorten(), "interrupt": RaisesAtTheEnd()}
+    with (
+        pytest.warns(UserWarning, match="no checkpoint was saved at the final sparsity, so none is the best"),
+        pytest.raises(SystemExit) if ends == "interrupt" else nullcontext(),
+    ):
+        trainer(pruning, also[ends], saver, enable_checkpointing=True, max_epochs=4).fit(module, loader(), loader())
+    assert saver.best_model_path == ""
+    assert (tmp_path / "epoch=0.ckpt").is_file()
+
+
 def test_stopping_before_the_target_is_said():
     stopping = EarlyStopping("val_loss", patience=0)
     pruning = PruningCallback(0.8)
@@ -457,10 +484,6 @@ def test_stopping_before_the_target_is_said():
 
 
 def test_a_training_that_is_shorter_than_foreseen_ends_at_the_target():
-    class Shorten(L.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            trainer.fit_loop.max_epochs = 2
-
     pruning = PruningCallback(0.8)
     said = "ended at 50% of the length that Lightning had foreseen, so the sparsity went"
     with pytest.warns(UserWarning, match=said):

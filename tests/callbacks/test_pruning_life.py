@@ -14,7 +14,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from contract.modules import Classifier, MixinClassifier, NormClassifier, difference, loader, made, rows_logged, trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
@@ -683,6 +683,40 @@ def test_an_interrupted_fit_of_another_module_saves_its_own_masks(tmp_path):
         assert torch.equal(state["state_dict"][name] == 0, ~mask)
 
 
+class FailsAtTheStart(L.Callback):
+    def on_fit_start(self, trainer, pl_module):
+        raise OSError("interrupted")
+
+
+@pytest.mark.sample
+def test_a_fit_that_fails_between_the_file_and_its_start_does_not_go_back_to_earlier_masks(tmp_path):
+    fitting, pruning = trainer(PruningCallback(0.5)), PruningCallback(0.5)
+    fitting.fit(made(Classifier), loader(), loader())
+    fitting.save_checkpoint(tmp_path / "resumed.ckpt")
+    module = made(Classifier)
+    trainer(pruning).fit(module, loader(), loader())
+    again = trainer(
+        FailsAtTheStart(), pruning, OnExceptionCheckpoint(tmp_path), enable_checkpointing=True, max_epochs=2
+    )
+    with pytest.raises(OSError, match="interrupted"):
+        again.fit(module, loader(), loader(), ckpt_path=tmp_path / "resumed.ckpt")
+    assert pruning.reached == 0.0
+    file = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert not file["callbacks"][pruning.state_key]["masks"]
+    assert all(torch.equal(value, file["state_dict"][name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.slow
+def test_a_file_that_does_not_fit_leaves_what_children_found(tmp_path):
+    pruning, module = PruningCallback(0.5), made(Classifier)
+    trainer(pruning, strategy="ddp_fork", devices=1).fit(module, loader(), loader())
+    small = nn.Linear(1, 1).state_dict()
+    torch.save({"state_dict": small, "pytorch-lightning_version": L.__version__}, tmp_path / "other.ckpt")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        trainer(pruning).test(module, loader(), ckpt_path=tmp_path / "other.ckpt")
+    assert pruning.reached == pytest.approx(0.5, abs=0.01)
+
+
 @pytest.mark.sample
 def test_a_file_that_does_not_fit_leaves_a_fresh_callback_as_it_was(tmp_path):
     fitting = trainer(PruningCallback(0.5))
@@ -707,13 +741,43 @@ def test_the_best_so_far_is_that_of_the_final_sparsity(guards, tmp_path):
     assert best == pytest.approx([0.9, 0.4, 0.5])
 
 
+class FallingInSteps(Classifier):
+    """A metric of its training falls from the first step after its first epoch on."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("known", 0.9 if self.current_epoch == 0 else 0.4)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.sample
+def test_what_the_last_step_before_the_final_sparsity_logged_is_not_the_best_of_it(tmp_path):
+    logger, saver = CSVLogger(tmp_path), ModelCheckpoint(tmp_path, monitor="known", mode="max", save_top_k=-1)
+    settings = {"max_epochs": 3, "logger": logger, "enable_checkpointing": True, "num_sanity_val_steps": 0}
+    trainer(PruningCallback(0.5, schedule="one_shot", start=1 / 3), saver, **settings).fit(
+        made(FallingInSteps), loader(), loader()
+    )
+    best = [float(row["compress/best/known"]) for row in rows_logged(logger) if row.get("compress/best/known")]
+    assert best == pytest.approx([0.4, 0.4])
+
+
+@pytest.mark.sample
+def test_the_final_sparsity_counts_from_where_it_is_reached(tmp_path):
+    logger, saver = CSVLogger(tmp_path), ModelCheckpoint(tmp_path, monitor="known", mode="max")
+    settings = {"max_epochs": 3, "logger": logger, "enable_checkpointing": True, "num_sanity_val_steps": 0}
+    pruning = PruningCallback(0.5, schedule=lambda progress, start, end: end, start=0.0, end=0.75, update_interval=4)
+    trainer(pruning, saver, **settings).fit(made(Falling), loader(), loader())
+    best = [float(row["compress/best/known"]) for row in rows_logged(logger) if row.get("compress/best/known")]
+    assert best == pytest.approx([0.9] * 3)
+    assert float(saver.best_model_score) == pytest.approx(0.9)
+
+
 @pytest.mark.sample
 def test_a_nested_trainer_is_told_that_the_callback_is_at_work():
     pruning = PruningCallback(0.5)
 
     class Nested(L.Callback):
         def on_train_epoch_end(self, outer, module):
-            with pytest.raises(RuntimeError, match="is at work in another fit"):
+            with pytest.raises(RuntimeError, match="is at work in another Trainer's fit"):
                 trainer(pruning).validate(made(Classifier), loader(), verbose=False)
 
     trainer(pruning, Nested(), max_epochs=2).fit(made(Classifier), loader(), loader())

@@ -296,6 +296,14 @@ def test_small_layers_are_left_alone_and_listed():
     assert any("'net.conv1'" in remark for remark in callback.remarks())
 
 
+def test_a_transposed_convolution_that_lost_inputs_alone_lost_no_filters():
+    module, callback = Segments(net=UNet()), structured(0.5, layers=["net.down2"])
+    fitted(module, callback)
+    assert (module.net.up.in_channels, module.net.up.out_channels) == (16, 16)
+    callback.plan = None  # as after a resume
+    assert callback.intent(None, module).takes == ("net.down2",)
+
+
 def test_layers_that_an_earlier_round_made_narrower_are_not_said_to_stay():
     module, callback = Lit(net=Net(12, 24)), structured(0.5, schedule="iterative", rounds=3, start=0.2, end=0.6)
     fitted(module, callback, steps=8)

@@ -511,18 +511,19 @@ def test_a_file_of_any_other_size_is_refused_after_a_fit_too(tmp_path):
     wider = Lit("sgd")
     wider.net.conv1, wider.net.conv2 = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 16, 3, padding=1)
     first, module = Lit("sgd"), Lit("sgd")
-    for name, other in (("wider", wider), ("first", first)):
-        state = {"state_dict": other.state_dict(), "pytorch-lightning_version": L.__version__, "callbacks": {}}
-        torch.save({**state, "epoch": 0, "global_step": 0}, tmp_path / f"{name}.ckpt")
     pruning = structured()
     fitted(module, pruning)
     smaller = sizes(module)
+    for name, other in (("wider", wider), ("first", first), ("small", module)):
+        state = {"state_dict": other.state_dict(), "pytorch-lightning_version": L.__version__, "callbacks": {}}
+        torch.save({**state, "epoch": 0, "global_step": 0}, tmp_path / f"{name}.ckpt")
     fitting = L.Trainer(callbacks=[pruning], accelerator="cpu", logger=False, enable_progress_bar=False)
     with pytest.raises(RuntimeError, match="size mismatch"):
         fitting.validate(module, ckpt_path=tmp_path / "wider.ckpt", verbose=False)
     assert sizes(module) == smaller
-    fitting.validate(module, ckpt_path=tmp_path / "first.ckpt", verbose=False)
-    assert sizes(module) == sizes(first)
+    for name, those in (("first", sizes(first)), ("small", smaller), ("first", sizes(first))):
+        fitting.validate(module, ckpt_path=tmp_path / f"{name}.ckpt", verbose=False)
+        assert sizes(module) == those
 
 
 @pytest.mark.sample

@@ -357,28 +357,65 @@ class SharesIt(Saves):
     """The same; before, it gives somebody's callback to another Trainer, and bears the refusal."""
 
     def on_train_start(self, trainer, pl_module):
-        other = L.Trainer(accelerator="cpu", logger=False, callbacks=[self._callback])
-        before = self._attributes()
-        with pytest.raises(RuntimeError, match="is at work in another fit"):
-            other.validate(made(Classifier, seed=7), loader())
-        assert self._attributes() == before
+        self._share()
         super().on_train_start(trainer, pl_module)
 
-    def _attributes(self):
-        lightnings = ("log", "log_dict")
-        return {name: id(value) for name, value in vars(self._callback).items() if name not in lightnings}
+    def _share(self):
+        other = L.Trainer(accelerator="cpu", logger=False, callbacks=[self._callback])
+        before = vars(self._callback).copy()
+        with pytest.raises(RuntimeError, match="is at work in another Trainer's fit"):
+            other.validate(made(Classifier, seed=7), loader())
+        after = vars(self._callback)
+        assert {*after} == {*before}
+        for name, value in before.items():
+            assert after[name] == value if name in ("log", "log_dict") else after[name] is value, name
+
+
+class SharesItBefore(SharesIt):
+    """Between set-up and the start, when it acts on files already."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self._share()
+
+    def on_train_start(self, trainer, pl_module):
+        Saves.on_train_start(self, trainer, pl_module)
+
+
+class Validates(L.Callback):
+    """Gives the callback that is at work in a validation to another one, and bears the refusal."""
+
+    def __init__(self, callback):
+        self._callback = callback
+
+    def on_validation_batch_start(self, trainer_, pl_module, batch, batch_idx, dataloader_idx=0):
+        other = L.Trainer(accelerator="cpu", logger=False, callbacks=[self._callback])
+        with pytest.raises(RuntimeError, match="is at work in another Trainer's validate"):
+            other.validate(made(Classifier, seed=7), loader())
 
 
 @pytest.mark.sample
 @each_case()
-def test_a_callback_that_is_refused_to_another_trainer_goes_on(case, tmp_path):
+def test_a_callback_that_is_refused_within_a_validation_goes_on(case, tmp_path):
+    callback, module = case.build(tmp_path, Classifier), made(Classifier)
+    trainer(callback).fit(module, loader(), loader(rows=2 * BATCH))
+    plain, refused = (
+        trainer(callback, *others).validate(module, loader(rows=2 * BATCH), verbose=False)
+        for others in ([], [Validates(callback)])
+    )
+    assert plain == refused
+
+
+@pytest.mark.sample
+@each_case()
+@pytest.mark.parametrize("shares", [SharesIt, SharesItBefore])
+def test_a_callback_that_is_refused_to_another_trainer_goes_on(shares, case, tmp_path):
     def twice(kind):
         callback = case.build(tmp_path / kind.__name__, Classifier)
         module, other = made(Classifier), kind(callback, tmp_path / "weights.ckpt")
         for _ in range(2):
-            trainer(callback, other).fit(module, loader(), loader(rows=2 * BATCH))
+            trainer(other, callback).fit(module, loader(), loader(rows=2 * BATCH))
         return module, other.files
 
-    (refused, files), (plain, expected) = twice(SharesIt), twice(Saves)
+    (refused, files), (plain, expected) = twice(shares), twice(Saves)
     assert difference(refused, plain) == 0
     assert [difference(*pair) for pair in zip(files, expected, strict=True)] == [0] * len(files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -199,6 +200,12 @@ def test_a_layer_takes_the_sizes_of_another(name, told):
         module.load_state_dict(saved.state_dict(), strict=True)
         assert repr(module) == repr(saved)
         assert structure_of(module) == structure_of(saved)
+
+
+def test_sizes_may_be_numbers_of_numpy():
+    found = structure_of(nn.Linear(np.prod((2, 3)), np.int64(4)))
+    assert found == {"": {"in_features": 6, "out_features": 4}}
+    assert [type(value) for value in found[""].values()] == [int, int]
 
 
 def test_another_network_is_no_smaller_one():
