@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_compress.export.emission import CHILD, Emitting
 from lightning_compress.export.errors import ExportError
 from lightning_compress.export.parity import RANDOM_HINT, Reference, check_parity, references, usual_size
-from lightning_compress.export.runtime import OnnxNetwork
+from lightning_compress.export.runtime import OnnxNetwork, open_session
 from lightning_compress.export.sample import Call
 from lightning_compress.export.tracing import convert
 from lightning_compress.functional.quantizers import MOST_BITS
@@ -264,7 +264,7 @@ def optimised(file: OnnxNetwork) -> list[Any]:
         options.log_severity_level = 3
         options.optimized_model_filepath = os.path.join(folder, "optimised.onnx")
         try:
-            onnxruntime.InferenceSession(os.fspath(file.path), options, providers=["CPUExecutionProvider"])
+            open_session(file.path, options)
         except Exception as error:  # its own kinds; of a file that it has run before
             path = options.optimized_model_filepath
             raise ExportError(f"ONNX Runtime could not write what it makes of the file to '{path}': {error}") from error

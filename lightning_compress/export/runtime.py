@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -42,10 +43,44 @@ def require_onnx() -> None:
         )
 
 
+_sessions: WeakSet[Any] = WeakSet()
+_until_forked: list[Any] = []
+_inherited: list[Any] = []
+"""What a forked process has of its parent's sessions, and must never let go of."""
+
+
+def open_session(path: str | os.PathLike[str], options: Any) -> Any:
+    """Open a file in ONNX Runtime on the CPU, in a way that processes can be forked from this one.
+
+    A session's end waits for its threads, and a forked process has none of them: its garbage collector would wait for
+    ever, be it for a session that nobody uses any more. So a worker of a data loader keeps all that it inherits.
+
+    Args:
+        path: The file.
+        options: An ``onnxruntime.SessionOptions``.
+
+    Returns:
+        The ``onnxruntime.InferenceSession``.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    _sessions.add(session)
+    return session
+
+
+if hasattr(os, "register_at_fork"):  # elsewhere nothing forks
+    os.register_at_fork(
+        before=lambda: _until_forked.extend(_sessions),
+        after_in_parent=_until_forked.clear,
+        after_in_child=lambda: _inherited.extend(_until_forked),
+    )
+
+
 class OnnxNetwork:
     """An ONNX file behind a call with torch tensors.
 
-    The file is opened on the first use, and again after unpickling.
+    The file is opened on the first use, and again after unpickling and in a forked process.
 
     Args:
         path: The file.
@@ -70,6 +105,7 @@ class OnnxNetwork:
         self.threads = threads
         self.calls = 0
         self._session: Any = None
+        self._process = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_session": None}
@@ -77,7 +113,7 @@ class OnnxNetwork:
     @property
     def session(self) -> Any:
         """The ``onnxruntime.InferenceSession``, opened when first asked for."""
-        if self._session is None:
+        if self._session is None or self._process != os.getpid():
             import onnxruntime
 
             options = onnxruntime.SessionOptions()
@@ -85,9 +121,7 @@ class OnnxNetwork:
             if self.threads is not None:
                 options.intra_op_num_threads = self.threads
             try:
-                self._session = onnxruntime.InferenceSession(
-                    os.fspath(self.path), options, providers=["CPUExecutionProvider"]
-                )
+                self._session, self._process = open_session(self.path, options), os.getpid()
             except Exception as error:  # onnxruntime has a class for each status code, without a common base
                 raise EvaluationError(f"ONNX Runtime cannot open '{self.path}': {first_line(error)}") from error
         return self._session

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import importlib
 import logging
 import re
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import CompressionReport, DistillationCallback, ExportCallback
+from lightning_compress import CompressionReport, DistillationCallback, ExportCallback, PTQCallback
 from lightning_compress.callbacks.base import CompressionCallback, announce
 from lightning_compress.report import from_json, to_html
 from lightning_compress.report.pictures import report_picture
@@ -83,6 +84,26 @@ def pl(request):
 @pytest.fixture(scope="module")
 def lightning():
     return importlib.import_module("lightning.pytorch")
+
+
+def collect(worker):
+    gc.collect()
+
+
+@pytest.mark.slow
+def test_workers_of_a_loader_that_collect_garbage_end(pl, tmp_path):
+    """What ran a file holds threads of this process; a worker must not wait for them."""
+    report, quantising = CompressionReport(), PTQCallback(max_samples=16)
+    exports = [ExportCallback(tmp_path / f"{own}.onnx", precision=own, name=own) for own in ("fp32", "int8")]
+    module = make_module(pl)
+    data = loader().dataset
+    module.train_dataloader = module.val_dataloader = lambda: DataLoader(
+        data, batch_size=8, num_workers=2, worker_init_fn=collect, timeout=60
+    )
+    make_trainer(pl, tmp_path, [quantising, *exports, report]).fit(module)
+    rows = {row.name: row for row in report.result.rows}
+    assert "val_acc" in rows["fp32.onnx"].metrics
+    assert "val_acc" in rows["int8.onnx"].metrics
 
 
 def test_all_rows_in_print_loggers_and_files(pl, tmp_path, capsys):

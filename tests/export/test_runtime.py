@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -71,3 +76,50 @@ def test_bad_files(tmp_path):
         OnnxNetwork(tmp_path / "text.onnx").run([torch.ones(1)])
     with pytest.raises(ValueError, match="threads must be at least 1 or None, got 0"):
         OnnxNetwork(tmp_path / "text.onnx", threads=0)
+
+
+FORKED = """
+    import gc, multiprocessing, sys, time
+
+    from lightning_compress.export.runtime import OnnxNetwork
+    import torch
+
+    def work(network):
+        gc.collect()
+        if network is not None:
+            x = torch.ones(2, 3)
+            assert torch.equal(network.run([x, x.long()])[0], 2 * x)
+
+    gc.disable()
+    network = OnnxNetwork(sys.argv[1], threads=3)
+    network.run([torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int64)])
+    time.sleep(1)  # until its threads wait
+    if sys.argv[2] == "forgotten":
+        network.itself, network = network, None
+    fork = multiprocessing.get_context("fork")
+
+    def again(network):  # a worker's own
+        child = fork.Process(target=work, args=(network,))
+        child.start()
+        child.join()
+        work(network)
+        sys.exit(child.exitcode)
+
+    process = fork.Process(target=again, args=(network,))
+    process.start()
+    process.join()
+    sys.exit(process.exitcode)
+"""
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("network", ["forgotten", "used"])
+def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have(path, network):
+    """As a worker of a data loader, whose garbage collector comes upon a session of its parent's."""
+    command = [sys.executable, "-c", textwrap.dedent(FORKED), str(path), network]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        assert process.wait(timeout=90) == 0
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
