@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         lightning-compress ...
         0
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever calls
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _code(arguments)

@@ -334,7 +334,8 @@ def test_an_argument_that_is_another_in_the_config_comes_before_the_sizes_that_d
     torch.save({"state_dict": module.state_dict(), "hyper_parameters": {"width": 24}}, "last.ckpt")
     code, line = exported(capsys, *written.config("Wide"), "fp32")
     assert code == 2
-    reason, sizes = "the checkpoint was saved with width=24, and the config has 16: ", "size mismatch"
+    reason = "the checkpoint was saved with width=24, and the config has 16, where it has to say the same: "
+    sizes = "size mismatch"
     assert reason in line
     assert sizes in line.partition(reason)[2]
 

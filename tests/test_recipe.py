@@ -420,3 +420,10 @@ callbacks:
     (mine,) = build_callbacks(load_recipe(path), tmp_path, add_report=False)
     assert mine.seen == (3, [1], {"other": 2})
     sys.modules.pop("own")
+
+
+def test_the_config_of_a_cli_is_no_recipe(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("trainer: {callbacks: [{class_path: lightning_compress.PruningCallback}]}")
+    with pytest.raises(RecipeError, match=r"the config of a LightningCLI.*trainer\.callbacks under 'callbacks'"):
+        load_recipe(file)

@@ -76,6 +76,19 @@ def test_options_choose_metric_cost_and_place(here, capsys):
     assert (here / "x" / "pareto.html").is_file()
 
 
+@pytest.mark.sample
+@pytest.mark.parametrize(
+    ("runs", "files"), [(["kd"], "compression_report.json"), (["kd", "qat"], "pareto.json")], ids=["one", "several"]
+)
+@pytest.mark.parametrize("stdout", ["| true", ">&-"])
+def test_files_are_written_whoever_reads_what_is_said(runs, files, stdout, here):
+    for own in runs:
+        left(here / own)
+    command = f"{sys.executable} -m lightning_compress.cli report {' '.join(runs)} --out X {stdout}"
+    assert subprocess.run(["bash", "-o", "pipefail", "-c", command], stderr=subprocess.PIPE, check=True).stderr == b""
+    assert (here / "X" / files).is_file()
+
+
 def test_of_each_folder_the_newest_report_is_read(here):
     old, new = left(here / "run"), left(here / "run", name="compression_report_second")
     os.utime(old, (1, 1))

@@ -14,8 +14,8 @@ import sys
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -31,6 +31,7 @@ from lightning_compress.callbacks.ending import WHOLE_STAGES, run_end_of_fit
 from lightning_compress.callbacks.intents import Intent, intents
 from lightning_compress.callbacks.ranks import SHARDING_STRATEGY, averaging, is_of_kind, shards, together
 from lightning_compress.callbacks.returned import FOUND, Returned, ReturnsResults
+from lightning_compress.export.sample import defines
 from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.lessons import Lesson
@@ -595,6 +596,15 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         """Whether a parameter was written to since the fit began."""
         return self._versions != _versions(pl_module)
 
+    @contextmanager
+    def _unseen(self, trainer: Any, pl_module: Any) -> Iterator[None]:
+        """Write to parameters within, and take it back: nobody takes that for a training."""
+        before = _versions(pl_module)
+        yield
+        writes = [now - then for now, then in zip(_versions(pl_module), before, strict=True)]
+        for own in callbacks_of(trainer):
+            own._versions = [version + more for version, more in zip(own._versions, writes, strict=False)]
+
     def has_fitted(self, pl_module: Any) -> bool:
         """Whether the last fit, or the one that goes on, is of this module."""
         return self._fitted is not None and self._fitted() is pl_module
@@ -807,6 +817,11 @@ def _versions(module: nn.Module) -> list[int]:
     """How often each parameter was written to."""
     shards_in_place(module)
     return [parameter._version for parameter in module.parameters()]
+
+
+def built_later(pl_module: Any) -> bool:
+    """Whether a module makes parts of it in ``configure_model``, after set-up."""
+    return defines(pl_module, "configure_model")
 
 
 def callbacks_of(trainer: Any) -> list[CompressionCallback]:

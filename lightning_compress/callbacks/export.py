@@ -35,6 +35,7 @@ from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.step import StepController, step_controller
+from lightning_compress.report import units
 from lightning_compress.report.measure import compressed_bytes, count_nonzeros, count_parameters
 from lightning_compress.report.precision import AgainstFp32, against_fp32
 from lightning_compress.tracking import Exported, checkpoint_of, recipe_of
@@ -127,6 +128,7 @@ class ExportCallback(CompressionCallback):
         self.trial_compressed: int | None = None
         """The same after deflate, about, where the fit is only planned and the network will be sparse."""
         self._draft: tempfile.TemporaryDirectory[str] | None = None
+        self._better: str | None = None
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse before training what would fail after it."""
@@ -222,6 +224,7 @@ class ExportCallback(CompressionCallback):
             self.failure = f"{os.path.basename(path)} was not written: {first_line(error)}"
             raise
         log.info("%s: wrote %s (%d bytes, %s)", self.name, self.result.path, self.result.bytes, self.precision)
+        self._better = _better_checkpoint(trainer)
         if self.precision != "fp32" and self.fp32_comparison and not trainer.fast_dev_run:
             with sign(trainer, f"Comparing {os.path.basename(path)} with a file in fp32"):
                 self._compare(pl_module, self.result)
@@ -325,6 +328,8 @@ class ExportCallback(CompressionCallback):
             )
         if self.against_fp32 is not None:
             remarks.append(f"{self.name}: {self.against_fp32}.")
+        if self._better is not None and self.result is not None:
+            remarks.append(f"{self.name}: the file has the weights of the end; {self._better}.")
         return remarks
 
     def _instead_of_input(self) -> str:
@@ -390,3 +395,18 @@ class ExportCallback(CompressionCallback):
 def _weight_bits(callback: Any) -> int | None:
     """Bits of the weights that a callback of this package will have scales for; None for all others."""
     return callback.weight_bits_given if isinstance(callback, CompressionCallback) else None
+
+
+def _better_checkpoint(trainer: Any) -> str | None:
+    """Which checkpoint of the fit is better than its last one by the metric that it is kept for."""
+    for callback in trainer.callbacks:
+        measured = trainer.callback_metrics.get(callback.monitor) if _compat.keeps_best(callback) else None
+        if measured is not None and callback.best_model_path:
+            best, last = float(callback.best_model_score), float(measured)
+            if best > last if callback.mode == "max" else best < last:
+                name = os.path.basename(callback.best_model_path)
+                return (
+                    f"by {callback.monitor} {name} is better, {units.metric(best)} against {units.metric(last)}: "
+                    "`lightning-compress export` writes a file of it"
+                )
+    return None

@@ -38,9 +38,11 @@ from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.progress import Progress
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.shrinking import Shrinkage
+from lightning_compress.mechanisms.states import Sometimes
 from lightning_compress.mechanisms.wrapping import copied_plainly, shadowed
 from lightning_compress.report.table import Picture
 from lightning_compress.tracking import LayerHistory
+from lightning_compress.tracking.tracker import is_one_metric
 
 SCHEDULES: dict[str, Schedule] = {
     "one_shot": schedules.constant_schedule,
@@ -72,7 +74,7 @@ class MaskCallback(MaskedWeightsCallback):
         ValueError: If an argument is out of its range.
     """
 
-    holds: ClassVar[Mapping[str, Any]] = {"begun": bool, "finished": bool}
+    holds: ClassVar[Mapping[str, Any]] = {"begun": bool, "finished": bool, "early": Sometimes([str])}
 
     _begun = Returned(False)
     _finished = Returned(False)
@@ -112,7 +114,9 @@ class MaskCallback(MaskedWeightsCallback):
         self._logged: float | None = None
         self._to_log: dict[str, float | Tensor] = {}  # of an update, at the end of the batch
         self._at_target = False  # whether what is measured is of the final sparsity
+        self._denser: dict[str, Any] = {}  # metrics that were known when the final sparsity was reached
         self._early: list[Any] = []  # callbacks that hold checkpoints of before
+        self._were_early: list[str] = []  # their keys, in the checkpoint that is resumed
         self._history = LayerHistory([])  # of this fit
 
     # For techniques
@@ -214,7 +218,7 @@ class MaskCallback(MaskedWeightsCallback):
         self._history = LayerHistory(list(self._require_masks().weights))
         self._check_target()
         self._forget_best(trainer)
-        self._early = []
+        self._denser, self._early = {}, [own for own in self._guarded(trainer) if own.state_key in self._were_early]
         stack.callback(self._forget_early)
         for callback in self._guarded(trainer):
             stack.enter_context(copied_plainly(callback))
@@ -239,9 +243,9 @@ class MaskCallback(MaskedWeightsCallback):
     def go_on(self, state: dict[str, Any] | None) -> None:
         """With the place in the schedule."""
         super().go_on(state)
-        self._begun = self._finished = False
+        self._begun, self._finished, self._were_early = False, False, []
         if state is not None:
-            self._begun = bool(state["begun"])
+            self._begun, self._were_early = bool(state["begun"]), list(state.get("early", ()))
             # another target than then is still to be reached
             self._finished = bool(state["finished"]) and state["arguments"].get("sparsity") == self.sparsity
 
@@ -342,7 +346,8 @@ class MaskCallback(MaskedWeightsCallback):
         Where somebody saves before it is our turn after a step, masks that are due are made now.
         """
         self._follow_step()
-        return {**super().extra_state(), "begun": self._begun, "finished": self._finished}
+        early = [own.state_key for own in self._early]
+        return {**super().extra_state(), "begun": self._begun, "finished": self._finished, "early": early}
 
     # Private
 
@@ -408,7 +413,8 @@ class MaskCallback(MaskedWeightsCallback):
             self._to_log["churn"] = changed
             if not self._at_target and self._has_target():
                 self._at_target = True
-                self.tracker(self._trainer).forget(self._trainer.callback_metrics)
+                self._denser = dict(self._trainer.callback_metrics)
+                self.tracker(self._trainer).forget(self._denser)
             self.updated(changed, more=more)
 
     def _guarded(self, trainer: Any) -> list[Any]:
@@ -436,7 +442,8 @@ class MaskCallback(MaskedWeightsCallback):
         """Let no checkpoint before the final sparsity be the best; to resume from, the last is kept, or all are."""
 
         def check_monitor_top_k(trainer: Any, *args: Any, **kwargs: Any) -> bool:
-            if self._has_target():
+            measured = trainer.callback_metrics.get(callback.monitor)
+            if self._has_target() and not is_one_metric(measured, self._denser.get(callback.monitor)):
                 if callback in self._early:
                     _compat.forget_best(callback)
                     self._early.remove(callback)

@@ -367,13 +367,16 @@ class PSGDCallback(CompressionCallback):
         elif self._second is not None:
             views = self._require_controller().weights
             views.refresh()  # of masks, whose callback may come later in the list
-            self._second.begin(trainer, pl_module, quantised, views.sharded.rows_seen)
+            with self._unseen(trainer, pl_module):
+                self._second.begin(trainer, pl_module, quantised, views.sharded.rows_seen)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Validate the quantised copy, and log its metrics under this callback's name."""
         if self._second is None or not self._validates(trainer):
             return
-        for metric, value in own_names(self._second.metrics(trainer, pl_module)).items():
+        with self._unseen(trainer, pl_module):
+            found = own_names(self._second.metrics(trainer, pl_module))
+        for metric, value in found.items():
             self.log_quantity(metric, value, batch_size=1, validation=True)
 
     def estimate_statistics(self, trainer: Any, pl_module: Any) -> None:

@@ -347,7 +347,10 @@ def _same(written: Grids | None, grids: Grids) -> bool:
 def _beside_fp32(file: ExportedFile, callback: Any) -> ExportedFile:
     """A file with its comparison with one in fp32, where that was made."""
     found = getattr(callback, "against_fp32", None)
-    return file if found is None else replace(file, bytes_fp32=found.bytes_fp32, speed_fp32=found.speed)
+    if found is None:
+        return file
+    speed = {"speed_fp32": found.speed, "speed_fp32_low": found.speed_low, "speed_fp32_high": found.speed_high}
+    return replace(file, bytes_fp32=found.bytes_fp32, **speed)
 
 
 def _exports(trainer: Any) -> dict[str, Any]:

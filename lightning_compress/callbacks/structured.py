@@ -361,7 +361,8 @@ class StructuredPruningCallback(SavingCallback):
         if trainer.is_global_zero:
             title = f"{self.name} {'has taken' if due else 'will take'} away {plan.share:.1%} of the "
             title += BUDGETS[self.budget]
-            announce(("; ".join([title, *plan.totals()]) if self._begun else plan.text(title)) + "\n")
+            again = f"{title}; this round: {', '.join(plan.totals())}"
+            announce((again if self._begun else plan.text(title)) + "\n")
         self._begun = True
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

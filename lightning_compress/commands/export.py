@@ -334,8 +334,8 @@ def _calibrate(loaded: Loaded, network: str | None, options: argparse.Namespace)
     lacking = f"--precision {options.precision} needs scales, and the checkpoint holds none"
     if loaded.data is None:
         raise UsageError(
-            f"{lacking}; give --config of the project, whose training data they are found with (a script needs "
-            "three lines of one, which name its classes)"
+            f"{lacking}; give --config of the project, whose training data they are found with (for a script, a file "
+            "of three lines: 'model: my_project.LitNet', 'data: my_project.Data', 'trainer: {accelerator: cpu}')"
         )
     module: Any = loaded.module
     for name, owner in (

@@ -292,7 +292,8 @@ def load_trained(
         try:
             module = load_checkpoint_(make_plain_(project.module), contents, checkpoint)
         except (ExportError, ValueError) as error:  # of another class, or of another width
-            reason = f"{'; '.join(differences)}: " if counts == "config" and differences else ""
+            others = counts == "config" and differences
+            reason = f"{'; '.join(differences)}, where it has to say the same: " if others else ""
             raise UsageError(f"{reason}{one_line(error)}") from error
         module = project.trainer.precision_plugin.convert_module(module)  # as a fit of the project begins
         undo.pop_all()  # the caller's from here on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_compress.callbacks.base import announce
@@ -42,18 +42,19 @@ def report(options: argparse.Namespace) -> int:
             _check_out(options.out)
             paths = _found(options.directories)
             reports = dict(zip(run_names(paths), [read_report(path) for path in paths], strict=True))
-        for name, path in zip(reports, paths, strict=True):
-            sys.stdout.write(f"{name}: {shown_path(path)}\n")
+        sources = {name: shown_path(path) for name, path in zip(reports, paths, strict=True)}
         if len(reports) == 1 and not any((options.metric, options.mode, options.cost, options.wandb)):
-            return _one(next(iter(reports.values())), options.out)
+            return _one(next(iter(reports.values())), options.out, sources)
         with checking(ValueError):
             table = pareto(reports, metric=options.metric, cost=options.cost or "bytes", mode=options.mode)
-        sources = {name: shown_path(path) for name, path in zip(reports, paths, strict=True)}
         files = write_pareto(table, sources, options.out or OUT)
     except UsageError as error:
         return ended("report", USAGE, str(error))
+    except BrokenPipeError:
+        raise
     except OSError as error:
         return ended("report", USAGE, f"the files cannot be written: {error}")
+    _say(sources)
     announce(pareto_console(table, width=terminal_width()))
     sys.stdout.write(f"wrote {', '.join(shown_path(path) for path in files)}\n")
     if options.wandb is not None:
@@ -64,12 +65,18 @@ def report(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _one(found: Report, out: str | None) -> int:
+def _one(found: Report, out: str | None, sources: Mapping[str, str]) -> int:
+    files = None if out is None else write_report(found, out)
+    _say(sources)
     announce(for_terminal(found))
-    if out is not None:
-        files = write_report(found, out)
+    if files is not None:
         sys.stdout.write(f"wrote {', '.join(shown_path(path) for path in files)}\n")
     return DONE
+
+
+def _say(sources: Mapping[str, str]) -> None:
+    for name, path in sources.items():
+        sys.stdout.write(f"{name}: {path}\n")
 
 
 def _found(directories: Sequence[str]) -> list[Path]:

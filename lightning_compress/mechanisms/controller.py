@@ -472,7 +472,7 @@ class StepController:
 
     @contextmanager
     def _following_optimizers(self) -> Iterator[None]:
-        """Count optimizer steps; present the weights for the whole step, anew after each, and when one is toggled."""
+        """Count optimizer steps; present the weights for the whole step, anew where they have changed."""
 
         def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             self._learned += 1
@@ -488,7 +488,7 @@ class StepController:
         with ExitStack() as stack:
             stack.callback(register_optimizer_step_post_hook(stepped).remove)
             if self.weights.owners:
-                stack.enter_context(self.weights.presented())
+                stack.enter_context(self.weights.followed())
                 for method in ("toggle_optimizer", "untoggle_optimizer"):
                     if hasattr(self.module, method):
                         stack.enter_context(shadowed(self.module, method, refreshing))

@@ -84,6 +84,8 @@ class _Presented:
     shown: Tensor | None = None
     below: list[Tensor | None] = field(default_factory=list)  # what each site showed before
     version: int = 0
+    place: int = 0  # of what is shown
+    source: tuple[int, int] = (0, 0)  # version and place of the weight when it was shown
     required_grad: bool = False
     original: Tensor | None = None  # a copy of what is shown, to see writes that autograd does not
     note: Callable[[_Presented, Tensor], None] | None = None  # told the gradients that come through the view
@@ -98,6 +100,7 @@ class _Presented:
                 self._prepare_buffer()
             self.shown = _Shown.apply(self.weight, self)
         self.version, self.required_grad = self.shown._version, self.weight.requires_grad
+        self.place, self.source = self.shown.data_ptr(), self._state()
         self.original = self.shown.detach().clone() if keep_original and self.view.copies else None
         # a copy of the module gets the parameter itself, which is where its own optimizer writes
         self.shown.__deepcopy__ = partial(copy.deepcopy, self.weight)  # type: ignore[method-assign]
@@ -119,14 +122,21 @@ class _Presented:
             if below is not None:
                 vars(site.module)[site.attribute] = below
             _compat.refresh_flat_weights(site.module)
-        source = self.buffer if self.view.copies and self.buffer is not None else self.weight
-        if any(entry is not shown for entry in entries) or shown.data_ptr() != source.data_ptr():
+        if any(entry is not shown for entry in entries) or shown.data_ptr() != self.place:
             return "was replaced"
         original, self.original = self.original, None
         if not self.view.copies:  # the weight itself: what is written to it stays
             return None
         same = original is None or torch.allclose(shown.detach(), original, rtol=0, atol=0, equal_nan=True)
         return None if same and shown._version == self.version else "was written to"
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether somebody has changed the weight since it was shown, other than through what is shown."""
+        return self.shown is not None and self._state() != self.source
+
+    def _state(self) -> tuple[int, int]:
+        return self.weight._version if self.view.copies else 0, self.weight.data_ptr()
 
     def _prepare_buffer(self) -> None:
         if self.buffer is None or not _compat.is_unshared(self.buffer):  # a graph that is still alive has saved it
@@ -316,6 +326,30 @@ class WeightViews:
         with self.shown():
             yield
         self.drop()
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Present the weights within the context, anew before a layer is called whose weight somebody has changed.
+
+        That is how SAM moves weights between two passes of a step. Where code is compiled, nobody can look so often.
+        """
+        readers: dict[int, list[_Presented]] = {}
+        for weight, site in self._all_sites():
+            readers.setdefault(id(site.module), []).append(weight)
+        for parent in self.module.modules():  # attention reads the weight of a part that is never called
+            below = [weight for child in parent.children() for weight in readers.get(id(child), ())]
+            if below and isinstance(parent, nn.MultiheadAttention):
+                readers.setdefault(id(parent), []).extend(below)
+
+        def before(module: nn.Module, _: Any) -> None:
+            if any(weight.is_stale for weight in readers.get(id(module), ())):
+                with torch.inference_mode(False), torch.enable_grad():
+                    self.refresh()
+
+        with self.presented(), ExitStack() as stack:
+            if not _compat.holds_compiled_code(self.module):
+                stack.callback(nn.modules.module.register_module_forward_pre_hook(before).remove)
+            yield
 
     @contextmanager
     def owned_for_another_pass(

@@ -210,6 +210,11 @@ def check_content(content: Any) -> None:
     """
     if not isinstance(content, dict):
         raise RecipeError(f"a recipe is a mapping with the keys {', '.join(KEYS)}, got {shown(content)}")
+    if "trainer" in content:
+        raise RecipeError(
+            "recipe: this is the config of a LightningCLI, with 'trainer'; a recipe has the entries of its "
+            "trainer.callbacks under 'callbacks', and the ExportCallback's arguments under 'export'"
+        )
     check_keys(content, KEYS, "recipe")
     _check_version(content.get("version"))
     callbacks, export = content.get("callbacks"), content.get("export")

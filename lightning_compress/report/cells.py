@@ -11,7 +11,10 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from lightning_compress.report import units
+from lightning_compress.report.latency import shows_difference
 from lightning_compress.report.table import ExportedFile, Latency, Layer, Report, Row
+
+NO_DIFFERENCE = "no difference shown"
 
 
 class Cell(NamedTuple):
@@ -100,13 +103,17 @@ def file_table(files: Sequence[ExportedFile]) -> tuple[list[str], list[list[str]
 
 
 def _against_fp32(file: ExportedFile) -> str:
-    size = units.times(file.bytes, file.bytes_fp32, "smaller", "larger")
-    return ", ".join(filter(None, (size, speed_over_fp32(file))))
+    size, time = units.times(file.bytes, file.bytes_fp32, "smaller", "larger"), speed_over_fp32(file)
+    return ", ".join(filter(None, (size, "no difference in time shown" if time == NO_DIFFERENCE else time)))
 
 
 def speed_over_fp32(file: ExportedFile) -> str:
     """How much faster a file runs than one of the same network in fp32, in words; empty where that is not known."""
-    return "" if file.speed_fp32 is None else units.times(1 / file.speed_fp32, 1.0, "faster", "slower")
+    if file.speed_fp32 is None:
+        return ""
+    if not shows_difference(file.speed_fp32_low, file.speed_fp32_high):
+        return NO_DIFFERENCE
+    return units.times(1 / file.speed_fp32, 1.0, "faster", "slower")
 
 
 def shown_path(path: str | os.PathLike[str]) -> str:
@@ -166,10 +173,10 @@ def latency_remark(report: Report, row: Row) -> str:
     if mine is None:
         return ""
     if first is None or first.runtime == mine.runtime:
-        return speed(mine)
+        return _speed(mine)
     files = {id(own): file for own, file in file_rows(report)}
     if id(row) in files and (remark := speed_over_fp32(files[id(row)])):
-        return f"{remark} than in fp32"
+        return "no difference to fp32 shown" if remark == NO_DIFFERENCE else f"{remark} than in fp32"
     for other, _ in file_rows(report):
         theirs = other.latency_ms
         if theirs is None or (theirs.runtime, theirs.batch) != (mine.runtime, mine.batch):
@@ -181,13 +188,13 @@ def latency_remark(report: Report, row: Row) -> str:
     return ""
 
 
-def speed(latency: Latency) -> str:
+def _speed(latency: Latency) -> str:
     """The paired ratio to the first row in words, with its 95% interval; empty for the first row itself."""
     ratio, low, high = latency.ratio, latency.ratio_low, latency.ratio_high
     if ratio is None or (ratio == low == high == 1):
         return ""
-    if low is not None and high is not None and low <= 1 <= high:
-        return "no difference shown"
+    if not shows_difference(low, high):
+        return NO_DIFFERENCE
     return units.times(ratio, 1.0, "faster", "slower")
 
 

@@ -6,7 +6,7 @@ Panels are separate pictures: on a narrow screen they go below one another and s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -14,11 +14,13 @@ from matplotlib.patches import Ellipse, Rectangle
 
 from lightning_compress.report import units
 from lightning_compress.report.cells import metric_names
+from lightning_compress.report.directions import Mode, direction
 from lightning_compress.report.drawing import FONT, PAGE, PLAIN, canvas, fitting, svg, text_width
 from lightning_compress.report.table import Report, Row
 
 _WIDTH, _ROW, _BAR = 340, 46, 14  # pixels: a panel's width, one model's height, a bar's height
 _GAP = 10  # pixels: the least room between a name and its number
+_ALIKE, _FAR = 0.005, 5.0  # a relative difference that is none to be seen; how far off an axis is left, in its lengths
 _METRICS = 4  # panels of metrics; the table has them all
 
 
@@ -69,8 +71,28 @@ def panels(report: Report) -> list[Panel]:
     ]
     for name in metric_names(report)[:_METRICS]:
         marks = [Mark(row.name, units.metric(row.metrics.get(name)), row.metrics.get(name)) for row in report.rows]
-        drawn.append(bars(name, "From the validation; the axis spans the values shown.", marks, dots=True))
+        off = _far_off(marks, direction(name))
+        but = "" if off is None else ", but for 'before', which is far off"
+        legend = f"From the validation; the axis spans the values shown{but}."
+        drawn.append(bars(name, legend, marks, dots=True, off=off))
     return [panel for panel in drawn if panel is not None]
+
+
+def _far_off(marks: Sequence[Mark], mode: Mode | None) -> Mark | None:
+    """A network with random weights: worse than the others, so far that they would be one dot beside it."""
+    before = next((mark for mark in marks if mark.name == "before"), None)
+    values, own = _finite(mark for mark in marks if mark is not before), _finite([before] if before else [])
+    if not own or not values or mode is None:
+        return None
+    low, high = min(values), max(values)
+    beyond = low - own[0] if mode == "max" else own[0] - high
+    differ = high - low > _ALIKE * max(abs(low), abs(high))  # else they should look alike
+    return before if differ and beyond > _FAR * (high - low) else None
+
+
+def _finite(marks: Iterable[Mark]) -> list[float]:
+    """The values that have a place."""
+    return [mark.value for mark in marks if mark.value is not None and math.isfinite(mark.value)]
 
 
 def _size_marks(report: Report) -> list[Mark]:
@@ -111,7 +133,13 @@ def _latency_legend(report: Report) -> str:
 
 
 def bars(
-    title: str, legend: str, marks: Sequence[Mark], *, dots: bool = False, first_is_base: bool = True
+    title: str,
+    legend: str,
+    marks: Sequence[Mark],
+    *,
+    dots: bool = False,
+    first_is_base: bool = True,
+    off: Mark | None = None,
 ) -> Panel | None:
     """Draw one panel.
 
@@ -121,6 +149,7 @@ def bars(
         marks: One a line.
         dots: Draw dots between the smallest and the largest value, instead of bars from zero.
         first_is_base: Whether the first is what the others are compared with; it has another colour.
+        off: One of the dots that lies off the axis: a ring at its end.
 
     Returns:
         The panel, or ``None`` if no mark has a value.
@@ -133,7 +162,7 @@ def bars(
         return None
     height = _ROW * len(marks)
     figure, axes = canvas(_WIDTH, height)
-    finite = [mark.value for mark in marks if mark.value is not None and math.isfinite(mark.value)]
+    finite = _finite(mark for mark in marks if mark is not off)
     for index, mark in enumerate(marks):
         top = index * _ROW
         name = fitting(mark.name, _WIDTH - _GAP - text_width(mark.label))
@@ -167,5 +196,7 @@ def _draw_dot(axes: Axes, middle: float, mark: Mark, finite: Sequence[float], co
     if mark.value is None or not math.isfinite(mark.value):
         return
     low, high = min(finite), max(finite)
-    place = 0.5 if high == low else (mark.value - low) / (high - low)
-    axes.add_patch(Ellipse((8 + place * (_WIDTH - 16), middle), 12, 12, color=colour, linewidth=0))
+    place = 0.5 if high == low else min(max((mark.value - low) / (high - low), 0.0), 1.0)
+    inside = low <= mark.value <= high
+    ring = {"facecolor": colour, "linewidth": 0.0} if inside else {"fill": False, "linewidth": 2.0}
+    axes.add_patch(Ellipse((8 + place * (_WIDTH - 16), middle), 12, 12, edgecolor=colour, **ring))

@@ -17,6 +17,9 @@ import torch
 
 from lightning_compress.report.table import Latency
 
+NEGLIGIBLE = 0.03
+"""A ratio of times that says nothing, however narrow its interval: as much depends on where tensors lie in memory."""
+
 
 def measure_latency(
     candidates: Mapping[str, Callable[[], object]],
@@ -91,6 +94,23 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
         rank += 1
         outside += math.comb(count, rank)
     return None if rank < 0 else (ordered[rank], ordered[count - 1 - rank])
+
+
+def shows_difference(low: float | None, high: float | None) -> bool:
+    """Whether the interval of a ratio of times lies beyond what is negligible.
+
+    Args:
+        low: Lower end of the 95% interval of the ratio; ``None`` where too few rounds tell.
+        high: Its upper end.
+
+    Returns:
+        True, too, where there is no interval.
+
+    Example:
+        >>> shows_difference(0.94, 0.99), shows_difference(1.1, 1.2)
+        (False, True)
+    """
+    return low is None or high is None or low > 1 + NEGLIGIBLE or high < 1 / (1 + NEGLIGIBLE)
 
 
 def _timed_rounds(

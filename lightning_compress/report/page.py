@@ -12,7 +12,6 @@ from lightning_compress.report.cells import (
     file_table,
     latency_remark,
     layer_table,
-    speed,
     version_line,
 )
 from lightning_compress.report.figure import panels
@@ -143,11 +142,11 @@ def _tiles(report: Report) -> str:
 
 
 def _between_runtimes(first: Row, row: Row) -> str:
-    """The ratio of the times of two runtimes, and which they are."""
+    """The time of the first row, where another runtime took it: a ratio of both would say little of the compression."""
     mine, theirs = row.latency_ms, first.latency_ms
     if mine is None or theirs is None or mine.runtime == theirs.runtime:
         return ""
-    return ", ".join(filter(None, (speed(mine), f"{theirs.runtime} to {mine.runtime}")))
+    return f"{first.name}, in {theirs.runtime}: {units.milliseconds(theirs.median)}"
 
 
 def _tile(title: str, value: str, remark: str) -> str:

@@ -56,6 +56,8 @@ class Pareto:
         cost: "bytes", "bytes_compressed", "latency" or "macs".
         points: Deployed models by cost, then references.
         notes: Sentences on what cannot be compared.
+        away: Networks before their training whose metric is far worse than all else: in a plot, all else would be one
+            dot beside them.
     """
 
     metric: str
@@ -64,6 +66,7 @@ class Pareto:
     cost: Cost
     points: tuple[Point, ...]
     notes: tuple[str, ...] = ()
+    away: tuple[Point, ...] = ()
 
     @property
     def front(self) -> tuple[Point, ...]:
@@ -128,7 +131,8 @@ def pareto(
     sign = -1 if way == "max" else 1
     placed.sort(key=lambda point: (_number(point.cost), _last_if_nan(sign * _number(point.metric))))
     notes = tuple(_notes(points, placed, reports, chosen, cost))
-    return Pareto(chosen, way, mode is None, cost, (*placed, *_references(points)), notes)
+    near, away = _nearby(_references(points), placed, way)
+    return Pareto(chosen, way, mode is None, cost, (*placed, *near), notes, tuple(away))
 
 
 def on_front(points: Sequence[tuple[float, float]], mode: Mode) -> list[bool]:
@@ -208,6 +212,19 @@ def _references(points: Sequence[Point]) -> list[Point]:
             measured = units.metric(_number(point.metric))  # as it is shown
             kept.setdefault((point.row.name, point.row.parameters, point.row.bytes, measured), point)
     return list(kept.values())
+
+
+def _nearby(references: Sequence[Point], deployed: Sequence[Point], mode: Mode) -> tuple[list[Point], list[Point]]:
+    """References, and those with random weights: worse than all else by more than what lies between these."""
+    compared = [*deployed, *(point for point in references if point.row.name != "before")]
+    values = [_number(point.metric) for point in compared if point.placed]
+    if not values:
+        return list(references), []
+    low, high = min(values), max(values)
+    span = (high - low) or 0.02 * abs(high) or 1.0
+    bottom, top = (-math.inf, high + span) if mode == "min" else (low - span, math.inf)
+    away = [own for own in references if own.row.name == "before" and not bottom <= _number(own.metric) <= top]
+    return [point for point in references if point not in away], away
 
 
 def _notes(

@@ -16,7 +16,7 @@ from lightning_compress.report.cells import Cell, Column
 from lightning_compress.report.page import pareto_figure
 from lightning_compress.report.pareto import TITLES, Pareto, Point, latency_of
 from lightning_compress.report.render import escaped, fitting, grid
-from lightning_compress.report.scatter import FORMATS, scatter_legend
+from lightning_compress.report.scatter import FORMATS, left_out, scatter_legend
 from lightning_compress.report.sheet import details, document, numbers, sentences
 from lightning_compress.report.table import encoded
 
@@ -105,7 +105,7 @@ def pareto_console(pareto: Pareto, *, width: int | None = None) -> str:
     """
     header, rows = pareto_table(pareto)
     short = [[*(units.shortened(entry, _NAME_LENGTH) for entry in row[:2]), *row[2:]] for row in rows]
-    notes = [f"* {note}" for note in pareto.notes]
+    notes = [f"* {note}" for note in _notes(pareto)]
     return "\n".join([_heading(pareto), fitting([header, *short], width, names=_NAMES), *notes]) + "\n"
 
 
@@ -160,6 +160,10 @@ def _columns(pareto: Pareto) -> list[Column]:
     return [column for column in columns if any(cell.value != units.MISSING for cell in column.cells)]
 
 
+def _notes(pareto: Pareto) -> list[str]:
+    return [*filter(None, [left_out(pareto)]), *pareto.notes]
+
+
 def _front(point: Point) -> str:
     return "yes" if point.front else "reference" if point.reference else ""
 
@@ -169,15 +173,15 @@ def _json(pareto: Pareto, sources: Mapping[str, str]) -> str:
         "schema": SCHEMA,
         **{key: getattr(pareto, key) for key in ("metric", "mode", "guessed", "cost", "notes")},
         "reports": dict(sources),
-        "points": [asdict(point) for point in pareto.points],
+        "points": [asdict(point) for point in (*pareto.points, *pareto.away)],
     }
     return json.dumps(encoded(document), indent=2, allow_nan=False) + "\n"
 
 
 def _markdown(pareto: Pareto, sources: Mapping[str, str]) -> str:
     parts = [f"# {escaped(_heading(pareto))}", grid(*pareto_table(pareto))]
-    if pareto.notes:
-        parts.append("\n".join(f"- {escaped(note)}" for note in pareto.notes))
+    if notes := _notes(pareto):
+        parts.append("\n".join(f"- {escaped(note)}" for note in notes))
     parts += ["## Reports", grid(["Run", "File"], [[run, path] for run, path in sources.items()])]
     return "\n\n".join(parts) + "\n"
 

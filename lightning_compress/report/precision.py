@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lightning_compress.export.onnx import ExportResult
 from lightning_compress.export.parity import resized
 from lightning_compress.export.runtime import OnnxNetwork
-from lightning_compress.report.latency import measure_latency
+from lightning_compress.report.latency import measure_latency, shows_difference
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class AgainstFp32:
     def __str__(self) -> str:
         size = f"the {self.precision} file has {self.bytes / self.bytes_fp32:.3f} of the bytes of one in fp32"
         batch = f"(batch {self.batch}, one thread)"
-        if self.speed_low is not None and self.speed_high is not None and self.speed_low <= 1 <= self.speed_high:
+        if not shows_difference(self.speed_low, self.speed_high):
             return f"{size}; no difference in time is shown {batch}"
         if self.speed >= 1:
             return f"{size} and runs {self.speed:.2f} times as fast {batch}"

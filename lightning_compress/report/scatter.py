@@ -122,14 +122,19 @@ def scatter_legend(pareto: Pareto) -> str:
     parts = [f"{pareto.direction}."]
     if len(pareto.front) < sum(point.placed and not point.reference for point in pareto.points):
         parts.append("Blue: the front; each other model is beaten by one on it.")
-    away = [point_label(pareto, point) for point in _references(pareto) if point not in _shown(pareto)]
     if any(point.reference for point in _shown(pareto)):
         parts.append("Diamonds: what the models came from.")
     if (count := len(_shown(pareto))) > _NAMED:
         parts.append(f"At most {_NAMED} of the {count} have their names here, the front first.")
-    if away:
-        parts.append(f"Out of the picture: {listing(away)}.")
+    if pareto.away:
+        parts.append(left_out(pareto))
     return " ".join(parts)
+
+
+def left_out(pareto: Pareto) -> str:
+    """Which networks are in neither the table nor the plot, in a sentence; empty for none."""
+    names = [point_label(pareto, point) for point in pareto.away]
+    return f"Far worse than all else, and left out: {listing(names)}." if names else ""
 
 
 def point_label(pareto: Pareto, point: Point) -> str:
@@ -141,11 +146,12 @@ def point_label(pareto: Pareto, point: Point) -> str:
         >>> point_label(Pareto("acc", "max", False, "bytes", (ours, Point("kd", Row("after"), 2.0, 0.9))), ours)
         'qat'
     """
-    deployed = [other.run for other in pareto.points if not other.reference]
-    runs = {other.run for other in pareto.points}
+    points = (*pareto.points, *pareto.away)
+    deployed = [other.run for other in points if not other.reference]
+    runs = {other.run for other in points}
     if len(runs) == 1:
         return point.row.name
-    if point.reference and sum(other.row.name == point.row.name for other in pareto.points) == 1:
+    if point.reference and sum(other.row.name == point.row.name for other in points) == 1:
         return point.row.name
     if not point.reference and len(set(deployed)) == len(deployed):
         return point.run
@@ -184,22 +190,8 @@ def _drawn(pareto: Pareto, size: tuple[int, int], colours: Colours, background: 
 
 
 def _shown(pareto: Pareto) -> list[Point]:
-    """The points that are drawn: a network with random weights may be so far off that the others would be one dot."""
-    deployed = [point for point in pareto.points if point.placed and not point.reference]
-    values = [_finite(point.metric) for point in deployed]
-    if not values:
-        return []
-    teachers = [_finite(point.metric) for point in _references(pareto) if point.row.name != "before"]
-    low, high = min(values + teachers), max(values + teachers)
-    span = (high - low) or 0.02 * abs(high) or 1.0
-    bottom, top = (-math.inf, high + span) if pareto.mode == "min" else (low - span, math.inf)
-    return deployed + [
-        point for point in _references(pareto) if point.row.name != "before" or bottom <= _finite(point.metric) <= top
-    ]
-
-
-def _references(pareto: Pareto) -> list[Point]:
-    return [point for point in pareto.points if point.reference and point.placed]
+    """The points that are drawn."""
+    return [point for point in pareto.points if point.placed]
 
 
 def _axes_of(pareto: Pareto, shown: Sequence[Point], size: tuple[int, int]) -> tuple[Axis, Axis]:
@@ -215,7 +207,8 @@ def _axes_of(pareto: Pareto, shown: Sequence[Point], size: tuple[int, int]) -> t
         ends = (max(0.0, low - margin), high + margin)
     bottom, top = min(metrics, default=0.0), max(metrics, default=1.0)
     margin = 0.12 * (top - bottom) or 0.02 * abs(top) or 1.0
-    values = Axis(bottom - margin, top + margin, size[1] - 46, 34)
+    highest = 1.0 if 0 <= bottom <= top <= 1 and pareto.mode == "max" else math.inf  # an accuracy, say
+    values = Axis(bottom - margin, min(top + margin, highest), size[1] - 46, 34)
     left = 12 + max((text_width(units.metric(tick), _SMALL) for tick in values.ticks(48)), default=0.0)
     return Axis(*ends, left, size[0] - 8, log), values
 

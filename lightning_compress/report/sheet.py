@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from lightning_compress.report.cells import Cell, Column
 from lightning_compress.report.table import Picture
 
+_BREAK = re.compile(r"(?<=[_/: ])(?=\w)|(?<=\w)(?=\.\w)")  # where a name may go on in the next line
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --text: #16202c; --muted: #5a6675; --line: #dde2e9;
   --accent: #0072b2; --base: #9aa5b1; --track: #edf0f4; }
@@ -34,7 +36,10 @@ figcaption { font-weight: 600; margin-bottom: 8px; }
 figcaption small { display: block; font-weight: 400; color: var(--muted); font-size: 13px; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: inherit !important; }
-.scroll { overflow-x: auto; max-height: 70vh; }
+.scroll { overflow-x: auto; max-height: 70vh; background: linear-gradient(to right, var(--card) 50%, transparent) left /
+  40px 100% no-repeat local, linear-gradient(to left, var(--card) 50%, transparent) right / 40px 100% no-repeat local,
+  linear-gradient(to right, var(--base), transparent) left / 10px 100% no-repeat scroll, linear-gradient(to left,
+  var(--base), transparent) right / 10px 100% no-repeat scroll, var(--card); }
 table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
 th, td { padding: 10px 10px; text-align: right; white-space: nowrap; vertical-align: top;
   border-bottom: 1px solid var(--line); }
@@ -43,7 +48,7 @@ table.text td:first-child, table.text td:last-child { white-space: normal; min-w
 th:first-child, td:first-child { padding-left: 20px; } th:last-child, td:last-child { padding-right: 20px; }
 thead th { font-size: 13px; font-weight: 600; color: var(--muted); position: sticky; top: 0; background: var(--card); }
 tbody tr:last-child > * { border-bottom: 0; }
-tbody th { font-weight: 600; white-space: normal; min-width: 175px; }
+tbody th { font-weight: 600; white-space: normal; min-width: 120px; overflow-wrap: break-word; }
 tr.best > * { font-weight: 600; } tr.best th { color: var(--accent); } tr.reference > * { color: var(--muted); }
 td small { display: block; white-space: normal; min-width: 84px; color: var(--muted); font-size: 13px; }
 ul { margin: 16px 0 0; padding-left: 20px; } li { margin: 4px 0; }
@@ -57,7 +62,7 @@ svg.narrow { display: none; }
 footer { margin-top: 32px; color: var(--muted); font-size: 13px; }
 @media (max-width: 480px) { main { padding-top: 20px; } h1 { font-size: 24px; } .tiles { gap: 10px;
   grid-template-columns: 1fr 1fr; } .tile { padding: 12px 14px; } .tile strong { font-size: 20px; }
-  th, td { padding: 8px 10px; } tbody th { min-width: 136px; } th:first-child, td:first-child { padding-left: 14px; }
+  th, td { padding: 8px 10px; } th:first-child, td:first-child { padding-left: 14px; }
   pre.copy, h3 { margin-left: 12px; margin-right: 12px; } }
 @media (max-width: 600px) { svg.wide { display: none; } svg.narrow { display: block; } figure { padding: 14px; } }
 @media print { .scroll { max-height: none; } details:not([open]) > * { display: block; } }
@@ -129,7 +134,7 @@ def numbers(title: str, names: Sequence[str], columns: Sequence[Column], kinds: 
         kinds: How each row is set: "best", "reference" or "".
     """
     rows = [
-        f'<tr class="{kind}"><th scope="row">{escape(name)}</th>'
+        f'<tr class="{kind}"><th scope="row">{_BREAK.sub("<wbr>", escape(name))}</th>'
         f"{''.join(_cell(column.cells[index]) for column in columns)}</tr>"
         for index, (name, kind) in enumerate(zip(names, kinds or [""] * len(names), strict=True))
     ]

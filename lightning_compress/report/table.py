@@ -109,6 +109,8 @@ class ExportedFile:
         quantised: Name of the row with the metrics of that network, quantised as the file is; ``None`` without one.
         bytes_fp32: Size of a file of the same network in fp32; ``None`` where there was none to compare with.
         speed_fp32: How many times as fast it ran as that one, in turns, on one thread.
+        speed_fp32_low: Lower end of the 95% interval of that; ``None`` where too few rounds tell.
+        speed_fp32_high: Its upper end.
     """
 
     path: str
@@ -120,6 +122,8 @@ class ExportedFile:
     quantised: str | None = None
     bytes_fp32: int | None = None
     speed_fp32: float | None = None
+    speed_fp32_low: float | None = None
+    speed_fp32_high: float | None = None
 
 
 @dataclass(frozen=True)

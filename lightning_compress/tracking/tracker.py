@@ -87,7 +87,7 @@ class Tracker:
         """
         for name, way in self._goals.items():
             found = metrics.get(name)
-            if found is None or _is_one(found, self._stale.get(name)):
+            if found is None or is_one_metric(found, self._stale.get(name)):
                 continue
             value = float(found)
             if not math.isnan(value):
@@ -185,7 +185,20 @@ class Tracker:
         )
 
 
-def _is_one(found: Any, known: Any) -> bool:
-    """Whether two metrics are one value: of those of a step Lightning makes a new view each time."""
+def is_one_metric(found: Any, known: Any) -> bool:
+    """Whether two entries of ``callback_metrics`` are one value: Lightning may make a new view of it each time.
+
+    Args:
+        found: That of now.
+        known: That of earlier, kept since.
+
+    Example:
+        >>> import torch
+        >>> value = torch.tensor(0.5)
+        >>> is_one_metric(value.detach(), value), is_one_metric(value.clone(), value)
+        (True, False)
+    """
+    if found is None:
+        return False
     tensors = isinstance(found, Tensor) and isinstance(known, Tensor)
     return bool(found.data_ptr() == known.data_ptr()) if tensors else found is known

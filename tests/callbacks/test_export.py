@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from contract.modules import FEATURES, Classifier, NormClassifier, loader, made, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, random_split
@@ -231,6 +232,25 @@ def test_numbers_in_the_output_follow_the_batch(tmp_path):
     callback = ExportCallback(tmp_path / "m.onnx")
     trainer(callback).fit(made(Lit), loader(), loader(rows=20))
     assert callback.file_metrics["rows"] == callback.module_metrics["rows"] == pytest.approx(20 / 3)
+
+
+class Worsens(Classifier):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("known", 0.9 - 0.1 * self.current_epoch)
+
+
+@pytest.mark.parametrize(("mode", "better"), [("max", True), ("min", False)])
+def test_a_better_checkpoint_than_the_end_is_named(mode, better, tmp_path):
+    saver = ModelCheckpoint(tmp_path, monitor="known", mode=mode, filename="{epoch}")
+    callback = ExportCallback(tmp_path / "m.onnx")
+    trainer(callback, saver, max_epochs=2, enable_checkpointing=True).fit(made(Worsens), loader(), loader())
+    said = (
+        "export: the file has the weights of the end; by known epoch=0.ckpt is better, 0.9 against 0.8: "
+        "`lightning-compress export` writes a file of it."
+    )
+    assert (said in callback.remarks()) == better
+    assert "weights of the end" in " ".join(callback.remarks()) or not better
 
 
 def test_a_callback_at_work_is_refused_in_a_second_trainer():

@@ -421,3 +421,28 @@ def test_a_bias_may_be_computed():
     parametrize.register_parametrization(layer, "bias", nn.Identity())
     fit(module, PruningCallback(0.5, schedule="one_shot"))
     assert int((layer.weight == 0).sum()) > 0
+
+
+class Later(ConvClassifier):
+    """Makes its network when Lightning asks for it, after set-up."""
+
+    def build(self):
+        self.network_is_to_come = True
+
+    def configure_model(self):
+        if not hasattr(self, "model"):
+            super().build()
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: PTQCallback(network="model", layer_bits={"model.head": 4}),
+        lambda: QATCallback(network="model"),
+        lambda: AttentionTransferCallback(conv_teacher(), weight=0.1, student="model", pairs=STAGES),
+        lambda: FactorTransferCallback(conv_teacher(), weight=0.01, student="model", pair=("stage2", "stage2")),
+    ],
+)
+def test_names_of_what_configure_model_makes_are_known(build):
+    trainer(build()).fit(made(Later), feature_loader(), feature_loader())

@@ -472,6 +472,39 @@ def test_where_no_checkpoint_has_the_final_sparsity_none_is_the_best(ends, tmp_p
     assert (tmp_path / "epoch=0.ckpt").is_file()
 
 
+class Tells(Classifier):
+    """Its metric says whether the network is sparse."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("known", 1.0 if (self.model[3].weight == 0).float().mean() > 0.7 else 0.1, batch_size=BATCH)
+
+
+@pytest.mark.sample
+@pytest.mark.filterwarnings("ignore:.*no checkpoint is kept before")
+def test_what_was_measured_before_the_final_sparsity_makes_no_checkpoint_the_best(tmp_path):
+    saver = ModelCheckpoint(tmp_path, monitor="known", filename="{step}", every_n_train_steps=1)
+    pruning = PruningCallback(0.8, schedule="one_shot", start=0.4)
+    fitted(pruning, Tells, saver, enable_checkpointing=True, max_epochs=4)
+    assert float(saver.best_model_score) == 1.0
+
+
+@pytest.mark.sample
+def test_early_checkpoints_are_not_the_best_of_a_resumed_fit(tmp_path):
+    def run(folder, **settings):
+        saver = ModelCheckpoint(tmp_path / "files", monitor="known", filename="{step}", save_top_k=-1)
+        every = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        fitting = trainer(
+            PruningCallback(0.8, schedule="one_shot", start=0.6), saver, every, enable_checkpointing=True, max_epochs=2
+        )
+        fitting.fit(made(Tells), loader(), loader(), **settings)
+        return saver
+
+    assert float(run(tmp_path / "whole").best_model_score) == 1.0
+    [file] = (tmp_path / "whole").glob(f"step={2 * STEPS - 1}.ckpt")
+    resumed = run(tmp_path / "resumed", ckpt_path=file, weights_only=True)
+    assert float(resumed.best_model_score) == 1.0
+
+
 def test_stopping_before_the_target_is_said():
     stopping = EarlyStopping("val_loss", patience=0)
     pruning = PruningCallback(0.8)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from lightning_compress import PruningCallback
+from lightning_compress import DPFCallback, PruningCallback
 from lightning_compress.functional import magnitude_mask
 from lightning_compress.mechanisms.checkpoints import dense_of
 
@@ -803,3 +803,42 @@ def test_other_weights_than_those_of_the_last_fit_are_told(caplog):
     with caplog.at_level(logging.INFO, logger="lightning_compress"):
         trainer(pruning).fit(module, loader(), loader())
     assert "the weights have changed since the last fit" in caplog.text
+
+
+class Perturbs(MixinClassifier):
+    """Moves its weights between two passes of a step and takes them back, as SAM does; keeps what the second saw."""
+
+    def __init__(self, back="copy"):
+        super().__init__()
+        self.back, self.seen = back, []
+
+    def training_step(self, batch, batch_idx):
+        optimizer, layer = self.optimizers(), self.model[3]
+        self.manual_backward(self.compressed_loss(self.task_loss(batch)))
+        kept = [value.detach().clone() for value in self.parameters()]
+        with torch.no_grad():
+            for value in self.parameters():
+                value.add_(0.25)
+        optimizer.zero_grad()
+        self.manual_backward(self.compressed_loss(self.task_loss(batch)))
+        self.seen.append((layer.weight.detach().clone(), layer._parameters["weight"].detach().clone()))
+        with torch.no_grad():
+            for value, own in zip(self.parameters(), kept, strict=True):
+                if self.back == "copy":
+                    value.copy_(own)
+                else:
+                    value.data = own
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("back", ["copy", "data"])
+@pytest.mark.parametrize("build", [PruningCallback, DPFCallback])
+def test_a_step_that_moves_its_weights_between_two_passes_sees_them_masked(build, back):
+    module, callback = made(lambda: Perturbs(back)), build(0.5, start=0.0, end=0.25)
+    trainer(callback, max_epochs=2).fit(module, loader())
+    for shown, own in module.seen:
+        left = shown != 0
+        assert torch.equal(shown[left], own[left])
+    assert not left.all()
+    assert not nn.modules.module._global_forward_pre_hooks

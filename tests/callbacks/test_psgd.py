@@ -16,6 +16,7 @@ from contract.modules import (
     BATCH,
     STEPS,
     Classifier,
+    MixinClassifier,
     NormClassifier,
     difference,
     loader,
@@ -826,3 +827,23 @@ def test_optimizers_of_other_makers(callback, message):
     module = Mlp(Foreign)
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
         fitted(module, callback)
+
+
+@pytest.mark.sample
+def test_its_own_validation_is_no_training_where_an_epoch_takes_no_step():
+    class Rests(MixinClassifier):
+        """Adds up gradients for an epoch before it steps."""
+
+        rests = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            self.manual_backward(self.compressed_loss(self.task_loss(batch)))
+            if not (self.rests and self.current_epoch == 0):
+                optimizer.step()
+                optimizer.zero_grad()
+
+    callback, module = PSGDCallback(), made(Rests)
+    trainer(callback).fit(module, loader(), loader())
+    module.rests = True
+    trainer(callback, max_epochs=2).fit(module, loader(), loader())

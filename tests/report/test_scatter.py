@@ -54,14 +54,15 @@ def test_names_are_as_short_as_they_can_be():
     one = table(kd=[row("after", 2, 0.5), row("m.onnx", 1, 0.4)])
     assert [point_label(one, point) for point in one.points] == ["m.onnx", "after"]
     each = table(kd=[row("before", 9, 0.1), row("after", 2, 0.5)], qat=[row("before", 8, 0.1), row("after", 1, 0.4)])
-    assert [point_label(each, point) for point in each.points] == ["qat", "kd", "kd: before", "qat: before"]
+    labels = [point_label(each, point) for point in (*each.points, *each.away)]
+    assert labels == ["qat", "kd", "kd: before", "qat: before"]
     many = table(kd=[row("teacher", 9, 0.9), row("after", 2, 0.5), row("m.onnx", 1, 0.4)], qat=[row("after", 1, 0.4)])
     assert [point_label(many, point) for point in many.points][-2:] == ["kd: after", "teacher"]
 
 
 def test_a_network_before_its_training_does_not_squeeze_the_others():
     far = table(a=[row("before", 9, 0.1), row("teacher", 20, 0.97), row("m", 2, 0.9), row("n", 1, 0.89)])
-    assert scatter_legend(far).endswith("Out of the picture: 'before'.")
+    assert scatter_legend(far).endswith("Far worse than all else, and left out: 'before'.")
     assert ">before</text>" not in scatter_svg(far)
     assert ">teacher</text>" in scatter_svg(far)
     trained = table(a=[row("before", 9, 0.9), row("m", 2, 0.3), row("n", 1, 0.29)])

@@ -31,6 +31,8 @@ def test_the_keys_that_others_rely_on():
     assert {"path", "precision", "bytes", "max_logit_difference", "left_in_float", "model", "bytes_fp32"} | {
         "quantised",
         "speed_fp32",
+        "speed_fp32_low",
+        "speed_fp32_high",
     } == set(document["files"][0])
 
 
