@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,6 +101,7 @@ class IntegerExport:
 
         model = onnx.load_from_string(graph)
         self._check_scales(model)
+        _round_before_clips_(model)
         self._layers = _layers(model)
         if self._precision == "int4":
             _pack_(model)
@@ -269,6 +271,43 @@ def optimised(file: OnnxNetwork) -> list[Any]:
             path = options.optimized_model_filepath
             raise ExportError(f"ONNX Runtime could not write what it makes of the file to '{path}': {error}") from error
         return list(onnx.load(options.optimized_model_filepath).graph.node)
+
+
+def _round_before_clips_(model: Any) -> None:
+    """Quantise before a clip, as that of ReLU6, too, where the grid behind it reaches beyond its limits.
+
+    ONNX Runtime leaves out a clip that the integers make themselves; before any other, a layer would run in float. On
+    the same grid, what is rounded, clipped and rounded again is what is clipped and rounded.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    values = {entry.name: entry for entry in graph.initializer}
+    values |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    rounded = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    uses = Counter(name for node in graph.node for name in node.input) + Counter(own.name for own in graph.output)
+    alone = [node for node in graph.node if node.op_type == "Clip" and uses[node.output[0]] == 1]
+    clips = {node.output[0]: node for node in alone if node.input[0] not in rounded}
+    nodes: list[Any] = []
+    for node in graph.node:
+        clip = clips.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
+        if clip is not None and set(clip.input[1:]) - {""} <= values.keys():
+            scale, zero = (numpy_helper.to_array(values[name]) for name in node.input[1:3])
+            given = [numpy_helper.to_array(values[name]) if name else None for name in clip.input[1:3]]
+            low, high = (*given, None, None)[:2]
+            lowest, highest = (scale * np.float32(end - zero.item()) for end in (0.5, 254.5))
+            if (low is not None and low > lowest) or (high is not None and high < highest):
+                written, read = (f"{node.output[0]}_before_{part}" for part in ("clip", "clip_read"))
+                before = [
+                    helper.make_node("QuantizeLinear", [clip.input[0], *node.input[1:3]], [written]),
+                    helper.make_node("DequantizeLinear", [written, *node.input[1:3]], [read]),
+                ]
+                nodes[nodes.index(clip) : nodes.index(clip)] = before
+                clip.input[0] = read
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _pack_(model: Any) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -599,3 +600,23 @@ def test_a_masked_score_hides_nothing_and_is_no_error(value):
             integer.check(Scores(network, grids, change))
         with pytest.raises(ExportError, match=r"differs .* and at most .* is accepted"):
             integer.check_trial(Scores(network, grids, lambda output: -output))
+
+
+@pytest.mark.parametrize("case", ["beyond the clip", "few bits", "within the clip"])
+def test_a_clip_that_the_grid_does_not_make_itself_leaves_the_layer_in_integers(case, tmp_path):
+    """As that of ReLU6 behind a step that has learned: the grid reaches beyond 6."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 4, 3), nn.ReLU6(), nn.Flatten()).eval()
+    varied_(network)
+    with torch.no_grad():
+        network[0].bias.add_(4.0)
+    x = 3 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    grids = calibrated(network, x, activation_bits=4 if case == "few bits" else 8)
+    stretch = 1.37 if case == "beyond the clip" else 1.0
+    wide = {
+        key: replace(grid, scale=float(np.float32(grid.scale * stretch))) for key, grid in grids.activations.items()
+    }
+    holding(network, quantization=replace(grids, activations=wide))
+    result = to_onnx(network, tmp_path / "m.onnx", x, precision="int8")
+    assert kernels(result.path) == 2
+    assert (operators(result.path)["Clip"] > 0) == (case != "within the clip")
+    assert result.max_logit_difference < 1e-4
