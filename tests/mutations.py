@@ -150,8 +150,8 @@ MUTATIONS = (
     Mutation(
         "masks of the last step miss in what somebody saves before our turn",
         MASKS,
-        "        self._follow_step()\n        return {",
-        "        return {",
+        "        self._follow_step()\n        early =",
+        "        early =",
         f"{SAVED_EARLY}[DPFCallback-Classifier]",
     ),
     Mutation(
@@ -908,9 +908,37 @@ MUTATIONS = (
     Mutation(
         "the best checkpoint may be denser than the target",
         MASKS,
-        "            if self._has_target():\n                if early:",
-        "            if True:\n                if early:",
+        "            if self._has_target() and not is_one_metric(",
+        "            if not is_one_metric(",
         f"{PRUNING_TEST}::test_the_best_checkpoint_has_the_final_sparsity",
+    ),
+    Mutation(
+        "what was measured before the final sparsity makes a checkpoint the best",
+        MASKS,
+        " and not is_one_metric(measured, self._denser.get(callback.monitor)):",
+        ":",
+        f"{PRUNING_TEST}::test_what_was_measured_before_the_final_sparsity_makes_no_checkpoint_the_best",
+    ),
+    Mutation(
+        "a step that moves its weights between two passes sees them as they were",
+        VIEWS,
+        "            if any(weight.is_stale for weight in readers.get(id(module), ())):",
+        "            if False:",
+        "tests/callbacks/test_pruning_life.py::test_a_step_that_moves_its_weights_between_two_passes_sees_them_masked",
+    ),
+    Mutation(
+        "a forked process lets go of the sessions that it inherits",
+        f"{PACKAGE}/export/runtime.py",
+        "        before=lambda: _until_forked.extend(_sessions),",
+        "        before=lambda: None,",
+        "tests/export/test_runtime.py::test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have[forgotten]",
+    ),
+    Mutation(
+        "a clip that the grid does not make itself leaves a layer in float",
+        f"{PACKAGE}/export/integer.py",
+        "                clip.input[0] = read",
+        "                pass",
+        "tests/export/test_integer.py::test_a_clip_that_the_grid_does_not_make_itself_leaves_the_layer_in_integers",
     ),
     Mutation(
         "a model that is tested gets its dense weights back",
