@@ -401,7 +401,7 @@ def _better_checkpoint(trainer: Any) -> str | None:
     """Which checkpoint of the fit is better than its last one by the metric that it is kept for."""
     for callback in trainer.callbacks:
         measured = trainer.callback_metrics.get(callback.monitor) if _compat.keeps_best(callback) else None
-        if measured is not None and callback.best_model_path:
+        if measured is not None and callback.best_model_path and callback.best_model_score is not None:
             best, last = float(callback.best_model_score), float(measured)
             if best > last if callback.mode == "max" else best < last:
                 name = os.path.basename(callback.best_model_path)
