@@ -922,7 +922,7 @@ MUTATIONS = (
     Mutation(
         "a step that moves its weights between two passes sees them as they were",
         VIEWS,
-        "            if any(weight.is_stale for weight in readers.get(id(module), ())):",
+        "            if any(weight.is_stale for part in (module, *parts) for weight in readers.get(id(part), ())):",
         "            if False:",
         "tests/callbacks/test_pruning_life.py::test_a_step_that_moves_its_weights_between_two_passes_sees_them_masked",
     ),

@@ -336,13 +336,10 @@ class WeightViews:
         readers: dict[int, list[_Presented]] = {}
         for weight, site in self._all_sites():
             readers.setdefault(id(site.module), []).append(weight)
-        for parent in self.module.modules():  # attention reads the weight of a part that is never called
-            below = [weight for child in parent.children() for weight in readers.get(id(child), ())]
-            if below and isinstance(parent, nn.MultiheadAttention):
-                readers.setdefault(id(parent), []).extend(below)
 
         def before(module: nn.Module, _: Any) -> None:
-            if any(weight.is_stale for weight in readers.get(id(module), ())):
+            parts = module.children() if isinstance(module, nn.MultiheadAttention) else ()  # read, and never called
+            if any(weight.is_stale for part in (module, *parts) for weight in readers.get(id(part), ())):
                 with torch.inference_mode(False), torch.enable_grad():
                     self.refresh()
 
