@@ -144,7 +144,11 @@ ERRORS = {
     ),
     "no mapping for the Trainer": (
         {"trainer": 5},
-        r"case.yaml: trainer is a mapping of the Trainer's arguments, got 5",
+        r"case.yaml: trainer is a mapping of the Trainer's arguments, or a file that holds one, got 5",
+    ),
+    "a file that is not there": (
+        {"trainer": "parts/trainer.yaml"},
+        r"case.yaml: trainer is a mapping .*, or a file that holds one, got 'parts/trainer.yaml'",
     ),
     "no mapping of arguments": (
         {"model": {"class_path": "P.LitNet", "init_args": [1]}},
@@ -408,6 +412,34 @@ def test_a_trained_project_needs_no_devices_and_no_callbacks_of_its_training(pro
     assert (built.trainer.limit_val_batches, built.trainer.num_devices, built.trainer.loggers) == (3, 1, [])
     double = project.yaml("double.yaml", {"trainer": {"precision": 64, "accelerator": "none_such"}})
     assert load_trained([path, double], "last.ckpt").trainer.precision == "64-true"
+
+
+@BOTH
+def test_groups_of_options_have_files_of_their_own(project, capsys):
+    """Paths in a file start from its folder, as jsonargparse reads them."""
+    whole = project.config([callback("PTQCallback", weight_bits=6)], width=4)
+    for folder in ("configs", "configs/parts"):
+        (project.folder / folder).mkdir()
+    for key in ("model", "data"):
+        project.yaml(f"configs/parts/{key}.yaml", whole[key])
+    project.yaml("configs/parts/callbacks.yaml", whole["trainer"].pop("callbacks"))
+    trainer = project.yaml("configs/parts/trainer.yaml", {**whole["trainer"], "callbacks": "callbacks.yaml"})
+    parts = {key: f"parts/{key}.yaml" for key in ("trainer", "model", "data")}
+    path = project.yaml("configs/whole.yaml", parts)
+    built = load_project([path])
+    assert built.module.model[1].out_features == 4
+    assert type(built.trainer).__module__.startswith(import_module(project.name).L.__name__)
+    torch.save(built.module.state_dict(), "last.ckpt")
+    assert [own.weight_bits for own in load_trained([path], "last.ckpt").quantising] == [6]
+    arguments = [f"--{key}=configs/parts/{key}.yaml" for key in parts]
+    assert type(load_project([], arguments=arguments).trainer) is type(built.trainer)
+    project.yaml("configs/parts/trainer.yaml", {"max_epoch": 2})
+    assert main("fit", ["--config", path]) == 2
+    told = "whole.yaml: unknown key 'trainer.max_epoch' with the value 2; did you mean 'trainer.max_epochs'?"
+    assert told in capsys.readouterr().err
+    project.write("configs/parts/trainer.yaml", "max_epochs: [")
+    assert main("fit", ["--config", path]) == 2
+    assert f"{trainer}: line 1, column 14: not YAML" in capsys.readouterr().err
 
 
 def test_the_accelerator_of_the_config_is_used_where_it_is(monkeypatch):

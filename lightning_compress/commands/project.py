@@ -417,6 +417,38 @@ def _without_class_path(key: str, configs: Mapping[str, Any]) -> str | None:
 
 
 def _contents(path: str) -> Any:
+    """A config, and in it those groups of options that have a file of their own, as jsonargparse reads them."""
+    content = _loaded(path)
+    if not isinstance(content, Mapping):
+        raise ConfigError(
+            f"{path}: a config is a mapping with keys such as model, data and trainer, got {shown(content)}"
+        )
+    groups = {key: _opened(content[key], path) for key in ("trainer", *CLASS_OPTIONS) if key in content}
+    trainer, origin = groups.get("trainer", ({}, path))
+    if not isinstance(trainer, Mapping):
+        raise ConfigError(
+            f"{path}: trainer is a mapping of the Trainer's arguments, or a file that holds one, got {shown(trainer)}"
+        )
+    callbacks = {key: _opened(trainer[key], origin)[0] for key in ("callbacks", "callbacks+") if key in trainer}
+    whole = {**content, **{key: value for key, (value, _) in groups.items()}}
+    if "trainer" in whole:
+        whole["trainer"] = {**trainer, **callbacks}
+    for entry in mappings(whole):
+        if "class_path" in entry and not isinstance(entry.get("init_args"), (Mapping, NoneType)):
+            raise ConfigError(
+                f"{path}: init_args of {shown(entry['class_path'])} is a mapping of arguments, "
+                f"got {shown(entry['init_args'])}"
+            )
+    return whole
+
+
+def _opened(value: Any, path: str) -> tuple[Any, str]:
+    """A value and the file that it is from: where it is the path of one beside ``path``, what that holds."""
+    beside = os.path.join(os.path.dirname(path), value) if isinstance(value, str) else ""
+    return (_loaded(beside), beside) if os.path.isfile(beside) else (value, path)
+
+
+def _loaded(path: str) -> Any:
     try:
         with open(path, encoding="utf-8") as stream:
             content = yaml.safe_load(stream)
@@ -432,18 +464,6 @@ def _contents(path: str) -> Any:
         check_size(content, "the config")
     except RecipeError as error:
         raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(content, Mapping):
-        raise ConfigError(
-            f"{path}: a config is a mapping with keys such as model, data and trainer, got {shown(content)}"
-        )
-    if "trainer" in content and not isinstance(content["trainer"], Mapping):
-        raise ConfigError(f"{path}: trainer is a mapping of the Trainer's arguments, got {shown(content['trainer'])}")
-    for entry in mappings(content):
-        if "class_path" in entry and not isinstance(entry.get("init_args"), (Mapping, NoneType)):
-            raise ConfigError(
-                f"{path}: init_args of {shown(entry['class_path'])} is a mapping of arguments, "
-                f"got {shown(entry['init_args'])}"
-            )
     return content
 
 
@@ -479,11 +499,10 @@ def _imported(path: str, argument: str) -> Any:
 
 def _class_in(configs: dict[str, Any], passed: Sequence[str], key: str) -> str | None:
     """The class path of the model, or the data, wherever it is given; the last counts."""
-    found: list[Any] = list(_values(passed, (f"--{key}", f"--{key}.class_path")))
-    for content in reversed(list(configs.values())):
-        own = content.get(key)
-        found.append(own.get("class_path") if isinstance(own, Mapping) else own)
-    return next((path for path in found if isinstance(path, str)), None)
+    given = [_opened(value, "")[0] for value in _values(passed, (f"--{key}", f"--{key}.class_path"))]
+    found = [*given, *(content.get(key) for content in reversed(list(configs.values())))]
+    paths = (own.get("class_path") if isinstance(own, Mapping) else own for own in found)
+    return next((path for path in paths if isinstance(path, str)), None)
 
 
 # LightningCLI
