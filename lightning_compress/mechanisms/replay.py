@@ -105,17 +105,18 @@ class Replay:
             CaptureError: If there is none, or more than one.
         """
         with StudentCapture(self._module, argument=argument) as capture:
-            capture.required = True
+            capture.required, skipped = True, 0
             for arguments in self._first_batches():
                 capture.start(detect=True)
                 if self._step(*arguments, gradients=True) is not None or not self._none_skips:
                     capture.stop()
                     break
                 capture.abort()  # a skipped batch: whatever it called is no evidence
+                skipped += 1
             if capture.names is None:
-                raise CaptureError(
-                    f"the {self._method.replace('_', ' ')} of {class_name(self._module)} calls no network"
-                )
+                step = f"the {self._method.replace('_', ' ')} of {class_name(self._module)}"
+                more = f": it returned None for each of {skipped} batches; name the network with {argument}="
+                raise CaptureError(f"{step} calls no network{more if skipped else ''}")
             return capture.names
 
     def received(

@@ -805,8 +805,9 @@ def test_a_student_that_is_never_called_is_an_error():
     def look(again):
         with pytest.raises(CaptureError, match="the training step of Skips does not call the student 'net'; choose an"):
             again.first_received(("net",))
-        with pytest.raises(CaptureError, match="the training step of Skips calls no network"):
-            again.students()
+        told = f"calls no network: it returned None for each of {EVERY_STEP} batches; name the network with network=$"
+        with pytest.raises(CaptureError, match=f"the training step of Skips {told}"):
+            again.students("network")
         with pytest.raises(ValueError, match=r"student names 'nett', .*did you mean 'net'"):
             again.first_received(("nett",))
         return [again.received(("net",), arguments) for arguments in again.batches()]
