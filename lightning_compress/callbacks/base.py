@@ -161,6 +161,12 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what cannot work, before anything is touched; called in ``setup`` of a fit."""
 
+    def check_parts(self, pl_module: Any) -> None:
+        """Refuse names of parts that the module does not have; called as soon as it has them all.
+
+        That is in ``setup`` of a fit, and for a module that makes parts in ``configure_model``, at the fit's start.
+        """
+
     def problem_with_shards(self) -> str | None:
         """What keeps it from working where FSDP2 shards the parameters, and the way out; None where nothing does."""
         return "it reads whole parameters; use one device or DDP"
@@ -324,6 +330,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         if self.changes_step:
             self._check_optimisation(trainer, pl_module)
         self.check(trainer, pl_module)
+        if not built_later(pl_module):
+            self.check_parts(pl_module)
         self._before_fit = None
         self._before_fit = {key: value for key, value in self._snapshot().items() if not key.startswith(FOUND)}
 
@@ -342,6 +350,8 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
         self._stack = ExitStack()
         self._controller = self._stack.enter_context(step_controller(pl_module))
         self._controller.attached[self.name] = type(self).__name__
+        if built_later(pl_module):
+            self.check_parts(pl_module)
         self.attach(self._controller, self._stack, trainer, pl_module)
         self._fitted = weakref.ref(pl_module)
         ours = callbacks_of(trainer)

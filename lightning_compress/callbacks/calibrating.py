@@ -21,7 +21,7 @@ from lightning_compress.callbacks.arguments import (
     check_whole,
     edge_bits_of,
 )
-from lightning_compress.callbacks.base import CompressionCallback, built_later, log
+from lightning_compress.callbacks.base import CompressionCallback, log
 from lightning_compress.callbacks.intents import Aim, Intent, layers_of, left_out
 from lightning_compress.callbacks.ranks import shards, together
 from lightning_compress.export.sample import defines
@@ -157,23 +157,17 @@ class CalibratingCallback(CompressionCallback):
         """The fewest of a weight."""
         return self.fewest_bits
 
-    def check(self, trainer: Any, pl_module: Any) -> None:
+    def check_parts(self, pl_module: Any) -> None:
         """Refuse selectors that match nothing, and a network that is none."""
-        if not built_later(pl_module):
-            self._check_names(pl_module)
-
-    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
-        """Learn which network the step calls."""
-        if built_later(pl_module):
-            self._check_names(pl_module)
-        self._trial, self.samples_seen = None, 0
-        self.student_capture = controller.capture(self.network, required=True, argument="network")
-
-    def _check_names(self, pl_module: Any) -> None:
         if self.network is not None:
             find_module(pl_module, self.network, argument="network")
         selection(pl_module, self.layers, self.exclude)
         bits_of_layers(pl_module, self.layer_bits)
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """Learn which network the step calls."""
+        self._trial, self.samples_seen = None, 0
+        self.student_capture = controller.capture(self.network, required=True, argument="network")
 
     def verify(self, trainer: Any, pl_module: Any) -> None:
         """After the first step, look at the network: what cannot be quantised is not trained for."""

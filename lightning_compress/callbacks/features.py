@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_compress.callbacks.base import announce, built_later
+from lightning_compress.callbacks.base import announce
 from lightning_compress.callbacks.intents import Intent
 from lightning_compress.callbacks.teaching import TeacherCallback
 from lightning_compress.mechanisms.capture import CaptureError, NetworkCall, only_call
@@ -69,25 +69,22 @@ class FeatureCallback(TeacherCallback):
         return replace(super().intent(trainer, pl_module), pairs=pairs)
 
     def check(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse layers that do not exist; forget what was proposed for an earlier fit."""
+        """Refuse layers that the teacher does not have; forget what was proposed for an earlier fit."""
         self._proposed, self._found = (), None
         for pair in self.given_pairs or ():
             find_module(self.own_teacher(), pair.teacher, argument=f"{self.pairs_argument} (teacher's side)")
-        if not built_later(pl_module):
-            self._check_student(pl_module)
 
-    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
-        """Capture the student, prepare the teacher, add the term."""
-        super().attach(controller, stack, trainer, pl_module)
-        if built_later(pl_module):
-            self._check_student(pl_module)
-        self._layers, self._ready = stack, False
-
-    def _check_student(self, pl_module: Any) -> None:
+    def check_parts(self, pl_module: Any) -> None:
+        """Refuse layers that the student does not have."""
         if isinstance(self.student, str):
             network = find_module(pl_module, self.student, argument="student")
             for pair in self.given_pairs or ():
                 find_module(network, pair.student, argument=f"{self.pairs_argument} (student's side)")
+
+    def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
+        """Capture the student, prepare the teacher, add the term."""
+        super().attach(controller, stack, trainer, pl_module)
+        self._layers, self._ready = stack, False
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Settle what is to be compared, before the first step."""
