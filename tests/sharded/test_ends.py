@@ -7,7 +7,7 @@ from records import record
 
 from .place import alone, farthest, in_ranks
 
-TOLERANCE = 2e-7
+TOLERANCE = 1e-6
 ROWS = {
     "ends:reported": ("CompressionReport", "with DistillationCallback"),
     "ends:exported": ("ExportCallback + CompressionReport", "an fp32 file"),

@@ -7,7 +7,7 @@ import pytest
 from .place import STEPS, alone, farthest, in_ranks, made
 
 SCENARIOS = ("plain:validated", "plain:resharding", "plain:keeping")
-TOLERANCE = 2e-7
+TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")

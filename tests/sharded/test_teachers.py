@@ -12,7 +12,7 @@ from .circumstances import EXACT, Imaging, narrowed_by_hand, teacher
 from .place import BATCH, STEPS, alone, farthest, in_ranks
 from .teachers import KD
 
-TOLERANCE = 2e-7
+TOLERANCE = 1e-6
 KINDS = ("DistillationCallback", "AttentionTransferCallback")
 BOTH = "+".join(KINDS)
 FIRST = [(BOTH, EXACT[1])]
