@@ -91,14 +91,8 @@ class _Presented:
     note: Callable[[_Presented, Tensor], None] | None = None  # told the gradients that come through the view
 
     def show(self, *, keep_original: bool = False) -> None:
-        if self.view.plain:
-            self.shown = self.weight.view_as(self.weight)
-            if self.shown.requires_grad and self.note is not None:
-                self.shown.register_hook(partial(self.note, self))  # type: ignore[no-untyped-call]
-        else:
-            if self.view.copies:
-                self._prepare_buffer()
-            self.shown = _Shown.apply(self.weight, self)
+        with torch.inference_mode(False), torch.enable_grad():  # as a parameter, to be differentiated by at any time
+            self.shown = self._seen()
         self.version, self.required_grad = self.shown._version, self.weight.requires_grad
         self.place, self.source = self.shown.data_ptr(), self._state()
         self.original = self.shown.detach().clone() if keep_original and self.view.copies else None
@@ -110,6 +104,17 @@ class _Presented:
         for site in self.sites:
             vars(site.module)[site.attribute] = self.shown
             _compat.refresh_flat_weights(site.module)
+
+    def _seen(self) -> Tensor:
+        if not self.view.plain:
+            if self.view.copies:
+                self._prepare_buffer()
+            shown: Tensor = _Shown.apply(self.weight, self)
+            return shown
+        shown = self.weight.view_as(self.weight)
+        if shown.requires_grad and self.note is not None:
+            shown.register_hook(partial(self.note, self))  # type: ignore[no-untyped-call]
+        return shown
 
     def drop(self) -> str | None:
         """Let the sites show what they showed before; say what somebody did to the shown weight in vain."""
@@ -140,8 +145,7 @@ class _Presented:
 
     def _prepare_buffer(self) -> None:
         if self.buffer is None or not _compat.is_unshared(self.buffer):  # a graph that is still alive has saved it
-            with torch.inference_mode(False):  # else it could not be written to in training
-                self.buffer = torch.empty_like(self.weight, requires_grad=False)
+            self.buffer = torch.empty_like(self.weight, requires_grad=False)
 
 
 class _Shown(torch.autograd.Function):
@@ -340,8 +344,7 @@ class WeightViews:
         def before(module: nn.Module, _: Any) -> None:
             parts = module.children() if isinstance(module, nn.MultiheadAttention) else ()  # read, and never called
             if any(weight.is_stale for part in (module, *parts) for weight in readers.get(id(part), ())):
-                with torch.inference_mode(False), torch.enable_grad():
-                    self.refresh()
+                self.refresh()
 
         with self.presented(), ExitStack() as stack:
             if not _compat.holds_compiled_code(self.module):

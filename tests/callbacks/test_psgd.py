@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import re
@@ -509,6 +510,25 @@ def test_masked_weights_are_validated_masked(first):
     metrics = fitted(module, *([pruning, psgd] if first else [psgd, pruning])).callback_metrics
     assert pruning.reached == 0.5
     assert float(metrics["compress/psgd/val_loss"]) == by_validating(module)["loss"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_whose_mask_comes_later_are_validated_whole(first):
+    class Keeping(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            kept.append(
+                (copy.deepcopy(pl_module.state_dict()), float(trainer.callback_metrics["compress/psgd/val_loss"]))
+            )
+
+    kept, psgd, pruning = [], PSGDCallback(), PruningCallback(0.5, start=0.75, end=0.875)
+    fitted(
+        Mlp(), *([pruning, psgd] if first else [psgd, pruning]), Keeping(), val_check_interval=4, num_sanity_val_steps=0
+    )
+    assert pruning.reached == 0.5
+    state, shown = kept[0]
+    module = Mlp()
+    module.load_state_dict(state)
+    assert shown == by_validating(module)["loss"]
 
 
 def test_a_validation_that_cannot_run_on_a_copy_is_a_warning():
