@@ -1685,9 +1685,16 @@ MUTATIONS = (
     Mutation(
         "checkpoints are compared with those in full precision",
         BASE,
-        "        forgotten = forget_scores(trainer)",
-        "        forgotten = []",
+        "        for kind in wait_anew(trainer):",
+        "        for kind in ():",
         f"{QAT_TEST}::test_a_scheduler_that_waits_for_a_plateau_waits_anew",
+    ),
+    Mutation(
+        "early stopping goes on with scores of the denser network",
+        MASKS,
+        '                self._wait_anew(self._trainer, "the final sparsity")\n',
+        "",
+        f"{PRUNING_TEST}::test_what_waits_for_a_better_score_waits_anew_at_the_final_sparsity",
     ),
     Mutation(
         "a checkpoint of other layers is resumed",

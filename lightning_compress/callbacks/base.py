@@ -44,7 +44,7 @@ from lightning_compress.mechanisms.owned import (
     refuse_lbfgs,
     separate_networks,
 )
-from lightning_compress.mechanisms.scores import forget_scores
+from lightning_compress.mechanisms.scores import forget_bests, wait_anew
 from lightning_compress.mechanisms.selection import find_module, listing
 from lightning_compress.mechanisms.sharding import class_name, refuse_layout, sharded_units, shards_in_place
 from lightning_compress.mechanisms.shrinking import Shrinkage
@@ -722,13 +722,16 @@ class CompressionCallback(ReturnsResults, TrainerCallback):
     def _forget_scores(self, trainer: Any, earlier: str, now: str) -> None:
         """Let what chooses by the best so far begin anew, and say so."""
         self.tracker(trainer).forget(trainer.callback_metrics)
-        forgotten = forget_scores(trainer)
-        if "ModelCheckpoint" in forgotten:
+        if forget_bests(trainer):
             self._warn_once(
                 f"the best checkpoints so far are of {earlier}, so they are not compared with what follows; their "
                 "files stay"
             )
-        for kind in {"EarlyStopping", "ReduceLROnPlateau"}.intersection(forgotten):
+        self._wait_anew(trainer, now)
+
+    def _wait_anew(self, trainer: Any, now: str) -> None:
+        """Compare no score that is waited for with those of another network, and say so."""
+        for kind in wait_anew(trainer):
             log.info("%s: %s begins to wait anew, with %s", self.name, kind, now)
 
     def _refuse_manual_shards(self, trainer: Any, pl_module: Any) -> None:

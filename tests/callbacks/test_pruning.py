@@ -505,6 +505,40 @@ def test_early_checkpoints_are_not_the_best_of_a_resumed_fit(tmp_path):
     assert float(resumed.best_model_score) == 1.0
 
 
+class Jumping(Classifier):
+    """Its score is better while the network is dense: then 9, 8, 7 and 6 are no plateau."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("score", [3.0, 2.0, 9.0, 8.0, 7.0, 6.0, 6.0][self.current_epoch])
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "score"}}
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PruningCallback(0.5, schedule="one_shot", start=0.34),
+        lambda: DPFCallback(0.5, end=0.45, update_interval=1),
+        lambda: DCILCallback(0.5, end=0.49, update_interval=1),
+    ],
+)
+def test_what_waits_for_a_better_score_waits_anew_at_the_final_sparsity(make, caplog):
+    technique = make()
+    with caplog.at_level(logging.INFO, logger="lightning_compress"):
+        _, fitting = fitted(technique, Jumping, EarlyStopping("score", patience=1), max_epochs=6)
+    assert technique.reached == 0.5
+    assert (fitting.current_epoch, fitting.optimizers[0].param_groups[0]["lr"]) == (6, 0.1)
+    assert {entry.message for entry in caplog.records if "anew" in entry.message} == {
+        f"{technique.name}: {kind} begins to wait anew, with the final sparsity"
+        for kind in ("EarlyStopping", "ReduceLROnPlateau")
+    }
+
+
 def test_stopping_before_the_target_is_said():
     stopping = EarlyStopping("val_loss", patience=0)
     pruning = PruningCallback(0.8)
