@@ -141,6 +141,7 @@ class MaskedWeightsCallback(SavingCallback):
             self._warn_once(f"exclude={selected.idle} leaves out nothing that was selected")
         if self.layers is None:
             self._refuse_separate(trainer, selected.weights)
+            self._tell_of_frozen(selected.weights)
         weights = self.suited(selected.weights, pl_module)
         last = self.state_dict()
         earlier, self._masks = self._masks, Masks(weights, self.view)
@@ -157,6 +158,19 @@ class MaskedWeightsCallback(SavingCallback):
         stack.enter_context(controller.weights.owned(self.name, self._masks.views))
         self._usage = stack.enter_context(controller.weights.watched(self.name))
         stack.callback(setattr, self, "_usage", None)
+
+    def _tell_of_frozen(self, weights: Mapping[str, Tensor]) -> None:
+        """A part in which nothing learns may be one that only measures, and nobody has named it."""
+        learns: dict[str, bool] = {}
+        for name, weight in weights.items():
+            part = name.partition(".")[0]
+            learns[part] = learns.get(part, False) or weight.requires_grad
+        frozen = [part for part, own in learns.items() if not own]
+        if 0 < len(frozen) < len(learns):
+            self._warn_once(
+                f"nothing learns in {listing(frozen, None)}, whose weights are masked too: where it only measures, as "
+                f"the network in a loss does, leave it out with exclude={frozen}; else name it among layers="
+            )
 
     def go_on(self, state: dict[str, Any] | None) -> None:
         """Begin with the state of an earlier fit; None: anew."""

@@ -18,9 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_compress.mechanisms.budgets import Place
 from lightning_compress.mechanisms.extras import install_line
-from lightning_compress.mechanisms.selection import plain_name
+from lightning_compress.mechanisms.selection import is_metric, plain_name
 from lightning_compress.mechanisms.shrinking import Kept, tensors_of
-from lightning_compress.mechanisms.student import is_metric
 from lightning_compress.mechanisms.tree import named_tensors
 
 LAYERS = (_ConvNd, nn.Linear)

@@ -30,9 +30,8 @@ from lightning_compress.mechanisms.isolation import (
     generator_restorer,
     is_users,
 )
-from lightning_compress.mechanisms.selection import listing
+from lightning_compress.mechanisms.selection import is_metric, listing
 from lightning_compress.mechanisms.sharding import class_name, own_part, shards_in_place
-from lightning_compress.mechanisms.student import is_metric
 from lightning_compress.mechanisms.wrapping import shadowed
 
 TABLES = ("_parameters", "_buffers", "_modules")

@@ -132,6 +132,22 @@ def find_module(root: nn.Module, name: str, *, argument: str) -> nn.Module:
     raise ValueError(f"{argument} names '{name}', not a module of {class_name(root)}{nearest}")
 
 
+def is_metric(module: nn.Module) -> bool:
+    """Whether a module is a metric of torchmetrics, whose states are attributes.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        True also for collections of metrics.
+
+    Example:
+        >>> is_metric(nn.Linear(1, 1))
+        False
+    """
+    return any(base.__module__.startswith("torchmetrics.") for base in type(module).__mro__)
+
+
 def select_modules(
     root: nn.Module,
     layers: Sequence[str] | None,
@@ -148,7 +164,7 @@ def select_modules(
 
     Args:
         root: Where the names start.
-        layers: What to select; None for every module of ``types``.
+        layers: What to select; None for every module of ``types`` but those in a metric, which measures with them.
         exclude: What to take away again; None for nothing.
         types: Classes that can be selected; others are passed over.
         argument: The user's name of ``layers``, for error messages.
@@ -169,7 +185,9 @@ def select_modules(
     """
     named = list(root.named_modules(remove_duplicate=False))
     everything = {id(module) for _, module in named}
-    chosen = {id(module) for _, module in named if isinstance(module, types)}
+    metrics = [module for _, module in named if is_metric(module)] if layers is None else []
+    measuring = {id(part) for metric in metrics for part in metric.modules()}
+    chosen = {id(module) for _, module in named if isinstance(module, types)} - measuring
     accepted = _listing(kind.__name__ for kind in types)
     if not chosen:
         more = f"; name layers of another kind with {argument}=" if layers is None else ""

@@ -15,8 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from lightning_compress import _compat
-from lightning_compress.mechanisms.selection import plain_name
-from lightning_compress.mechanisms.student import is_metric
+from lightning_compress.mechanisms.selection import is_metric, plain_name
 from lightning_compress.mechanisms.wrapping import marked
 
 MAP_LAYERS = (_ConvNd, _BatchNorm, _MaxPoolNd, _AvgPoolNd, _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, nn.GroupNorm)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress import _compat
 from lightning_compress.mechanisms.capture import Capture, CaptureError, NetworkCall
-from lightning_compress.mechanisms.selection import find_module, plain_name
+from lightning_compress.mechanisms.selection import find_module, is_metric, plain_name
 from lightning_compress.mechanisms.tree import detached, rebuild
 from lightning_compress.mechanisms.wrapping import marked, shadowed
 
@@ -333,22 +333,6 @@ def _watched(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             hidden = (*hidden, f"{name}.")
         if not is_metric(module) and not scripted and next(module.parameters(), None) is not None:
             yield name, module
-
-
-def is_metric(module: nn.Module) -> bool:
-    """Whether a module is a metric of torchmetrics, whose states are attributes.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        True also for collections of metrics.
-
-    Example:
-        >>> is_metric(nn.Linear(1, 1))
-        False
-    """
-    return any(base.__module__.startswith("torchmetrics.") for base in type(module).__mro__)
 
 
 def _trained_first(root: nn.Module, found: dict[str, list[NetworkCall]]) -> dict[str, list[NetworkCall]]:

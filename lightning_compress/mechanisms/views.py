@@ -474,7 +474,7 @@ class WeightViews:
                     past[weight.name] = "gets other parameters, as torch.func.functional_call gives"
                 elif weight.shown is not None and weight.weight.requires_grad != weight.required_grad:
                     past[weight.name] = "was frozen or freed within the step, otherwise than by toggle_optimizer"
-            if module.training:  # a validation is no step
+            if module.training or self.module.training:  # a validation is no step
                 parts = module.children() if isinstance(module, nn.MultiheadAttention) else ()
                 called.update(map(id, [module, *parts]))
 

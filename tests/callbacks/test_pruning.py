@@ -22,6 +22,7 @@ from contract.modules import (
     loader,
     made,
     scaled,
+    small_network,
     trainer,
 )
 from contract.traces import traces
@@ -34,7 +35,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress import CompressionReport, DCILCallback, DPFCallback, PruningCallback
@@ -918,6 +919,45 @@ def test_modules_that_are_refused(kind, settings, message):
 def test_a_layer_that_is_not_used_is_said():
     with pytest.warns(UserWarning, match="the first training step did not use 'extra.weight'"):
         fitted(PruningCallback(0.5), Unused)
+
+
+class Judged(Classifier):
+    """A metric and a loss have networks of their own, frozen and in evaluation mode."""
+
+    def setup(self, stage):
+        self.distance = Distance()
+        self.judge = small_network().requires_grad_(False)
+        self.judge.eval()
+
+    def training_step(self, batch, batch_idx):
+        self.distance.update(batch[0])
+        return super().training_step(batch, batch_idx) + 0.01 * self.judge(batch[0]).mean()
+
+
+class Distance(Metric):
+    def __init__(self):
+        super().__init__()
+        self.inception = small_network().eval().requires_grad_(False)
+        self.add_state("total", torch.zeros(()), "sum")
+
+    def update(self, x):
+        self.total += self.inception(x).mean()
+
+    def compute(self):
+        return self.total
+
+
+def test_networks_that_only_measure():
+    """That of a metric is left alone; of another one nobody knows, so it is said."""
+    told = r"nothing learns in 'judge', whose weights are masked too.*leave it out with exclude=\['judge'\]"
+    with pytest.warns(UserWarning, match=told) as caught:
+        module, _ = fitted(PruningCallback(0.5), Judged)
+    assert not [own for own in caught if "did not use" in str(own.message)]
+    assert sum(zeros(module.distance).values()) == 0
+    assert sum(zeros(module.model).values()) + sum(zeros(module.judge).values()) == TOTAL
+    for settings in ({"exclude": ["judge"]}, {"layers": ["model", "judge"]}):
+        module, _ = fitted(PruningCallback(0.5, **settings), Judged)
+        assert (sum(zeros(module.judge).values()) == 0) == ("exclude" in settings)
 
 
 class Averaged(Classifier):
