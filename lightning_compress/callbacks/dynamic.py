@@ -19,9 +19,11 @@ from lightning_compress.export.evaluate import has_validation
 from lightning_compress.functional.masks import Filters, count_dead_filters
 from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batchnorm_, statistics_kept
 from lightning_compress.mechanisms.controller import StepController
+from lightning_compress.mechanisms.masking import FeedbackWeight
 from lightning_compress.mechanisms.optimizers import loss_scale
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.sharding import own_part, sharded_units
+from lightning_compress.mechanisms.shrinking import Shrinkage
 from lightning_compress.mechanisms.weights import filters_of, sites_of, weights_replaced
 
 
@@ -79,21 +81,23 @@ class DynamicMaskCallback(MaskCallback):
 
     def suited(self, weights: dict[str, nn.Parameter], pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """All; and note where their filters are: those of linear layers count where batch norm may follow."""
-        sites = sites_of(pl_module)
-        widths = {module.num_features for module in pl_module.modules() if isinstance(module, _NormBase)}
-        found = {name: filters_of(sites[id(weight)]) for name, weight in weights.items()}
-        split = [name for name, filters in found.items() if filters is not None and filters.groups]
+        self._filters = _filters_in(pl_module, weights)
+        split = [name for name, filters in self._filters.items() if filters.groups]
         if split and sharded_units(pl_module):
             raise ValueError(
                 f"{listing(split)} are of transposed convolutions, whose filters lie across the rows that FSDP2 splits "
                 f"over processes, so {type(self).__name__} cannot tell which are dead; leave them out with exclude="
             )
-        self._filters = {
-            name: filters
-            for name, filters in found.items()
-            if filters is not None and (weights[name].ndim > 2 or len(weights[name]) in widths)
-        }
         return weights
+
+    def follow_shrinkage(self, shrinkage: Shrinkage, pl_module: Any) -> None:
+        """As the base, with filters in fewer groups."""
+        masks = self._require_masks()
+        self._filters = _filters_in(pl_module, masks.weights)
+        for name, view in masks.views.items():
+            if isinstance(view, FeedbackWeight) and view.filters is not None:
+                view.filters = self._filters.get(name)
+        super().follow_shrinkage(shrinkage, pl_module)
 
     def updated(self, changed: float, *, more: bool) -> None:
         """As the base; count the filters that are masked completely."""
@@ -183,3 +187,15 @@ class DynamicMaskCallback(MaskCallback):
         if masks.parts is not None:
             norms = [*masks.parts.total(torch.stack(norms).square()).sqrt()]
         return {"gradient_norm_kept": norms[0], "gradient_norm_pruned": norms[1]}
+
+
+def _filters_in(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, Filters]:
+    """Where the filters of weights are: those of linear layers count where batch norm may follow."""
+    sites = sites_of(module)
+    widths = {part.num_features for part in module.modules() if isinstance(part, _NormBase)}
+    found = {name: filters_of(sites[id(weight)]) for name, weight in weights.items()}
+    return {
+        name: filters
+        for name, filters in found.items()
+        if filters is not None and (weights[name].ndim > 2 or len(weights[name]) in widths)
+    }

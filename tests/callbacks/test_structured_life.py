@@ -388,6 +388,25 @@ def test_masks_follow(order):
     assert sizes(results[0]) == sizes(results[1]) == [8, 8, 12]
 
 
+@pytest.mark.sample
+def test_masks_follow_depthwise_transposed_convolutions():
+    """They have fewer groups afterwards, by which their filters are told."""
+
+    class Decoding(Net):
+        def __init__(self):
+            super().__init__()
+            up = nn.ConvTranspose2d(16, 16, 2, stride=2, groups=16)
+            self.conv1 = nn.Sequential(self.conv1, up, nn.MaxPool2d(2))
+
+    module, masks = Lit(), DPFCallback(0.5, end=0.4, update_interval=1)
+    module.net = Decoding()
+    fitted(module, masks, structured(), steps=16)
+    assert module.net.conv1[1].groups == module.net.conv1[1].out_channels == 8
+    shown = masks._masks.views["net.conv1.1.weight"].filters
+    assert shown.groups == 8
+    assert masks.reached == pytest.approx(0.5, abs=0.01)
+
+
 @pytest.mark.slow
 def test_quantisation_after_the_filters_are_gone(tmp_path):
     module, callback = Lit(), structured(start=0.25)
