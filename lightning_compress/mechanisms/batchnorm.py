@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_compress import _compat
 from lightning_compress.mechanisms.replay import replay
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.signs import sign
@@ -170,7 +171,9 @@ def _statistics(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reestimate_all_(trainer: Any, module: Any, warn: Callable[[str], None]) -> None:
-    """As :func:`reestimate_batchnorm_`; say so where some layers keep the statistics that they have.
+    """As :func:`reestimate_batchnorm_`, also in averages that callbacks keep of the module, as files are written from.
+
+    Where some layers keep the statistics that they have, it is said.
 
     Args:
         trainer: Likewise.
@@ -186,8 +189,13 @@ def reestimate_all_(trainer: Any, module: Any, warn: Callable[[str], None]) -> N
         >>> L.Trainer(fast_dev_run=1, accelerator="cpu", logger=False, enable_progress_bar=False,
         ...           enable_model_summary=False, callbacks=[Estimate()]).fit(BoringModel())
     """
-    estimated = reestimate_batchnorm_(trainer, module)
-    if rest := [name for name in batch_norms(module) if name not in estimated]:
+    estimated, layers = reestimate_batchnorm_(trainer, module), batch_norms(module)
+    for average in _compat.averages_of(trainer, module):
+        copies = batch_norms(average)
+        for name in estimated:
+            for copied, own in zip(copies[name].buffers(), layers[name].buffers(), strict=True):
+                copied.copy_(own)
+    if rest := [name for name in layers if name not in estimated]:
         what = "leaves some statistics as they were" if estimated else "has no effect"
         warn(
             f"reestimate_batchnorm {what}: {listing(rest)} are in evaluation mode, or the training batches do not "

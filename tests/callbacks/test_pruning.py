@@ -742,6 +742,15 @@ def test_batch_norm_is_estimated_again_at_the_end():
     assert not torch.allclose(plain.model[1].running_mean, mean, atol=1e-4)
 
 
+@pytest.mark.sample
+def test_an_average_gets_the_statistics_that_are_estimated_at_the_end(tmp_path):
+    """Files after the fit are written from it."""
+    pruning, average = PruningCallback(0.7, reestimate_batchnorm=True), EMAWeightAveraging(decay=0.9)
+    module, fitting = fitted(pruning, NormClassifier, average)
+    fitting.save_checkpoint(tmp_path / "last.ckpt")
+    assert difference(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"], module) == 0
+
+
 def test_manual_optimisation_with_the_mixin():
     """The same weights as the automatic loop gives without a scheduler."""
 
