@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import _compat
+from lightning_compress.functional._dtypes import as_wide_as_can_be
 from lightning_compress.functional.quantizers import MOST_BITS, mse_grid, quantization_grid, range_grid
 from lightning_compress.mechanisms.batchnorm import batch_norms
 from lightning_compress.mechanisms.grids import COMPUTED, ActivationGrid, Grids, WeightGrid, WeightSite
@@ -461,7 +462,7 @@ class _Correction(Rounding):
             shift = function(take(), lost, None, *rest, **options)
             channels = shift.movedim(channel_dimension(function), 0).flatten(start_dim=1)
             total, count = self._sums.get(site, (0.0, 0))
-            self._sums[site] = total + channels.detach().double().sum(dim=1), count + channels.shape[1]
+            self._sums[site] = total + as_wide_as_can_be(channels).sum(dim=1), count + channels.shape[1]
         return super().layer(site, function, take, weight, bias, *rest, **options)
 
     def means(self) -> dict[str, Tensor]:

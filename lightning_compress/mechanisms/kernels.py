@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_compress.functional._dtypes import as_wide_as_can_be
 from lightning_compress.functional.quantizers import MOST_BITS, integer_limits
 from lightning_compress.mechanisms.grids import Grids
 
@@ -57,11 +58,6 @@ class Kernel:
         return None if self.step is None else torch.round(self.added / self.step) * self.step - self.added
 
 
-def _wide(values: Tensor) -> Tensor:
-    """In float64, where the device has it."""
-    return values.detach().to(torch.float32 if values.device.type == "mps" else torch.float64)
-
-
 def kernel_of(
     grids: Grids,
     site: str,
@@ -95,18 +91,18 @@ def kernel_of(
     """
     place = grids.sites[site]
     grid = grids.weights[place.name]
-    step = _wide(grid.rows(place.start, place.stop).step if step is None else step)
+    step = as_wide_as_can_be(grid.rows(place.start, place.stop).step if step is None else step)
     gain = torch.ones(rows, dtype=step.dtype, device=step.device)
-    offset = torch.zeros_like(gain) if norm is None else -_wide(norm.mean)
+    offset = torch.zeros_like(gain) if norm is None else -as_wide_as_can_be(norm.mean)
     if site in grids.biases:
         offset = offset + grids.biases[site].to(offset)
     if norm is not None:
-        gain = torch.rsqrt(_wide(norm.variance) + norm.eps)
-        gain = gain if norm.weight is None else gain * _wide(norm.weight)
-        offset = offset * gain + (0.0 if norm.bias is None else _wide(norm.bias))
+        gain = torch.rsqrt(as_wide_as_can_be(norm.variance) + norm.eps)
+        gain = gain if norm.weight is None else gain * as_wide_as_can_be(norm.weight)
+        offset = offset * gain + (0.0 if norm.bias is None else as_wide_as_can_be(norm.bias))
     if site in grids.divisors:
         gain, offset = (value / grids.divisors[site].to(value) for value in (gain, offset))
-    added = offset if bias is None else offset + _wide(bias) * gain
+    added = offset if bias is None else offset + as_wide_as_can_be(bias) * gain
     source = grids.activations.get(place.source or "")
     few = source is not None and source.bits < MOST_BITS  # the same values, in integers that fill their byte
     shift = 2 ** int(math.log2(integer_limits(MOST_BITS)[1] / grid.limits[1])) if few else 1
@@ -120,4 +116,4 @@ def kernel_of(
     ratio = torch.where(faint, own / least.clamp(min=torch.finfo(gain.dtype).tiny), 1.0)
     own = torch.where(faint, least.float(), own)
     usable = own >= torch.finfo(torch.float32).tiny
-    return Kernel(own, gain, offset, added, shift, ratio, _wide(torch.where(usable, own, 1.0)) * given)
+    return Kernel(own, gain, offset, added, shift, ratio, as_wide_as_can_be(torch.where(usable, own, 1.0)) * given)

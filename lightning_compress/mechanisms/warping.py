@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_compress.functional._dtypes import at_least_float32
+from lightning_compress.functional._dtypes import as_wide_as_can_be, at_least_float32
 from lightning_compress.functional._steps import largest_magnitude, usable
 from lightning_compress.functional.gradients import grid_positions, scale_gradients_, scale_updates_, total_scale
 from lightning_compress.functional.quantizers import integer_limits, nearest_grid_point, quantization_grid
@@ -144,8 +144,8 @@ class WarpedWeights:
             for name, step in zip(names, self._steps(names) if self.bits else [None] * len(names), strict=True):
                 value = at_least_float32(self.part(name))
                 quantised = value if step is None else self._nearest(name, value, step)
-                norms = (torch.linalg.vector_norm(own).double() for own in (value - quantised, value))
-                found.append(torch.stack([*(own.square() for own in norms), (quantised == 0).sum()]).cpu())
+                norms = (as_wide_as_can_be(torch.linalg.vector_norm(own)) for own in (value - quantised, value))
+                found.append(torch.stack([*(own.square() for own in norms), (quantised == 0).sum()]).cpu().double())
         error, norm, zeros = self.ranks.total(torch.stack(found).sum(dim=0)).tolist()
         return Summary(math.sqrt(error / norm) if norm else 0.0, int(zeros), self.total)
 
