@@ -176,7 +176,7 @@ class FactorTransferCallback(FeatureCallback):
         write_whole(Path(path), contents.getvalue())
 
     def check(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse layers that do not exist, and channels that go meanwhile; forget an earlier fit."""
+        """Refuse layers that do not exist, and channels that go meanwhile; forget another training."""
         super().check(trainer, pl_module)
         self._refuse_shrinking(
             trainer,
@@ -184,7 +184,10 @@ class FactorTransferCallback(FeatureCallback):
             "and schedule='one_shot'",
             fine=lambda until: until == 0,
         )
-        self._loaded, self._paraphraser, self._translator, self.reconstruction_errors = {}, None, None, []
+        goes_on = trainer.global_step > 0 and self.has_fitted(pl_module)
+        self._loaded = _networks_of(self.extra_state()) if goes_on else {}
+        self._paraphraser, self._translator = None, None
+        self.reconstruction_errors = list(self._loaded.get("reconstruction_errors", ()))
 
     def attach(self, controller: StepController, stack: ExitStack, trainer: Any, pl_module: Any) -> None:
         """Capture the student, prepare the teacher, add the term, own the translator."""
@@ -239,9 +242,7 @@ class FactorTransferCallback(FeatureCallback):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take them back: a resumed run does not train the paraphraser again."""
         super().load_extra_state(state)
-        self._loaded = {
-            key: state[key] for key in ("layer", "paraphraser", "reconstruction_errors", "translator") if key in state
-        }
+        self._loaded = _networks_of(state)
         self.reconstruction_errors = list(self._loaded.get("reconstruction_errors", ()))
         if self._translator is not None:  # FSDP2 restores a fit that has begun, or a file is tested after one
             self._translator.load_state_dict(self._loaded.get("translator", {}))
@@ -386,6 +387,11 @@ def _in_step(features: Iterator[Tensor], trainer: Any) -> Iterator[Tensor]:
         yield feature
     if trainer.world_size > 1:
         trainer.strategy.reduce_boolean_decision(False, all=True)
+
+
+def _networks_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state holds of the two networks."""
+    return {key: state[key] for key in ("layer", "paraphraser", "reconstruction_errors", "translator") if key in state}
 
 
 def _helpers_dtype(feature: Tensor) -> torch.dtype:

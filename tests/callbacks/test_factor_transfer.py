@@ -217,6 +217,20 @@ def test_a_second_fit_with_the_same_callback_equals_one_with_a_fresh_callback(re
     assert callback.reconstruction_errors == fresh.reconstruction_errors
 
 
+@pytest.mark.sample
+def test_another_fit_of_the_same_trainer_goes_on():
+    callback, module = transfer(), made(ConvNormClassifier)
+    fitting = trainer(callback)
+    fitting.fit(module, feature_loader())
+    first, errors = copy.deepcopy(callback.state_dict()), list(callback.reconstruction_errors)
+    fitting.fit_loop.max_epochs = 2
+    fitting.fit(module, feature_loader())
+    last = callback.state_dict()
+    assert difference(last["paraphraser"], first["paraphraser"]) == 0
+    assert callback.reconstruction_errors == errors
+    assert (first["translator"]["steps"], last["translator"]["steps"]) == (STEPS, 2 * STEPS)
+
+
 # Which layers
 
 
