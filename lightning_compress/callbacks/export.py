@@ -30,6 +30,7 @@ from lightning_compress.export.runtime import require_onnx
 from lightning_compress.export.sample import Sample, as_sample, check_sample_type
 from lightning_compress.export.scales import HOW, Scales, given_steps
 from lightning_compress.functional.quantizers import MOST_BITS
+from lightning_compress.mechanisms.metrics import logged_as
 from lightning_compress.mechanisms.replay import replay
 from lightning_compress.mechanisms.selection import did_you_mean
 from lightning_compress.mechanisms.sharding import class_name
@@ -285,13 +286,14 @@ class ExportCallback(CompressionCallback):
             return
         if self.metric is None:
             return
-        if self.metric not in self.file_metrics:
+        name = logged_as(self.metric, self.file_metrics)
+        if name is None:
             self._fail(
                 f"metric='{self.metric}' is not among the validation metrics {sorted(self.file_metrics)}"
                 f"{did_you_mean(self.metric, self.file_metrics)}"
             )
             return
-        ours, theirs = self.module_metrics[self.metric], self.file_metrics[self.metric]
+        ours, theirs = self.module_metrics[name], self.file_metrics[name]
         log.info("%s: %s is %.6g in the module and %.6g in the file", self.name, self.metric, ours, theirs)
         if self.tolerance is not None and not abs(theirs - ours) <= self.tolerance:  # NaN fails too
             self._fail(
@@ -303,6 +305,9 @@ class ExportCallback(CompressionCallback):
         """Give loggers the numbers of the file, and the file, with the checkpoint it came from."""
         if self.result is not None and not trainer.fast_dev_run:
             numbers = {**self.file_metrics, "bytes": float(self.result.bytes)}
+            name = None if self.metric is None else logged_as(self.metric, self.file_metrics)
+            if self.metric is not None and name is not None:  # a sweep looks for it as the user calls it
+                numbers[self.metric] = self.file_metrics[name]
             self.tracker(trainer).numbers({f"compress/{self.name}/{key}": value for key, value in numbers.items()})
             self.tracker(trainer).exported(
                 Exported(

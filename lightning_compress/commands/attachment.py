@@ -28,6 +28,7 @@ from lightning_compress.callbacks.base import TrainerCallback, callbacks_of
 from lightning_compress.callbacks.export import ExportCallback
 from lightning_compress.callbacks.report import CompressionReport
 from lightning_compress.export.evaluate import RUN_VARIABLE
+from lightning_compress.mechanisms.metrics import logged_as
 from lightning_compress.recipe import Recipe, RecipeError, build_callbacks, load_recipe
 from lightning_compress.recipe.file import naming
 
@@ -395,14 +396,15 @@ def _exports(trainer: Any) -> list[dict[str, Any]]:
     for callback in trainer.callbacks:
         if isinstance(callback, ExportCallback):
             result, metric = callback.result, callback.metric
+            name = None if metric is None else logged_as(metric, callback.file_metrics)
             found.append(
                 {
                     "path": callback.path,
                     "bytes": None if result is None else result.bytes,
                     "kept": not trainer.fast_dev_run,
                     "metric": metric,
-                    "in_file": callback.file_metrics.get(metric) if metric else None,
-                    "in_module": callback.module_metrics.get(metric) if metric else None,
+                    "in_file": None if name is None else callback.file_metrics[name],
+                    "in_module": None if name is None else callback.module_metrics[name],
                     "failure": "no file was written" if result is None else callback.failure,
                 }
             )

@@ -46,6 +46,7 @@ from lightning_compress.mechanisms.capture import CaptureError
 from lightning_compress.mechanisms.drafts import draft_of
 from lightning_compress.mechanisms.isolation import module_kept, quiet
 from lightning_compress.mechanisms.loading import teacher_from_checkpoint
+from lightning_compress.mechanisms.metrics import logged_as
 from lightning_compress.mechanisms.quantization import QuantizationError
 from lightning_compress.mechanisms.selection import did_you_mean, listing, plain_name
 from lightning_compress.mechanisms.signs import sign
@@ -411,16 +412,17 @@ def _measured(loaded: Loaded, result: ExportResult, options: argparse.Namespace,
         else:
             in_module = evaluate_quantized(loaded.module, loaded.trainer, result.quantization)
         before = evaluate_forward(loaded.module, loaded.trainer) if calibrated else {}
-    if options.metric not in in_module:
+    name = logged_as(options.metric, in_module)
+    if name is None:
         raise UsageError(
             f"--metric must be one of {', '.join(sorted(in_module))}, which {type(loaded.module).__name__} logs in "
             f"validation, got '{options.metric}'{did_you_mean(options.metric, in_module)}"
         )
-    ours = in_module[options.metric]
+    ours = in_module[name]
     references = {"the module" if result.quantization is None else "the quantised module": ours}
-    references |= {FULL_PRECISION: before[options.metric]} if calibrated else {}
+    references |= {FULL_PRECISION: before[name]} if calibrated else {}
     with _working("Validating the file"):
-        theirs = evaluate(result.path, loaded.module, loaded.trainer)[options.metric]
+        theirs = evaluate(result.path, loaded.module, loaded.trainer)[name]
     for what, value in references.items():
         mode = direction(options.metric) if what == FULL_PRECISION else None  # than which a file may well be better
         worse = {"min": theirs - value, "max": value - theirs, None: abs(theirs - value)}[mode]

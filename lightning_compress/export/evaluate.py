@@ -32,6 +32,7 @@ from lightning_compress.functional._checks import check_name, check_path, shown
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.isolation import attributes_kept, evaluating, module_kept, quiet, random_state_kept
 from lightning_compress.mechanisms.loaders import data_kept
+from lightning_compress.mechanisms.metrics import logged_as
 from lightning_compress.mechanisms.quantization import quantizing
 from lightning_compress.mechanisms.rounding import Rounding
 from lightning_compress.mechanisms.selection import find_module, plain_name
@@ -433,7 +434,7 @@ def _metrics(trainer: Any, module: nn.Module, loaders: Any, datamodule: Any) -> 
     unseen = {  # of metrics that are logged with logger=False
         key: float(value)
         for key, value in trainer.callback_metrics.items()
-        if not key.endswith("_step") and found.keys().isdisjoint((key, f"{key}_epoch"))
+        if not key.partition("/dataloader_idx_")[0].endswith("_step") and logged_as(key, found) is None
     }
     return {**found, **unseen}
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_compress.mechanisms.metrics import logged_as
 from lightning_compress.mechanisms.selection import did_you_mean, listing
 from lightning_compress.report import units
 from lightning_compress.report.cells import metric_names
@@ -184,12 +185,13 @@ def _metric(reports: Mapping[str, Report], wanted: str | None, mode: Mode | None
     names = {run: metric_names(report) for run, report in reports.items()}
     known = list(dict.fromkeys(name for own in names.values() for name in own))
     if wanted is not None:
-        if wanted not in known:
+        name = logged_as(wanted, known)
+        if name is None:
             raise ValueError(
                 f"no report has the metric '{wanted}'; there are {listing(known, None) or 'none at all'}"
                 f"{did_you_mean(wanted, known)}"
             )
-        return wanted
+        return name
     common = [name for name in known if all(name in own for own in names.values())]
     if not common:
         each = "; ".join(f"'{run}' has {listing(own, None) or 'none'}" for run, own in names.items())

@@ -8,8 +8,9 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
-from contract.modules import FEATURES, Classifier, NormClassifier, loader, made, trainer
+from contract.modules import FEATURES, Classifier, NormClassifier, loader, made, rows_logged, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, random_split
@@ -38,6 +39,31 @@ def test_file_and_module_agree_at_the_end(tmp_path):
     assert export.evaluate(tmp_path / "m.onnx", module, loader())["val_loss"] == pytest.approx(
         callback.file_metrics["val_loss"], abs=1e-6
     )
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("loaders", [1, 2])
+@pytest.mark.parametrize("asked", ["val_acc", "val_acc_epoch"])
+def test_a_metric_that_steps_log_too_has_both_its_names(asked, loaders, tmp_path):
+    """It is monitored as ``val_acc``, and a validation gives it as ``val_acc_epoch``."""
+
+    class Forked(Measured):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.log(
+                "val_acc", (self.model(batch[0]).argmax(1) == batch[1]).float().mean(), on_step=True, on_epoch=True
+            )
+
+    of = "/dataloader_idx_1" if loaders == 2 else ""
+    callback = ExportCallback(tmp_path / "m.onnx", metric=f"{asked}{of}", tolerance=1e-4)
+    logger = CSVLogger(tmp_path)
+    fitting = trainer(callback, logger=logger, num_sanity_val_steps=1)
+    fitting.fit(made(Forked), loader(), [loader() for _ in range(loaders)])
+    assert callback.failure is None
+    assert set(callback.file_metrics) == {
+        f"val_acc_epoch/dataloader_idx_{index}" if of else "val_acc_epoch" for index in range(loaders)
+    }
+    [value] = {row[key] for row in rows_logged(logger) if row.get(key := f"compress/export/{asked}{of}")}
+    assert float(value) == pytest.approx(callback.file_metrics[f"val_acc_epoch{of}"])
 
 
 @pytest.mark.parametrize("kind", [ExportCallback, CompressionReport])

@@ -29,6 +29,7 @@ def test_by_name(metrics, name, mode):
 def test_as_asked():
     chosen = choose_metric({"val_acc": 0.5, "thing": 1.0}, "thing", "min")
     assert (chosen.name, chosen.mode, chosen.said) == ("thing", "min", "'thing', lower is better")
+    assert choose_metric({"val_acc_epoch": 0.5, "loss": 1.0}, "val_acc").name == "val_acc_epoch"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_compress.commands.exits import UsageError
+from lightning_compress.mechanisms.metrics import logged_as
 from lightning_compress.mechanisms.selection import did_you_mean, listing
 from lightning_compress.report.directions import direction, preferred
 
@@ -56,12 +57,13 @@ def choose_metric(metrics: Mapping[str, float], name: str | None = None, mode: s
     """
     if not metrics:
         raise UsageError("the validation logs no metric, so there is nothing to judge by; let validation_step log one")
-    if name is not None and name not in metrics:
+    wanted = None if name is None else logged_as(name, metrics)
+    if name is not None and wanted is None:
         raise UsageError(
             f"--metric '{name}' is not among the metrics of the validation, {listing(list(metrics))}"
             f"{did_you_mean(name, metrics)}"
         )
-    chosen = preferred(metrics) if name is None else name
+    chosen = preferred(metrics) if wanted is None else wanted
     way = mode or direction(chosen)
     if way is None:
         raise UsageError(
