@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
@@ -626,6 +626,19 @@ def training_data(trainer: Any, loaders: Any) -> Iterator[None]:
         vars(loop).update(kept)
         for name, value in trainer_kept.items():
             setattr(trainer, name, value)
+
+
+def epochs_in(checkpoint: Mapping[str, Any]) -> int | None:
+    """How many epochs a checkpoint of Lightning has begun; None for a file of weights.
+
+    ``epoch`` is the last one's number where the file was written within the training, and one more after its end.
+    """
+    if checkpoint.get("epoch") is None:
+        return None
+    loops = checkpoint.get("loops") or {}
+    if not loops:
+        return int(checkpoint["epoch"]) + 1
+    return int(loops["fit_loop"]["epoch_progress"]["current"]["ready"])
 
 
 def batches_an_epoch(trainer: Any) -> float:

@@ -1231,6 +1231,21 @@ def test_torch_keeps_its_functions_in_three_places():
         assert callable(getattr(owner, name))
 
 
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_how_many_epochs_a_checkpoint_has_begun(namespace, tmp_path):
+    """Written within the last epoch or after the fit, and with nothing but its number."""
+
+    class Saving(import_module(namespace).Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    trainer = _fitted(namespace, callbacks=[Saving()])[1]
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    within, after = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("within", "after"))
+    assert (within["epoch"], after["epoch"]) == (1, 2)
+    assert [_compat.epochs_in(own) for own in (within, after, {"epoch": 1}, {})] == [2, 2, 2, None]
+
+
 def test_a_loader_keeps_its_workers_in_an_attribute():
     loader = DataLoader(range(4), num_workers=1, persistent_workers=True)
     assert "_iterator" in vars(loader)

@@ -66,6 +66,12 @@ SOURCE = """
             self.model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 2))
 
 
+    class Listed(Lit):
+        def __init__(self, acts: list[str] = ["relu"]):
+            super().__init__(acts[0])
+            self.save_hyperparameters()
+
+
     class Manual(Lit):
         def __init__(self):
             super().__init__()
@@ -320,6 +326,23 @@ def test_hyperparameters_of_the_checkpoint_count_where_it_says_of_which_class_th
     assert code == 0, line
     assert told(line)[1] == pytest.approx(written.accuracy(module), abs=1e-3)
     assert line.endswith("; the checkpoint was saved with act='tanh', and the config has 'relu': the checkpoint counts")
+
+
+def test_lists_among_the_hyperparameters_count_too(written, capsys):
+    """With the other one the network would fit, and compute something else."""
+    module = written.checkpoint(act="tanh")
+    contents = torch.load("last.ckpt", weights_only=True)
+    contents["hyper_parameters"] = {
+        "acts": ["tanh"],
+        "_class_path": f"{written.name}.Listed",
+        "_instantiator": "lightning",
+    }
+    torch.save(contents, "last.ckpt")
+    code, line = exported(capsys, *written.config("Listed"), "fp32")
+    assert code == 0, line
+    assert told(line)[1] == pytest.approx(written.accuracy(module), abs=1e-3)
+    said = "the checkpoint was saved with acts=['tanh'], and the config has ['relu']: the checkpoint counts"
+    assert line.endswith(f"; {said}")
 
 
 def test_hyperparameters_that_are_others_in_the_config_are_told(written, capsys):

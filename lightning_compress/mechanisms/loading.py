@@ -297,24 +297,37 @@ def _hint(path: str | os.PathLike[str], arguments: Mapping[str, Any], checkpoint
 
 
 def differing(saved: Any, own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Numbers and words that are others than those saved under the same names.
+    """Numbers and words, and lists of them, that are others than those saved under the same names.
 
     Args:
         saved: Hyperparameters of a checkpoint; anything but a mapping has none.
         own: Arguments, or hyperparameters.
 
     Returns:
-        By name, what was saved, and what there is now.
+        By name, dotted within mappings, what was saved, and what there is now.
 
     Example:
-        >>> differing({"width": 16, "lr": 0.1, "layers": [1]}, {"width": 8, "lr": 0.1, "layers": [2], "depth": 3})
-        {'width': (16, 8)}
+        >>> differing({"lr": 0.1, "net": {"width": 16, "strides": [1]}}, {"net": {"width": 8, "strides": (1,)}})
+        {'net.width': (16, 8)}
     """
-    plain = (str, int, float, bool, NoneType)
-    pairs = {name: (saved[name], own[name]) for name in own if isinstance(saved, Mapping) and name in saved}
-    return {
-        name: pair for name, pair in pairs.items() if all(isinstance(one, plain) for one in pair) and pair[0] != pair[1]
-    }
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in [name for name in own if isinstance(saved, Mapping) and name in saved]:
+        was, now = saved[name], own[name]
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            found |= {f"{name}.{inner}": pair for inner, pair in differing(was, now).items()}
+        elif _is_plain(was) and _is_plain(now) and _as_lists(was) != _as_lists(now):
+            found[name] = was, now
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(entry) for entry in value)
+    return isinstance(value, (str, int, float, bool, NoneType))
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _beginning(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from lightning_compress import _compat
 from lightning_compress.commands.exits import DONE, FAILED, INTERRUPTED, USAGE, UsageError, checking, ended
 from lightning_compress.commands.project import ProjectError, load_trained
 from lightning_compress.commands.sensitivity.budgets import QUANTITIES, Budget, parsed_budget
@@ -261,9 +262,9 @@ def _how_to_run(request: _Request, path: Path, method: str) -> str:
     named = [*(("--config", config) for config in options.config), ("--class", options.module_class)]
     parts = [part for name, value in (*named, ("--data-class", options.data_class)) if value for part in (name, value)]
     fit = ["lightning-compress", "fit", *parts, "--ckpt_path", options.checkpoint]
-    epochs = read_checkpoint(options.checkpoint, or_weights=True).get("epoch")
+    epochs = _compat.epochs_in(read_checkpoint(options.checkpoint, or_weights=True))
     if epochs is not None:
-        fit += ["--trainer.max_epochs", str((epochs + 1) * (1 if method == "bits" else 2))]
+        fit += ["--trainer.max_epochs", str(epochs * (1 if method == "bits" else 2))]
     return shlex.join(["lightning-compress", "run", shown_path(path), "--", *fit])
 
 
