@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 from importlib import import_module
 
 import pytest
@@ -260,6 +261,26 @@ def test_an_option_without_its_value(project, capsys):
 def test_what_the_user_s_own_code_raises_is_raised(argument, error, message, project):
     with pytest.raises(error, match=message):
         main("fit", ["--config", project.base, f"--model.init_args.{argument}"])
+
+
+@pytest.mark.slow
+def test_what_the_user_s_own_code_makes_of_an_exception_is_raised(project):
+    """With what it comes from, as where an optional package is missing."""
+    source = """
+    from {P} import LitNet
+
+    class Needs(LitNet):
+        def __init__(self, kind: str = "a"):
+            try:
+                int(kind)
+            except ValueError as error:
+                raise ImportError("install a kind, such as 3") from error
+    """
+    project.write("needs.py", textwrap.dedent(source).format(P=project.name))
+    path = project.yaml("case.yaml", {"model": {"class_path": "needs.Needs"}})
+    with pytest.raises(ImportError, match="install a kind, such as 3") as error:
+        main("fit", ["--config", project.base, "--config", path])
+    assert "invalid literal" in str(error.value.__cause__)
 
 
 @pytest.mark.slow

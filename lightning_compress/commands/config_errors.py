@@ -35,6 +35,8 @@ CLASS = re.compile(r"Problem with given class_path '([^']+)':\s*(.*)")
 UNKNOWN_KEY = re.compile(r"Option '([^']+)' is not accepted|Subcommand '\w+' does not accept option '([^']+)'")
 NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 ENTRY_KEYS = ("class_path", "init_args", "dict_kwargs")
+PACKAGES = ("jsonargparse", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_compress")
+"""Those that build a project."""
 MOST_LISTED = 25  # names that a message writes out
 
 
@@ -111,8 +113,7 @@ def of_configuration(error: BaseException) -> bool:
     *earlier, last = chain(error)
     if any(type(link).__name__ == "ArgumentError" for link in (*earlier, last)):
         return True
-    packages = ("jsonargparse", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_compress")
-    return raised_in(last).partition(".")[0] in packages
+    return raised_in(last).partition(".")[0] in PACKAGES
 
 
 def refused(error: BaseException) -> str:
@@ -132,14 +133,14 @@ def refused(error: BaseException) -> str:
     return f"{where}: {error}" if where else ""
 
 
-def innermost(error: BaseException) -> BaseException:
-    """The last exception of a chain: the reason for all others.
+def users_own(error: BaseException) -> BaseException:
+    """The first exception of a chain that code of the user's has raised; what that comes from is its ``__cause__``.
 
     Example:
-        >>> innermost(ValueError("a"))
+        >>> users_own(ValueError("a"))
         ValueError('a')
     """
-    return list(chain(error))[-1]
+    return next(link for link in chain(error) if raised_in(link).partition(".")[0] not in PACKAGES)
 
 
 def mappings(content: Any) -> Iterator[Mapping[str, Any]]:

@@ -29,10 +29,10 @@ from lightning_compress.callbacks.qat import QATCallback
 from lightning_compress.commands.config_errors import (
     ConfigError,
     explanation,
-    innermost,
     mappings,
     of_configuration,
     refused,
+    users_own,
 )
 from lightning_compress.commands.exits import DONE, FAILED, USAGE, UsageError, checking, ended, one_line
 from lightning_compress.export.copying import make_plain_
@@ -620,7 +620,8 @@ def _cli(namespace: str, subcommand: str, arguments: Arguments, run: bool) -> An
                 super().instantiate_classes()
             except Exception as error:  # a constructor may raise anything
                 if not of_configuration(error):
-                    raise innermost(error) from None
+                    own = users_own(error)
+                    raise own from own.__cause__
                 raise self.explained(error) from error
             for callback in self.trainer.callbacks if subcommand == "fit" else ():
                 if isinstance(callback, ExportCallback):
