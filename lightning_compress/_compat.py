@@ -57,6 +57,12 @@ def validation_loaders(trainer: Any) -> list[Any]:
     return [] if loop._combined_loader is None else list(loop._combined_loader.flattened)
 
 
+def validates_nothing(trainer: Any) -> bool:
+    """Whether the data to validate on in a fit are set up, and are none: no loader, or none that has a batch."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    return loop._combined_loader is not None and not any(loop.max_batches)
+
+
 def forget_workers_(loader: Any) -> None:
     """Let a copy of a loader start workers of its own, where the other one keeps its workers."""
     if "_iterator" in getattr(loader, "__dict__", {}):

@@ -1272,6 +1272,29 @@ def test_a_settled_module_is_on_no_mesh(namespace):
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
+def test_a_fit_may_have_nothing_to_validate_on(namespace):
+    """Known once the data are set up; forgotten by the next fit."""
+    package, seen = import_module(namespace), []
+
+    class Look(package.Callback):
+        def setup(self, trainer, pl_module, stage):
+            seen.append(_compat.validates_nothing(trainer))
+
+        def on_train_start(self, trainer, pl_module):
+            seen.append(_compat.validates_nothing(trainer))
+
+    loader = DataLoader(torch.zeros(4, 32), batch_size=2)
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = package.Trainer(
+        accelerator="cpu", max_epochs=1, enable_model_summary=False, callbacks=[Look()], **settings
+    )
+    for given in ([], DataLoader(torch.zeros(0, 32)), loader):
+        trainer.fit(import_module(f"{namespace}.demos.boring_classes").BoringModel(), loader, given)
+        trainer.fit_loop.max_epochs += 1
+    assert seen == [False, True, False, True, False, False]
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
 def test_how_a_trainer_reads_its_loaders(namespace):
     module = import_module(f"{namespace}.demos.boring_classes").BoringModel()
     combined = import_module(f"{namespace}.utilities").CombinedLoader

@@ -153,11 +153,11 @@ class ExportCallback(CompressionCallback):
             self._tell_of_grids(trainer)
         if self.sample is not None:
             as_sample(self.sample, inspect.Signature())  # before the forward that it is for is known
-        if self.metric is not None and not has_validation(pl_module, trainer):
-            raise ValueError(
-                f"metric='{self.metric}' is measured in validation, and {class_name(pl_module)} has none here: it "
-                "needs a validation_step, validation data and limit_val_batches above 0"
-            )
+        self._require_validation(trainer, pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """By now it is known whether there are batches to validate on."""
+        self._require_validation(trainer, pl_module)
 
     def problem_with_shards(self) -> str | None:
         """None: rank 0 exports a copy that is not sharded."""
@@ -336,6 +336,14 @@ class ExportCallback(CompressionCallback):
         if self._better is not None and self.result is not None:
             remarks.append(f"{self.name}: the file has the weights of the end; {self._better}.")
         return remarks
+
+    def _require_validation(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse a metric that nothing measures."""
+        if self.metric is not None and not has_validation(pl_module, trainer):
+            raise ValueError(
+                f"metric='{self.metric}' is measured in validation, and {class_name(pl_module)} has none here: it "
+                "needs a validation_step, validation data and limit_val_batches above 0"
+            )
 
     def _instead_of_input(self) -> str:
         """An input to export with."""

@@ -153,14 +153,15 @@ def has_validation(module: nn.Module, trainer: Any) -> bool:
         trainer: The Trainer that fits it.
 
     Returns:
-        False without ``validation_step``, without validation data, or with ``limit_val_batches=0``.
+        False without ``validation_step``, without validation data, or with ``limit_val_batches=0``. That a loader has
+        no batch is known once the fit has set it up.
     """
     try:
         _require_validation(module, trainer)
         _data(module, trainer)
     except EvaluationError:
         return False
-    return True
+    return not _compat.validates_nothing(trainer)
 
 
 def samples_validated(trainer: Any) -> int | None:

@@ -8,7 +8,7 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
-from contract.modules import FEATURES, Classifier, NormClassifier, loader, made, rows_logged, trainer
+from contract.modules import FEATURES, Classifier, NormClassifier, difference, loader, made, rows_logged, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -64,6 +64,21 @@ def test_a_metric_that_steps_log_too_has_both_its_names(asked, loaders, tmp_path
     }
     [value] = {row[key] for row in rows_logged(logger) if row.get(key := f"compress/export/{asked}{of}")}
     assert float(value) == pytest.approx(callback.file_metrics[f"val_acc_epoch{of}"])
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("loaders", [[], [DataLoader([])]])
+def test_a_module_whose_validation_has_no_batch_has_no_validation(loaders, tmp_path):
+    callback, report = ExportCallback(tmp_path / "m.onnx"), CompressionReport(path=tmp_path / "report", latency=False)
+    trainer(callback, report).fit(made(Measured), loader(), loaders)
+    assert callback.failure is None
+    assert callback.result.bytes > 0
+    assert (dict(callback.file_metrics), report.result.rows[0].metrics) == ({}, {})
+    module = made(Measured)
+    with pytest.raises(ValueError, match=r"metric='val_loss' is measured in validation, and Measured has none here"):
+        trainer(ExportCallback(tmp_path / "n.onnx", metric="val_loss")).fit(module, loader(), loaders)
+    assert difference(module, made(Measured)) == 0
+    assert not (tmp_path / "n.onnx").exists()
 
 
 @pytest.mark.parametrize("kind", [ExportCallback, CompressionReport])
