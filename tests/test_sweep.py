@@ -228,6 +228,14 @@ def test_what_is_varied_together_may_go_with_one_another_only():
         chosen(own, wishes[1:])
 
 
+def test_no_value_is_handed_on_as_the_recipe_spells_it(tmp_path, capsys):
+    """An agent would write None."""
+    code, content = written(tmp_path, "--vary", "PTQCallback.activation_bits=8,null", *TRAIN)
+    assert code == 0
+    assert content["parameters"] == {"PTQCallback.activation_bits": {"values": [8, "null"]}}
+    assert "8, null\n" in capsys.readouterr().out
+
+
 def test_a_grid_has_values_and_no_ranges():
     ranges = {
         "a": {"min": 1, "max": 4},

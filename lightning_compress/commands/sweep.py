@@ -103,7 +103,7 @@ def configuration(
             raise UsageError(f"the name '{metric}' does not say which way is better: give --goal maximize|minimize")
         content["metric"] = {"name": metric, "goal": goal or f"{way}imize"}
     points = _points if method == "grid" else dict
-    content["parameters"] = {key: points(entry) for key, entry in parameters.items()}
+    content["parameters"] = {key: _spelled(points(entry)) for key, entry in parameters.items()}
     content["command"] = ["lightning-compress", "run", recipe, "--set", "${args_no_hyphens}", "--", *command]
     return content
 
@@ -125,6 +125,12 @@ def exported_metric(recipe: Recipe) -> str | None:
     if len(exports) != 1 or not exports[0].get("metric"):
         return None
     return f"compress/{exports[0].get('name') or ExportCallback.default_name}/{exports[0]['metric']}"
+
+
+def _spelled(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter as W&B hands it on to a command: what has no value would come as Python spells it."""
+    values = {"values": ["null" if own is None else own for own in entry["values"]]} if "values" in entry else {}
+    return {**entry, **values}
 
 
 def _points(entry: Mapping[str, Any]) -> dict[str, Any]:
