@@ -289,6 +289,7 @@ def load_trained(
         if defines(project.module, "configure_model"):
             with code_of(project.module):
                 project.module.configure_model()
+            vars(project.module)["configure_model"] = _compat.do_nothing
         try:
             module = load_checkpoint_(make_plain_(project.module), contents, checkpoint)
         except (ExportError, ValueError) as error:  # of another class, or of another width

@@ -29,6 +29,7 @@ from lightning_compress import (
     QATCallback,
     StructuredPruningCallback,
 )
+from lightning_compress.export.evaluate import evaluate_forward
 
 
 def attention(**settings):
@@ -446,3 +447,30 @@ class Later(ConvClassifier):
 )
 def test_names_of_what_configure_model_makes_are_known(build):
     trainer(build()).fit(made(Later), feature_loader(), feature_loader())
+
+
+class Anew(ConvClassifier):
+    """Makes its network each time Lightning asks for it, which a fit does once."""
+
+    def build(self):
+        self.network_is_to_come = True
+
+    def configure_model(self):
+        super().build()
+
+
+@pytest.mark.sample
+def test_a_network_that_would_be_made_anew_is_the_one_that_was_trained(tmp_path):
+    export = ExportCallback(tmp_path / "m.onnx", precision="int8", metric="val_loss", tolerance=0.05)
+    report = CompressionReport(path=tmp_path, latency=False)
+    fitting = trainer(PSGDCallback(8), PTQCallback(), export, report)
+    module = made(Anew)
+    fitting.fit(module, feature_loader(), feature_loader())
+    assert export.failure is None
+    metrics = {key: float(value) for key, value in fitting.callback_metrics.items()}
+    rows = {row.name: row for row in report.result.rows}
+    assert rows["after"].metrics["val_loss"] == pytest.approx(metrics["val_loss"], abs=1e-6)
+    assert metrics["compress/psgd/val_loss"] == pytest.approx(metrics["val_loss"], rel=0.1)
+    assert rows["before"].metrics["val_loss"] != rows["after"].metrics["val_loss"]
+    again = evaluate_forward(module, fitting)
+    assert again["val_loss"] == pytest.approx(metrics["val_loss"], abs=1e-6)
