@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -24,12 +24,13 @@ from lightning_compress.export.onnx import ExportResult, checked_folder
 from lightning_compress.export.sample import Sample
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.grids import Grids
-from lightning_compress.mechanisms.selection import find_module, joined
+from lightning_compress.mechanisms.selection import find_module, joined, plain_name
 from lightning_compress.mechanisms.sharding import class_name
 from lightning_compress.mechanisms.signs import sign
 from lightning_compress.mechanisms.step import StepController
 from lightning_compress.mechanisms.student import StudentCapture
 from lightning_compress.mechanisms.teacher import Teacher
+from lightning_compress.report import units
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.compare import compare, file_names
 from lightning_compress.report.pictures import kept
@@ -197,11 +198,14 @@ class CompressionReport(CompressionCallback):
         models = _teachers(trainer)  # first, so ratios are to it: "before" may be random weights
         models |= {name: find_module(module, network, argument="network") for name, module in befores}
         models["after"] = find_module(pl_module, network, argument="network")
-        metrics = self._metrics(trainer, pl_module, network, models, notes)
+        every = _exports(trainer)
+        exports = _by_name(own for own in every if plain_name(own.result.network) == plain_name(network))
+        notes += [_of_another_part(own) for own in every if own not in exports.values()]
+        metrics = self._metrics(trainer, pl_module, network, models, exports, notes)
         with sign(trainer, f"Measuring sizes{' and times' if self.latency else ''}"):
             report = compare(
                 models,
-                [callback.result for callback in _exports(trainer).values()],
+                [callback.result for callback in exports.values()],
                 sample=sample,
                 metrics=metrics,
                 latency=self.latency,
@@ -211,8 +215,7 @@ class CompressionReport(CompressionCallback):
                 recipe=self.recipe,
                 bits=_bits(callbacks),
             )
-        exports = list(_exports(trainer).values())
-        files = [_beside_fp32(file, callback) for file, callback in zip(report.files, exports, strict=True)]
+        files = [_beside_fp32(file, callback) for file, callback in zip(report.files, exports.values(), strict=True)]
         left_out: list[str] = []
         sources = callbacks if self.embed_pictures else []
         pictures, too_many = kept(drawn for callback in sources for drawn in _drawn(callback, left_out))
@@ -227,7 +230,8 @@ class CompressionReport(CompressionCallback):
             grids, measured = getattr(callback, "quantization", None), getattr(callback, "metrics", {})
             if isinstance(grids, Grids) and measured:
                 row = Row(f"after ({callback.name})", metrics=dict(measured))
-                paths = [str(export.result.path) for export in exports if _same(export.result.quantization, grids)]
+                written = [own.result for own in exports.values() if _same(own.result.quantization, grids)]
+                paths = [str(result.path) for result in written]
                 report = with_quantised(report, row, of="after", files=paths)
         return report
 
@@ -247,14 +251,19 @@ class CompressionReport(CompressionCallback):
         return "", Sample(example if isinstance(example, tuple) else (example,))
 
     def _metrics(
-        self, trainer: Any, pl_module: Any, network: str, models: dict[str, nn.Module], notes: list[str]
+        self,
+        trainer: Any,
+        pl_module: Any,
+        network: str,
+        models: dict[str, nn.Module],
+        exports: Mapping[str, Any],
+        notes: list[str],
     ) -> dict[str, dict[str, float]]:
         """The metrics of each row; what a callback measured already is taken from there."""
         if not has_validation(pl_module, trainer):
             notes.append(f"There are no metrics: {class_name(pl_module)} has no validation here.")
             return {}
         metrics: dict[str, dict[str, float]] = {}
-        exports = _exports(trainer)
         for name, callback in exports.items():
             if callback.module_metrics and callback.result.quantization is None:
                 metrics["after"] = callback.module_metrics
@@ -353,12 +362,24 @@ def _beside_fp32(file: ExportedFile, callback: Any) -> ExportedFile:
     return replace(file, bytes_fp32=found.bytes_fp32, **speed)
 
 
-def _exports(trainer: Any) -> dict[str, Any]:
-    """The callbacks that exported a file, under the name of its row."""
-    callbacks = [
-        callback for callback in trainer.callbacks if isinstance(getattr(callback, "result", None), ExportResult)
-    ]
-    return dict(zip(file_names([callback.result for callback in callbacks]), callbacks, strict=True))
+def _exports(trainer: Any) -> list[Any]:
+    """The callbacks that exported a file."""
+    return [own for own in trainer.callbacks if isinstance(getattr(own, "result", None), ExportResult)]
+
+
+def _by_name(exports: Iterable[Any]) -> dict[str, Any]:
+    """Each under the name of its file's row."""
+    found = list(exports)
+    return dict(zip(file_names([own.result for own in found]), found, strict=True))
+
+
+def _of_another_part(callback: Any) -> str:
+    """What is to be said of a file that holds another part of the module than the one that the rows are of."""
+    result = callback.result
+    part = f"'{result.network}'" if result.network else "the whole module"
+    known = [result.precision, units.size(result.bytes)]
+    known += [f"{metric} {units.metric(value)}" for metric, value in callback.file_metrics.items()]
+    return f"'{result.path.name}' holds {part} ({', '.join(known)}), so it is not compared with the rows."
 
 
 def _validated(module: Any, trainer: Any, network: str, stand_in: nn.Module | None) -> dict[str, float]:

@@ -414,6 +414,26 @@ def test_each_part_of_the_end_of_fit_gives_a_sign(lightning, tmp_path, monkeypat
     }
 
 
+@pytest.mark.sample
+def test_files_of_other_parts_are_compared_with_nothing(lightning, tmp_path):
+    """A head is not smaller than the network that it is the head of."""
+    parts = [
+        ExportCallback(tmp_path / f"{name}.onnx", network=network, name=name)
+        for name, network in (("whole", "net"), ("head", "net.3"), ("norm", "net.1"))
+    ]
+    report = CompressionReport(path=tmp_path)
+    make_trainer(lightning, tmp_path, [*parts, report]).fit(make_module(lightning))
+    assert [row.name for row in report.result.rows] == ["before", "after", "whole.onnx"]
+    assert report.result.rows[2].latency_ms is not None
+    assert [file.path for file in report.result.files] == [str(tmp_path / "whole.onnx")]
+    notes = [note for note in report.result.notes if "holds" in note and "not compared" in note]
+    loss = report.result.rows[1].metrics["val_loss"]
+    assert re.match(
+        rf"'head\.onnx' holds 'net\.3' \(fp32, .*B, val_loss {loss:.3f}.*\), so it is not compared", notes[0]
+    )
+    assert [note.partition(" holds")[0] for note in notes] == ["'head.onnx'", "'norm.onnx'"]
+
+
 def test_an_attribute_of_somebody_elses_callback_is_no_teacher(lightning, tmp_path):
     class Other(lightning.Callback):
         teacher_network = "vit_base"
