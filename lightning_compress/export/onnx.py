@@ -377,6 +377,8 @@ def _require_forward(part: nn.Module, name: str) -> None:
 def load_checkpoint_(module: nn.Module, checkpoint: dict[str, Any], path: str | os.PathLike[str] | None) -> nn.Module:
     """Load a checkpoint as Lightning does, the module's own hook first, into an uncompiled module.
 
+    Where the module says ``strict_loading = False``, what the checkpoint leaves out stays as it was made.
+
     Args:
         module: Changed in place; it takes the sizes of a checkpoint of a structurally pruned network.
         checkpoint: Its contents.
@@ -399,8 +401,9 @@ def load_checkpoint_(module: nn.Module, checkpoint: dict[str, Any], path: str | 
     if hook is not None:
         hook(checkpoint)
     weights = {plain_name(key): value for key, value in checkpoint["state_dict"].items()}
+    strict = getattr(module, "strict_loading", True) or weights.keys().isdisjoint(module.state_dict())
     try:
-        module.load_state_dict(weights, strict=True)
+        module.load_state_dict(weights, strict=bool(strict))
     except RuntimeError as error:
         hint = _belongs_below(module, weights)
         raise ExportError(f"checkpoint '{path}' does not fit {type(module).__name__}{hint}: {error}") from error

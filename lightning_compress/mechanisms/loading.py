@@ -165,7 +165,8 @@ def teacher_from_checkpoint(
         weights_only: Refuse files that need unpickling, which can run any code. Turn off only for files you trust.
 
     Returns:
-        The module, in evaluation mode, on the CPU, with all weights loaded strictly.
+        The module, in evaluation mode, on the CPU, with all weights loaded strictly, unless it is a LightningModule
+        with ``strict_loading = False``.
 
     Raises:
         ValueError: If the file cannot be read without unpickling, or class, arguments and weights do not fit.
@@ -197,7 +198,7 @@ def teacher_from_checkpoint(
         kind = _adapting(make) if smaller or compiled else make
         module = _built(
             lambda **given: kind.load_from_checkpoint(
-                ckpt_path, map_location="cpu", strict=True, weights_only=weights_only, **given
+                ckpt_path, map_location="cpu", weights_only=weights_only, **given
             ),
             arguments,
             path=path,

@@ -274,6 +274,20 @@ def test_checkpoint_that_does_not_fit(tmp_path):
         to_onnx(module, tmp_path / "n.onnx", torch.ones(2, FEATURES), checkpoint=tmp_path / "short.ckpt")
 
 
+def test_checkpoint_of_a_module_that_leaves_weights_out(tmp_path):
+    """As those of a frozen backbone, which ``strict_loading = False`` is for."""
+    module = networks.lightning_module("lightning.pytorch")
+    module.strict_loading = False
+    weights = {name: torch.zeros_like(value) for name, value in list(module.state_dict().items())[2:]}
+    torch.save({"state_dict": weights}, tmp_path / "short.ckpt")
+    x = torch.ones(2, FEATURES)
+    to_onnx(module, tmp_path / "n.onnx", x, checkpoint=tmp_path / "short.ckpt", network="model")
+    assert not run(tmp_path / "n.onnx", x)[0].any()
+    torch.save({"state_dict": {f"of.another.{name}": value for name, value in weights.items()}}, tmp_path / "n.ckpt")
+    with pytest.raises(ExportError, match=r"n\.ckpt' does not fit Classifier"):
+        to_onnx(module, tmp_path / "n.onnx", x, checkpoint=tmp_path / "n.ckpt", network="model")
+
+
 def test_checkpoint_of_the_module_that_the_network_is_a_part_of(tmp_path):
     module = networks.lightning_module("lightning.pytorch")
     torch.save({"state_dict": module.state_dict()}, tmp_path / "whole.ckpt")

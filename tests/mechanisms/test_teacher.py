@@ -412,6 +412,23 @@ def test_a_lightning_module_that_takes_all_hyperparameters_in_one_argument(tmp_p
     assert teacher_from_checkpoint(OneArgument, path).model.out_features == 6
 
 
+def test_a_lightning_module_that_leaves_weights_out_of_its_checkpoint(tmp_path):
+    lit = Lit(7)
+    path = saved(lit, tmp_path / "t.ckpt")
+    contents = torch.load(path, weights_only=True)
+    del contents["state_dict"]["model.bias"]
+    torch.save(contents, path)
+    with pytest.raises(ValueError, match=r"could not be built: [\s\S]*Missing key"):
+        teacher_from_checkpoint(Lit, path)
+    assert torch.equal(teacher_from_checkpoint(Lenient, path).model.weight, lit.model.weight)
+
+
+class Lenient(Lit):
+    """Says that it does so."""
+
+    strict_loading = False
+
+
 def test_a_plain_network_from_the_checkpoint_of_the_module_around_it(tmp_path):
     lit = Lit(7)
     path = saved(lit, tmp_path / "t.ckpt")
