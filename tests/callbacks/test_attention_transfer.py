@@ -205,6 +205,7 @@ def test_a_chain_is_proposed_with_names_inside_of_the_module():
     assert saved_pairs(callback) == [["backbone.stage1", "stage1"], ["backbone", "stage2"]]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("changed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resumed_run_uses_the_saved_pairs(changed, tmp_path, capsys):
     path = tmp_path / "last.ckpt"
@@ -1047,6 +1048,7 @@ def test_pictures_are_files_where_no_logger_takes_them(every, drawn, tmp_path):
         assert np.array_equal(read(tmp_path / f"attention-at/epoch={epoch}.png"), picture)
 
 
+@pytest.mark.sample
 def test_a_file_is_the_picture_of_the_maps(tmp_path):
     module = pictured(default_root_dir=tmp_path)
     x, maps = first_maps(module, conv_teacher())
@@ -1156,6 +1158,7 @@ def test_a_picture_of_fewer_samples(drawn):
     assert {maps.shape for one in pairs for maps in one[2:]} == {(3, 6, 6), (3, 3, 3)}
 
 
+@pytest.mark.sample
 def test_pictures_change_no_bit_of_the_training(tmp_path):
     plain = feature_fit(made(ConvClassifier), attention(pairs=STAGES))
     assert difference(plain, pictured(default_root_dir=tmp_path)) == 0
@@ -1185,6 +1188,7 @@ def test_of_several_validations_in_an_epoch_the_last_is_kept(tmp_path):
     assert len(seen[1:]) == len(set(map(id, seen[1:]))) == STEPS // 2  # the first is the sanity check
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("embedded", [True, False])
 def test_the_report_gets_the_maps_of_the_last_validation_if_it_wants_them(drawn, tmp_path, embedded):
     callback, report = attention(pairs=STAGES), CompressionReport(path=tmp_path, latency=False, embed_pictures=embedded)

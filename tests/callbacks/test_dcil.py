@@ -232,6 +232,7 @@ class Measured(Still):
         return loss
 
 
+@pytest.mark.sample
 def test_metrics_count_each_batch_once():
     results = []
     for callback in (
@@ -253,6 +254,7 @@ def test_metrics_count_each_batch_once():
     assert len(results[0]["all"]) == STEPS * BATCH
 
 
+@pytest.mark.sample
 def test_no_hook_stays_on_metrics_that_were_there_while_the_classifier_was_looked_for():
     """They are put back to what they were in the second pass, in which these hooks are taken off."""
     module, _ = fitted(DCILCallback(0.4, **AT_ONCE), Measured)
@@ -319,6 +321,7 @@ class Draws(Classifier):
         return F.cross_entropy(self(F.dropout(x + 0.1 * noise)), y)
 
 
+@pytest.mark.sample
 def test_both_passes_draw_the_same_random_numbers():
     drawn, losses = [], []
     for callback in (
@@ -632,6 +635,7 @@ class Convolutional(Classifier):
         )
 
 
+@pytest.mark.sample
 def test_a_network_without_a_classifier():
     message = r"the layer that is called last, 'model.2', is masked: leave it dense with exclude=.*path='own_norm'"
     with pytest.raises(ValueError, match=message):
@@ -684,6 +688,7 @@ class TwoHeads(NormClassifier):
         return F.cross_entropy(out["logits"], batch[1]) + out["side"].square().mean()
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("classifier", "names"),
     [
@@ -815,6 +820,7 @@ def test_outputs_without_classes(kind):
     assert callback.effects["the dense pass"] == STEPS
 
 
+@pytest.mark.sample
 def test_they_learn_from_each_other_from_kl_start_on():
     seen = []
 
@@ -983,6 +989,7 @@ def test_compiled(dense_path):
     assert difference(*modules) == 0
 
 
+@pytest.mark.sample
 def test_a_second_validation_changes_nothing():
     runs = []
     for reestimated in (True, False):
@@ -1154,6 +1161,7 @@ def test_a_scripted_part_is_refused():
         fitted(DCILCallback(0.5, layers=["model.0"], **AT_ONCE), Scripted)
 
 
+@pytest.mark.sample
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_a_scripted_part_without_parameters_is_as_any_other():
     class Augmenting(NormClassifier):

@@ -162,6 +162,7 @@ def test_auto_says_what_it_chose(caplog):
     assert "loss_kind softmax, classes in dimension 1 of (4, 3)" in caplog.text
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("shape", [(4,), (4, 1)])
 def test_auto_refuses_shapes_that_may_mean_anything(shape):
     network = Wrapped(nn.Linear(FEATURES, 1), lambda logits: logits.view(len(logits), *shape[1:]))

@@ -352,6 +352,7 @@ class Dropped(NormClassifier):
         self.log("val_loss", self.mean)
 
 
+@pytest.mark.sample
 def test_a_second_validation_has_other_statistics():
     seen = []
 
@@ -452,6 +453,7 @@ def test_batch_norm_is_estimated_again_at_the_end():
 # What the step does
 
 
+@pytest.mark.sample
 def test_validation_sees_the_pruned_weights_and_training_goes_on_with_the_dense_ones():
     values = []
 

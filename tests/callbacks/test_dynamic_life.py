@@ -76,6 +76,7 @@ def saved_fit(kind, folder, *, epochs=2, settings=None, **resume):
     return module, callback, fitting
 
 
+@pytest.mark.sample
 @each_kind
 def test_a_resume_within_an_epoch_is_exact(kind, tmp_path):
     """While masks change: weights, dense ones behind them, the dense path's own layers, and their optimizer."""
@@ -99,6 +100,7 @@ def test_a_resume_within_an_epoch_is_exact(kind, tmp_path):
         assert all(entry["momentum_buffer"].any() for entry in own["optimizer"]["state"].values())
 
 
+@pytest.mark.sample
 def test_a_resume_with_another_dense_path_begins_with_new_copies(tmp_path):
     saved_fit("own", tmp_path / "first", epochs=1)
     with pytest.warns(UserWarning, match="dense_path was 'own' and is 'own_norm'"):

@@ -81,6 +81,7 @@ def test_a_module_whose_validation_has_no_batch_has_no_validation(loaders, tmp_p
     assert not (tmp_path / "n.onnx").exists()
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("kind", [ExportCallback, CompressionReport])
 def test_a_validation_without_a_fit_writes_nothing_and_says_so(tmp_path, kind):
     callback = kind(path=tmp_path / "here.onnx")
@@ -122,6 +123,7 @@ def test_a_module_that_the_step_does_not_call_needs_a_sample(example, tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.sample
 def test_what_cannot_be_exported_stops_at_the_first_batch(tmp_path):
     class Branching(nn.Linear):
         def forward(self, x):
@@ -173,6 +175,7 @@ def test_refused_before_training(tmp_path):
         assert fitting.global_step == 0
 
 
+@pytest.mark.sample
 def test_a_metric_that_is_not_logged_stops_before_training_and_only_warns_later(tmp_path):
     fitting = trainer(ExportCallback(tmp_path / "m.onnx", metric="val_los"), num_sanity_val_steps=1)
     with pytest.raises(ValueError, match="did you mean 'val_loss'"):
@@ -204,6 +207,7 @@ def test_a_metric_of_the_second_loader_is_known_in_the_sanity_check(tmp_path):
         exported("val_loss/dataloader_idx_2")
 
 
+@pytest.mark.sample
 def test_a_validation_that_fails_outside_of_the_fit_is_a_failure_and_no_exception(tmp_path):
     class Picky(Measured):
         def validation_step(self, batch, batch_idx):
@@ -219,6 +223,7 @@ def test_a_validation_that_fails_outside_of_the_fit_is_a_failure_and_no_exceptio
     assert "IndexError" in callback.failure
 
 
+@pytest.mark.sample
 def test_fast_dev_run_keeps_the_file_that_was_there(tmp_path, caplog):
     (tmp_path / "m.onnx").write_text("trained for a week")
     callback = ExportCallback(tmp_path / "m.onnx", metric="val_loss", tolerance=1e-4)
@@ -230,6 +235,7 @@ def test_fast_dev_run_keeps_the_file_that_was_there(tmp_path, caplog):
     assert "checked and not kept" in caplog.text
 
 
+@pytest.mark.sample
 def test_the_validation_data_are_those_of_the_fit(tmp_path):
     class Split(L.LightningDataModule):
         torn_down = 0
@@ -255,6 +261,7 @@ def test_the_validation_data_are_those_of_the_fit(tmp_path):
     assert data.trainer is fitting
 
 
+@pytest.mark.sample
 def test_numbers_in_the_output_follow_the_batch(tmp_path):
     class Counting(nn.Linear):
         def forward(self, x):
@@ -282,6 +289,7 @@ class Worsens(Classifier):
         self.log("known", 0.9 - 0.1 * self.current_epoch)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("mode", "better"), [("max", True), ("min", False)])
 def test_a_better_checkpoint_than_the_end_is_named(mode, better, tmp_path):
     saver = ModelCheckpoint(tmp_path, monitor="known", mode=mode, filename="{epoch}")
@@ -414,6 +422,7 @@ def test_the_report_moves_no_buffer_of_a_spectrally_normed_network(tmp_path):
     assert all(torch.equal(value, seen[key]) for key, value in module.state_dict().items())
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("report_first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_network_made_of_parts_is_reported_and_exported_from_copies(tmp_path, report_first):
     class Parts(Measured):

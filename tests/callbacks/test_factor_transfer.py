@@ -192,6 +192,7 @@ def test_there_is_nothing_to_save_before_a_training(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("resumed", [True, pytest.param(False, marks=pytest.mark.slow)])  # test_repeat.py has one more
 def test_a_second_fit_with_the_same_callback_equals_one_with_a_fresh_callback(resumed, tmp_path):
     callback, fresh, path = transfer(), transfer(), None
@@ -299,6 +300,7 @@ class Frozen(L.Callback):
 # What is shown and logged
 
 
+@pytest.mark.sample
 def test_what_is_logged_is_the_loss_without_its_weight():
     module, callback = made(ConvClassifier), transfer()
     fitting = trainer(callback)
@@ -318,6 +320,7 @@ class Chatty(ConvClassifier):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.sample
 def test_reconstruction_errors_are_logged_for_each_epoch_and_nothing_else_of_the_replay(tmp_path):
     callback, logger = transfer(pretrain_epochs=3), CSVLogger(tmp_path)
     trainer(callback, logger=logger, log_every_n_steps=1).fit(made(Chatty), feature_loader())
@@ -330,6 +333,7 @@ def test_reconstruction_errors_are_logged_for_each_epoch_and_nothing_else_of_the
     assert set(rows[0]) == {"epoch", "step", "train_loss", "rows", "compress/ft/loss", key}
 
 
+@pytest.mark.sample
 def test_reconstruction_errors_are_relative_to_the_feature():
     callback = transfer(pretrain_epochs=1)
     fitted(callback)
@@ -370,11 +374,13 @@ def test_the_first_batch_shows_the_term_beside_the_task_loss(capsys):
     assert shown.count("'stage2' and 'stage2'") == 1
 
 
+@pytest.mark.sample
 def test_a_term_that_dominates_is_warned_of():
     with pytest.warns(UserWarning, match=r"the term of 'stage2' and 'stage2' is \d+.*a smaller weight is advised"):
         fitted(transfer(weight=500.0))
 
 
+@pytest.mark.sample
 def test_a_paraphraser_that_learned_nothing_is_warned_of():
     callback = transfer(teacher=conv_teacher())  # features about zero: a median that no bias can reach
     with pytest.warns(UserWarning, match="'ft': the paraphraser's error is still 1.0. .* learned next to nothing"):
@@ -396,6 +402,7 @@ def test_without_pretraining_the_paraphraser_is_random_and_this_is_warned_of():
 # Ctrl-C
 
 
+@pytest.mark.sample
 def test_ctrl_c_in_the_middle_of_pretraining_leaves_everything_as_it_was(tmp_path):
     read = []
 
@@ -646,6 +653,7 @@ def test_data_that_can_be_read_once_is_refused_where_it_would_be_read_twice(para
     refused(message, transfer(**settings), data=(batch for batch in feature_loader()))
 
 
+@pytest.mark.sample
 def test_data_that_can_be_read_once_will_do_for_a_named_student_and_pair_and_a_paraphraser(paraphraser_file):
     module, reference = made(ConvClassifier), made(ConvClassifier)
     settings = {"student": "model", "paraphraser": paraphraser_file}
@@ -687,6 +695,7 @@ class EveryFourth(ConvMixin):
             optimizer.zero_grad()
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("kind", [Raw, RawStep])
 def test_a_translator_that_is_never_stepped_is_an_error_at_the_end_of_the_epoch(kind):
     callback, module = transfer(), made(kind)
@@ -697,6 +706,7 @@ def test_a_translator_that_is_never_stepped_is_an_error_at_the_end_of_the_epoch(
     assert "training_step" not in vars(module)
 
 
+@pytest.mark.sample
 def test_accumulation_by_hand_is_no_such_error():
     callback = transfer()
     manual, automatic = fitted(callback, EveryFourth), transfer()

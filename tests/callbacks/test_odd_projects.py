@@ -146,6 +146,7 @@ def test_a_bare_except_ends_no_search():
     assert fit(made(Guarded), factors()).global_step == STEPS
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "make",
     [pytest.param(attention, marks=pytest.mark.slow), factors, lambda: DistillationCallback(conv_teacher())],
@@ -263,6 +264,7 @@ def test_translator_and_paraphraser_do_not_begin_as_one_network():
     assert float((ours - callback.state_dict()["paraphraser"]["encoder.0.weight"]).abs().max()) > 0.05
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("callbacks", [list, lambda: [factors()]], ids=["control", "ft"])
 def test_a_resumed_run_in_double_precision_equals_the_whole_one(callbacks, tmp_path):
     settings = {
@@ -280,6 +282,7 @@ def test_a_resumed_run_in_double_precision_equals_the_whole_one(callbacks, tmp_p
     assert difference(whole, resumed) == 0
 
 
+@pytest.mark.sample
 def test_a_resume_with_another_layer_is_refused(tmp_path):
     run = trainer(factors(), enable_checkpointing=True, max_epochs=1, default_root_dir=tmp_path)
     run.fit(made(ConvClassifier), feature_loader())
@@ -291,6 +294,7 @@ def test_a_resume_with_another_layer_is_refused(tmp_path):
         again.fit(made(ConvClassifier), feature_loader(), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
 
 
+@pytest.mark.sample
 def test_a_stopped_replay_does_not_stop_the_training():
     class Ending(ConvClassifier):
         def training_step(self, batch, batch_idx):

@@ -168,6 +168,7 @@ def test_regrowth():
     assert sum(zeros(module).values()) == 66
 
 
+@pytest.mark.sample
 def test_progress_of_a_resumed_longer_training_never_lets_the_sparsity_fall(tmp_path):
     saver = ModelCheckpoint(tmp_path, filename="end", save_top_k=1, every_n_epochs=1)
     fitted(PruningCallback(0.8, end=0.5), Classifier, saver, enable_checkpointing=True)
@@ -203,6 +204,7 @@ def test_erdos_renyi():
     assert found == {"model.0.weight": 23, "model.3.weight": 56}
 
 
+@pytest.mark.sample
 def test_random_is_the_same_each_time_and_another_with_another_seed():
     first, second, other = (PruningCallback(0.5, score="random", seed=seed) for seed in (0, 0, 1))
     state = torch.get_rng_state()
@@ -316,6 +318,7 @@ def test_n_of_m_in_one_shot_is_the_function():
     assert torch.equal(pruning.masks["model.1.weight"], expected)
 
 
+@pytest.mark.sample
 @pytest.mark.filterwarnings("ignore:.*does not fit 'odd.weight'")
 def test_under_a_schedule_whole_groups_become_n_of_m():
     pruning = PruningCallback(pattern="2:4", schedule="linear", end=1.0)
@@ -344,6 +347,7 @@ def test_what_is_taken_and_what_is_left_is_announced(caplog):
     assert "pruning leaves dense: 'model.0.weight'" in caplog.text
 
 
+@pytest.mark.sample
 def test_no_layer_is_cut_off():
     class Small(Classifier):
         def build(self):
@@ -422,6 +426,7 @@ class Worsening(Classifier):
         self.log("val_loss", torch.tensor(float(self.current_epoch)), batch_size=BATCH)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("guard", "save_top_k"),
     [(True, 1), (False, -1), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((True, -1), (False, 1)))],

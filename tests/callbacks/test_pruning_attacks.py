@@ -302,6 +302,7 @@ def saver(folder, **settings):
     return ModelCheckpoint(folder, monitor="val_loss", filename="{epoch}", **settings)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("earlier", [0.3, None])
 def test_the_best_of_a_sparser_training_is_not_a_denser_one_from_before(earlier, tmp_path):
     first = [] if earlier is None else [PruningCallback(earlier)]
@@ -317,6 +318,7 @@ def test_the_best_of_a_sparser_training_is_not_a_denser_one_from_before(earlier,
     assert float(last.best_model_score) >= 4
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("save_last", [True, "link"])
 def test_the_last_file_is_the_last(save_last, tmp_path):
     steps = []

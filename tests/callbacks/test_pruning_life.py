@@ -144,6 +144,7 @@ def test_a_fit_that_fails_before_its_first_step_leaves_the_module_sparse(tmp_pat
     assert zeros(module) == 106
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "settings",
     [{}, {"score": "taylor"}, {"schedule": "iterative", "rewind": "weights"}],
@@ -229,6 +230,7 @@ def test_an_interrupted_fit_goes_on_with_what_it_rewinds_to():
     assert zeros(module) == 66
 
 
+@pytest.mark.sample
 def test_what_is_saved_after_a_test_is_the_state_of_the_file_that_was_tested(tmp_path):
     pruning, module = PruningCallback(0.8, score="taylor"), made(Classifier)
     saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
@@ -255,6 +257,7 @@ class OwnOptimizer(MixinClassifier):
         optimizer.step()
 
 
+@pytest.mark.sample
 def test_a_second_fit_bakes_the_masks_that_it_trained_with():
     pruning, module, seen = PruningCallback(0.5, regrow=True), made(OwnOptimizer), {}
 
@@ -316,6 +319,7 @@ def zeros_in(checkpoint):
     return sum(int((value == 0).sum()) for value in checkpoint["state_dict"].values() if value.ndim > 1)
 
 
+@pytest.mark.sample
 def test_a_resume_from_a_plain_file_after_an_interruption_begins_anew(tmp_path):
     path = plain_file(tmp_path)
     pruning, module = PruningCallback(0.8), made(Classifier)
@@ -461,6 +465,7 @@ def test_a_gradient_counts_with_its_own_optimizer():
     assert late <= 4  # of 132: the last steps, after the masks were made, are in the sums too
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("score", "interval"),
     [

@@ -127,6 +127,7 @@ def test_a_constant_weight_is_refused_unless_eps_moves_it():
     assert len(module.second.weight.unique()) > 2
 
 
+@pytest.mark.sample
 def test_biases_on_the_grid_are_left_to_the_optimizer():
     module, alone = Mlp(), Mlp()
     psgd = PSGDCallback()
@@ -158,6 +159,7 @@ class OwnStep(torch.optim.SGD):
         return super().step(closure)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("make", [PSGDCallback, lambda: PruningCallback(0.5, score="taylor", update_interval=2)])
 def test_an_optimizer_whose_step_calls_that_of_its_base(make):
     modules = [Mlp(kind, lr=0.1) for kind in (torch.optim.SGD, OwnStep)]
@@ -166,6 +168,7 @@ def test_an_optimizer_whose_step_calls_that_of_its_base(make):
     assert difference(*modules) == 0
 
 
+@pytest.mark.sample
 def test_metrics_of_one_short_name_keep_their_own():
     class Both(Mlp):
         def validation_step(self, batch, batch_idx):
@@ -182,6 +185,7 @@ def test_lbfgs_is_refused():
     refused("cannot work with LBFGS", Mlp(torch.optim.LBFGS, lr=0.1))
 
 
+@pytest.mark.sample
 def test_frozen_weights_are_left_out(caplog):
     caplog.set_level(logging.INFO, "lightning_compress")
     module, psgd = Mlp(), PSGDCallback()
@@ -277,6 +281,7 @@ def test_an_optimizer_that_nobody_knows_of_is_refused_after_an_epoch():
         fitted(Hidden(), PSGDCallback())
 
 
+@pytest.mark.sample
 def test_two_of_them_share_no_weight():
     first, second = PSGDCallback(layers=["first", "second"]), PSGDCallback(3, layers=["second"], name="few")
     module = Mlp()
@@ -312,6 +317,7 @@ class Signed(torch.optim.Optimizer):
         return loss
 
 
+@pytest.mark.sample
 def test_an_unknown_optimizer_gets_scaled_gradients_and_a_warning():
     with pytest.warns(UserWarning, match=r"Signed is not known here.*apply_to='update', else apply_to='gradient'"):
         fitted(Mlp(Signed, lr=0.01), PSGDCallback())
@@ -353,6 +359,7 @@ def test_few_bits_leave_first_and_last_layer_at_eight(caplog):
     assert "8 bits to the first and the last layer that the network calls: 'first', 'head'" in caplog.text
 
 
+@pytest.mark.sample
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_layers_count_in_the_order_of_registration(caplog):
     caplog.set_level(logging.INFO, "lightning_compress")
@@ -429,6 +436,7 @@ def test_what_is_logged_is_what_the_weights_say():
     assert psgd.lambda_s == pytest.approx(float(metrics["compress/psgd/lambda"]), rel=1e-6)
 
 
+@pytest.mark.sample
 def test_each_step_is_logged_where_the_trainer_logs_each(tmp_path):
     logger = CSVLogger(tmp_path)
     fitted(Mlp(), PSGDCallback(quantized_validation=False), logger=logger, log_every_n_steps=2)
@@ -457,6 +465,7 @@ def by_validating(module, bits=4, change=lambda value: value):
     return metrics
 
 
+@pytest.mark.sample
 def test_validation_shows_the_metrics_with_quantised_weights():
     module = Mlp()
     metrics = fitted(module, PSGDCallback()).callback_metrics
@@ -468,6 +477,7 @@ def test_validation_shows_the_metrics_with_quantised_weights():
     assert metrics["loss"] != metrics["compress/psgd/val_loss"]
 
 
+@pytest.mark.sample
 def test_validation_can_be_switched_off_and_is_left_out_of_the_sanity_check():
     psgd = PSGDCallback(quantized_validation=False)
     metrics = fitted(Mlp(), psgd).callback_metrics
@@ -483,6 +493,7 @@ def test_validation_can_be_switched_off_and_is_left_out_of_the_sanity_check():
     assert "compress/psgd/val_loss" in metrics
 
 
+@pytest.mark.sample
 def test_validation_within_an_epoch_and_its_monitors():
     """Each validation has its own, in time for whoever monitors it."""
     seen = []
@@ -495,6 +506,7 @@ def test_validation_within_an_epoch_and_its_monitors():
     assert len(seen) == len(set(seen)) == 2
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("first", [True, False])
 def test_an_average_is_validated_as_an_average(first):
     module, psgd, average = Mlp(), PSGDCallback(), EMAWeightAveraging(decay=0.5)
@@ -504,6 +516,7 @@ def test_an_average_is_validated_as_an_average(first):
     )  # the average is left in the module
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("first", [True, False])
 def test_masked_weights_are_validated_masked(first):
     module, psgd, pruning = Mlp(), PSGDCallback(), PruningCallback(0.5, end=0.5)
@@ -531,6 +544,7 @@ def test_weights_whose_mask_comes_later_are_validated_whole(first):
     assert shown == by_validating(module)["loss"]
 
 
+@pytest.mark.sample
 def test_a_validation_that_cannot_run_on_a_copy_is_a_warning():
     class Fussy(Mlp):
         def validation_step(self, batch, batch_idx):
@@ -610,6 +624,7 @@ class Regression(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+@pytest.mark.sample
 def test_weights_gather_on_the_grid():
     """What it is for, and what its picture shows."""
     inputs, noise = torch.randn(640, 64), torch.randn(640, 64)
@@ -651,12 +666,14 @@ def resumed(tmp_path, **arguments):
     return first, second
 
 
+@pytest.mark.sample
 def test_a_resume_keeps_the_scale(tmp_path):
     first, second = resumed(tmp_path)
     assert second.lambda_s == first.lambda_s
     assert second.effects["the scaled step"] == STEPS
 
 
+@pytest.mark.sample
 def test_a_resume_with_other_arguments_begins_with_them(tmp_path):
     with pytest.warns(UserWarning, match="resumes with other arguments than in the checkpoint: bits was 4 and is 8"):
         first, second = resumed(tmp_path, bits=8)
@@ -664,6 +681,7 @@ def test_a_resume_with_other_arguments_begins_with_them(tmp_path):
     assert {bits for _, bits in second.grids.values()} == {8}
 
 
+@pytest.mark.sample
 def test_a_resume_keeps_left_out_biases_out(tmp_path):
     """They are no zeros any more, and would be taken in."""
     module, psgd, again = Mlp(), PSGDCallback(), PSGDCallback()
@@ -676,6 +694,7 @@ def test_a_resume_keeps_left_out_biases_out(tmp_path):
     assert len(again.grids) == 7
 
 
+@pytest.mark.sample
 def test_a_second_fit_of_the_same_trainer_goes_on_with_the_scale():
     module, psgd = Mlp(), PSGDCallback()
     fitting = fitted(module, psgd)
@@ -736,6 +755,7 @@ def test_no_training_step_is_told_of():
         fitted(Mlp(), PSGDCallback(), max_epochs=0)
 
 
+@pytest.mark.sample
 def test_with_distillation_in_both_orders():
     modules = []
     for order in (1, -1):
@@ -762,6 +782,7 @@ class Attends(Mlp):
         return self.head(self.attention(x, x, x)[0])
 
 
+@pytest.mark.sample
 def test_what_is_left_is_told(caplog):
     psgd = PSGDCallback(exclude=["second", "third"])
     with caplog.at_level(logging.INFO, logger="lightning_compress"):

@@ -170,6 +170,7 @@ def test_the_authors_scale_is_taken_as_it_is():
     assert_same(model, by_hand(lambda_s=150.0))
 
 
+@pytest.mark.sample
 def test_nesterov():
     own = {"lr": 0.05, "momentum": 0.9, "nesterov": True}
     model, psgd = trained(optimizer=own)
@@ -301,6 +302,7 @@ def test_manual_optimisation_with_two_optimizers():
     assert_same(module.model, model)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("make", "own"), [(torch.optim.SGD, SGD), ADAPTIVE[2]], ids=["SGD", "AdamW"])
 def test_a_resumed_run_equals_the_whole(make, own, tmp_path):
     """The scale is that of the first step of the first run."""
@@ -320,6 +322,7 @@ def test_a_resumed_run_equals_the_whole(make, own, tmp_path):
     assert_same(resumed, whole)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("score", ["magnitude", "taylor"])
 def test_with_pruning_in_both_orders(score):
     """The factor is that of the dense weight, and pruning sees the gradient of the loss."""

@@ -904,6 +904,7 @@ def test_a_compiled_fit(form):
     assert trainer().validate(handed, loader(rows=ROWS), verbose=False) == [measured(untouched)]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("weight_bits", [8, 4])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true", "bf16-true"])
 def test_precision(precision, weight_bits):
@@ -974,6 +975,7 @@ def test_the_trainers_of_both_packages(namespace):
     assert list(fresh.quantization.weights) == ["0.weight", "2.weight"]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("namespace", ["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.slow)])
 def test_yaml(namespace, tmp_path):
     cli = import_module(f"{namespace}.cli").LightningCLI

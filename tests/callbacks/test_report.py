@@ -191,6 +191,7 @@ def test_a_teacher_that_answers_otherwise_has_a_note(lightning, tmp_path):
     assert any(note.startswith("The metrics of teacher were not measured: ") for note in report.result.notes)
 
 
+@pytest.mark.sample
 def test_a_teacher_is_measured_with_its_transform(lightning, tmp_path):
     class Double(nn.Module):
         def forward(self, inputs):
@@ -371,6 +372,7 @@ def test_relative_paths_are_taken_from_where_the_callback_was_made(tmp_path, mon
     assert CompressionReport(path="out").path == str(tmp_path / "out")
 
 
+@pytest.mark.sample
 def test_pictures_and_the_command_are_in_the_files(lightning, tmp_path):
     class Drawing(CompressionCallback):
         def pictures(self):
@@ -393,6 +395,7 @@ def test_pictures_and_the_command_are_in_the_files(lightning, tmp_path):
     assert to_html(kept) == page
 
 
+@pytest.mark.sample
 def test_each_part_of_the_end_of_fit_gives_a_sign(lightning, tmp_path, monkeypatch):
     @contextmanager
     def recorded(trainer, what, total=0):

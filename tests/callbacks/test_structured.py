@@ -267,6 +267,7 @@ def test_each_layer_loses_the_share_of_its_filters(ratio, expected):
     assert callback.plan.filters == {"net.conv1": (16, expected[0]), "net.conv2": (24, expected[1])}
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("ratio", "arguments"), [(0.4, {"budget": "params", "round_to": 16}), (0.8, {"budget": "macs", "round_to": 16})]
 )
@@ -304,6 +305,7 @@ def test_a_transposed_convolution_that_lost_inputs_alone_lost_no_filters():
     assert callback.intent(None, module).takes == ("net.down2",)
 
 
+@pytest.mark.sample
 def test_layers_that_an_earlier_round_made_narrower_are_not_said_to_stay():
     module, callback = Lit(net=Net(12, 24)), structured(0.5, schedule="iterative", rounds=3, start=0.2, end=0.6)
     fitted(module, callback, steps=8)
@@ -312,6 +314,7 @@ def test_layers_that_an_earlier_round_made_narrower_are_not_said_to_stay():
     assert callback.remarks()[1] == "structured: layers that stay as they are: 'net.fc'."
 
 
+@pytest.mark.sample
 def test_scores_choose():
     """Filters of known sizes, by each score."""
     net = Net()
@@ -352,6 +355,7 @@ class Still(Frozen):
         pass
 
 
+@pytest.mark.sample
 def test_statistics_may_be_estimated_anew_at_the_end():
     kept, anew = (Still() for _ in range(2))
     fitted(kept, structured())
@@ -471,6 +475,7 @@ class Transformer(nn.Module):
         return self.fc(self.body(self.embed(x.flatten(2).transpose(1, 2))).mean(dim=1))
 
 
+@pytest.mark.sample
 def test_a_network_that_is_mostly_attention_is_refused_and_prunes_the_rest_if_it_is_excluded():
     before = snapshot(module := Lit(net=Transformer()))
     with pytest.raises(StructureError, match=r"3 of 5 .* reach attention.*exclude=\['type:MultiheadAttention'\]"):

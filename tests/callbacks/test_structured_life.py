@@ -49,6 +49,7 @@ def saving(folder):
     return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=2, save_weights_only=False)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "score", ["taylor", *(pytest.param(own, marks=pytest.mark.slow) for own in ("l1", "l2", "bn_scale", "random"))]
 )
@@ -90,6 +91,7 @@ def leaves(tree):
     return torch.utils._pytree.tree_leaves(tree)
 
 
+@pytest.mark.sample
 def test_rounds_come_when_they_are_due_and_add_up():
     seen = []
 
@@ -132,6 +134,7 @@ def test_with_averages_before_and_after_us(tmp_path):
     assert difference(resumed, results[1]) == 0
 
 
+@pytest.mark.sample
 def test_stochastic_weight_averaging_goes_on():
     module = Lit()
     fitted(module, structured(start=0.3), StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1), steps=16)
@@ -171,6 +174,7 @@ def test_the_state_is_plain_python(tmp_path):
     assert checkpoint["lightning_compress"]["structured"]["structure"]["net.conv1"]["out_channels"] == 8
 
 
+@pytest.mark.sample
 def test_older_larger_and_newer_smaller_files_are_validated_in_turn(tmp_path):
     module, callback = Lit(), structured()
     trainer = fitted(module, callback, saving(tmp_path), steps=16)
@@ -182,6 +186,7 @@ def test_older_larger_and_newer_smaller_files_are_validated_in_turn(tmp_path):
     assert all(torch.equal(module.state_dict()[name], value) for name, value in after.items())
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_saved_after_the_fit_it_has_its_sizes(weights_only, tmp_path):
     module = Lit()
@@ -190,6 +195,7 @@ def test_saved_after_the_fit_it_has_its_sizes(weights_only, tmp_path):
     assert difference(load_shrunk(Lit(), tmp_path / "later.ckpt"), module) == 0
 
 
+@pytest.mark.sample
 def test_a_checkpoint_of_a_network_that_was_another_one_at_first_is_told(tmp_path):
     trainer = fitted(Lit(), structured(), steps=8)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -203,6 +209,7 @@ def test_a_checkpoint_of_a_network_that_was_another_one_at_first_is_told(tmp_pat
         fitted(Lit(net=Net(32, 24)), structured(), steps=16, ckpt_path=tmp_path / "plain.ckpt")
 
 
+@pytest.mark.sample
 def test_made_smaller_twice_it_still_loads_into_the_class(tmp_path):
     module = Lit()
     fitted(module, structured(start=0.0), steps=8)
@@ -249,6 +256,7 @@ def test_export_and_teachers_take_checkpoints_of_smaller_networks(tmp_path):
     assert type(whole) is Lit
 
 
+@pytest.mark.sample
 def test_a_second_fit_leaves_it_as_small_as_it_is(caplog):
     module, callback = Lit(), structured()
     fitted(module, callback, steps=16)
@@ -259,6 +267,7 @@ def test_a_second_fit_leaves_it_as_small_as_it_is(caplog):
     assert callback.failure is None
 
 
+@pytest.mark.sample
 def test_a_fit_of_another_module_begins_anew():
     callback = structured()
     fitted(Lit(), callback, steps=16)
@@ -267,6 +276,7 @@ def test_a_fit_of_another_module_begins_anew():
     assert sizes(other) == [8, 8, 12]
 
 
+@pytest.mark.sample
 def test_nothing_stays_on_the_module():
     module, other = Lit(), Lit()
     fitted(other, steps=16)
@@ -312,6 +322,7 @@ def test_it_waits_for_the_end_of_an_accumulation():
     assert seen[8] == (0, 2, 8)
 
 
+@pytest.mark.sample
 def test_after_a_skipped_batch_it_waits_for_the_end_of_an_accumulation_too():
     class Skipping(Lit):
         def training_step(self, batch, batch_idx):
@@ -327,6 +338,7 @@ def test_after_a_skipped_batch_it_waits_for_the_end_of_an_accumulation_too():
     assert seen[8:13] == [16, 16, 16, 16, 8]
 
 
+@pytest.mark.sample
 def test_features_of_the_last_step_may_be_kept():
     """Whoever keeps a loss, and with it the graph of the last step, does not break the next one."""
 
@@ -517,6 +529,7 @@ class Chain(Lit):
         return self.decoder(self.encoder(x))
 
 
+@pytest.mark.sample
 def test_a_step_that_calls_parts_of_the_network():
     plain, chain = Lit(), Chain()
     fitted(plain, structured(), steps=16)

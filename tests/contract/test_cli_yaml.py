@@ -135,6 +135,7 @@ def test_the_teacher_in_yaml(project, form):
         assert callback.teacher[1].out_features == 4
 
 
+@pytest.mark.sample
 def test_the_teacher_from_a_checkpoint(project):
     plain = project.cli("fit", "--config", project.base)
     path = project.folder / "teacher.ckpt"

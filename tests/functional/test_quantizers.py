@@ -790,6 +790,7 @@ def test_weights_on_their_grid_are_dequantised_by_onnx(bits):
 # --- compiled ---
 
 
+@pytest.mark.sample
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_fake_quantize():
     x, upstream = sample(4, 6) * 3, sample(4, 6, seed=1)

@@ -345,6 +345,7 @@ def test_a_batch_norm_over_tokens_is_no_part_of_the_linear_layer(length):
     assert calibrated(nn.Sequential(net[0], nn.BatchNorm1d(length)).eval(), x[0]).folds == {"0:linear:0": "1"}
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "compile_",
     [

@@ -68,6 +68,7 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("bits", [*(pytest.param(bits, marks=pytest.mark.slow) for bits in (3, 4)), 8])
 def test_a_module_gives_what_its_file_gives(tmp_path, bits):
     """With all kernels at work, to the last step."""

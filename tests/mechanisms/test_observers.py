@@ -135,6 +135,7 @@ def batches_of_floats(draw):
     ]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("kind", ORDERLESS)
 @settings(max_examples=40, deadline=None)
 @given(groupings=batches_of_floats())

@@ -63,6 +63,7 @@ def test_it_equals_a_loop_by_hand_to_the_bit(epochs):
     assert not torch.equal(before.encoder[0].weight, ours.encoder[0].weight)
 
 
+@pytest.mark.sample
 def test_it_learns():
     features = [torch.arange(1.0, 5.0).view(1, 4, 1, 1).expand(2, 4, 5, 3)] * 4
     errors = train_paraphraser(drawn(), lambda epoch: features, epochs=30)

@@ -764,6 +764,7 @@ def test_each_call_of_the_network_has_the_same_names():
         assert torch.equal(output, r(Hand(net).a(F.relu(Hand(net).a(x)))))
 
 
+@pytest.mark.sample
 def test_what_compiled_code_returns_bears_no_mark():
     net = Net(lambda n, x: n.a(F.relu(n.a(x))))
     with quantizing(net, Quarters()) as calls:
@@ -1085,6 +1086,7 @@ def test_a_view_whose_shape_is_given_by_name_is_a_view():
     torch.testing.assert_close(run(net, MAPS)[0], run(nn.Sequential(net.layer), MAPS)[0])
 
 
+@pytest.mark.sample
 def test_full_backward_hooks_within_compiled_code_are_refused(fresh_compiler):
     net = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU())
     net[0].register_full_backward_hook(lambda module, *gradients: None)
@@ -1147,6 +1149,7 @@ def test_marks_come_off():
     assert vars(tensor) == {}
 
 
+@pytest.mark.sample
 def test_a_residual_network_of_torchvision():
     """Each block's one ReLU serves two edges: 8 blocks of 3 edges, 3 of them with a downsampling edge more, and the
     input, the stem and the mean; the pooled stem stays on the stem's grid, and the last linear layer gives floats."""

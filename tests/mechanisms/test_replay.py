@@ -1028,6 +1028,7 @@ def test_both_packages(namespace):
     assert logger.told == []
 
 
+@pytest.mark.sample
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("how", ["wrapped", pytest.param("in place", marks=pytest.mark.slow)])
 def test_a_compiled_network(how):

@@ -133,6 +133,7 @@ def test_a_name_that_looks_like_a_pattern_is_a_name():
     assert names(["a[0]"], root=root) == ["a[0]"]
 
 
+@pytest.mark.sample
 @settings(max_examples=50, deadline=None)
 @given(pattern=st.text("*?cnv12.layerst0", min_size=1, max_size=8))
 def test_patterns_select_what_fnmatch_selects_and_what_lies_below(pattern):

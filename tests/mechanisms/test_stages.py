@@ -162,6 +162,7 @@ def test_a_scripted_layer_is_passed_over():
     assert [output.name for output in recorded(network, torch.ones(2, 3, 8, 8))] == ["0", "2"]
 
 
+@pytest.mark.sample
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("in_place", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiled_layers_that_ran_before_are_seen_once_each(in_place):
@@ -565,6 +566,7 @@ def test_stages_of_well_known_networks(name):
     assert ends(network.to_empty(device="cpu"), size) == [(layer, (side, side)) for layer, side in expected]
 
 
+@pytest.mark.sample
 def test_small_images_leave_out_what_became_a_point():
     network = torchvision.models.resnet50(weights=None).eval()
     assert ends(network, 32) == [(layer, (side // 2, side // 2)) for layer, side in RESNET[:3]]

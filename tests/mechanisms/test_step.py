@@ -182,6 +182,7 @@ def test_the_output_is_that_of_the_deployed_view():
     assert output["loss"].item() == 10.5
 
 
+@pytest.mark.sample
 def test_the_sum_does_not_depend_on_the_order_of_registration():
     net = Net()
     totals = set()
@@ -706,6 +707,7 @@ def test_a_layer_that_does_not_exist_is_refused():
     assert bare(net)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("returns", [lambda loss: None, lambda loss: 1 / 0], ids=["skipped", "broken"])
 def test_nothing_of_a_skipped_or_broken_step_is_kept(returns):
     net, outputs = Net(), []
@@ -735,6 +737,7 @@ def test_a_layer_of_a_skipped_or_broken_step_is_not_taken_for_that_of_the_next()
     assert [x.tolist() for x in seen] == [[[3.0, 6.0]]]
 
 
+@pytest.mark.sample
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_layer_of_a_compiled_network_that_ran_before_is_shown():
     net, seen = Net(), []

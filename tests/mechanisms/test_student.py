@@ -265,6 +265,7 @@ def test_the_last_call_keeps_the_arguments_without_a_graph():
     assert capture.last_call.output is None
 
 
+@pytest.mark.sample
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_child_is_found_under_its_plain_name():
     root = Lit()

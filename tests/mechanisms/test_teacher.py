@@ -263,6 +263,7 @@ def test_a_layer_that_does_not_exist_is_refused():
     assert not teacher.module[0]._forward_hooks
 
 
+@pytest.mark.sample
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("in_place", [False, True])
 def test_layers_of_a_compiled_teacher_that_ran_before_are_recorded(in_place):
@@ -393,6 +394,7 @@ def saved(module: L.LightningModule, path, *callbacks) -> str:
     return str(path)
 
 
+@pytest.mark.sample
 def test_a_lightning_module_with_its_hyperparameters(tmp_path, mine):
     lit = Lit(7, bias=False)
     path = saved(lit, tmp_path / "t.ckpt")
@@ -492,6 +494,7 @@ def test_what_needs_unpickling_is_refused_unless_it_is_asked_for(tmp_path):
     assert teacher.weight.shape == (2, 2)
 
 
+@pytest.mark.sample
 def test_a_checkpoint_whose_hyperparameters_need_unpickling(tmp_path):
     lit = Lit(4)
     path = saved(lit, tmp_path / "t.ckpt")

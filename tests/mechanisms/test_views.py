@@ -1013,6 +1013,7 @@ class Decorated(nn.Module):
         return self.layer(x)
 
 
+@pytest.mark.sample
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("between", [lambda: None, torch._dynamo.reset])
 def test_a_compiled_method_is_no_compiled_module(between):
@@ -1029,6 +1030,7 @@ def test_a_compiled_method_is_no_compiled_module(between):
     assert seen == [2, 2, 1, 2, 1, 2]
 
 
+@pytest.mark.sample
 @pytest.mark.usefixtures("fresh_compiler")
 def test_watching_leaves_compiled_code_alone():
     net = Holder("eager")

@@ -111,6 +111,7 @@ def test_factors_have_the_type_of_the_weights(dtype):
     assert {out.dtype for out in (paraphraser(feature), paraphraser.factor(feature), translator(feature))} == {dtype}
 
 
+@pytest.mark.sample
 def test_the_reconstruction_improves_with_training():
     # one pattern at several strengths, which half as many channels can hold
     paraphraser = seeded(lambda: Paraphraser(4))

@@ -51,6 +51,7 @@ def viridis(values):
     return (colormaps["viridis"]((values - values.min()) / np.ptp(values))[..., :3] * 255).round().astype(int)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("images", "pairs", "samples", "columns"),
     [(False, 1, 1, 2), (True, 2, 2, 5), (False, 2, 2, 4)],

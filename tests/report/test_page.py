@@ -114,6 +114,7 @@ def test_the_page_fits_a_phone_and_the_dark(page):
     assert re.findall(r"(?<!max-)(?<!min-)width: \d+px", page) == []
 
 
+@pytest.mark.sample
 def test_the_headline_time_is_compared_within_one_runtime():
     report = full_report()
     assert "4.0x slower than fp32.onnx" in to_html(report)

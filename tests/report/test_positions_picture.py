@@ -47,6 +47,7 @@ def test_both_colours_are_there():
     assert share_of(without_start, START) < 0.001
 
 
+@pytest.mark.sample
 def test_what_is_written(monkeypatch):
     texts = []
 

@@ -91,6 +91,7 @@ def files(tmp_path_factory):
     return SimpleNamespace(int8=int8, plain=plain, fixed=fixed)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(("plain", "batch"), [("plain", 1), ("fixed", 4)])
 def test_both_files_run_in_turn_on_one_thread(files, monkeypatch, plain, batch):
     seen = {}
@@ -395,6 +396,7 @@ def refused(tmp_path, message, kind=Measured, **settings):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.sample
 def test_what_would_not_run_in_integers_is_told_after_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(integer, "KERNELS", ("QGemm",))
     refused(tmp_path, r"ONNX Runtime runs 1 of 2 quantised layers in float: .* leave them out of the quantisation")

@@ -40,6 +40,7 @@ def test_a_narrow_plot_names_what_is_beaten_where_it_is_little(beaten):
     assert len(names) == (4 if beaten == 3 else 1)
 
 
+@pytest.mark.sample
 def test_of_many_points_forty_have_names():
     few = table(**{f"r{index}": [row("m", 100 + index, 1 - index / 100)] for index in range(40)})
     assert "names" not in scatter_legend(few)

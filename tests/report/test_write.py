@@ -10,6 +10,7 @@ from lightning_compress.report import from_json, to_html, to_markdown, write, wr
 from .samples import full_report
 
 
+@pytest.mark.sample
 def test_three_files(tmp_path):
     report = full_report()
     files = write_report(report, tmp_path / "new" / "folder")
@@ -23,6 +24,7 @@ def test_three_files(tmp_path):
     assert files.html.read_text(encoding="utf-8") == to_html(report)
 
 
+@pytest.mark.sample
 def test_a_failed_write_leaves_the_old_file_and_nothing_half_written(tmp_path, monkeypatch):
     first = write_report(full_report(), tmp_path)
     before = first.json.read_bytes()

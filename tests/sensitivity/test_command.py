@@ -66,6 +66,7 @@ def entries_that_are_whole():
     return [line for line in Path("sensitivity", NAME).read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
+@pytest.mark.sample
 def test_each_number_is_that_of_a_validation_with_this_layer_changed(project, capsys, monkeypatch):
     monkeypatch.setattr(projects.Data, "setups", [])
     assert project("--method", "bits", "filters", "--levels", "bits=2", "filters=.5", "--metric", "val_loss") == 0
@@ -91,6 +92,7 @@ def test_each_number_is_that_of_a_validation_with_this_layer_changed(project, ca
     assert Path("sensitivity/sensitivity.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.sample
 def test_it_goes_on_where_it_was(project, validations, capsys):
     assert project("--method", "bits", "--levels", "bits=8,4") == 0
     assert len(validations) == 1 + 6
@@ -138,6 +140,7 @@ def test_what_takes_long_before_the_first_change_gives_a_sign(project, monkeypat
     assert said == ["validating the network as it is", "what each choice costs"]
 
 
+@pytest.mark.sample
 def test_another_checkpoint_or_config_is_refused(project, capsys):
     assert project("--method", "bits", "--levels", "bits=8") == 0
     torch.manual_seed(9)
@@ -163,6 +166,7 @@ def test_the_line_that_runs_a_recipe_is_whole_and_names_the_classes(project):
     )
 
 
+@pytest.mark.sample
 def test_when_the_time_is_up(project, monkeypatch, capsys):
     now = iter(range(1000))
     monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: 60.0 * next(now)))
@@ -175,6 +179,7 @@ def test_when_the_time_is_up(project, monkeypatch, capsys):
     assert load_recipe("sensitivity/recipe.yaml").callbacks[0]["init_args"]["exclude"] == ["net.head"]
 
 
+@pytest.mark.sample
 def test_ctrl_c(project, capsys):
     class Interrupted(projects.Lit):
         def validation_step(self, batch, batch_idx):
@@ -212,6 +217,7 @@ def test_a_fault_of_our_own_is_no_bad_usage(project, monkeypatch):
         project()
 
 
+@pytest.mark.sample
 def test_a_change_that_gives_no_number_is_never_suggested(project, capsys):
     class Fragile(projects.Lit):
         def validation_step(self, batch, batch_idx):
