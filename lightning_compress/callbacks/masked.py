@@ -160,7 +160,7 @@ class MaskedWeightsCallback(SavingCallback):
         stack.callback(setattr, self, "_usage", None)
 
     def _tell_of_frozen(self, weights: Mapping[str, Tensor]) -> None:
-        """A part in which nothing learns may be one that only measures, and nobody has named it."""
+        """A part that is frozen may be one that only measures, and nobody has named it."""
         learns: dict[str, bool] = {}
         for name, weight in weights.items():
             part = name.partition(".")[0]
@@ -168,8 +168,9 @@ class MaskedWeightsCallback(SavingCallback):
         frozen = [part for part, own in learns.items() if not own]
         if 0 < len(frozen) < len(learns):
             self._warn_once(
-                f"nothing learns in {listing(frozen, None)}, whose weights are masked too: where it only measures, as "
-                f"the network in a loss does, leave it out with exclude={frozen}; else name it among layers="
+                f"the weights of {listing(frozen, None)} are masked, and frozen as the fit begins: where they only "
+                f"measure, as those of the network in a loss, leave them out with exclude={frozen}; where they are to be "
+                f"sparse, layers={[*learns]} says so"
             )
 
     def go_on(self, state: dict[str, Any] | None) -> None:

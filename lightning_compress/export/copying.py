@@ -128,7 +128,7 @@ def _prepared_memo(module: nn.Module) -> dict[int, Any]:
             continue
         seen.add(id(value))
         if isinstance(value, Tensor):
-            if value.grad_fn is not None and "__deepcopy__" not in vars(value):  # unless it says what a copy gets
+            if value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
         elif _is_shared(value):
             memo[id(value)] = copy.copy(value) if _held_of(parts, value) else value

@@ -164,7 +164,7 @@ def select_modules(
 
     Args:
         root: Where the names start.
-        layers: What to select; None for every module of ``types`` but those in a metric, which measures with them.
+        layers: What to select; None for every module of ``types``.
         exclude: What to take away again; None for nothing.
         types: Classes that can be selected; others are passed over.
         argument: The user's name of ``layers``, for error messages.
@@ -185,9 +185,7 @@ def select_modules(
     """
     named = list(root.named_modules(remove_duplicate=False))
     everything = {id(module) for _, module in named}
-    metrics = [module for _, module in named if is_metric(module)] if layers is None else []
-    measuring = {id(part) for metric in metrics for part in metric.modules()}
-    chosen = {id(module) for _, module in named if isinstance(module, types)} - measuring
+    chosen = {id(module) for _, module in named if isinstance(module, types)}
     accepted = _listing(kind.__name__ for kind in types)
     if not chosen:
         more = f"; name layers of another kind with {argument}=" if layers is None else ""

@@ -91,8 +91,15 @@ class _Presented:
     note: Callable[[_Presented, Tensor], None] | None = None  # told the gradients that come through the view
 
     def show(self, *, keep_original: bool = False) -> None:
-        with torch.inference_mode(False), torch.enable_grad():  # as a parameter, to be differentiated by at any time
-            self.shown = self._seen()
+        if self.view.plain:
+            # a view that was made without gradients cannot even be looked at once the weight was written to
+            self.shown = self.weight.view_as(self.weight) if torch.is_grad_enabled() else self.weight.detach()
+            if self.shown.requires_grad and self.note is not None:
+                self.shown.register_hook(partial(self.note, self))  # type: ignore[no-untyped-call]
+        else:
+            if self.view.copies:
+                self._prepare_buffer()
+            self.shown = _Shown.apply(self.weight, self)
         self.version, self.required_grad = self.shown._version, self.weight.requires_grad
         self.place, self.source = self.shown.data_ptr(), self._state()
         self.original = self.shown.detach().clone() if keep_original and self.view.copies else None
@@ -104,17 +111,6 @@ class _Presented:
         for site in self.sites:
             vars(site.module)[site.attribute] = self.shown
             _compat.refresh_flat_weights(site.module)
-
-    def _seen(self) -> Tensor:
-        if not self.view.plain:
-            if self.view.copies:
-                self._prepare_buffer()
-            shown: Tensor = _Shown.apply(self.weight, self)
-            return shown
-        shown = self.weight.view_as(self.weight)
-        if shown.requires_grad and self.note is not None:
-            shown.register_hook(partial(self.note, self))  # type: ignore[no-untyped-call]
-        return shown
 
     def drop(self) -> str | None:
         """Let the sites show what they showed before; say what somebody did to the shown weight in vain."""
@@ -145,7 +141,8 @@ class _Presented:
 
     def _prepare_buffer(self) -> None:
         if self.buffer is None or not _compat.is_unshared(self.buffer):  # a graph that is still alive has saved it
-            self.buffer = torch.empty_like(self.weight, requires_grad=False)
+            with torch.inference_mode(False):  # else it could not be written to in training
+                self.buffer = torch.empty_like(self.weight, requires_grad=False)
 
 
 class _Shown(torch.autograd.Function):
@@ -344,7 +341,8 @@ class WeightViews:
         def before(module: nn.Module, _: Any) -> None:
             parts = module.children() if isinstance(module, nn.MultiheadAttention) else ()  # read, and never called
             if any(weight.is_stale for part in (module, *parts) for weight in readers.get(id(part), ())):
-                self.refresh()
+                with torch.inference_mode(False), torch.enable_grad():
+                    self.refresh()
 
         with self.presented(), ExitStack() as stack:
             if not _compat.holds_compiled_code(self.module):
@@ -474,7 +472,7 @@ class WeightViews:
                     past[weight.name] = "gets other parameters, as torch.func.functional_call gives"
                 elif weight.shown is not None and weight.weight.requires_grad != weight.required_grad:
                     past[weight.name] = "was frozen or freed within the step, otherwise than by toggle_optimizer"
-            if module.training or self.module.training:  # a validation is no step
+            if self.module.training or module.training:  # a validation is no step; frozen parts may stay in evaluation
                 parts = module.children() if isinstance(module, nn.MultiheadAttention) else ()
                 called.update(map(id, [module, *parts]))
 

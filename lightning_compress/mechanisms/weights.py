@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.functional.masks import Filters
-from lightning_compress.mechanisms.selection import plain_name, select_modules
+from lightning_compress.mechanisms.selection import is_metric, plain_name, select_modules
 
 PLAIN_LAYERS = (_ConvNd, nn.Linear, nn.Bilinear)
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -140,7 +140,8 @@ def select_weights(
 
     Args:
         root: Where the names start.
-        layers: As in :func:`select_modules`; None for all of the default types. Layers that are named may be others
+        layers: As in :func:`select_modules`; None for all of the default types but those that only a metric has, which
+            measures with them. Layers that are named may be others
             too: attention, recurrent layers, embeddings, and the user's own with parameters of two dimensions or more
             that are called weights.
         exclude: What to take away again; None for nothing.
@@ -164,6 +165,9 @@ def select_weights(
     else:
         types = (*PLAIN_LAYERS, *dict.fromkeys(type(module) for module, names in candidates.items() if names))
     chosen = select_modules(root, layers, exclude, types=types)
+    if layers is None:
+        outside = _outside_metrics(root)
+        chosen = {name: module for name, module in chosen.items() if module in outside} or chosen
     weights: dict[str, nn.Parameter] = {}
     for name, module in chosen.items():
         _refuse(name, module)
@@ -187,6 +191,17 @@ def select_weights(
                 seen.add(id(parameter))
                 left.append(plain_name(f"{name}.{attribute}" if name else attribute))
     return SelectedWeights(weights, left, idle)
+
+
+def _outside_metrics(module: nn.Module) -> set[nn.Module]:
+    """A module, and what is below it otherwise than through a metric."""
+    found, waiting = set(), [module]
+    while waiting:
+        part = waiting.pop()
+        if part not in found and not (is_metric(part) and part is not module):
+            found.add(part)
+            waiting += part.children()
+    return found
 
 
 def _idle(root: nn.Module, selected: dict[str, nn.Module], exclude: Sequence[str]) -> list[str]:

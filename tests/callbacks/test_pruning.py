@@ -939,7 +939,7 @@ class Judged(Classifier):
     """A metric and a loss have networks of their own, frozen and in evaluation mode."""
 
     def setup(self, stage):
-        self.distance = Distance()
+        self.distance = Distance(small_network().eval().requires_grad_(False))
         self.judge = small_network().requires_grad_(False)
         self.judge.eval()
 
@@ -949,9 +949,9 @@ class Judged(Classifier):
 
 
 class Distance(Metric):
-    def __init__(self):
+    def __init__(self, inception):
         super().__init__()
-        self.inception = small_network().eval().requires_grad_(False)
+        self.inception = inception
         self.add_state("total", torch.zeros(()), "sum")
 
     def update(self, x):
@@ -963,7 +963,7 @@ class Distance(Metric):
 
 def test_networks_that_only_measure():
     """That of a metric is left alone; of another one nobody knows, so it is said."""
-    told = r"nothing learns in 'judge', whose weights are masked too.*leave it out with exclude=\['judge'\]"
+    told = r"the weights of 'judge' are masked, and frozen as the fit begins: .*exclude=\['judge'\]; .*layers=\['model', 'judge'\] says so"
     with pytest.warns(UserWarning, match=told) as caught:
         module, _ = fitted(PruningCallback(0.5), Judged)
     assert not [own for own in caught if "did not use" in str(own.message)]
@@ -972,6 +972,21 @@ def test_networks_that_only_measure():
     for settings in ({"exclude": ["judge"]}, {"layers": ["model", "judge"]}):
         module, _ = fitted(PruningCallback(0.5, **settings), Judged)
         assert (sum(zeros(module.judge).values()) == 0) == ("exclude" in settings)
+
+
+class Shared(Classifier):
+    """A metric measures with the network that is trained."""
+
+    def setup(self, stage):
+        self.distance = Distance(self.model)
+
+
+@pytest.mark.parametrize("settings", [{}, {"exclude": ["model.3"]}, {"layers": ["model"], "exclude": ["model.3"]}])
+def test_a_network_that_a_metric_measures_with_too_is_masked(settings):
+    pruning = PruningCallback(0.5, **settings)
+    module, _ = fitted(pruning, Shared)
+    assert list(pruning.masks) == (list(SHAPES) if not settings else ["model.0.weight"])
+    assert sum(zeros(module).values()) == (TOTAL // 2 if not settings else 18)
 
 
 class Averaged(Classifier):

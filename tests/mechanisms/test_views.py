@@ -637,21 +637,6 @@ def test_shown_in_inference_mode_and_then_trained(mask):
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(net.parameters(), reference.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("mask", [True, False])
-def test_shown_without_gradients_and_then_differentiated_by(mask):
-    """A validation may adapt the weights to its batch, or log the norms of gradients."""
-    net, x = linear(), rows()
-    masks = masks_of(net) if mask else {}
-    expected = torch.autograd.grad(loss_of(masked_call(net, masks, x)), [*net.parameters()])
-    views = WeightViews(net)
-    with views.owned("ours", masked_views(masks or dict.fromkeys(masks_of(net)))), torch.no_grad(), views.presented():
-        validated = net(x)
-        with torch.enable_grad():
-            found = torch.autograd.grad(loss_of(net(x)), [*net.parameters()])
-    assert not validated.requires_grad
-    assert all(torch.equal(own, by_hand) for own, by_hand in zip(found, expected, strict=True))
-
-
 # What is done to a presented weight in vain
 
 
