@@ -1692,8 +1692,8 @@ MUTATIONS = (
     Mutation(
         "early stopping goes on with scores of the denser network",
         MASKS,
-        '                self._wait_anew(self._trainer, "the final sparsity")\n',
-        "",
+        "                if more:\n                    self._wait_anew",
+        "                if False:\n                    self._wait_anew",
         f"{PRUNING_TEST}::test_what_waits_for_a_better_score_waits_anew_at_the_final_sparsity",
     ),
     Mutation(

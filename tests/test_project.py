@@ -281,6 +281,12 @@ def test_what_the_user_s_own_code_makes_of_an_exception_is_raised(project):
     with pytest.raises(ImportError, match="install a kind, such as 3") as error:
         main("fit", ["--config", project.base, "--config", path])
     assert "invalid literal" in str(error.value.__cause__)
+    project.write("needs.py", textwrap.dedent(source).format(P=project.name).replace(" from error", ""))
+    del sys.modules["needs"]
+    with pytest.raises(ImportError) as error:
+        main("fit", ["--config", project.base, "--config", path])
+    assert "invalid literal" in str(error.value.__context__)
+    assert not error.value.__suppress_context__
 
 
 @pytest.mark.slow
@@ -452,6 +458,10 @@ def test_groups_of_options_have_files_of_their_own(project, capsys):
     assert type(built.trainer).__module__.startswith(import_module(project.name).L.__name__)
     torch.save(built.module.state_dict(), "last.ckpt")
     assert [own.weight_bits for own in load_trained([path], "last.ckpt").quantising] == [6]
+    project.yaml("configs/parts/one.yaml", callback("PTQCallback", weight_bits=5))
+    for given in ("one.yaml", ["one.yaml"]):
+        project.yaml("configs/parts/trainer.yaml", {**whole["trainer"], "callbacks": given})
+        assert [own.weight_bits for own in load_trained([path], "last.ckpt").quantising] == [5]
     arguments = [f"--{key}=configs/parts/{key}.yaml" for key in parts]
     assert type(load_project([], arguments=arguments).trainer) is type(built.trainer)
     project.yaml("configs/parts/trainer.yaml", {"max_epoch": 2})

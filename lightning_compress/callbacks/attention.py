@@ -158,7 +158,7 @@ class AttentionTransferCallback(FeatureCallback):
         return super().problem_with_shards()
 
     def check(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse layers that do not exist, and steps that cannot be run with another network."""
+        """Refuse layers that the teacher does not have, and steps that cannot be run with another network."""
         super().check(trainer, pl_module)
         if self.map_kind != "gradient":
             return

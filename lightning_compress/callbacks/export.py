@@ -156,7 +156,7 @@ class ExportCallback(CompressionCallback):
         self._require_validation(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """By now it is known whether there are batches to validate on."""
+        """Where the first epoch is validated, it is known by now whether there are batches for it."""
         self._require_validation(trainer, pl_module)
 
     def problem_with_shards(self) -> str | None:
@@ -270,6 +270,8 @@ class ExportCallback(CompressionCallback):
             return
         if not has_validation(pl_module, trainer):
             log.info("%s: %s has no validation, so the file has no metrics", self.name, class_name(pl_module))
+            if self.metric is not None:
+                self._fail(self._not_validated(pl_module))
             return
         try:
             if self.result.quantization is None:
@@ -340,10 +342,13 @@ class ExportCallback(CompressionCallback):
     def _require_validation(self, trainer: Any, pl_module: Any) -> None:
         """Refuse a metric that nothing measures."""
         if self.metric is not None and not has_validation(pl_module, trainer):
-            raise ValueError(
-                f"metric='{self.metric}' is measured in validation, and {class_name(pl_module)} has none here: it "
-                "needs a validation_step, validation data and limit_val_batches above 0"
-            )
+            raise ValueError(self._not_validated(pl_module))
+
+    def _not_validated(self, pl_module: Any) -> str:
+        return (
+            f"metric='{self.metric}' is measured in validation, and {class_name(pl_module)} has none here: it needs a "
+            "validation_step, validation data of at least one batch, and limit_val_batches above 0"
+        )
 
     def _instead_of_input(self) -> str:
         """An input to export with."""

@@ -176,7 +176,8 @@ class FactorTransferCallback(FeatureCallback):
         write_whole(Path(path), contents.getvalue())
 
     def check(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse layers that do not exist, and channels that go meanwhile; forget another training."""
+        """Refuse layers that the teacher does not have, and channels that go meanwhile; forget another training."""
+        goes_on, proposed = trainer.global_step > 0 and self.has_fitted(pl_module), (self._proposed, self._found)
         super().check(trainer, pl_module)
         self._refuse_shrinking(
             trainer,
@@ -184,7 +185,8 @@ class FactorTransferCallback(FeatureCallback):
             "and schedule='one_shot'",
             fine=lambda until: until == 0,
         )
-        goes_on = trainer.global_step > 0 and self.has_fitted(pl_module)
+        if goes_on:
+            self._proposed, self._found = proposed
         self._loaded = _networks_of(self.extra_state()) if goes_on else {}
         self._paraphraser, self._translator = None, None
         self.reconstruction_errors = list(self._loaded.get("reconstruction_errors", ()))
@@ -208,8 +210,8 @@ class FactorTransferCallback(FeatureCallback):
         if self._loaded.get("paraphraser"):
             if self._loaded.get("layer", pair.teacher) != pair.teacher:
                 raise ValueError(
-                    f"the checkpoint's paraphraser was trained on the teacher's layer '{self._loaded['layer']}', and "
-                    f"pair names '{pair.teacher}'; resume with the same pair, or start without this callback's state"
+                    f"the paraphraser was trained on the teacher's layer '{self._loaded['layer']}', and pair names "
+                    f"'{pair.teacher}'; go on with the same pair, or begin anew, without this callback's state"
                 )
             self._paraphraser = paraphraser_from(
                 self._loaded["paraphraser"], self.factor_ratio, argument="the checkpoint"

@@ -169,8 +169,8 @@ class MaskedWeightsCallback(SavingCallback):
         if 0 < len(frozen) < len(learns):
             self._warn_once(
                 f"the weights of {listing(frozen, None)} are masked, and frozen as the fit begins: where they only "
-                f"measure, as those of the network in a loss, leave them out with exclude={frozen}; where they are to be "
-                f"sparse, layers={[*learns]} says so"
+                f"measure, as those of the network in a loss, leave them out with exclude={frozen}; where they are to "
+                f"be sparse, layers={[*learns]} says so"
             )
 
     def go_on(self, state: dict[str, Any] | None) -> None:

@@ -415,7 +415,8 @@ class MaskCallback(MaskedWeightsCallback):
                 self._at_target = True
                 self._denser = dict(self._trainer.callback_metrics)
                 self.tracker(self._trainer).forget(self._denser)
-                self._wait_anew(self._trainer, "the final sparsity")
+                if more:
+                    self._wait_anew(self._trainer, "the final sparsity")
             self.updated(changed, more=more)
 
     def _guarded(self, trainer: Any) -> list[Any]:

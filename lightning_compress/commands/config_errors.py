@@ -134,13 +134,16 @@ def refused(error: BaseException) -> str:
 
 
 def users_own(error: BaseException) -> BaseException:
-    """The first exception of a chain that code of the user's has raised; what that comes from is its ``__cause__``.
+    """The first exception of a chain that code of the user's has raised, without what a parser was at meanwhile.
 
     Example:
         >>> users_own(ValueError("a"))
         ValueError('a')
     """
-    return next(link for link in chain(error) if raised_in(link).partition(".")[0] not in PACKAGES)
+    found = next(link for link in chain(error) if raised_in(link).partition(".")[0] not in PACKAGES)
+    if found.__context__ is not None and raised_in(found.__context__).partition(".")[0] in PACKAGES:
+        found.__suppress_context__ = True
+    return found
 
 
 def mappings(content: Any) -> Iterator[Mapping[str, Any]]:

@@ -430,7 +430,7 @@ def _contents(path: str) -> Any:
         raise ConfigError(
             f"{path}: trainer is a mapping of the Trainer's arguments, or a file that holds one, got {shown(trainer)}"
         )
-    callbacks = {key: _opened(trainer[key], origin)[0] for key in ("callbacks", "callbacks+") if key in trainer}
+    callbacks = {key: _callbacks(trainer[key], origin) for key in ("callbacks", "callbacks+") if key in trainer}
     whole = {**content, **{key: value for key, (value, _) in groups.items()}}
     if "trainer" in whole:
         whole["trainer"] = {**trainer, **callbacks}
@@ -441,6 +441,12 @@ def _contents(path: str) -> Any:
                 f"got {shown(entry['init_args'])}"
             )
     return whole
+
+
+def _callbacks(value: Any, path: str) -> Any:
+    """A list of them, or one; each of them, or the list, may have a file of its own."""
+    opened, origin = _opened(value, path)
+    return [_opened(entry, origin)[0] for entry in opened] if isinstance(opened, list) else opened
 
 
 def _opened(value: Any, path: str) -> tuple[Any, str]:
@@ -617,13 +623,15 @@ def _cli(namespace: str, subcommand: str, arguments: Arguments, run: bool) -> An
                 super()._parse_ckpt_path()
 
         def instantiate_classes(self) -> None:
+            failed = None
             try:
                 super().instantiate_classes()
             except Exception as error:  # a constructor may raise anything
-                if not of_configuration(error):
-                    own = users_own(error)
-                    raise own from own.__cause__
-                raise self.explained(error) from error
+                if of_configuration(error):
+                    raise self.explained(error) from error
+                failed = users_own(error)
+            if failed is not None:
+                raise failed  # here, where what it comes from stays what it was
             for callback in self.trainer.callbacks if subcommand == "fit" else ():
                 if isinstance(callback, ExportCallback):
                     _check_path(callback)

@@ -299,7 +299,7 @@ def _validated(
         stack.enter_context(quiet(LIGHTNING_LOGGERS))
         duplicate = stack.enter_context(_prepared(module, datamodule))
         stack.enter_context(data_kept(_sources(module, loaders, datamodule)))  # each validation sees the same
-        if trainer is not None:  # which has had the module made whole, as may not bear to be done twice
+        if _compat.attached_trainer(module) is not None:  # it was made whole, and may not bear that twice
             vars(duplicate)["configure_model"] = _compat.do_nothing
         if trainer is not None and _compat.is_running(trainer):  # data are set up, and may not be split a second time
             for owner in (duplicate, datamodule):

@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ from lightning_compress.mechanisms.checkpoints import resize_, structures_in
 from lightning_compress.mechanisms.drafts import SPARE, draft_of
 from lightning_compress.mechanisms.grids import Grids
 from lightning_compress.mechanisms.isolation import random_state_kept
-from lightning_compress.mechanisms.selection import find_module, plain_name
+from lightning_compress.mechanisms.selection import find_module, listing, plain_name
 from lightning_compress.mechanisms.tree import children, named_tensors, unique_names
 
 PRECISIONS = ("fp32", "int8", "int4")
@@ -403,10 +404,17 @@ def load_checkpoint_(module: nn.Module, checkpoint: dict[str, Any], path: str | 
     weights = {plain_name(key): value for key, value in checkpoint["state_dict"].items()}
     strict = getattr(module, "strict_loading", True) or weights.keys().isdisjoint(module.state_dict())
     try:
-        module.load_state_dict(weights, strict=bool(strict))
+        missing, unexpected = module.load_state_dict(weights, strict=bool(strict))
     except RuntimeError as error:
         hint = _belongs_below(module, weights)
         raise ExportError(f"checkpoint '{path}' does not fit {type(module).__name__}{hint}: {error}") from error
+    saved = module.state_dict()  # without what the module leaves out itself
+    if odd := [*(name for name in missing if name in saved), *unexpected]:
+        warnings.warn(
+            f"only one of the two has {listing(odd)}: checkpoint '{path}' and {type(module).__name__}, whose "
+            "strict_loading is False; what the checkpoint does not hold is as it was made",
+            stacklevel=2,
+        )
     return module
 
 

@@ -165,8 +165,8 @@ def teacher_from_checkpoint(
         weights_only: Refuse files that need unpickling, which can run any code. Turn off only for files you trust.
 
     Returns:
-        The module, in evaluation mode, on the CPU, with all weights loaded strictly, unless it is a LightningModule
-        with ``strict_loading = False``.
+        The module, in evaluation mode, on the CPU, with all weights loaded strictly; those of a LightningModule's
+        checkpoint as its ``strict_loading`` says.
 
     Raises:
         ValueError: If the file cannot be read without unpickling, or class, arguments and weights do not fit.
@@ -206,6 +206,7 @@ def teacher_from_checkpoint(
             hint=_hint(ckpt_path, arguments, checkpoint),
         )
         module.__class__ = make
+        _refuse_others(module, checkpoint["state_dict"], ckpt_path)
         return find_module(module, submodule, argument="submodule").eval()
     module = _built(make, arguments, path=path, argument="class_path")
     weights = {plain_name(name): value for name, value in checkpoint.get("state_dict", checkpoint).items()}
@@ -220,6 +221,14 @@ def teacher_from_checkpoint(
             f"the weights in {os.fspath(ckpt_path)} do not fit {type(module).__name__}: {_beginning(error)}"
         ) from error
     return find_module(module, submodule, argument="submodule").eval()
+
+
+def _refuse_others(module: nn.Module, weights: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Refuse weights of which a module has none, where it loads what there is (``strict_loading = False``)."""
+    if weights and {plain_name(name) for name in weights}.isdisjoint(map(plain_name, module.state_dict())):
+        raise ValueError(
+            f"the weights in {os.fspath(path)} do not fit {type(module).__name__}: it has none of their names"
+        )
 
 
 def _check_source(class_path: Any, init_args: Any) -> None:

@@ -79,6 +79,10 @@ def test_a_module_whose_validation_has_no_batch_has_no_validation(loaders, tmp_p
         trainer(ExportCallback(tmp_path / "n.onnx", metric="val_loss")).fit(module, loader(), loaders)
     assert difference(module, made(Measured)) == 0
     assert not (tmp_path / "n.onnx").exists()
+    later = ExportCallback(tmp_path / "n.onnx", metric="val_loss")  # known when the second epoch is over
+    with pytest.warns(UserWarning, match="validation data of at least one batch"):
+        trainer(later, max_epochs=2, check_val_every_n_epoch=2, num_sanity_val_steps=0).fit(module, loader(), loaders)
+    assert "is measured in validation, and Measured has none here" in later.failure
 
 
 @pytest.mark.sample

@@ -476,5 +476,5 @@ def test_a_network_that_would_be_made_anew_is_the_one_that_was_trained(tmp_path)
     assert rows["after"].metrics["val_loss"] == pytest.approx(metrics["val_loss"], abs=1e-6)
     assert metrics["compress/psgd/val_loss"] == pytest.approx(metrics["val_loss"], rel=0.1)
     assert rows["before"].metrics["val_loss"] != rows["after"].metrics["val_loss"]
-    again = evaluate_forward(module, fitting)
-    assert again["val_loss"] == pytest.approx(metrics["val_loss"], abs=1e-6)
+    for source in (fitting, feature_loader()):
+        assert evaluate_forward(module, source)["val_loss"] == pytest.approx(metrics["val_loss"], abs=1e-6)

@@ -423,6 +423,10 @@ def test_a_lightning_module_that_leaves_weights_out_of_its_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"could not be built: [\s\S]*Missing key"):
         teacher_from_checkpoint(Lit, path)
     assert torch.equal(teacher_from_checkpoint(Lenient, path).model.weight, lit.model.weight)
+    contents["state_dict"] = {"net.weight": lit.model.weight}
+    torch.save(contents, path)
+    with pytest.raises(ValueError, match="do not fit Lenient: it has none of their names"):
+        teacher_from_checkpoint(Lenient, path)
 
 
 class Lenient(Lit):

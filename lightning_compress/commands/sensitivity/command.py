@@ -264,7 +264,7 @@ def _how_to_run(request: _Request, path: Path, method: str) -> str:
     fit = ["lightning-compress", "fit", *parts, "--ckpt_path", options.checkpoint]
     epochs = _compat.epochs_in(read_checkpoint(options.checkpoint, or_weights=True))
     if epochs is not None:
-        fit += ["--trainer.max_epochs", str(epochs * (1 if method == "bits" else 2))]
+        fit += ["--trainer.max_epochs", str(max(epochs, 1) * (1 if method == "bits" else 2))]
     return shlex.join(["lightning-compress", "run", shown_path(path), "--", *fit])
 
 
