@@ -390,6 +390,7 @@ def _left_out(loaded: Loaded, scales: Scales) -> str:
 def _check_callback(own: PTQCallback | QATCallback, loaded: Loaded) -> None:
     try:
         own.check(loaded.trainer, loaded.module)
+        own.check_parts(loaded.module)
     except ValueError as error:
         raise UsageError(f"trainer.callbacks ({type(own).__name__} '{own.name}'): {error}") from error
 
