@@ -125,7 +125,7 @@ ARMS = {
     ),
     "FactorTransferCallback": Arm(
         lambda teacher, layer: FactorTransferCallback(teacher, pair=(layer, layer), pretrain_epochs=0, weight=1.0),
-        lambda student, teacher, layer: FactorsByHand(student, teacher, (layer, layer)),
+        lambda student, teacher, layer: FactorsByHand(student, teacher, layer),
     ),
     "PSGDCallback": Arm(lambda teacher, layer: PSGDCallback(), lambda student, teacher, layer: ScaledByHand(student)),
     "PTQCallback": Arm(lambda teacher, layer: PTQCallback()),
