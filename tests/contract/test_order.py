@@ -122,10 +122,10 @@ def test_the_end_of_fit_runs_stage_by_stage_in_any_order(masking, tmp_path):
         trained(Classifier, list(callbacks.values()))
         shown = [row.name for row in callbacks["CompressionReport"].result.rows]
         assert [row for row in shown if not row.startswith("teacher of")] == [
+            "teacher",
             "before",
             "after",
             "after (qat)",
-            "teacher",
             "model.onnx",
         ]
         assert (tmp_path / str(index) / "model.onnx").is_file()
