@@ -424,7 +424,7 @@ MUTATIONS = (
         BASE,
         "        if not self._is_elsewhere(trainer):\n            self.interrupted(",
         "        if True:\n            self.interrupted(",
-        f"{CONTRACT}/test_cleanup.py::test_a_callback_that_is_refused_to_another_trainer_goes_on[PruningCallback]",
+        f"{CONTRACT}/test_cleanup.py::test_a_callback_that_is_refused_to_another_trainer_goes_on[SharesIt-PruningCallback]",
     ),
     Mutation(
         "names in a file that are spelled alike are one",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
 from mutations import MUTATIONS, ROOT
 
 
@@ -17,3 +21,11 @@ def test_each_names_a_test_that_there_is():
         function = name.partition("[")[0].rpartition("::")[2]
         text = (ROOT / path).read_text(encoding="utf-8")
         assert not name or f"def {function}(" in text or f"class {function}(" in text, mutation.what
+
+
+@pytest.mark.sample
+def test_each_names_a_case_that_pytest_collects():
+    cases = sorted({mutation.test for mutation in MUTATIONS if "[" in mutation.test})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "-m", "slow or not slow", *cases]
+    collection = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert collection.returncode == 0, collection.stderr
