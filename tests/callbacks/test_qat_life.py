@@ -943,11 +943,17 @@ def test_processes_that_take_other_ways_tell_activations_apart(ranks):
 
 FAILING = """
     import sys
+    import time
     sys.path.insert(0, sys.argv[1])
     import torch
     from contract.modules import NormClassifier, loader, made, trainer
+    from lightning.pytorch import Callback
     from lightning.pytorch.strategies import DDPStrategy
     from lightning_compress import QATCallback
+
+    class LeavesLate(Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            time.sleep(10 * trainer.global_rank)
 
     class Failing(NormClassifier):
         def validation_step(self, batch, batch_idx):
@@ -958,14 +964,14 @@ FAILING = """
     if __name__ == "__main__":
         torch.set_num_threads(1)
         strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
-        run = trainer(QATCallback(max_samples=32), devices=2, strategy=strategy)
+        run = trainer(QATCallback(max_samples=32), LeavesLate(), devices=2, strategy=strategy)
         run.fit(made(Failing), loader(rows=64), loader(rows=32))
 """
 
 
 @pytest.mark.slow
 def test_a_calibration_that_fails_on_one_rank_ends_all(tmp_path):
-    """At once, and not when the others have waited long enough."""
+    """At once, and not when the others have waited long enough; the rank that fails leaves last, so they are heard."""
     script = tmp_path / "failing.py"
     script.write_text(textwrap.dedent(FAILING))
     done = subprocess.run(
