@@ -427,6 +427,20 @@ MUTATIONS = (
         f"{CONTRACT}/test_cleanup.py::test_a_callback_that_is_refused_to_another_trainer_goes_on[SharesIt-PruningCallback]",
     ),
     Mutation(
+        "a file is compared with a network that rounds its products",
+        f"{PACKAGE}/export/onnx.py",
+        "random_state_kept(), full_float32()",
+        "random_state_kept()",
+        "tests/export/test_onnx.py::test_a_network_is_compared_in_full_float32",
+    ),
+    Mutation(
+        "a network that rounds its products is validated beside a file",
+        f"{PACKAGE}/export/evaluate.py",
+        "        stack.enter_context(full_float32())",
+        "        pass",
+        "tests/export/test_evaluate.py::test_a_validation_computes_in_full_float32",
+    ),
+    Mutation(
         "names in a file that are spelled alike are one",
         EMISSION,
         "next(name for name in names if not hasattr(self.held, name))",

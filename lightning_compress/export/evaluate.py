@@ -30,7 +30,14 @@ from lightning_compress.export.runtime import OnnxNetwork
 from lightning_compress.export.sample import Call, Sample, bind, defines
 from lightning_compress.functional._checks import check_name, check_path, shown
 from lightning_compress.mechanisms.grids import Grids
-from lightning_compress.mechanisms.isolation import attributes_kept, evaluating, module_kept, quiet, random_state_kept
+from lightning_compress.mechanisms.isolation import (
+    attributes_kept,
+    evaluating,
+    full_float32,
+    module_kept,
+    quiet,
+    random_state_kept,
+)
 from lightning_compress.mechanisms.loaders import data_kept
 from lightning_compress.mechanisms.metrics import logged_as
 from lightning_compress.mechanisms.quantization import quantizing
@@ -398,6 +405,7 @@ def _prepared(module: nn.Module, datamodule: Any) -> Iterator[nn.Module]:
     """A copy to validate, alone in the world; what is done to the datamodule meanwhile is undone."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_state_kept())
+        stack.enter_context(full_float32())  # as the file computes
         stack.enter_context(_compat.hidden_process_group())
         duplicate = widen_(stack.enter_context(_working_copy(module)))
         if datamodule is not None:

@@ -38,7 +38,7 @@ from lightning_compress.functional._checks import (
 from lightning_compress.mechanisms.checkpoints import resize_, structures_in
 from lightning_compress.mechanisms.drafts import SPARE, draft_of
 from lightning_compress.mechanisms.grids import Grids
-from lightning_compress.mechanisms.isolation import random_state_kept
+from lightning_compress.mechanisms.isolation import full_float32, random_state_kept
 from lightning_compress.mechanisms.selection import find_module, listing, plain_name
 from lightning_compress.mechanisms.tree import children, named_tensors, unique_names
 
@@ -177,7 +177,7 @@ def write_onnx(
     check_name("network", network)
     check_flag("dynamic_batch", dynamic_batch)
     require_onnx()
-    with random_state_kept():
+    with random_state_kept(), full_float32():
         module = _compat.uncompiled(module)
         contents = None if checkpoint is None else read_checkpoint(checkpoint, argument="checkpoint")
         if scales is None and precision != "fp32":

@@ -92,6 +92,30 @@ def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
         state.restore()
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 as it is on the CPU, also where ``torch.set_float32_matmul_precision`` lets it be rounded.
+
+    Processors that multiply bfloat16 are faster so, and a network is then thousandths off its own file.
+
+    Example:
+        >>> torch.set_float32_matmul_precision("medium")
+        >>> with full_float32():
+        ...     torch.backends.mkldnn.matmul.fp32_precision
+        'ieee'
+        >>> torch.backends.mkldnn.matmul.fp32_precision
+        'bf16'
+        >>> torch.set_float32_matmul_precision("highest")
+    """
+    backend: Any = torch.backends.mkldnn
+    with contextlib.ExitStack() as stack:
+        for place in (backend, backend.matmul, backend.conv, backend.rnn):  # from the first the others may have theirs
+            if place.fp32_precision not in ("none", "ieee"):
+                stack.callback(setattr, place, "fp32_precision", place.fp32_precision)
+                place.fp32_precision = "ieee"
+        yield
+
+
 ANY_DEPTH = 1 << 30
 LONG = 10_000  # entries; what lies inside of a longer list is data
 LARGE = ("Dataset", "DataLoader", "LightningDataModule", "Trainer", "Callback", "Logger")

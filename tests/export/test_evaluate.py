@@ -129,6 +129,17 @@ def test_the_file_is_what_is_measured(fitted, tmp_path):
     assert evaluate_forward(module, trainer)["val_acc"] != pytest.approx(ones)
 
 
+def test_a_validation_computes_in_full_float32(fitted, rounded_float32):
+    seen = set()
+
+    def forward(x):
+        seen.update(place.fp32_precision for place in (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv))
+        return torch.zeros(len(x), CLASSES)
+
+    evaluate_forward(*fitted(NAMESPACES[0]), "model", forward)
+    assert seen == {"ieee"}
+
+
 def test_sources_of_data(fitted):
     namespace = "lightning.pytorch"
     module, trainer = fitted(namespace)

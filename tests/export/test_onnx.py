@@ -195,6 +195,20 @@ def test_half_precision_is_widened(tmp_path):
     assert network[0].weight.dtype == torch.bfloat16
 
 
+def test_a_network_is_compared_in_full_float32(rounded_float32, tmp_path):
+    precisions = set()
+
+    class Wide(nn.Linear):
+        def forward(self, x):
+            precisions.update(
+                place.fp32_precision for place in (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+            )
+            return super().forward(x)
+
+    assert to_onnx(Wide(256, 256), tmp_path / "network.onnx", torch.randn(4, 256)).max_logit_difference < 1e-4
+    assert precisions == {"ieee"}
+
+
 @pytest.mark.slow
 def test_compiled_networks(tmp_path):
     network, x = mlp().eval(), torch.randn(2, FEATURES)
