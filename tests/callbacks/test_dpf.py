@@ -550,6 +550,32 @@ def test_frozen_masks_thaw_where_they_are_to_change_again(tmp_path):
         assert any(not torch.equal(mask, callback.masks[name]) for name, mask in frozen.items()) == thaws
 
 
+@pytest.mark.sample
+def test_what_a_step_does_to_the_parameters_stays():
+    """As where a momentum network follows: it is a matter of the dense weights, whatever their layers show."""
+
+    def shrink(module):
+        for parameter in module.parameters():
+            parameter.data = 0.97 * parameter.data
+
+    class Within(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            shrink(self)
+            return loss
+
+    class After(Classifier):
+        def on_after_backward(self):
+            shrink(self)
+
+    found = []
+    for kind in (Within, After):
+        module, callback = made(kind), DPFCallback(0.5, update_interval=1, end=0.4)
+        trainer(callback, max_epochs=2).fit(module, loader())
+        found.append([*module.state_dict().values(), *callback.masks.values()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_a_weight_whose_data_is_replaced_within_the_step_is_an_error():
     class MaxNorm(nn.Linear):
         def forward(self, x):
