@@ -16,6 +16,7 @@ from contract.modules import (
     BATCH,
     STEPS,
     Classifier,
+    Jumping,
     MixinClassifier,
     NormClassifier,
     difference,
@@ -509,19 +510,6 @@ def test_early_checkpoints_are_not_the_best_of_a_resumed_fit(tmp_path):
     [file] = (tmp_path / "whole").glob(f"step={2 * STEPS - 1}.ckpt")
     resumed = run(tmp_path / "resumed", ckpt_path=file, weights_only=True)
     assert float(resumed.best_model_score) == 1.0
-
-
-class Jumping(Classifier):
-    """Its score is better while the network is dense: then 9, 8, 7 and 6 are no plateau."""
-
-    def validation_step(self, batch, batch_idx):
-        super().validation_step(batch, batch_idx)
-        self.log("score", [3.0, 2.0, 9.0, 8.0, 7.0, 6.0, 6.0][self.current_epoch])
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "score"}}
 
 
 @pytest.mark.sample

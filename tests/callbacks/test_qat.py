@@ -17,6 +17,7 @@ from contract.modules import (
     STEPS,
     Classifier,
     DictClassifier,
+    Jumping,
     MixinClassifier,
     NetworkItself,
     NormClassifier,
@@ -1330,12 +1331,6 @@ def test_nothing_is_forgotten_where_it_begins_at_once(tmp_path):
 
 def test_early_stopping_waits_anew():
     """A network on few bits may be worse for a while than the best in full precision."""
-
-    class Jumping(Classifier):
-        def validation_step(self, batch, batch_idx):
-            super().validation_step(batch, batch_idx)
-            self.log("score", [3.0, 2.0, 9.0, 8.0, 7.0, 6.0, 6.0][self.current_epoch])
-
     stopping = EarlyStopping("score", patience=1)
     _, fitting = fitted(QATCallback(start=0.34, freeze_batchnorm_at=1), Jumping, stopping, max_epochs=6)
     assert fitting.current_epoch == 6
@@ -1346,17 +1341,6 @@ def test_early_stopping_waits_anew():
 def test_a_scheduler_that_waits_for_a_plateau_waits_anew(caplog):
     """Its best score is of another network: 2, and then 9, 8, 7 and 6 are no plateau."""
     rates = {}
-
-    class Jumping(Classifier):
-        def validation_step(self, batch, batch_idx):
-            super().validation_step(batch, batch_idx)
-            self.log("score", [3.0, 2.0, 9.0, 8.0, 7.0, 6.0, 6.0][self.current_epoch])
-
-        def configure_optimizers(self):
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "score"}}
-
     for kind in (QATCallback(start=0.34, freeze_batchnorm_at=1), PTQCallback()):
         with caplog.at_level(logging.INFO, logger="lightning_compress"):
             _, fitting = fitted(kind, Jumping, max_epochs=6)

@@ -158,6 +158,19 @@ class NormClassifier(Classifier):
         return F.cross_entropy(self.model(x), y)
 
 
+class Jumping(Classifier):
+    """Its score is better while the network is dense and in full precision: then 9, 8, 7 and 6 are no plateau."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("score", [3.0, 2.0, 9.0, 8.0, 7.0, 6.0, 6.0][self.current_epoch])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "score"}}
+
+
 class NetworkItself(Classifier):
     """The LightningModule is the network."""
 
