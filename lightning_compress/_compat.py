@@ -991,6 +991,12 @@ def asks_wandb(logger: Any) -> bool:
     return not logger._offline and logger._wandb_init.get("mode") is None
 
 
+def is_of_profiler(hook: Any) -> bool:
+    """Whether a hook is one with which Lightning's ``PyTorchProfiler`` names layers: what it holds cannot be copied."""
+    owner = getattr(hook.func, "__self__", None) if isinstance(hook, functools.partial) else None
+    return type(owner).__name__ == "RegisterRecordFunction"
+
+
 SHARDING = "torch.distributed.fsdp"
 """Where the classes and the hooks of FSDP2 come from."""
 

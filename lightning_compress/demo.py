@@ -37,6 +37,7 @@ from lightning_compress.export.evaluate import evaluate_forward
 from lightning_compress.mechanisms.channel_graph import require_torch_pruning
 from lightning_compress.mechanisms.extras import install_line
 from lightning_compress.mechanisms.selection import did_you_mean
+from lightning_compress.mechanisms.signs import on_terminal
 from lightning_compress.report import compare, units, write_report
 from lightning_compress.report.cells import shown_path
 from lightning_compress.report.render import for_terminal
@@ -312,7 +313,7 @@ def _fit(
     source: DemoData, module: LitClassifier, epochs: int, folder: Path, seed: int, callbacks: Sequence[Callback] = ()
 ) -> LitClassifier:
     start = time.perf_counter()
-    watched = sys.stdout.isatty()
+    watched = on_terminal()
     progress = TQDMProgressBar(refresh_rate=5) if watched else _FirstEpoch(start)
     trainer = L.Trainer(
         max_epochs=epochs,

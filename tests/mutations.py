@@ -441,6 +441,27 @@ MUTATIONS = (
         "tests/export/test_evaluate.py::test_a_validation_computes_in_full_float32",
     ),
     Mutation(
+        "a terminal that has gone ends the training",
+        BASE,
+        "    with suppress(AttributeError, OSError, ValueError):",
+        "    with suppress(AttributeError):",
+        f"{CONTRACT}/test_surroundings.py::test_where_output_goes[Gone-StructuredPruningCallback]",
+    ),
+    Mutation(
+        "the hooks of a profiler are copied",
+        f"{PACKAGE}/export/copying.py",
+        "        elif _compat.is_of_profiler(value):",
+        "        elif False:",
+        f"{CONTRACT}/test_surroundings.py::test_layers_that_a_profiler_names[ExportCallback]",
+    ),
+    Mutation(
+        "parameters are renewed where a module is already",
+        f"{PACKAGE}/mechanisms/isolation.py",
+        "    if all(tensor.device == device for tensor",
+        "    if False and all(tensor.device == device for tensor",
+        f"{CONTRACT}/test_surroundings.py::test_parameters_that_are_replaced_where_a_module_is_moved",
+    ),
+    Mutation(
         "names in a file that are spelled alike are one",
         EMISSION,
         "next(name for name in names if not hasattr(self.held, name))",
@@ -985,8 +1006,8 @@ MUTATIONS = (
     Mutation(
         "batch-norm statistics begin with what they were",
         BATCH_NORM,
-        "                layer.momentum = None  # a cumulative mean",
-        "                pass",
+        "            layer.momentum = None  # a cumulative mean",
+        "            pass",
         "tests/mechanisms/test_batchnorm.py",
     ),
     Mutation(

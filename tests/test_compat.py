@@ -1119,6 +1119,16 @@ def test_a_failing_launch_is_noticed_before_any_hook():
     assert happened == ["noticed"]
 
 
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_the_hooks_with_which_a_profiler_names_layers_are_known(namespace):
+    layers = nn.Sequential(nn.Linear(2, 2))
+    handle = layers[0].register_forward_hook(lambda *_: None)
+    with import_module(f"{namespace}.profilers.pytorch").RegisterRecordFunction(layers):
+        hooks = [*layers[0]._forward_pre_hooks.values(), *layers[0]._forward_hooks.values()]
+        assert [_compat.is_of_profiler(hook) for hook in hooks] == [True, False, True]
+    handle.remove()
+
+
 def test_what_fsdp2_puts_on_a_module_is_found_and_put_back():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:

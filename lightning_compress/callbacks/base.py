@@ -15,7 +15,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -843,13 +843,14 @@ def callbacks_of(trainer: Any) -> list[CompressionCallback]:
 
 
 def announce(text: str) -> None:
-    """Write to the terminal, whatever characters it has.
+    """Write to the terminal, whatever characters it has, if it is still there.
 
     Args:
         text: One line or several.
     """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    sys.stdout.write("\n" + text.encode(encoding, "replace").decode(encoding))
+    with suppress(AttributeError, OSError, ValueError):  # there is none, it has gone, or it is closed
+        sys.stdout.write("\n" + text.encode(encoding, "replace").decode(encoding))
 
 
 def _primitive(value: Any) -> Any:

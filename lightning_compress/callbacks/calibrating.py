@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from lightning_compress.mechanisms.batchnorm import batch_norms, reestimate_batc
 from lightning_compress.mechanisms.calibration import Calibration, Settings, statistics_of
 from lightning_compress.mechanisms.controller import StepController
 from lightning_compress.mechanisms.grids import Grids, WeightGrid
-from lightning_compress.mechanisms.isolation import evaluating
+from lightning_compress.mechanisms.isolation import evaluating, on_device
 from lightning_compress.mechanisms.quantization import QuantizationError, Quantizers, quantizing
 from lightning_compress.mechanisms.replay import replay, traceless
 from lightning_compress.mechanisms.rounding import Presented
@@ -265,10 +265,8 @@ class CalibratingCallback(CompressionCallback):
         Returns:
             The grids.
         """
-        device, shared = next(pl_module.parameters()).device, shards(trainer)  # those stay, and where they are
-        if not shared:
-            pl_module.to(trainer.strategy.root_device)  # at the end of a fit Lightning has moved the module to the CPU
-        try:
+        at_work = on_device(pl_module, trainer.strategy.root_device)  # after a fit Lightning has moved it to the CPU
+        with nullcontext() if shards(trainer) else at_work:
             network = find_module(pl_module, name, argument="network")
             calibration = self._calibration(trainer, pl_module, name, network)
 
@@ -283,9 +281,6 @@ class CalibratingCallback(CompressionCallback):
             with _compat.patient_group(trainer.world_size) as tell:  # nobody waits for what a failing rank would send
                 together(tell, find, trainer, pl_module)
             self._nothing, self.samples_seen = calibration.nothing, calibration.samples
-        finally:
-            if not shared:
-                pl_module.to(device)
         return Grids.from_state(trainer.strategy.broadcast(calibration.grids.state()))
 
     def _reestimate(self, trainer: Any, pl_module: Any, name: str, calibration: Calibration) -> None:

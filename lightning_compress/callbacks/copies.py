@@ -19,7 +19,7 @@ from lightning_compress.export.errors import first_line
 from lightning_compress.export.tracing import users_place
 from lightning_compress.mechanisms.capture import NetworkCall
 from lightning_compress.mechanisms.channel_graph import StructureError
-from lightning_compress.mechanisms.isolation import evaluating
+from lightning_compress.mechanisms.isolation import evaluating, full_float32
 from lightning_compress.mechanisms.optimizers import loss_scale
 from lightning_compress.mechanisms.replay import prepare_step, traceless
 from lightning_compress.mechanisms.selection import find_module, lies_within, listing
@@ -249,7 +249,7 @@ class Copies:
             elif shrinkage is not None:
                 for name, leaf in tensors_of(copied).items():
                     leaf.data = shrinkage.zeroed(name, leaf.data)
-            with torch.no_grad() if training else evaluating(copied), self._as_needed(), _Plainly():
+            with torch.no_grad() if training else evaluating(copied), self._as_needed(), _Plainly(), full_float32():
                 returned = self.run(copied, plainly=True)
         leaves = [leaf.detach() for _, leaf in named_tensors(returned)]
         return [leaf.to(torch.float64) for leaf in leaves if leaf.is_floating_point()]
@@ -354,5 +354,5 @@ def _fill_zeros_(module: nn.Module) -> None:
         for parameter in module.parameters():
             if parameter.is_floating_point() and parameter.ndim and parameter.numel() and not parameter.any():
                 generator = torch.Generator().manual_seed(parameter.numel())
-                numbers = torch.rand(parameter.shape, generator=generator)
+                numbers = torch.rand(parameter.shape, generator=generator, device="cpu")
                 parameter.copy_(numbers / max(1, parameter[0].numel()) ** 0.5)

@@ -30,6 +30,7 @@ from lightning_compress.export.runtime import require_onnx
 from lightning_compress.export.sample import Sample, as_sample, check_sample_type
 from lightning_compress.export.scales import HOW, Scales, given_steps
 from lightning_compress.functional.quantizers import MOST_BITS
+from lightning_compress.mechanisms.isolation import on_device
 from lightning_compress.mechanisms.metrics import logged_as
 from lightning_compress.mechanisms.replay import replay
 from lightning_compress.mechanisms.selection import did_you_mean
@@ -232,19 +233,15 @@ class ExportCallback(CompressionCallback):
 
     def _replayed_sample(self, trainer: Any, pl_module: Any) -> CapturedSample:
         """What a step gives the network, where a fit that was resumed at its end ran none."""
-        device = next(pl_module.parameters()).device
-        pl_module.to(trainer.strategy.root_device)  # at the end of a fit Lightning has moved the module to the CPU
-        try:
-            with ExitStack() as stack:
-                controller = stack.enter_context(step_controller(pl_module))
-                context = trainer.precision_plugin.train_step_context
-                again = stack.enter_context(replay(controller, trainer, context))
-                names = again.students(argument="network") if self.network is None else (self.network,)
-                self._refuse_chain(names)
-                call, _ = again.first_received(names, argument="network")
-            return CapturedSample(names[0], call.args, call.kwargs)
-        finally:
-            pl_module.to(device)
+        with (
+            on_device(pl_module, trainer.strategy.root_device),  # at the end of a fit Lightning has moved it to the CPU
+            step_controller(pl_module) as controller,
+            replay(controller, trainer, trainer.precision_plugin.train_step_context) as again,
+        ):
+            names = again.students(argument="network") if self.network is None else (self.network,)
+            self._refuse_chain(names)
+            call, _ = again.first_received(names, argument="network")
+        return CapturedSample(names[0], call.args, call.kwargs)
 
     def _compare(self, pl_module: Any, result: ExportResult) -> None:
         """Beside a file in fp32; without it the training is none the worse."""

@@ -268,7 +268,7 @@ class Rehearsal:
         kind, scores = self._wanted.score, None
         if kind == "random":
             generator = torch.Generator().manual_seed(_seed(self._wanted.seed, group))
-            scores = torch.rand(group.channels, generator=generator)
+            scores = torch.rand(group.channels, generator=generator, device="cpu")
         elif kind == "bn_scale":
             scores = found.norm_scales(group)
         else:

@@ -270,7 +270,7 @@ def _mapping(text: str | None) -> dict[str, Any]:
 def _given_sample(options: argparse.Namespace) -> Any:
     """The input that a file or a shape gives; None for neither."""
     if options.shape is not None:
-        return torch.randn(*_shape(options.shape), generator=torch.Generator().manual_seed(SEED))
+        return torch.randn(*_shape(options.shape), generator=torch.Generator().manual_seed(SEED), device="cpu")
     if options.sample is None:
         return None
     with checking(ValueError):

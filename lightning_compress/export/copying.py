@@ -101,7 +101,7 @@ def _copied(source: ModuleT, given: Mapping[int, Any]) -> ModuleT:
 
 
 def make_plain_(module: ModuleT) -> ModuleT:
-    """Take off a module, in place, the hooks and wrappers of this package, Lightning's caches and any compilation."""
+    """Take off a module, in place, the hooks and wrappers of this package and of Lightning, and any compilation."""
     for part in module.modules():
         _strip_hooks(part)
         _strip_wrappers(part)
@@ -141,6 +141,8 @@ def _prepared_memo(module: nn.Module) -> dict[int, Any]:
             waiting.extend(value.values())
         elif isinstance(value, (list, tuple)):
             waiting.extend(value)
+        elif _compat.is_of_profiler(value):
+            memo[id(value)] = value  # until it is taken off
     return memo
 
 
@@ -171,7 +173,8 @@ def _refer_to_copies_(shared: Iterable[Any], source: nn.Module, copies: Mapping[
 
 
 def _strip_hooks(part: nn.Module) -> None:
-    for key in own_hooks(vars(part)):
+    hooks = [entry for table in HOOK_TABLES for entry in (vars(part).get(table) or {}).items()]
+    for key in own_hooks(vars(part)).union(key for key, hook in hooks if _compat.is_of_profiler(hook)):
         for table in (*HOOK_TABLES, *HOOK_FLAGS):
             (vars(part).get(table) or {}).pop(key, None)
 

@@ -112,8 +112,12 @@ class Emitting(Rounding):
         for site in grids.sites:
             self._hold_layer(site, network)
         for key, grid in grids.activations.items():
-            self._hold(key, scale=torch.tensor(grid.scale), zero_point=torch.tensor(grid.zero_point, dtype=torch.uint8))
-        step = torch.tensor(GATE_STEP)
+            self._hold(
+                key,
+                scale=torch.tensor(grid.scale, dtype=torch.float32),
+                zero_point=torch.tensor(grid.zero_point, dtype=torch.uint8),
+            )
+        step = torch.tensor(GATE_STEP, dtype=torch.float32)
         zero, largest = torch.tensor([0, 255], dtype=torch.uint8)
         self._hold("gate", scale=step, half=step / 2, out=step / 6, three=largest, zero_point=zero)
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_compress import _compat
+from lightning_compress.mechanisms.isolation import on_device
 from lightning_compress.mechanisms.replay import replay
 from lightning_compress.mechanisms.selection import listing
 from lightning_compress.mechanisms.signs import sign
@@ -141,23 +142,19 @@ def reestimate_batchnorm_(trainer: Any, module: Any, *, shared: bool = True) -> 
     layers = {name: layer for name, layer in batch_norms(module).items() if layer.training}
     if not layers:
         return []
-    device = next(module.parameters()).device
-    module.to(trainer.strategy.root_device)  # at the end of a fit Lightning has moved the module to the CPU
-    try:
-        with (
-            step_controller(module) as controller,
-            replay(controller, trainer, trainer.precision_plugin.train_step_context) as again,
-            sign(trainer, "Estimating the statistics of batch norm", BATCHES) as step,
-        ):
-            for layer in layers.values():
-                layer.reset_running_stats()
-                layer.momentum = None  # a cumulative mean
-            for _, arguments in zip(range(BATCHES), again.batches(trainer.current_epoch), strict=False):
-                again.run(arguments)
-                step()
-            found = {name: _statistics(layer) for name, layer in layers.items() if layer.num_batches_tracked}
-    finally:
-        module.to(device)
+    with (
+        on_device(module, trainer.strategy.root_device),  # at the end of a fit Lightning has moved it to the CPU
+        step_controller(module) as controller,
+        replay(controller, trainer, trainer.precision_plugin.train_step_context) as again,
+        sign(trainer, "Estimating the statistics of batch norm", BATCHES) as step,
+    ):
+        for layer in layers.values():
+            layer.reset_running_stats()
+            layer.momentum = None  # a cumulative mean
+        for _, arguments in zip(range(BATCHES), again.batches(trainer.current_epoch), strict=False):
+            again.run(arguments)
+            step()
+        found = {name: _statistics(layer) for name, layer in layers.items() if layer.num_batches_tracked}
     found = trainer.strategy.broadcast(found) if shared else found
     with torch.no_grad():
         for name, (mean, variance) in found.items():

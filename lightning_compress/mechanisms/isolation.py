@@ -93,10 +93,36 @@ def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Multiply float32 as it is on the CPU, also where ``torch.set_float32_matmul_precision`` lets it be rounded.
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have a module on a device, and then where it was; nothing is moved to where it is, nor any parameter renewed.
 
-    Processors that multiply bfloat16 are faster so, and a network is then thousandths off its own file.
+    Args:
+        module: The module.
+        device: Where it is to be.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> with on_device(layer, torch.device("cpu")):
+        ...     layer.weight.device
+        device(type='cpu')
+    """
+    before = next(module.parameters()).device
+    if all(tensor.device == device for tensor in (*module.parameters(), *module.buffers())):
+        yield
+        return
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(before)
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute in float32 what is float32 on the CPU, within ``torch.autocast`` too, as ONNX Runtime does.
+
+    Where ``torch.set_float32_matmul_precision`` allows it, processors that multiply bfloat16 round to it, and a network
+    is then thousandths off its own file.
 
     Example:
         >>> torch.set_float32_matmul_precision("medium")
@@ -109,6 +135,7 @@ def full_float32() -> Iterator[None]:
     """
     backend: Any = torch.backends.mkldnn
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast("cpu", enabled=False))
         for place in (backend, backend.matmul, backend.conv, backend.rnn):  # from the first the others may have theirs
             if place.fp32_precision not in ("none", "ieee"):
                 stack.callback(setattr, place, "fp32_precision", place.fp32_precision)

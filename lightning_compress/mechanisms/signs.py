@@ -61,7 +61,23 @@ def is_shown(trainer: Any) -> bool:
     else:
         bar = trainer.progress_bar_callback
         wanted = bar is not None and bool(getattr(bar, "is_enabled", True)) and bool(trainer.is_global_zero)
-    return wanted and (sys.stdout.isatty() or "ipykernel" in sys.modules)
+    return wanted and (on_terminal() or "ipykernel" in sys.modules)
+
+
+def on_terminal() -> bool:
+    """Whether output goes to a terminal.
+
+    Returns:
+        False where nobody can tell: there is no output, it is closed, or a class of the user's own that only writes.
+
+    Example:
+        >>> isinstance(on_terminal(), bool)
+        True
+    """
+    try:
+        return bool(sys.stdout.isatty())
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 @contextmanager

@@ -6,10 +6,10 @@ Both, and the HTML page, show the same cells; ratios are to the first row.
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Sequence
 from typing import Literal
 
+from lightning_compress.mechanisms.signs import on_terminal
 from lightning_compress.report import units
 from lightning_compress.report.cells import Cell, columns, file_table, layer_table, version_line
 from lightning_compress.report.remarks import remarks
@@ -75,7 +75,7 @@ def terminal_width() -> int | None:
         >>> terminal_width() is None or terminal_width() > 0
         True
     """
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return shutil.get_terminal_size().columns if on_terminal() else None
 
 
 def fitting(

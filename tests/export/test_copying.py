@@ -6,6 +6,7 @@ import threading
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.profilers.pytorch import RegisterRecordFunction
 from torch import nn
 
 from lightning_compress.export.copying import independent_copy
@@ -200,3 +201,15 @@ def test_a_module_that_cannot_be_put_back_wholly_is_never_emptied(tmp_path):
         module.added = 1
     assert set(vars(module)) == names
     assert module(torch.ones(1, 2)).shape == (1, 1)
+
+
+def test_the_hooks_of_a_profiler_stay_where_they_are():
+    network = nn.Sequential(nn.Linear(2, 2))
+    with RegisterRecordFunction(network):
+        duplicate = independent_copy(network)
+        assert len(network[0]._forward_hooks) == 1
+        network(torch.zeros(1, 2))  # which holds what cannot be copied from now on
+        again = independent_copy(network)
+    assert not any(
+        table for copied in (duplicate[0], again[0]) for table in (copied._forward_hooks, copied._forward_pre_hooks)
+    )
