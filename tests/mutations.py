@@ -450,8 +450,8 @@ MUTATIONS = (
     Mutation(
         "the hooks of a profiler are copied",
         f"{PACKAGE}/export/copying.py",
-        "        elif _compat.is_of_profiler(value):",
-        "        elif False:",
+        "        elif is_own(value) or _compat.is_of_profiler(value):",
+        "        elif is_own(value):",
         f"{CONTRACT}/test_surroundings.py::test_layers_that_a_profiler_names[ExportCallback]",
     ),
     Mutation(

@@ -132,7 +132,7 @@ def _prepared_memo(module: nn.Module) -> dict[int, Any]:
                 memo[id(value)] = value.detach().clone()
         elif _is_shared(value):
             memo[id(value)] = copy.copy(value) if _held_of(parts, value) else value
-        elif is_own(value):
+        elif is_own(value) or _compat.is_of_profiler(value):  # until it is taken off
             memo[id(value)] = value
         elif isinstance(value, nn.Module):
             waiting.append(vars(value))
@@ -141,8 +141,6 @@ def _prepared_memo(module: nn.Module) -> dict[int, Any]:
             waiting.extend(value.values())
         elif isinstance(value, (list, tuple)):
             waiting.extend(value)
-        elif _compat.is_of_profiler(value):
-            memo[id(value)] = value  # until it is taken off
     return memo
 
 

@@ -6,11 +6,12 @@ import torch
 
 @pytest.fixture
 def rounded_float32():
-    """Products of float32 may be rounded, as Lightning advises; not every processor does so."""
+    """Products of float32 may be rounded, as Lightning advises; not every processor does so. Says what holds now."""
+    backend = torch.backends.mkldnn
     torch.set_float32_matmul_precision("medium")
-    torch.backends.mkldnn.conv.fp32_precision = "bf16"
-    yield
-    left = torch.get_float32_matmul_precision(), torch.backends.mkldnn.conv.fp32_precision
+    backend.conv.fp32_precision = "bf16"
+    yield lambda: {backend.matmul.fp32_precision, backend.conv.fp32_precision}
+    left = torch.get_float32_matmul_precision(), backend.conv.fp32_precision
     torch.set_float32_matmul_precision("highest")
-    torch.backends.mkldnn.conv.fp32_precision = "none"
+    backend.conv.fp32_precision = "none"
     assert left == ("medium", "bf16")

@@ -200,9 +200,7 @@ def test_a_network_is_compared_in_full_float32(rounded_float32, tmp_path):
 
     class Wide(nn.Linear):
         def forward(self, x):
-            precisions.update(
-                place.fp32_precision for place in (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
-            )
+            precisions.update(rounded_float32())
             return super().forward(x)
 
     assert to_onnx(Wide(256, 256), tmp_path / "network.onnx", torch.randn(4, 256)).max_logit_difference < 1e-4
